@@ -1,0 +1,327 @@
+"""How one layer sees position: `AttentionScheme`, its parts, and the `LayerPlan` that repeats them.
+
+Everything here is a value. A rotary scheme is a vector of angular frequencies and an attention
+factor; the formula is written once, over an array module `xp` (numpy for exact arithmetic without
+torch, torch for the fp32 bits that run).
+"""
+
+import math
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megahybrid.config.base import Frozen, did_you_mean
+
+Array = Any  # numpy.ndarray or torch.Tensor, as the caller's `xp` makes them
+
+
+class LinearScaling(Frozen):
+    """Position interpolation: every frequency divided by `factor` (arXiv 2306.15595)."""
+
+    kind: Literal["linear"]
+    factor: float = Field(ge=1)
+
+    def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2]."""
+        return plain_frequencies(theta, rotary_dim, xp, dtype) / self.factor
+
+    def attention_factor_value(self) -> float:
+        """Multiplier of cos and sin."""
+        return 1.0
+
+
+class NtkScaling(Frozen):
+    """Static NTK-aware scaling: theta becomes theta * factor ** (D / (D - 2))."""
+
+    kind: Literal["ntk"]
+    factor: float = Field(ge=1)
+
+    def scaled_theta(self, theta: float, rotary_dim: int) -> float:
+        """The theta whose plain frequencies these are."""
+        return theta * self.factor ** (rotary_dim / (rotary_dim - 2))
+
+    def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2]."""
+        return plain_frequencies(self.scaled_theta(theta, rotary_dim), rotary_dim, xp, dtype)
+
+    def attention_factor_value(self) -> float:
+        """Multiplier of cos and sin."""
+        return 1.0
+
+
+class YarnScaling(Frozen):
+    """YaRN (arXiv 2309.00071) as shipped: a ramp, linear in the pair index, between interpolation
+    and extrapolation, with cos and sin multiplied by 0.1 ln(factor) + 1."""
+
+    kind: Literal["yarn"]
+    factor: float = Field(ge=1)
+    original_length: int = Field(gt=0)
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+    truncate: bool = True
+
+    def ramp_bounds(self, theta: float, rotary_dim: int) -> tuple[float, float]:
+        """First and last pair index of the ramp: d(n) = D ln(L / (2 pi n)) / (2 ln theta)."""
+
+        def pair_index(rotations: float) -> float:
+            return (
+                rotary_dim
+                * math.log(self.original_length / (rotations * 2 * math.pi))
+                / (2 * math.log(theta))
+            )
+
+        low, high = pair_index(self.beta_fast), pair_index(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        return low, high + 0.001 if low == high else high
+
+    def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2], in transformers' order of operations."""
+        powers = theta ** (xp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
+        extrapolation = 1.0 / powers
+        interpolation = 1.0 / (self.factor * powers)
+        low, high = self.ramp_bounds(theta, rotary_dim)
+        ramp = (xp.arange(rotary_dim // 2, dtype=dtype) - low) / (high - low)
+        keep = 1 - xp.clip(ramp, 0, 1)
+        return interpolation * (1 - keep) + extrapolation * keep
+
+    def attention_factor_value(self) -> float:
+        """Multiplier of cos and sin (scores change by its square)."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
+
+
+class Llama3Scaling(Frozen):
+    """Llama 3.1's scaling: long wavelengths interpolated, short ones kept, a blend between."""
+
+    kind: Literal["llama3"]
+    factor: float = Field(ge=1)
+    low_frequency_factor: float = Field(default=1.0, gt=0)
+    high_frequency_factor: float = Field(default=4.0, gt=0)
+    original_length: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> "Llama3Scaling":
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"high_frequency_factor={self.high_frequency_factor} is not above "
+                f"low_frequency_factor={self.low_frequency_factor}. Raise high_frequency_factor."
+            )
+        return self
+
+    def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2], in transformers' order of operations."""
+        low_wavelength = self.original_length / self.low_frequency_factor
+        high_wavelength = self.original_length / self.high_frequency_factor
+        inverse = plain_frequencies(theta, rotary_dim, xp, dtype)
+        wavelength = 2 * math.pi / inverse
+        scaled = xp.where(wavelength > low_wavelength, inverse / self.factor, inverse)
+        smooth = (self.original_length / wavelength - self.low_frequency_factor) / (
+            self.high_frequency_factor - self.low_frequency_factor
+        )
+        blended = (1 - smooth) * scaled / self.factor + smooth * scaled
+        is_medium = ~(wavelength < high_wavelength) & ~(wavelength > low_wavelength)
+        return xp.where(is_medium, blended, scaled)
+
+    def attention_factor_value(self) -> float:
+        """Multiplier of cos and sin."""
+        return 1.0
+
+
+Scaling = Annotated[
+    LinearScaling | NtkScaling | YarnScaling | Llama3Scaling, Field(discriminator="kind")
+]
+
+
+def plain_frequencies(theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+    """1 / theta ** (2i / D) for i = 0 … D/2 - 1, in transformers' order of operations."""
+    return 1.0 / (theta ** (xp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim))
+
+
+class Rope(Frozen):
+    """Rotary position embedding: pair i of the first `rotary_fraction` of each head turns by
+    position * frequency[i]."""
+
+    kind: Literal["rope"]
+    theta: float = Field(gt=1)
+    scaling: Scaling | None = None
+    rotary_fraction: float = Field(default=1.0, gt=0, le=1)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Rotated dimensions of a head: the even number nearest below rotary_fraction * head_dim."""
+        return int(head_dim * self.rotary_fraction) // 2 * 2
+
+    def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2] in radians per token, made by array module `xp`."""
+        rotary_dim = self.rotary_dim(head_dim)
+        if self.scaling is None:
+            return plain_frequencies(self.theta, rotary_dim, xp, dtype)
+        return self.scaling.frequencies(self.theta, rotary_dim, xp, dtype)
+
+    def attention_factor(self) -> float:
+        """Multiplier of cos and sin (1 but for YaRN)."""
+        return 1.0 if self.scaling is None else self.scaling.attention_factor_value()
+
+
+class Nope(Frozen):
+    """No positional embedding: the causal mask is the only order."""
+
+    kind: Literal["nope"]
+
+
+Position = Annotated[Rope | Nope, Field(discriminator="kind")]
+
+
+class QKNorm(Frozen):
+    """Normalisation of queries and keys before the rotation.
+
+    over=head: each head's head_dim values; weight [head_dim] shared by all heads, or per_head
+    [heads, head_dim]. over=projection: all heads' values together, weight [heads * head_dim].
+    """
+
+    kind: Literal["none", "rms", "layernorm"] = "none"
+    over: Literal["head", "projection"] = "head"
+    weight: Literal["shared", "per_head"] = "shared"
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> "QKNorm":
+        if self.over == "projection" and self.weight == "per_head":
+            raise ValueError(
+                "weight=per_head has no meaning with over=projection (its weight already covers "
+                "every head). Leave weight out."
+            )
+        return self
+
+
+class SqrtDimScale(Frozen):
+    """Scores times 1 / sqrt(head_dim)."""
+
+    kind: Literal["sqrt_dim"] = "sqrt_dim"
+
+
+class FixedScale(Frozen):
+    """Scores times `scale`, whatever head_dim is."""
+
+    kind: Literal["fixed"]
+    scale: float = Field(gt=0)
+
+
+class Llama4Scale(Frozen):
+    """1 / sqrt(head_dim) times 1 + coefficient * ln(1 + floor((p + 1) / floor)), p the query's
+    position within its document (from 0)."""
+
+    kind: Literal["llama4"]
+    floor: int = Field(default=8192, gt=0)
+    coefficient: float = Field(default=0.1, ge=0)
+
+
+class LogScale(Frozen):
+    """1 / sqrt(head_dim) times log_base(base + n), n the number of visible keys (arXiv 2504.08719)."""
+
+    kind: Literal["log"]
+    base: float = Field(gt=1)
+
+
+class SsmaxScale(Frozen):
+    """1 / sqrt(head_dim) times s * ln n, s learned per query head, n the number of visible keys
+    (arXiv 2501.19399). Every s starts at `initial`."""
+
+    kind: Literal["ssmax"]
+    initial: float = Field(default=0.43, gt=0)
+
+
+LogitScale = Annotated[
+    SqrtDimScale | FixedScale | Llama4Scale | LogScale | SsmaxScale, Field(discriminator="kind")
+]
+
+
+class AttentionScheme(Frozen):
+    """How a layer's queries see its keys.
+
+    `window` counts the keys visible to a query, the query's own included; None means all earlier
+    keys of the document. This is the only place that says so; kernels convert.
+    """
+
+    position: Position
+    window: int | None = Field(default=None, ge=1)
+    qk_norm: QKNorm = QKNorm()
+    logit_scale: LogitScale = SqrtDimScale()
+
+
+class Periodic(Frozen):
+    """A pattern by rule: after `prefix`, layer i (counted from the end of the prefix) has `special`
+    where i % period == offset and `default` elsewhere; `last` replaces the final layer."""
+
+    default: str
+    special: str
+    period: int = Field(ge=1)
+    offset: int = Field(ge=0)
+    prefix: list[str] = []
+    last: str | None = None
+
+    @model_validator(mode="after")
+    def _check_offset(self) -> "Periodic":
+        if self.offset >= self.period:
+            raise ValueError(
+                f"offset={self.offset} never occurs (period={self.period}). "
+                f"Use 0 to {self.period - 1}."
+            )
+        return self
+
+
+class LayerPlan(Frozen):
+    """Which scheme each layer has: the sequence of schemes is the architecture."""
+
+    num_layers: int = Field(ge=1)
+    pattern: list[str] | Periodic
+    schemes: dict[str, AttentionScheme] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> "LayerPlan":
+        if isinstance(self.pattern, list):
+            if not self.pattern:
+                raise ValueError("pattern=[] names no scheme. Name one scheme per layer of a period.")
+            if self.num_layers % len(self.pattern):
+                raise ValueError(
+                    f"pattern has {len(self.pattern)} entries, which do not tile "
+                    f"num_layers={self.num_layers}. Use a multiple of {len(self.pattern)} layers, "
+                    "or a pattern given by period and offset."
+                )
+        elif len(self.pattern.prefix) > self.num_layers:
+            raise ValueError(
+                f"pattern.prefix has {len(self.pattern.prefix)} entries, more than "
+                f"num_layers={self.num_layers}. Shorten the prefix."
+            )
+        for name in self.names():
+            if name not in self.schemes:
+                raise ValueError(
+                    f"pattern names '{name}', which schemes does not define."
+                    f"{did_you_mean(name, self.schemes)}"
+                )
+        unused = [name for name in self.schemes if name not in self.names()]
+        if unused:
+            raise ValueError(
+                f"schemes defines '{unused[0]}', which no layer uses "
+                f"(pattern uses {', '.join(sorted(set(self.names())))}). Remove it or name it in pattern."
+            )
+        return self
+
+    def names(self) -> tuple[str, ...]:
+        """The scheme's name for each layer, first layer first."""
+        if isinstance(self.pattern, list):
+            return tuple(self.pattern) * (self.num_layers // len(self.pattern))
+        rule = self.pattern
+        names = list(rule.prefix)
+        for index in range(self.num_layers - len(rule.prefix)):
+            names.append(rule.special if index % rule.period == rule.offset else rule.default)
+        if rule.last is not None:
+            names[-1] = rule.last
+        return tuple(names)
+
+    def expand(self) -> tuple[AttentionScheme, ...]:
+        """One scheme per layer, first layer first."""
+        return tuple(self.schemes[name] for name in self.names())

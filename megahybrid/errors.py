@@ -1,0 +1,43 @@
+"""Errors that a user can cause or meet, and the exit code each one ends the process with.
+
+Every message is one line: `<dotted name>=<value> <what is wrong> (<the other number>). <What to do>.`
+"""
+
+EXIT_DONE = 0
+EXIT_USER_MISTAKE = 2
+EXIT_RESUME = 75
+EXIT_DO_NOT_RESTART = 93
+
+
+class MegahybridError(Exception):
+    """Base of every error that is reported as one line without a traceback."""
+
+    exit_code = EXIT_USER_MISTAKE
+
+
+class ConfigError(MegahybridError):
+    """A run file that cannot be meant: unknown keys, impossible values, parts that disagree."""
+
+
+class DataError(MegahybridError):
+    """A dataset or tokenizer that is missing, damaged, foreign or not the one the run needs."""
+
+
+class CheckpointError(MegahybridError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+
+class MeshError(MegahybridError):
+    """Ranks that cannot form the mesh: missing variables, a taken port, degrees that do not fit."""
+
+
+class AuditError(MegahybridError):
+    """The engine's arithmetic was proven wrong while running: do not restart, look first."""
+
+    exit_code = EXIT_DO_NOT_RESTART
+
+
+class NoProgressError(MegahybridError):
+    """The run cannot go on by itself, for example after too many skipped updates in a row."""
+
+    exit_code = EXIT_DO_NOT_RESTART
