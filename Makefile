@@ -1,0 +1,94 @@
+# What people type. `make help` lists it; every target can be run twice.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch, before anything else. TORCH=system uses the torch that PYTHON already
+# has (a GPU machine's own build); any other value goes to pip as it is, for example
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" for a small CPU build.
+TORCH ?= torch==2.13.0
+WHEELHOUSE ?= wheelhouse
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test check format bench bench-gpu wheelhouse docs clean distclean
+
+RUNTIME := $(VENV)/.installed
+DEVELOPMENT := $(VENV)/.installed-dev
+BIN := $(VENV)/bin
+# DeepSpeed as a pure wheel: its operators are never built here, and building them needs a compiler.
+PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q
+# Written after torch is in: nothing installed later may pull another one.
+PIN := $(VENV)/torch-pin.txt
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(RUNTIME) ## .venv with megahybrid (PYTHON=python3.12, TORCH=system)
+
+install-dev: $(DEVELOPMENT) ## the same, and what tests and checks need
+
+$(PIN): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing) (megahybrid needs Python 3.11 or newer). Use for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+		exit 2; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages,) $(VENV) || { \
+		echo "PYTHON=$(PYTHON) cannot make a virtual environment (its venv or ensurepip is missing). On Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		exit 2; }
+ifeq ($(TORCH),system)
+	@$(BIN)/python -c 'import torch' || { \
+		echo "TORCH=system, but PYTHON=$(PYTHON) has no torch. Leave TORCH out to install one." >&2; \
+		exit 2; }
+else
+	@echo "Installing $(TORCH)"
+	@$(PIP) $(TORCH)
+endif
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@.new
+	@mv $@.new $@
+
+$(RUNTIME): $(PIN)
+	@echo "Installing megahybrid beside $$(cat $(PIN))"
+	@$(PIP) -c $(PIN) setuptools wheel
+	@$(PIP) -c $(PIN) -e .
+	@touch $@
+
+$(DEVELOPMENT): $(RUNTIME)
+	@echo "Installing what tests and checks need"
+	@$(PIP) -c $(PIN) -e ".[dev,oracle,tensorboard]"
+	@touch $@
+
+demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, about 6 minutes on 2 cores
+	@PATH="$(abspath $(BIN)):$$PATH" bash configs/runs/demo.sh
+
+test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEVELOPMENT) ## format, lint, types, and who may import whom
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(DEVELOPMENT) ## rewrite the sources as `check` wants them
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(DEVELOPMENT) ## our model step against Hugging Face's Cohere2, on CPU
+	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU
+	@$(BIN)/python benchmarks/train_step.py --device cuda $(ARGS)
+
+wheelhouse: ## wheels for an offline GPU machine (PYTHON=3.12 is that machine's version)
+	@bash benchmarks/wheelhouse.sh "$(PYTHON)" "$(WHEELHOUSE)"
+
+docs: $(DEVELOPMENT) ## write the config reference from the schema
+	@$(BIN)/python docs/write_reference.py
+
+clean: ## remove caches and build products, keep runs and .venv
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find megahybrid data_prep tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## also remove .venv and the wheelhouse
+	@rm -rf $(VENV) $(WHEELHOUSE)
