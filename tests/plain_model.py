@@ -1,0 +1,407 @@
+"""The independent oracle: the whole model in the most obvious way, in one process.
+
+Nothing of megahybrid but its configuration types is used here: dense masks, explicit softmax, a
+loop over layers, every formula written again from its source. Tensors are plain leaves under their
+canonical names, so that gradients are read as `tensors[name].grad`. Slow on purpose; use it at
+lengths and widths where a [batch, heads, seq, seq] array of scores is small.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megahybrid.config.attention import AttentionScheme, LayerPlan, QKNorm, Rope
+from megahybrid.config.model import ModelConfig
+
+IGNORED = -100  # a target that does not count
+
+
+# ---------------------------------------------------------------------------------- tensors
+def canonical_shapes(
+    config: ModelConfig, plan: LayerPlan | Sequence[AttentionScheme] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every canonical tensor by name; linear weights are [out, in]."""
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, hidden)}
+    for index, scheme in enumerate(_schemes(config, plan)):
+        block = f"blocks.{index}"
+        if config.block == "parallel":
+            shapes[f"{block}.norm.weight"] = (hidden,)
+        else:
+            shapes[f"{block}.attention_norm.weight"] = (hidden,)
+            shapes[f"{block}.mlp_norm.weight"] = (hidden,)
+        shapes[f"{block}.attention.query.weight"] = (heads * head_dim, hidden)
+        shapes[f"{block}.attention.key.weight"] = (kv_heads * head_dim, hidden)
+        shapes[f"{block}.attention.value.weight"] = (kv_heads * head_dim, hidden)
+        shapes[f"{block}.attention.output.weight"] = (hidden, heads * head_dim)
+        if scheme.qk_norm.kind != "none":
+            for which, count in (("query_norm", heads), ("key_norm", kv_heads)):
+                if scheme.qk_norm.over == "projection":
+                    shape: tuple[int, ...] = (count * head_dim,)
+                elif scheme.qk_norm.weight == "per_head":
+                    shape = (count, head_dim)
+                else:
+                    shape = (head_dim,)
+                shapes[f"{block}.attention.{which}.weight"] = shape
+        if scheme.logit_scale.kind == "ssmax":
+            shapes[f"{block}.attention.logit_scale"] = (heads,)
+        shapes[f"{block}.mlp.gate.weight"] = (inner, hidden)
+        shapes[f"{block}.mlp.up.weight"] = (inner, hidden)
+        shapes[f"{block}.mlp.down.weight"] = (hidden, inner)
+    shapes["final_norm.weight"] = (hidden,)
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def random_tensors(
+    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64, std: float = 0.15
+) -> dict[str, Tensor]:
+    """Leaves with gradients, drawn so that everything matters: no weight is one, zero or small."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in canonical_shapes(config).items():
+        draw = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if "norm" in name:
+            draw = 1 + 0.3 * draw
+        elif name.endswith("logit_scale"):
+            draw = 0.6 + 0.2 * draw
+        else:
+            draw = std * draw
+        # rounded to fp32 first: a float64 and an fp32 model then start from the same numbers
+        tensors[name] = draw.float().to(dtype).requires_grad_()
+    return tensors
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """The 2-norm of the difference over the 2-norm of `truth` (0 where both are zero)."""
+    difference = (value.detach().double() - truth.detach().double()).norm().item()
+    size = truth.detach().double().norm().item()
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / size if size else (0.0 if difference == 0 else math.inf)
+
+
+# ---------------------------------------------------------------------------------- rotation
+def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """fp32 [rotary_dim / 2], in the order of operations of the published implementations."""
+    dims = int(head_dim * rope.rotary_fraction)
+    dims -= dims % 2
+    scaling = rope.scaling
+    theta = rope.theta
+    if scaling is not None and scaling.kind == "ntk":
+        theta = theta * scaling.factor ** (dims / (dims - 2))
+    inverse = 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
+    if scaling is None or scaling.kind == "ntk":
+        return inverse
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    if scaling.kind == "llama3":
+        slow = scaling.original_length / scaling.low_frequency_factor
+        fast = scaling.original_length / scaling.high_frequency_factor
+        result = []
+        for value in inverse:
+            wavelength = 2 * math.pi / value
+            if wavelength < fast:
+                result.append(value)
+            elif wavelength > slow:
+                result.append(value / scaling.factor)
+            else:
+                smooth = (scaling.original_length / wavelength - scaling.low_frequency_factor) / (
+                    scaling.high_frequency_factor - scaling.low_frequency_factor
+                )
+                result.append((1 - smooth) * value / scaling.factor + smooth * value)
+        return torch.stack(result)
+    assert scaling.kind == "yarn"
+    bounds = []
+    for rotations in (scaling.beta_fast, scaling.beta_slow):
+        length = scaling.original_length / (rotations * 2 * math.pi)
+        bounds.append(dims * math.log(length) / (2 * math.log(theta)))
+    low, high = bounds
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(dims // 2).float() - low) / (high - low)).clamp(0, 1)
+    keep = 1 - ramp
+    powers = theta ** (torch.arange(0, dims, 2).float() / dims)
+    return (1.0 / (scaling.factor * powers)) * (1 - keep) + (1.0 / powers) * keep
+
+
+def rotary_factor(rope: Rope) -> float:
+    """What cos and sin are multiplied by."""
+    if rope.scaling is None or rope.scaling.kind != "yarn":
+        return 1.0
+    if rope.scaling.attention_factor is not None:
+        return rope.scaling.attention_factor
+    return 0.1 * math.log(rope.scaling.factor) + 1.0 if rope.scaling.factor > 1 else 1.0
+
+
+def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """x [batch, heads, seq, head_dim] turned by fp32 angles; positions [batch, seq].
+
+    Of the first `rotary_dim` dimensions, i and i + rotary_dim / 2 are a pair.
+    """
+    inverse = rotary_frequencies(rope, x.shape[-1])
+    angles = positions.float()[:, None, :, None] * inverse  # [batch, 1, seq, rotary_dim / 2]
+    cos = (angles.cos() * rotary_factor(rope)).to(x.dtype)
+    sin = (angles.sin() * rotary_factor(rope)).to(x.dtype)
+    half = inverse.numel()
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+# ---------------------------------------------------------------------------------- attention
+def visible(starts: Tensor, window: int | None) -> Tensor:
+    """bool [batch, seq (query), seq (key)]: earlier keys of the same document, at most `window`."""
+    seq = starts.shape[1]
+    query = torch.arange(seq)[:, None]
+    key = torch.arange(seq)[None, :]
+    mask = (key <= query)[None] & (key[None] >= starts[:, :, None])
+    if window is not None:
+        mask = mask & (query - key < window)[None]
+    return mask
+
+
+def query_factor(
+    scheme: AttentionScheme, positions: Tensor, keys: Tensor, head_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """What a score is multiplied by, [batch, seq], but for SSMax's learned s.
+
+    `positions` are within the document, `keys` how many keys the query sees.
+    """
+    scale = scheme.logit_scale
+    plain = torch.full(positions.shape, head_dim**-0.5, dtype=dtype)
+    if scale.kind == "sqrt_dim":
+        return plain
+    if scale.kind == "fixed":
+        return torch.full(positions.shape, scale.scale, dtype=dtype)
+    if scale.kind == "llama4":
+        steps = ((positions + 1) // scale.floor).to(dtype)
+        return plain * (1 + scale.coefficient * torch.log(1 + steps))
+    if scale.kind == "log":
+        return plain * torch.log(scale.base + keys.to(dtype)) / math.log(scale.base)
+    assert scale.kind == "ssmax"
+    return plain * torch.log(keys.to(dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension(s) that `weight` broadcasts to; the mean is over the last one."""
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Bias-free, biased variance."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps) * weight
+
+
+NORMS = {"rms": rms_norm, "layernorm": layer_norm}
+
+
+def _schemes(
+    config: ModelConfig, plan: LayerPlan | Sequence[AttentionScheme] | None
+) -> tuple[AttentionScheme, ...]:
+    if plan is None:
+        plan = config.layer_plan
+    return plan.expand() if isinstance(plan, LayerPlan) else tuple(plan)
+
+
+class PlainModel:
+    """The model of `config` with the given canonical tensors; `plan` replaces the config's own."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        plan: LayerPlan | Sequence[AttentionScheme] | None = None,
+    ) -> None:
+        self.config = config
+        self.schemes = _schemes(config, plan)
+        shapes = canonical_shapes(config, plan)
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        assert given == shapes, f"{set(given.items()) ^ set(shapes.items())}"
+        self.tensors = tensors
+
+    def logits(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+        """tokens, starts [batch, seq] -> [batch, seq, vocab]."""
+        if starts is None:
+            starts = torch.zeros_like(tokens)
+        x = self.tensors["embedding.weight"][tokens]
+        for index, scheme in enumerate(self.schemes):
+            x = self._block(x, f"blocks.{index}", scheme, starts)
+        x = self._norm(x, "final_norm")
+        tied = self.config.tie_embeddings
+        head = self.tensors["embedding.weight" if tied else "head.weight"]
+        return self.config.logit_scale * (x @ head.T)
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of -log p(target) over the targets that count, and each one [batch, seq] (else 0)."""
+        logits = self.logits(tokens, starts)
+        counts = targets != IGNORED
+        shifted = logits - logits.amax(-1, keepdim=True).detach()
+        log_probability = shifted - shifted.exp().sum(-1, keepdim=True).log()
+        chosen = log_probability.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        per_token = torch.where(counts, -chosen, torch.zeros_like(chosen))
+        return per_token.sum(), per_token.detach()
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        norm = NORMS[self.config.norm]
+        return norm(x, self.tensors[f"{name}.weight"], self.config.eps)
+
+    def _block(self, x: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
+        if self.config.block == "parallel":
+            u = self._norm(x, f"{name}.norm")
+            return x + self._attention(u, name, scheme, starts) + self._mlp(u, name)
+        if self.config.block == "pre_norm":
+            x = x + self._attention(self._norm(x, f"{name}.attention_norm"), name, scheme, starts)
+            return x + self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
+        assert self.config.block == "post_norm"
+        x = x + self._norm(self._attention(x, name, scheme, starts), f"{name}.attention_norm")
+        return x + self._norm(self._mlp(x, name), f"{name}.mlp_norm")
+
+    def _mlp(self, u: Tensor, name: str) -> Tensor:
+        gate = u @ self.tensors[f"{name}.mlp.gate.weight"].T
+        up = u @ self.tensors[f"{name}.mlp.up.weight"].T
+        return (gate * torch.sigmoid(gate) * up) @ self.tensors[f"{name}.mlp.down.weight"].T
+
+    def _attention(self, u: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        q = self._heads(u, f"{name}.attention", "query", heads, scheme.qk_norm)
+        k = self._heads(u, f"{name}.attention", "key", kv_heads, scheme.qk_norm)
+        v = self._heads(u, f"{name}.attention", "value", kv_heads, QKNorm())
+        positions = torch.arange(u.shape[1])[None] - starts
+        if isinstance(scheme.position, Rope):
+            q, k = (rotate(part, positions, scheme.position) for part in (q, k))
+        owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
+        k, v = k[:, owner], v[:, owner]
+        mask = visible(starts, scheme.window)
+        factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
+        scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
+        if scheme.logit_scale.kind == "ssmax":
+            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
+        scores = scores.masked_fill(~mask[:, None], -math.inf)
+        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+        weights = weights / weights.sum(-1, keepdim=True)
+        mixed = (weights @ v).transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
+        return mixed @ self.tensors[f"{name}.attention.output.weight"].T
+
+    def _heads(self, u: Tensor, name: str, which: str, count: int, qk_norm: QKNorm) -> Tensor:
+        """[batch, seq, hidden] -> [batch, count, seq, head_dim], normalised where asked."""
+        projected = u @ self.tensors[f"{name}.{which}.weight"].T
+        split = (count, self.config.head_dim)
+        if qk_norm.kind == "none":
+            return projected.unflatten(-1, split).transpose(1, 2)
+        norm = NORMS[qk_norm.kind]
+        weight = self.tensors[f"{name}.{which}_norm.weight"]
+        if qk_norm.over == "projection":
+            projected = norm(projected, weight, self.config.eps).unflatten(-1, split)
+        else:  # a per-head weight [heads, head_dim] and a shared one [head_dim] broadcast alike
+            projected = norm(projected.unflatten(-1, split), weight, self.config.eps)
+        return projected.transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------- training
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank sees in one forward: all [batch, seq] int64."""
+
+    tokens: Tensor
+    targets: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """What a run gave: a loss and a norm per step (before clipping), the first step's gradients
+    (before clipping) and the weights after the last step, by canonical name."""
+
+    losses: list[float]
+    norms: list[float]
+    first_gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def random_batch(
+    vocab_size: int, rows: int, seq: int, seed: int, ignored: float = 0.3, documents: bool = True
+) -> MicroBatch:
+    """Random tokens; documents start at random places; about `ignored` of the targets do not
+    count (always at least one does)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (rows, seq), generator=generator)
+    targets = torch.randint(0, vocab_size, (rows, seq), generator=generator)
+    dropped = torch.rand((rows, seq), generator=generator) < ignored
+    dropped[0, 0] = False
+    targets[dropped] = IGNORED
+    begins = torch.rand((rows, seq), generator=generator) < 0.15
+    begins[:, 0] = True
+    if not documents:
+        begins[:, 1:] = False
+    places = torch.where(begins, torch.arange(seq).expand(rows, seq), 0)
+    return MicroBatch(tokens, targets, places.cummax(dim=1).values)
+
+
+def global_norm(gradients: Mapping[str, Tensor]) -> float:
+    """The 2-norm of all gradients together."""
+    return math.sqrt(sum(gradient.double().pow(2).sum().item() for gradient in gradients.values()))
+
+
+def plain_adamw_run(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    steps: Sequence[Sequence[MicroBatch]],
+    learning_rates: Sequence[float],
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-5,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+    decay: Callable[[str], float],
+    multiplier: Callable[[str], float] = lambda name: 1.0,
+    plan: LayerPlan | Sequence[AttentionScheme] | None = None,
+) -> PlainRun:
+    """Train a copy of `tensors`; `steps[n]` holds ALL micro batches of step n, of all data ranks.
+
+    A step's loss is the sum of losses over the count of valid tokens of the whole step. By name,
+    `decay` multiplies weight_decay (0: none) and `multiplier` the learning rate.
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in tensors.items()}
+    groups = [
+        {
+            "params": [leaf],
+            "name": name,
+            "weight_decay": weight_decay * decay(name),
+        }
+        for name, leaf in leaves.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps, foreach=False)
+    model = PlainModel(config, leaves, plan)
+    losses, norms, first = [], [], {}
+    for step, (micro_batches, rate) in enumerate(zip(steps, learning_rates, strict=True)):
+        valid = sum(int((micro.targets != IGNORED).sum()) for micro in micro_batches)
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in micro_batches:
+            loss_sum, _ = model.loss(micro.tokens, micro.targets, micro.starts)
+            (loss_sum / valid).backward()
+            total += loss_sum.item()
+        gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        losses.append(total / valid)
+        norms.append(global_norm(gradients))
+        if step == 0:
+            first = {name: gradient.clone() for name, gradient in gradients.items()}
+        shrink = clip_norm / (norms[-1] + 1e-6)
+        if clip_norm > 0 and shrink < 1:
+            for gradient in gradients.values():
+                gradient.mul_(shrink)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * multiplier(group["name"])
+        optimizer.step()
+    return PlainRun(losses, norms, first, {name: leaf.detach() for name, leaf in leaves.items()})
