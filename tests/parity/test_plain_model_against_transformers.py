@@ -9,13 +9,8 @@ from torch import Tensor
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
-from tests.plain_model import (
-    PlainModel,
-    canonical_shapes,
-    query_factor,
-    random_batch,
-    relative_error,
-)
+from tests.plain_model import PlainModel, canonical_shapes, query_factor, relative_error
+from tests.plain_training import random_batch
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: nothing independent to compare with"
