@@ -6,12 +6,15 @@ torch, torch for the fp32 bits that run).
 """
 
 import math
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from megahybrid.config.base import Frozen, did_you_mean
+from megahybrid.config.base import Frozen, Name, did_you_mean, dump, parse
+from megahybrid.config.yaml_file import merge
+from megahybrid.errors import ConfigError
 
 Array = Any  # numpy.ndarray or torch.Tensor, as the caller's `xp` makes them
 
@@ -251,17 +254,48 @@ class AttentionScheme(Frozen):
     qk_norm: QKNorm = QKNorm()
     logit_scale: LogitScale = SqrtDimScale()
 
+    def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
+        """The scheme with some fields changed; `where` is their dotted path in a ConfigError.
+
+        A change that would add, remove or reshape a learned parameter is refused: the weights of
+        the stage before could not be taken over.
+        """
+        position = fields.get("position")
+        if isinstance(self.position, Nope) and isinstance(position, Mapping):
+            rotary = [f for f in position if f in Rope.model_fields and f != "kind"]
+            if rotary and "kind" not in position:
+                raise ConfigError(
+                    f"{where}.position.{rotary[0]} has nothing to act on: these layers have no "
+                    "rotation (position.kind=nope). Remove it, or name the scheme that rotates."
+                )
+        changed = parse(AttentionScheme, merge(dump(self), dict(fields)), where=where)
+        if changed.learned() != self.learned():
+            raise ConfigError(
+                f"{where} changes which parameters exist ({self.learned()} to "
+                f"{changed.learned()}). Keep qk_norm and ssmax as the model has them."
+            )
+        return changed
+
+    def learned(self) -> str:
+        """The learned parameters of the scheme in words, "none" when it has none."""
+        parts = []
+        if self.qk_norm.kind != "none":
+            parts.append(f"qk_norm over {self.qk_norm.over}, weight {self.qk_norm.weight}")
+        if isinstance(self.logit_scale, SsmaxScale):
+            parts.append("ssmax scale")
+        return " and ".join(parts) or "none"
+
 
 class Periodic(Frozen):
     """A pattern by rule: after `prefix`, layer i (counted from the end of the prefix) has `special`
     where i % period == offset and `default` elsewhere; `last` replaces the final layer."""
 
-    default: str
-    special: str
+    default: Name
+    special: Name
     period: int = Field(ge=1)
     offset: int = Field(ge=0)
-    prefix: list[str] = []
-    last: str | None = None
+    prefix: list[Name] = []
+    last: Name | None = None
 
     @model_validator(mode="after")
     def _check_offset(self) -> "Periodic":
@@ -273,18 +307,30 @@ class Periodic(Frozen):
         return self
 
 
+def _pattern_form(value: Any) -> str:
+    return "rule" if isinstance(value, dict | Periodic) else "list"
+
+
+Pattern = Annotated[
+    Annotated[list[Name], Tag("list")] | Annotated[Periodic, Tag("rule")],
+    Discriminator(_pattern_form),
+]
+
+
 class LayerPlan(Frozen):
     """Which scheme each layer has: the sequence of schemes is the architecture."""
 
     num_layers: int = Field(ge=1)
-    pattern: list[str] | Periodic
-    schemes: dict[str, AttentionScheme] = Field(min_length=1)
+    pattern: Pattern
+    schemes: dict[Name, AttentionScheme] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check_pattern(self) -> "LayerPlan":
         if isinstance(self.pattern, list):
             if not self.pattern:
-                raise ValueError("pattern=[] names no scheme. Name one scheme per layer of a period.")
+                raise ValueError(
+                    "pattern=[] names no scheme. Name one scheme per layer of a period."
+                )
             if self.num_layers % len(self.pattern):
                 raise ValueError(
                     f"pattern has {len(self.pattern)} entries, which do not tile "
@@ -325,3 +371,29 @@ class LayerPlan(Frozen):
     def expand(self) -> tuple[AttentionScheme, ...]:
         """One scheme per layer, first layer first."""
         return tuple(self.schemes[name] for name in self.names())
+
+    def with_overrides(
+        self, overrides: Mapping[str, Mapping[str, Any]], where: str = "schemes"
+    ) -> "LayerPlan":
+        """The plan with fields of named schemes changed, as a stage does: {scheme: {field: value}}.
+
+        Mappings are merged (`position: {theta: 100000}` keeps the scaling); a mapping of another
+        `kind` replaces the old one whole, so it must be complete. `where` is the dotted path of
+        `overrides`. Raises ConfigError with one line per mistake.
+        """
+        schemes = dict(self.schemes)
+        lines: list[str] = []
+        for name, fields in overrides.items():
+            if name not in schemes:
+                lines.append(
+                    f"{where}.{name} names no scheme of model.layer_plan.schemes "
+                    f"({', '.join(self.schemes)}).{did_you_mean(name, self.schemes)}"
+                )
+                continue
+            try:
+                schemes[name] = self.schemes[name].with_overrides(fields, f"{where}.{name}")
+            except ConfigError as error:
+                lines.append(str(error))
+        if lines:
+            raise ConfigError("\n".join(lines))
+        return self.model_copy(update={"schemes": schemes})

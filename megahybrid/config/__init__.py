@@ -1,0 +1,6 @@
+"""What a run is: frozen values, read from YAML and checked before anything expensive starts."""
+
+from megahybrid.config.base import dump, dump_yaml, load, parse, parse_json
+from megahybrid.config.run import RunConfig
+
+__all__ = ["RunConfig", "dump", "dump_yaml", "load", "parse", "parse_json"]

@@ -1,0 +1,104 @@
+"""The base of every config value, and the way in and out of YAML: `load`, `parse`, `dump`.
+
+Values are frozen and complete. Types are strict: text is never read as a number and a boolean is
+never an integer. A validator that refuses writes its message as it would follow the dotted path of
+its own value: "theta=1 is ..." inside a Rope becomes "model....position.theta=1 is ...".
+"""
+
+import difflib
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, overload
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+if TYPE_CHECKING:
+    from megahybrid.config.run import RunConfig
+
+Value = TypeVar("Value", bound=BaseModel)
+
+# Names of stages, schemes and sources are parts of dotted paths and of file names.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class Frozen(BaseModel):
+    """A config value: immutable, no unknown fields, no coercion, no infinities."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" with the nearest candidate, or nothing when none is near."""
+    near = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+@overload
+def load(path: str | Path, overrides: Sequence[str] = ()) -> "RunConfig": ...
+@overload
+def load(path: str | Path, overrides: Sequence[str] = (), *, type: type[Value]) -> Value: ...
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, type: type[BaseModel] | None = None
+) -> BaseModel:
+    """The value a YAML file says: its includes in order, the file itself, then `key.sub=value`.
+
+    `type` is the class to read, RunConfig when left out. Raises ConfigError, one line per mistake.
+    """
+    from megahybrid.config.yaml_file import apply_overrides, read_tree
+
+    if type is None:
+        from megahybrid.config.run import RunConfig
+
+        type = RunConfig
+    return parse(type, apply_overrides(read_tree(Path(path)), overrides), source=str(path))
+
+
+def parse(type: type[Value], plain: Any, source: str = "", where: str = "") -> Value:
+    """The value of class `type` that plain dicts, lists and scalars say.
+
+    `source` (a file) begins each line of a ConfigError; `where` is the dotted path of `plain`.
+    """
+    from megahybrid.config.explain import explain
+    from megahybrid.errors import ConfigError
+
+    try:
+        return type.model_validate(plain)
+    except ValidationError as error:
+        lines = explain(error, type, plain, where)
+    prefix = f"{source}: " if source else ""
+    raise ConfigError("\n".join(prefix + line for line in lines))
+
+
+def parse_json(type: type[Value], text: str | bytes) -> Value:
+    """The value that `value.model_dump_json()` wrote: JSON has no integer keys, so they come back
+    from text."""
+    return type.model_validate_json(text)
+
+
+def dump(value: BaseModel) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, every default written out; `parse` reads it back."""
+    return cast(dict[str, Any], _without_tuples(value.model_dump(mode="python")))
+
+
+def dump_yaml(value: BaseModel) -> str:
+    """The YAML text of a value, every default written out; `load` reads it back."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 100
+    text = io.StringIO()
+    yaml.dump(dump(value), text)
+    return text.getvalue()
+
+
+def _without_tuples(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {key: _without_tuples(item) for key, item in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [_without_tuples(item) for item in plain]
+    return plain

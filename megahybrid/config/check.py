@@ -1,0 +1,132 @@
+"""The checks that span the parts of a run. Each function returns its problems, one line each."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megahybrid.config.base import did_you_mean
+from megahybrid.config.model import rotation_problems
+from megahybrid.config.stages import BatchRamp, Stage
+from megahybrid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megahybrid.config.run import RunConfig
+
+
+def problems(run: "RunConfig", world_size: int | None) -> list[str]:
+    """Everything that config alone can tell to be wrong."""
+    lines = run.parallel.problems(run.model, world_size)
+    lines += _precision(run)
+    data_degree = None
+    if world_size is not None and world_size % run.parallel.tensor == 0:
+        data_degree = run.parallel.data_degree(world_size)
+    for index, stage in enumerate(run.stages):
+        lines += _lengths(run, stage, f"stages.{index}")
+        lines += _batches(stage, f"stages.{index}", data_degree)
+        lines += _sources(run, stage, f"stages.{index}")
+        if not isinstance(stage.recompute, str) and len(stage.recompute) != (
+            layers := run.model.layer_plan.num_layers
+        ):
+            lines.append(
+                f"stages.{index}.recompute has {len(stage.recompute)} entries "
+                f"(model.layer_plan.num_layers={layers}). Give one per layer, or one word for all."
+            )
+    lines += _scheme_overrides(run)
+    return list(dict.fromkeys(lines))
+
+
+def _precision(run: "RunConfig") -> Iterator[str]:
+    if run.parallel.zero_stage == 0 and (run.precision != "fp32" or run.parallel.tensor > 1):
+        yield (
+            f"parallel.zero_stage=0 is right only in fp32 without tensor parallelism "
+            f"(precision={run.precision}, parallel.tensor={run.parallel.tensor}): DeepSpeed's "
+            "stage 0 reports a wrong gradient norm otherwise. Use zero_stage: 1."
+        )
+    if run.device == "cpu" and (run.kernels.full in _CUDA or run.kernels.windowed in _CUDA):
+        name = "full" if run.kernels.full in _CUDA else "windowed"
+        yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
+
+
+_CUDA = ("varlen", "flex")
+
+
+def _lengths(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
+    tensor = run.parallel.tensor
+    for length in stage.lengths:
+        if length % tensor:
+            yield (
+                f"{where}.lengths names {length}, which parallel.tensor={tensor} does not divide "
+                "(each tensor rank holds a part of the sequence). "
+                f"Use a multiple of {tensor}."
+            )
+        if stage.micro_batch_tokens % length:
+            yield (
+                f"{where}.micro_batch_tokens={stage.micro_batch_tokens} is not a multiple of "
+                f"{length} ({where}.lengths). {_multiple(stage.micro_batch_tokens, length)}"
+            )
+    longest = max(stage.lengths)
+    if run.data.block_tokens < longest:
+        yield (
+            f"data.block_tokens={run.data.block_tokens} is shorter than the longest length "
+            f"({where}.lengths names {longest}). Use at least {longest}."
+        )
+
+
+def _batches(stage: Stage, where: str, data_degree: int | None) -> Iterator[str]:
+    batch = stage.batch_tokens
+    values = {f"{where}.batch_tokens": batch}
+    if isinstance(batch, BatchRamp):
+        values = {
+            f"{where}.batch_tokens.{n}": getattr(batch, n) for n in ("start", "end", "increment")
+        }
+    for name, value in values.items():
+        assert isinstance(value, int)
+        for length in stage.lengths:
+            if value % length:
+                yield (
+                    f"{name}={value} is not a multiple of {length} ({where}.lengths). "
+                    f"{_multiple(value, length)}"
+                )
+        per_pass = (data_degree or 1) * stage.micro_batch_tokens
+        if value % per_pass:
+            factors = f"{where}.micro_batch_tokens={stage.micro_batch_tokens}"
+            if data_degree is not None:
+                factors = f"{data_degree} data ranks times {factors}"
+            yield (
+                f"{name}={value} is not a multiple of {per_pass} ({factors}). "
+                f"{_multiple(value, per_pass)}"
+            )
+    first = batch.start if isinstance(batch, BatchRamp) else batch
+    if stage.tokens < first:
+        yield (
+            f"{where}.tokens={stage.tokens} is less than one batch "
+            f"({where}.batch_tokens={first}). Use at least {first}."
+        )
+
+
+def _multiple(value: int, of: int) -> str:
+    below, above = value // of * of, -(-value // of) * of
+    return f"Use {below} or {above}." if below else f"Use {above}."
+
+
+def _sources(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
+    known = run.data.sources
+    for name in stage.weights:
+        if name not in known:
+            yield (
+                f"{where}.weights names '{name}', which data.sources does not define "
+                f"({', '.join(known)}).{did_you_mean(name, known) or ' Define it, or remove it.'}"
+            )
+
+
+def _scheme_overrides(run: "RunConfig") -> list[str]:
+    lines: list[str] = []
+    plan = run.model.layer_plan
+    for index, stage in enumerate(run.stages):
+        where = f"stages.{index}.schemes"
+        for name, fields in stage.schemes.items():
+            try:
+                plan = plan.with_overrides({name: fields}, where=where)
+            except ConfigError as error:
+                lines += str(error).splitlines()
+        lines += rotation_problems(plan, run.model.head_dim, where)
+    return lines

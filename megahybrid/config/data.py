@@ -1,0 +1,32 @@
+"""`DataConfig`: which token files are read, and how documents and blocks are served."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megahybrid.config.base import Frozen, Name
+
+
+class Source(Frozen):
+    """One prepared dataset."""
+
+    path: str = Field(description="folder with manifest.json, or the path of a foreign .bin file")
+
+
+class DataConfig(Frozen):
+    """What is trained on and in what order it is served (contracts: lanes of long blocks)."""
+
+    sources: dict[Name, Source] = Field(min_length=1, description="training data by name")
+    held_out: dict[Name, Source] = Field(default={}, description="validation data by name")
+    documents: Literal["masked", "joined"] = Field(
+        default="masked",
+        description="masked: a token sees its own document only; joined: all earlier tokens of its row",
+    )
+    block_tokens: int = Field(
+        gt=0,
+        description="tokens of the contiguous blocks that are permuted; at least the longest length",
+    )
+    lanes: int = Field(default=64, gt=0, description="blocks of one source that are read at a time")
+    tokenizer: str | None = Field(
+        default=None, description="tokenizer file, checked against the data and used for samples"
+    )

@@ -1,0 +1,230 @@
+"""Pydantic's errors in our words: `<dotted name>=<value> <what is wrong>. <What to do>.`"""
+
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from megahybrid.config.base import did_you_mean
+
+_WANTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "finite_number": "a finite number",
+}
+_BOUND = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def explain(
+    error: ValidationError, type_: type[BaseModel], plain: Any, where: str = ""
+) -> list[str]:
+    """One line per mistake, in the order of the fields; `where` is the dotted path of `plain`."""
+    lines: dict[str, None] = {}
+    for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":
+            continue  # follows from another mistake, which has its own line
+        lines.setdefault(_line(dict(item), type_, plain, where))
+    return list(lines)
+
+
+def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    is_key = bool(item["loc"]) and item["loc"][-1] == "[key]"
+    parts = _real_path(item["loc"], plain, kind)
+    path = _join(where, parts)
+    value = show(item["input"])
+    if kind == "extra_forbidden":
+        fields = fields_at(type_, parts[:-1], plain)
+        near = did_you_mean(parts[-1], fields)
+        return f"{path} is not a field.{near or ' The fields here are ' + _list(fields) + '.'}"
+    if kind == "missing":
+        return f"{path} is missing. Give it a value."
+    if kind in ("value_error", "assertion_error"):
+        return _join(where, parts, str(context.get("error", item["msg"])))
+    if is_key:
+        return f"{path} has a key that {_says(kind, context, value)}. Change the key."
+    if kind == "union_tag_not_found":
+        return f"{path}={value} does not say its kind. Write kind: with {_options(type_, parts, plain)}."
+    if kind == "union_tag_invalid":
+        tags = [t.strip().strip("'") for t in context["expected_tags"].split(", ")]
+        tag = context["tag"]
+        return f"{path}.kind={tag} is not one of {', '.join(tags)}.{did_you_mean(tag, tags)}"
+    if kind == "literal_error":
+        options = [
+            o.strip().strip("'") for o in context["expected"].replace(" or ", ", ").split(", ")
+        ]
+        return f"{path}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
+    if kind in _WANTED:
+        return f"{path}={value} is not {_WANTED[kind]}{_hint(kind, item['input'])}."
+    return f"{path}={value} {_says(kind, context, value)}. Change it."
+
+
+def _says(kind: str, context: dict[str, Any], value: str) -> str:
+    if kind in _BOUND:
+        name, words = _BOUND[kind]
+        return f"must be {words} {context[name]}"
+    if kind == "string_pattern_mismatch":
+        return "is not a name (letters, digits, _ and - only)"
+    if kind == "too_short":
+        return f"has {context['actual_length']} entries and needs {context['min_length']}"
+    if kind in ("too_long", "missing_argument"):
+        return f"has more than {context.get('max_length')} entries"
+    if kind in _WANTED:
+        return f"is not {_WANTED[kind]}"
+    return f"is refused ({kind.replace('_', ' ')})"
+
+
+def _hint(kind: str, value: Any) -> str:
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f" (it has a fraction or an exponent). Write {int(value):_}"
+    if isinstance(value, bool):
+        return " (it is a boolean)"
+    if isinstance(value, str) and kind in ("int_type", "float_type", "int_from_float"):
+        return (
+            " (it is text). Write the number without quotes"
+            if _is_number(value)
+            else " (it is text)"
+        )
+    if value is None:
+        return " (it is empty). Give it a value"
+    if kind == "string_type":
+        return ". Put it in quotes"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in YAML, on one line and short."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = value if isinstance(value, str) else repr(value).replace("'", "")
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _join(where: str, parts: list[str], last: str = "") -> str:
+    return ".".join(p for p in (where, *parts, last) if p) or "the file"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _real_path(loc: tuple[Any, ...], plain: Any, kind: str) -> list[str]:
+    """The dotted path in the file: pydantic puts union tags into its own, which nobody wrote."""
+    parts: list[str] = []
+    here = plain
+    for index, part in enumerate(loc):
+        if part == "[key]":
+            continue
+        is_last = index == len(loc) - 1
+        if isinstance(here, dict):
+            key = part if part in here else _same_text(part, here)
+            if key in here:
+                here = here[key]
+            elif not (is_last and kind == "missing"):
+                continue
+        elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
+            here = here[part]
+        else:
+            continue
+        parts.append(str(part))
+    return parts
+
+
+def _same_text(part: Any, mapping: dict[Any, Any]) -> Any:
+    """The key that prints as `part` does: pydantic turns some keys of a path into text."""
+    return next((key for key in mapping if str(key) == str(part)), part)
+
+
+def fields_at(type_: Any, parts: list[str], plain: Any) -> list[str]:
+    """The fields that the value at dotted path `parts` may have."""
+    models = _models(type_, plain)
+    here = plain
+    for part in parts:
+        if isinstance(here, dict):
+            here = here.get(_same_text(part, here))
+        elif isinstance(here, list | tuple) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+        inner: list[Any] = []
+        for model in models:
+            if isinstance(model, type) and issubclass(model, BaseModel):
+                if part in model.model_fields:
+                    inner.append(model.model_fields[part].annotation)
+            else:
+                inner.append(get_args(model)[-1])
+        models = [m for annotation in inner for m in _models(annotation, here)]
+    names: list[str] = []
+    for model in models:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            names += [name for name in model.model_fields if name not in names]
+    return names
+
+
+def _models(annotation: Any, plain: Any) -> list[Any]:
+    """The models and containers an annotation allows, narrowed by the `kind` that was written."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _models(get_args(annotation)[0], plain)
+    if origin in (Union, types.UnionType):
+        found = [m for member in get_args(annotation) for m in _models(member, plain)]
+        written = plain.get("kind") if isinstance(plain, dict) else None
+        return [m for m in found if written in _kinds(m)] or found
+    if origin in (dict, list, tuple):
+        return [annotation]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return []
+
+
+def _kinds(model: Any) -> tuple[str, ...]:
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return ()
+    field = model.model_fields.get("kind")
+    if field is None or get_origin(field.annotation) is not Literal:
+        return ()
+    return get_args(field.annotation)
+
+
+def _options(type_: Any, parts: list[str], plain: Any) -> str:
+    annotation: Any = type_
+    here = plain
+    candidates = [annotation]
+    for part in parts:
+        inner = []
+        for candidate in candidates:
+            for model in _models(candidate, here):
+                if isinstance(model, type) and issubclass(model, BaseModel):
+                    if part in model.model_fields:
+                        inner.append(model.model_fields[part].annotation)
+                else:
+                    inner.append(get_args(model)[-1])
+        if isinstance(here, dict):
+            here = here.get(_same_text(part, here))
+        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+        candidates = inner
+    kinds = [k for c in candidates for m in _models(c, None) for k in _kinds(m)]
+    return ", ".join(dict.fromkeys(kinds))

@@ -1,0 +1,110 @@
+"""`ModelConfig`: the shape of the network and the sequence of its attention schemes."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megahybrid.config.attention import LayerPlan, NtkScaling, Rope
+from megahybrid.config.base import Frozen
+
+
+class ModelConfig(Frozen):
+    """A decoder: embedding, blocks of attention and SwiGLU MLP, a final norm, a head. No biases."""
+
+    vocab_size: int = Field(ge=1, description="tokens in the vocabulary, without padding")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    intermediate_size: int = Field(ge=1, description="width of the SwiGLU MLP")
+    num_heads: int = Field(ge=1, description="query heads")
+    num_kv_heads: int = Field(
+        ge=1,
+        default_factory=lambda data: data["num_heads"],
+        description="key and value heads; num_heads when left out",
+    )
+    head_dim: int = Field(
+        ge=1,
+        default_factory=lambda data: max(1, data["hidden_size"] // data["num_heads"]),
+        description="dimensions of one head; hidden_size / num_heads when left out",
+    )
+    block: Literal["pre_norm", "post_norm", "parallel"] = Field(
+        default="pre_norm",
+        description="pre_norm: x + f(norm(x)); post_norm: x + norm(f(x)); "
+        "parallel: one norm, x + attention + mlp",
+    )
+    norm: Literal["rms", "layernorm"] = Field(
+        default="rms", description="kind of every norm but QK-norm; layernorm has no bias"
+    )
+    eps: float = Field(default=1e-5, gt=0, description="added to the variance in every norm")
+    tie_embeddings: bool = Field(default=True, description="the head is the embedding's matrix")
+    logit_scale: float = Field(default=1.0, gt=0, description="multiplies the final logits")
+    initial_std: float = Field(
+        default=0.02, gt=0, description="standard deviation of the initial weights"
+    )
+    layer_plan: LayerPlan = Field(description="which attention scheme each layer has")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_default_head_dim(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "head_dim" not in data:
+            hidden, heads = data.get("hidden_size"), data.get("num_heads")
+            if type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads:
+                raise ValueError(
+                    f"num_heads={heads} does not divide hidden_size={hidden}. "
+                    "Change one of them, or give head_dim."
+                )
+        return data
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "ModelConfig":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}. "
+                f"Use {either(divisors(self.num_heads))}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rotations(self) -> "ModelConfig":
+        problems = rotation_problems(self.layer_plan, self.head_dim)
+        if problems:
+            raise ValueError(problems[0])
+        return self
+
+
+def rotation_problems(
+    plan: LayerPlan, head_dim: int, where: str = "layer_plan.schemes"
+) -> list[str]:
+    """What is wrong with the rotations of a plan at this head_dim, one line each."""
+    lines = []
+    for name, scheme in plan.schemes.items():
+        position = scheme.position
+        if not isinstance(position, Rope):
+            continue
+        path = f"{where}.{name}.position"
+        rotary_dim = position.rotary_dim(head_dim)
+        if position.rotary_fraction == 1.0 and head_dim % 2:
+            lines.append(
+                f"{path}.kind=rope rotates pairs of dimensions (model.head_dim={head_dim} is odd). "
+                "Use an even head_dim."
+            )
+        elif rotary_dim < 2:
+            lines.append(
+                f"{path}.rotary_fraction={position.rotary_fraction} rotates no pair "
+                f"(model.head_dim={head_dim}). Raise it, or use kind: nope."
+            )
+        elif isinstance(position.scaling, NtkScaling) and rotary_dim == 2:
+            lines.append(
+                f"{path}.scaling.kind=ntk needs more than one rotated pair "
+                f"(rotary dimensions=2, model.head_dim={head_dim}). Use kind: linear."
+            )
+    return lines
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of `number`, smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def either(numbers: list[int]) -> str:
+    """ "1, 2 or 4"."""
+    texts = [str(n) for n in numbers]
+    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]

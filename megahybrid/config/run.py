@@ -1,0 +1,100 @@
+"""`RunConfig`: everything a run is, and the checks that span its parts."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.base import Frozen
+from megahybrid.config.data import DataConfig
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.parallel import ParallelConfig
+from megahybrid.config.stages import Stage, StagePlan
+from megahybrid.config.training import (
+    CheckpointConfig,
+    EvaluateConfig,
+    KernelConfig,
+    LogConfig,
+    OptimizerConfig,
+    StartConfig,
+)
+
+
+class RunConfig(Frozen):
+    """One run: a model trained through stages, on some data, over some ranks."""
+
+    seed: int = Field(default=1, ge=0, lt=2**63, description="every random draw is keyed by it")
+    model: ModelConfig = Field(description="the network")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="degrees of parallelism")
+    data: DataConfig = Field(description="token files and how they are served")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW's numbers")
+    stages: list[Stage] = Field(min_length=1, description="stretches of training, in order")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="when checkpoints are written"
+    )
+    evaluate: EvaluateConfig = Field(
+        default=EvaluateConfig(), description="when held-out sets are scored"
+    )
+    start: StartConfig | None = Field(
+        default=None, description="the checkpoint this run branches off; null: from nothing"
+    )
+    log: LogConfig = Field(default=LogConfig(), description="audits, traces and trackers")
+    kernels: KernelConfig = Field(default=KernelConfig(), description="attention kernels")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="of weights and activations; sums and optimizer are fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one"
+    )
+    deterministic: bool = Field(
+        default=False, description="bitwise repeatable on CUDA, slower; the CPU always is"
+    )
+    directory: str | None = Field(
+        default=None, description="the run's folder; runs/<name of the run file> when left out"
+    )
+    max_skipped_in_a_row: int = Field(
+        default=10,
+        ge=1,
+        description="updates skipped for a non-finite gradient before the run stops",
+    )
+
+    @model_validator(mode="after")
+    def _check_stage_names(self) -> "RunConfig":
+        names = [stage.name for stage in self.stages]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(
+                    f"stages.{index}.name={name} is also the name of stages.{names.index(name)}. "
+                    "Change one."
+                )
+        return self
+
+    @cached_property
+    def stage_plan(self) -> StagePlan:
+        """The steps of the run."""
+        return StagePlan(self.stages)
+
+    def plan_at(self, stage_index: int) -> LayerPlan:
+        """The layer plan in stage `stage_index`: each stage's overrides hold from it on."""
+        plan = self.model.layer_plan
+        for index, stage in enumerate(self.stages[: stage_index + 1]):
+            plan = plan.with_overrides(stage.schemes, where=f"stages.{index}.schemes")
+        return plan
+
+    def run_directory(self, run_file: str | Path) -> Path:
+        """Where the run lives: `directory`, or runs/<name of the run file>."""
+        return Path(self.directory or f"runs/{Path(run_file).stem}")
+
+    def check(self, world_size: int | None = None) -> None:
+        """Raises ConfigError with every disagreement between the parts, one line each.
+
+        `world_size` is the number of ranks; None leaves out what only it can tell.
+        """
+        from megahybrid.config.check import problems
+        from megahybrid.errors import ConfigError
+
+        lines = problems(self, world_size)
+        if lines:
+            raise ConfigError("\n".join(lines))

@@ -1,0 +1,112 @@
+"""Optimizer, checkpoints, evaluation, logging, the start of a run and the choice of kernels."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megahybrid.config.base import Frozen
+
+
+class OptimizerConfig(Frozen):
+    """AdamW. The learning rate is not here: it belongs to the stages."""
+
+    kind: Literal["adamw"] = Field(default="adamw", description="the optimizer")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False),
+    ] = Field(default=(0.9, 0.95), description="decay rates of the two moments")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled decay, on the parameters that the table names"
+    )
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="largest global gradient norm; null: no clipping"
+    )
+    parametrisation: Literal["standard", "mup"] = Field(
+        default="standard",
+        description="how initial values and learning rates depend on width",
+    )
+    base_hidden_size: int | None = Field(
+        default=None, ge=1, description="mup: the width at which the learning rate was tuned"
+    )
+
+    @model_validator(mode="after")
+    def _check_mup(self) -> "OptimizerConfig":
+        if self.parametrisation == "mup" and self.base_hidden_size is None:
+            raise ValueError(
+                "base_hidden_size is missing (parametrisation=mup). "
+                "Give the hidden_size at which the learning rate was tuned."
+            )
+        if self.parametrisation == "standard" and self.base_hidden_size is not None:
+            raise ValueError(
+                f"base_hidden_size={self.base_hidden_size} has no meaning with "
+                "parametrisation=standard. Remove it, or use parametrisation: mup."
+            )
+        return self
+
+
+class CheckpointConfig(Frozen):
+    """When checkpoints are written, besides the end of every stage."""
+
+    every_steps: int = Field(default=1000, gt=0, description="steps between two checkpoints")
+    keep_last: int | None = Field(
+        default=3, ge=1, description="newest checkpoints that stay (stage ends too); null: all"
+    )
+
+
+class EvaluateConfig(Frozen):
+    """Validation on every held-out set, besides the end of every stage."""
+
+    every_steps: int | None = Field(
+        default=1000, gt=0, description="steps between two validations; null: stage ends only"
+    )
+    max_tokens: int = Field(
+        default=1_000_000, gt=0, description="tokens of each held-out set that are used"
+    )
+
+
+class LogConfig(Frozen):
+    """What is written while a run goes on, besides the ledger and the console."""
+
+    audit_every_steps: int | None = Field(
+        default=1000, gt=0, description="steps between two gradient audits; null: none"
+    )
+    profile_steps: Annotated[tuple[int, int], Field(strict=False)] | None = Field(
+        default=None, description="[start, stop): the steps that are profiled"
+    )
+    wandb: Literal["off", "offline", "online"] = Field(
+        default="off", description="Weights & Biases"
+    )
+    wandb_project: str = Field(default="megahybrid", description="project there")
+    tensorboard: bool = Field(default=False, description="TensorBoard files in the run's folder")
+
+    @model_validator(mode="after")
+    def _check_profile_steps(self) -> "LogConfig":
+        if self.profile_steps is not None:
+            start, stop = self.profile_steps
+            if not 0 <= start < stop:
+                raise ValueError(
+                    f"profile_steps=[{start}, {stop}] holds no step. Use [start, stop], start < stop."
+                )
+        return self
+
+
+class StartConfig(Frozen):
+    """A run that branches off another one's checkpoint."""
+
+    checkpoint: str = Field(description="checkpoint folder of the parent run")
+    take: Literal["weights", "all"] = Field(
+        default="weights",
+        description="weights: step and tokens begin at 0; all: optimizer, step and cursors too",
+    )
+
+
+class KernelConfig(Frozen):
+    """Attention kernels; auto takes the fastest that can do what the layer needs."""
+
+    full: Literal["auto", "reference", "sdpa", "varlen", "flex"] = Field(
+        default="auto", description="kernel of the layers without a window"
+    )
+    windowed: Literal["auto", "reference", "blocked", "varlen", "flex"] = Field(
+        default="auto", description="kernel of the layers with a window"
+    )
