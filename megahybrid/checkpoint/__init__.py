@@ -1,0 +1,1 @@
+"""Layout-free checkpoints: write, verify, publish, restore. Safetensors and JSON, nothing else."""

@@ -1,0 +1,106 @@
+"""Files that are on the disk when we say so, with a checksum for every block.
+
+Every change to the file system that a save makes goes through here, so that a test can stop a save
+before and after each one.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megahybrid.checkpoint.manifest import BLOCK_BYTES, FileRecord
+
+
+class BlockChecksums:
+    """CRC-32 of each block of a stream of bytes that arrives in pieces of any size."""
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        self.block_bytes = block_bytes
+        self.bytes = 0
+        self._done: list[int] = []
+        self._running = 0
+
+    def split(self, data: memoryview) -> Iterator[memoryview]:
+        """Count `data`, and yield it in pieces that end where blocks end."""
+        at = 0
+        while at < len(data):
+            room = self.block_bytes - self.bytes % self.block_bytes
+            piece = data[at : at + room]
+            self._running = zlib.crc32(piece, self._running)
+            self.bytes += len(piece)
+            at += len(piece)
+            if self.bytes % self.block_bytes == 0:
+                self._done.append(self._running)
+                self._running = 0
+            yield piece
+
+    def record(self) -> FileRecord:
+        """The sizes and checksums of all that was counted."""
+        unfinished = [self._running] if self.bytes % self.block_bytes else []
+        return FileRecord(self.bytes, self.block_bytes, (*self._done, *unfinished))
+
+
+def write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
+    """Write a new file, wait until it is on the disk, and return its checksums. Raises OSError."""
+    checksums = BlockChecksums()
+    # Unbuffered: an error belongs to the write that caused it, and a close has nothing left to do.
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        for chunk in chunks:
+            for piece in checksums.split(chunk):
+                written = 0
+                while written < len(piece):
+                    written += os.write(handle, piece[written:])
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            # So that reading it back asks the disk, not the memory it was written from.
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+    return checksums.record()
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or folder its new name, and wait until that is on the disk."""
+    os.rename(old, new)
+    sync_directory(new.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with all it holds; nothing happens when it is gone already."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def damaged_blocks(path: Path, record: FileRecord) -> list[int]:
+    """The blocks of a file whose checksum is not the recorded one. Raises OSError."""
+
+    def checksum(block: int) -> int:
+        start = block * record.block_bytes
+        wanted = min(record.block_bytes, record.bytes - start)
+        running = 0
+        while wanted > 0 and (piece := os.pread(handle, min(wanted, 2**20), start)):
+            running = zlib.crc32(piece, running)
+            start += len(piece)
+            wanted -= len(piece)
+        return running if wanted == 0 else -1
+
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Checksums release the interpreter's lock, so threads do help.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = pool.map(checksum, range(len(record.crc32)))
+            return [index for index, crc in enumerate(found) if crc != record.crc32[index]]
+    finally:
+        os.close(handle)

@@ -1,0 +1,34 @@
+"""Which checkpoint a run resumes from: the newest whose every byte is as it was written."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from megahybrid.checkpoint.folders import candidates
+from megahybrid.checkpoint.reader import verify
+from megahybrid.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+
+def latest(run_directory: Path | str, report: Callable[[str], None] = _log.warning) -> Path | None:
+    """The newest checkpoint that verifies, or None where there are none.
+
+    A damaged one is reported in one line and the one before is tried. Where all are damaged
+    CheckpointError is raised: to begin again from nothing is the user's decision, not ours.
+    """
+    damaged = []
+    for path in candidates(Path(run_directory)):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append(path.name)
+            report(f"Passing over {error}")
+            continue
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"{run_directory}: none of its {len(damaged)} checkpoints can be read "
+            f"({', '.join(damaged)}). Restore one, or start again in another directory."
+        )
+    return None

@@ -1,0 +1,241 @@
+"""Reading a checkpoint, whatever layout wrote it.
+
+`Reader` opens one and gives any box of any tensor; `verify` reads every byte of one; `latest` (in
+`latest.py`) finds the one to resume from. Files are opened by safetensors and the manifest is JSON:
+nothing here can run what a file holds.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from megahybrid.checkpoint import durable
+from megahybrid.checkpoint.fragments import (
+    Array,
+    Box,
+    Flat,
+    coverage_fault,
+    inside,
+    intersect,
+    rectangles,
+    shape_of,
+    slices,
+    volume,
+    whole,
+)
+from megahybrid.checkpoint.manifest import FileRecord, FragmentRecord, Manifest, read_manifest
+from megahybrid.errors import CheckpointError
+
+# Enough lines to see what happened to a folder; a lost disk would otherwise list thousands.
+LISTED_PROBLEMS = 5
+
+
+class Reader:
+    """One complete checkpoint, open for reading; a context manager.
+
+    Opening checks the manifest and the size of every file, and raises CheckpointError in one line;
+    it does not read the data (`verify` does). Nothing is loaded until it is asked for.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self._open: dict[str, Any] = {}
+        _raise(self.path, size_problems(self.path, self.manifest))
+
+    def read(self, name: str, state: str, box: Box) -> Array:
+        """The box of a canonical tensor, float32, of the box's shape."""
+        return self.read_flat(name, state, box, (0, volume(box))).reshape(shape_of(box))
+
+    def read_flat(self, name: str, state: str, box: Box, flat: Flat) -> Array:
+        """Elements flat[0]…flat[1] of the box in row-major order: [flat[1] - flat[0]], float32.
+
+        Raises CheckpointError where the checkpoint has no such tensor, its shape does not hold the
+        box, or its fragments do not hold each wanted element exactly once.
+        """
+        parts = self._parts(name, state, box)
+        targets = rectangles(box, flat)
+        for target, _ in targets:
+            fault = coverage_fault(((part.box, part.flat) for part in parts), target)
+            if fault:
+                raise CheckpointError(
+                    f"{self.path}: {name} ({state}): {fault}. Use another step's folder."
+                )
+        out = np.empty(flat[1] - flat[0], dtype=np.float32)
+        for target, offset in targets:
+            view = out[offset : offset + volume(target)].reshape(shape_of(target))
+            for part in parts:
+                self._copy(part, target, view)
+        return out
+
+    def coverage(self) -> None:
+        """Raise CheckpointError unless every tensor's states are held exactly once."""
+        _raise(self.path, self.manifest.coverage())
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._open.clear()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _parts(self, name: str, state: str, box: Box) -> list[FragmentRecord]:
+        tensor = self.manifest.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(
+                f"{self.path} holds no tensor {name!r} (it holds {len(self.manifest.tensors)}). "
+                "It is of another model."
+            )
+        if state not in tensor.states:
+            raise CheckpointError(
+                f"{self.path} holds no {state} of {name} (it holds {', '.join(tensor.states)}). "
+                "Start from its weights alone (start.take=weights)."
+            )
+        if not inside(box, whole(tensor.shape)):
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {list(tensor.shape)}, which does not hold the "
+                f"wanted {[list(side) for side in box]}. It is of another model."
+            )
+        return [part for part in self.manifest.of(name, state) if intersect(part.box, box)]
+
+    def _copy(self, part: FragmentRecord, target: Box, view: Array) -> None:
+        """Copy what one fragment holds of the box `target` to its place in `view`."""
+        for source, offset in rectangles(part.box, part.flat):
+            shared = intersect(source, target) if target else source
+            if shared is None:
+                continue
+            row, first = 1, 0
+            if source:
+                # Whole rows of the source lie together in the file: read those, then pick columns.
+                row = math.prod(shape_of(source)[1:])
+                first = shared[0][0] - source[0][0]
+            rows = shared[0][1] - shared[0][0] if shared else 1
+            start = offset + first * row
+            data = self._slice(part)[start : start + rows * row]
+            band = (shared[0], *source[1:]) if shared else ()
+            view[slices(shared, target)] = data.reshape(shape_of(band))[slices(shared, band)]
+
+    def _slice(self, part: FragmentRecord) -> Any:
+        """The lazy array of a fragment's data, proven to be what the manifest says."""
+        return _entry(self.path, self._file(part.file), part)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = open_file(self.path / name)
+        return self._open[name]
+
+
+def open_file(path: Path) -> Any:
+    """Open one safetensors file, memory-mapped. Raises CheckpointError."""
+    try:
+        return safe_open(str(path), framework="np")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Use another step's folder.") from None
+
+
+def verify(path: Path | str, report: Callable[[int, int], None] | None = None) -> Manifest:
+    """Read every byte of a checkpoint and return its manifest.
+
+    Raises CheckpointError, in one line, with each file that is missing, unexpected, of the wrong
+    size or damaged (and in which bytes), and each tensor that is not held exactly once. `report` is
+    told the files done and the files there are.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    problems = size_problems(path, manifest)
+    for index, (name, record) in enumerate(manifest.files.items()):
+        if not any(problem.startswith(name) for problem in problems):
+            problems += _byte_problems(path / name, record, manifest)
+        if report:
+            report(index + 1, len(manifest.files))
+    _raise(path, problems + manifest.coverage())
+    return manifest
+
+
+def quick_check(path: Path) -> str | None:
+    """What is wrong with a checkpoint's manifest or its files' sizes, or None; reads no data."""
+    try:
+        manifest = read_manifest(path)
+        _raise(path, size_problems(path, manifest))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def size_problems(path: Path, manifest: Manifest) -> list[str]:
+    """A line for each file that is missing, not listed, or not of its size."""
+    problems = []
+    for name, record in manifest.files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            problems.append(f"{name} is missing ({error.strerror})")
+            continue
+        if found != record.bytes:
+            problems.append(f"{name} has {found} bytes, not the {record.bytes} of the manifest")
+    for extra in sorted(path.glob("fragments-*")):
+        if extra.name not in manifest.files:
+            problems.append(f"{extra.name} is not listed in the manifest")
+    return problems
+
+
+def _byte_problems(path: Path, record: FileRecord, manifest: Manifest) -> list[str]:
+    try:
+        bad = durable.damaged_blocks(path, record)
+    except OSError as error:
+        return [f"{path.name} cannot be read ({error.strerror})"]
+    if bad:
+        start = bad[0] * record.block_bytes
+        end = min(start + record.block_bytes, record.bytes)
+        return [
+            f"{path.name} is damaged in {len(bad)} of {len(record.crc32)} blocks "
+            f"(the first is bytes {start} to {end})"
+        ]
+    try:
+        opened = open_file(path)
+        for part in manifest.fragments:
+            if part.file == path.name:
+                _entry(path.parent, opened, part)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _entry(folder: Path, opened: Any, part: FragmentRecord) -> Any:
+    """The lazy array under a fragment's key. Raises CheckpointError unless it is as recorded."""
+    wanted = [part.flat[1] - part.flat[0]]
+    try:
+        found = opened.get_slice(part.key)
+    except SafetensorError:
+        raise CheckpointError(
+            f"{folder / part.file} has no {part.key!r}, which the manifest lists. "
+            "Use another step's folder."
+        ) from None
+    shape, dtype = list(found.get_shape()), found.get_dtype()
+    if shape != wanted or dtype != "F32":
+        raise CheckpointError(
+            f"{folder / part.file}: {part.key!r} is {dtype} {shape}, not the F32 {wanted} of the "
+            "manifest. Use another step's folder."
+        )
+    return found
+
+
+def _raise(path: Path, problems: list[str]) -> None:
+    if problems:
+        listed = "; ".join(problems[:LISTED_PROBLEMS])
+        more = len(problems) - LISTED_PROBLEMS
+        rest = f"; and {more} more" if more > 0 else ""
+        raise CheckpointError(f"{path}: {listed}{rest}. Use another step's folder.")
