@@ -1,0 +1,1 @@
+"""Meshes, collectives and sharded layers: the only package that calls torch.distributed."""

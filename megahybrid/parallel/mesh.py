@@ -1,0 +1,216 @@
+"""`ParallelMesh`: the named axes along which ranks work together, and how a world of ranks begins.
+
+A mesh is passed to whoever needs it and never looked up. World rank = data.rank * tensor.size +
+tensor.rank: neighbours share a tensor group, because tensor parallelism moves the most bytes.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megahybrid.errors import MeshError
+from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the mesh as this rank sees it: the world ranks along it and their group.
+
+    `group` is None exactly when `size` is 1: then every collective along the axis is a no-op.
+    """
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def single(cls, name: str, world_rank: int = 0) -> "Axis":
+        """The axis of one rank alone."""
+        return cls(name, 1, 0, None, (world_rank,))
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """The axes and this rank's device. The sequence is cut exactly when tensor.size > 1."""
+
+    tensor: Axis
+    data: Axis
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the mesh."""
+        return self.tensor.size * self.data.size
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the mesh, equal to its rank in the world."""
+        return self.data.rank * self.tensor.size + self.tensor.rank
+
+    @property
+    def world(self) -> Axis:
+        """All ranks as one axis, for what every rank must agree on."""
+        if self.world_size == 1:
+            return Axis.single("world", self.rank)
+        ranks = tuple(range(self.world_size))
+        return Axis("world", self.world_size, self.rank, dist.group.WORLD, ranks)
+
+    @classmethod
+    def single(cls, device: str | torch.device = "cpu") -> "ParallelMesh":
+        """The mesh of one process, which needs no process group."""
+        return cls(Axis.single("tensor"), Axis.single("data"), torch.device(device))
+
+    @classmethod
+    def from_world(cls, *, tensor: int = 1, device: str | torch.device = "cpu") -> "ParallelMesh":
+        """Cuts the initialised world into data × tensor. Collective: every rank calls it alike.
+
+        Builds communicators of its own, so that traffic along the axes never queues behind the
+        world's. Raises MeshError when `tensor` does not divide the world size.
+        """
+        world_size, rank = (
+            (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        )
+        if tensor < 1 or world_size % tensor:
+            legal = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+            raise MeshError(
+                f"parallel.tensor={tensor} does not divide the number of processes "
+                f"({world_size}). Use one of {legal}, or start another number of processes."
+            )
+        data = world_size // tensor
+        tensor_ranks = [tuple(range(d * tensor, (d + 1) * tensor)) for d in range(data)]
+        data_ranks = [tuple(range(t, world_size, tensor)) for t in range(tensor)]
+        return cls(
+            tensor=_axis("tensor", tensor_ranks, rank),
+            data=_axis("data", data_ranks, rank),
+            device=torch.device(device),
+        )
+
+
+def _axis(name: str, all_ranks: list[tuple[int, ...]], rank: int) -> Axis:
+    """This rank's axis out of a partition of the world. Every rank builds every group, in order."""
+    mine = Axis.single(name, rank)
+    for ranks in all_ranks:
+        if len(ranks) == 1:
+            continue
+        group = dist.new_group(list(ranks), group_desc=f"{name}:{ranks[0]}")
+        if rank in ranks:
+            mine = Axis(name, len(ranks), ranks.index(rank), group, ranks)
+    return mine
+
+
+@dataclass(frozen=True)
+class World:
+    """What `initialise_distributed` found out: this process's place and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a torch device.
+
+    A launcher that shows each rank one GPU (Slurm's --gpus-per-task) makes it cuda:0; otherwise
+    the local rank counts the GPUs of the node.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MeshError("device=cuda but torch sees no CUDA device (0 visible). Use device=cpu.")
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        return torch.device("cuda:0")
+    if local_rank >= visible:
+        raise MeshError(
+            f"LOCAL_RANK={local_rank} has no GPU of its own ({visible} visible). "
+            f"Start at most {visible} processes on this node."
+        )
+    return torch.device(f"cuda:{local_rank}")
+
+
+def initialise_distributed(
+    device: str = "auto",
+    timeout_seconds: float = 1800.0,
+    *,
+    connect_seconds: float = 300.0,
+    environment: Mapping[str, str] = os.environ,
+) -> World:
+    """Joins the world that torchrun's or Slurm's variables describe, or makes a world of one.
+
+    gloo carries CPU tensors everywhere; with CUDA, nccl carries GPU tensors beside it. A collective
+    that waits longer than `timeout_seconds` fails; ranks that do not all arrive within
+    `connect_seconds` are a MeshError, as are missing variables and a taken port.
+    """
+    place = find_rendezvous(environment)
+    chosen = choose_device(device, place.local_rank if place else 0)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if place is None:
+        # In memory: a lone process must not fail because a port is taken or no network is up.
+        rank, world_size = 0, 1
+        store: dist.Store = dist.HashStore()
+    else:
+        rank, world_size = place.rank, place.world_size
+        store = _meet(place, connect_seconds)
+    dist.init_process_group(
+        backend="gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    return World(rank, world_size, place.local_rank if place else 0, chosen)
+
+
+def _meet(place: Rendezvous, connect_seconds: float) -> dist.Store:
+    """The store of all ranks; rank 0 serves it unless the launcher does."""
+    serves = place.rank == 0 and not place.store_elsewhere
+    where = f"MASTER_ADDR={place.address} MASTER_PORT={place.port}"
+    try:
+        store = dist.TCPStore(
+            place.address,
+            place.port,
+            world_size=place.world_size,
+            is_master=serves,
+            timeout=timedelta(seconds=connect_seconds),
+            wait_for_workers=not place.store_elsewhere,
+            multi_tenant=True,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        reason = str(error)
+        if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+            raise MeshError(
+                f"{where} is taken by another process on this host (rank {place.rank} of "
+                f"{place.world_size} wanted to serve it). Set MASTER_PORT to a free port."
+            ) from error
+        raise MeshError(
+            f"{where} did not bring all ranks together within {connect_seconds:.0f} s (rank "
+            f"{place.rank} of {place.world_size}: {reason.splitlines()[0]}). See that rank 0 runs, "
+            "that its host can be reached and that all ranks were started."
+        ) from error
+    return dist.PrefixStore(f"attempt-{place.attempt}", store)
+
+
+def shutdown_distributed(ok: bool) -> None:
+    """Leaves the world. With `ok` all ranks meet first; after an error nobody is waited for.
+
+    Without the meeting a rank that ends early tears the connections of the others (SIGABRT). After
+    an error a meeting would hang: the connections are dropped, so that the others fail at once.
+    """
+    if not dist.is_initialized():
+        return
+    if ok:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        dist.barrier()
+    elif "nccl" in dist.get_backend_config():
+        # Destroying nccl with work in flight waits for it; the process is about to end anyway.
+        return
+    dist.destroy_process_group()

@@ -1,0 +1,277 @@
+"""The vocabulary, cut over the tensor axis: embedding, and the loss that never holds all logits.
+
+Rows are padded so that every rank holds as many; padding is zero and takes no part in anything.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from megahybrid.parallel.collectives import (
+    all_gather,
+    gather_sequence,
+    reduce_scatter,
+    scatter_sequence,
+)
+from megahybrid.parallel.linear import sharded_parameter
+from megahybrid.parallel.mesh import Axis, ParallelMesh
+from megahybrid.parallel.sharding import Segment, shard_spec
+
+IGNORED = -100
+
+# The fp32 logits of one chunk. Small enough to vanish beside the weight's gradient, large enough
+# that reading and writing that gradient once per chunk costs less than the products.
+CHUNK_BYTES = 128 * 2**20
+
+
+def padded_vocab_size(vocab_size: int, degree: int, pad_multiple: int = 8) -> int:
+    """The vocabulary rounded up to a multiple of pad_multiple × tensor degree."""
+    multiple = pad_multiple * degree
+    return -(-vocab_size // multiple) * multiple
+
+
+def _vocab_parameter(
+    name: str,
+    vocab_size: int,
+    hidden_size: int,
+    mesh: ParallelMesh,
+    pad_multiple: int,
+    dtype: torch.dtype | None,
+) -> nn.Parameter:
+    segment = Segment(name, (vocab_size, hidden_size), 0)
+    padded = padded_vocab_size(vocab_size, mesh.tensor.size, pad_multiple)
+    return sharded_parameter((segment,), mesh, dtype, padded)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Looks tokens up in this rank's rows; the sum over ranks is scattered along the sequence."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        name: str,
+        mesh: ParallelMesh,
+        pad_multiple: int = 8,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.axis, self.vocab_size = mesh.tensor, vocab_size
+        self.weight = _vocab_parameter(name, vocab_size, hidden_size, mesh, pad_multiple, dtype)
+        spec = shard_spec(self.weight)
+        self.rows = spec.box(spec.segments[0])[0]
+
+    def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "seq_local batch hidden"]:
+        """Vectors of the tokens. Tokens outside the vocabulary must be refused before."""
+        tokens = tokens.t()
+        if self.axis.size == 1:
+            return F.embedding(tokens, self.weight)
+        start, stop = self.rows
+        mine = (tokens >= start) & (tokens < stop)
+        found = F.embedding(torch.where(mine, tokens - start, 0), self.weight)
+        # [seq, batch, hidden], zero where another rank holds the row -> [seq_local, batch, hidden]
+        return scatter_sequence(found * mine.unsqueeze(-1), self.axis)
+
+
+class VocabParallelHead(nn.Module):
+    """Cross-entropy and logits over the cut vocabulary.
+
+    Tied: `VocabParallelHead.tied(embedding)` registers the embedding's own Parameter, so that it
+    is gathered for this module too under ZeRO-3. Untied: a parameter of its own.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        name: str,
+        mesh: ParallelMesh,
+        pad_multiple: int = 8,
+        *,
+        dtype: torch.dtype | None = None,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.axis, self.vocab_size = mesh.tensor, vocab_size
+        if weight is None:
+            weight = _vocab_parameter(name, vocab_size, hidden_size, mesh, pad_multiple, dtype)
+        self.weight = weight
+        spec = shard_spec(weight)
+        self.rows = spec.box(spec.segments[0])[0]
+
+    @classmethod
+    def tied(cls, embedding: VocabParallelEmbedding, mesh: ParallelMesh) -> "VocabParallelHead":
+        """The head that shares the embedding's parameter."""
+        segment = shard_spec(embedding.weight).segments[0]
+        vocab_size, hidden_size = segment.shape
+        return cls(vocab_size, hidden_size, segment.name, mesh, weight=embedding.weight)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "seq_local batch hidden"],
+        targets: Int[Tensor, "batch seq"],
+        logit_scale: float = 1.0,
+        chunk_tokens: int | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
+        """(sum of losses over counting targets, loss of each token), the same on every tensor rank.
+
+        A target of -100 does not count: its loss is 0. Only the sum is differentiable; with
+        gradients enabled they are computed here, chunk by chunk of `chunk_tokens` tokens, so that
+        neither logits nor a second product are needed in backward, which can then run only once.
+        Softmax and the weight's gradient are in fp32 (float64 for float64 input).
+        """
+        chunk = chunk_tokens or chunk_size(self.weight.shape[0])
+        loss, per_token = _ChunkedLoss.apply(
+            hidden,
+            self.weight,
+            targets.t().contiguous(),
+            self.axis,
+            self.rows,
+            float(logit_scale),
+            chunk,
+            torch.is_grad_enabled(),
+        )
+        return loss, per_token.t()
+
+    def logits(
+        self, hidden: Float[Tensor, "seq_local batch hidden"], logit_scale: float = 1.0
+    ) -> Float[Tensor, "seq batch vocab"]:
+        """All logits on every rank, unpadded and without gradients: for sampling.
+
+        Costs seq × batch × vocab; call it on few tokens.
+        """
+        with torch.no_grad():
+            whole = gather_sequence(hidden, self.axis)
+            local = F.linear(whole, self.weight.to(whole.dtype)) * logit_scale
+            joined = all_gather(local.movedim(-1, 0), self.axis)  # [padded vocab, seq, batch]
+            return joined[: self.vocab_size].movedim(0, -1)
+
+
+def chunk_size(local_vocab: int) -> int:
+    """Tokens per chunk whose fp32 logits take about CHUNK_BYTES on one rank."""
+    return max(1, CHUNK_BYTES // (4 * local_vocab))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        axis: Axis,
+        rows: tuple[int, int],
+        scale: float,
+        chunk: int,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden = grad_enabled and ctx.needs_input_grad[0]
+        needs_weight = grad_enabled and ctx.needs_input_grad[1]
+        whole = all_gather(hidden, axis)
+        flat, flat_targets = whole.flatten(0, 1), targets.flatten()  # [tokens, hidden], [tokens]
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        per_token = flat.new_empty(flat.shape[0], dtype=exact)
+        grad_whole = torch.empty_like(flat) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        used = weight[: rows[1] - rows[0]].to(hidden.dtype)  # without padding
+        for start in range(0, flat.shape[0], chunk):
+            piece = slice(start, start + chunk)
+            logits = _product_exact(flat[piece], used.t(), exact)
+            per_token[piece], slope = _loss_and_slope(
+                logits, flat_targets[piece], axis, rows, scale, needs_hidden or needs_weight
+            )
+            del logits  # its storage is the slope's
+            if slope is None:
+                continue
+            slope = slope.to(hidden.dtype)
+            if grad_whole is not None:
+                torch.mm(slope, used, out=grad_whole[piece])
+            if grad_weight is not None:
+                _accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
+        # Held as attributes: gradients of this size must be freed or handed over, never copied.
+        ctx.grad_weight, ctx.weight_dtype = grad_weight, weight.dtype
+        ctx.grad_hidden = (
+            reduce_scatter(grad_whole.view_as(whole), axis) if grad_whole is not None else None
+        )
+        ctx.spent = False
+        per_token = per_token.view_as(targets)
+        ctx.mark_non_differentiable(per_token)
+        return per_token.sum(), per_token
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError("the chunked loss was differentiated twice; run its forward again")
+        ctx.spent = True
+        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
+        ctx.grad_hidden = ctx.grad_weight = None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grads[0].to(grad_hidden.device))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _loss_and_slope(
+    logits: Tensor,
+    targets: Tensor,
+    axis: Axis,
+    rows: tuple[int, int],
+    scale: float,
+    needs_slope: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [tokens], and their derivative by this rank's unscaled logits, in the logits' storage.
+
+    One collective per chunk: each rank sends its own maximum, its sum of exponentials relative to
+    it, and the target's logit where it holds the target; all combine them alike.
+    """
+    if scale != 1.0:
+        logits.mul_(scale)
+    counts = targets != IGNORED
+    mine = counts & (targets >= rows[0]) & (targets < rows[1])
+    column = torch.where(mine, targets - rows[0], 0).unsqueeze(1)
+    if logits.shape[1] == 0:  # a rank that holds nothing but padding
+        peak = logits.new_full(targets.shape, -torch.inf)
+        total = target_logit = torch.zeros_like(peak)
+    else:
+        target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
+        peak = logits.amax(dim=1)
+        logits.sub_(peak.unsqueeze(1)).exp_()
+        total = logits.sum(dim=1)
+    peaks, totals, target_logits = all_gather(
+        torch.stack([peak, total, target_logit]).unsqueeze(0), axis
+    ).unbind(1)  # each [tensor ranks, tokens]
+    top = peaks.amax(dim=0)
+    denominator = (totals * (peaks - top).exp()).sum(dim=0)
+    losses = torch.where(counts, denominator.log() + top - target_logits.sum(dim=0), 0)
+    if not needs_slope:
+        return losses, None
+    factor = (peak - top).exp() / denominator * counts * scale
+    slope = logits.mul_(factor.unsqueeze(1))
+    if slope.shape[1]:
+        slope.scatter_add_(1, column, torch.where(mine, -scale, 0.0).to(slope.dtype).unsqueeze(1))
+    return losses, slope
+
+
+def _product_exact(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """left @ right as `exact`; on CUDA the product itself is, elsewhere it is converted."""
+    if left.dtype != exact and left.is_cuda:
+        return torch.mm(left, right, out_dtype=exact)
+    return torch.mm(left, right).to(exact)
+
+
+def _accumulate(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
+    """total += slopeᵀ inputs, with the sum in total's dtype."""
+    if slope.dtype == total.dtype:
+        total.addmm_(slope.t(), inputs)
+    elif slope.is_cuda:
+        torch.addmm(total, slope.t(), inputs, out_dtype=total.dtype, out=total)
+    else:
+        # By rows: a product of the whole weight's size would stand beside its gradient.
+        for start in range(0, total.shape[0], 16384):
+            piece = slice(start, start + 16384)
+            total[piece] += slope[:, piece].t() @ inputs
