@@ -1,0 +1,143 @@
+"""Windowed attention from plain SDPA: blocks of queries against the few key blocks they can see.
+
+Time and memory are linear in the length, and it runs wherever SDPA runs.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from megahybrid.model.kernels.documents import Documents, additive, visible
+
+# Small blocks waste least: a query block reads window + block keys. Below 64 rows SDPA's own tiles
+# go unfilled, above 512 nothing is gained.
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
+
+
+def attend_blocked(
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "seq batch kv_heads head_dim"],
+    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    *,
+    window: int,
+    documents: Documents | None,
+    scale: float,
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """Attention to the last `window` keys, in blocks.
+
+    The first tokens, which no full set of key blocks precedes, are one dense call (the head); the
+    others are blocks of queries against their own and `reach` earlier key blocks (the tail).
+    """
+    seq, batch, heads, head_dim = q.shape
+    if documents is None:
+        # One mask serves all rows, so rows can pass for heads: [seq, 1, batch * heads, head_dim].
+        # Query head h of row b is b * heads + h, its group's KV head b * kv_heads + h // group.
+        q, k, v = (x.reshape(seq, 1, -1, head_dim) for x in (q, k, v))
+    block, reach = block_and_reach(window)
+    head = min(block * reach, seq)
+    parts = [_head(q[:head], k[:head], v[:head], window, documents, scale)]
+    if head < seq:
+        parts.append(_tail(q[head:], k, v, window, documents, scale))
+    return torch.cat(parts).reshape(seq, batch, heads, head_dim)
+
+
+def block_and_reach(window: int) -> tuple[int, int]:
+    """Block length in tokens, and how many blocks before its own a query can see into."""
+    block = min(max(-(-window // 4), SMALLEST_BLOCK), LARGEST_BLOCK)
+    return block, max(-(-(window - 1) // block), 1)
+
+
+def _head(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None, scale: float
+) -> Tensor:
+    length = q.shape[0]
+    mask = None
+    if documents is not None:
+        mask = documents.keep(
+            ("blocked head", window, q.dtype),
+            lambda: additive(visible(documents.starts, 0, length, 0, length, window), q.dtype),
+        )[:, None]
+    elif length > window:
+        mask = _plain_mask(0, length, length, window, q.dtype, q.device)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [rows, heads, length, head_dim]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return out.permute(2, 0, 1, 3)
+
+
+def _tail(
+    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None, scale: float
+) -> Tensor:
+    block, reach = block_and_reach(window)
+    length, rows = q.shape[:2]
+    blocks = -(-length // block)
+    q = F.pad(q, (0, 0, 0, 0, 0, 0, 0, blocks * block - length))
+    q = q.unflatten(0, (blocks, block)).permute(2, 0, 3, 1, 4).flatten(0, 1)
+    k, v = (_OverlappingBlocks.apply(x, blocks, block, reach).flatten(0, 1) for x in (k, v))
+    # q is [rows * blocks, heads, block, head_dim], k and v [… , kv_heads, (reach + 1) * block, …]
+    if documents is None:
+        mask = _plain_mask(reach * block, block, (reach + 1) * block, window, q.dtype, q.device)
+    else:
+        mask = documents.keep(
+            ("blocked tail", window, q.dtype), lambda: _tail_masks(documents, window, q.dtype)
+        )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = out.unflatten(0, (rows, blocks)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return out[:length]
+
+
+@lru_cache(maxsize=32)
+def _plain_mask(
+    first_query: int, queries: int, keys: int, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Causal band for rows of one document, [queries, keys]; the same for every block and batch."""
+    starts = torch.zeros(1, first_query + queries, dtype=torch.int64, device=device)
+    return additive(visible(starts, first_query, first_query + queries, 0, keys, window)[0], dtype)
+
+
+def _tail_masks(documents: Documents, window: int, dtype: torch.dtype) -> Tensor:
+    """Band and documents for every tail block, [rows * blocks, 1, block, (reach + 1) * block]."""
+    block, reach = block_and_reach(window)
+    rows, seq = documents.starts.shape
+    blocks = -(-seq // block) - reach
+    padding = (reach + blocks) * block - seq
+    # A padded query sees its whole band: a row of nothing but -inf would be NaN.
+    starts = F.pad(documents.starts, (0, padding))[:, reach * block :]
+    key = torch.arange(blocks, device=starts.device)[:, None, None] * block
+    key = key + torch.arange((reach + 1) * block, device=starts.device)
+    in_document = key >= starts.reshape(rows, blocks, block, 1)
+    band = _plain_mask(reach * block, block, (reach + 1) * block, window, dtype, starts.device)
+    return band.where(in_document, float("-inf")).flatten(0, 1)[:, None]
+
+
+class _OverlappingBlocks(torch.autograd.Function):
+    """[seq, rows, heads, head_dim] -> [rows, blocks, heads, (reach + 1) * block, head_dim].
+
+    Forward is a view of the padded input; Tensor.unfold's own backward is several times slower
+    than the reach + 1 additions below.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: int, block: int, reach: int) -> Tensor:
+        ctx.seq, ctx.blocks, ctx.block, ctx.reach = x.shape[0], blocks, block, reach
+        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 0, (blocks + reach) * block - x.shape[0]))
+        step, row, head, dim = padded.stride()
+        return padded.as_strided(
+            (x.shape[1], blocks, x.shape[2], (reach + 1) * block, x.shape[3]),
+            (row, block * step, head, step, dim),
+            padded.storage_offset(),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        rows, blocks, heads, _, head_dim = grad.shape
+        total = grad.new_zeros(blocks + ctx.reach, ctx.block, rows, heads, head_dim)
+        by_block = grad.unflatten(3, (ctx.reach + 1, ctx.block)).permute(3, 1, 4, 0, 2, 5)
+        for offset in range(ctx.reach + 1):
+            total[offset : offset + blocks] += by_block[offset]
+        return total.flatten(0, 1)[: ctx.seq], None, None, None

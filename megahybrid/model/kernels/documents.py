@@ -1,0 +1,136 @@
+"""Where the documents of a batch begin, and what layers need to know of it, once per batch."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Made = TypeVar("Made")
+
+
+class Span(NamedTuple):
+    """Tokens start … stop - 1 of row `row`."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of a batch: `starts[b, i]` is the index, within row b, of the first token of
+    the document that token i belongs to.
+
+    Key j is visible to query i when starts[i] <= j <= i and, with a window, j > i - window. What
+    kernels derive from this (masks, boundaries) is kept here, so that it is made once per batch
+    and window and shared by every layer.
+    """
+
+    starts: Int[Tensor, "batch seq"]
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_tokens(cls, tokens: Int[Tensor, "batch seq"], eod_id: int) -> "Documents":
+        """A document ends with `eod_id`; the token behind it begins the next one."""
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        begins = torch.zeros_like(index)
+        begins[:, 1:] = torch.where(tokens[:, :-1] == eod_id, index[:, 1:], 0)
+        return cls(begins.cummax(dim=1).values)
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> "Documents":
+        """One list of document lengths per row; every row has the same sum."""
+        rows = []
+        for row in lengths:
+            count = torch.tensor(list(row))
+            rows.append((count.cumsum(0) - count).repeat_interleave(count))
+        return cls(torch.stack(rows).to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where `starts` lies."""
+        return self.starts.device
+
+    @property
+    def seq(self) -> int:
+        """Tokens per row."""
+        return self.starts.shape[1]
+
+    def to(self, device: torch.device | str) -> "Documents":
+        """The same documents on `device`.
+
+        Spans are found before the move, so that a batch that starts on the host never makes the
+        accelerator wait for its own boundaries.
+        """
+        spans = self.spans()
+        moved = Documents(self.starts.to(device, non_blocking=True))
+        moved._kept["spans"] = spans
+        return moved
+
+    def keep(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returned the first time that `key` was asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def positions(self) -> Int[Tensor, "batch seq"]:
+        """Position of each token within its document, from 0."""
+        return self.keep(
+            "positions", lambda: torch.arange(self.seq, device=self.device) - self.starts
+        )
+
+    def visible_keys(self, window: int | None) -> Int[Tensor, "batch seq"]:
+        """How many keys each query sees, itself included."""
+        count = self.positions() + 1
+        return count if window is None else count.clamp(max=window)
+
+    def visible(self, window: int | None) -> Bool[Tensor, "batch seq seq"]:
+        """The dense rule [batch, query, key]; seq × seq, for short sequences and tests."""
+        return visible(self.starts, 0, self.seq, 0, self.seq, window)
+
+    def spans(self) -> list[Span]:
+        """Every document, row by row, on the host."""
+
+        def find() -> list[Span]:
+            starts = self.starts.cpu()
+            changes = torch.ones_like(starts, dtype=torch.bool)
+            changes[:, 1:] = starts[:, 1:] != starts[:, :-1]
+            row, begin = (part.tolist() for part in changes.nonzero(as_tuple=True))
+            ends = [
+                begin[n + 1] if n + 1 < len(row) and row[n + 1] == row[n] else self.seq
+                for n in range(len(row))
+            ]
+            return [Span(*span) for span in zip(row, begin, ends, strict=True)]
+
+        return self.keep("spans", find)
+
+
+def visible(
+    starts: Int[Tensor, "batch seq"],
+    first_query: int,
+    last_query: int,
+    first_key: int,
+    last_key: int,
+    window: int | None,
+) -> Bool[Tensor, "batch queries keys"]:
+    """Which keys first_key … last_key - 1 the queries first_query … last_query - 1 may see."""
+    query = torch.arange(first_query, last_query, device=starts.device)[:, None]
+    key = torch.arange(first_key, last_key, device=starts.device)
+    allowed = (key <= query) & (key >= starts[:, first_query:last_query, None])
+    return allowed if window is None else allowed & (key > query - window)
+
+
+def additive(allowed: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Tensor:
+    """0 where allowed, -inf elsewhere.
+
+    SDPA turns a boolean mask into this at each call and keeps the result for backward, one copy
+    per layer; made here it is shared.
+    """
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, float("-inf")
+    )

@@ -1,0 +1,81 @@
+"""Rotary position embedding: pairs (i, i + rotary_dim / 2) of a head turn by position * frequency.
+
+Layers without position never come here.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megahybrid.config.attention import Rope
+from megahybrid.model.kernels.documents import Documents
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryTable:
+    """cos and sin of a batch's angles, times the attention factor; made once per batch and `Rope`.
+
+    batch is 1 where all rows have the same positions.
+    """
+
+    cos: Float[Tensor, "seq batch 1 pairs"]
+    sin: Float[Tensor, "seq batch 1 pairs"]
+
+    @classmethod
+    def build(
+        cls,
+        rope: Rope,
+        head_dim: int,
+        length: int,
+        documents: Documents | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "RotaryTable":
+        """Angles are fp32 whatever `dtype` is: those of released models, bit for bit.
+
+        (In float64 they would differ by 5e-3 at position 131,072.) Positions restart at each
+        document.
+        """
+        if documents is None:
+            positions = torch.arange(length, device=device)[:, None]
+        else:
+            positions = documents.positions().T
+        frequencies = rope.frequencies(head_dim, torch, torch.float32).to(device)
+        angles = positions[..., None, None].float() * frequencies
+        factor = rope.attention_factor()
+        return cls((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+
+
+def rotate(
+    x: Float[Tensor, "seq batch heads head_dim"], table: RotaryTable
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """x with its first 2 * pairs dimensions turned: halves a, b -> a cos - b sin, b cos + a sin."""
+    return _Rotation.apply(x, table.cos, table.sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Written out because autograd's version of the same line allocates twice as many tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    pairs = cos.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    out_a, out_b, out_rest = out.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=direction)
+    out_rest.copy_(rest)
+    return out
