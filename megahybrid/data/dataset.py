@@ -1,0 +1,242 @@
+"""`TokenDataset`: all shards of one source as one long row of tokens, mapped and never loaded."""
+
+import hashlib
+import mmap
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megahybrid.data.token_file import Array, ShardIndex
+from megahybrid.errors import DataError
+
+MAPPED_SHARDS = 128  # open maps kept: each costs a file descriptor, of which 1024 are usual
+CHECKED_INDEX_BYTES = 2**28  # indexes up to this size in sum are read and checked at open (0.3 s)
+
+
+class TokenDataset:
+    """A folder prepared by `megahybrid data tokenize`, or plain Megatron files (no manifest).
+
+    `path` is the folder, or one `.bin`/`.idx` or their common prefix. `vocab_size` is the model's:
+    a dataset with a larger one is refused, and a file without a manifest has no other. `eod_id` is
+    only for files without a manifest; without it their document boundaries come from the index.
+
+    Open costs memory and time in proportion to the number of shards; indexes of more than
+    CHECKED_INDEX_BYTES in sum are only checked at both ends (`verify_dataset` reads everything).
+    Raises DataError for whatever is missing, truncated, damaged or does not agree.
+    """
+
+    def __init__(
+        self, path: str | Path, *, vocab_size: int | None = None, eod_id: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest | None = None
+        if (self.path / MANIFEST_NAME).exists():
+            self.manifest, self.fingerprint = read_manifest(self.path)
+            shards = self._listed_shards(self.manifest)
+            tokenizer = self.manifest.tokenizer
+            if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+                raise DataError(
+                    f"model.vocab_size={vocab_size} is smaller than the tokenizer's of {self.path} "
+                    f"({tokenizer.vocab_size}). Use model.vocab_size={tokenizer.vocab_size}."
+                )
+            self.vocab_size = tokenizer.vocab_size
+            self.eod_id: int | None = tokenizer.eod_id
+        else:
+            shards = self._found_shards()
+            self.fingerprint = _fingerprint(shards)
+            if vocab_size is None:
+                raise DataError(
+                    f"{self.path} has no {MANIFEST_NAME}, so its vocabulary is unknown. "
+                    "Tell vocab_size, or prepare the data with `megahybrid data tokenize`."
+                )
+            self.vocab_size, self.eod_id = vocab_size, eod_id
+        self.shards = [shard for shard in shards if shard.tokens]
+        for shard in shards:
+            _refuse_mask(shard)
+        if sum(20 * shard.sequences for shard in self.shards) <= CHECKED_INDEX_BYTES:
+            for shard in self.shards:
+                shard.check_contents()
+        self.documents = sum(shard.documents for shard in self.shards)
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + shard.tokens)
+        self.tokens = self.starts[-1]
+        self._maps: OrderedDict[int, Array] = OrderedDict()
+        dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
+        # Read as unsigned, a negative id is a huge one: a single maximum checks both ends.
+        self._unsigned = np.dtype(f"<u{dtype.itemsize}")
+        self._check_ids = self.vocab_size <= np.iinfo(self._unsigned).max
+
+    def _listed_shards(self, manifest: Manifest) -> list[ShardIndex]:
+        present = {entry.name for entry in self.path.iterdir()}
+        listed = {name for shard in manifest.shards for name in (shard.bin, shard.idx)}
+        extra = sorted(
+            name for name in present - listed if name.endswith((".bin", ".idx", ".bin.tmp"))
+        )
+        if extra:
+            raise DataError(
+                f"{self.path} holds {extra[0]}, which its {MANIFEST_NAME} does not list "
+                f"({len(manifest.shards)} shards). Remove it, or prepare the data again."
+            )
+        shards = []
+        for entry in manifest.shards:
+            shard = ShardIndex.open(self.path / entry.bin, self.path / entry.idx)
+            for what, found, expected in (
+                ("dtype", shard.dtype.name, manifest.dtype),
+                ("tokens", shard.tokens, entry.tokens),
+                ("documents", shard.documents, entry.documents),
+            ):
+                if found != expected:
+                    raise DataError(
+                        f"{shard.idx_path}: {what}={found} is not what {MANIFEST_NAME} says "
+                        f"({expected}). Copy or prepare the data again."
+                    )
+            shards.append(shard)
+        return shards
+
+    def _found_shards(self) -> list[ShardIndex]:
+        """Shards of a folder or prefix without a manifest, in the order of their names."""
+        if self.path.is_dir():
+            stems = sorted(entry.with_suffix("") for entry in self.path.glob("*.idx"))
+        else:
+            ends = self.path.suffix in (".bin", ".idx")
+            stems = [self.path.with_suffix("") if ends else self.path]
+            if not stems[0].with_name(stems[0].name + ".idx").exists():
+                stems = []
+        if not stems:
+            raise DataError(
+                f"{self.path} is no dataset: no {MANIFEST_NAME} and no .idx. "
+                "Prepare the data with `megahybrid data tokenize`, or correct the path."
+            )
+        shards = [
+            ShardIndex.open(stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx"))
+            for stem in stems
+        ]
+        for shard in shards:
+            if shard.dtype != shards[0].dtype:
+                raise DataError(
+                    f"{shard.idx_path} has dtype {shard.dtype.name}, not {shards[0].dtype.name} as "
+                    f"{shards[0].idx_path.name}. Give each its own source."
+                )
+        return shards
+
+    def _mapped(self, number: int) -> Array:
+        found = self._maps.get(number)
+        if found is not None:
+            self._maps.move_to_end(number)
+            return found
+        shard = self.shards[number]
+        with open(shard.bin_path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) != shard.tokens * shard.dtype.itemsize:
+            raise DataError(
+                f"{shard.bin_path} has {len(mapped)} bytes, not "
+                f"{shard.tokens * shard.dtype.itemsize} as when it was opened. "
+                "Restore the file; data must not change under a run."
+            )
+        tokens = np.frombuffer(mapped, shard.dtype)
+        self._maps[number] = tokens
+        if len(self._maps) > MAPPED_SHARDS:
+            self._maps.popitem(last=False)  # unmapped when the last view of it is gone
+        return tokens
+
+    def read(self, start: int, length: int) -> Array:
+        """Tokens start … start + length - 1 in the file's dtype, as a view where one shard has all.
+
+        Raises DataError when an id is not below vocab_size.
+        """
+        number = bisect_right(self.starts, start) - 1
+        first = start - self.starts[number]
+        if first + length <= self.shards[number].tokens:
+            tokens = self._mapped(number)[first : first + length]
+        else:
+            tokens = np.concatenate(list(self._pieces(start, length)))
+        if self._check_ids and length and int(tokens.view(self._unsigned).max()) >= self.vocab_size:
+            self._refuse_id(start, tokens)
+        return tokens
+
+    def _pieces(self, start: int, length: int) -> Iterator[Array]:
+        while length:
+            number = bisect_right(self.starts, start) - 1
+            first = start - self.starts[number]
+            piece = self._mapped(number)[first : first + length]
+            yield piece
+            start, length = start + len(piece), length - len(piece)
+
+    def _refuse_id(self, start: int, tokens: Array) -> None:
+        place = int(np.argmax(tokens.view(self._unsigned) >= self.vocab_size))
+        number = bisect_right(self.starts, start + place) - 1
+        shard = self.shards[number]
+        raise DataError(
+            f"{shard.bin_path} has token id {tokens[place]} at token "
+            f"{start + place - self.starts[number]}, not below vocab_size={self.vocab_size}. "
+            "Run `megahybrid data verify`, or name the tokenizer that made the data."
+        )
+
+    def document_ends(self, start: int, tokens: Array) -> Array:
+        """Which of `tokens` (read at `start`) are the last of their document, as ascending indices.
+
+        From eod; from the index in a file without one.
+        """
+        if self.eod_id is not None:
+            return np.flatnonzero(tokens == self.eod_id)
+        found = []
+        stop = start + len(tokens)
+        while start < stop:
+            number = bisect_right(self.starts, start) - 1
+            origin = self.starts[number]
+            end = min(stop, self.starts[number + 1])
+            # The document after the last token of a range begins one token later.
+            begins = self.shards[number].document_starts_between(
+                start + 1 - origin, end + 1 - origin
+            )
+            found.append(begins + (origin - 1 - (stop - len(tokens))))
+            if end == self.starts[number + 1]:
+                found.append(np.asarray([end - 1 - (stop - len(tokens))]))
+            start = end
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+    def document_spans(self, min_tokens: int = 1) -> Iterator[tuple[int, int]]:
+        """First token and length, eod included, of each document of at least `min_tokens`."""
+        for number, shard in enumerate(self.shards):
+            for first in range(0, shard.documents, 2**16):
+                begins, lengths = shard.document_spans(first, first + 2**16)
+                for index in np.flatnonzero(lengths >= max(1, min_tokens)):
+                    yield self.starts[number] + int(begins[index]), int(lengths[index])
+
+    def document(self, index: int) -> Array:
+        """Tokens of document `index`, eod included."""
+        for number, shard in enumerate(self.shards):
+            if index < shard.documents:
+                begins, lengths = shard.document_spans(index, index + 1)
+                return self.read(self.starts[number] + int(begins[0]), int(lengths[0]))
+            index -= shard.documents
+        raise IndexError(index)
+
+    def check_tokenizer(self, sha256: str, name: str = "data.tokenizer") -> None:
+        """Raises DataError unless the data was made with the tokenizer of this hash."""
+        if self.manifest is not None and self.manifest.tokenizer.sha256 != sha256:
+            raise DataError(
+                f"{name} has sha256 {sha256[:12]}, but {self.path} was made with "
+                f"{self.manifest.tokenizer.sha256[:12]}. Name the tokenizer that made the data, or "
+                "tokenize it again."
+            )
+
+
+def _fingerprint(shards: list[ShardIndex]) -> str:
+    facts: list[Any] = [(s.bin_path.name, s.dtype.name, s.tokens, s.sequences) for s in shards]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _refuse_mask(shard: ShardIndex) -> None:
+    path = shard.bin_path.with_suffix(".mask")
+    if path.exists():
+        raise DataError(
+            f"{path} marks targets that do not count, which this version does not read. "
+            "Use data without a .mask."
+        )

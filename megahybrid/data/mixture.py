@@ -1,0 +1,228 @@
+"""`Mixture`: which source each row comes from, and where in it, as a function of a small state."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import lcm
+from typing import Any, NamedTuple
+
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
+from megahybrid.errors import DataError
+
+State = dict[str, Any]
+STATE_VERSION = 1
+
+
+class RowPlan(NamedTuple):
+    """Where the input tokens of one row come from. Between spans there is a join."""
+
+    source: str
+    spans: tuple[Span, ...]
+
+
+class Mixture:
+    """Rows from several sources, weighted by tokens.
+
+    Over every prefix since the last reweighting each source's tokens differ from weight * tokens by
+    less than the longest row served since then (Tijdeman's earliest-deadline rule). Everything is
+    a function of (seed, datasets, block_tokens, lanes) and of the state, a JSON value:
+    {version, seed, block_tokens, lanes, weights {name: w}, since {name: tokens since the last
+    reweighting}, longest: longest row since then, sources {name: {cursor, tokens, fingerprint}}}.
+    Sources that were dropped stay in it, so that they continue when they are named again.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, TokenDataset],
+        weights: Mapping[str, float],
+        *,
+        seed: int,
+        block_tokens: int,
+        lanes: int,
+    ) -> None:
+        self.datasets = dict(datasets)
+        self.weights = self._checked(weights)
+        self.seed, self.block_tokens, self.lanes = seed, block_tokens, lanes
+        self._orders: dict[str, SourceOrder] = {}
+
+    def _checked(self, weights: Mapping[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            if name not in self.datasets:
+                raise DataError(
+                    f"weights names '{name}', which data.sources does not define "
+                    f"({', '.join(sorted(self.datasets))}). Define it or correct the name."
+                )
+            if not 0 <= weight < float("inf"):
+                raise DataError(f"weights.{name}={weight} is not 0 or more. Use a positive weight.")
+        if not any(weights.values()):
+            raise DataError("weights gives no source more than 0. Give one a positive weight.")
+        return {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
+
+    def order(self, name: str) -> SourceOrder:
+        """The order of one source."""
+        if name not in self._orders:
+            self._orders[name] = SourceOrder(
+                self.datasets[name].tokens,
+                seed=self.seed,
+                name=name,
+                block_tokens=self.block_tokens,
+                lanes=self.lanes,
+            )
+        return self._orders[name]
+
+    def start(self) -> State:
+        """The state before the first row."""
+        empty: State = {
+            "version": STATE_VERSION,
+            "seed": self.seed,
+            "block_tokens": self.block_tokens,
+            "lanes": self.lanes,
+            "weights": {},
+            "since": {},
+            "longest": 0,
+            "sources": {},
+        }
+        return self.reweight(empty, self.weights)
+
+    def reweight(self, state: State, weights: Mapping[str, float]) -> State:
+        """The state from which rows follow new weights; every cursor goes on where it is.
+
+        The same weights as before change nothing, so a stage boundary may always call it.
+        """
+        weights = self._checked(weights)
+        if weights == state["weights"]:
+            return state
+        sources = dict(state["sources"])
+        for name in weights:
+            if name not in sources:
+                sources[name] = {
+                    "cursor": self.order(name).start(),
+                    "tokens": 0,
+                    "fingerprint": self.datasets[name].fingerprint,
+                }
+        since = dict.fromkeys(weights, 0)
+        return state | {"weights": weights, "since": since, "longest": 0, "sources": sources}
+
+    def restore(self, state: Any) -> State:
+        """A saved state, if it fits this mixture's datasets and order; else DataError.
+
+        The weights in it stay those of the stage that wrote it until `reweight` is called.
+        """
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            raise DataError("the saved data state is not one of this version. Start a new run.")
+        for name in ("seed", "block_tokens", "lanes"):
+            found, expected = state.get(name), getattr(self, name)
+            if found != expected:
+                shown = "seed" if name == "seed" else f"data.{name}"
+                raise DataError(
+                    f"{shown}={expected} is not what the run's order was made with ({found}). "
+                    f"Set {shown}={found}, or start a new run."
+                )
+        sources = {}
+        for name, source in state["sources"].items():
+            if name not in self.datasets:
+                if name in state["weights"]:
+                    raise DataError(
+                        f"data.sources lacks '{name}', which the run is reading. Define it again."
+                    )
+                sources[name] = source
+                continue
+            dataset = self.datasets[name]
+            if source["fingerprint"] != dataset.fingerprint:
+                raise DataError(
+                    f"data.sources.{name} at {dataset.path} has manifest {dataset.fingerprint[:12]}"
+                    f", not {source['fingerprint'][:12]} as when the run began. "
+                    "Restore the files, or start a new run."
+                )
+            sources[name] = source | {"cursor": self.order(name).check(source["cursor"])}
+        return state | {"sources": sources}
+
+    def plan_step(self, state: State, length: int, rows: int) -> tuple[list[RowPlan], State]:
+        """The next `rows` rows of `length` tokens and the state after them; `state` is unchanged.
+
+        Raises DataError when a row is longer than a block.
+        """
+        if length > self.block_tokens:
+            raise DataError(
+                f"data.block_tokens={self.block_tokens} is smaller than the stage's length "
+                f"({length}). Use at least the longest length of the plan."
+            )
+        chosen, since, longest = choose_sources(state, length, rows)
+        sources = dict(state["sources"])
+        taken: dict[str, list[tuple[Span, ...]]] = {}
+        for name in dict.fromkeys(chosen):
+            count = chosen.count(name)
+            source = sources[name]
+            taken[name], cursor = self.order(name).take(source["cursor"], length, count)
+            taken[name].reverse()
+            sources[name] = source | {
+                "cursor": cursor,
+                "tokens": source["tokens"] + count * length,
+            }
+        plans = [RowPlan(name, taken[name].pop()) for name in chosen]
+        return plans, state | {"since": since, "longest": longest, "sources": sources}
+
+    def source_tokens(self, state: State) -> dict[str, int]:
+        """Tokens served of each source since the run began."""
+        return {name: source["tokens"] for name, source in state["sources"].items()}
+
+    def epochs(self, state: State) -> dict[str, float]:
+        """How many times over each source has been served."""
+        return {
+            name: source["tokens"] / self.datasets[name].tokens
+            for name, source in state["sources"].items()
+            if name in self.datasets
+        }
+
+
+def cursor_crc(state: State) -> int:
+    """CRC-32 of every source's cursor: equal exactly when two runs stand at the same place."""
+    cursors: dict[str, Cursor] = {
+        name: source["cursor"] for name, source in state["sources"].items()
+    }
+    return checksum(cursors)
+
+
+def choose_sources(
+    state: State, length: int, rows: int
+) -> tuple[Sequence[str], dict[str, int], int]:
+    """The source of each of `rows` rows; tokens since the reweighting, and the longest row, after.
+
+    Tijdeman (1980): with k sources and c = 1 - 1/(2k - 2), among those that may take a row without
+    getting c rows ahead, the one that would first be c rows behind. In whole numbers, so exact.
+    """
+    names = list(state["weights"])
+    since = dict(state["since"])
+    longest = max(state["longest"], length)
+    if len(names) == 1:
+        since[names[0]] += length * rows
+        return names * rows, since, longest
+    shares = _whole_shares(state["weights"])
+    total_share = sum(shares)
+    had = [since[name] for name in names]
+    total = sum(had)
+    twice = 2 * len(names) - 2
+    slack = (twice - 1) * longest  # c * longest, times `twice`
+    ahead = total_share * (twice * length - slack)
+    chosen = []
+    for _ in range(rows):
+        total += length
+        best, best_deadline = -1, 0
+        for index, share in enumerate(shares):
+            if twice * (share * total - total_share * had[index]) < ahead:
+                continue
+            deadline = twice * had[index] + slack
+            if best < 0 or deadline * shares[best] < best_deadline * share:
+                best, best_deadline = index, deadline
+        if best < 0:  # rows of several lengths can leave none: then the one furthest behind
+            best = max(range(len(shares)), key=lambda i: shares[i] * total - total_share * had[i])
+        had[best] += length
+        chosen.append(names[best])
+    return chosen, dict(zip(names, had, strict=True)), longest
+
+
+def _whole_shares(weights: Mapping[str, float]) -> list[int]:
+    """Whole numbers in exactly the ratio of the (binary) weights."""
+    fractions = [Fraction(weight) for weight in weights.values()]
+    scale = lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * scale) for fraction in fractions]
