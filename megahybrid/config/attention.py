@@ -155,7 +155,7 @@ class Rope(Frozen):
     rotary_fraction: float = Field(default=1.0, gt=0, le=1)
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Rotated dimensions of a head: the even number nearest below rotary_fraction * head_dim."""
+        """Rotated dimensions of a head: rotary_fraction * head_dim, rounded down to even."""
         return int(head_dim * self.rotary_fraction) // 2 * 2
 
     def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
@@ -223,7 +223,7 @@ class Llama4Scale(Frozen):
 
 
 class LogScale(Frozen):
-    """1 / sqrt(head_dim) times log_base(base + n), n the number of visible keys (arXiv 2504.08719)."""
+    """1 / sqrt(head_dim) times log_base(base + n), n the visible keys (arXiv 2504.08719)."""
 
     kind: Literal["log"]
     base: float = Field(gt=1)
@@ -294,7 +294,7 @@ class Periodic(Frozen):
     special: Name
     period: int = Field(ge=1)
     offset: int = Field(ge=0)
-    prefix: list[Name] = []
+    prefix: list[Name] = Field(default=[])
     last: Name | None = None
 
     @model_validator(mode="after")
@@ -352,7 +352,8 @@ class LayerPlan(Frozen):
         if unused:
             raise ValueError(
                 f"schemes defines '{unused[0]}', which no layer uses "
-                f"(pattern uses {', '.join(sorted(set(self.names())))}). Remove it or name it in pattern."
+                f"(pattern uses {', '.join(sorted(set(self.names())))}). "
+                "Remove it or name it in pattern."
             )
         return self
 

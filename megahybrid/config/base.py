@@ -53,13 +53,13 @@ def load(
         from megahybrid.config.run import RunConfig
 
         type = RunConfig
-    return parse(type, apply_overrides(read_tree(Path(path)), overrides), source=str(path))
+    return parse(type, apply_overrides(read_tree(Path(path)), overrides))
 
 
-def parse(type: type[Value], plain: Any, source: str = "", where: str = "") -> Value:
+def parse(type: type[Value], plain: Any, where: str = "") -> Value:
     """The value of class `type` that plain dicts, lists and scalars say.
 
-    `source` (a file) begins each line of a ConfigError; `where` is the dotted path of `plain`.
+    `where` is the dotted path of `plain`. Raises ConfigError, one line per mistake.
     """
     from megahybrid.config.explain import explain
     from megahybrid.errors import ConfigError
@@ -68,8 +68,7 @@ def parse(type: type[Value], plain: Any, source: str = "", where: str = "") -> V
         return type.model_validate(plain)
     except ValidationError as error:
         lines = explain(error, type, plain, where)
-    prefix = f"{source}: " if source else ""
-    raise ConfigError("\n".join(prefix + line for line in lines))
+    raise ConfigError("\n".join(lines))
 
 
 def parse_json(type: type[Value], text: str | bytes) -> Value:
@@ -89,7 +88,7 @@ def dump_yaml(value: BaseModel) -> str:
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 100
     text = io.StringIO()
     yaml.dump(dump(value), text)

@@ -20,13 +20,14 @@ class DataConfig(Frozen):
     held_out: dict[Name, Source] = Field(default={}, description="validation data by name")
     documents: Literal["masked", "joined"] = Field(
         default="masked",
-        description="masked: a token sees its own document only; joined: all earlier tokens of its row",
+        description="masked: a token sees its own document only; joined: its whole row so far",
     )
     block_tokens: int = Field(
         gt=0,
-        description="tokens of the contiguous blocks that are permuted; at least the longest length",
+        description="tokens of the contiguous blocks that are permuted; at least the longest "
+        "length",
     )
-    lanes: int = Field(default=64, gt=0, description="blocks of one source that are read at a time")
+    lanes: int = Field(default=64, gt=0, description="blocks of a source that are read at a time")
     tokenizer: str | None = Field(
         default=None, description="tokenizer file, checked against the data and used for samples"
     )

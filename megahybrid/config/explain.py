@@ -55,9 +55,10 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
     if kind in ("value_error", "assertion_error"):
         return _join(where, parts, str(context.get("error", item["msg"])))
     if is_key:
-        return f"{path} has a key that {_says(kind, context, value)}. Change the key."
+        return f"{_join(where, parts[:-1])} has the key '{value}', which {_says(kind, context)}."
     if kind == "union_tag_not_found":
-        return f"{path}={value} does not say its kind. Write kind: with {_options(type_, parts, plain)}."
+        kinds = ", ".join(_kinds_at(type_, parts, plain))
+        return f"{path}={value} does not say its kind. Add kind: with one of {kinds}."
     if kind == "union_tag_invalid":
         tags = [t.strip().strip("'") for t in context["expected_tags"].split(", ")]
         tag = context["tag"]
@@ -69,10 +70,10 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
         return f"{path}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
     if kind in _WANTED:
         return f"{path}={value} is not {_WANTED[kind]}{_hint(kind, item['input'])}."
-    return f"{path}={value} {_says(kind, context, value)}. Change it."
+    return f"{path}={value} {_says(kind, context)}. Change it."
 
 
-def _says(kind: str, context: dict[str, Any], value: str) -> str:
+def _says(kind: str, context: dict[str, Any]) -> str:
     if kind in _BOUND:
         name, words = _BOUND[kind]
         return f"must be {words} {context[name]}"
@@ -80,18 +81,19 @@ def _says(kind: str, context: dict[str, Any], value: str) -> str:
         return "is not a name (letters, digits, _ and - only)"
     if kind == "too_short":
         return f"has {context['actual_length']} entries and needs {context['min_length']}"
-    if kind in ("too_long", "missing_argument"):
-        return f"has more than {context.get('max_length')} entries"
+    if kind == "too_long":
+        return f"has {context['actual_length']} entries and takes {context['max_length']}"
     if kind in _WANTED:
         return f"is not {_WANTED[kind]}"
     return f"is refused ({kind.replace('_', ' ')})"
 
 
 def _hint(kind: str, value: Any) -> str:
+    """What follows "is not an integer": why, and what to write."""
     if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         return f" (it has a fraction or an exponent). Write {int(value):_}"
     if isinstance(value, bool):
-        return " (it is a boolean)"
+        return f" (it is a boolean). Write {_WANTED[kind]}"
     if isinstance(value, str) and kind in ("int_type", "float_type", "int_from_float"):
         return (
             " (it is text). Write the number without quotes"
@@ -102,7 +104,7 @@ def _hint(kind: str, value: Any) -> str:
         return " (it is empty). Give it a value"
     if kind == "string_type":
         return ". Put it in quotes"
-    return ""
+    return f". Write {_WANTED[kind]}"
 
 
 def _is_number(text: str) -> bool:
@@ -146,8 +148,8 @@ def _real_path(loc: tuple[Any, ...], plain: Any, kind: str) -> list[str]:
                 here = here[key]
             elif not (is_last and kind == "missing"):
                 continue
-        elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
-            here = here[part]
+        elif isinstance(here, list | tuple) and isinstance(part, int):
+            here = here[part] if part < len(here) else None
         else:
             continue
         parts.append(str(part))
@@ -161,26 +163,37 @@ def _same_text(part: Any, mapping: dict[Any, Any]) -> Any:
 
 def fields_at(type_: Any, parts: list[str], plain: Any) -> list[str]:
     """The fields that the value at dotted path `parts` may have."""
-    models = _models(type_, plain)
-    here = plain
+    models = [m for a, here in _annotations_at(type_, parts, plain) for m in _models(a, here)]
+    return list(dict.fromkeys(name for m in models if _is_model(m) for name in m.model_fields))
+
+
+def _kinds_at(type_: Any, parts: list[str], plain: Any) -> list[str]:
+    """The values that `kind` may have at dotted path `parts`."""
+    models = [m for a, _ in _annotations_at(type_, parts, plain) for m in _models(a, None)]
+    return list(dict.fromkeys(kind for model in models for kind in _kinds(model)))
+
+
+def _annotations_at(type_: Any, parts: list[str], plain: Any) -> list[tuple[Any, Any]]:
+    """The annotations of the value at dotted path `parts`, each with what the file has there."""
+    found = [(type_, plain)]
     for part in parts:
-        if isinstance(here, dict):
-            here = here.get(_same_text(part, here))
-        elif isinstance(here, list | tuple) and part.isdigit() and int(part) < len(here):
-            here = here[int(part)]
-        inner: list[Any] = []
-        for model in models:
-            if isinstance(model, type) and issubclass(model, BaseModel):
-                if part in model.model_fields:
-                    inner.append(model.model_fields[part].annotation)
-            else:
-                inner.append(get_args(model)[-1])
-        models = [m for annotation in inner for m in _models(annotation, here)]
-    names: list[str] = []
-    for model in models:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            names += [name for name in model.model_fields if name not in names]
-    return names
+        inner = []
+        for annotation, here in found:
+            for model in _models(annotation, here):
+                if not _is_model(model):
+                    inner.append((get_args(model)[-1], _item(here, part)))
+                elif part in model.model_fields:
+                    inner.append((model.model_fields[part].annotation, _item(here, part)))
+        found = inner
+    return found
+
+
+def _item(plain: Any, part: str) -> Any:
+    if isinstance(plain, dict):
+        return plain.get(_same_text(part, plain))
+    if isinstance(plain, list | tuple) and part.isdigit() and int(part) < len(plain):
+        return plain[int(part)]
+    return None
 
 
 def _models(annotation: Any, plain: Any) -> list[Any]:
@@ -194,37 +207,17 @@ def _models(annotation: Any, plain: Any) -> list[Any]:
         return [m for m in found if written in _kinds(m)] or found
     if origin in (dict, list, tuple):
         return [annotation]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return []
+    return [annotation] if _is_model(annotation) else []
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _kinds(model: Any) -> tuple[str, ...]:
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+    if not _is_model(model):
         return ()
     field = model.model_fields.get("kind")
     if field is None or get_origin(field.annotation) is not Literal:
         return ()
     return get_args(field.annotation)
-
-
-def _options(type_: Any, parts: list[str], plain: Any) -> str:
-    annotation: Any = type_
-    here = plain
-    candidates = [annotation]
-    for part in parts:
-        inner = []
-        for candidate in candidates:
-            for model in _models(candidate, here):
-                if isinstance(model, type) and issubclass(model, BaseModel):
-                    if part in model.model_fields:
-                        inner.append(model.model_fields[part].annotation)
-                else:
-                    inner.append(get_args(model)[-1])
-        if isinstance(here, dict):
-            here = here.get(_same_text(part, here))
-        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
-            here = here[int(part)]
-        candidates = inner
-    kinds = [k for c in candidates for m in _models(c, None) for k in _kinds(m)]
-    return ", ".join(dict.fromkeys(kinds))

@@ -68,7 +68,7 @@ class Stage(Frozen):
         Discriminator(_batch_form),
     ] = Field(description="tokens of one step over all ranks; a multiple of every length")
     micro_batch_tokens: Positive = Field(
-        description="tokens of one forward and backward on one data rank; a multiple of every length"
+        description="tokens of one forward and backward on a data rank; a multiple of every length"
     )
     weights: dict[Name, Annotated[float, Field(ge=0)]] = Field(
         description="shares of the sources, by tokens; they need not sum to 1"

@@ -86,7 +86,8 @@ class LogConfig(Frozen):
             start, stop = self.profile_steps
             if not 0 <= start < stop:
                 raise ValueError(
-                    f"profile_steps=[{start}, {stop}] holds no step. Use [start, stop], start < stop."
+                    f"profile_steps=[{start}, {stop}] holds no step. "
+                    "Use [start, stop] with start < stop."
                 )
         return self
 

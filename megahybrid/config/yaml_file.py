@@ -1,4 +1,4 @@
-"""YAML files read safely: YAML 1.2, no duplicate keys, no tags, `include:`, and dotted overrides."""
+"""YAML files read safely (1.2, no duplicate keys, no tags), `include:`, and dotted overrides."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,9 +152,10 @@ def _with(tree: Any, parts: list[str], value: Any, dotted: str) -> Any:
     part, rest = parts[0], parts[1:]
     if isinstance(tree, list):
         if not part.isdigit() or int(part) >= len(tree):
+            numbers = "0" if len(tree) == 1 else f"a number from 0 to {len(tree) - 1}"
             raise ConfigError(
-                f"{dotted} names item '{part}' of a list with {len(tree)} items. "
-                f"Use 0 to {len(tree) - 1}."
+                f"{dotted} names item '{part}' of a list (it has {len(tree)} items). "
+                f"Use {numbers}, or set the whole list."
             )
         items = list(tree)
         items[int(part)] = _with(items[int(part)], rest, value, dotted) if rest else value
