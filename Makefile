@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # What pip installs as torch, before anything else. TORCH=system uses the torch that PYTHON already
-# has (a GPU machine's own build); any other value goes to pip as it is, for example
-# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" for a small CPU build.
+# has (a GPU machine's own build); any other value goes to pip as it is, with its options.
 TORCH ?= torch==2.13.0
 WHEELHOUSE ?= wheelhouse
 ARGS ?=

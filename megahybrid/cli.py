@@ -1,0 +1,185 @@
+"""The command line. Parsing imports nothing heavy; each command imports what it needs when it runs."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, MegahybridError
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is one line and code 2."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except MegahybridError as error:
+        print(f"megahybrid: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`): nothing is wrong and nothing is owed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megahybrid",
+        description="Pretrain long-context language models whose layers differ in how they see "
+        "position.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run_commands(commands)
+    _add_checkpoint_commands(commands)
+    _add_data_commands(commands)
+    return parser
+
+
+def _add_run_commands(commands: argparse._SubParsersAction) -> None:
+    train = _command(commands, "train", _train, "train a run, or go on with it where it stopped")
+    _run_file(train)
+    train.add_argument(
+        "--processes", type=int, metavar="N", help="ranks on this machine (default: as many as fit)"
+    )
+    check = _command(commands, "check", _check, "everything the config alone can tell, in a second")
+    _run_file(check)
+    check.add_argument("--world-size", type=int, metavar="N", help="ranks the run will have")
+    describe = _command(commands, "describe", _describe, "layers, parameters, FLOPs and memory")
+    _run_file(describe)
+    describe.add_argument("--json", action="store_true", help="the same figures as JSON")
+    describe.add_argument("--world-size", type=int, metavar="N", help="ranks for memory per rank")
+    compare = _command(commands, "compare", _compare, "what differs between two run files")
+    compare.add_argument("first", type=Path, metavar="A.yaml")
+    compare.add_argument("second", type=Path, metavar="B.yaml")
+    report = _command(commands, "report", _report, "plots and one page about a run")
+    report.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
+
+
+def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
+    evaluate = _command(commands, "evaluate", _evaluate, "held-out loss and loss by position")
+    _checkpoint(evaluate)
+    evaluate.add_argument("--data", type=Path, metavar="DIR", help="another dataset to score")
+    evaluate.add_argument("--length", type=int, metavar="N", help="tokens of a row")
+    evaluate.add_argument("--max-tokens", type=int, metavar="N", help="tokens scored at most")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    sample = _command(commands, "sample", _sample, "continue a prompt")
+    _checkpoint(sample)
+    sample.add_argument("--prompt", default="", help="text to continue")
+    sample.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    sample.add_argument("--seed", type=int, default=1)
+    sample.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
+
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    from data_prep.commands import add_arguments
+
+    data = commands.add_parser("data", help="gather text, train tokenizers, make token files")
+    add_arguments(data.add_subparsers(dest="data_command", required=True, metavar="COMMAND"))
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, run: Run, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _run_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", type=Path, metavar="RUN.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="fields to change, by dotted name: parallel.tensor=4",
+    )
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint's folder, or a run's (its newest one)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.command import train
+
+    return train(arguments.run_file, arguments.overrides, arguments.processes)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from megahybrid.config import load
+    from megahybrid.config.describe import summary
+
+    run = load(arguments.run_file, arguments.overrides)
+    run.check(arguments.world_size)
+    print(summary(run, arguments.world_size))
+    return EXIT_DONE
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from megahybrid.config import load
+    from megahybrid.config.describe import describe, render
+
+    run = load(arguments.run_file, arguments.overrides)
+    run.check(arguments.world_size)
+    description = describe(run, arguments.world_size)
+    print(json.dumps(description, indent=2) if arguments.json else render(description))
+    return EXIT_DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from megahybrid.config import load
+    from megahybrid.config.compare import compare, render
+
+    print(render(compare(load(arguments.first), load(arguments.second))))
+    return EXIT_DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megahybrid.report import write_report
+
+    for path in write_report(arguments.run_directory):
+        print(path)
+    return EXIT_DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megahybrid.evaluate.command import evaluate
+
+    return evaluate(
+        arguments.checkpoint,
+        data=arguments.data,
+        length=arguments.length,
+        max_tokens=arguments.max_tokens,
+        device=arguments.device,
+        as_json=arguments.json,
+    )
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from megahybrid.evaluate.command import sample
+
+    if arguments.tokens < 1 or arguments.temperature < 0:
+        print(
+            "megahybrid: --tokens must be 1 or more and --temperature 0 or more.", file=sys.stderr
+        )
+        return EXIT_USER_MISTAKE
+    return sample(
+        arguments.checkpoint,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+    )

@@ -1,0 +1,1 @@
+"""How well a model predicts: held-out loss, loss by position, plain sampling."""

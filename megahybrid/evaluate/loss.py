@@ -1,0 +1,93 @@
+"""Held-out loss, whole and by position: how much a longer past helps, and how far it reaches.
+
+Takes a model and rows of tokens and knows nothing of training, so that training can call it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from megahybrid.parallel.collectives import all_reduce
+from megahybrid.parallel.mesh import Axis
+
+# (tokens, targets, starts) -> loss of each token in nats, 0 where the target does not count
+TokenLoss = Callable[
+    [Int[Tensor, "batch seq"], Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]],
+    Float[Tensor, "batch seq"],
+]
+Rows = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Targets whose input token stands at document positions [start, stop)."""
+
+    start: int
+    stop: int
+    tokens: int
+    loss: float | None  # nats per token; None where no token fell into the bucket
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The score of one set at one length."""
+
+    loss: float | None  # nats per token; None for a set without a single target
+    tokens: int
+    length: int
+    by_position: tuple[PositionBucket, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the ledger keeps it."""
+        return {
+            "loss": self.loss,
+            "tokens": self.tokens,
+            "length": self.length,
+            "by_position": [vars(bucket) for bucket in self.by_position],
+        }
+
+
+def position_edges(longest: int) -> list[int]:
+    """Edges of log-spaced buckets: 0, 1, 2, 4, … and `longest` last."""
+    edges = [0, 1]
+    while edges[-1] < longest:
+        edges.append(min(2 * edges[-1], longest))
+    return edges
+
+
+@torch.no_grad()
+def held_out_loss(
+    token_loss: TokenLoss, rows: Rows, length: int, longest: int, data: Axis, device: torch.device
+) -> HeldOutLoss:
+    """Score this data rank's `rows` and sum over the data axis. Every rank must call it with the
+    same number of batches (a batch may have no valid target).
+
+    Buckets reach to `longest`, so that curves of several lengths share one axis; a position counts
+    from the document's start, because a token sees its own document only.
+    """
+    edges = torch.tensor(position_edges(longest), device=device)
+    sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64, device=device)
+    for tokens, targets, starts in rows:
+        tokens, targets, starts = tokens.to(device), targets.to(device), starts.to(device)
+        losses = token_loss(tokens, targets, starts)
+        valid = (targets != -100).flatten()
+        position = torch.arange(tokens.shape[1], device=device) - starts
+        bucket = torch.bucketize(position.flatten()[valid], edges, right=True) - 1
+        bucket.clamp_(max=len(edges) - 2)
+        sums[0].index_add_(0, bucket, losses.flatten()[valid].double())
+        sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
+    losses_by_bucket, counts = all_reduce(sums, data).cpu().tolist()
+    bounds = edges.cpu().tolist()
+    buckets = tuple(
+        PositionBucket(start, stop, int(count), total / count if count else None)
+        for start, stop, total, count in zip(
+            bounds[:-1], bounds[1:], losses_by_bucket, counts, strict=True
+        )
+    )
+    tokens_scored = int(sum(counts))
+    mean = sum(losses_by_bucket) / tokens_scored if tokens_scored else None
+    return HeldOutLoss(mean, tokens_scored, length, buckets)

@@ -1,0 +1,102 @@
+"""One layer's attention between its projections: norm, rotation, logit scale, `attend`."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from megahybrid.config.attention import AttentionScheme, FixedScale, Rope
+from megahybrid.config.model import ModelConfig
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels import attend
+from megahybrid.model.logit_scale import QueryScale
+from megahybrid.model.norm import QKNormModule
+from megahybrid.model.rotary import rotate
+from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megahybrid.parallel.mesh import Axis, ParallelMesh
+
+
+def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
+    """Rows of a replicated key or value weight that this rank uses; None where they are sharded.
+
+    With more tensor ranks than KV heads the weights are replicated and each rank reads the one
+    head that its queries share: shards held by sub-groups would be marked wrongly, because
+    DeepSpeed's mark is binary.
+    """
+    if tensor.size <= config.num_kv_heads:
+        return None
+    head = tensor.rank * config.num_kv_heads // tensor.size
+    return head * config.head_dim, (head + 1) * config.head_dim
+
+
+def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> tuple[Output, ...]:
+    """Query, key and value, for a column-parallel matrix that may hold others as well."""
+    kv_features = config.num_kv_heads * config.head_dim
+    keep = kv_rows(config, mesh.tensor)
+    return (
+        Output(f"{name}.query.weight", config.num_heads * config.head_dim),
+        Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
+        Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
+    )
+
+
+class Attention(nn.Module):
+    """What an `AttentionScheme` says, on this rank's heads, and the way back to hidden size."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        scheme: AttentionScheme,
+        mesh: ParallelMesh,
+        kernel: str,
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.head_dim = config.head_dim
+        self.kernel = kernel
+        heads = (config.num_heads, config.num_kv_heads)
+        self.qk_norm = (
+            None
+            if scheme.qk_norm.kind == "none"
+            else QKNormModule(scheme.qk_norm, *heads, config.head_dim, name, mesh, config.eps)
+        )
+        self.query_scale = QueryScale.of(scheme, config.num_heads, name, mesh)
+        fixed = isinstance(scheme.logit_scale, FixedScale)
+        self.scale = scheme.logit_scale.scale if fixed else config.head_dim**-0.5
+        self.output = RowParallelLinear(
+            config.num_heads * config.head_dim, config.hidden_size, f"{name}.output.weight", mesh
+        )
+
+    def forward(
+        self,
+        query: Float[Tensor, "seq batch query_features_local"],
+        key: Float[Tensor, "seq batch kv_features_local"],
+        value: Float[Tensor, "seq batch kv_features_local"],
+        context: SequenceContext,
+        reduce: bool = True,
+    ) -> Float[Tensor, "seq_out batch hidden"]:
+        """The shard of the result, or with reduce=False this rank's part of the sum."""
+        q = query.unflatten(-1, (-1, self.head_dim))  # [seq, batch, heads_local, head_dim]
+        k = key.unflatten(-1, (-1, self.head_dim))  # [seq, batch, kv_heads_local, head_dim]
+        v = value.unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
+        if isinstance(self.scheme.position, Rope):
+            table = context.rotary_table(self.scheme.position, self.head_dim)
+            q, k = rotate(q, table), rotate(k, table)
+        if self.query_scale is not None:
+            q = self.query_scale(q, context.documents, context.length)
+        mixed = attend(
+            q,
+            k,
+            v,
+            window=self.scheme.window,
+            documents=context.documents,
+            scale=self.scale,
+            kernel=self.kernel,
+        )
+        return self.output(mixed.flatten(-2), reduce=reduce)
+
+
+def query_key_value(name: str, config: ModelConfig, mesh: ParallelMesh) -> ColumnParallelLinear:
+    """The input projections of attention alone (the parallel block has one for all five)."""
+    return ColumnParallelLinear(config.hidden_size, attention_outputs(name, config, mesh), mesh)

@@ -1,0 +1,32 @@
+"""What all layers share while one batch passes through: document boundaries and rotation tables."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megahybrid.config.attention import Rope
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.rotary import RotaryTable
+
+
+@dataclass
+class SequenceContext:
+    """Built once per batch. `documents` is None where every row is one document.
+
+    Tables are made when the first layer asks and shared by all layers of the same rotation.
+    """
+
+    length: int
+    documents: Documents | None
+    device: torch.device
+    dtype: torch.dtype
+    tables: dict[tuple[Rope, int], RotaryTable] = field(default_factory=dict)
+
+    def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
+        """cos and sin for this batch's positions, which restart at each document."""
+        key = (rope, head_dim)
+        if key not in self.tables:
+            self.tables[key] = RotaryTable.build(
+                rope, head_dim, self.length, self.documents, self.device, self.dtype
+            )
+        return self.tables[key]

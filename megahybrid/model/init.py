@@ -1,0 +1,71 @@
+"""What each parameter is by name: first values, weight decay, learning-rate multiplier, kind.
+
+One table, two parametrisations. `standard`: normal with `initial_std`, projections back to the
+residual stream divided by sqrt(2 * layers). `mup` (arXiv 2203.03466, table 8, Adam): hidden
+matrices have their variance and learning rate divided by the width ratio m = hidden / base_hidden,
+an untied head is drawn with std / m and learns at rate / m; decay is multiplied by m where the
+rate is divided by it, so that rate * decay does not depend on the width. With tied embeddings muP
+wants the logits divided by m: that is a factor of the function itself and is written as
+model.logit_scale.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.training import OptimizerConfig
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.random import fill_normal
+
+KINDS = ("embedding", "attention", "mlp", "norm", "head")
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """One row of the table. `std` None: filled with `constant`."""
+
+    kind: str
+    std: float | None
+    constant: float
+    weight_decay: float  # multiplies optimizer.weight_decay; 0 for vectors
+    learning_rate: float  # multiplies the step's learning rate
+
+
+def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) -> ParameterRule:
+    """The row for canonical parameter `name`."""
+    width_ratio = 1.0
+    if optimizer.parametrisation == "mup" and optimizer.base_hidden_size is not None:
+        width_ratio = model.hidden_size / optimizer.base_hidden_size
+    if "norm" in name.rsplit(".", 2)[-2]:
+        return ParameterRule("norm", None, 1.0, 0.0, 1.0)
+    if name.endswith(".logit_scale"):
+        schemes = model.layer_plan.expand()
+        initial = getattr(schemes[int(name.split(".")[1])].logit_scale, "initial", 1.0)
+        return ParameterRule("attention", None, initial, 0.0, 1.0)
+    if name.startswith("embedding."):
+        return ParameterRule("embedding", model.initial_std, 0.0, 1.0, 1.0)
+    if name.startswith("head."):
+        std = model.initial_std / width_ratio
+        return ParameterRule("head", std, 0.0, width_ratio, 1 / width_ratio)
+    kind = "attention" if ".attention." in name else "mlp"
+    std = model.initial_std / math.sqrt(width_ratio)
+    if name.endswith((".output.weight", ".down.weight")):
+        std /= math.sqrt(2 * model.layer_plan.num_layers)
+    return ParameterRule(kind, std, 0.0, width_ratio, 1 / width_ratio)
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int, optimizer: OptimizerConfig) -> None:
+    """Fill every parameter: the same values at every tensor degree, drawn slice by slice."""
+    for parameter, spec in model.sharded_parameters().values():
+        rules = {
+            segment.name: parameter_rule(segment.name, model.config, optimizer)
+            for segment in spec.segments
+        }
+        drawn = {name: rule.std for name, rule in rules.items() if rule.std is not None}
+        if drawn:
+            fill_normal(parameter, spec, seed, drawn)
+        else:
+            parameter.fill_(next(iter(rules.values())).constant)

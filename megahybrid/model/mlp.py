@@ -1,0 +1,85 @@
+"""The gated feed-forward half of a layer: down(silu(gate(u)) * up(u)), arXiv 2002.05202."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from megahybrid.config.model import ModelConfig
+from megahybrid.model.recompute import rederived
+from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megahybrid.parallel.mesh import ParallelMesh
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps its two inputs only; autograd's own product keeps silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        # d silu(g) / dg = sigmoid(g) * (1 + g * (1 - sigmoid(g)))
+        return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+
+
+def swiglu(
+    gate: Float[Tensor, "seq batch features_local"], up: Float[Tensor, "seq batch features_local"]
+) -> Float[Tensor, "seq batch features_local"]:
+    """silu(gate) * up, element by element."""
+    return _SwiGLU.apply(gate, up)
+
+
+def mlp_outputs(name: str, config: ModelConfig) -> tuple[Output, Output]:
+    """The two input projections, for a column-parallel matrix that may hold others as well."""
+    return (
+        Output(f"{name}.gate.weight", config.intermediate_size),
+        Output(f"{name}.up.weight", config.intermediate_size),
+    )
+
+
+class GatedProduct(nn.Module):
+    """The gated product and its way down: what follows the input projections."""
+
+    def __init__(self, name: str, config: ModelConfig, mesh: ParallelMesh, selective: bool) -> None:
+        super().__init__()
+        self.selective = selective
+        self.down = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, f"{name}.down.weight", mesh
+        )
+
+    def forward(
+        self,
+        gate: Float[Tensor, "seq batch features_local"],
+        up: Float[Tensor, "seq batch features_local"],
+        reduce: bool = True,
+    ) -> Float[Tensor, "seq_out batch hidden"]:
+        """The shard of the result, or with reduce=False this rank's part of the sum."""
+        product = swiglu(gate, up)
+        if not (self.selective and torch.is_grad_enabled()):
+            return self.down(product, reduce=reduce)
+        with rederived(product, swiglu, gate.detach(), up.detach()):
+            return self.down(product, reduce=reduce)
+
+
+class MLP(nn.Module):
+    """A whole feed-forward layer: [seq_local, batch, hidden] -> the same."""
+
+    def __init__(self, name: str, config: ModelConfig, mesh: ParallelMesh, selective: bool) -> None:
+        super().__init__()
+        self.input = ColumnParallelLinear(config.hidden_size, mlp_outputs(name, config), mesh)
+        self.product = GatedProduct(name, config, mesh, selective)
+
+    def forward(
+        self, hidden: Float[Tensor, "seq_local batch hidden"]
+    ) -> Float[Tensor, "seq_local batch hidden"]:
+        """down(silu(gate(hidden)) * up(hidden)), gathered on entry and scattered on exit."""
+        gate, up = self.input(hidden)
+        return self.product(gate, up)

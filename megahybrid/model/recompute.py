@@ -1,0 +1,44 @@
+"""What a layer keeps for its backward pass, and what it computes again.
+
+none       everything autograd asks for is kept
+selective  norm outputs and the SwiGLU product are dropped and computed again from tensors that are
+           kept anyway: no matrix product, no attention and no communication is repeated
+full       only the layer's input is kept (arXiv 1604.06174)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class rederived(torch.autograd.graph.saved_tensors_hooks):
+    """Inside this block, autograd keeps a recipe wherever it would keep `tensor`.
+
+    `derive(*sources)` must give the same values again. It runs without gradients, while the reader
+    of `tensor` runs backward, so it may use only what is whole at that time.
+    """
+
+    def __init__(self, tensor: Tensor, derive: Callable[..., Tensor], *sources: Tensor) -> None:
+        def pack(kept: Tensor) -> Any:
+            # Linear layers may keep a flattened view of the same memory.
+            same = kept.data_ptr() == tensor.data_ptr() and kept.numel() == tensor.numel()
+            return kept.shape if same and kept.numel() and kept.is_contiguous() else kept
+
+        def unpack(packed: Any) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            with torch.no_grad():
+                return derive(*sources).view(packed)
+
+        super().__init__(pack, unpack)
+
+
+def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy: str) -> Tensor:
+    """`block(hidden, context)`, under full recompute where the policy says so."""
+    if policy == "full" and torch.is_grad_enabled():
+        # The blocks draw nothing at random, so no generator state needs to be put back.
+        return checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
+    return block(hidden, context)

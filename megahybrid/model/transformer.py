@@ -1,0 +1,107 @@
+"""The decoder: a list of blocks, each given its scheme. The sequence of schemes is the model."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.model import ModelConfig
+from megahybrid.model.block import BLOCKS
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.norm import make_norm
+from megahybrid.model.recompute import run_block
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.sharding import ShardSpec, shard_spec
+from megahybrid.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
+
+
+class Transformer(nn.Module):
+    """Tokens and document boundaries in, loss out; logits of a whole batch are never held.
+
+    Each rank of the tensor axis holds its share of every matrix and of the sequence between
+    blocks. `plan` is config.layer_plan or a stage's changed copy of it; `kernels` and `recompute`
+    have one entry per layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ParallelMesh,
+        *,
+        plan: LayerPlan | None = None,
+        kernels: Sequence[str] | None = None,
+        recompute: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.mesh = mesh
+        schemes = (plan or config.layer_plan).expand()
+        kernels = tuple(kernels or ("auto",) * len(schemes))
+        self.recompute = tuple(recompute or ("none",) * len(schemes))
+        self.embedding = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, "embedding.weight", mesh
+        )
+        block = BLOCKS[config.block]
+        self.blocks = nn.ModuleList(
+            block(index, config, scheme, mesh, kernel, policy == "selective")
+            for index, (scheme, kernel, policy) in enumerate(
+                zip(schemes, kernels, self.recompute, strict=True)
+            )
+        )
+        self.final_norm = make_norm(config, "final_norm", mesh)
+        self.head = (
+            VocabParallelHead.tied(self.embedding, mesh)
+            if config.tie_embeddings
+            else VocabParallelHead(config.vocab_size, config.hidden_size, "head.weight", mesh)
+        )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        targets: Int[Tensor, "batch seq"],
+        starts: Int[Tensor, "batch seq"] | None = None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
+        """Sum of the losses in nats over targets that are not -100, and each token's own loss.
+
+        `starts` holds the index within the row of the first token of each token's document; None
+        means that every row is one document. The per-token losses carry no gradient.
+        """
+        return self.head(self.hidden(tokens, starts), targets, self.config.logit_scale)
+
+    def hidden(
+        self, tokens: Int[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "seq_local batch hidden"]:
+        """The final norm's output on this rank's part of the sequence."""
+        hidden = self.embedding(tokens)
+        context = SequenceContext(
+            length=tokens.shape[1],
+            documents=None if starts is None else Documents(starts),
+            device=tokens.device,
+            dtype=hidden.dtype,
+        )
+        for block, policy in zip(self.blocks, self.recompute, strict=True):
+            hidden = run_block(block, hidden, context, policy)
+        return self.final_norm(hidden)
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Int[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"] | None = None
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """All logits, gathered: for sampling and for tests on short inputs."""
+        logits = self.head.logits(self.hidden(tokens, starts), self.config.logit_scale)
+        return logits.transpose(0, 1)
+
+    def sharded_parameters(self) -> dict[str, tuple[nn.Parameter, ShardSpec]]:
+        """Every parameter once, by module name, with the one description of how it lies."""
+        return {
+            name: (parameter, shard_spec(parameter)) for name, parameter in self.named_parameters()
+        }
+
+    @torch.no_grad()
+    def load_canonical(self, tensors: dict[str, Tensor]) -> None:
+        """Set this rank's shards from whole canonical tensors (for small models and tests)."""
+        for parameter, spec in self.sharded_parameters().values():
+            parameter.copy_(spec.split(tensors).to(parameter.dtype))

@@ -1,0 +1,130 @@
+"""Start the ranks of one machine through torch's own process launcher, and end them together.
+
+torchrun turns a child's exit code 2 into 1 and waits 30 s for survivors that trap TERM. Here the
+first failing child's own code comes back and survivors are gone within seconds.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+SURVIVOR_SECONDS = 5
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """The rank that failed first and what it left behind."""
+
+    rank: int
+    exit_code: int  # as a shell reports it: 128 + n for signal n
+    message: str
+
+
+def failure_file(log_directory: Path, rank: int) -> Path:
+    """Where a rank leaves the error that ended it."""
+    return log_directory / f"rank-{rank:04d}.error.json"
+
+
+def record_failure(log_directory: Path, rank: int, message: str, *, consequence: bool) -> None:
+    """Called by a rank that fails; `consequence` marks an error caused by another rank's end."""
+    entry = {"time": time.time(), "message": message, "consequence": consequence}
+    failure_file(log_directory, rank).write_text(json.dumps(entry))
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when the launcher dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def launch_local(command: Sequence[str], processes: int, log_directory: Path) -> RankFailure | None:
+    """Run `python *command` once per rank and wait. None when every rank ended with 0.
+
+    Signals sent to the launcher reach every rank. The rendezvous store lives in this process on a
+    port the system chose, so two launches never compete for one.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    log_directory.mkdir(parents=True, exist_ok=True)
+    for rank in range(processes):
+        failure_file(log_directory, rank).unlink(missing_ok=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MEGAHYBRID_LOCAL_LAUNCH": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    environments = {
+        rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    }
+    context = start_processes(
+        name="megahybrid",
+        entrypoint=sys.executable,
+        args={rank: tuple(command) for rank in range(processes)},
+        envs=environments,
+        logs_specs=DefaultLogsSpecs(),
+    )
+
+    def forward(number: int, _frame: object) -> None:
+        for handler in context.subprocess_handlers.values():
+            if handler.proc.poll() is None:
+                handler.proc.send_signal(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    try:
+        codes = _wait_for_first_failure(context.subprocess_handlers)
+        ended_first = {rank: code for rank, code in codes.items() if code}
+    finally:
+        context.close(signal.SIGTERM, timeout=SURVIVOR_SECONDS)
+    if not ended_first:
+        return None
+    return _first_failure(ended_first, log_directory, processes)
+
+
+def _wait_for_first_failure(handlers: dict) -> dict[int, int]:
+    """Exit codes of the ranks that ended, once all have or one has failed."""
+    while True:
+        codes = {rank: handler.proc.poll() for rank, handler in handlers.items()}
+        ended = {rank: code for rank, code in codes.items() if code is not None}
+        if len(ended) == len(handlers):
+            return ended
+        if any(ended.values()):
+            # Others may be writing down the same failure: a moment lets the first one be told.
+            time.sleep(0.5)
+            codes = {rank: handler.proc.poll() for rank, handler in handlers.items()}
+            return {rank: code for rank, code in codes.items() if code is not None}
+        time.sleep(0.05)
+
+
+def _first_failure(ended: dict[int, int], log_directory: Path, processes: int) -> RankFailure:
+    """The cause: a rank killed from outside, else the earliest error that is no consequence."""
+    for rank, code in sorted(ended.items()):
+        if code < 0:
+            name = signal.Signals(-code).name
+            return RankFailure(rank, 128 - code, f"rank {rank} of {processes} was ended by {name}.")
+    entries = []
+    for rank, code in ended.items():
+        path = failure_file(log_directory, rank)
+        entry = json.loads(path.read_text()) if path.exists() else {}
+        entries.append(
+            (entry.get("consequence", False), entry.get("time", time.time()), rank, code, entry)
+        )
+    _, _, rank, code, entry = min(entries, key=lambda item: item[:3])
+    return RankFailure(rank, code, entry.get("message", f"rank {rank} ended with code {code}."))

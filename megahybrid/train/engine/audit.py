@@ -1,0 +1,119 @@
+"""Is the engine's gradient the gradient? An audit from named parameters and their ShardSpec.
+
+DeepSpeed counts an unmarked shard wrongly in the global norm and says nothing; a replicated weight
+read without `copy_to_tensor` leaves engine and norm in agreement on a wrong gradient. So the audit
+recomputes the norm *and* compares gradients and weights of replicated parameters across the tensor
+axis. Every rank must call it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor, nn
+
+from megahybrid.errors import AuditError
+from megahybrid.parallel.collectives import all_reduce
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.sharding import ShardSpec
+
+NORM_TOLERANCE = 1e-4  # relative; bf16 gradients are summed in another order than the engine's
+REPLICA_TOLERANCE = 1e-6  # relative, across the tensor axis
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found after the last backward pass and before the update."""
+
+    gradient_norm: float
+    worst_replica: str  # the replicated parameter whose gradients differ most across tensor ranks
+    worst_difference: float  # relative L2 distance from their mean
+
+
+def _disagreement(value: Tensor, mesh: ParallelMesh) -> float:
+    """Largest over tensor ranks of |value - mean| / |mean|."""
+    if mesh.tensor.size == 1:
+        return 0.0
+    value = value.detach().to(torch.float64)
+    mean = all_reduce(value.clone(), mesh.tensor) / mesh.tensor.size
+    both = torch.stack([(value - mean).norm(), mean.norm()])
+    distance, size = (all_reduce(both.square(), mesh.tensor) / mesh.tensor.size).sqrt().tolist()
+    return distance / size if size > 0 else (math.inf if distance > 0 else 0.0)
+
+
+def audit_gradients(
+    parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
+) -> Audit:
+    """Recompute the norm from whole gradients, one parameter at a time."""
+    squares = torch.zeros((), dtype=torch.float64)
+    worst_replica, worst_difference = "", 0.0
+    for name, (parameter, spec) in parameters.items():
+        gradient = safe_get_full_grad(parameter)
+        if gradient is None:
+            raise AuditError(f"audit: {name} has no gradient after the backward pass.")
+        square = gradient.detach().to(torch.float64).square().sum().cpu()
+        if spec.sharded:
+            square = all_reduce(square.to(mesh.device), mesh.tensor).cpu()
+        else:
+            difference = _disagreement(gradient, mesh)
+            if difference > worst_difference:
+                worst_replica, worst_difference = name, difference
+        squares += square
+    return Audit(squares.sqrt().item(), worst_replica, worst_difference)
+
+
+def parameter_class(name: str) -> str:
+    """`blocks.3.attention_norm.weight` -> `attention_norm.weight`: what to look for in the code."""
+    parts = name.split(".")
+    return ".".join(parts[2:]) if parts[0] == "blocks" else name
+
+
+def check_audit(audit: Audit, engine_norm: float | None) -> None:
+    """Raise AuditError where the engine disagrees, naming the parameter class."""
+    if audit.worst_difference > REPLICA_TOLERANCE:
+        raise AuditError(
+            f"audit: gradients of the replicated parameter {audit.worst_replica} differ across "
+            f"tensor ranks by {audit.worst_difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). Read "
+            f"{parameter_class(audit.worst_replica)} through copy_to_tensor in its module's forward."
+        )
+    if engine_norm is None or not math.isfinite(engine_norm) or not audit.gradient_norm:
+        return
+    error = abs(engine_norm - audit.gradient_norm) / audit.gradient_norm
+    if error > NORM_TOLERANCE:
+        raise AuditError(
+            f"audit: the engine's gradient norm {engine_norm:.6g} is not the gradient's "
+            f"({audit.gradient_norm:.6g}, off by {error:.2e}). A sharded parameter lacks the "
+            "tensor-parallel mark, or a replicated one has it; see parallel/sharding.py: mark."
+        )
+
+
+def check_marks(parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh) -> None:
+    """Every parameter's mark must say what its ShardSpec says."""
+    for name, (parameter, spec) in parameters.items():
+        marked = bool(getattr(parameter, "tensor_model_parallel", False))
+        if mesh.tensor.size > 1 and marked != spec.sharded:
+            raise AuditError(
+                f"audit: {name} ({parameter_class(name)}) is "
+                f"{'sharded but not marked' if spec.sharded else 'marked but not sharded'} for the "
+                "engine's gradient norm; see parallel/sharding.py: mark."
+            )
+
+
+def check_replicas(
+    parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
+) -> None:
+    """Weights of replicated parameters must agree across tensor ranks to 1e-6."""
+    if mesh.tensor.size == 1:
+        return
+    for name, (parameter, spec) in parameters.items():
+        if spec.sharded:
+            continue
+        whole = safe_get_full_fp32_param(parameter)
+        difference = _disagreement(parameter if whole is None else whole, mesh)
+        if difference > REPLICA_TOLERANCE:
+            raise AuditError(
+                f"audit: the replicated weight {name} ({parameter_class(name)}) differs across "
+                f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). Restart from the "
+                "checkpoint before it began to differ."
+            )

@@ -1,0 +1,220 @@
+"""Steps through DeepSpeed: micro-batches in, one update out, everything else kept behind this door."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megahybrid.checkpoint.fragments import Fragment
+from megahybrid.config.run import RunConfig
+from megahybrid.model.init import KINDS, parameter_rule
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import all_reduce, broadcast
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.mpu import MeshMpu
+from megahybrid.train.engine.adamw import ObservedAdamW
+from megahybrid.train.engine.audit import audit_gradients, check_audit, check_marks, check_replicas
+from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
+from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward on one rank, on the mesh's device."""
+
+    tokens: Tensor  # [batch, seq] int64
+    targets: Tensor  # [batch, seq] int64, -100 where a target does not count
+    starts: Tensor | None  # [batch, seq] int64, or None: every row is one document
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer update, the same on every rank."""
+
+    loss: float  # nats per valid token over the whole step
+    valid_tokens: int
+    gradient_norm: float  # before clipping
+    gradient_norm_by_kind: dict[str, float]
+    skipped: bool  # the update was not applied because the gradient was not finite
+    seconds_forward_backward: float
+    seconds_update: float
+
+
+class Engine:
+    """A model, its AdamW and DeepSpeed's ZeRO around both."""
+
+    def __init__(self, model: Transformer, run: RunConfig, mesh: ParallelMesh) -> None:
+        """Takes `model` with its first weights set; casts it to the run's precision."""
+        prepare_deepspeed(mesh.device)
+        import deepspeed
+
+        self.model = model
+        self.mesh = mesh
+        self.zero_stage = run.parallel.zero_stage
+        self.clip_norm = run.optimizer.clip_norm
+        self.parameters = model.sharded_parameters()
+        self.optimizer = ObservedAdamW(
+            self._groups(run),
+            lr=0.0,
+            betas=run.optimizer.betas,
+            eps=run.optimizer.eps,
+            fused=mesh.device.type == "cuda",
+        )
+        check_marks(self.parameters, mesh)
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=engine_settings(run, model.config.hidden_size),
+            mpu=MeshMpu(mesh),
+            dist_init_required=False,
+        )
+        self.state = PartitionedState(
+            self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
+        )
+        self.optimizer.observe = self._observe
+        self._kind_pieces = self._pieces_by_flat(run)
+        self._squares = torch.zeros(len(KINDS), dtype=torch.float64)
+
+    def _groups(self, run: RunConfig) -> list[dict]:
+        """Parameter groups by (weight decay, learning rate) of the table in model/init.py."""
+        groups: dict[tuple[float, float], list] = {}
+        for parameter, spec in self.parameters.values():
+            rule = parameter_rule(spec.segments[0].name, self.model.config, run.optimizer)
+            groups.setdefault((rule.weight_decay, rule.learning_rate), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "weight_decay": run.optimizer.weight_decay * decay,
+                "learning_rate_multiplier": multiplier,
+            }
+            for (decay, multiplier), parameters in groups.items()
+        ]
+
+    def _pieces_by_flat(self, run: RunConfig) -> dict[int, list[tuple[int, int, int]]]:
+        """For each flat partition: (kind, start, stop) of the pieces this rank counts in a norm."""
+        table: dict[int, list[tuple[int, int, int]]] = {}
+        counts_replicated = self.mesh.tensor.rank == 0
+        for piece in self.state.pieces:
+            if not (piece.spec.sharded or counts_replicated):
+                continue
+            if self.zero_stage == 0 and self.mesh.data.rank != 0:
+                continue
+            name = piece.spec.segments[0].name
+            kind = KINDS.index(parameter_rule(name, self.model.config, run.optimizer).kind)
+            place = (kind, piece.offset, piece.offset + piece.stop - piece.start)
+            table.setdefault(id(piece.flat), []).append(place)
+        return table
+
+    def _observe(self, flat: Tensor, gradient: Tensor) -> None:
+        values = gradient.detach().reshape(-1)
+        for kind, start, stop in self._kind_pieces.get(id(flat), ()):
+            self._squares[kind] += values[start:stop].to(torch.float64).square().sum().cpu()
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], learning_rate: float, *, audit: bool = False
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one update.
+
+        Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all data
+        ranks: a mean per micro-batch would be wrong wherever these differ.
+        """
+        started = time.perf_counter()
+        valid = torch.stack([(batch.targets != -100).sum() for batch in micro_batches]).sum()
+        valid_tokens = int(all_reduce(valid.to(torch.int64), self.mesh.data).item())
+        # DeepSpeed averages over the data axis; multiplying by its size makes that a sum.
+        scale = self.mesh.data.size / max(valid_tokens, 1)
+        self.deepspeed.train()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for index, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss, _ = self.deepspeed(batch.tokens, batch.targets, batch.starts)
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+        loss_value = all_reduce(loss_sum, self.mesh.data).item() / max(valid_tokens, 1)
+        updating = time.perf_counter()
+        found = audit_gradients(self.parameters, self.mesh) if audit else None
+        norm, by_kind, skipped = self._update(learning_rate)
+        if found is not None:
+            check_audit(found, None if skipped else norm)
+            check_replicas(self.parameters, self.mesh)
+        finished = time.perf_counter()
+        return StepResult(
+            loss=loss_value,
+            valid_tokens=valid_tokens,
+            gradient_norm=norm,
+            gradient_norm_by_kind=by_kind,
+            skipped=skipped,
+            seconds_forward_backward=updating - started,
+            seconds_update=finished - updating,
+        )
+
+    def _update(self, learning_rate: float) -> tuple[float, dict[str, float], bool]:
+        self.optimizer.set_learning_rate(learning_rate)
+        self._squares.zero_()
+        norm = self._plain_norm() if self.zero_stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return math.inf, dict.fromkeys(KINDS, math.inf), True
+        self.deepspeed.step()
+        squares = self._squares.to(self.mesh.device)
+        squares = all_reduce(all_reduce(squares, self.mesh.data), self.mesh.tensor).cpu()
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        clipped_norm = math.sqrt(squares.sum().item())
+        if skipped:
+            return math.inf, dict.fromkeys(KINDS, math.inf), True
+        if norm is None:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        # The optimizer saw clipped gradients; what it is told about is the gradient itself.
+        unclip = norm / clipped_norm if clipped_norm > 0 else 1.0
+        by_kind = {
+            kind: math.sqrt(square) * unclip
+            for kind, square in zip(KINDS, squares.tolist(), strict=True)
+        }
+        return norm, by_kind, False
+
+    def _plain_norm(self) -> float:
+        """The norm at stage 0, where DeepSpeed reports none; there is no tensor axis there."""
+        squares = [parameter.grad.double().square().sum() for parameter in self.model.parameters()]
+        return torch.stack(squares).sum().sqrt().item()
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates applied so far (steps less skipped ones)."""
+        return self.state.optimizer_step
+
+    @torch.no_grad()
+    def align_replicas(self) -> None:
+        """Give every tensor rank tensor rank 0's masters and moments of replicated parameters.
+
+        A checkpoint holds one copy of them, so a run that goes on must hold that copy as well, or
+        it would not be the run that resumes.
+        """
+        if self.mesh.tensor.size == 1:
+            return
+        for piece in self.state.pieces:
+            if not piece.spec.sharded:
+                for state in STATES:
+                    view = piece.view(state, self.optimizer)
+                    view.copy_(broadcast(view.clone(), self.mesh.tensor))
+        self.state.refresh_weights()
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank writes to a checkpoint: each element of each tensor once over all ranks."""
+        return self.state.fragments(
+            owns_replicated=self.mesh.tensor.rank == 0,
+            owns_data=self.zero_stage > 0 or self.mesh.data.rank == 0,
+        )
+
+    def load(self, read: ReadFlat, optimizer_step: int | None) -> None:
+        """Set masters (and with `optimizer_step` the moments) from canonical boxes."""
+        states = STATES if optimizer_step is not None else ("weight",)
+        self.state.load(read, states, optimizer_step)
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers, so that another engine can be built."""
+        self.optimizer.observe = None
+        self.deepspeed.destroy()

@@ -1,0 +1,59 @@
+"""DeepSpeed, set up the same way everywhere. Import this before anything of deepspeed's."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from megahybrid.config.run import RunConfig
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Choose the accelerator and switch off what hangs or shouts.
+
+    DeepSpeed builds a shared-memory extension at start-up and takes a file lock on every launch; a
+    process killed in that window leaves the lock and every later launch hangs silently. We never
+    call the extension, so it is declared incompatible (a private table: deepspeed is pinned).
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.ERROR)
+
+
+def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a run.
+
+    Accumulation is 1 and the boundary is set by hand: one global normaliser needs the number of
+    valid tokens of the whole step, which an average over micro-batches cannot give.
+    """
+    stage = run.parallel.zero_stage
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": run.optimizer.clip_norm or 0.0,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": run_overlaps(run),
+            "round_robin_gradients": False,
+            # Norm weights stay whole under ZeRO-3: selective recompute reads them outside of their
+            # own module's backward.
+            "stage3_param_persistence_threshold": max(100_000, hidden_size),
+        },
+    }
+    if run.precision == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def run_overlaps(run: RunConfig) -> bool:
+    """Whether ZeRO's communication overlaps the backward pass: on CUDA, unless bits must repeat."""
+    return torch.cuda.is_available() and run.device != "cpu" and not run.deterministic

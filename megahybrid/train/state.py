@@ -1,0 +1,25 @@
+"""All that training remembers besides the weights: small, JSON-able, the same on every rank."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Steps and tokens done, and where each source's lanes stand. Stage, learning rate, length and
+    batch size are functions of `tokens` (config/stages.py)."""
+
+    step: int = 0
+    tokens: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    skipped_in_a_row: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As kept in a checkpoint's manifest."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "TrainState":
+        """The state a manifest holds."""
+        known = ("step", "tokens", "data", "skipped_in_a_row")
+        return TrainState(**{name: value[name] for name in known})

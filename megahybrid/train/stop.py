@@ -1,0 +1,35 @@
+"""Stopping early: a signal sets a flag, the ranks agree on it at a step's end, save, and leave.
+
+Signals arrive in different steps on different ranks, so nobody acts on its own flag alone.
+"""
+
+import signal
+import threading
+
+import torch
+
+from megahybrid.parallel.collectives import all_reduce
+from megahybrid.parallel.mesh import ParallelMesh
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Set by a signal (or by `request`), read by `agreed` at step boundaries."""
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+
+    def install(self) -> None:
+        """Handle TERM, USR1 and INT; further ones change nothing. Main thread only."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: self._flag.set())
+
+    def request(self) -> None:
+        """Ask for a stop without a signal."""
+        self._flag.set()
+
+    def agreed(self, mesh: ParallelMesh) -> bool:
+        """True on every rank as soon as one rank was asked. Every rank must call it."""
+        flag = torch.tensor(float(self._flag.is_set()), device=mesh.device)
+        return all_reduce(all_reduce(flag, mesh.data), mesh.tensor).item() > 0
