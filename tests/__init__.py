@@ -1,0 +1,14 @@
+"""The suite. Importing it prepares a process, pytest's own and each distributed worker alike."""
+
+import os
+
+# Before torch is imported: the suite runs several processes, and threads that compete for the
+# cores make them slower and their sums depend on the machine.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# From here on every annotation of the package, shapes included, is checked at each call.
+install_import_hook("megahybrid", "beartype.beartype")
