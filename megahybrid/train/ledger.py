@@ -70,7 +70,7 @@ class LedgerWriter:
     loses no more than that of step lines. A torn last line of an earlier attempt is cut off.
     """
 
-    def __init__(self, path: Path, sync_seconds: float = 10.0) -> None:
+    def __init__(self, path: Path, sync_seconds: float | int = 10.0) -> None:
         self.path = path
         self.sync_seconds = sync_seconds
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ class StepFlops:
         return self.per_token * tokens + self.per_pair * attended_pairs(starts, self.windows)
 
 
-def mfu(flops: float, seconds: float, peak: float | None, devices: int) -> float | None:
+def mfu(flops: float | int, seconds: float, peak: float | None, devices: int) -> float | None:
     """Share of the peak that `devices` devices reached together, 0 to 1; None without a peak."""
     if peak is None or seconds <= 0:
         return None
@@ -113,6 +113,10 @@ class StepClock:
         finally:
             self._seconds[name] += time.perf_counter() - begin
 
+    def add(self, name: str, seconds: float) -> None:
+        """Counts `seconds` measured elsewhere to phase `name`."""
+        self._seconds[name] += seconds
+
     def lap(self) -> dict[str, float]:
         """Seconds since the last lap: each phase, and `other`. Begins the next lap."""
         now = time.perf_counter()
@@ -135,7 +139,7 @@ class TimeLeft:
     costs another time per token, and the estimate knows it before it begins.
     """
 
-    segments: Sequence[tuple[int, float]]
+    segments: Sequence[tuple[int, float | int]]
     window_seconds: float = 300.0
     _marks: deque[tuple[float, float]] = field(default_factory=deque)
 

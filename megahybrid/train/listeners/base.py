@@ -1,0 +1,143 @@
+"""What a listener is told, and `Listeners`, which tells each one and survives their failures."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from megahybrid.train.ledger import EventLine, StepLine
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What is known when an attempt begins. `step` and `tokens` are where it goes on from."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]  # the resolved run file, as plain values
+    step: int
+    stage: str
+    tokens: int
+    stages: tuple[tuple[str, int], ...]  # name, and the run's tokens at its end
+    facts: dict[str, Any] = field(default_factory=dict)  # parameters, device, world size, versions
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens at the end of the plan."""
+        return self.stages[-1][1]
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Told everything in order, on the trainer's thread, on rank 0. It must return at once."""
+
+    essential: bool  # True: its failure ends the run. False: it is dropped and the run goes on.
+
+    def on_start(self, run: RunInfo) -> None:
+        """An attempt begins."""
+
+    def on_step(self, line: StepLine) -> None:
+        """An optimizer step is done."""
+
+    def on_event(self, line: EventLine) -> None:
+        """Anything else: start, resume, stage, evaluate, save, skip, audit, end, …"""
+
+    def on_end(self, outcome: str) -> None:
+        """The attempt ends: "done", "stopped" or "failed". Nothing follows."""
+
+
+class ListenerFailed(Exception):
+    """Raised by a listener that cannot go on; its text says why, in one line."""
+
+
+class Listeners:
+    """Tells several listeners, in their order. The trainer calls its methods on rank 0.
+
+    The step, stage and tokens of an event are those of the last step, unless said otherwise. A
+    listener that is not essential and raises is dropped, and the others hear one event
+    `listener_failed` with its name and reason.
+    """
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = list(listeners)
+        self._step, self._stage, self._tokens = 0, "", 0
+
+    def on_start(self, run: RunInfo) -> None:
+        """Begins an attempt and tells everyone `start`, or `resume` when it goes on."""
+        self._step, self._stage, self._tokens = run.step, run.stage, run.tokens
+        for listener in self._each():
+            self._tell(listener, listener.on_start, run)
+        self.on_event("resume" if run.step else "start", run.facts)
+
+    def on_step(self, line: StepLine) -> None:
+        """Tells everyone of a step."""
+        self._step, self._stage, self._tokens = line.step, line.stage, line.tokens
+        for listener in self._each():
+            self._tell(listener, listener.on_step, line)
+
+    def on_evaluate(
+        self,
+        *,
+        held_out: str,
+        length: int,
+        loss: float,
+        tokens: int,
+        by_position: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Tells everyone the loss on one held-out set.
+
+        `loss` is in nats per valid target over `tokens` of them, in rows of `length` tokens;
+        `by_position` holds {start, stop, tokens, loss} per bucket, loss None in an empty one.
+        """
+        detail = {
+            "set": held_out,
+            "stage": self._stage,
+            "step": self._step,
+            "length": length,
+            "loss": loss,
+            "tokens": tokens,
+            "by_position": list(by_position),
+        }
+        self.on_event("evaluate", detail)
+
+    def on_event(
+        self, event: str, detail: dict[str, Any] | None = None, *, stage: str | None = None
+    ) -> None:
+        """Tells everyone of an event; `stage` says that another stage has begun."""
+        if stage is not None:
+            self._stage = stage
+        line = EventLine(
+            event=event,
+            step=self._step,
+            stage=self._stage,
+            tokens=self._tokens,
+            detail=detail or {},
+        )
+        for listener in self._each():
+            self._tell(listener, listener.on_event, line)
+
+    def on_end(self, outcome: str, detail: dict[str, Any] | None = None) -> None:
+        """Ends the attempt: "done", "stopped" or "failed". The essential listeners end last, so
+        that they hear of the others' failures."""
+        self.on_event("end", {"outcome": outcome, **(detail or {})})
+        for listener in sorted(self._listeners, key=lambda one: one.essential):
+            self._tell(listener, listener.on_end, outcome)
+        self._listeners.clear()
+
+    def _each(self) -> Iterator[Listener]:
+        for listener in tuple(self._listeners):
+            if listener in self._listeners:  # one that failed meanwhile hears nothing more
+                yield listener
+
+    def _tell(self, listener: Listener, method: Any, *told: Any) -> None:
+        try:
+            method(*told)
+        except Exception as error:
+            if listener.essential:
+                raise
+            self._listeners.remove(listener)
+            reason = str(error) if isinstance(error, ListenerFailed) else repr(error)
+            self.on_event(
+                "listener_failed",
+                {"listener": type(listener).__name__, "reason": reason.splitlines()[0]},
+            )

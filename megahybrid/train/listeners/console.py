@@ -1,0 +1,165 @@
+"""What a person sees: a live line and a bar on a terminal, plain lines at a calm pace in a log."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.train.listeners.base import RunInfo
+from megahybrid.train.metrics import TimeLeft
+
+
+class Console:
+    """Prints stage, step, tokens, loss, tokens/s, MFU and the time left.
+
+    On a terminal each step moves a progress bar; elsewhere a plain line is printed at the first
+    step of an attempt and of a stage, and then at most every `plain_seconds`. `cost_per_token`
+    (stage → FLOPs per token, any unit) makes the time left right across stages.
+    """
+
+    essential = False
+
+    def __init__(
+        self,
+        console: RichConsole | None = None,
+        plain_seconds: float | int = 10.0,
+        cost_per_token: dict[str, float | int] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or RichConsole(highlight=False)
+        self._plain_seconds = plain_seconds
+        self._cost_per_token = cost_per_token or {}
+        self._now = now
+        self._bar: Progress | None = None
+        self._printed: float | None = None
+        self._stage = ""
+        self._total_tokens = 0
+
+    def on_start(self, run: RunInfo) -> None:
+        """Says where the run goes on and to what end."""
+        self._total_tokens = run.total_tokens
+        self._time_left = TimeLeft(
+            [(end, self._cost_per_token.get(name, 1.0)) for name, end in run.stages]
+        )
+        self._time_left.update(run.tokens, self._now())
+        verb = f"resumes at step {run.step}" if run.step else "starts"
+        self._say(f"{run.name} {verb}: {tokens_text(run.tokens)} of {self._goal()} tokens")
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[line]}"),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                escape(run.stage), total=run.total_tokens, completed=run.tokens, line=""
+            )
+
+    def on_step(self, line: StepLine) -> None:
+        """Moves the bar, or prints a line when it is time."""
+        now = self._now()
+        seconds_left = self._time_left.update(line.tokens, now)
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=line.tokens,
+                description=escape(line.stage),
+                line=self._describe(line, seconds_left, sep="  "),
+            )
+            return
+        due = self._printed is None or now - self._printed >= self._plain_seconds
+        if due or line.stage != self._stage or line.tokens >= self._total_tokens or line.skipped:
+            self._printed, self._stage = now, line.stage
+            tokens = f"{tokens_text(line.tokens)}/{self._goal()}"
+            described = self._describe(line, seconds_left, sep=" | ")
+            self._say(f"{line.stage} | {tokens} | {described}")
+
+    def on_event(self, line: EventLine) -> None:
+        """Prints an event on a line of its own."""
+        text = describe_event(line)
+        if text:
+            self._say(text)
+
+    def on_end(self, outcome: str) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _goal(self) -> str:
+        return tokens_text(self._total_tokens)
+
+    def _say(self, text: str) -> None:
+        # Wrapping is the terminal's: a log line stays one line.
+        self._console.print(escape(text), soft_wrap=True)
+
+    @staticmethod
+    def _describe(line: StepLine, seconds_left: float | None, sep: str) -> str:
+        loss = "not finite" if line.loss is None else f"{line.loss:.4f}"
+        rate = "–" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
+        parts = [
+            f"step {line.step}",
+            f"loss {loss}{' (update skipped)' if line.skipped else ''}",
+            f"lr {line.learning_rate:.2e}",
+            f"{rate} tokens/s",
+            "MFU –" if line.mfu is None else f"MFU {line.mfu:.1%}",
+            f"ETA {duration_text(seconds_left)}",
+        ]
+        return sep.join(parts)
+
+
+def describe_event(line: EventLine) -> str | None:
+    """The event as a line for a person, or None for what the console already shows."""
+    detail = line.detail
+    if line.event in ("start", "resume"):
+        return None
+    if line.event == "stage":
+        return f"stage {line.stage} begins at step {line.step} ({tokens_text(line.tokens)} tokens)"
+    if line.event == "evaluate":
+        loss = detail.get("loss")
+        return (
+            f"held-out {detail.get('set')}: loss "
+            f"{'–' if loss is None else format(loss, '.4f')} at length {detail.get('length')} "
+            f"(step {line.step}, {tokens_text(detail.get('tokens') or 0)} tokens)"
+        )
+    if line.event == "end":
+        rest = _details({key: value for key, value in detail.items() if key != "outcome"})
+        return (
+            f"{detail.get('outcome')} at step {line.step}, {tokens_text(line.tokens)} tokens{rest}"
+        )
+    return f"{line.event.replace('_', ' ')}{_details(detail)} (step {line.step})"
+
+
+def tokens_text(tokens: int) -> str:
+    """1234 → "1,234"; 1_234_567 → "1.23M"; billions and trillions likewise."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if tokens >= size:
+            return f"{tokens / size:.2f}{unit}"
+    return f"{tokens:,}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """75 → "1:15"; 3675 → "1:01:15"; two days and more in days; "–" when unknown."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole >= 48 * 3600:
+        return f"{whole / 86400:.1f} days"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def _details(detail: dict[str, Any]) -> str:
+    texts = []
+    for key, value in detail.items():
+        if isinstance(value, float):
+            texts.append(f"{key} {value:.4g}")
+        elif isinstance(value, str | int):
+            texts.append(f"{key} {value}")
+    return ": " + ", ".join(texts) if texts else ""
