@@ -78,7 +78,7 @@ class YarnScaling(Frozen):
         low, high = pair_index(self.beta_fast), pair_index(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, rotary_dim - 1)
+        low, high = max(float(low), 0.0), min(float(high), rotary_dim - 1.0)
         return low, high + 0.001 if low == high else high
 
     def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
