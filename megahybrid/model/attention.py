@@ -3,13 +3,12 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme, FixedScale, Rope
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.kernels import attend
 from megahybrid.model.logit_scale import QueryScale
+from megahybrid.model.mixing import mix
 from megahybrid.model.norm import QKNormModule
-from megahybrid.model.rotary import rotate
 from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
@@ -60,8 +59,6 @@ class Attention(nn.Module):
             else QKNormModule(scheme.qk_norm, *heads, config.head_dim, name, mesh, config.eps)
         )
         self.query_scale = QueryScale.of(scheme, config.num_heads, name, mesh)
-        fixed = isinstance(scheme.logit_scale, FixedScale)
-        self.scale = scheme.logit_scale.scale if fixed else config.head_dim**-0.5
         self.output = RowParallelLinear(
             config.num_heads * config.head_dim, config.hidden_size, f"{name}.output.weight", mesh
         )
@@ -80,19 +77,14 @@ class Attention(nn.Module):
         v = value.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        if isinstance(self.scheme.position, Rope):
-            table = context.rotary_table(self.scheme.position, self.head_dim)
-            q, k = rotate(q, table), rotate(k, table)
-        if self.query_scale is not None:
-            q = self.query_scale(q, context.documents, context.length)
-        mixed = attend(
+        mixed = mix(
             q,
             k,
             v,
-            window=self.scheme.window,
-            documents=context.documents,
-            scale=self.scale,
+            scheme=self.scheme,
             kernel=self.kernel,
+            context=context,
+            query_scale=self.query_scale,
         )
         return self.output(mixed.flatten(-2), reduce=reduce)
 

@@ -21,7 +21,7 @@ class RotaryTable:
     batch is 1 where all rows have the same positions.
     """
 
-    cos: Float[Tensor, "seq batch 1 pairs"]
+    cos: Float[Tensor, "seq batch 1 head_dim"]  # 1 in the dimensions that do not turn
     sin: Float[Tensor, "seq batch 1 pairs"]
 
     @classmethod
@@ -46,7 +46,9 @@ class RotaryTable:
         frequencies = rope.frequencies(head_dim, torch, torch.float32).to(device)
         angles = positions[..., None, None].float() * frequencies
         factor = rope.attention_factor()
-        return cls((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        still = cos.new_ones(*cos.shape[:-1], head_dim - 2 * cos.shape[-1])
+        return cls(torch.cat((cos, cos, still), dim=-1).to(dtype), sin.to(dtype))
 
 
 def rotate(
@@ -71,11 +73,8 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    pairs = cos.shape[-1]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    out_a, out_b, out_rest = out.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-direction)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=direction)
-    out_rest.copy_(rest)
+    pairs = sin.shape[-1]
+    out = x * cos
+    out[..., :pairs].addcmul_(x[..., pairs : 2 * pairs], sin, value=-direction)
+    out[..., pairs : 2 * pairs].addcmul_(x[..., :pairs], sin, value=direction)
     return out

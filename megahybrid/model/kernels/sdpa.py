@@ -50,8 +50,8 @@ def _attend_runs(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: f
         lengths = [run.stop - run.start for run, _ in runs]
         parts = zip(*(x.split(lengths, dim=1) for x in (row_q, row_k, row_v)), strict=True)
         outs = [
-            _attend(*(x[None] for x in part), mask, scale)[0]
-            for part, (_, mask) in zip(parts, runs, strict=True)
+            _attend(part_q[None], part_k[None], part_v[None], mask, scale)[0]
+            for (part_q, part_k, part_v), (_, mask) in zip(parts, runs, strict=True)
         ]
         rows.append(torch.cat(outs, dim=1))
     return torch.stack(rows)

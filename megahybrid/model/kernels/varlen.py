@@ -59,7 +59,7 @@ def attend_varlen(
         )
     # FlashAttention's left counts keys before the query's own.
     left = -1 if window is None else window - 1
-    out = varlen_attn(
+    out: Any = varlen_attn(
         packed_q,
         packed_k,
         packed_v,
