@@ -169,21 +169,22 @@ def query_factor(
 ) -> Tensor:
     """What a score is multiplied by, [batch, seq], but for SSMax's learned s.
 
-    `positions` are within the document, `keys` how many keys the query sees.
+    `positions` are within the document, `keys` how many keys the query sees. What depends on the
+    position is fp32 whatever `dtype` is, like an angle.
     """
     scale = scheme.logit_scale
-    plain = torch.full(positions.shape, head_dim**-0.5, dtype=dtype)
-    if scale.kind == "sqrt_dim":
-        return plain
     if scale.kind == "fixed":
         return torch.full(positions.shape, scale.scale, dtype=dtype)
-    if scale.kind == "llama4":
-        steps = ((positions + 1) // scale.floor).to(dtype)
-        return plain * (1 + scale.coefficient * torch.log(1 + steps))
-    if scale.kind == "log":
-        return plain * torch.log(scale.base + keys.to(dtype)) / math.log(scale.base)
-    assert scale.kind == "ssmax"
-    return plain * torch.log(keys.to(dtype))
+    if scale.kind == "sqrt_dim":
+        factor = torch.ones(positions.shape)
+    elif scale.kind == "llama4":
+        factor = 1 + scale.coefficient * torch.log1p(((positions + 1) // scale.floor).float())
+    elif scale.kind == "log":
+        factor = torch.log(scale.base + keys.float()) / torch.tensor(scale.base).log()
+    else:
+        assert scale.kind == "ssmax"
+        factor = torch.log(keys.float())
+    return factor.to(dtype) * head_dim**-0.5
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,131 @@
+"""Tiny models that together hold every scheme, block, norm and head a config can name."""
+
+from itertools import product
+from random import Random
+from typing import Any
+
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.model import ModelConfig
+
+ROPE: dict[str, Any] = {"position": {"kind": "rope", "theta": 10000.0}}
+NOPE: dict[str, Any] = {"position": {"kind": "nope"}}
+WINDOW = 5
+
+
+def rope(**fields: Any) -> dict[str, Any]:
+    """A rotated scheme with more said about the rotation."""
+    return {"position": ROPE["position"] | fields}
+
+
+def qk_norm(kind: str, over: str = "head", weight: str = "shared") -> dict[str, Any]:
+    """The part of a scheme that normalises queries and keys."""
+    return {"qk_norm": {"kind": kind, "over": over, "weight": weight}}
+
+
+def logit_scale(**fields: Any) -> dict[str, Any]:
+    """The part of a scheme that scales scores."""
+    return {"logit_scale": fields}
+
+
+# Each family is a period of layers; two layers tell as much as eight.
+FAMILIES: dict[str, list[dict[str, Any]]] = {
+    "rope": [ROPE],
+    "nope": [NOPE],
+    "rnope_swa": [ROPE | {"window": WINDOW}, NOPE],
+    "window-one-key": [ROPE | {"window": 1}, NOPE | {"window": 7}],
+    "linear-ntk": [
+        rope(scaling={"kind": "linear", "factor": 3.0}),
+        rope(scaling={"kind": "ntk", "factor": 4.0}),
+    ],
+    "yarn-llama3": [
+        rope(theta=500.0, scaling={"kind": "yarn", "factor": 4.0, "original_length": 64}),
+        rope(theta=500.0, scaling={"kind": "llama3", "factor": 8.0, "original_length": 64}),
+    ],
+    "partial": [rope(rotary_fraction=0.5), rope(rotary_fraction=0.3) | {"window": 3}],
+    "rms-shared": [ROPE | qk_norm("rms"), NOPE | qk_norm("rms")],
+    "layernorm-per_head": [
+        ROPE | qk_norm("layernorm", weight="per_head"),
+        NOPE | qk_norm("rms", weight="per_head") | {"window": WINDOW},
+    ],
+    "projection": [
+        ROPE | qk_norm("rms", over="projection"),
+        ROPE | qk_norm("layernorm", over="projection"),
+    ],
+    "layernorm-shared-fixed": [
+        ROPE | qk_norm("layernorm") | logit_scale(kind="fixed", scale=0.7),
+        NOPE,
+    ],
+    "llama4-log": [
+        NOPE | logit_scale(kind="llama4", floor=3, coefficient=0.4),
+        ROPE | logit_scale(kind="log", base=2.5) | {"window": WINDOW},
+    ],
+    "ssmax": [
+        NOPE | logit_scale(kind="ssmax"),
+        ROPE | logit_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
+    ],
+}
+BLOCKS = ("pre_norm", "post_norm", "parallel")
+NORMS = ("rms", "layernorm")
+HEADS = 4
+
+
+def model(
+    family: str,
+    block: str = "pre_norm",
+    norm: str = "rms",
+    *,
+    kv_heads: int = 2,
+    tied: bool = True,
+    vocab_size: int = 50,
+    hidden_size: int = 32,
+    logit_scale: float = 1.0,
+) -> ModelConfig:
+    """A model of two layers; its vocabulary divides no degree, so that padding is in play."""
+    layers = FAMILIES[family]
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_heads=HEADS,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        block=block,
+        norm=norm,
+        tie_embeddings=tied,
+        logit_scale=logit_scale,
+        layer_plan=LayerPlan.model_validate(
+            {
+                "num_layers": 2,
+                "pattern": [f"layer{index}" for index in range(len(layers))],
+                "schemes": {f"layer{index}": scheme for index, scheme in enumerate(layers)},
+            }
+        ),
+    )
+
+
+# What each family × block × norm is run with; shuffled within a family, so that each value meets
+# each family, and over families each block, each norm and each other value.
+TURNS: dict[str, tuple[Any, ...]] = {
+    "kv_heads": (1, 1, 2, 2, 4, 4),
+    "recompute": ("none", "none", "selective", "selective", "full", "full"),
+    "tied": (True, True, True, False, False, False),
+    "logit_scale": (1.0, 1.0, 1.0, 0.25, 0.25, 0.25),
+    "documents": (True, True, True, True, False, False),
+    "kernel": ("auto", "auto", "auto", "reference", "reference", "auto"),
+}
+
+
+def every_layer_case() -> dict[str, dict[str, Any]]:
+    """Each family × block × norm by name, as arguments of a comparison."""
+    draw, cases = Random(0), {}
+    for family in FAMILIES:
+        turns = {name: draw.sample(values, len(values)) for name, values in TURNS.items()}
+        for index, (block, norm) in enumerate(product(BLOCKS, NORMS)):
+            chosen = {name: values[index] for name, values in turns.items()}
+            of_model = {name: chosen.pop(name) for name in ("kv_heads", "tied", "logit_scale")}
+            cases[f"{family}-{block}-{norm}"] = {
+                "config": model(family, block, norm, **of_model),
+                "seed": len(cases),
+                **chosen,
+            }
+    return cases
