@@ -1,0 +1,134 @@
+"""`megahybrid data …`: arguments here, everything heavy inside the command that needs it."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+
+def add_arguments(subparsers: Any) -> None:
+    """Adds the `data` command to the subparsers of `megahybrid`; call `run(args)` for it."""
+    parser = subparsers.add_parser("data", help="prepare, check and show datasets")
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    gather = commands.add_parser("gather-stdlib", help="Python's own library as a .jsonl")
+    gather.add_argument("output", help=".jsonl to write")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a sentencepiece tokenizer")
+    _add_inputs(tokenizer)
+    tokenizer.add_argument("--output", required=True, help=".model to write")
+    tokenizer.add_argument("--vocab-size", type=int, required=True)
+    tokenizer.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
+    tokenizer.add_argument("--sample-mib", type=int, default=64, help="text to train on")
+    tokenizer.add_argument("--special-token", action="append", default=[])
+
+    tokenize = commands.add_parser("tokenize", help="text to shuffled token files")
+    _add_inputs(tokenize)
+    tokenize.add_argument("--tokenizer", required=True, help=".model or tokenizer.json")
+    tokenize.add_argument("--output", required=True, help="new folder")
+    tokenize.add_argument("--held-out", type=float, default=0.0, help="fraction of documents")
+    tokenize.add_argument("--longest", type=int, default=0, help="longest documents held out")
+    tokenize.add_argument("--eod", help="the token that follows every document")
+    tokenize.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    tokenize.add_argument("--memory-mib", type=int, default=256, help="for the shuffle")
+    tokenize.add_argument("--shard-tokens", type=int, default=2**30)
+    tokenize.add_argument("--max-bad-fraction", type=float, default=0.05)
+
+    verify = commands.add_parser("verify", help="read every byte and compare with the checksums")
+    verify.add_argument("path")
+    verify.add_argument("--vocab-size", type=int, help="for files without a manifest")
+
+    inspect = commands.add_parser("inspect", help="what a dataset holds")
+    inspect.add_argument("path")
+    inspect.add_argument("--vocab-size", type=int, help="for files without a manifest")
+    inspect.add_argument("--tokenizer", help="to show documents as text")
+    inspect.add_argument("--documents", type=int, default=3, help="how many to show")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", help=".jsonl, text files, folders or globs")
+    parser.add_argument("--glob", default="**/*", help="which files of a folder")
+    parser.add_argument("--field", default="text", help="the text's field in .jsonl")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the chosen command; returns the exit code. DataError is the caller's to show."""
+    command = {
+        "gather-stdlib": _gather,
+        "tokenizer": _tokenizer,
+        "tokenize": _tokenize,
+        "verify": _verify,
+        "inspect": _inspect,
+    }[args.data_command]
+    command(args)
+    return 0
+
+
+def _gather(args: argparse.Namespace) -> None:
+    from data_prep.gather_stdlib import gather_stdlib
+
+    documents, size = gather_stdlib(args.output)
+    print(f"{args.output}: {documents:,} documents, {size / 1e6:.1f} MB")
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from data_prep.vocabulary import train_tokenizer
+
+    info = train_tokenizer(
+        args.inputs,
+        args.output,
+        args.vocab_size,
+        kind=args.kind,
+        sample_bytes=args.sample_mib * 2**20,
+        seed=args.seed,
+        text_field=args.field,
+        pattern=args.glob,
+        special_tokens=args.special_token,
+    )
+    print(
+        f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
+        f"sha256 {info.sha256[:12]}"
+    )
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    from data_prep.tokenize import tokenize
+
+    report = tokenize(
+        args.inputs,
+        args.tokenizer,
+        args.output,
+        held_out=args.held_out,
+        longest=args.longest,
+        seed=args.seed,
+        text_field=args.field,
+        pattern=args.glob,
+        eod=args.eod,
+        workers=args.workers,
+        memory_bytes=args.memory_mib * 2**20,
+        shard_tokens=args.shard_tokens,
+        max_bad_fraction=args.max_bad_fraction,
+        quiet=not sys.stderr.isatty(),
+    )
+    for part, documents in report.documents.items():
+        print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
+    if report.bad:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
+        print(f"{report.output}/quarantine.jsonl: {sum(report.bad.values())} bad ({reasons})")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from megahybrid.data.verify import verify_dataset
+
+    dataset = verify_dataset(args.path, vocab_size=args.vocab_size)
+    print(
+        f"{args.path}: good. {len(dataset.shards)} shards, {dataset.documents:,} documents, "
+        f"{dataset.tokens:,} tokens"
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from data_prep.inspect_dataset import inspect_dataset
+
+    inspect_dataset(args.path, args.vocab_size, args.tokenizer, args.documents)

@@ -1,0 +1,244 @@
+"""`tokenize`: text to datasets that `megahybrid train` reads, the same whatever the workers."""
+
+import json
+import os
+import shlex
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from data_prep.documents import Unit, cut_units, list_files
+from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
+from data_prep.merge import Split, merge_units
+from megahybrid.data.manifest import TokenizerInfo, write_durably
+from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
+from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.errors import DataError
+
+WORK = ".work"
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class TokenizeReport:
+    """What was written: documents and tokens by part, and what was left out, by reason."""
+
+    output: str
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    bad: dict[str, int]
+
+
+def tokenize(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    held_out: float = 0.0,
+    longest: int = 0,
+    seed: int = 0,
+    text_field: str = "text",
+    pattern: str = "**/*",
+    eod: str | None = None,
+    workers: int = 1,
+    memory_bytes: int = 2**28,
+    shard_tokens: int = SHARD_TOKENS,
+    max_bad_fraction: float = 0.05,
+    quiet: bool = False,
+) -> TokenizeReport:
+    """Writes OUTPUT/train, and OUTPUT/held_out and /held_out_long where they are asked for.
+
+    Documents are in an order keyed by (seed, text). `held_out` is a fraction of the documents, by
+    hash of the text; `longest` so many of the longest ones, held out apart. What cannot be read is
+    listed in OUTPUT/quarantine.jsonl. An interrupted call, made again with the same arguments, goes
+    on where it was and ends with the same bytes; `workers` and `memory_bytes` may differ.
+
+    Raises DataError when nothing is left to write or more than `max_bad_fraction` is bad.
+    """
+    if not 0 <= held_out < 1:
+        raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
+    files = list_files(inputs, pattern)
+    info = load_tokenizer(tokenizer, eod).info
+    folder = Path(output)
+    job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK))
+    split = Split(held_out, longest)
+    units = list(cut_units(files))
+    _begin(folder, _identity(job, files, info, split, shard_tokens))
+    with _progress(quiet) as progress:
+        results = _encode_all(job, units, workers, progress)
+        bad = _quarantine(folder, len(units))
+        documents = sum(result.documents for result in results)
+        _refuse_bad(folder, documents, bad, max_bad_fraction)
+        command = _command(inputs, tokenizer, job, split, shard_tokens, pattern)
+        sources = [_source(given, pattern) for given in inputs]
+        parts = ["train"] + ["held_out"] * (held_out > 0) + ["held_out_long"] * (longest > 0)
+        merged = folder / WORK / "merged"
+        shutil.rmtree(merged, ignore_errors=True)
+        writers = {
+            part: TokenWriter(
+                merged / part, info, sources=sources, command=command, shard_tokens=shard_tokens
+            )
+            for part in parts
+        }
+        total = sum(unit_path(job.folder, n, "tokens").stat().st_size for n in range(len(units)))
+        task = progress.add_task("shuffle", total=total)
+        merge_units(
+            Path(job.folder),
+            len(units),
+            split,
+            writers,
+            memory_bytes=memory_bytes,
+            progress=lambda done: progress.advance(task, done),
+        )
+        manifests = {part: writer.close() for part, writer in writers.items()}
+    for part in parts:
+        shutil.rmtree(folder / part, ignore_errors=True)
+        os.replace(merged / part, folder / part)
+    shutil.rmtree(folder / WORK)
+    return TokenizeReport(
+        output=str(folder),
+        documents={part: manifest.documents for part, manifest in manifests.items()},
+        tokens={part: manifest.tokens for part, manifest in manifests.items()},
+        bad=bad,
+    )
+
+
+def _encode_all(
+    job: EncodeJob, units: Sequence[Unit], workers: int, progress: Progress
+) -> list[UnitResult]:
+    task = progress.add_task("tokenize", total=sum(unit.bytes for unit in units))
+    results = []
+    for result in _results(job, units, workers):
+        progress.advance(task, result.bytes)
+        results.append(result)
+    return results
+
+
+def _results(job: EncodeJob, units: Sequence[Unit], workers: int) -> Iterator[UnitResult]:
+    numbered = enumerate(units)
+    if workers <= 1 or len(units) <= 1:
+        yield from (encode_unit(job, number, unit) for number, unit in numbered)
+        return
+    # Spawned, so that no thread of the caller (torch's, say) is copied half alive.
+    with ProcessPoolExecutor(min(workers, len(units)), mp_context=get_context("spawn")) as pool:
+        waiting: set[Future[UnitResult]] = set()
+        try:
+            while True:
+                for number, unit in islice(numbered, 2 * workers - len(waiting)):
+                    waiting.add(pool.submit(encode_unit, job, number, unit))
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a tokenizing process was killed (out of memory?). Call the command again to go "
+                "on, with fewer --workers."
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _begin(folder: Path, identity: dict[str, Any]) -> None:
+    """Makes the work folder, or goes on with the one of the same job."""
+    work = folder / WORK
+    job_file = work / "job.json"
+    if job_file.exists():
+        if json.loads(job_file.read_text()) != identity:
+            raise DataError(
+                f"{folder} holds an unfinished job with other inputs or options. "
+                "Call it with the same ones, or remove the folder."
+            )
+        return
+    if folder.exists() and any(entry.name != WORK for entry in folder.iterdir()):
+        raise DataError(f"{folder} is not empty. Name a new folder, or remove this one.")
+    work.mkdir(parents=True, exist_ok=True)
+    write_durably(job_file, json.dumps(identity).encode())
+
+
+def _identity(
+    job: EncodeJob, files: Sequence[Path], info: TokenizerInfo, split: Split, shard_tokens: int
+) -> dict[str, Any]:
+    listed = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    value = asdict(job) | asdict(info) | asdict(split)
+    return value | {"files": listed, "shard_tokens": shard_tokens}
+
+
+def _quarantine(folder: Path, units: int) -> dict[str, int]:
+    """Joins the units' lists of what was bad into one file; counts by reason."""
+    reasons: Counter[str] = Counter()
+    path = folder / QUARANTINE
+    with open(path, "wb") as file:
+        for number in range(units):
+            raw = unit_path(folder / WORK, number, "bad").read_bytes()
+            reasons.update(json.loads(line)["reason"] for line in raw.splitlines())
+            file.write(raw)
+    if not reasons:
+        path.unlink()
+    return dict(sorted(reasons.items()))
+
+
+def _refuse_bad(folder: Path, documents: int, bad: dict[str, int], max_bad_fraction: float) -> None:
+    count = sum(bad.values())
+    reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items()) or "none bad"
+    if documents == 0:
+        raise DataError(f"the inputs hold no document ({reasons}). Check --field and the files.")
+    if count > max_bad_fraction * (documents + count):
+        raise DataError(
+            f"{count} of {documents + count} documents are bad ({reasons}), more than "
+            f"max_bad_fraction={max_bad_fraction}. See {folder / QUARANTINE}, or raise the limit."
+        )
+
+
+def _command(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    job: EncodeJob,
+    split: Split,
+    shard_tokens: int,
+    pattern: str,
+) -> str:
+    """What would make the same data; without the options that change only speed or place."""
+    words = ["megahybrid", "data", "tokenize", *map(str, inputs), "--tokenizer", str(tokenizer)]
+    words += ["--held-out", str(split.held_out), "--longest", str(split.longest)]
+    words += ["--seed", str(job.seed), "--field", job.text_field, "--glob", pattern]
+    words += ["--shard-tokens", str(shard_tokens)] + (["--eod", job.eod] if job.eod else [])
+    return shlex.join(words)
+
+
+def _source(given: str | Path, pattern: str) -> dict[str, Any]:
+    files = list_files([given], pattern)
+    return {
+        "path": str(given),
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        disable=quiet,
+    )

@@ -1,0 +1,60 @@
+"""Training a tokenizer on the same inputs that `tokenize` reads."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from data_prep.documents import Document, Unit, cut_units, list_files, read_unit
+from megahybrid.data.manifest import TokenizerInfo, write_durably
+from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
+from megahybrid.errors import DataError
+
+SAMPLE_BYTES = 64 * 2**20
+
+
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    *,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    sample_bytes: int = SAMPLE_BYTES,
+    seed: int = 0,
+    text_field: str = "text",
+    pattern: str = "**/*",
+    special_tokens: Sequence[str] = (),
+) -> TokenizerInfo:
+    """Trains on about `sample_bytes` of documents chosen by keyed hash; writes the model file.
+
+    The same inputs and options give the same bytes.
+    """
+    target = Path(output)
+    if target.suffix != ".model":
+        raise DataError(f"output={target} does not end in .model. Name a file like bpe-4k.model.")
+    units = list(cut_units(list_files(inputs, pattern)))
+    fraction = min(1.0, sample_bytes / max(1, sum(unit.bytes for unit in units)))
+    model = train_sentencepiece(
+        _sampled(units, fraction, seed, text_field),
+        vocab_size=vocab_size,
+        kind=kind,
+        special_tokens=special_tokens,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(target, model)
+    return load_tokenizer(target).info
+
+
+def _sampled(units: Sequence[Unit], fraction: float, seed: int, text_field: str) -> Iterator[str]:
+    limit = int(fraction * 2**64)
+    for unit in units:
+        for item in read_unit(unit, text_field):
+            if isinstance(item, Document) and _draw(seed, item.text) < limit:
+                yield item.text
+
+
+def _draw(seed: int, text: str) -> int:
+    digest = hashlib.blake2b(
+        text.encode(), digest_size=8, key=str(seed).encode(), person=b"sample"
+    ).digest()
+    return int.from_bytes(digest, "little")
