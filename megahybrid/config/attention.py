@@ -23,7 +23,7 @@ class LinearScaling(Frozen):
     """Position interpolation: every frequency divided by `factor` (arXiv 2306.15595)."""
 
     kind: Literal["linear"]
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, description="every frequency is divided by it")
 
     def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2]."""
@@ -38,7 +38,7 @@ class NtkScaling(Frozen):
     """Static NTK-aware scaling: theta becomes theta * factor ** (D / (D - 2))."""
 
     kind: Literal["ntk"]
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, description="the context grows by it")
 
     def scaled_theta(self, theta: float, rotary_dim: int) -> float:
         """The theta whose plain frequencies these are."""
@@ -58,12 +58,27 @@ class YarnScaling(Frozen):
     and extrapolation, with cos and sin multiplied by 0.1 ln(factor) + 1."""
 
     kind: Literal["yarn"]
-    factor: float = Field(ge=1)
-    original_length: int = Field(gt=0)
-    beta_fast: float = Field(default=32.0, gt=0)
-    beta_slow: float = Field(default=1.0, gt=0)
-    attention_factor: float | None = Field(default=None, gt=0)
-    truncate: bool = True
+    factor: float = Field(ge=1, description="the context grows by it")
+    original_length: int = Field(gt=0, description="tokens the model was trained on before")
+    beta_fast: float = Field(
+        default=32.0, gt=0, description="turns over original_length above which a pair is kept"
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, description="turns below which a pair is interpolated"
+    )
+    attention_factor: float | None = Field(
+        default=None, gt=0, description="multiplies cos and sin; 0.1 ln(factor) + 1 when left out"
+    )
+    truncate: bool = Field(default=True, description="round the ramp's bounds to whole pairs")
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> "YarnScaling":
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast={self.beta_fast:g} is not above beta_slow={self.beta_slow:g}. "
+                "Raise beta_fast."
+            )
+        return self
 
     def ramp_bounds(self, theta: float, rotary_dim: int) -> tuple[float, float]:
         """First and last pair index of the ramp: d(n) = D ln(L / (2 pi n)) / (2 ln theta)."""
@@ -102,10 +117,14 @@ class Llama3Scaling(Frozen):
     """Llama 3.1's scaling: long wavelengths interpolated, short ones kept, a blend between."""
 
     kind: Literal["llama3"]
-    factor: float = Field(ge=1)
-    low_frequency_factor: float = Field(default=1.0, gt=0)
-    high_frequency_factor: float = Field(default=4.0, gt=0)
-    original_length: int = Field(gt=0)
+    factor: float = Field(ge=1, description="long wavelengths are stretched by it")
+    low_frequency_factor: float = Field(
+        default=1.0, gt=0, description="wavelengths above original_length / this are stretched"
+    )
+    high_frequency_factor: float = Field(
+        default=4.0, gt=0, description="wavelengths below original_length / this are kept"
+    )
+    original_length: int = Field(gt=0, description="tokens the model was trained on before")
 
     @model_validator(mode="after")
     def _check_factors(self) -> "Llama3Scaling":
@@ -150,9 +169,11 @@ class Rope(Frozen):
     position * frequency[i]."""
 
     kind: Literal["rope"]
-    theta: float = Field(gt=1)
-    scaling: Scaling | None = None
-    rotary_fraction: float = Field(default=1.0, gt=0, le=1)
+    theta: float = Field(gt=1, description="base of the frequencies")
+    scaling: Scaling | None = Field(default=None, description="change of the frequencies")
+    rotary_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="part of each head that rotates"
+    )
 
     def rotary_dim(self, head_dim: int) -> int:
         """Rotated dimensions of a head: rotary_fraction * head_dim, rounded down to even."""
@@ -186,9 +207,13 @@ class QKNorm(Frozen):
     [heads, head_dim]. over=projection: all heads' values together, weight [heads * head_dim].
     """
 
-    kind: Literal["none", "rms", "layernorm"] = "none"
-    over: Literal["head", "projection"] = "head"
-    weight: Literal["shared", "per_head"] = "shared"
+    kind: Literal["none", "rms", "layernorm"] = Field(default="none", description="the norm")
+    over: Literal["head", "projection"] = Field(
+        default="head", description="values that are normalised together"
+    )
+    weight: Literal["shared", "per_head"] = Field(
+        default="shared", description="over head: one weight for all heads, or one for each"
+    )
 
     @model_validator(mode="after")
     def _check_weight(self) -> "QKNorm":
@@ -210,7 +235,7 @@ class FixedScale(Frozen):
     """Scores times `scale`, whatever head_dim is."""
 
     kind: Literal["fixed"]
-    scale: float = Field(gt=0)
+    scale: float = Field(gt=0, description="multiplies the scores")
 
 
 class Llama4Scale(Frozen):
@@ -218,15 +243,15 @@ class Llama4Scale(Frozen):
     position within its document (from 0)."""
 
     kind: Literal["llama4"]
-    floor: int = Field(default=8192, gt=0)
-    coefficient: float = Field(default=0.1, ge=0)
+    floor: int = Field(default=8192, gt=0, description="positions of one step of the factor")
+    coefficient: float = Field(default=0.1, ge=0, description="of the logarithm")
 
 
 class LogScale(Frozen):
     """1 / sqrt(head_dim) times log_base(base + n), n the visible keys (arXiv 2504.08719)."""
 
     kind: Literal["log"]
-    base: float = Field(gt=1)
+    base: float = Field(gt=1, description="a in log_a(a + n)")
 
 
 class SsmaxScale(Frozen):
@@ -234,7 +259,7 @@ class SsmaxScale(Frozen):
     (arXiv 2501.19399). Every s starts at `initial`."""
 
     kind: Literal["ssmax"]
-    initial: float = Field(default=0.43, gt=0)
+    initial: float = Field(default=0.43, gt=0, description="value every s starts at")
 
 
 LogitScale = Annotated[
@@ -249,10 +274,12 @@ class AttentionScheme(Frozen):
     keys of the document. This is the only place that says so; kernels convert.
     """
 
-    position: Position
-    window: int | None = Field(default=None, ge=1)
-    qk_norm: QKNorm = QKNorm()
-    logit_scale: LogitScale = SqrtDimScale()
+    position: Position = Field(description="how position enters")
+    window: int | None = Field(
+        default=None, ge=1, description="keys visible to a query, its own included; null: all"
+    )
+    qk_norm: QKNorm = Field(default=QKNorm(), description="norm of queries and keys")
+    logit_scale: LogitScale = Field(default=SqrtDimScale(), description="factor on the scores")
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.
@@ -290,12 +317,12 @@ class Periodic(Frozen):
     """A pattern by rule: after `prefix`, layer i (counted from the end of the prefix) has `special`
     where i % period == offset and `default` elsewhere; `last` replaces the final layer."""
 
-    default: Name
-    special: Name
-    period: int = Field(ge=1)
-    offset: int = Field(ge=0)
-    prefix: list[Name] = Field(default=[])
-    last: Name | None = None
+    default: Name = Field(description="scheme of most layers")
+    special: Name = Field(description="scheme of every period-th layer")
+    period: int = Field(ge=1, description="layers from one special layer to the next")
+    offset: int = Field(ge=0, description="layers before the first special one, after the prefix")
+    prefix: list[Name] = Field(default=[], description="schemes of the first layers")
+    last: Name | None = Field(default=None, description="scheme of the final layer")
 
     @model_validator(mode="after")
     def _check_offset(self) -> "Periodic":
@@ -320,9 +347,11 @@ Pattern = Annotated[
 class LayerPlan(Frozen):
     """Which scheme each layer has: the sequence of schemes is the architecture."""
 
-    num_layers: int = Field(ge=1)
-    pattern: Pattern
-    schemes: dict[Name, AttentionScheme] = Field(min_length=1)
+    num_layers: int = Field(ge=1, description="blocks")
+    pattern: Pattern = Field(description="one period of scheme names, or a rule")
+    schemes: dict[Name, AttentionScheme] = Field(
+        min_length=1, description="attention schemes by name"
+    )
 
     @model_validator(mode="after")
     def _check_pattern(self) -> "LayerPlan":

@@ -63,7 +63,7 @@ def states_per_parameter(precision: str, zero_stage: int, data_degree: int) -> t
         weights, gradients, optimizer = 4.0, 4.0, 8.0 if zero_stage == 0 else 12.0
     else:
         # Gradients are summed in fp32 where they are whole; ZeRO 2 and 3 keep bf16 slices.
-        weights, gradients, optimizer = 2.0, 4.0 if zero_stage == 1 else 2.0, 12.0
+        weights, gradients, optimizer = 2.0, 4.0 if zero_stage <= 1 else 2.0, 12.0
     return (
         weights / n if zero_stage >= 3 else weights,
         gradients / n if zero_stage >= 2 else gradients,

@@ -1,0 +1,282 @@
+"""`describe`: everything that config alone can tell about a run, as a dict and as tables."""
+
+import io
+from dataclasses import asdict
+from typing import Any
+
+from megahybrid.config import counting
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.explain import show
+from megahybrid.config.huggingface_fit import huggingface_fits
+from megahybrid.config.memory import memory_per_rank
+from megahybrid.config.parallel import legal_tensor_degrees
+from megahybrid.config.run import RunConfig
+from megahybrid.config.stages import Stage
+
+
+def describe(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
+    """The run in numbers, ready for JSON. Layers and KV cache are those of the last stage at its
+    longest length; memory is for `world_size` ranks (one data rank when left out)."""
+    last = len(run.stages) - 1
+    plan, length = run.plan_at(last), max(run.stages[last].lengths)
+    cache = counting.kv_cache_bytes(run.model, length, plan)
+    full_cache = counting.kv_cache_bytes(run.model, length, counting.full_attention(plan))
+    world_size = world_size or run.parallel.tensor
+    return {
+        "parameters": counting.parameters(run.model),
+        "length": length,
+        "layers": _layers(run, plan, length),
+        "kv_cache_bytes": cache,
+        "kv_cache_bytes_full": full_cache,
+        "kv_cache_ratio": cache / full_cache,
+        "stages": [_stage(run, index, world_size) for index in range(len(run.stages))],
+        "total_steps": run.stage_plan.total_steps,
+        "total_tokens": run.stage_plan.total_tokens,
+        "world_size": world_size,
+        "tensor": run.parallel.tensor,
+        "data_degree": run.parallel.data_degree(world_size),
+        "zero_stage": run.parallel.zero_stage,
+        "precision": run.precision,
+        "legal_tensor_degrees": legal_tensor_degrees(run.model),
+        "huggingface": [
+            {
+                "architecture": fit.architecture,
+                "can": fit.can,
+                "how": fit.how,
+                "why_not": fit.reasons,
+            }
+            for fit in huggingface_fits(run.model, plan)
+        ],
+    }
+
+
+def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": index,
+            "scheme": name,
+            "position": position_in_words(scheme),
+            "theta": scheme.position.theta if isinstance(scheme.position, Rope) else None,
+            "window": scheme.window,
+            "qk_norm": scheme.qk_norm.kind,
+            "logit_scale": scheme.logit_scale.kind,
+            "parameters": counting.layer_parameters(run.model, scheme),
+            "kv_cache_bytes": counting.layer_kv_cache_bytes(run.model, scheme, length),
+            "flops_per_token": counting.layer_flops_per_token(run.model, scheme, length),
+        }
+        for index, (name, scheme) in enumerate(zip(plan.names(), plan.expand(), strict=True))
+    ]
+
+
+def position_in_words(scheme: AttentionScheme) -> str:
+    """ "nope", "rope" or "rope, yarn x8", with the fraction of a partial rotation."""
+    position = scheme.position
+    if not isinstance(position, Rope):
+        return position.kind
+    words: str = position.kind
+    if position.rotary_fraction < 1:
+        words += f" on {position.rotary_fraction:g}"
+    if position.scaling is not None:
+        words += f", {position.scaling.kind} x{position.scaling.factor:g}"
+    return words
+
+
+def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
+    stage, plan = run.stages[index], run.plan_at(index)
+    tensor = run.parallel.tensor
+    return {
+        "name": stage.name,
+        "tokens": run.stage_plan.stage_tokens[index],
+        "steps": run.stage_plan.stage_steps[index],
+        "lengths": [
+            {
+                "length": length,
+                "ratio": ratio,
+                "flops_per_token": counting.flops_per_token(run.model, length, plan),
+                "flops_per_token_full": counting.flops_per_token(
+                    run.model, length, counting.full_attention(plan)
+                ),
+                "ideal_speedup": counting.ideal_speedup(run.model, length, plan),
+            }
+            for length, ratio in stage.lengths.items()
+        ],
+        "flops": _stage_flops(run, stage, plan, run.stage_plan.stage_tokens[index]),
+        "recompute": stage.recompute,
+        "schemes": stage.schemes,
+        "memory_per_rank": {
+            zero: _memory(run, stage, tensor, world_size // tensor, zero) for zero in range(4)
+        },
+    }
+
+
+def _memory(
+    run: RunConfig, stage: Stage, tensor: int, data_degree: int, zero_stage: int
+) -> dict[str, int]:
+    memory = memory_per_rank(
+        run.model,
+        stage,
+        tensor=tensor,
+        data_degree=data_degree,
+        zero_stage=zero_stage,
+        precision=run.precision,
+    )
+    return {**asdict(memory), "total": memory.total}
+
+
+def _stage_flops(run: RunConfig, stage: Stage, plan: LayerPlan, tokens: int) -> float:
+    shares = {length: length * ratio for length, ratio in stage.lengths.items()}
+    return tokens * sum(
+        counting.flops_per_token(run.model, length, plan) * share / sum(shares.values())
+        for length, share in shares.items()
+    )
+
+
+def stage_flops(run: RunConfig, index: int) -> float:
+    """Training FLOPs of a whole stage when every row is one document."""
+    tokens = run.stage_plan.stage_tokens[index]
+    return _stage_flops(run, run.stages[index], run.plan_at(index), tokens)
+
+
+def render(description: dict[str, Any], width: int = 110) -> str:
+    """The description as text: tables of layers, stages, memory and Hugging Face architectures."""
+    from rich.console import Console
+
+    text = io.StringIO()
+    console = Console(file=text, width=width, highlight=False, color_system=None)
+    console.print(
+        f"{description['parameters']:,} parameters · KV cache at {description['length']:,} tokens "
+        f"{_bytes(description['kv_cache_bytes'])}, {description['kv_cache_ratio']:.3f} of full "
+        f"({_bytes(description['kv_cache_bytes_full'])})"
+    )
+    degrees = ", ".join(str(n) for n in description["legal_tensor_degrees"])
+    console.print(f"legal tensor degrees: {degrees}")
+    console.print(_layer_table(description))
+    console.print(_stage_table(description))
+    for changes in filter(None, map(_changes, description["stages"])):
+        console.print(changes)
+    console.print(_memory_table(description))
+    console.print(_huggingface_table(description))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _layer_table(description: dict[str, Any]) -> Any:
+    table = _table(
+        f"Layers at {description['length']:,} tokens (each of a range)",
+        ("layers", "scheme", "position"),
+        ("theta", "window", "parameters", "KV cache", "MFLOP/token"),
+    )
+    for first, last, layer in _equal_runs(description["layers"]):
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            layer["scheme"],
+            layer["position"],
+            f"{layer['theta']:,.0f}" if layer["theta"] else "-",
+            f"{layer['window']:,}" if layer["window"] else "all",
+            f"{layer['parameters']:,}",
+            _bytes(layer["kv_cache_bytes"]),
+            f"{layer['flops_per_token'] / 1e6:,.2f}",
+        )
+    return table
+
+
+def _equal_runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
+    """(first, last, layer) of consecutive layers that differ only in their number."""
+    runs: list[tuple[int, int, dict[str, Any]]] = []
+    for layer in layers:
+        if runs and {**layer, "layer": 0} == {**runs[-1][2], "layer": 0}:
+            runs[-1] = (runs[-1][0], layer["layer"], runs[-1][2])
+        else:
+            runs.append((layer["layer"], layer["layer"], layer))
+    return runs
+
+
+def _stage_table(description: dict[str, Any]) -> Any:
+    table = _table(
+        "Stages",
+        ("stage",),
+        ("steps", "tokens", "length", "ratio", "GFLOP/token", "full", "ideal speed-up"),
+    )
+    for stage in description["stages"]:
+        for index, row in enumerate(stage["lengths"]):
+            table.add_row(
+                stage["name"] if index == 0 else "",
+                f"{stage['steps']:,}" if index == 0 else "",
+                _count(stage["tokens"]) if index == 0 else "",
+                f"{row['length']:,}",
+                str(row["ratio"]),
+                f"{row['flops_per_token'] / 1e9:.4g}",
+                f"{row['flops_per_token_full'] / 1e9:.4g}",
+                f"{row['ideal_speedup']:.3f}",
+            )
+    return table
+
+
+def _changes(stage: dict[str, Any]) -> str:
+    """ "  from long on: global.position.theta=100000" or nothing."""
+
+    def walk(tree: Any, path: str) -> list[str]:
+        if isinstance(tree, dict):
+            return [line for key, value in tree.items() for line in walk(value, f"{path}.{key}")]
+        return [f"{path}={show(tree)}"]
+
+    changes = [line for name, fields in stage["schemes"].items() for line in walk(fields, name)]
+    return f"  from {stage['name']} on: {', '.join(changes)}" if changes else ""
+
+
+def _memory_table(description: dict[str, Any]) -> Any:
+    table = _table(
+        f"Memory per rank, tensor {description['tensor']} x data {description['data_degree']}, "
+        f"{description['precision']} (this run: ZeRO {description['zero_stage']})",
+        ("stage", "ZeRO"),
+        ("weights", "gradients", "optimizer", "activations", "logits", "total"),
+    )
+    for stage in description["stages"]:
+        for zero, memory in stage["memory_per_rank"].items():
+            table.add_row(
+                stage["name"] if zero == 0 else "",
+                str(zero),
+                *(_bytes(memory[name]) for name in ("weights", "gradients", "optimizer")),
+                *(_bytes(memory[name]) for name in ("activations", "logits", "total")),
+            )
+    return table
+
+
+def _huggingface_table(description: dict[str, Any]) -> Any:
+    table = _table(
+        "Hugging Face architectures", ("architecture", "can say it", "how, or why not"), ()
+    )
+    for fit in description["huggingface"]:
+        table.add_row(
+            fit["architecture"],
+            "yes" if fit["can"] else "no",
+            fit["how"] if fit["can"] else "; ".join(fit["why_not"]),
+        )
+    return table
+
+
+def _count(number: int) -> str:
+    """A number of tokens with up to six digits."""
+    for unit, size in (("T", 10**12), ("B", 10**9)):
+        if number >= size:
+            return f"{number / size:,.4g} {unit}"
+    return f"{number:,}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB" if count < 10_000 else f"{count / 1024:,.2f} TiB"

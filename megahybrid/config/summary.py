@@ -1,0 +1,33 @@
+"""What `check` prints when nothing is wrong: the run in a few lines."""
+
+from megahybrid.config.counting import parameters
+from megahybrid.config.run import RunConfig
+
+
+def summary(run: RunConfig, world_size: int | None = None) -> str:
+    """Parameters, stages with their steps, and the data degree when the world size is known."""
+    plan = run.stage_plan
+    degrees = f"tensor {run.parallel.tensor}"
+    if world_size is not None:
+        degrees += f" x data {run.parallel.data_degree(world_size)} = {world_size} ranks"
+    lines = [
+        f"{parameters(run.model):,} parameters, {run.model.layer_plan.num_layers} layers",
+        f"{degrees}, ZeRO {run.parallel.zero_stage}, {run.precision}",
+    ]
+    for index, stage in enumerate(run.stages):
+        lines.append(
+            f"stage {stage.name}: {plan.stage_steps[index]:,} steps, "
+            f"{plan.stage_tokens[index]:,} tokens, {lengths_in_words(stage.lengths)}"
+        )
+    lines.append(f"in all {plan.total_steps:,} steps, {plan.total_tokens:,} tokens")
+    return "\n".join(lines)
+
+
+def lengths_in_words(lengths: dict[int, int]) -> str:
+    """ "length 256", or "lengths 8192 : 65536 at 3 : 1"."""
+    if len(lengths) == 1:
+        return f"length {next(iter(lengths))}"
+    names, ratios = (
+        " : ".join(str(n) for n in part) for part in zip(*lengths.items(), strict=True)
+    )
+    return f"lengths {names} at {ratios} by sequences"
