@@ -33,18 +33,21 @@ class WandbListener:
         mode: Literal["offline", "online"],
         project: str,
         queue_rows: int = 10_000,
+        start_seconds: float | int = 5.0,
         finish_seconds: float | int = 30.0,
     ) -> None:
         self._mode = mode
         self._project = project
+        self._start_seconds = start_seconds
         self._finish_seconds = finish_seconds
+        self._begun = threading.Event()
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_rows)
         self._failure: str | None = None
         self._outcome = "failed"
 
     def on_start(self, run: RunInfo) -> None:
-        """Imports wandb (before the first step, since an import holds the interpreter) and begins
-        the thread, in which the network is first touched."""
+        """Imports wandb, begins the thread, and gives it `start_seconds` to reach wandb: what it
+        does meanwhile holds the interpreter, which the first steps should have to themselves."""
         try:
             import wandb
         except ImportError as error:
@@ -55,6 +58,7 @@ class WandbListener:
             target=self._work, args=(wandb, run), name="wandb-listener", daemon=True
         )
         self._thread.start()
+        self._begun.wait(self._start_seconds)
 
     def on_step(self, line: StepLine) -> None:
         """Queues the step's numbers."""
@@ -93,14 +97,17 @@ class WandbListener:
     def _work(self, wandb: ModuleType, run: RunInfo) -> None:
         try:
             tracked = self._begin(wandb, run)
+            self._begun.set()
             while (row := self._rows.get()) is not None:
                 tracked.log(row)
             tracked.finish(exit_code=0 if self._outcome == "done" else 1)
         except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             self._failure = f"wandb: {reason}. {LEDGER_REMAINS}"
+            self._begun.set()
 
     def _begin(self, wandb: ModuleType, run: RunInfo) -> Any:
+        wandb.setup(wandb.Settings(silent=True))
         # wandb would ask for a key on the terminal, from under the progress bar.
         if self._mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ListenerFailed("no API key. Run `wandb login` or set WANDB_API_KEY")
@@ -117,6 +124,7 @@ class WandbListener:
                 silent=True,
                 disable_code=True,
                 disable_git=True,
+                init_timeout=60,  # also the longest a short run waits for wandb when it exits
                 finish_timeout=self._finish_seconds,  # wandb's own exit hook obeys it too
             ),
         )

@@ -64,6 +64,8 @@ class Stub(ModuleType):
     def Settings(self, **options: Any) -> Any:
         return SimpleNamespace(**options)
 
+    def setup(self, settings: Any) -> None: ...
+
     def login(self, **_: Any) -> bool:
         return self._logged_in
 
@@ -90,7 +92,9 @@ def train_with(
     """Runs some steps; what the others heard, and the slowest step's seconds in the listeners."""
     monkeypatch.setitem(sys.modules, "wandb", stub)  # type: ignore[arg-type]
     memory = Memory()
-    wandb = WandbListener(**{"mode": "online", "project": "p", "finish_seconds": 0.2, **options})
+    wandb = WandbListener(
+        **{"mode": "online", "project": "p", "start_seconds": 0.1, "finish_seconds": 0.2, **options}
+    )
     listeners = Listeners([memory, wandb])
     listeners.on_start(run_info(directory))
     slowest = 0.0
