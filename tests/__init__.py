@@ -10,5 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
+from tests import annotations  # noqa: E402
+
 # From here on every annotation of the package, shapes included, is checked at each call.
-install_import_hook("megahybrid", "beartype.beartype")
+install_import_hook("megahybrid", f"{annotations.__name__}.check")

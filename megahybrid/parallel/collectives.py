@@ -5,6 +5,7 @@ forward, so the gradient of the whole is right without hooks. Along an axis of s
 return their input. Tensors along the sequence have it as dimension 0.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -201,25 +202,25 @@ def split_sequence(x: Float[Tensor, "seq *rest"], axis: Axis) -> Float[Tensor, "
     return x if axis.size == 1 else _SplitSequence.apply(x, axis)
 
 
-def sum_scalars(values: list[float], axis: Axis) -> list[float]:
+def sum_scalars(values: Sequence[float], axis: Axis) -> list[float]:
     """Sums of Python numbers over the axis, in float64 on the CPU."""
     return _reduce_scalars(values, axis, "sum")
 
 
-def max_scalars(values: list[float], axis: Axis) -> list[float]:
+def max_scalars(values: Sequence[float], axis: Axis) -> list[float]:
     """Maxima of Python numbers over the axis."""
     return _reduce_scalars(values, axis, "max")
 
 
-def min_scalars(values: list[float], axis: Axis) -> list[float]:
+def min_scalars(values: Sequence[float], axis: Axis) -> list[float]:
     """Minima of Python numbers over the axis."""
     return _reduce_scalars(values, axis, "min")
 
 
-def _reduce_scalars(values: list[float], axis: Axis, operation: str) -> list[float]:
+def _reduce_scalars(values: Sequence[float], axis: Axis, operation: str) -> list[float]:
     if axis.size == 1 or not values:
-        return list(values)
-    return all_reduce(torch.tensor(values, dtype=torch.float64), axis, operation).tolist()
+        return [float(value) for value in values]
+    return all_reduce(torch.tensor(list(values), dtype=torch.float64), axis, operation).tolist()
 
 
 def broadcast(x: Shaped[Tensor, "*shape"], axis: Axis, source: int = 0) -> Shaped[Tensor, "*shape"]:

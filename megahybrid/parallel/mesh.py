@@ -140,7 +140,7 @@ def initialise_distributed(
     timeout_seconds: float = 1800.0,
     *,
     connect_seconds: float = 300.0,
-    environment: Mapping[str, str] = os.environ,
+    environment: Mapping[str, str] | None = None,
 ) -> World:
     """Joins the world that torchrun's or Slurm's variables describe, or makes a world of one.
 
@@ -148,7 +148,7 @@ def initialise_distributed(
     that waits longer than `timeout_seconds` fails; ranks that do not all arrive within
     `connect_seconds` are a MeshError, as are missing variables and a taken port.
     """
-    place = find_rendezvous(environment)
+    place = find_rendezvous(os.environ if environment is None else environment)
     chosen = choose_device(device, place.local_rank if place else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

@@ -77,8 +77,8 @@ def fill_normal(
         columns = rest[0] if len(rest) == 1 else (0, row_length)
         width = columns[1] - columns[0]
         std = std_by_segment[segment.name]
-        for first in range(start, stop, BLOCK_ROWS):
-            last = min(first - first % BLOCK_ROWS + BLOCK_ROWS, stop)
+        blocks = range(start - start % BLOCK_ROWS, stop, BLOCK_ROWS)
+        for first, last in ((max(b, start), min(b + BLOCK_ROWS, stop)) for b in blocks):
             drawn = normal_rows(seed, segment.name, (first, last), row_length, std, columns=columns)
             place = offset + (first - start) * width
             flat[place : place + drawn.size].copy_(torch.from_numpy(drawn).view(-1))
