@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megahybrid.config.counting import matrix_parameters
 from megahybrid.config.model import ModelConfig
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the first name that occurs in the
@@ -71,13 +72,9 @@ class StepFlops:
     def from_model(cls, model: ModelConfig, windows: Sequence[int | None]) -> "StepFlops":
         """Forward and backward (three times forward), the head included, the embedding's look-up
         and everything that is no matrix product left out."""
-        query = model.num_heads * model.head_dim
-        key_value = model.num_kv_heads * model.head_dim
-        layer = model.hidden_size * (2 * query + 2 * key_value + 3 * model.intermediate_size)
-        head = model.vocab_size * model.hidden_size
         return cls(
-            per_token=6 * (model.layer_plan.num_layers * layer + head),
-            per_pair=12 * query,
+            per_token=6 * matrix_parameters(model),
+            per_pair=12 * model.num_heads * model.head_dim,
             windows=tuple(windows),
         )
 

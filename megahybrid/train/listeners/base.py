@@ -75,31 +75,6 @@ class Listeners:
         for listener in self._each():
             self._tell(listener, listener.on_step, line)
 
-    def on_evaluate(
-        self,
-        *,
-        held_out: str,
-        length: int,
-        loss: float,
-        tokens: int,
-        by_position: Sequence[dict[str, Any]] = (),
-    ) -> None:
-        """Tells everyone the loss on one held-out set.
-
-        `loss` is in nats per valid target over `tokens` of them, in rows of `length` tokens;
-        `by_position` holds {start, stop, tokens, loss} per bucket, loss None in an empty one.
-        """
-        detail = {
-            "set": held_out,
-            "stage": self._stage,
-            "step": self._step,
-            "length": length,
-            "loss": loss,
-            "tokens": tokens,
-            "by_position": list(by_position),
-        }
-        self.on_event("evaluate", detail)
-
     def on_event(
         self, event: str, detail: dict[str, Any] | None = None, *, stage: str | None = None
     ) -> None:

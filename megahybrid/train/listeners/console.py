@@ -123,10 +123,16 @@ def describe_event(line: EventLine) -> str | None:
         return f"stage {line.stage} begins at step {line.step} ({tokens_text(line.tokens)} tokens)"
     if line.event == "evaluate":
         loss = detail.get("loss")
+        rows = "documents up to" if detail.get("rows") == "documents" else "at"
         return (
             f"held-out {detail.get('set')}: loss "
-            f"{'–' if loss is None else format(loss, '.4f')} at length {detail.get('length')} "
+            f"{'–' if loss is None else format(loss, '.4f')} {rows} length {detail.get('length')} "
             f"(step {line.step}, {tokens_text(detail.get('tokens') or 0)} tokens)"
+        )
+    if line.event == "save" and detail.get("ok"):
+        return (
+            f"saved {detail.get('path')} ({(detail.get('bytes') or 0) / 1e6:,.1f} MB, "
+            f"{detail.get('seconds') or 0:.1f} s)"
         )
     if line.event == "end":
         rest = _details({key: value for key, value in detail.items() if key != "outcome"})

@@ -21,10 +21,12 @@ def step_scalars(line: StepLine) -> dict[str, float]:
 
 
 def evaluation_scalars(line: EventLine) -> dict[str, float]:
-    """`held_out/SET/loss` and `held_out/SET/loss_at_START_STOP`; nothing for other events."""
+    """`held_out/SET/loss` and `held_out/SET/loss_at_START_STOP`; nothing for other events. SET ends
+    in `_documents` where the rows are single documents."""
     if line.event != "evaluate":
         return {}
-    prefix = f"held_out/{line.detail['set']}"
+    rows = line.detail.get("rows", "stream")
+    prefix = f"held_out/{line.detail['set']}" + ("" if rows == "stream" else f"_{rows}")
     scalars = {f"{prefix}/loss": line.detail["loss"]}
     for bucket in line.detail.get("by_position", ()):
         scalars[f"{prefix}/loss_at_{bucket['start']}_{bucket['stop']}"] = bucket["loss"]

@@ -41,7 +41,8 @@ def step_line(step: int, **fields: object) -> StepLine:
 
 
 EVALUATION: dict = {
-    "held_out": "stdlib",
+    "set": "stdlib",
+    "rows": "stream",
     "length": 50,
     "loss": 4.25,
     "tokens": 1000,

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
+from megahybrid.train.ledger import EventLine
 from megahybrid.train.listeners import Console, Listeners
-from megahybrid.train.listeners.console import duration_text, tokens_text
+from megahybrid.train.listeners.console import describe_event, duration_text, tokens_text
 from tests.train.listeners.example import EVALUATION, run_info, step_line
 
 
@@ -25,7 +26,7 @@ def tell(console: Console, directory: Path, clock: Clock, steps: int = 16) -> No
     for step in range(1, steps + 1):
         clock.seconds += 1.0
         listeners.on_step(step_line(step))
-    listeners.on_evaluate(**EVALUATION)
+    listeners.on_event("evaluate", EVALUATION)
     listeners.on_end("done")
 
 
@@ -91,3 +92,9 @@ def test_tokens_are_short(tokens: int, text: str) -> None:
 )
 def test_durations_are_short(seconds: float | None, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_a_checkpoint_is_announced_with_its_place_and_size(tmp_path: Path) -> None:
+    detail = {"ok": True, "path": "runs/demo/checkpoints/step-00000050", "bytes": 24_500_000}
+    line = EventLine(event="save", step=50, stage="short", tokens=100, detail=detail)
+    assert describe_event(line) == "saved runs/demo/checkpoints/step-00000050 (24.5 MB, 0.0 s)"

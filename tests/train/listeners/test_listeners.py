@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.train.ledger import read_ledger
+from megahybrid.train.ledger import EventLine, read_ledger
 from megahybrid.train.listeners import LedgerListener, Listeners, TensorBoardListener
+from megahybrid.train.listeners.scalars import evaluation_scalars
 from tests.train.listeners.example import EVALUATION, Memory, run_info, step_line
 
 
@@ -15,7 +16,7 @@ def test_events_carry_the_step_stage_and_tokens_they_happened_at(tmp_path: Path)
     listeners.on_start(run_info(tmp_path))
     listeners.on_step(step_line(8))
     listeners.on_event("stage", {"length": 100}, stage="long")
-    listeners.on_evaluate(**EVALUATION)
+    listeners.on_event("evaluate", EVALUATION)
     listeners.on_end("done")
     assert memory.names() == ["start", "stage", "evaluate", "end"]
     assert [(e.step, e.stage, e.tokens) for e in memory.events] == [
@@ -24,10 +25,7 @@ def test_events_carry_the_step_stage_and_tokens_they_happened_at(tmp_path: Path)
         (8, "long", 800),
         (8, "long", 800),
     ]
-    detail = memory.events[2].detail
-    assert (detail["set"], detail["step"], detail["stage"], detail["loss"]) == (
-        "stdlib", 8, "long", 4.25,
-    )  # fmt: skip
+    assert memory.events[2].detail == EVALUATION
     assert memory.outcomes == ["done"]
 
 
@@ -77,7 +75,7 @@ def test_the_ledger_listener_writes_all_and_hears_of_failures_at_the_end(tmp_pat
     listeners = Listeners([ledger, FailsToEnd()])
     listeners.on_start(run_info(tmp_path))
     listeners.on_step(step_line(1))
-    listeners.on_evaluate(**EVALUATION)
+    listeners.on_event("evaluate", EVALUATION)
     listeners.on_end("done")
     lines = read_ledger(tmp_path / "ledger.jsonl")
     assert [line.event for line in lines.events] == ["start", "evaluate", "end", "listener_failed"]
@@ -93,7 +91,7 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path: Path) -> None:
     listeners.on_start(run_info(tmp_path))
     for step in (1, 2):
         listeners.on_step(step_line(step))
-    listeners.on_evaluate(**EVALUATION)
+    listeners.on_event("evaluate", EVALUATION)
     listeners.on_end("done")
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -101,3 +99,16 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path: Path) -> None:
     assert losses == [(100, pytest.approx(4.9)), (200, pytest.approx(4.8))]
     assert events.Scalars("held_out/stdlib/loss")[0].value == pytest.approx(4.25)
     assert "held_out/stdlib/loss_at_50_100" not in events.Tags()["scalars"]
+
+
+def test_both_kinds_of_rows_of_a_held_out_set_keep_names_of_their_own() -> None:
+    def scalars(rows: str) -> dict[str, float]:
+        detail = EVALUATION | {"rows": rows}
+        return evaluation_scalars(
+            EventLine(event="evaluate", step=1, stage="short", tokens=100, detail=detail)
+        )
+
+    assert scalars("stream") == {"held_out/stdlib/loss": 4.25, "held_out/stdlib/loss_at_0_50": 4.25}
+    assert set(scalars("documents")) == {
+        "held_out/stdlib_documents/loss", "held_out/stdlib_documents/loss_at_0_50",
+    }  # fmt: skip

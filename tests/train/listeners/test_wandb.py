@@ -117,7 +117,7 @@ def test_an_offline_run_holds_every_step_through_stages_and_restarts(tmp_path: P
         listeners.on_start(run_info(tmp_path, step=first - 1))
         for step in range(first, last + 1):
             listeners.on_step(step_line(step))
-        listeners.on_evaluate(**EVALUATION)
+        listeners.on_event("evaluate", EVALUATION)
         listeners.on_end("done")
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert {path.stem for path in files} == {f"run-{stable_id(tmp_path)}"}
