@@ -180,18 +180,21 @@ class _ChunkedLoss(torch.autograd.Function):
         used = weight[: rows[1] - rows[0]].to(hidden.dtype)  # without padding
         for start in range(0, flat.shape[0], chunk):
             piece = slice(start, start + chunk)
-            logits = _product_exact(flat[piece], used.t(), exact)
             per_token[piece], slope = _loss_and_slope(
-                logits, flat_targets[piece], axis, rows, scale, needs_hidden or needs_weight
+                _product_exact(flat[piece], used.t(), exact),
+                flat_targets[piece],
+                axis,
+                rows,
+                scale,
+                needs_hidden or needs_weight,
             )
-            del logits  # its storage is the slope's
-            if slope is None:
-                continue
-            slope = slope.to(hidden.dtype)
-            if grad_whole is not None:
-                torch.mm(slope, used, out=grad_whole[piece])
-            if grad_weight is not None:
-                _accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
+            if slope is not None:
+                slope = slope.to(hidden.dtype)
+                if grad_whole is not None:
+                    torch.mm(slope, used, out=grad_whole[piece])
+                if grad_weight is not None:
+                    _accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
+                del slope  # else it stands beside the next chunk's logits
         # Held as attributes: gradients of this size must be freed or handed over, never copied.
         ctx.grad_weight, ctx.weight_dtype = grad_weight, weight.dtype
         ctx.grad_hidden = (
@@ -253,7 +256,7 @@ def _loss_and_slope(
     factor = (peak - top).exp() / denominator * counts * scale
     slope = logits.mul_(factor.unsqueeze(1))
     if slope.shape[1]:
-        slope.scatter_add_(1, column, torch.where(mine, -scale, 0.0).to(slope.dtype).unsqueeze(1))
+        slope.scatter_add_(1, column, (mine.to(slope.dtype) * -scale).unsqueeze(1))
     return losses, slope
 
 

@@ -15,7 +15,6 @@ from megahybrid.parallel.sharding import (
     shard_spec,
 )
 
-
 Layout = tuple[list[tuple[str, tuple[int, ...], int | None]], int, int | None]
 
 

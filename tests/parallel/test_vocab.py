@@ -1,0 +1,225 @@
+"""The cut vocabulary: embedding and chunked loss equal F.embedding and F.cross_entropy."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megahybrid.parallel.collectives import gather_sequence_replicated, local_slice
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.sharding import shard_spec
+from megahybrid.parallel.vocab import (
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    chunk_size,
+    padded_vocab_size,
+)
+from tests.distributed import Ranks, run
+from tests.parallel.compare import EXACT, draw, error, gradient_errors, load
+
+VOCAB, HIDDEN, SEQ, BATCH = 97, 12, 8, 3
+UPSTREAM = 0.37  # what the caller multiplies the sum of losses with
+
+
+def some_tokens() -> tuple[Tensor, Tensor]:
+    """Tokens and targets of every part of the vocabulary, some of which do not count."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+    targets = torch.randint(0, VOCAB, (BATCH, SEQ), generator=generator)
+    tokens[0, :2] = torch.tensor([0, VOCAB - 1])
+    targets[0, :2] = torch.tensor([0, VOCAB - 1])
+    targets[1, :6] = -100
+    targets[2, 7] = -100
+    return tokens, targets
+
+
+def build(mesh: ParallelMesh, tied: bool) -> tuple[VocabParallelEmbedding, VocabParallelHead]:
+    double = torch.float64
+    embedding = VocabParallelEmbedding(VOCAB, HIDDEN, "embedding.weight", mesh, dtype=double)
+    if tied:
+        return embedding, VocabParallelHead.tied(embedding, mesh)
+    return embedding, VocabParallelHead(VOCAB, HIDDEN, "head.weight", mesh, dtype=double)
+
+
+def loss_errors(
+    ranks: Ranks, tensor: int, tied: bool, scale: float, chunk_tokens: int | None, spread: float
+) -> tuple[float, dict[str, float]]:
+    """The loss itself, and errors of everything the two layers compute."""
+    mesh = ranks.mesh(tensor)
+    tokens, targets = some_tokens()
+    full = {
+        name: (draw(name, VOCAB, HIDDEN) * spread).requires_grad_()
+        for name in ("embedding.weight", "head.weight")
+    }
+    head_weight = full["embedding.weight" if tied else "head.weight"]
+    plain_hidden = F.embedding(tokens.t(), full["embedding.weight"])
+    plain_hidden.retain_grad()
+    plain_logits = plain_hidden.tanh() @ head_weight.t() * scale
+    plain = F.cross_entropy(plain_logits.permute(1, 2, 0), targets, reduction="none")
+    (plain.sum() * UPSTREAM).backward()
+
+    embedding, head = build(mesh, tied)
+    layers = torch.nn.ModuleList([embedding, head])
+    load(layers, {name: weight.detach() for name, weight in full.items()})
+    hidden = embedding(tokens)
+    hidden.retain_grad()
+    loss, per_token = head(hidden.tanh(), targets, scale, chunk_tokens)
+    (loss * UPSTREAM).backward()
+    assert hidden.grad is not None and plain_hidden.grad is not None
+    assert not per_token.requires_grad and per_token.shape == targets.shape
+    grads = {name: weight.grad for name, weight in full.items() if weight.grad is not None}
+    errors = gradient_errors(layers, grads) | {
+        "hidden": error(hidden, local_slice(plain_hidden, mesh.tensor)),
+        "hidden_grad": error(hidden.grad, local_slice(plain_hidden.grad, mesh.tensor)),
+        "loss": error(loss, plain.sum()),
+        "per_token": error(per_token, plain),
+        "logits": error(head.logits(hidden.tanh(), scale), plain_logits),
+    }
+    with torch.no_grad():
+        evaluated, evaluated_per_token = head(hidden.tanh(), targets, scale, chunk_tokens)
+    assert evaluated.grad_fn is None and evaluated == loss
+    assert torch.equal(evaluated_per_token, per_token)
+    return loss.item(), errors
+
+
+@pytest.mark.parametrize("spread", [1.0, 300.0], ids=["usual", "huge_logits"])
+@pytest.mark.parametrize(
+    ("scale", "chunk_tokens"), [(1.0, None), (0.3, 5), (1.0, 1)], ids=["", "scaled-5", "by_one"]
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("processes", "tensor"), [(1, 1), (2, 2), (4, 4), (4, 2)])
+def test_chunked_loss_and_all_gradients_equal_plain_cross_entropy(
+    processes: int, tensor: int, tied: bool, scale: float, chunk_tokens: int | None, spread: float
+) -> None:
+    found = run(processes, loss_errors, tensor, tied, scale, chunk_tokens, spread)
+    for loss, errors in found:
+        assert max(errors.values()) < EXACT, errors
+        assert loss == found[0][0]  # to the bit on every rank
+
+
+def small_vocabulary(ranks: Ranks) -> float:
+    """Five words on four ranks: the last ones hold nothing but padding."""
+    mesh = ranks.mesh()
+    weight = draw("w", 5, HIDDEN).requires_grad_()
+    hidden, targets = draw("h", SEQ, 1, HIDDEN), torch.arange(SEQ).remainder(5).view(1, SEQ)
+    F.cross_entropy((hidden @ weight.t()).squeeze(1), targets[0], reduction="sum").backward()
+    head = VocabParallelHead(5, HIDDEN, "w", mesh, dtype=torch.float64)
+    load(head, {"w": weight.detach()})
+    head(local_slice(hidden, mesh.tensor).clone(), targets)[0].backward()
+    assert weight.grad is not None and head.weight.grad is not None
+    expected = shard_spec(head.weight).split({"w": weight.grad})
+    return float((head.weight.grad - expected).abs().max())
+
+
+def test_rank_that_holds_only_padding_takes_part() -> None:
+    assert max(run(4, small_vocabulary)) < 1e-12
+
+
+def test_targets_that_all_do_not_count_give_zero_loss_and_gradient() -> None:
+    head = VocabParallelHead(VOCAB, HIDDEN, "head.weight", ParallelMesh.single())
+    hidden = torch.randn(SEQ, BATCH, HIDDEN, requires_grad=True)
+    loss, per_token = head(hidden, torch.full((BATCH, SEQ), -100))
+    loss.backward()
+    assert loss == 0 and not per_token.any()
+    assert hidden.grad is not None and not hidden.grad.any()
+
+
+def test_only_the_gradients_that_are_wanted_are_computed() -> None:
+    head = VocabParallelHead(VOCAB, HIDDEN, "head.weight", ParallelMesh.single())
+    targets = torch.zeros(BATCH, SEQ, dtype=torch.int64)
+    head(torch.randn(SEQ, BATCH, HIDDEN), targets)[0].backward()
+    assert head.weight.grad is not None
+    head.requires_grad_(False).zero_grad()
+    hidden = torch.randn(SEQ, BATCH, HIDDEN, requires_grad=True)
+    loss = head(hidden, targets)[0]
+    loss.backward(retain_graph=True)
+    assert hidden.grad is not None and head.weight.grad is None
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        loss.backward()
+
+
+def bf16_errors(ranks: Ranks) -> dict[str, tuple[float, float]]:
+    """(ours, plain bf16) against float64, of loss and gradients, from the same bf16 values."""
+    mesh = ranks.mesh()
+    targets = torch.randint(0, VOCAB, (2, 32), generator=torch.Generator().manual_seed(1))
+    hidden_values = draw("h", 32, 2, 64, dtype=torch.bfloat16)
+    weight_values = draw("w", VOCAB, 64, dtype=torch.bfloat16) / 4
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        hidden, weight = (
+            value.to(dtype, copy=True).requires_grad_() for value in (hidden_values, weight_values)
+        )
+        logits = (hidden @ weight.t()).to(torch.promote_types(dtype, torch.float32))
+        loss = F.cross_entropy(logits.permute(1, 2, 0), targets, reduction="sum")
+        loss.backward()
+        assert hidden.grad is not None and weight.grad is not None
+        return [loss.detach(), hidden.grad, weight.grad]
+
+    truth, usual = plain(torch.float64), plain(torch.bfloat16)
+    head = VocabParallelHead(VOCAB, 64, "w", mesh, dtype=torch.bfloat16)
+    load(head, {"w": weight_values})
+    shard = local_slice(hidden_values, mesh.tensor).clone().requires_grad_()
+    loss = head(shard, targets, chunk_tokens=7)[0]
+    loss.backward()
+    assert shard.grad is not None and head.weight.grad is not None
+    assert loss.dtype == torch.float32 and head.weight.grad.dtype == torch.bfloat16
+    whole = gather_sequence_replicated(shard.grad, mesh.tensor)
+    split = shard_spec(head.weight).split
+    return {
+        "loss": (error(loss, truth[0].float()), error(usual[0], truth[0].float())),
+        "hidden": (error(whole, truth[1]), error(usual[1], truth[1])),
+        "weight": (
+            error(head.weight.grad, split({"w": truth[2]})),
+            error(split({"w": usual[2]}), split({"w": truth[2]})),
+        ),
+    }
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_bf16_loss_is_at_most_twice_as_far_from_the_truth_as_plain_bf16(tensor: int) -> None:
+    for errors in run(tensor, bf16_errors):
+        for name, (ours, plain) in errors.items():
+            assert ours < max(2 * plain, 1e-4), (name, errors)
+
+
+MEASURE = """
+import resource, sys, torch
+import torch.nn.functional as F
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.vocab import VocabParallelHead
+torch.set_num_threads(1)
+tokens, vocab, hidden_size = 4096, 32768, 64
+head = VocabParallelHead(vocab, hidden_size, "head.weight", ParallelMesh.single())
+hidden = torch.randn(tokens, 1, hidden_size, requires_grad=True)
+targets = torch.randint(0, vocab, (1, tokens))
+head(hidden[:8], targets[:, :8])[0].backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "chunked":
+    head(hidden, targets)[0].backward()
+else:
+    F.cross_entropy(F.linear(hidden, head.weight).squeeze(1), targets[0]).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak_growth(kind: str) -> int:
+    """Bytes by which a loss over 4,096 tokens and 32,768 words raises a process's peak memory."""
+    command = [sys.executable, "-c", MEASURE, kind]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def test_logits_of_the_batch_are_never_held() -> None:
+    all_logits = 4096 * 32768 * 4
+    assert peak_growth("plain") > all_logits
+    assert peak_growth("chunked") < 0.4 * all_logits
+
+
+def test_chunk_and_padding_follow_the_size_of_the_shard() -> None:
+    assert chunk_size(131072) * 131072 * 4 <= 128 * 2**20
+    assert chunk_size(10**9) == 1
+    assert padded_vocab_size(97, 4) == 128
+    assert padded_vocab_size(128, 4) == 128
