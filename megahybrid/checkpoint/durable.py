@@ -17,8 +17,8 @@ from megahybrid.checkpoint.manifest import BLOCK_BYTES, FileRecord
 class BlockChecksums:
     """CRC-32 of each block of a stream of bytes that arrives in pieces of any size."""
 
-    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
-        self.block_bytes = block_bytes
+    def __init__(self) -> None:
+        self.block_bytes = BLOCK_BYTES
         self.bytes = 0
         self._done: list[int] = []
         self._running = 0

@@ -10,6 +10,21 @@ import json
 
 from megahybrid.config.model import ModelConfig
 
+# Listed, not "all fields": a field added later must not disown the checkpoints there are.
+FACTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "block",
+    "norm",
+    "eps",
+    "tie_embeddings",
+    "logit_scale",
+)
+
 
 def model_fingerprint(model: ModelConfig) -> str:
     """For example `8x128-4q2kv32-4096-pre_norm-rms-5f0c9a51e3b7`.
@@ -18,7 +33,7 @@ def model_fingerprint(model: ModelConfig) -> str:
     norm, and a digest of these and the rest.
     """
     layers = [scheme.learned() for scheme in model.layer_plan.expand()]
-    facts = model.model_dump(mode="json", exclude={"layer_plan", "initial_std"})
+    facts = {name: getattr(model, name) for name in FACTS}
     text = json.dumps({**facts, "layers": layers}, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     heads = f"{model.num_heads}q{model.num_kv_heads}kv{model.head_dim}"

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -173,14 +173,7 @@ class _OwnFile:
              "file": self.name, "key": key}
             for key, part in zip(self.keys, self.fragments, strict=True)
         ]  # fmt: skip
-        return {
-            "file": {
-                "bytes": record.bytes,
-                "block_bytes": record.block_bytes,
-                "crc32": list(record.crc32),
-            },
-            "fragments": table,
-        }
+        return {"name": self.name, "fragments": table, **asdict(record)}
 
     def _chunks(self) -> Any:
         yield memoryview(self.header)
@@ -239,8 +232,11 @@ def _finish(
 
 def _manifest(snapshot: Snapshot, written: list[dict[str, Any] | None]) -> Manifest:
     parts = [part for part in written if part is not None]
-    fragments = tuple(FragmentRecord(**row) for part in parts for row in part["fragments"])
-    files = {part["fragments"][0]["file"]: FileRecord(**part["file"]) for part in parts}
+    fragments = tuple(_fragment_record(row) for part in parts for row in part["fragments"])
+    files = {
+        part["name"]: FileRecord(part["bytes"], part["block_bytes"], tuple(part["crc32"]))
+        for part in parts
+    }
     states = tuple(snapshot.states)
     return Manifest(
         step=snapshot.step,
@@ -257,6 +253,13 @@ def _manifest(snapshot: Snapshot, written: list[dict[str, Any] | None]) -> Manif
         config=snapshot.config,
         written_by={"megahybrid": _version(), "ranks": len(written), "time_unix": time.time()},
     )
+
+
+def _fragment_record(row: Mapping[str, Any]) -> FragmentRecord:
+    """What a rank told of a fragment; on its way a tuple may have become a list."""
+    box = tuple((start, stop) for start, stop in row["box"])
+    start, stop = row["flat"]
+    return FragmentRecord(row["tensor"], row["state"], box, (start, stop), row["file"], row["key"])
 
 
 def _version() -> str:

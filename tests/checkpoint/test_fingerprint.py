@@ -1,0 +1,81 @@
+"""What makes a model another one, and what a stage may change."""
+
+from typing import Any
+
+import pytest
+
+from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.config.model import ModelConfig
+
+BASE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "layer_plan": {
+        "num_layers": 4,
+        "pattern": ["local", "global"],
+        "schemes": {
+            "local": {"position": {"kind": "rope", "theta": 10000.0}, "window": 8},
+            "global": {"position": {"kind": "nope"}},
+        },
+    },
+}
+
+
+def changed(path: str, value: Any) -> ModelConfig:
+    def copy(item: Any, keys: list[str]) -> Any:
+        if not keys:
+            return value
+        return {**item, keys[0]: copy(item.get(keys[0], {}), keys[1:])}
+
+    return ModelConfig.model_validate(copy(BASE, path.split(".")))
+
+
+PLAIN = model_fingerprint(ModelConfig.model_validate(BASE))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("layer_plan.schemes.local.window", 16),
+        ("layer_plan.schemes.local.position", {"kind": "rope", "theta": 5e5}),
+        ("layer_plan.schemes.local.position", {"kind": "nope"}),
+        ("layer_plan.schemes.global.logit_scale", {"kind": "log", "base": 8.0}),
+        ("layer_plan.pattern", ["global", "local"]),
+        ("initial_std", 0.5),
+        ("head_dim", 8),
+    ],
+)
+def test_what_a_stage_may_change_leaves_the_fingerprint(path: str, value: Any) -> None:
+    assert model_fingerprint(changed(path, value)) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("vocab_size", 65),
+        ("intermediate_size", 100),
+        ("num_kv_heads", 4),
+        ("head_dim", 16),
+        ("block", "parallel"),
+        ("norm", "layernorm"),
+        ("eps", 1e-6),
+        ("tie_embeddings", False),
+        ("logit_scale", 0.25),
+        ("layer_plan.num_layers", 6),
+        ("layer_plan.schemes.local.qk_norm", {"kind": "rms"}),
+        ("layer_plan.schemes.local.logit_scale", {"kind": "ssmax"}),
+    ],
+)
+def test_what_makes_another_model_changes_the_fingerprint(path: str, value: Any) -> None:
+    assert model_fingerprint(changed(path, value)) != PLAIN
+
+
+def test_the_sizes_can_be_read() -> None:
+    assert PLAIN.startswith("4x32-4q2kv8-64-pre_norm-rms-")
+
+
+def test_every_field_of_a_model_is_decided_upon() -> None:
+    assert set(FACTS) | {"layer_plan", "initial_std"} == set(ModelConfig.model_fields)

@@ -1,0 +1,72 @@
+"""Which checkpoints stay."""
+
+from pathlib import Path
+
+import pytest
+
+from megahybrid.checkpoint.folders import candidates, reap, retain
+from megahybrid.checkpoint.latest import latest
+from tests.checkpoint.examples import save_plain
+from tests.checkpoint.test_damage import FILE, flip, truncate
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    for step in (1, 2, 5, 30):
+        save_plain(tmp_path, step, keep_last=2)
+    assert names(tmp_path) == ["step-00000005", "step-00000030"]
+
+
+def test_the_last_one_that_verifies_is_never_deleted(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_plain(tmp_path, step)
+    flip(tmp_path / "checkpoints" / "step-00000003" / FILE, -1)
+    assert retain(tmp_path, keep_last=1) == ["step-00000001"]
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert latest(tmp_path, lambda line: None) == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_nothing_is_deleted_when_nothing_verifies(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        flip(save_plain(tmp_path, step) / FILE, -1)
+    assert retain(tmp_path, keep_last=1) == []
+
+
+def test_damaged_ones_do_not_count_and_go_when_old(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_plain(tmp_path, step)
+    truncate(tmp_path / "checkpoints" / "step-00000004" / FILE)
+    save_plain(tmp_path, 5, keep_last=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
+    save_plain(tmp_path, 6, keep_last=2)
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_a_save_after_a_fallback_replaces_the_damaged_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_plain(tmp_path, step)
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    truncate(newest / FILE)
+    assert save_plain(tmp_path, 2) == newest == latest(tmp_path)
+
+
+def test_steps_beyond_eight_digits_are_the_newest(tmp_path: Path) -> None:
+    save_plain(tmp_path, 99_999_999)
+    assert save_plain(tmp_path, 100_000_000) == latest(tmp_path)
+
+
+def test_keeping_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep_last=0"):
+        retain(tmp_path, keep_last=0)
+
+
+def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    save_plain(tmp_path, 1)
+    for name in ("step-1", "step-00000001.bak", "notes", ".step-00000001"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "step-00000009").write_text("a file")
+    assert [path.name for path in candidates(tmp_path)] == ["step-00000001"]
+    assert reap(tmp_path) == [] and len(names(tmp_path)) == 6
