@@ -48,6 +48,13 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
     value = show(item["input"])
     if kind == "extra_forbidden":
         fields = fields_at(type_, parts[:-1], plain)
+        owners = _kinds_with(type_, parts, plain)
+        if owners:
+            written = _item_at(plain, parts[:-1])["kind"]
+            return (
+                f"{path} is a field of kind: {' or '.join(owners)}, not of kind: {written}. "
+                "Remove it, or change the kind."
+            )
         near = did_you_mean(parts[-1], fields)
         return f"{path} is not a field.{near or ' The fields here are ' + _list(fields) + '.'}"
     if kind == "missing":
@@ -90,21 +97,19 @@ def _says(kind: str, context: dict[str, Any]) -> str:
 
 def _hint(kind: str, value: Any) -> str:
     """What follows "is not an integer": why, and what to write."""
-    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
-        return f" (it has a fraction or an exponent). Write {int(value):_}"
-    if isinstance(value, bool):
-        return f" (it is a boolean). Write {_WANTED[kind]}"
-    if isinstance(value, str) and kind in ("int_type", "float_type", "int_from_float"):
-        return (
-            " (it is text). Write the number without quotes"
-            if _is_number(value)
-            else " (it is text)"
-        )
+    wanted = _WANTED[kind]
     if value is None:
         return " (it is empty). Give it a value"
     if kind == "string_type":
         return ". Put it in quotes"
-    return f". Write {_WANTED[kind]}"
+    if isinstance(value, bool):
+        return f" (it is a boolean). Write {wanted}"
+    if isinstance(value, float) and kind.startswith("int_") and value.is_integer():
+        return f" (it has a fraction or an exponent). Write {int(value):_}"
+    if isinstance(value, str) and kind in ("int_type", "int_from_float", "float_type", "bool_type"):
+        quotes = " without quotes" if _is_number(value) else ""
+        return f" (it is text). Write {wanted}{quotes}"
+    return f". Write {wanted}"
 
 
 def _is_number(text: str) -> bool:
@@ -171,6 +176,19 @@ def _kinds_at(type_: Any, parts: list[str], plain: Any) -> list[str]:
     """The values that `kind` may have at dotted path `parts`."""
     models = [m for a, _ in _annotations_at(type_, parts, plain) for m in _models(a, None)]
     return list(dict.fromkeys(kind for model in models for kind in _kinds(model)))
+
+
+def _kinds_with(type_: Any, parts: list[str], plain: Any) -> list[str]:
+    """The other kinds of the value holding `parts` that do have the field `parts` names."""
+    holders = [m for a, _ in _annotations_at(type_, parts[:-1], plain) for m in _models(a, None)]
+    owners = [m for m in holders if _kinds(m) and parts[-1] in m.model_fields]
+    return list(dict.fromkeys(kind for model in owners for kind in _kinds(model)))
+
+
+def _item_at(plain: Any, parts: list[str]) -> Any:
+    for part in parts:
+        plain = _item(plain, part)
+    return plain
 
 
 def _annotations_at(type_: Any, parts: list[str], plain: Any) -> list[tuple[Any, Any]]:

@@ -20,11 +20,12 @@ HEAD = """# The run file, field by field
 Made from the classes in `megahybrid/config` by `python -m megahybrid.config.reference`.
 
 A run file is YAML 1.2: `off`, `no` and `on` are text, `3e-4` and `800_000` are numbers, a key
-written twice is refused, an unknown key is refused with the nearest name. `include: [a.yaml, b.yaml]`
-names files relative to the file; they are merged in order, then the file itself: mappings key by key,
-except that a mapping of another `kind` replaces the old one whole; lists and values replace. Last,
-each `key.sub=value` of the command line replaces what was there (`stages.0.tokens=1_000_000` counts
-items from 0).
+written twice is refused, an unknown key is refused with the nearest name.
+
+`include: [a.yaml, b.yaml]` names files relative to the file. They are merged in order, then the
+file itself: mappings key by key, except that a mapping of another `kind` replaces the old one
+whole; lists and values replace. Last, each `key.sub=value` of the command line replaces what was
+there; `stages.0.tokens=1_000_000` counts items from 0.
 """
 
 

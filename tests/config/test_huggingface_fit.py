@@ -1,0 +1,98 @@
+"""Which Hugging Face class can say which plan, as found by running each of them."""
+
+import pytest
+
+from megahybrid.config.huggingface_fit import huggingface_fits
+from tests.config.example import example
+from tests.config.test_counting import shipped
+
+PARALLEL = ["model.block=parallel", "model.norm=layernorm"]
+LOCAL = "model.layer_plan.schemes.local"
+GLOBAL = "model.layer_plan.schemes.global"
+HEAD = "{kind: rms}"
+PROJECTION = "{kind: rms, over: projection}"
+
+
+def norms(value: str) -> list[str]:
+    return [f"{LOCAL}.qk_norm={value}", f"{GLOBAL}.qk_norm={value}"]
+
+
+ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
+FULL = [f"{LOCAL}.window=null"]
+NOPE_EVERYWHERE = [f"{LOCAL}.position={{kind: nope}}", *FULL]
+THETAS = [f"{GLOBAL}.position={{kind: rope, theta: 500000}}"]
+
+PLANS = {
+    "rnope_swa, pre-norm": ([], {"SmolLM3", "GraniteSWA"}),
+    "rnope_swa, parallel": (PARALLEL, {"Cohere2"}),
+    "rnope_swa, post-norm, QK-norm per head": (
+        ["model.block=post_norm", *norms(HEAD)],
+        {"Exaone4"},
+    ),
+    "rnope_swa, post-norm, QK-norm over projection": (
+        ["model.block=post_norm", *norms(PROJECTION)],
+        {"Olmo3"},
+    ),
+    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), set()),
+    "alternating full, pre-norm": (FULL, {"SmolLM3", "GraniteSWA"}),
+    "alternating full, parallel": (FULL + PARALLEL, {"Cohere2"}),
+    "alternating full, post-norm": (
+        ["model.block=post_norm", *FULL, *norms(PROJECTION)],
+        {"Olmo3"},
+    ),
+    "nope everywhere, pre-norm": (NOPE_EVERYWHERE, {"SmolLM3", "Llama", "GraniteSWA"}),
+    "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2"}),
+    "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3"}),
+    "rope everywhere, full": (ROPE_EVERYWHERE + FULL, {"SmolLM3", "Llama", "GraniteSWA"}),
+    "rope everywhere, full, parallel": (
+        ROPE_EVERYWHERE + FULL + PARALLEL,
+        {"Cohere2", "Cohere"},
+    ),
+    "rope everywhere, windowed": (ROPE_EVERYWHERE, {"SmolLM3", "GraniteSWA"}),
+    "rope everywhere, windowed, QK-norm": (ROPE_EVERYWHERE + norms(HEAD), {"Qwen3"}),
+    "theta per kind, pre-norm": (THETAS, {"GraniteSWA"}),
+    "theta per kind, post-norm": (
+        ["model.block=post_norm", *THETAS, *norms(PROJECTION)],
+        {"Olmo3"},
+    ),
+    "windowed nope": ([f"{GLOBAL}.window=64"], {"SmolLM3", "GraniteSWA"}),
+    "windowed nope, parallel": ([f"{GLOBAL}.window=64", *PARALLEL], set()),
+    "two windows": ([f"{GLOBAL}.window=65"], set()),
+    "window of one key": ([f"{LOCAL}.window=1"], set()),
+    "position-dependent logits": ([f"{GLOBAL}.logit_scale={{kind: llama4}}"], set()),
+    "logits times 0.25, parallel": (["model.logit_scale=0.25", *PARALLEL], {"Cohere2"}),
+    "logits times 0.25, pre-norm": (["model.logit_scale=0.25"], {"GraniteSWA"}),
+    "odd head_dim": (["model.head_dim=24"], {"SmolLM3"}),
+    "scaling in a hybrid": (
+        [f"{LOCAL}.position.scaling={{kind: yarn, factor: 4, original_length: 64}}"],
+        {"SmolLM3"},
+    ),
+    "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3"}),
+    "partial rotation, scaled": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.scaling={{kind: linear, factor: 4}}",
+        ],
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "names"), PLANS.values(), ids=PLANS)
+def test_a_plan_is_said_by_the_classes_that_were_seen_to_say_it(
+    overrides: list[str], names: set[str]
+) -> None:
+    fits = huggingface_fits(example(*overrides).model)
+    assert {fit.architecture for fit in fits if fit.can} == names
+    assert all(fit.how for fit in fits if fit.can)
+    assert all(fit.reasons and not fit.how for fit in fits if not fit.can)
+
+
+def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
+    fits = huggingface_fits(shipped("qk_norm_8b"))
+    assert [(fit.architecture, fit.how) for fit in fits if fit.can] == [
+        ("Cohere", "use_qk_norm true")
+    ]
+    assert [f.architecture for f in huggingface_fits(shipped("command_a")) if f.can] == ["Cohere2"]
+    assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
+    assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]
