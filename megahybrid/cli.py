@@ -1,4 +1,4 @@
-"""The command line. Parsing imports nothing heavy; each command imports what it needs when it runs."""
+"""The command line. Parsing imports nothing heavy; each command imports what it needs."""
 
 import argparse
 import json
@@ -139,9 +139,10 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from megahybrid.config import load
-    from megahybrid.config.compare import compare, render
+    from megahybrid.config.compare import compare, render_comparison
 
-    print(render(compare(load(arguments.first), load(arguments.second))))
+    rows = compare(load(arguments.first), load(arguments.second))
+    print(render_comparison(rows, str(arguments.first), str(arguments.second)), end="")
     return EXIT_DONE
 
 

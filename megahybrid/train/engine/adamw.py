@@ -21,7 +21,7 @@ class ObservedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of the groups present (DeepSpeed calls this once per group, or once in all)."""
+        """One update of the groups present (DeepSpeed calls this per group, or once in all)."""
         if self.observe is not None:
             for group in self.param_groups:
                 for flat in group["params"]:

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
 from megahybrid.errors import AuditError
@@ -46,6 +45,8 @@ def audit_gradients(
     parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
 ) -> Audit:
     """Recompute the norm from whole gradients, one parameter at a time."""
+    from deepspeed.utils import safe_get_full_grad
+
     squares = torch.zeros((), dtype=torch.float64)
     worst_replica, worst_difference = "", 0.0
     for name, (parameter, spec) in parameters.items():
@@ -74,8 +75,9 @@ def check_audit(audit: Audit, engine_norm: float | None) -> None:
     if audit.worst_difference > REPLICA_TOLERANCE:
         raise AuditError(
             f"audit: gradients of the replicated parameter {audit.worst_replica} differ across "
-            f"tensor ranks by {audit.worst_difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). Read "
-            f"{parameter_class(audit.worst_replica)} through copy_to_tensor in its module's forward."
+            f"tensor ranks by {audit.worst_difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). "
+            f"Read {parameter_class(audit.worst_replica)} through copy_to_tensor in its "
+            "module's forward."
         )
     if engine_norm is None or not math.isfinite(engine_norm) or not audit.gradient_norm:
         return
@@ -104,6 +106,8 @@ def check_replicas(
     parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
 ) -> None:
     """Weights of replicated parameters must agree across tensor ranks to 1e-6."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
     if mesh.tensor.size == 1:
         return
     for name, (parameter, spec) in parameters.items():
@@ -114,6 +118,6 @@ def check_replicas(
         if difference > REPLICA_TOLERANCE:
             raise AuditError(
                 f"audit: the replicated weight {name} ({parameter_class(name)}) differs across "
-                f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). Restart from the "
-                "checkpoint before it began to differ."
+                f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). "
+                "Restart from the checkpoint before it began to differ."
             )

@@ -1,4 +1,4 @@
-"""Steps through DeepSpeed: micro-batches in, one update out, everything else kept behind this door."""
+"""Steps through DeepSpeed: micro-batches in, one update out, all else behind this door."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from megahybrid.model.init import KINDS, parameter_rule
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import all_reduce, broadcast
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.mpu import MeshMpu
+from megahybrid.parallel.mpu import Mpu
 from megahybrid.train.engine.adamw import ObservedAdamW
 from megahybrid.train.engine.audit import audit_gradients, check_audit, check_marks, check_replicas
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
@@ -69,7 +69,7 @@ class Engine:
             model=model,
             optimizer=self.optimizer,
             config=engine_settings(run, model.config.hidden_size),
-            mpu=MeshMpu(mesh),
+            mpu=Mpu(mesh),
             dist_init_required=False,
         )
         self.state = PartitionedState(
@@ -103,10 +103,11 @@ class Engine:
                 continue
             if self.zero_stage == 0 and self.mesh.data.rank != 0:
                 continue
-            name = piece.spec.segments[0].name
-            kind = KINDS.index(parameter_rule(name, self.model.config, run.optimizer).kind)
-            place = (kind, piece.offset, piece.offset + piece.stop - piece.start)
-            table.setdefault(id(piece.flat), []).append(place)
+            # By segment: the parallel block fuses attention and MLP into one parameter.
+            for name, _, _, _, within in piece.segments():
+                kind = KINDS.index(parameter_rule(name, self.model.config, run.optimizer).kind)
+                place = (kind, piece.offset + within.start, piece.offset + within.stop)
+                table.setdefault(id(piece.flat), []).append(place)
         return table
 
     def _observe(self, flat: Tensor, gradient: Tensor) -> None:
@@ -202,8 +203,14 @@ class Engine:
                     view.copy_(broadcast(view.clone(), self.mesh.tensor))
         self.state.refresh_weights()
 
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name and global shape of everything that `fragments` cover."""
+        specs = (spec for _, spec in self.parameters.values())
+        return {segment.name: segment.shape for spec in specs for segment in spec.segments}
+
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank writes to a checkpoint: each element of each tensor once over all ranks."""
+        """What this rank writes to a checkpoint: each element once over all ranks."""
         return self.state.fragments(
             owns_replicated=self.mesh.tensor.rank == 0,
             owns_data=self.zero_stage > 0 or self.mesh.data.rank == 0,

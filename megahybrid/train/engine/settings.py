@@ -17,6 +17,8 @@ def prepare_deepspeed(device: torch.device) -> None:
     call the extension, so it is declared incompatible (a private table: deepspeed is pinned).
     """
     os.environ["DS_ACCELERATOR"] = device.type
+    # DeepSpeed looks its device up by this; under Slurm or alone nobody else has set it.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
     import deepspeed.ops
     from deepspeed.utils import logger
 

@@ -1,0 +1,318 @@
+"""The composition root: from a checked `RunConfig`, everything is built here and handed on."""
+
+import contextlib
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megahybrid.checkpoint.directory import Owner, check_model
+from megahybrid.checkpoint.fingerprint import model_fingerprint
+from megahybrid.checkpoint.ranks import Ranks
+from megahybrid.checkpoint.reader import Reader
+from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
+from megahybrid.config import RunConfig, dump, dump_yaml
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.loader import BatchLoader
+from megahybrid.data.mixture import Mixture
+from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, CheckpointError
+from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.model.init import initialise
+from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.model.selftest import run_self_test
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import broadcast_object, gather_objects
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.engine import Engine
+from megahybrid.train.held_out import HeldOutSets, evaluation_loss
+from megahybrid.train.listeners import Listeners, RunInfo
+from megahybrid.train.metrics import StepClock, StepFlops, peak_flops_per_second
+from megahybrid.train.profile import Profiler
+from megahybrid.train.restore import Beginning, find_beginning
+from megahybrid.train.state import TrainState
+from megahybrid.train.stop import StopRequest
+from megahybrid.train.trainer import Habits, Trainer, step_shapes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Attempt:
+    """One process's part of one attempt at a run, from restore to the last stage or a stop."""
+
+    run: RunConfig
+    directory: Path
+    mesh: ParallelMesh
+    listeners: Listeners
+    stop: StopRequest
+    owner: Owner | None  # on rank 0
+    clock: StepClock = field(default_factory=StepClock)
+    kernels: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.plan = run.stage_plan
+        self.fingerprint = model_fingerprint(run.model)
+        self.datasets = {
+            name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
+            for name, source in run.data.sources.items()
+        }
+        self.mixture = Mixture(
+            self.datasets,
+            run.stages[0].weights,
+            seed=run.seed,
+            block_tokens=run.data.block_tokens,
+            lanes=run.data.lanes,
+        )
+        self.held_out = HeldOutSets(run, self.mesh)
+        self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
+
+    def go(self, beginning: Beginning) -> int:
+        """Train from `beginning` to the end of the plan. Returns the exit code."""
+        state = beginning.state
+        self.kernels = resolve_kernels(
+            self.run.kernels,
+            self.mesh.device,
+            DTYPES[self.run.precision],
+            self.run.model.head_dim,
+            beginning.kernels,
+        )
+        source, take = beginning.checkpoint, beginning.take
+        self.listeners.on_start(self._info(state, beginning))
+        while not self.plan.finished(state.tokens):
+            index = self.plan.at(state.tokens).index
+            engine = self._engine(index, source, take)
+            state, stopped = self._stage(engine, index, state)
+            source, take = self._published(self.save(engine, state)), "all"
+            if not stopped:
+                self.evaluate(engine, state, far=True)
+            engine.close()
+            if stopped:
+                self.listeners.on_end("stopped")
+                return EXIT_RESUME
+        self.profiler.close()
+        self.listeners.on_end("done")
+        return EXIT_DONE
+
+    def _engine(self, index: int, source: Path | None, take: str) -> Engine:
+        """The stage's model inside an engine, filled from `source` or drawn from the seed."""
+        run = self.run
+        plan = run.plan_at(index)
+        schemes = plan.expand()
+        tested = run_self_test(
+            dict(plan.schemes),
+            head_dim=run.model.head_dim,
+            dtype=DTYPES[run.precision],
+            device=self.mesh.device,
+            kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
+            rank=self.mesh.rank,
+        )
+        self.listeners.on_event(
+            "stage",
+            {
+                "index": index,
+                "kernels": self.kernels,
+                "self_test_seconds": round(sum(s for *_, s in tested), 3),
+            },
+            stage=run.stages[index].name,
+        )
+        model = Transformer(
+            run.model,
+            self.mesh,
+            plan=plan,
+            kernels=[self._kernel(scheme) for scheme in schemes],
+            recompute=[run.stages[index].recompute_of_layer(n) for n in range(len(schemes))],
+        )
+        initialise(model, run.seed, run.optimizer)
+        engine = Engine(model, run, self.mesh)
+        if source is not None:
+            with Reader(source) as reader:
+                step = reader.manifest.optimizer_step if take == "all" else None
+                engine.load(reader.read_flat, step)
+        return engine
+
+    def _kernel(self, scheme: AttentionScheme) -> str:
+        return self.kernels["full" if scheme.window is None else "windowed"]
+
+    def _stage(self, engine: Engine, index: int, state: TrainState) -> tuple[TrainState, bool]:
+        run, until = self.run, self.plan.stage_ends[index]
+        data = self.mixture.restore(state.data) if state.data else self.mixture.start()
+        data = self.mixture.reweight(data, run.stages[index].weights)
+        windows = [scheme.window for scheme in run.plan_at(index).expand()]
+        with BatchLoader(
+            self.mixture,
+            data,
+            step_shapes(self.plan, state.tokens, until),
+            rank=self.mesh.data.rank,
+            world_size=self.mesh.data.size,
+            documents=run.data.documents,
+        ) as loader:
+            trainer = Trainer(
+                engine=engine,
+                loader=loader,
+                plan=self.plan,
+                mesh=self.mesh,
+                flops=StepFlops.from_model(run.model, windows),
+                peak=self._peak(),
+                habits=Habits(
+                    run.checkpoint.every_steps,
+                    run.evaluate.every_steps,
+                    run.log.audit_every_steps,
+                    run.max_skipped_in_a_row,
+                ),
+                listeners=self.listeners,
+                stop=self.stop,
+                profiler=self.profiler,
+                save=lambda state: self.save(engine, state),
+                evaluate=lambda state: self.evaluate(engine, state),
+                clock=self.clock,
+            )
+            return trainer.run(state, until)
+
+    def save(self, engine: Engine, state: TrainState) -> SaveResult:
+        """Write a checkpoint; collective. A failure is told and the run goes on."""
+        if self.owner is not None:
+            self.owner.check()
+        engine.align_replicas()
+        snapshot = Snapshot(
+            step=state.step,
+            tokens=state.tokens,
+            optimizer_step=engine.optimizer_step,
+            model_fingerprint=self.fingerprint,
+            tensors=engine.tensors,
+            fragments=list(engine.fragments()),
+            train_state={**state.to_json(), "kernels": self.kernels},
+            config=_json(dump(self.run)),
+        )
+        world = self.mesh.world
+        result = save(
+            self.directory,
+            snapshot,
+            keep_last=self.run.checkpoint.keep_last,
+            ranks=Ranks(world.rank, world.size, lambda value: gather_objects(value, world)),
+        )
+        detail = {"ok": result.ok, "bytes": result.bytes, "seconds": result.seconds}
+        if result.path is not None:
+            detail["path"] = str(result.path)
+        self.listeners.on_event("save", detail | _told(error=result.error, warning=result.warning))
+        return result
+
+    def _published(self, result: SaveResult) -> Path:
+        if result.path is None:
+            raise CheckpointError(
+                f"directory={self.directory} could not take the checkpoint of step {result.step} "
+                f"({result.error}). Make room there, then give the same command again: it resumes."
+            )
+        return result.path
+
+    def evaluate(self, engine: Engine, state: TrainState, *, far: bool = False) -> None:
+        """Score every held-out set at the stage's longest length; `far`: by position as well."""
+        stage = self.plan.at(state.tokens - 1).stage
+
+        def tell(name: str, score: HeldOutLoss, rows: str) -> None:
+            detail = {"set": name, "stage": stage.name, "step": state.step, "rows": rows}
+            self.listeners.on_event("evaluate", detail | score.to_json())
+
+        token_loss = evaluation_loss(engine.model)
+        self.held_out.score(token_loss, max(stage.lengths), tell)
+        if far:
+            self.held_out.score_far(token_loss, tell)
+
+    def _peak(self) -> float | None:
+        if self.mesh.device.type != "cuda":
+            return None
+        return peak_flops_per_second(torch.cuda.get_device_name(), self.run.precision)
+
+    def _info(self, state: TrainState, beginning: Beginning) -> RunInfo:
+        names = [stage.name for stage in self.run.stages]
+        last = min(state.tokens, self.plan.total_tokens - 1)
+        return RunInfo(
+            name=self.directory.name,
+            directory=self.directory,
+            config=dump(self.run),
+            step=state.step,
+            stage=self.plan.at(last).stage.name,
+            tokens=state.tokens,
+            stages=tuple(zip(names, self.plan.stage_ends, strict=True)),
+            facts={
+                "world_size": self.mesh.world_size,
+                "tensor": self.mesh.tensor.size,
+                "data": self.mesh.data.size,
+                "zero_stage": self.run.parallel.zero_stage,
+                "precision": self.run.precision,
+                "device": str(self.mesh.device),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "model": self.fingerprint,
+                "kernels": self.kernels,
+            }
+            | _told(parent=beginning.parent),
+        )
+
+
+def _told(**facts: Any) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _json(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {str(key): _json(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [_json(value) for value in plain]
+    return plain
+
+
+def check_inputs(run: RunConfig, directory: Path) -> None:
+    """What can be refused before any rank starts: data, tokenizer, the run's directory."""
+    tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
+    for sources in (run.data.sources, run.data.held_out):
+        for source in sources.values():
+            dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
+            if tokenizer is not None:
+                dataset.check_tokenizer(tokenizer.sha256)
+    check_model(directory, model_fingerprint(run.model))
+
+
+def run_attempt(
+    run: RunConfig,
+    directory: Path,
+    mesh: ParallelMesh,
+    make_listeners: Callable[[], Listeners],
+    stop: StopRequest,
+) -> int:
+    """Own the directory, find where to begin, and go. Collective; returns the exit code."""
+    if run.deterministic and mesh.device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+    with contextlib.ExitStack() as stack:
+        owner = stack.enter_context(Owner(directory)) if mesh.rank == 0 else None
+        warnings: list[str] = []
+        if mesh.rank == 0:
+            check_model(directory, model_fingerprint(run.model))
+            found: Beginning | Exception = _attempted(run, directory, warnings)
+        # One rank looks, so that all begin from the same checkpoint.
+        found = broadcast_object(found if mesh.rank == 0 else None, mesh.world)
+        if isinstance(found, Exception):
+            raise found
+        listeners = make_listeners() if mesh.rank == 0 else Listeners([])
+        if mesh.rank == 0:
+            (directory / "config.yaml").write_text(dump_yaml(run))
+        attempt = Attempt(run, directory, mesh, listeners, stop, owner)
+        for warning in warnings:
+            listeners.on_event("warning", {"message": warning})
+        try:
+            return attempt.go(found)
+        except BaseException as error:
+            listeners.on_end("failed", {"error": str(error).splitlines()[0] if str(error) else ""})
+            raise
+
+
+def _attempted(run: RunConfig, directory: Path, warnings: list[str]) -> Beginning | Exception:
+    try:
+        return find_beginning(run, directory, warnings)
+    except CheckpointError as error:
+        return error

@@ -1,0 +1,162 @@
+"""The loop: one step after another until a stage's tokens are seen or somebody asks to stop."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from megahybrid.config.stages import StagePlan, StagePoint
+from megahybrid.data.batches import Batch
+from megahybrid.data.loader import BatchLoader, StepData, StepShape
+from megahybrid.errors import NoProgressError
+from megahybrid.parallel.collectives import sum_scalars
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.engine import Engine, MicroBatch, StepResult
+from megahybrid.train.ledger import StepLine
+from megahybrid.train.listeners import Listeners
+from megahybrid.train.metrics import StepClock, StepFlops, memory_gib, mfu, training_seconds
+from megahybrid.train.profile import Profiler
+from megahybrid.train.state import TrainState
+from megahybrid.train.stop import StopRequest
+
+SaveOrEvaluate = Callable[[TrainState], None]
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What happens every so many steps, and when to give up."""
+
+    save_every_steps: int
+    evaluate_every_steps: int | None
+    audit_every_steps: int | None
+    max_skipped_in_a_row: int
+
+
+@dataclass
+class Trainer:
+    """Advances a `TrainState` through one stage. `save` and `evaluate` are collective."""
+
+    engine: Engine
+    loader: BatchLoader
+    plan: StagePlan
+    mesh: ParallelMesh
+    flops: StepFlops
+    peak: float | None  # FLOP/s of one device, for MFU
+    habits: Habits
+    listeners: Listeners
+    stop: StopRequest
+    profiler: Profiler
+    save: SaveOrEvaluate
+    evaluate: SaveOrEvaluate
+    clock: StepClock
+
+    def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, bool]:
+        """Steps until `until_tokens` are seen. Returns the state and whether a stop was asked for.
+
+        The first step is always audited: what is wrong in the code is wrong from the start.
+        """
+        first_step = state.step
+        while state.tokens < until_tokens:
+            point = self.plan.at(state.tokens)
+            with self.clock.phase("data"):
+                data = next(self.loader)
+            with self.profiler.step(state.step):
+                result = self.engine.train_step(
+                    [to_micro_batch(batch, self.mesh) for batch in data.micro_batches],
+                    point.learning_rate,
+                    audit=self._audit_due(state.step, first_step),
+                )
+            self.clock.add("forward_backward", result.seconds_forward_backward)
+            self.clock.add("update", result.seconds_update)
+            state = self._advance(state, point, data, result)
+            self._tell(state, point, data, result)
+            if state.skipped_in_a_row >= self.habits.max_skipped_in_a_row:
+                raise NoProgressError(
+                    f"max_skipped_in_a_row={self.habits.max_skipped_in_a_row} updates were skipped "
+                    f"because their gradients were not finite (last at step {state.step}). Lower "
+                    "the learning rate or look at the data, then start from an earlier checkpoint."
+                )
+            if self._after_step(state, until_tokens):
+                return state, True
+        return state, False
+
+    def _advance(
+        self, state: TrainState, point: StagePoint, data: StepData, result: StepResult
+    ) -> TrainState:
+        return replace(
+            state,
+            step=state.step + 1,
+            tokens=state.tokens + point.batch_tokens,
+            data=data.state,
+            skipped_in_a_row=state.skipped_in_a_row + 1 if result.skipped else 0,
+        )
+
+    def _after_step(self, state: TrainState, until_tokens: int) -> bool:
+        """Evaluate and save where due, unless the stage ends here, which does both itself."""
+        if self.stop.agreed(self.mesh):
+            return True
+        if state.tokens >= until_tokens:
+            return False
+        if _due(state.step, self.habits.evaluate_every_steps):
+            with self.clock.phase("evaluate"):
+                self.evaluate(state)
+        if _due(state.step, self.habits.save_every_steps):
+            with self.clock.phase("save"):
+                self.save(state)
+        return False
+
+    def _audit_due(self, step: int, first_step: int) -> bool:
+        return step == first_step or _due(step, self.habits.audit_every_steps)
+
+    def _tell(
+        self, state: TrainState, point: StagePoint, data: StepData, result: StepResult
+    ) -> None:
+        seconds = self.clock.lap()
+        spent = training_seconds(seconds)
+        line = StepLine(
+            step=state.step,
+            stage=point.stage.name,
+            tokens=state.tokens,
+            length=point.length,
+            source_tokens=data.source_tokens,
+            cursor_crc=data.cursor_crc,
+            learning_rate=point.learning_rate,
+            loss=result.loss,
+            gradient_norm=result.gradient_norm,
+            gradient_norm_by_kind=dict(result.gradient_norm_by_kind),
+            skipped=result.skipped,
+            tokens_per_second=point.batch_tokens / spent if spent > 0 else None,
+            mfu=self._mfu(data, spent),
+            memory_gib=memory_gib(self.mesh.device),
+            seconds=seconds,
+        )
+        self.listeners.on_step(line)
+        if result.skipped:
+            reason = {"reason": "gradient not finite", "in_a_row": state.skipped_in_a_row}
+            self.listeners.on_event("skip", reason)
+
+    def _mfu(self, data: StepData, seconds: float) -> float | None:
+        """From the exact pairs of every rank's masks; None on devices without a known peak."""
+        if self.peak is None:
+            return None
+        flops = float(sum(self.flops.of(batch.starts) for batch in data.micro_batches))
+        (total,) = sum_scalars([flops], self.mesh.data)
+        return mfu(total, seconds, self.peak, self.mesh.world_size)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0
+
+
+def to_micro_batch(batch: Batch, mesh: ParallelMesh) -> MicroBatch:
+    """A batch on the mesh's device. Rows that are single documents carry no boundaries: kernels
+    are faster without, and the host already knows."""
+    one_document = not batch.starts.any()
+    moved = batch.tensors(mesh.device)
+    return MicroBatch(moved.tokens, moved.targets, None if one_document else moved.starts)
+
+
+def step_shapes(plan: StagePlan, tokens: int, until_tokens: int) -> Iterable[StepShape]:
+    """The shapes of the steps from `tokens` on, for reading ahead within a stage."""
+    while tokens < until_tokens:
+        point = plan.at(tokens)
+        yield StepShape(point.length, point.rows, point.micro_batch_rows)
+        tokens += point.batch_tokens
