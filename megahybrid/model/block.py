@@ -33,7 +33,7 @@ class _Block(nn.Module):
         normed = norm(hidden)
         if not (self.selective and torch.is_grad_enabled()):
             return projection(normed)
-        with rederived(normed, norm.forward, hidden.detach()):
+        with rederived(normed, norm, hidden.detach()):
             return projection(normed)
 
 
