@@ -128,5 +128,6 @@ def _scheme_overrides(run: "RunConfig") -> list[str]:
                 plan = plan.with_overrides({name: fields}, where=where)
             except ConfigError as error:
                 lines += str(error).splitlines()
-        lines += rotation_problems(plan, run.model.head_dim, where)
+        changed = {name: plan.schemes[name] for name in stage.schemes if name in plan.schemes}
+        lines += rotation_problems(changed, run.model.head_dim, where)
     return lines

@@ -15,9 +15,9 @@ _WANTED = {
     "bool_type": "true or false",
     "list_type": "a list",
     "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a mapping (key: value)",
+    "model_attributes_type": "a mapping (key: value)",
     "finite_number": "a finite number",
 }
 _BOUND = {
@@ -76,14 +76,14 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
         ]
         return f"{path}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
     if kind in _WANTED:
-        return f"{path}={value} is not {_WANTED[kind]}{_hint(kind, item['input'])}."
+        return f"{path}={value} is not {_WANTED[kind].removesuffix(' (key: value)')}{_hint(kind, item['input'])}."
     return f"{path}={value} {_says(kind, context)}. Change it."
 
 
 def _says(kind: str, context: dict[str, Any]) -> str:
     if kind in _BOUND:
         name, words = _BOUND[kind]
-        return f"must be {words} {context[name]}"
+        return f"must be {words} {context[name]:g}"
     if kind == "string_pattern_mismatch":
         return "is not a name (letters, digits, _ and - only)"
     if kind == "too_short":

@@ -1,10 +1,11 @@
 """`ModelConfig`: the shape of the network and the sequence of its attention schemes."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megahybrid.config.attention import LayerPlan, NtkScaling, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, NtkScaling, Rope
 from megahybrid.config.base import Frozen
 
 
@@ -64,18 +65,18 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _check_rotations(self) -> "ModelConfig":
-        problems = rotation_problems(self.layer_plan, self.head_dim)
+        problems = rotation_problems(self.layer_plan.schemes, self.head_dim)
         if problems:
             raise ValueError(problems[0])
         return self
 
 
 def rotation_problems(
-    plan: LayerPlan, head_dim: int, where: str = "layer_plan.schemes"
+    schemes: Mapping[str, AttentionScheme], head_dim: int, where: str = "layer_plan.schemes"
 ) -> list[str]:
-    """What is wrong with the rotations of a plan at this head_dim, one line each."""
+    """What is wrong with the rotations of schemes at this head_dim, one line each."""
     lines = []
-    for name, scheme in plan.schemes.items():
+    for name, scheme in schemes.items():
         position = scheme.position
         if not isinstance(position, Rope):
             continue

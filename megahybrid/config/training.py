@@ -49,9 +49,7 @@ class CheckpointConfig(Frozen):
     """When checkpoints are written, besides the end of every stage."""
 
     every_steps: int = Field(default=1000, gt=0, description="steps between two checkpoints")
-    keep_last: int | None = Field(
-        default=3, ge=1, description="newest checkpoints that stay (stage ends too); null: all"
-    )
+    keep_last: int = Field(default=3, ge=1, description="newest checkpoints that stay")
 
 
 class EvaluateConfig(Frozen):

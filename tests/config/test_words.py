@@ -41,13 +41,13 @@ READING = [
     ),
     ("model.eps=small", "model.eps=small is not a number (it is text). Write a number."),
     ("model.eps=.nan", "model.eps=nan is not a finite number. Write a finite number."),
-    ("model.eps=0", "model.eps=0 must be greater than 0.0. Change it."),
+    ("model.eps=0", "model.eps=0 must be greater than 0. Change it."),
     (
         "model.tie_embeddings=no",
         "model.tie_embeddings=no is not true or false (it is text). Write true or false.",
     ),
     ("directory=2024", "directory=2024 is not text. Put it in quotes."),
-    ("data=4", "data=4 is not a mapping. Write a mapping."),
+    ("data=4", "data=4 is not a mapping. Write a mapping (key: value)."),
     (
         "model.layer_plan.pattern=local",
         "model.layer_plan.pattern=local is not a list. Write a list.",
@@ -189,7 +189,7 @@ READING = [
         "optimizer.betas=[0.9, 0.9, 0.9]",
         "optimizer.betas=[0.9, 0.9, 0.9] has 3 entries and takes 2. Change it.",
     ),
-    ("optimizer.betas=[0.9, 1]", "optimizer.betas.1=1 must be less than 1.0. Change it."),
+    ("optimizer.betas=[0.9, 1]", "optimizer.betas.1=1 must be less than 1. Change it."),
     (
         "optimizer.parametrisation=mup",
         "optimizer.base_hidden_size is missing (parametrisation=mup). "
