@@ -3,6 +3,7 @@
 Rows are padded so that every rank holds as many; padding is zero and takes no part in anything.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from megahybrid.parallel.sharding import Segment, shard_spec
 
 IGNORED = -100
 
-# The fp32 logits of one chunk. Small enough to vanish beside the weight's gradient, large enough
-# that reading and writing that gradient once per chunk costs less than the products.
-CHUNK_BYTES = 128 * 2**20
+# The fp32 logits of one chunk. Reading and writing the weight's gradient once per chunk must cost
+# little beside the products, which run sooner into that on a GPU; two such pieces are held at most.
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 
 
 def padded_vocab_size(vocab_size: int, degree: int, pad_multiple: int = 8) -> int:
@@ -124,7 +125,7 @@ class VocabParallelHead(nn.Module):
         neither logits nor a second product are needed in backward, which can then run only once.
         Softmax and the weight's gradient are in fp32 (float64 for float64 input).
         """
-        chunk = chunk_tokens or chunk_size(self.weight.shape[0])
+        chunk = chunk_tokens or chunk_size(self.weight.shape[0], hidden.device.type)
         loss, per_token = _ChunkedLoss.apply(
             hidden,
             self.weight,
@@ -151,9 +152,9 @@ class VocabParallelHead(nn.Module):
             return joined[: self.vocab_size].movedim(0, -1)
 
 
-def chunk_size(local_vocab: int) -> int:
+def chunk_size(local_vocab: int, device_type: str = "cpu") -> int:
     """Tokens per chunk whose fp32 logits take about CHUNK_BYTES on one rank."""
-    return max(1, CHUNK_BYTES // (4 * local_vocab))
+    return max(1, CHUNK_BYTES[device_type] // (4 * local_vocab))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -271,10 +272,21 @@ def _accumulate(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
     """total += slopeᵀ inputs, with the sum in total's dtype."""
     if slope.dtype == total.dtype:
         total.addmm_(slope.t(), inputs)
-    elif slope.is_cuda:
+    elif slope.is_cuda and _adds_to_fp32(slope.device, slope.dtype):
         torch.addmm(total, slope.t(), inputs, out_dtype=total.dtype, out=total)
     else:
         # By rows: a product of the whole weight's size would stand beside its gradient.
-        for start in range(0, total.shape[0], 16384):
-            piece = slice(start, start + 16384)
-            total[piece] += slope[:, piece].t() @ inputs
+        for start in range(0, total.shape[0], 8192):
+            piece = slice(start, start + 8192)
+            total[piece] += _product_exact(slope[:, piece].t(), inputs, total.dtype)
+
+
+@cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch's addmm takes an fp32 addend to low-precision factors (2.10 does not)."""
+    factor, addend = torch.ones(8, 8, device=device, dtype=dtype), torch.ones(8, 8, device=device)
+    try:
+        torch.addmm(addend, factor, factor, out_dtype=torch.float32, out=addend)
+    except RuntimeError:
+        return False
+    return bool((addend == 9).all())

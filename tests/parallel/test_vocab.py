@@ -219,7 +219,39 @@ def test_logits_of_the_batch_are_never_held() -> None:
 
 
 def test_chunk_and_padding_follow_the_size_of_the_shard() -> None:
-    assert chunk_size(131072) * 131072 * 4 <= 128 * 2**20
+    assert chunk_size(131072) * 131072 * 4 == 128 * 2**20
+    assert chunk_size(131072, "cuda") * 131072 * 4 == 256 * 2**20
     assert chunk_size(10**9) == 1
     assert padded_vocab_size(97, 4) == 128
     assert padded_vocab_size(128, 4) == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loss_over_32k_tokens_and_128k_words_costs_under_two_gigabytes() -> None:
+    mesh, bf16 = ParallelMesh.single("cuda"), torch.bfloat16
+    head = VocabParallelHead(131072, 2048, "head.weight", mesh, dtype=bf16)
+    hidden = torch.randn(32768, 1, 2048, device="cuda", dtype=bf16, requires_grad=True)
+    targets = torch.randint(0, 131072, (1, 32768), device="cuda")
+    head(hidden[:8].detach(), targets[:, :8])  # the products' workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    head(hidden, targets)[0].backward()
+    assert torch.cuda.max_memory_allocated() - before < 2e9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_loss_on_a_gpu_is_the_loss_on_the_cpu(dtype: torch.dtype) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        head = VocabParallelHead(VOCAB, 64, "w", ParallelMesh.single(device), dtype=dtype)
+        load(head, {"w": draw("w", VOCAB, 64, dtype=dtype)})
+        hidden = draw("h", 32, 2, 64, dtype=dtype).to(device).requires_grad_()
+        loss = head(hidden, torch.arange(64, device=device).view(2, 32), chunk_tokens=7)[0]
+        loss.backward()
+        assert hidden.grad is not None and head.weight.grad is not None
+        found.append([t.cpu() for t in (loss.detach(), hidden.grad, head.weight.grad)])
+    for cpu, gpu in zip(*found, strict=True):
+        assert error(gpu, cpu) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
