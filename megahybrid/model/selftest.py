@@ -96,10 +96,12 @@ class _Run:
             self.turns_by_its_frequencies(self.scheme.position)
             self.restarts_at_documents(self.scheme.position)
         else:
-            self.is_blind_to_position()
+            self.turns_nothing(self.scheme.position)
         self.shares_each_kv_head()
         self.sees_its_keys(None)
         self.sees_its_keys(self.some_documents())
+        if isinstance(self.scheme.position, Nope):
+            self.is_blind_to_position()
         if not isinstance(self.logit_scale, SqrtDimScale | FixedScale):
             self.scales_its_queries()
 
@@ -205,6 +207,13 @@ class _Run:
         if (out.double() - torch.tensor([0.0, 0.0, 1.0, 1.0])).abs().max() > 0.1:
             raise _Violation("does not read KV head h // (heads / kv_heads) at query head h")
 
+    def turns_nothing(self, nope: Nope) -> None:
+        """Queries and keys of a layer without position stay as they are."""
+        q, k = self.draw(8, 1, 2, self.head_dim), self.draw(8, 1, 1, self.head_dim)
+        turned_q, turned_k = positioned(q, k, nope, self.context(8, None))
+        if not (torch.equal(turned_q, q) and torch.equal(turned_k, k)):
+            raise _Violation("is not blind to position: its queries or keys are turned")
+
     def is_blind_to_position(self) -> None:
         """Keys in another order, or the same text further on, leave a NoPE query's output alone."""
         window = self.scheme.window
@@ -222,9 +231,6 @@ class _Run:
         documents = Documents.from_lengths([[33, length]]).to(self.device)
         after = self.mix(apart_q, apart_k, apart_v, documents)[-1]
         self.demand_same(before, after, "is not blind to position: a common shift matters")
-        turned_q, turned_k = positioned(q, k, Nope(kind="nope"), self.context(length, None))
-        if not (torch.equal(turned_q, q) and torch.equal(turned_k, k)):
-            raise _Violation("is not blind to position: its queries or keys are turned")
 
     def demand_same(self, before: Tensor, after: Tensor, message: str) -> None:
         """Raises where two outputs differ by more than rounding."""

@@ -58,7 +58,8 @@ def attend(
     if window is not None and window >= seq:
         window = None  # every earlier key is inside it
     if kernel == "blocked":
-        window = seq if window is None else window
+        if window is None:
+            return attend_sdpa(q, k, v, documents=documents, scale=scale)  # one block: no bands
         return attend_blocked(q, k, v, window=window, documents=documents, scale=scale)
     if kernel == "sdpa":
         if window is not None:

@@ -46,6 +46,8 @@ def attend_flex(
         mask = documents.keep(
             ("flex", window), lambda: _block_mask(window, seq, documents.starts, q.device)
         )
+    if not records:
+        q, k, v = (x.detach() for x in (q, k, v))  # on CPU it refuses leaves even under no_grad
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
     return out.permute(2, 0, 1, 3)
@@ -59,16 +61,26 @@ def _plain_mask(window: int | None, seq: int, device: torch.device) -> Any:
 def _block_mask(window: int | None, seq: int, starts: Tensor | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        sees = key <= query
-        if window is not None:
-            sees = sees & (key > query - window)
-        if starts is not None:
-            sees = sees & (key >= starts[row, query])
-        return sees
-
-    rows = None if starts is None else starts.shape[0]
-    return create_block_mask(allowed, rows, None, seq, seq, device=device)
+    reach = seq if window is None else window
+    if starts is None:
+        return create_block_mask(
+            lambda row, head, query, key: (key <= query) & (key > query - reach),
+            None,
+            None,
+            seq,
+            seq,
+            device=device,
+        )
+    return create_block_mask(
+        lambda row, head, query, key: (
+            (key <= query) & (key > query - reach) & (key >= starts[row, query])
+        ),
+        starts.shape[0],
+        None,
+        seq,
+        seq,
+        device=device,
+    )
 
 
 @cache
