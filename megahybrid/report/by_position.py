@@ -1,0 +1,79 @@
+"""Loss by position: what a longer context is worth, and where a model stops to use it."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from megahybrid.report.record import Evaluation, RunRecord
+from megahybrid.report.style import MARKERS, new_figure, ordered_colours
+
+
+def loss_by_position(record: RunRecord) -> Figure | None:
+    """One panel per held-out set, one curve per stage."""
+    sets = [name for name in record.held_out_sets() if record.at_stage_ends(name)]
+    if not sets:
+        return None
+    figure, panels = new_figure(columns=min(3, len(sets)), height=4.6)
+    for axes, held_out in zip(panels, sets, strict=False):
+        draw_by_position(axes, record, held_out)
+        axes.set_title(f"Loss by position · {held_out}", pad=12)
+    return figure
+
+
+def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
+    """Curves of one set into given axes.
+
+    A bucket [start, stop) of positions is drawn at the tokens of context its targets see, start + 1
+    to stop, on a log scale. A bucket that no curve has data for is hatched.
+    """
+    evaluations = record.at_stage_ends(held_out)
+    order = [stage.name for stage in record.stages]
+    colours = dict(zip(order, ordered_colours(len(order)), strict=True))
+    for one in evaluations:
+        index = order.index(one.stage) if one.stage in order else 0
+        centres, losses = _curve(one)
+        axes.plot(centres, losses, color=colours.get(one.stage, "#000000"), label=one.stage,
+                  marker=MARKERS[index % len(MARKERS)], markersize=5.5,
+                  markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
+    _hatch_empty(axes, evaluations)
+    axes.set_xscale("log", base=2)
+    last = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    axes.set_xlim(1, last)
+    powers = range(0, int(np.log2(last)) + 1, 2)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _context(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    for stage in record.stages:
+        # Where each stage's training ended, on the axis itself: the curves beyond it extrapolate.
+        if 1 < stage.longest < last and stage.name in {one.stage for one in evaluations}:
+            axes.axvline(stage.longest, ymax=0.06, color=colours[stage.name], linewidth=3, zorder=2)
+    axes.plot([], [], "|", color="#555555", markersize=12, markeredgewidth=3,
+              label="length trained to")  # fmt: skip
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("held-out loss (nats per token)")
+    legend = axes.legend(title="after stage", loc="upper center", alignment="left")
+    legend.get_title().set_fontweight("bold")
+
+
+def _curve(one: Evaluation) -> tuple[list[float], list[float]]:
+    """Geometric middle of each bucket's contexts, and its loss; nan breaks the line."""
+    centres = [((b["start"] + 1) * b["stop"]) ** 0.5 for b in one.by_position]
+    losses = [float("nan") if b["loss"] is None else b["loss"] for b in one.by_position]
+    return centres, losses
+
+
+def _hatch_empty(axes: Axes, evaluations: list[Evaluation]) -> None:
+    filled: set[tuple[int, int]] = set()
+    empty: set[tuple[int, int]] = set()
+    for one in evaluations:
+        for bucket in one.by_position:
+            span = (bucket["start"], bucket["stop"])
+            (empty if bucket["loss"] is None else filled).add(span)
+    for number, (start, stop) in enumerate(sorted(empty - filled)):
+        axes.axvspan(start + 1, stop, facecolor="#f4f4f4", edgecolor="#bbbbbb", hatch="///",
+                     linewidth=0, zorder=1, label="no data" if number == 0 else "_")  # fmt: skip
+
+
+def _context(value: float) -> str:
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"

@@ -1,0 +1,143 @@
+"""A run's directory as the report sees it: the ledger cut into stages, and the evaluations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megahybrid.config import RunConfig, load
+from megahybrid.errors import MegahybridError
+from megahybrid.train.ledger import LEDGER_NAME, EventLine, Ledger, StepLine, read_ledger
+
+CONFIG_NAME = "config.yaml"
+SAMPLES_NAME = "samples.txt"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """The steps that a stage took so far, from `begin` to `end` tokens of the run."""
+
+    name: str
+    begin: int
+    end: int
+    steps: tuple[StepLine, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The sequence lengths its steps had, shortest first."""
+        return tuple(sorted({line.length for line in self.steps}))
+
+    @property
+    def longest(self) -> int:
+        """The longest of them."""
+        return self.lengths[-1]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on one held-out set at one moment; see the evaluate event of the ledger."""
+
+    held_out: str
+    rows: str  # stream: the whole file cut at `length`; documents: each row within one document
+    stage: str
+    step: int
+    run_tokens: int
+    length: int
+    loss: float | None
+    tokens: int
+    by_position: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the report shows."""
+
+    directory: Path
+    ledger: Ledger
+    config: RunConfig | None
+    samples: str | None
+    stages: tuple[StageRecord, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.directory.resolve().name
+
+    @property
+    def steps(self) -> list[StepLine]:
+        """All step lines, in order."""
+        return self.ledger.steps
+
+    def column(self, name: str) -> np.ndarray:
+        """A number of every step line as float64 [steps]; what is missing is nan."""
+        values = [getattr(line, name) for line in self.steps]
+        return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+    def held_out_sets(self) -> list[str]:
+        """Names of the held-out sets, in the order they were first scored."""
+        return list(dict.fromkeys(one.held_out for one in self.evaluations))
+
+    def scores(self, held_out: str, rows: str) -> list[Evaluation]:
+        """The evaluations of one set on one kind of rows, in order."""
+        return [one for one in self.evaluations if (one.held_out, one.rows) == (held_out, rows)]
+
+    def at_stage_ends(self, held_out: str) -> list[Evaluation]:
+        """The last evaluation by position in each stage, on documents where there are any."""
+        for rows in ("documents", "stream"):
+            scored = [one for one in self.scores(held_out, rows) if one.by_position]
+            if scored:
+                return list({one.stage: one for one in scored}.values())
+        return []
+
+
+def read_record(directory: Path) -> RunRecord:
+    """Reads `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
+    ledger = read_ledger(directory / LEDGER_NAME)
+    if not ledger.steps:
+        raise MegahybridError(
+            f"{directory / LEDGER_NAME} holds no step yet. Train the run first: megahybrid train."
+        )
+    config, samples = directory / CONFIG_NAME, directory / SAMPLES_NAME
+    return RunRecord(
+        directory=directory,
+        ledger=ledger,
+        config=load(config) if config.exists() else None,
+        samples=samples.read_text(encoding="utf-8") if samples.exists() else None,
+        stages=_stages(ledger.steps),
+        evaluations=tuple(_evaluation(line) for line in ledger.named("evaluate")),
+    )
+
+
+def _stages(steps: list[StepLine]) -> tuple[StageRecord, ...]:
+    stages: list[StageRecord] = []
+    for line in steps:
+        if stages and stages[-1].name == line.stage:
+            last = stages.pop()
+            stages.append(StageRecord(last.name, last.begin, line.tokens, (*last.steps, line)))
+        else:
+            begin = stages[-1].end if stages else _tokens_before(steps)
+            stages.append(StageRecord(line.stage, begin, line.tokens, (line,)))
+    return tuple(stages)
+
+
+def _tokens_before(steps: list[StepLine]) -> int:
+    # A run that branches off with its parent's tokens does not begin at 0.
+    batch = steps[1].tokens - steps[0].tokens if len(steps) > 1 else steps[0].tokens
+    return max(0, steps[0].tokens - batch)
+
+
+def _evaluation(line: EventLine) -> Evaluation:
+    detail = line.detail
+    return Evaluation(
+        held_out=detail["set"],
+        rows=detail.get("rows", "stream"),
+        stage=detail.get("stage", line.stage),
+        step=line.step,
+        run_tokens=line.tokens,
+        length=detail["length"],
+        loss=detail["loss"],
+        tokens=detail["tokens"],
+        by_position=tuple(detail.get("by_position", ())),
+    )
