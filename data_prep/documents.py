@@ -6,7 +6,7 @@ document becomes a `BadDocument` with its reason, never an exception.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,7 +138,7 @@ def _read_lines(file: BinaryIO, piece: Piece, field: str) -> Iterator[Document |
     if offset:
         # A line belongs to the piece in which its first byte lies.
         file.seek(offset - 1)
-        offset += len(_line(file)[0]) - 1
+        _line(file)
         offset = file.tell()
     while offset < piece.stop:
         line, whole = _line(file)
@@ -148,7 +148,7 @@ def _read_lines(file: BinaryIO, piece: Piece, field: str) -> Iterator[Document |
         if not whole:
             yield BadDocument(piece.path, offset, "too long", line[:80])
         elif raw.strip():
-            yield _parse(raw, piece.path, offset, field)
+            yield _parse(raw.rstrip(b"\r\n"), piece.path, offset, field)
         offset = file.tell()
 
 
@@ -173,9 +173,12 @@ def _parse(line: bytes, file: str, offset: int, field: str) -> Document | BadDoc
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
         return BadDocument(file, offset, f"no text field '{field}'", line[:80])
     try:
-        return _checked(value[field].encode("utf-8"), file, offset)
+        found = _checked(value[field].encode("utf-8"), file, offset)
     except UnicodeEncodeError:
         return BadDocument(file, offset, "lone surrogate", line[:80])
+    if isinstance(found, BadDocument):
+        return replace(found, beginning=line[:80])
+    return found
 
 
 def _checked(raw: bytes, file: str, offset: int) -> Document | BadDocument:

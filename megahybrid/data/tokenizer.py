@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.errors import DataError
@@ -14,6 +14,7 @@ SENTENCE_BYTES = 16_384  # sentencepiece drops what is longer than its limit, si
 TRAINER_THREADS = 4  # written into the model file, so a constant: its hash must not depend on cores
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back. `encode` adds no special token and reads none in the text."""
 

@@ -1,0 +1,48 @@
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.commands import add_arguments, run
+from data_prep.gather_stdlib import stdlib_documents
+
+
+def call(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_subparsers())
+    return run(parser.parse_args(["data", *words]))
+
+
+def test_commands_lead_from_text_to_a_verified_dataset(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = f"{tmp_path}/a.model", f"{tmp_path}/out"
+    call("tokenizer", str(corpus), "--vocab-size", "400", "--output", model)
+    call("tokenize", str(corpus), "--tokenizer", model, "--output", output, "--longest", "1")
+    call("verify", f"{output}/train")
+    call("inspect", f"{output}/train", "--tokenizer", model, "--documents", "1")
+    shown = capsys.readouterr().out
+    assert "vocab_size=400" in shown and "299 documents" in shown and ": good. 1 shards" in shown
+    assert "tokens per document" in shown and "document 0:" in shown
+
+
+def test_library_of_this_python_is_gathered_in_order(tmp_path: Path) -> None:
+    call("gather-stdlib", str(tmp_path / "a.jsonl"))
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    documents = {item["id"]: item["text"] for item in map(json.loads, lines)}
+    assert len(documents) == len(lines) > 300
+    assert "def dumps(" in documents["lib/json/__init__.py"]
+    assert not any("site-packages" in name for name in documents)
+    assert list(documents) == [name for name, _ in stdlib_documents()]
+
+
+def test_arguments_need_nothing_heavy() -> None:
+    script = (
+        "import sys, data_prep.commands\n"
+        "heavy = {'torch', 'numpy', 'sentencepiece', 'tokenizers', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

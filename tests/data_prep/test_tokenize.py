@@ -1,0 +1,158 @@
+import json
+import shutil
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import tokenize as tokenize_module
+from data_prep.documents import UNIT_BYTES, cut_units
+from data_prep.tokenize import TokenizeReport, tokenize
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.verify import verify_dataset
+from megahybrid.errors import DataError
+
+PARTS = ("train", "held_out", "held_out_long")
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many units from little text."""
+    assert UNIT_BYTES > 10_000
+    monkeypatch.setattr(tokenize_module, "cut_units", lambda files: cut_units(files, 10_000))
+
+
+def run(corpus: Path, model: Path, output: Path, **options: object) -> TokenizeReport:
+    options = {"held_out": 0.1, "longest": 2, "quiet": True} | options
+    return tokenize([corpus], model, output, **options)
+
+
+def texts_of(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    dataset = verify_dataset(folder)
+    return [tokenizer.decode(dataset.document(i)[:-1].tolist()) for i in range(dataset.documents)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (entry for entry in sorted(folder.rglob("*")) if entry.is_file())
+    return {str(entry.relative_to(folder)): entry.read_bytes() for entry in files}
+
+
+def test_every_document_is_in_exactly_one_part(
+    corpus: Path, model: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    report = run(corpus, model, tmp_path / "out")
+    expected = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    parts = {part: texts_of(tmp_path / "out" / part, tokenizer) for part in PARTS}
+    assert Counter(chain(*parts.values())) == Counter(expected)
+    assert {part: len(found) for part, found in parts.items()} == report.documents
+    assert 10 <= len(parts["held_out"]) <= 50
+    lengths = sorted((len(ids) for ids in tokenizer.encode(expected)), reverse=True)
+    assert sorted(map(len, tokenizer.encode(parts["held_out_long"])), reverse=True) == lengths[:2]
+    places = [expected.index(text) for text in parts["train"]]
+    assert abs(np.corrcoef(places, range(len(places)))[0, 1]) < 0.2
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == sorted(PARTS)
+
+
+def test_bytes_do_not_depend_on_workers_or_memory(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    run(corpus, model, tmp_path / "one", workers=1)
+    run(corpus, model, tmp_path / "two", workers=2, memory_bytes=30_000)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_other_seed_gives_another_order_of_the_same_documents(
+    corpus: Path, model: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    found = []
+    for seed in (0, 1):
+        run(corpus, model, tmp_path / str(seed), seed=seed, held_out=0, longest=0)
+        found.append(texts_of(tmp_path / str(seed) / "train", tokenizer))
+    assert found[0] != found[1] and sorted(found[0]) == sorted(found[1])
+
+
+def test_interrupted_job_goes_on_and_ends_with_the_same_bytes(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(corpus, model, tmp_path / "whole")
+    encode = tokenize_module.encode_unit
+    for stop_at in (0, 3, 7):
+        done: list[int] = []
+
+        def encode_some(job, number, unit, stop_at=stop_at, done=done):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            done.append(number)
+            return encode(job, number, unit)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenize_module, "encode_unit", encode_some)
+            with pytest.raises(KeyboardInterrupt):
+                run(corpus, model, tmp_path / "broken")
+        assert not (tmp_path / "broken/train").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_module, "merge_units", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(corpus, model, tmp_path / "broken")
+    with pytest.raises(DataError, match="holds an unfinished job with other inputs or options"):
+        run(corpus, model, tmp_path / "broken", seed=5)
+    run(corpus, model, tmp_path / "broken")
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def raise_interrupt(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_copies_of_a_document_are_never_on_both_sides(
+    model: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "twice.jsonl"
+    lines = [json.dumps({"text": f"document {number}" * (1 + number % 7)}) for number in range(60)]
+    path.write_text("\n".join(lines + lines))
+    run(path, model, tmp_path / "out", held_out=0.3)
+    parts = [set(texts_of(tmp_path / "out" / part, tokenizer)) for part in PARTS]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert sum(map(len, parts)) == 60 and all(parts)
+
+
+def test_bad_lines_are_counted_and_listed(corpus: Path, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    shutil.copy(corpus, path)
+    with open(path, "ab") as file:
+        file.write(b'{"text": \n{"text": "a\\u0000"}\n{"text": "\xff"}\n')
+    report = run(path, model, tmp_path / "out")
+    assert report.bad == {"NUL character": 1, "broken json": 1, "broken utf-8": 1}
+    quarantine = (tmp_path / "out/quarantine.jsonl").read_text()
+    listed = [json.loads(line) for line in quarantine.splitlines()]
+    assert [item["reason"] for item in listed] == ["broken json", "NUL character", "broken utf-8"]
+    raw = path.read_bytes()
+    assert raw[listed[2]["offset"] :].startswith(b'{"text": "\xff"}')
+    with pytest.raises(DataError, match="3 of 303 documents are bad .* max_bad_fraction=0.001"):
+        run(path, model, tmp_path / "strict", max_bad_fraction=0.001)
+
+
+def test_inputs_without_documents_are_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(DataError, match="the inputs hold no document \\(1 no text field 'text'"):
+        run(tmp_path / "a.jsonl", model, tmp_path / "out")
+
+
+def test_finished_folder_is_not_written_again(corpus: Path, model: Path, tmp_path: Path) -> None:
+    run(corpus, model, tmp_path / "out")
+    with pytest.raises(DataError, match="is not empty"):
+        run(corpus, model, tmp_path / "out")
+
+
+def test_folder_of_text_files_is_one_document_each(
+    model: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for number in range(5):
+        (tmp_path / "texts" / str(number)).mkdir(parents=True)
+        (tmp_path / "texts" / str(number) / "a.txt").write_text(f"text {number}\n")
+    run(tmp_path / "texts", model, tmp_path / "out", held_out=0, longest=0, workers=2)
+    assert sorted(texts_of(tmp_path / "out/train", tokenizer)) == [f"text {i}\n" for i in range(5)]
+    assert TokenDataset(tmp_path / "out/train").manifest.sources[0]["files"] == 5
