@@ -1,0 +1,1 @@
+"""The network: a list of blocks, each given an `AttentionScheme`."""
