@@ -1,5 +1,6 @@
 """`compare`: what differs between two runs, field by field and in numbers."""
 
+import io
 from typing import Any
 
 from megahybrid.config.base import dump
@@ -13,8 +14,9 @@ ABSENT = "absent"
 
 def compare(a: RunConfig, b: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted field, value in a, value in b) of everything that differs, then derived numbers that
-    differ. A field that only one of them has is "absent" in the other."""
-    differences = _differences("", dump(a), dump(b))
+    differ. A field that only one of them has is "absent" in the other, and named when it is not
+    at its default."""
+    differences = _differences("", _Side(dump(a), _written(a)), _Side(dump(b), _written(b)))
     derived = [(name, derive(a), derive(b)) for name, derive in _DERIVED]
     return differences + [row for row in derived if row[1] != row[2]]
 
@@ -27,34 +29,51 @@ _DERIVED = (
 )
 
 
-def _differences(path: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys: list[Any] = list(dict.fromkeys([*a, *b]))
-        pairs = [(key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in keys]
-    elif isinstance(a, list) and isinstance(b, list) and _has_mappings(a + b):
-        longest = range(max(len(a), len(b)))
-        pairs = [(i, _at(a, i), _at(b, i)) for i in longest]
-    else:
-        return [] if a == b else [(path, a, b)]
+def _written(run: RunConfig) -> dict[str, Any]:
+    return run.model_dump(mode="python", exclude_defaults=True)
+
+
+class _Side:
+    """A value of one run, with every default and without."""
+
+    def __init__(self, whole: Any, written: Any) -> None:
+        self.whole, self.written = whole, written
+
+    def item(self, key: Any) -> "_Side":
+        return _Side(_item(self.whole, key), _item(self.written, key))
+
+    def keys(self) -> list[Any]:
+        if isinstance(self.whole, dict):
+            return list(self.whole)
+        holds_mappings = any(isinstance(item, dict) for item in self.whole)
+        return list(range(len(self.whole))) if holds_mappings else []
+
+
+def _item(plain: Any, key: Any) -> Any:
+    if isinstance(plain, dict):
+        return plain.get(key, ABSENT)
+    is_there = isinstance(plain, list | tuple) and key < len(plain)
+    return plain[key] if is_there else ABSENT
+
+
+def _differences(path: str, a: _Side, b: _Side) -> list[tuple[str, Any, Any]]:
+    if a.whole == b.whole:
+        return []
+    if ABSENT in (a.whole, b.whole):
+        a, b = _Side(a.written, a.written), _Side(b.written, b.written)
+    containers = [side for side in (a, b) if isinstance(side.whole, dict | list)]
+    keys = dict.fromkeys(key for side in containers for key in side.keys())  # noqa: SIM118
+    if not keys or not all(side in containers or side.whole == ABSENT for side in (a, b)):
+        return [(path, a.whole, b.whole)] if a.whole != b.whole else []
     return [
         row
-        for key, left, right in pairs
-        for row in _differences(f"{path}.{key}" if path else str(key), left, right)
+        for key in keys
+        for row in _differences(f"{path}.{key}" if path else str(key), a.item(key), b.item(key))
     ]
 
 
-def _has_mappings(items: list[Any]) -> bool:
-    return any(isinstance(item, dict) for item in items)
-
-
-def _at(items: list[Any], index: int) -> Any:
-    return items[index] if index < len(items) else ABSENT
-
-
 def render_comparison(rows: list[tuple[str, Any, Any]], a: str, b: str, width: int = 110) -> str:
-    """The differences as a table under the names `a` and `b`."""
-    import io
-
+    """The differences as a table, `a` and `b` being the names of the two runs."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -62,13 +81,16 @@ def render_comparison(rows: list[tuple[str, Any, Any]], a: str, b: str, width: i
     if not rows:
         return f"{a} and {b} say the same.\n"
     table = Table(box=box.SIMPLE_HEAD)
-    for title in ("field", a, b):
-        table.add_column(title, overflow="fold")
+    table.add_column("field", no_wrap=True)
+    table.add_column("a", overflow="fold")
+    table.add_column("b", overflow="fold")
     for path, left, right in rows:
         table.add_row(path, _show(left), _show(right))
     text = io.StringIO()
-    Console(file=text, width=width, highlight=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    console = Console(file=text, width=width, highlight=False, markup=False, color_system=None)
+    console.print(f"a: {a}\nb: {b}", soft_wrap=True)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()) + "\n"
 
 
 def _show(value: Any) -> str:

@@ -142,7 +142,7 @@ def render(description: dict[str, Any], width: int = 110) -> str:
     from rich.console import Console
 
     text = io.StringIO()
-    console = Console(file=text, width=width, highlight=False, color_system=None)
+    console = Console(file=text, width=width, highlight=False, markup=False, color_system=None)
     console.print(
         f"{description['parameters']:,} parameters · KV cache at {description['length']:,} tokens "
         f"{_bytes(description['kv_cache_bytes'])}, {description['kv_cache_ratio']:.3f} of full "
@@ -156,7 +156,7 @@ def render(description: dict[str, Any], width: int = 110) -> str:
         console.print(changes)
     console.print(_memory_table(description))
     console.print(_huggingface_table(description))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:

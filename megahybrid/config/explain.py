@@ -76,7 +76,8 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
         ]
         return f"{path}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
     if kind in _WANTED:
-        return f"{path}={value} is not {_WANTED[kind].removesuffix(' (key: value)')}{_hint(kind, item['input'])}."
+        wanted = _WANTED[kind].removesuffix(" (key: value)")
+        return f"{path}={value} is not {wanted}{_hint(kind, item['input'])}."
     return f"{path}={value} {_says(kind, context)}. Change it."
 
 
@@ -122,13 +123,18 @@ def _is_number(text: str) -> bool:
 
 def show(value: Any) -> str:
     """A value as one would write it in YAML, on one line and short."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = value if isinstance(value, str) else repr(value).replace("'", "")
-    text = " ".join(text.split())
+    text = " ".join(_flow(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _join(where: str, parts: list[str], last: str = "") -> str:
