@@ -1,4 +1,4 @@
-"""Which kernel each kind of layer has in a run: resolved once, told, kept in checkpoints, pinned."""
+"""Which kernel each kind of layer has: resolved once, told, kept in checkpoints, pinned."""
 
 import torch
 
