@@ -149,13 +149,46 @@ shutdown_distributed(ok=True)
 """
 
 
+ONE_FAILS = """
+import sys, time
+from megahybrid.parallel.collectives import sum_scalars
+from megahybrid.parallel.mesh import ParallelMesh, initialise_distributed, shutdown_distributed
+rank, port = sys.argv[1:]
+place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+initialise_distributed("cpu", environment=place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+mesh = ParallelMesh.from_world(tensor=2)
+try:
+    if rank == "1":
+        raise ValueError
+    start = time.monotonic()
+    sum_scalars([1.0], mesh.tensor)
+except (ValueError, RuntimeError):
+    code = 3 if rank == "1" or time.monotonic() - start < 10 else 4
+shutdown_distributed(ok=False)
+sys.exit(code)
+"""
+
+
 def test_single_process_gets_a_world_of_one() -> None:
     subprocess.run([sys.executable, "-c", WORLD_OF_ONE], check=True, timeout=120)
 
 
-def test_two_processes_meet_at_the_address_of_their_environment() -> None:
+def end_of_two_processes(script: str) -> list[int]:
+    """Exit codes of two processes that are told of each other."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", TWO_RANKS]
+    command = [sys.executable, "-c", script]
     processes = [subprocess.Popen([*command, str(rank), port]) for rank in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    try:
+        return [process.wait(120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_meet_at_the_address_of_their_environment() -> None:
+    assert end_of_two_processes(TWO_RANKS) == [0, 0]
+
+
+def test_rank_that_fails_frees_the_other_from_its_collective() -> None:
+    assert end_of_two_processes(ONE_FAILS) == [3, 3]
