@@ -53,7 +53,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the chosen command; returns the exit code. DataError is the caller's to show."""
+    """Runs the chosen command; returns the exit code. MegahybridError is the caller's to show."""
+    from megahybrid.errors import DataError
+
     command = {
         "gather-stdlib": _gather,
         "tokenizer": _tokenizer,
@@ -61,7 +63,14 @@ def run(args: argparse.Namespace) -> int:
         "verify": _verify,
         "inspect": _inspect,
     }[args.data_command]
-    command(args)
+    try:
+        command(args)
+    except OSError as error:
+        name = error.filename or getattr(args, "output", args.data_command)
+        raise DataError(
+            f"{name} failed ({error.strerror or error}). Free space or correct the path, then call "
+            "the command again."
+        ) from None
     return 0
 
 

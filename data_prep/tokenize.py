@@ -107,6 +107,11 @@ def tokenize(
             progress=lambda done: progress.advance(task, done),
         )
         manifests = {part: writer.close() for part, writer in writers.items()}
+    if not manifests["train"].documents:
+        raise DataError(
+            f"held_out={held_out} and longest={longest} leave no document to train on "
+            f"(of {documents}). Hold out less."
+        )
     for part in parts:
         shutil.rmtree(folder / part, ignore_errors=True)
         os.replace(merged / part, folder / part)

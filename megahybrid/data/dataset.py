@@ -109,10 +109,10 @@ class TokenDataset:
             if not stems[0].with_name(stems[0].name + ".idx").exists():
                 stems = []
         if not stems:
-            raise DataError(
-                f"{self.path} is no dataset: no {MANIFEST_NAME} and no .idx. "
-                "Prepare the data with `megahybrid data tokenize`, or correct the path."
-            )
+            way_out = "Prepare the data with `megahybrid data tokenize`, or correct the path."
+            if (self.path / "train" / MANIFEST_NAME).exists():
+                way_out = f"Did you mean {self.path / 'train'}?"
+            raise DataError(f"{self.path} is no dataset: no {MANIFEST_NAME} and no .idx. {way_out}")
         shards = [
             ShardIndex.open(stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx"))
             for stem in stems

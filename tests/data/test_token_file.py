@@ -167,6 +167,12 @@ def test_missing_dataset_is_refused(tmp_path: Path) -> None:
         TokenDataset(tmp_path / "absent")
 
 
+def test_folder_above_a_dataset_is_told_where_it_is(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "train", LENGTHS)
+    with pytest.raises(DataError, match="Did you mean .*train?"):
+        TokenDataset(tmp_path)
+
+
 def test_token_beyond_the_vocabulary_is_found_when_it_is_read(tmp_path: Path) -> None:
     dataset = write_corpus(tmp_path, [20, 30])
     raw = np.memmap(tmp_path / "shard-00000.bin", np.uint16, mode="r+")

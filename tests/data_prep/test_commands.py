@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.commands import add_arguments, run
 from data_prep.gather_stdlib import stdlib_documents
+from megahybrid.errors import DataError
 
 
 def call(*words: str) -> int:
@@ -27,6 +28,13 @@ def test_commands_lead_from_text_to_a_verified_dataset(
     shown = capsys.readouterr().out
     assert "vocab_size=400" in shown and "299 documents" in shown and ": good. 1 shards" in shown
     assert "tokens per document" in shown and "document 0:" in shown
+
+
+def test_place_that_cannot_be_written_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    output = f"{tmp_path}/file/a.model"
+    with pytest.raises(DataError, match="file failed \\((Not a directory|File exists)\\)"):
+        call("tokenizer", str(corpus), "--vocab-size", "400", "--output", output)
 
 
 def test_library_of_this_python_is_gathered_in_order(tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ def test_inputs_without_documents_are_refused(model: Path, tmp_path: Path) -> No
         run(tmp_path / "a.jsonl", model, tmp_path / "out")
 
 
+def test_holding_out_everything_is_refused(corpus: Path, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="longest=300 leave no document to train on \\(of 300"):
+        run(corpus, model, tmp_path / "out", longest=300)
+
+
 def test_finished_folder_is_not_written_again(corpus: Path, model: Path, tmp_path: Path) -> None:
     run(corpus, model, tmp_path / "out")
     with pytest.raises(DataError, match="is not empty"):
