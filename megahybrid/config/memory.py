@@ -13,8 +13,8 @@ from megahybrid.config.counting import Shape, parameter_shapes
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Stage
 
-# The loss holds the logits of this many tokens at a time, and their gradient.
-LOSS_CHUNK_TOKENS = 1024
+# The loss holds fp32 logits of about this many bytes at a time, and their gradient.
+LOSS_CHUNK_BYTES = 256 * 2**20
 # The vocabulary is padded to a multiple of this and the tensor degree.
 VOCABULARY_MULTIPLE = 8
 
@@ -27,7 +27,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    logits: int  # of one chunk, their gradient, and the fp32 gradient of the head's weight
 
     @property
     def total(self) -> int:
@@ -106,11 +106,12 @@ def memory_per_rank(
     """What one rank holds at the fullest moment of a step."""
     local = local_parameters(model, tensor)
     weights, gradients, optimizer = states_per_parameter(precision, zero_stage, data_degree)
-    chunk = min(LOSS_CHUNK_TOKENS, stage.micro_batch_tokens)
+    local_vocab = -(-model.vocab_size // tensor)
+    chunk = min(LOSS_CHUNK_BYTES, 4 * local_vocab * stage.micro_batch_tokens)
     return Memory(
         weights=int(local * weights),
         gradients=int(local * gradients),
         optimizer=int(local * optimizer),
         activations=activations(model, stage, tensor, precision),
-        logits=2 * 4 * chunk * -(-model.vocab_size // tensor),
+        logits=2 * chunk + 4 * local_vocab * model.hidden_size,
     )

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, NtkScaling, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.base import Frozen
+from megahybrid.config.scaling import NtkScaling
 
 
 class ModelConfig(Frozen):

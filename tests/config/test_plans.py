@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megahybrid.config import parse
-from megahybrid.config.attention import (
-    AttentionScheme,
-    LayerPlan,
-    Llama3Scaling,
-    Nope,
-    Rope,
-    YarnScaling,
-)
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope
+from megahybrid.config.scaling import Llama3Scaling, YarnScaling
 from megahybrid.errors import ConfigError
 from tests.config.example import example
 

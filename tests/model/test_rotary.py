@@ -8,13 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megahybrid.config.attention import (
-    LinearScaling,
-    Llama3Scaling,
-    NtkScaling,
-    Rope,
-    YarnScaling,
-)
+from megahybrid.config.attention import Rope
+from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, rotate
 

@@ -10,16 +10,13 @@ from torch import Tensor
 from megahybrid.config.attention import (
     AttentionScheme,
     FixedScale,
-    LinearScaling,
-    Llama3Scaling,
     Llama4Scale,
     LogScale,
     Nope,
-    NtkScaling,
     Rope,
     SsmaxScale,
-    YarnScaling,
 )
+from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
 from megahybrid.errors import AuditError
 from megahybrid.model import logit_scale, mixing, selftest
 from megahybrid.model.kernels import attend
