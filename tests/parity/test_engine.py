@@ -1,0 +1,351 @@
+"""Training through DeepSpeed is the plain training loop: fp32, every degree and ZeRO stage."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from random import Random
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.run import RunConfig
+from megahybrid.model.init import parameter_rule
+from tests import distributed
+from tests.parity.cases import BLOCKS, FAMILIES, NORMS, model
+from tests.plain_model import random_tensors, relative_error
+from tests.plain_training import MicroBatch, PlainRun, global_norm, plain_adamw_run, random_batch
+
+BOUND = 1e-5
+SEQ, ROWS, STEPS = 16, 2, 5
+LEARNING_RATE, EPS, CLIP_NORM = 1e-3, 1e-5, 0.5
+# Far below every matrix here and above every norm weight: ZeRO-3 really cuts what it would cut.
+PERSISTENT_ELEMENTS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: a model and the way it is spread over ranks."""
+
+    config: ModelConfig
+    tensor: int = 1
+    data: int = 1
+    zero_stage: int = 1
+    accumulation: int = 1
+    recompute: str = "none"
+    precision: str = "fp32"
+    seed: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.data
+
+    def run_config(self) -> RunConfig:
+        tokens = ROWS * SEQ
+        return RunConfig.model_validate(
+            {
+                "model": self.config,
+                "parallel": {"tensor": self.tensor, "zero_stage": self.zero_stage},
+                "data": {"sources": {"text": {"path": "unused"}}, "block_tokens": 1024},
+                "optimizer": {"eps": EPS, "clip_norm": CLIP_NORM},
+                "stages": [
+                    {
+                        "name": "only",
+                        "tokens": tokens,
+                        "lengths": {SEQ: 1},
+                        "batch_tokens": tokens,
+                        "micro_batch_tokens": tokens,
+                        "weights": {"text": 1},
+                        "learning_rate": {"kind": "linear", "start": 1e-3, "end": 1e-3},
+                    }
+                ],
+                "precision": self.precision,
+                "device": "cpu",
+            }
+        )
+
+    def first_tensors(self) -> dict[str, Tensor]:
+        """First weights, in fp32; for a bf16 run numbers that bf16 has, so that rounding them once
+        is no part of the error."""
+        tensors = random_tensors(self.config, self.seed, torch.float32)
+        if self.precision == "fp32":
+            return tensors
+        return {name: tensor.detach().bfloat16().float() for name, tensor in tensors.items()}
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """All of a step, those of data rank 0 first; how many targets count varies widely."""
+        return [
+            random_batch(
+                self.config.vocab_size,
+                ROWS,
+                SEQ,
+                seed=1000 * self.seed + 10 * step + index,
+                ignored=(0.1, 0.95, 0.5, 0.8)[(step + index) % 4],
+            )
+            for index in range(self.data * self.accumulation)
+        ]
+
+
+@dataclass
+class RankRun:
+    """What one rank reports."""
+
+    losses: list[float]
+    norms: list[float]
+    norms_by_kind: list[dict[str, float]]
+    # (canonical name, box, the first step's gradient there)
+    first_gradients: list[tuple[str, tuple[tuple[int, int], ...], Tensor]]
+    # (canonical name, box, range of the flattened box, master weights there)
+    weights: list[tuple[str, tuple[tuple[int, int], ...], tuple[int, int], Tensor]]
+
+
+def engine_run(ranks: distributed.Ranks, case: Case, steps: int = STEPS) -> RankRun:
+    """Train `case` on this rank, with the audit on."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from megahybrid.train.engine import Engine, engine
+    from megahybrid.train.engine import MicroBatch as EngineMicroBatch
+
+    built = build(ranks, case, Engine, engine)
+    result = RankRun([], [], [], [], [])
+    audit = engine.audit_gradients
+
+    def audit_and_keep(parameters: Any, mesh: Any) -> Any:
+        for parameter, spec in parameters.values():
+            gradient = safe_get_full_grad(parameter).reshape(-1)
+            for segment, start, stop in spec.flat_ranges():
+                kept = gradient[start:stop].clone()
+                result.first_gradients.append((segment.name, spec.box(segment), kept))
+        return audit(parameters, mesh)
+
+    mine = ranks.mesh(case.tensor).data.rank * case.accumulation
+    for step in range(steps):
+        share = case.micro_batches(step)[mine : mine + case.accumulation]
+        batches = [EngineMicroBatch(each.tokens, each.targets, each.starts) for each in share]
+        observer = audit_and_keep if step == 0 else audit
+        with mock.patch.object(engine, "audit_gradients", observer):
+            update = built.train_step(batches, LEARNING_RATE, audit=True)
+        assert not update.skipped
+        result.losses.append(update.loss)
+        result.norms.append(update.gradient_norm)
+        result.norms_by_kind.append(update.gradient_norm_by_kind)
+    for fragment in built.fragments():
+        if fragment.state == "weight":
+            values = torch.from_numpy(fragment.data.copy())
+            result.weights.append((fragment.tensor, fragment.box, fragment.flat, values))
+    built.close()
+    return result
+
+
+def build(ranks: distributed.Ranks, case: Case, engine_type: Any, module: Any) -> Any:
+    """The engine of `case`, with ZeRO-3 cutting even these small matrices."""
+    from megahybrid.model.transformer import Transformer
+
+    layers = case.config.layer_plan.num_layers
+    ours = Transformer(case.config, ranks.mesh(case.tensor), recompute=(case.recompute,) * layers)
+    ours.load_canonical(case.first_tensors())
+    settings = module.engine_settings
+
+    def cutting(*args: Any) -> dict[str, Any]:
+        made = settings(*args)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+        return made
+
+    with mock.patch.object(module, "engine_settings", cutting):
+        return engine_type(ours, case.run_config(), ranks.mesh(case.tensor))
+
+
+def engine_runs(ranks: distributed.Ranks, cases: list[Case]) -> list[RankRun]:
+    """Several engines, one after the other, in the same processes."""
+    return [engine_run(ranks, case) for case in cases]
+
+
+def plain_run(case: Case) -> PlainRun:
+    """The truth, in float64."""
+    tensors = {name: value.detach().double() for name, value in case.first_tensors().items()}
+    optimizer = case.run_config().optimizer
+    rule = partial(parameter_rule, model=case.config, optimizer=optimizer)
+    return plain_adamw_run(
+        case.config,
+        tensors,
+        [case.micro_batches(step) for step in range(STEPS)],
+        [LEARNING_RATE] * STEPS,
+        betas=optimizer.betas,
+        eps=EPS,
+        weight_decay=optimizer.weight_decay,
+        clip_norm=CLIP_NORM,
+        decay=lambda name: rule(name).weight_decay,
+        multiplier=lambda name: rule(name).learning_rate,
+    )
+
+
+def joined_weights(runs: list[RankRun], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors from all ranks' fragments; each element must come exactly once."""
+    whole = {name: torch.zeros_like(value) for name, value in like.items()}
+    times = {name: torch.zeros_like(value) for name, value in like.items()}
+    for run in runs:
+        for name, box, (start, stop), values in run.weights:
+            place = tuple(slice(*bounds) for bounds in box)
+            for target, source in ((whole, values), (times, torch.ones_like(values))):
+                part = target[name][place].contiguous()
+                part.view(-1)[start:stop] += source.to(part.dtype)
+                target[name][place] = part
+    for name, count in times.items():
+        assert (count == 1).all(), f"{name} is not covered exactly once"
+    return whole
+
+
+def errors(case: Case, runs: list[RankRun], truth: PlainRun) -> dict[str, float]:
+    """Relative errors of all that is compared, of the worst rank."""
+    found: dict[str, float] = {}
+
+    def note(what: str, error: float) -> None:
+        found[what] = max(found.get(what, 0.0), error)
+
+    for run in runs:
+        for step in range(STEPS):
+            note(f"loss {step}", abs(run.losses[step] / truth.losses[step] - 1))
+            note(f"norm {step}", abs(run.norms[step] / truth.norms[step] - 1))
+        for kind, norm in norms_by_kind(case, truth).items():
+            size = norm or 1.0
+            note(f"norm of {kind}", abs(run.norms_by_kind[0][kind] - norm) / size)
+        seen = set()
+        for name, box, gradient in run.first_gradients:
+            whole = truth.first_gradients[name]
+            part = whole[tuple(slice(*bounds) for bounds in box)].reshape(-1)
+            size = whole.norm().item()
+            if size < 1e-9 * truth.norms[0]:  # a query that sees one key has no gradient at all
+                size = truth.norms[0]
+            note(f"gradient of {name}", (gradient - part).norm().item() / size)
+            seen.add(name)
+        assert seen == truth.first_gradients.keys()
+    for name, weight in joined_weights(runs, truth.weights).items():
+        note(f"weight {name}", relative_error(weight, truth.weights[name]))
+    return found
+
+
+def norms_by_kind(case: Case, truth: PlainRun) -> dict[str, float]:
+    """The first gradient's norm by the table's kinds."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, gradient in truth.first_gradients.items():
+        kind = parameter_rule(name, case.config, case.run_config().optimizer).kind
+        kinds.setdefault(kind, {})[name] = gradient
+    return {kind: global_norm(gradients) for kind, gradients in kinds.items()}
+
+
+def covering_cases() -> dict[str, Case]:
+    """tensor × data × ZeRO in full; families, blocks, norms, accumulation, recompute, KV heads and
+    tying take shuffled turns so that each value is met at several degrees."""
+    degrees = [*product((1, 2, 4), (1, 2), (1, 2, 3)), (1, 1, 0), (1, 2, 0)]
+    draw = Random(4)
+
+    def turns(values: Any) -> list[Any]:
+        repeated = (list(values) * len(degrees))[: len(degrees)]
+        return draw.sample(repeated, len(repeated))
+
+    columns = zip(
+        degrees,
+        turns(FAMILIES),
+        turns(BLOCKS),
+        turns(NORMS),
+        turns((1, 2)),
+        turns(("none", "selective", "full")),
+        turns((1, 2, 4)),
+        turns((True, False)),
+        strict=True,
+    )
+    cases = {}
+    for seed, (degree, family, block, norm, accumulation, recompute, kv_heads, tied) in enumerate(
+        columns
+    ):
+        tensor, data, zero_stage = degree
+        name = f"tensor{tensor}-data{data}-zero{zero_stage}-accumulation{accumulation}"
+        cases[f"{name}-{recompute}-{family}-{block}"] = Case(
+            model(family, block, norm, kv_heads=kv_heads, tied=tied),
+            *degree,
+            accumulation,
+            recompute,
+            seed=seed,
+        )
+    return cases
+
+
+CASES = covering_cases()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_five_steps_equal_the_plain_training_loop(world_size: int) -> None:
+    cases = {name: case for name, case in CASES.items() if case.world_size == world_size}
+    assert cases
+    runs = distributed.run(world_size, engine_runs, list(cases.values()), timeout_seconds=240)
+    wrong = []
+    for index, (name, case) in enumerate(cases.items()):
+        truth = plain_run(case)
+        assert min(truth.norms) > CLIP_NORM  # clipping is active
+        found = errors(case, [of_rank[index] for of_rank in runs], truth)
+        wrong += [f"{e:.1e} {name}: {what}" for what, e in found.items() if not e <= BOUND]
+    assert not wrong, "\n".join(sorted(wrong, reverse=True))
+
+
+def bf16_cases() -> dict[str, tuple[Case, Case]]:
+    """Parallel runs in bf16, each with a single process that sees the same micro batches."""
+    parallel = {
+        "tensor2-zero1": Case(model("rnope_swa", "parallel", "layernorm"), 2, 1, 1, 2),
+        "data2-zero2": Case(model("rms-shared", "pre_norm", "rms", tied=False), 1, 2, 2),
+        "tensor2-zero3": Case(model("projection", "post_norm", "rms"), 2, 1, 3, 2, "selective"),
+        "tensor4-zero2": Case(model("rnope_swa", "pre_norm", "rms", kv_heads=2), 4, 1, 2),
+        "tensor2-data2-zero3": Case(model("ssmax", "pre_norm", "rms"), 2, 2, 3, 1, "full"),
+    }
+    pairs = {}
+    for name, case in parallel.items():
+        case = replace(case, precision="bf16", seed=50)
+        alone = {"tensor": 1, "data": 1, "zero_stage": 1, "recompute": "none"}
+        single = replace(case, **alone, accumulation=case.data * case.accumulation)
+        pairs[name] = (case, single)
+    return pairs
+
+
+def whole_errors(case: Case, runs: list[RankRun], truth: PlainRun) -> dict[str, float]:
+    """Relative errors of losses and norms over the steps, of the gradient and of the weights."""
+    difference, size = 0.0, 0.0
+    for run in runs:
+        for name, box, part in run.first_gradients:
+            place = tuple(slice(*bounds) for bounds in box)
+            expected = truth.first_gradients[name][place].reshape(-1)
+            difference += (part - expected).square().sum().item()
+            size += expected.square().sum().item()
+    weights = joined_weights(runs, truth.weights)
+    names = sorted(weights)
+    return {
+        "losses": relative_error(torch.tensor(runs[0].losses), torch.tensor(truth.losses)),
+        "norms": relative_error(torch.tensor(runs[0].norms), torch.tensor(truth.norms)),
+        "gradient": (difference / size) ** 0.5,
+        "weights": relative_error(
+            torch.cat([weights[name].reshape(-1) for name in names]),
+            torch.cat([truth.weights[name].reshape(-1) for name in names]),
+        ),
+    }
+
+
+def test_bf16_is_no_further_from_the_truth_than_twice_a_single_process() -> None:
+    pairs = bf16_cases()
+    together: list[dict[str, float]] = []
+    alone: list[dict[str, float]] = []
+    singles = distributed.run(1, engine_runs, [single for _, single in pairs.values()])[0]
+    for world_size in (2, 4):
+        chosen = [name for name, (case, _) in pairs.items() if case.world_size == world_size]
+        runs = distributed.run(world_size, engine_runs, [pairs[name][0] for name in chosen])
+        for index, name in enumerate(chosen):
+            case, single = pairs[name]
+            truth = plain_run(case)
+            alone.append(whole_errors(single, [singles[list(pairs).index(name)]], truth))
+            together.append(whole_errors(case, [of_rank[index] for of_rank in runs], truth))
+            for what in ("gradient", "weights"):
+                assert together[-1][what] <= 2 * alone[-1][what], f"{name}: {what}"
+    # One number's rounding error is a matter of luck, so these are judged over all runs.
+    for what in ("losses", "norms"):
+        squares = [sum(found[what] ** 2 for found in side) for side in (together, alone)]
+        assert squares[0] <= 4 * squares[1], what
