@@ -2,10 +2,12 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +66,12 @@ def content_is_of_its_step(path: Path) -> bool:
 
 
 def points_of_a_save(tmp_path: Path, step: int) -> int:
-    """How many points there are to stop at in a save that also deletes an older checkpoint."""
-    run = tmp_path / "counted"
-    save_plain(run, 1)
+    """How many points there are to stop at in a save of `step` to a copy of tmp_path/begun.
+
+    It holds the checkpoint of step 1, which the save deletes or replaces.
+    """
+    save_plain(tmp_path / "begun", 1)
+    run = shutil.copytree(tmp_path / "begun", tmp_path / "counted")
     with pytest.MonkeyPatch.context() as patch:
         seen = stop_at(patch, -1, Killed)
         save_plain(run, step, keep_last=1)
@@ -79,8 +84,7 @@ def test_a_kill_at_any_point_leaves_a_checkpoint_to_resume(tmp_path: Path, step:
     assert points >= 2 * 12
     published_from = None
     for point in range(points):
-        run = tmp_path / f"run-{point}"
-        save_plain(run, 1)
+        run = shutil.copytree(tmp_path / "begun", tmp_path / f"run-{point}")
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, point, Killed)
             with pytest.raises(Killed):
@@ -100,9 +104,8 @@ def test_a_kill_at_any_point_leaves_a_checkpoint_to_resume(tmp_path: Path, step:
 def test_a_failing_disk_at_any_point_fails_the_save_and_not_the_run(tmp_path: Path) -> None:
     points = points_of_a_save(tmp_path, 2)
     failed = 0
-    for point in range(points):
-        run = tmp_path / f"run-{point}"
-        save_plain(run, 1)
+    for point in range(0, points, 2):
+        run = shutil.copytree(tmp_path / "begun", tmp_path / f"run-{point}")
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, point, lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             result = save(run, snapshot(2), keep_last=1)
@@ -200,7 +203,7 @@ def test_a_process_killed_while_saving_leaves_a_checkpoint(tmp_path: Path) -> No
             step += 1
     """
     step = 1
-    for _ in range(3):
+    for moment in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(step)],
             stdout=subprocess.PIPE,
@@ -208,6 +211,7 @@ def test_a_process_killed_while_saving_leaves_a_checkpoint(tmp_path: Path) -> No
         )
         assert process.stdout is not None
         printed = [int(process.stdout.readline()) for _ in range(3)]
+        time.sleep(0.007 * moment)
         process.send_signal(signal.SIGKILL)
         printed += [int(line) for line in process.stdout.read().split()]
         process.wait()
