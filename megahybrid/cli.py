@@ -15,7 +15,13 @@ Run = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line and code 2."""
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of overrides at the first option; they may stand behind it as well.
+    strays = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strays or (rest and "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        parsed.overrides += rest
     try:
         return parsed.run(parsed)
     except MegahybridError as error:
@@ -81,8 +87,8 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     from data_prep.commands import add_arguments
 
-    data = commands.add_parser("data", help="gather text, train tokenizers, make token files")
-    add_arguments(data.add_subparsers(dest="data_command", required=True, metavar="COMMAND"))
+    add_arguments(commands)
+    commands.choices["data"].set_defaults(run=_data)
 
 
 def _command(
@@ -118,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from megahybrid.config import load
-    from megahybrid.config.describe import summary
+    from megahybrid.config.summary import summary
 
     run = load(arguments.run_file, arguments.overrides)
     run.check(arguments.world_size)
@@ -152,6 +158,12 @@ def _report(arguments: argparse.Namespace) -> int:
     for path in write_report(arguments.run_directory):
         print(path)
     return EXIT_DONE
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from data_prep.commands import run
+
+    return run(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
