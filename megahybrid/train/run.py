@@ -274,7 +274,7 @@ def check_inputs(run: RunConfig, directory: Path) -> None:
         for source in sources.values():
             dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
             if tokenizer is not None:
-                dataset.check_tokenizer(tokenizer.sha256)
+                dataset.check_tokenizer(tokenizer.info.sha256)
     check_model(directory, model_fingerprint(run.model))
 
 
