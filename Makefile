@@ -5,6 +5,7 @@ VENV ?= .venv
 # has (a GPU machine's own build); any other value goes to pip as it is, with its options.
 TORCH ?= torch==2.13.0
 WHEELHOUSE ?= wheelhouse
+EXTRAS ?= dev,oracle,tensorboard
 ARGS ?=
 
 SHELL := /bin/bash
@@ -17,6 +18,10 @@ DEVELOPMENT := $(VENV)/.installed-dev
 BIN := $(VENV)/bin
 # DeepSpeed as a pure wheel: its operators are never built here, and building them needs a compiler.
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q
+MEGAHYBRID := $(BIN)/megahybrid
+DEMO := build/demo
+# The demo's two tensor ranks need a device each; with a single GPU one rank does it all.
+LOCAL_RANKS := import torch; print('--processes 1 parallel.tensor=1' if torch.cuda.device_count() == 1 else '--processes 2')
 # Written after torch is in: nothing installed later may pull another one.
 PIN := $(VENV)/torch-pin.txt
 
@@ -54,11 +59,37 @@ $(RUNTIME): $(PIN)
 
 $(DEVELOPMENT): $(RUNTIME)
 	@echo "Installing what tests and checks need"
-	@$(PIP) -c $(PIN) -e ".[dev,oracle,tensorboard]"
+	@$(PIP) -c $(PIN) -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, about 6 minutes on 2 cores
-	@PATH="$(abspath $(BIN)):$$PATH" bash configs/runs/demo.sh
+demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, about 6 minutes on 2 cores
+	$(MEGAHYBRID) describe configs/runs/demo.yaml
+	$(MEGAHYBRID) train configs/runs/demo.yaml $$($(BIN)/python -c "$(LOCAL_RANKS)")
+	$(MEGAHYBRID) evaluate runs/demo
+	$(MEGAHYBRID) sample runs/demo --prompt "def " | tee runs/demo/samples.txt
+	$(MEGAHYBRID) report runs/demo
+	@echo
+	@echo "The run:    runs/demo/            its resolved config, ledger, checkpoints and logs"
+	@echo "The report: runs/demo/report/     report.html, and each plot as a picture"
+	@echo "The data:   $(DEMO)/data/     look at it: $(MEGAHYBRID) data inspect $(DEMO)/data/train"
+	@echo "Try next:"
+	@echo "  $(MEGAHYBRID) sample runs/demo --prompt 'import ' --tokens 200"
+	@echo "  $(MEGAHYBRID) train configs/runs/demo.yaml --processes 1 parallel.tensor=1 directory=runs/one"
+	@echo "      the same run in a single process: compare the losses in runs/*/ledger.jsonl"
+	@echo "  $(MEGAHYBRID) describe configs/runs/command_a.yaml"
+	@echo "      what a large one would cost"
+
+$(DEMO)/text.jsonl: | $(RUNTIME)
+	@mkdir -p $(DEMO)
+	$(MEGAHYBRID) data gather-stdlib $@
+
+$(DEMO)/tokenizer.model: | $(DEMO)/text.jsonl
+	$(MEGAHYBRID) data tokenizer $(DEMO)/text.jsonl --output $@ --vocab-size 4096
+
+# What is there already stays: a second `make demo` goes on with the run it finds.
+$(DEMO)/data: | $(DEMO)/tokenizer.model
+	$(MEGAHYBRID) data tokenize $(DEMO)/text.jsonl --tokenizer $(DEMO)/tokenizer.model \
+		--output $@ --held-out 0.02 --longest 2
 
 test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest)
 	@$(BIN)/python -m pytest $(ARGS)
@@ -79,11 +110,14 @@ bench: $(DEVELOPMENT) ## our model step against Hugging Face's Cohere2, on CPU
 bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU
 	@$(BIN)/python benchmarks/train_step.py --device cuda $(ARGS)
 
-wheelhouse: ## wheels for an offline GPU machine (PYTHON=3.12 is that machine's version)
-	@bash benchmarks/wheelhouse.sh "$(PYTHON)" "$(WHEELHOUSE)"
+# PYTHON is the other machine's version here, so this one needs its environment already.
+wheelhouse: ## wheels for an offline GPU machine (PYTHON=3.12: that machine's); make install-dev first
+	@test -f $(DEVELOPMENT) || { echo "$(VENV) is not installed yet. First: make install-dev" >&2; exit 2; }
+	@DS_BUILD_OPS=0 $(BIN)/python .ci/wheelhouse "$(PYTHON)" "$(WHEELHOUSE)" "$(EXTRAS)"
 
-docs: $(DEVELOPMENT) ## write the config reference from the schema
-	@$(BIN)/python docs/write_reference.py
+docs: $(RUNTIME) ## write the reference of the run file from its classes
+	@$(BIN)/python -m megahybrid.config.reference > docs/config.md.new
+	@mv docs/config.md.new docs/config.md
 
 clean: ## remove caches and build products, keep runs and .venv
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
