@@ -1,6 +1,7 @@
 """Errors that a user can cause or meet, and the exit code each one ends the process with.
 
-Every message is one line: `<dotted name>=<value> <what is wrong> (<the other number>). <What to do>.`
+Every message is one line:
+`<dotted name>=<value> <what is wrong> (<the other number>). <What to do>.`
 """
 
 EXIT_DONE = 0

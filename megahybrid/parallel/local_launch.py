@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
@@ -73,7 +74,7 @@ def launch_local(command: Sequence[str], processes: int, log_directory: Path) ->
     environments = {
         rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
     }
-    context = start_processes(
+    context: Any = start_processes(
         name="megahybrid",
         entrypoint=sys.executable,
         args={rank: tuple(command) for rank in range(processes)},

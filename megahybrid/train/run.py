@@ -196,7 +196,7 @@ class Attempt:
             keep_last=self.run.checkpoint.keep_last,
             ranks=Ranks(world.rank, world.size, lambda value: gather_objects(value, world)),
         )
-        detail = {"ok": result.ok, "bytes": result.bytes, "seconds": result.seconds}
+        detail: dict[str, Any] = {"ok": result.ok, "bytes": result.bytes, "seconds": result.seconds}
         if result.path is not None:
             detail["path"] = str(result.path)
         self.listeners.on_event("save", detail | _told(error=result.error, warning=result.warning))
@@ -291,11 +291,12 @@ def run_attempt(
     with contextlib.ExitStack() as stack:
         owner = stack.enter_context(Owner(directory)) if mesh.rank == 0 else None
         warnings: list[str] = []
+        found: Any = None
         if mesh.rank == 0:
             check_model(directory, model_fingerprint(run.model))
-            found: Beginning | Exception = _attempted(run, directory, warnings)
+            found = _attempted(run, directory, warnings)
         # One rank looks, so that all begin from the same checkpoint.
-        found = broadcast_object(found if mesh.rank == 0 else None, mesh.world)
+        found = broadcast_object(found, mesh.world)
         if isinstance(found, Exception):
             raise found
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])

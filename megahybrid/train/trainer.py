@@ -17,7 +17,7 @@ from megahybrid.train.profile import Profiler
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopRequest
 
-SaveOrEvaluate = Callable[[TrainState], None]
+SaveOrEvaluate = Callable[[TrainState], object]
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ class Engine:
 
     def _plain_norm(self) -> float:
         """The norm at stage 0, where DeepSpeed reports none; there is no tensor axis there."""
-        squares = [parameter.grad.double().square().sum() for parameter in self.model.parameters()]
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        squares = [grad.double().square().sum() for grad in gradients if grad is not None]
         return torch.stack(squares).sum().sqrt().item()
 
     @property

@@ -86,7 +86,8 @@ class PartitionedState:
             return list(self.zero.fp32_groups_flat_partition)
         return list(self.zero.single_partition_of_fp32_groups)
 
-    def _piece(self, name: str, parameter: nn.Parameter, spec: ShardSpec) -> Piece | None:
+    # Any: DeepSpeed hangs attributes of its own on parameters.
+    def _piece(self, name: str, parameter: Any, spec: ShardSpec) -> Piece | None:
         if self.zero_stage == 0:
             return Piece(name, spec, 0, parameter.numel(), parameter, 0)
         if self.zero_stage == 3:

@@ -1,5 +1,7 @@
 """TensorBoard files in the run's directory; needs the `tensorboard` extra."""
 
+from typing import Any
+
 from megahybrid.train.ledger import EventLine, StepLine
 from megahybrid.train.listeners.base import ListenerFailed, RunInfo
 from megahybrid.train.listeners.scalars import evaluation_scalars, step_scalars
@@ -9,6 +11,9 @@ class TensorBoardListener:
     """Writes the scalars of each step and evaluation, over tokens, to `tensorboard/`."""
 
     essential = False
+
+    def __init__(self) -> None:
+        self._writer: Any = None
 
     def on_start(self, run: RunInfo) -> None:
         """Opens the writer; what an earlier attempt wrote beyond this point is hidden."""
@@ -33,7 +38,8 @@ class TensorBoardListener:
 
     def on_end(self, outcome: str) -> None:
         """Flushes and closes."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        if self._writer is not None:
+            self._writer.close()  # type: ignore[no-untyped-call]
 
     def _write(self, scalars: dict[str, float], tokens: int) -> None:
         for name, value in scalars.items():

@@ -44,6 +44,7 @@ class WandbListener:
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(queue_rows)
         self._failure: str | None = None
         self._outcome = "failed"
+        self._thread: threading.Thread | None = None
 
     def on_start(self, run: RunInfo) -> None:
         """Imports wandb, begins the thread, and gives it `start_seconds` to reach wandb: what it
@@ -72,6 +73,8 @@ class WandbListener:
 
     def on_end(self, outcome: str) -> None:
         """Waits until everything is handed over, `finish_seconds` at most."""
+        if self._thread is None:
+            return
         self._outcome = outcome
         self._put(None)
         self._thread.join(self._finish_seconds)
