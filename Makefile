@@ -79,16 +79,16 @@ demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, abo
 	@echo "  $(MEGAHYBRID) describe configs/runs/command_a.yaml"
 	@echo "      what a large one would cost"
 
-$(DEMO)/text.jsonl: | $(RUNTIME)
+$(DEMO)/stdlib.jsonl: | $(RUNTIME)
 	@mkdir -p $(DEMO)
 	$(MEGAHYBRID) data gather-stdlib $@
 
-$(DEMO)/tokenizer.model: | $(DEMO)/text.jsonl
-	$(MEGAHYBRID) data tokenizer $(DEMO)/text.jsonl --output $@ --vocab-size 4096
+$(DEMO)/tokenizer.model: | $(DEMO)/stdlib.jsonl
+	$(MEGAHYBRID) data tokenizer $(DEMO)/stdlib.jsonl --output $@ --vocab-size 4096
 
 # What is there already stays: a second `make demo` goes on with the run it finds.
 $(DEMO)/data: | $(DEMO)/tokenizer.model
-	$(MEGAHYBRID) data tokenize $(DEMO)/text.jsonl --tokenizer $(DEMO)/tokenizer.model \
+	$(MEGAHYBRID) data tokenize $(DEMO)/stdlib.jsonl --tokenizer $(DEMO)/tokenizer.model \
 		--output $@ --held-out 0.02 --longest 2
 
 test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest)
