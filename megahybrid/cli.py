@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, MegahybridError
+from megahybrid.errors import EXIT_DONE, MegahybridError
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -72,12 +72,14 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     evaluate = _command(commands, "evaluate", _evaluate, "held-out loss and loss by position")
     _checkpoint(evaluate)
     evaluate.add_argument("--data", type=Path, metavar="DIR", help="another dataset to score")
-    evaluate.add_argument("--length", type=int, metavar="N", help="tokens of a row")
+    evaluate.add_argument(
+        "--length", type=int, metavar="N", help="tokens of a row; loss by position reaches as far"
+    )
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="tokens scored at most")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     sample = _command(commands, "sample", _sample, "continue a prompt")
     _checkpoint(sample)
-    sample.add_argument("--prompt", default="", help="text to continue")
+    sample.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     sample.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     sample.add_argument("--seed", type=int, default=1)
@@ -167,7 +169,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from megahybrid.evaluate.command import evaluate
+    from megahybrid.train.evaluate_command import evaluate
 
     return evaluate(
         arguments.checkpoint,
@@ -180,13 +182,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megahybrid.evaluate.command import sample
+    from megahybrid.train.sample_command import sample
 
-    if arguments.tokens < 1 or arguments.temperature < 0:
-        print(
-            "megahybrid: --tokens must be 1 or more and --temperature 0 or more.", file=sys.stderr
-        )
-        return EXIT_USER_MISTAKE
     return sample(
         arguments.checkpoint,
         prompt=arguments.prompt,

@@ -1,31 +1,43 @@
-"""Rows for evaluation: each held-out token once, in the file's order."""
+"""Rows for evaluation: each held-out token at most once, in rows that all ranks cut alike."""
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from heapq import nlargest
+from itertools import groupby, islice
 from typing import Literal
+
+import numpy as np
 
 from megahybrid.data.batches import Batch, Documents, make_batch
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import RowPlan
 
 Rows = Literal["stream", "documents"]
+SHORTEST_ROW = 64  # below it a row costs what its kernel launches cost
 
 
 def evaluation_plans(
-    dataset: TokenDataset, length: int, rows: Rows = "stream", min_tokens: int = 1
+    dataset: TokenDataset,
+    length: int,
+    rows: Rows = "stream",
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
 ) -> Iterator[RowPlan]:
     """Rows of at most `length` tokens; a short one is filled up where the batch is made.
 
-    stream: the whole file cut every `length` tokens, the last piece short. documents: the first
-    `length` tokens of each document of at least `min_tokens`, so that the index within the row is
-    the position within the document (for loss by position).
+    stream: the file cut every `length` tokens, the last piece short, up to max_tokens // length
+    rows (at least one). documents: the first `length` tokens of documents of at least `min_tokens`,
+    longest first, so that the index within the row is the position within the document (for loss
+    by position); within `max_tokens` as `_chosen_documents` says.
     """
     if rows == "stream":
-        for start in range(0, dataset.tokens, length):
+        most = None if max_tokens is None else max(1, max_tokens // length)
+        for start in islice(range(0, dataset.tokens, length), most):
             yield RowPlan("", ((start, min(length, dataset.tokens - start)),))
     else:
-        for start, size in dataset.document_spans(min_tokens):
-            yield RowPlan("", ((start, min(length, size)),))
+        chosen = _chosen_documents(dataset, length, min_tokens, max_tokens)
+        for start, size in sorted(chosen, key=lambda span: -span[1]):
+            yield RowPlan("", ((start, size),))
 
 
 def evaluation_batches(
@@ -39,15 +51,68 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     documents: Documents = "masked",
+    multiple: int = 1,
 ) -> Iterator[Batch]:
-    """Batches [micro_rows, length]; rank r of D has rows r, r + D, …
+    """Batches of at most micro_rows x length tokens; rank r of D has rows r, r + D, …
 
-    Every rank gets the same number of batches, filled up with rows whose targets do not count:
-    ranks must meet in their collectives. At most max_tokens // length rows (at least one).
+    Rows of documents are as long as a document asks (a power of two times `multiple`, at most
+    `length`): filling all of them to `length` would cost many times the tokens that are scored.
+    Every rank gets batches of the same shapes, filled up with rows whose targets do not count:
+    ranks must meet in their collectives.
     """
-    plans = evaluation_plans(dataset, length, rows, min_tokens)
-    if max_tokens is not None:
-        plans = islice(plans, max(1, max_tokens // length))
-    while step := list(islice(plans, micro_rows * world_size)):
-        step += [RowPlan("", ())] * (micro_rows * world_size - len(step))
-        yield make_batch({"": dataset}, step[rank::world_size], length, documents)
+    plans = evaluation_plans(dataset, length, rows, min_tokens, max_tokens)
+
+    def row_tokens(plan: RowPlan) -> int:
+        return length if rows == "stream" else _row_tokens(plan.spans[0][1], length, multiple)
+
+    for tokens, alike in groupby(plans, row_tokens):
+        micro = micro_rows * length // tokens
+        while step := list(islice(alike, micro * world_size)):
+            step += [RowPlan("", ())] * (-len(step) % world_size)
+            batch = make_batch({"": dataset}, step[rank::world_size], tokens, documents)
+            if rows == "documents":
+                # One document a row: what fills it up comes later and is seen by no counted token,
+                # and attention without boundaries is faster.
+                batch = replace(batch, starts=np.zeros_like(batch.starts))
+            yield batch
+
+
+def _row_tokens(size: int, length: int, multiple: int) -> int:
+    row = multiple * (1 << max(0, (-(-SHORTEST_ROW // multiple) - 1).bit_length()))
+    while row < size:
+        row *= 2
+    return min(row, length)
+
+
+def _chosen_documents(
+    dataset: TokenDataset, length: int, min_tokens: int, max_tokens: int | None
+) -> list[tuple[int, int]]:
+    """First token and size (at most `length`) of the documents that are scored.
+
+    Half of the budget goes to the longest ones, without which far positions would stay empty (one
+    document at least); the rest to the others in the file's order, because a few documents alone
+    would make near positions noisy.
+    """
+    spans = [
+        (start, min(size, length)) for start, size in dataset.document_spans(max(1, min_tokens))
+    ]
+    if max_tokens is None or not spans:
+        return spans
+    # No more than this many can fit, so a large set is not sorted whole.
+    most = max(1, max_tokens // 2 // max(1, min_tokens))
+    chosen = _within(nlargest(most, spans, key=lambda span: span[1]), max_tokens // 2)
+    chosen = chosen or nlargest(1, spans, key=lambda span: span[1])
+    taken = set(chosen)
+    rest = max_tokens - sum(size for _, size in chosen)
+    return chosen + _within((span for span in spans if span not in taken), rest)
+
+
+def _within(spans: Iterable[tuple[int, int]], budget: int) -> list[tuple[int, int]]:
+    """The first spans whose sizes sum to at most `budget`."""
+    kept = []
+    for span in spans:
+        budget -= span[1]
+        if budget < 0:
+            break
+        kept.append(span)
+    return kept

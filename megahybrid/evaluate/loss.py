@@ -3,6 +3,7 @@
 Takes a model and rows of tokens and knows nothing of training, so that training can call it.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,17 @@ class HeldOutLoss:
     tokens: int
     length: int
     by_position: tuple[PositionBucket, ...]
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss), a per-token figure: it depends on the tokenizer."""
+        # Beyond 700 nats exp leaves float64's range; such a loss is broken and has no perplexity.
+        return math.exp(self.loss) if self.loss is not None and self.loss < 700 else None
+
+    @property
+    def bits_per_token(self) -> float | None:
+        """The loss in bits."""
+        return None if self.loss is None else self.loss / math.log(2)
 
     def to_json(self) -> dict[str, Any]:
         """As the ledger keeps it."""

@@ -1,4 +1,4 @@
-"""Validation on a run's held-out sets, during training and at the end of its stages."""
+"""Validation on held-out sets: during training, at the end of its stages, and of a checkpoint."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,33 +13,42 @@ from megahybrid.parallel.mesh import ParallelMesh
 
 FAR = 4  # loss by position is measured up to this many times the longest trained length
 
+# Told the set, its score and what the rows were.
+Tell = Callable[[str, HeldOutLoss, Rows], None]
+
 
 class HeldOutSets:
-    """The sets that data.held_out names, open for scoring. Collective over the data axis."""
+    """Sets open for scoring: those that data.held_out names, or `sets`. Collective over the mesh.
 
-    def __init__(self, run: RunConfig, mesh: ParallelMesh) -> None:
+    `longest` is how far loss by position reaches (default: FAR times the run's longest length);
+    `max_tokens` of each set are used (default: evaluate.max_tokens).
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        mesh: ParallelMesh,
+        *,
+        sets: dict[str, TokenDataset] | None = None,
+        longest: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
         self.run = run
         self.mesh = mesh
-        self.sets = {
-            name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
-            for name, source in run.data.held_out.items()
-        }
-        self.longest = FAR * max(length for stage in run.stages for length in stage.lengths)
+        self.sets = open_held_out(run) if sets is None else sets
+        lengths = [length for stage in run.stages for length in stage.lengths]
+        self.longest = longest or FAR * max(lengths)
+        self.max_tokens = max_tokens or run.evaluate.max_tokens
+        # A document that ends before the shortest length says nothing about far positions.
+        self.min_tokens = min(self.longest, *lengths)
 
-    def score(
-        self,
-        token_loss: TokenLoss,
-        length: int,
-        tell: Callable[[str, HeldOutLoss, Rows], None],
-    ) -> None:
-        """The whole file of each set, cut every `length` tokens."""
+    def score(self, token_loss: TokenLoss, length: int, tell: Tell) -> None:
+        """The file of each set, cut every `length` tokens."""
         for name in self.sets:
             tell(name, self._score(token_loss, name, length, "stream"), "stream")
 
-    def score_far(
-        self, token_loss: TokenLoss, tell: Callable[[str, HeldOutLoss, Rows], None]
-    ) -> None:
-        """Loss by position within single documents, to FAR times the longest trained length."""
+    def score_far(self, token_loss: TokenLoss, tell: Tell) -> None:
+        """Loss by position within single documents, to `longest` tokens."""
         for name in self.sets:
             tell(name, self._score(token_loss, name, self.longest, "documents"), "documents")
 
@@ -60,25 +69,30 @@ class HeldOutSets:
             length,
             max(1, micro_batch // length),
             rows=rows,
-            # A document that ends before the shortest length says nothing about far positions.
-            min_tokens=1 if rows == "stream" else min(map(min, self._lengths())),
-            max_tokens=self.run.evaluate.max_tokens,
+            min_tokens=1 if rows == "stream" else self.min_tokens,
+            max_tokens=self.max_tokens,
             rank=self.mesh.data.rank,
             world_size=self.mesh.data.size,
             documents=self.run.data.documents,
+            multiple=self.mesh.tensor.size,
         ):
             moved = batch.tensors(self.mesh.device)
             yield moved.tokens, moved.targets, moved.starts
 
-    def _lengths(self) -> list[list[int]]:
-        return [list(stage.lengths) for stage in self.run.stages]
+
+def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:
+    """The run's held-out sets by name. Raises DataError for one that is missing or damaged."""
+    return {
+        name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
+        for name, source in run.data.held_out.items()
+    }
 
 
-def evaluation_loss(
-    model: torch.nn.Module,
-) -> TokenLoss:
-    """Each token's loss under `model`, without gradients. Rows that are one document go without
-    boundaries, because kernels are faster so."""
+def evaluation_loss(model: torch.nn.Module) -> TokenLoss:
+    """Each token's loss under `model`, without gradients.
+
+    Rows that are one document go without boundaries, because kernels are faster so.
+    """
 
     def token_loss(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         model.eval()

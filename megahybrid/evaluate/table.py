@@ -1,0 +1,63 @@
+"""Held-out losses as tables for a terminal."""
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+
+from megahybrid.evaluate.loss import HeldOutLoss, PositionBucket
+
+NOTHING = "–"
+
+
+def loss_table(scores: Mapping[str, HeldOutLoss]) -> Table:
+    """A row for each set: loss in nats, perplexity, bits and how many tokens were scored."""
+    table = _table("set")
+    for column in ("loss", "perplexity", "bits/token", "tokens"):
+        table.add_column(column, justify="right")
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            _number(score.loss, ".4f"),
+            _number(score.perplexity, ",.2f"),
+            _number(score.bits_per_token, ".4f"),
+            f"{score.tokens:,}",
+        )
+    return table
+
+
+def position_table(scores: Mapping[str, HeldOutLoss], trained_length: int) -> Table:
+    """A row for each range of positions within documents; one without a token shows no loss.
+
+    A line separates what lies beyond `trained_length` tokens of context.
+    """
+    table = _table("positions")
+    table.columns[0].justify = "right"
+    for name in scores:
+        table.add_column(name, justify="right")
+        table.add_column("tokens", justify="right")
+    for buckets in zip(*(score.by_position for score in scores.values()), strict=True):
+        cells = [
+            text
+            for bucket in buckets
+            for text in (_number(bucket.loss, ".4f"), f"{bucket.tokens:,}")
+        ]
+        first = buckets[0]
+        ends = first.start < trained_length <= first.stop
+        table.add_row(_range(first), *cells, end_section=ends)
+    return table
+
+
+def _table(first_column: str) -> Table:
+    table = Table(box=box.HORIZONTALS)
+    table.add_column(first_column)
+    return table
+
+
+def _range(bucket: PositionBucket) -> str:
+    last = bucket.stop - 1
+    return f"{last:,}" if bucket.start == last else f"{bucket.start:,} – {last:,}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)

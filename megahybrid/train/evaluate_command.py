@@ -1,0 +1,130 @@
+"""`megahybrid evaluate`: score a checkpoint on held-out sets, as training does at a stage's end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megahybrid.config import RunConfig
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.errors import EXIT_DONE, ConfigError, DataError
+from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.evaluate.table import loss_table, position_table
+from megahybrid.train.held_out import HeldOutSets, evaluation_loss, open_held_out
+from megahybrid.train.trained_model import TrainedModel, known_tokenizer, load_trained_model
+
+
+def evaluate(
+    path: Path,
+    *,
+    data: Path | None = None,
+    length: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    as_json: bool = False,
+) -> int:
+    """Print loss and loss by position of the run's held-out sets, or of the dataset `data`.
+
+    Rows have `length` tokens (default: the stage's longest) and positions reach as far (default:
+    four times the run's longest). Raises MegahybridError, one line, for whatever the user can
+    mend. Returns the exit code.
+    """
+    for name, value in (("--length", length), ("--max-tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} scores nothing. Use 1 or more.")
+    trained = load_trained_model(path, device)
+    sets = _sets(trained.run, data)
+    scored = HeldOutSets(
+        trained.run, trained.mesh, sets=sets, longest=length, max_tokens=max_tokens
+    )
+    stream: dict[str, HeldOutLoss] = {}
+    far: dict[str, HeldOutLoss] = {}
+    token_loss = evaluation_loss(trained.model)
+    with Console(stderr=True).status("scoring") as status:
+
+        def tell(name: str, score: HeldOutLoss, rows: str) -> None:
+            (stream if rows == "stream" else far)[name] = score
+            status.update(f"scored {name} ({rows}, {score.tokens:,} tokens)")
+
+        scored.score(token_loss, length or trained.length, tell)
+        scored.score_far(token_loss, tell)
+    if as_json:
+        print(json.dumps(_json(trained, stream, far), indent=2))
+    else:
+        _print(trained, stream, far)
+    return EXIT_DONE
+
+
+def _sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
+    if data is not None:
+        dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
+        _check_vocabulary(run, data, dataset)
+        return {data.resolve().name: dataset}
+    if not run.data.held_out:
+        raise ConfigError(
+            "data.held_out names no set in this run (0 sets). Name a dataset with --data."
+        )
+    return open_held_out(run)
+
+
+def _check_vocabulary(run: RunConfig, data: Path, dataset: TokenDataset) -> None:
+    """Raises DataError where --data was made with another tokenizer than the run's data."""
+    known = known_tokenizer(run)
+    if known is None or dataset.manifest is None:
+        return
+    trained_on, source = known
+    found = dataset.manifest.tokenizer.sha256
+    if found != trained_on.sha256:
+        raise DataError(
+            f"--data={data} was made with the tokenizer {found[:12]}, not the "
+            f"{trained_on.sha256[:12]} that the model was trained with ({source}). "
+            "Prepare the data with that tokenizer."
+        )
+
+
+def _print(
+    trained: TrainedModel, stream: dict[str, HeldOutLoss], far: dict[str, HeldOutLoss]
+) -> None:
+    console = Console(highlight=False)
+    place = f"{trained.mesh.device.type}, {trained.precision}"
+    console.print(str(trained.checkpoint), markup=False, soft_wrap=True)
+    console.print(
+        f"step {trained.step:,} · {trained.tokens:,} tokens · stage {trained.stage.name} · {place}",
+        markup=False,
+    )
+    rows = next(iter(stream.values())).length
+    console.print(f"\nHeld-out loss, rows of {rows:,} tokens")
+    console.print(loss_table(stream))
+    beyond = ""
+    if any(score.length > trained.length for score in far.values()):
+        beyond = f" (below the line: beyond the stage's {trained.length:,} tokens)"
+    console.print(f"\nLoss by position in the document{beyond}")
+    console.print(position_table(far, trained.length))
+
+
+def _json(
+    trained: TrainedModel, stream: dict[str, HeldOutLoss], far: dict[str, HeldOutLoss]
+) -> dict[str, Any]:
+    scores = [
+        {
+            "set": name,
+            "stage": trained.stage.name,
+            "step": trained.step,
+            "rows": rows,
+            **score.to_json(),
+            "perplexity": score.perplexity,
+            "bits_per_token": score.bits_per_token,
+        }
+        for rows, by_set in (("stream", stream), ("documents", far))
+        for name, score in by_set.items()
+    ]
+    return {
+        "checkpoint": str(trained.checkpoint),
+        "step": trained.step,
+        "tokens": trained.tokens,
+        "stage": trained.stage.name,
+        "device": trained.mesh.device.type,
+        "precision": trained.precision,
+        "scores": scores,
+    }

@@ -1,0 +1,102 @@
+"""`megahybrid sample`: continue a prompt with a checkpoint's model."""
+
+import math
+import sys
+from pathlib import Path
+
+from megahybrid.config import RunConfig
+from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.errors import EXIT_DONE, ConfigError, DataError
+from megahybrid.evaluate.sampling import sample_tokens
+from megahybrid.train.trained_model import known_tokenizer, load_trained_model
+
+
+def sample(
+    path: Path,
+    *,
+    prompt: str,
+    tokens: int = 100,
+    temperature: float = 0.8,
+    seed: int = 1,
+    tokenizer: Path | None = None,
+    device: str = "auto",
+) -> int:
+    """Print `prompt` and up to `tokens` tokens that follow it, until a document ends.
+
+    The tokenizer is the one that the run names, or `tokenizer`; it must be the one that made the
+    run's data, where that is on this machine. The model sees at most the longest rows of its stage;
+    where the text grows beyond, stderr says so. Raises MegahybridError, one line, for whatever the
+    user can mend. Returns the exit code.
+    """
+    if tokens < 1:
+        raise ConfigError(f"--tokens={tokens} adds nothing. Use 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(
+            f"--temperature={temperature:g} is no temperature. Use 0 (the likeliest) or more."
+        )
+    trained = load_trained_model(path, device)
+    words, eod_id = _tokenizer(trained.run, tokenizer)
+    ids = _encode(words, prompt)
+
+    def cropped() -> None:
+        print(
+            f"megahybrid: the text is longer than the {trained.length} tokens of stage "
+            f"{trained.stage.name}: from here on the model sees its last {trained.length} only.",
+            file=sys.stderr,
+        )
+
+    ids += sample_tokens(
+        trained.model,
+        ids,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        context_tokens=trained.length,
+        vocab_size=words.info.vocab_size,
+        eod_id=eod_id,
+        cropped=cropped,
+    )
+    print(words.decode(ids))
+    return EXIT_DONE
+
+
+def _tokenizer(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
+    """The tokenizer and the id that ends a document."""
+    name, file = "--tokenizer", path
+    if file is None:
+        if run.data.tokenizer is None:
+            raise ConfigError(
+                "data.tokenizer=null: this run names no tokenizer. Name its file with --tokenizer."
+            )
+        name, file = "data.tokenizer", Path(run.data.tokenizer)
+    words = load_tokenizer(file)
+    if words.info.vocab_size > run.model.vocab_size:
+        raise DataError(
+            f"{name}={file} has {words.info.vocab_size} tokens, more than the model knows "
+            f"(model.vocab_size={run.model.vocab_size}). Name the tokenizer that made the data."
+        )
+    known = known_tokenizer(run)
+    if known is None:
+        return words, words.info.eod_id
+    made_with, source = known
+    if words.info.sha256 != made_with.sha256:
+        raise DataError(
+            f"{name}={file} has sha256 {words.info.sha256[:12]}, but {source} was made with "
+            f"{made_with.sha256[:12]}. Name the tokenizer that made the data."
+        )
+    return words, made_with.eod_id
+
+
+def _encode(words: Tokenizer, prompt: str) -> list[int]:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt is not UTF-8 text. Give it in UTF-8.") from None
+    ids = words.encode([prompt])[0]
+    if not ids:
+        # The target after eod does not count in training, so there is no learnt first token.
+        raise ConfigError(
+            "--prompt is empty, and a model learns to continue documents, not to begin them. "
+            "Give it some text."
+        )
+    return ids

@@ -1,0 +1,94 @@
+"""A model out of a checkpoint, whole in one process, to be looked at rather than trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megahybrid.checkpoint.reader import Reader, verify
+from megahybrid.checkpoint.shards import fill
+from megahybrid.config import RunConfig
+from megahybrid.config.stages import Stage
+from megahybrid.config.training import KernelConfig
+from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
+from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.mesh import ParallelMesh, choose_device
+from megahybrid.train.restore import checkpoint_of, run_of
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The model as it stood at `step`, after `tokens` of its run, in `stage`."""
+
+    checkpoint: Path
+    run: RunConfig
+    stage: Stage
+    step: int
+    tokens: int
+    model: Transformer
+    mesh: ParallelMesh  # of this process alone
+
+    @property
+    def length(self) -> int:
+        """The longest rows of its stage, in tokens."""
+        return max(self.stage.lengths)
+
+    @property
+    def precision(self) -> str:
+        """Of weights and activations here: fp32 or bf16."""
+        return "bf16" if self.model.final_norm.weight.dtype == torch.bfloat16 else "fp32"
+
+
+def load_trained_model(path: Path, device: str = "auto") -> TrainedModel:
+    """The weights of a checkpoint, or of a run's newest one, of any layout.
+
+    fp32 on a CPU, the run's precision on CUDA. The layers are those of the stage it was written
+    in, with its windows and thetas. Raises CheckpointError where it is missing or damaged in any
+    byte, MeshError where `device` is not there.
+    """
+    place = choose_device(device, 0)
+    folder = checkpoint_of(path)
+    if folder == path:
+        verify(folder)  # the newest one of a run was verified when it was chosen
+    with Reader(folder) as reader:
+        run, manifest = run_of(reader), reader.manifest
+        # The step that wrote it belongs to the stage of its own last token.
+        point = run.stage_plan.at(max(0, manifest.tokens - 1))
+        half = place.type == "cuda" and run.precision == "bf16"
+        dtype = torch.bfloat16 if half else torch.float32
+        mesh = ParallelMesh.single(place)
+        model = _build(run, point.index, mesh, dtype, dict(manifest.train_state))
+        _fill(model, reader)
+    model.eval()
+    return TrainedModel(folder, run, point.stage, manifest.step, manifest.tokens, model, mesh)
+
+
+def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
+    """What the run's data says of its tokenizer, and which dataset says so; None where no data
+    with a manifest is on this machine."""
+    for source in (*run.data.sources.values(), *run.data.held_out.values()):
+        if (Path(source.path) / MANIFEST_NAME).exists():
+            return read_manifest(Path(source.path))[0].tokenizer, source.path
+    return None
+
+
+def _build(
+    run: RunConfig, stage: int, mesh: ParallelMesh, dtype: torch.dtype, train_state: dict
+) -> Transformer:
+    saved = train_state.get("kernels") or {}
+    # Kernels that a run names for its GPUs are no wish for another kind of device.
+    wanted = run.kernels if saved.get("device") == mesh.device.type else KernelConfig()
+    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved)
+    plan = run.plan_at(stage)
+    kernels = ["full" if scheme.window is None else "windowed" for scheme in plan.expand()]
+    model = Transformer(run.model, mesh, plan=plan, kernels=[chosen[kind] for kind in kernels])
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def _fill(model: Transformer, reader: Reader) -> None:
+    """One parameter at a time, so that the checkpoint is never in memory as a whole."""
+    for parameter, spec in model.sharded_parameters().values():
+        values = fill(reader, spec, "weight", 0, parameter.numel())
+        parameter.view(-1).copy_(torch.from_numpy(values))
