@@ -23,15 +23,17 @@ BEAT_SECONDS = 10.0
 STALE_AFTER_SECONDS = 300.0
 
 
-def check_model(run_directory: Path | str, fingerprint: str) -> None:
+def check_model(run_directory: Path | str, fingerprint: str, *, claim: bool = True) -> None:
     """Make the directory this model's, or raise CheckpointError where it is another's.
 
-    To be called by the directory's owner, before anything is built.
+    To be called by the directory's owner, before anything is built; without `claim` it only looks.
     """
     path = Path(run_directory) / MODEL_NAME
     try:
         found = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not claim:
+            return
         os.makedirs(path.parent, exist_ok=True)
         temporary = path.with_name(f".{MODEL_NAME}.tmp")
         durable.write(temporary, [memoryview(f"{fingerprint}\n".encode())])

@@ -4,6 +4,7 @@ torchrun turns a child's exit code 2 into 1 and waits 30 s for survivors that tr
 first failing child's own code comes back and survivors are gone within seconds.
 """
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -20,7 +21,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
 SURVIVOR_SECONDS = 5
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Each asks every rank to save and leave at the end of its step.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+LAUNCHER = "MEGAHYBRID_LOCAL_LAUNCH"  # holds the launcher's process id in the ranks it starts
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,23 @@ def failure_file(log_directory: Path, rank: int) -> Path:
 def record_failure(log_directory: Path, rank: int, message: str, *, consequence: bool) -> None:
     """Called by a rank that fails; `consequence` marks an error caused by another rank's end."""
     entry = {"time": time.time(), "message": message, "consequence": consequence}
-    failure_file(log_directory, rank).write_text(json.dumps(entry))
+    # A full disk may be what failed; then the exit code alone must do.
+    with contextlib.suppress(OSError):
+        failure_file(log_directory, rank).write_text(json.dumps(entry))
 
 
-def end_with_parent() -> None:
+def started_by_launcher() -> bool:
+    """Whether this process is a rank that `launch_local` started."""
+    return LAUNCHER in os.environ
+
+
+def end_with_launcher() -> None:
     """Ask the kernel to end this process when the launcher dies, however it dies (Linux)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(os.environ[LAUNCHER]):
+        os._exit(128 + signal.SIGKILL)  # it died before we could ask
 
 
 def launch_local(command: Sequence[str], processes: int, log_directory: Path) -> RankFailure | None:
@@ -68,27 +80,35 @@ def launch_local(command: Sequence[str], processes: int, log_directory: Path) ->
         "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MEGAHYBRID_LOCAL_LAUNCH": "1",
+        LAUNCHER: str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     environments = {
         rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
     }
+    # Held back until somebody can act on them, here and (they inherit it) in the ranks: a signal
+    # that comes while Python still imports must neither be lost nor end a rank unasked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     context: Any = start_processes(
         name="megahybrid",
         entrypoint=sys.executable,
         args={rank: tuple(command) for rank in range(processes)},
         envs=environments,
-        logs_specs=DefaultLogsSpecs(),
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a temporary folder stays behind
     )
 
     def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(OSError):  # a handler must not print, and the terminal may be gone
+            name = signal.Signals(number).name
+            os.write(2, f"megahybrid: {name}: stopping at the end of this step.\n".encode())
         for handler in context.subprocess_handlers.values():
             if handler.proc.poll() is None:
                 handler.proc.send_signal(number)
 
-    for number in FORWARDED:
-        signal.signal(number, forward)
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         codes = _wait_for_first_failure(context.subprocess_handlers)
         ended_first = {rank: code for rank, code in codes.items() if code}

@@ -1,7 +1,10 @@
 """`megahybrid train`: check in the parent, start the ranks, end with the first failure's code."""
 
+import contextlib
+import errno
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -9,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config import RunConfig, load
-from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
+from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, ConfigError, MegahybridError
+from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 
 EXIT_FAILURE = 1
-LAUNCHED = ("RANK", "SLURM_PROCID")  # set by torchrun, by srun and by our own launcher
 
 
 def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> int:
     """Train as one rank if a launcher started us, else start `processes` ranks here and wait."""
     run = load(run_file, overrides)
     directory = run.run_directory(run_file)
-    if any(name in os.environ for name in LAUNCHED):
-        return _rank(run, directory)
+    place = find_rendezvous(os.environ)
+    if place is not None:
+        if processes not in (None, place.world_size):
+            raise ConfigError(
+                f"--processes={processes} starts ranks on this machine, but {place.source} has "
+                f"started {place.world_size} already. Leave --processes out."
+            )
+        return _rank(run, directory, place)
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes={processes} starts no rank. Use 1 or more.")
     processes = processes or _default_processes(run)
@@ -28,8 +37,9 @@ def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> in
     from megahybrid.train.run import check_inputs
 
     check_inputs(run, directory)
+    _make_directory(directory)
     if processes == 1:
-        return _rank(run, directory)
+        return _rank(run, directory, None)
     from megahybrid.parallel.local_launch import launch_local
 
     command = ["-m", "megahybrid", "train", str(run_file), *overrides]
@@ -42,6 +52,19 @@ def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> in
     return failure.exit_code
 
 
+def _make_directory(directory: Path) -> None:
+    """The run's folder, before any rank needs it."""
+    try:
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"directory={directory} cannot be written to ({error.strerror}). "
+            "Name a folder that can be, or free space there."
+        ) from None
+
+
 def _default_processes(run: RunConfig) -> int:
     """One rank per GPU; on a machine without, as many as one tensor group needs."""
     if run.device != "cpu":
@@ -52,53 +75,89 @@ def _default_processes(run: RunConfig) -> int:
     return run.parallel.tensor
 
 
-def _rank(run: RunConfig, directory: Path) -> int:
-    """One rank from rendezvous to the end; every failure is written down for the launcher."""
-    from megahybrid.parallel.local_launch import end_with_parent, record_failure
-    from megahybrid.parallel.mesh import (
-        ParallelMesh,
-        initialise_distributed,
-        shutdown_distributed,
+def _rank(run: RunConfig, directory: Path, place: Rendezvous | None) -> int:
+    """One rank from rendezvous to the end; every failure is told in one line, last of all."""
+    from megahybrid.parallel.local_launch import (
+        end_with_launcher,
+        record_failure,
+        started_by_launcher,
     )
-    from megahybrid.train.run import run_attempt
-    from megahybrid.train.stop import StopRequest
+    from megahybrid.parallel.mesh import shutdown_distributed
 
-    local = "MEGAHYBRID_LOCAL_LAUNCH" in os.environ
-    if local:
-        end_with_parent()
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    launched = started_by_launcher()
+    if launched:
+        end_with_launcher()
+    rank = place.rank if place else 0
+    # Ranks other than 0 write to files; what ends one of them belongs on the terminal.
+    terminal = os.fdopen(os.dup(2), "w") if rank else sys.stderr
     logs = directory / "logs"
-    _limit_threads()
-    stop = StopRequest()
-    stop.install()
+    consequence = False
     try:
-        world = initialise_distributed(run.device)
-        run.check(world.world_size)
-        _open_log(logs, world.rank)
-        mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)
-        code = run_attempt(run, directory, mesh, lambda: _listeners(run, directory), stop)
+        code, message = _attempt(run, directory), _stopped(directory)
         shutdown_distributed(ok=True)
-        if code != EXIT_DONE and local:
-            record_failure(logs, rank, _stopped(directory), consequence=False)
-        elif code != EXIT_DONE and rank == 0:
-            print(_stopped(directory), file=sys.stderr)
-        return code
-    except MegahybridError as error:
-        message, code = str(error), error.exit_code
-        if not local:
-            print(f"megahybrid: {message}", file=sys.stderr)
+        if code == EXIT_DONE:
+            return code
     except Exception as error:
-        traceback.print_exc()
-        first_line = (str(error).splitlines() or [""])[0]
-        message = f"rank {rank}: {type(error).__name__}: {first_line}"
-        code = EXIT_FAILURE
-    record_failure(logs, rank, message, consequence=_lost_peer(message))
+        message, code = _explain(error, rank, directory)
+        consequence = _lost_peer(message)
+        if code == EXIT_FAILURE:
+            _keep_traceback(logs, rank, show=not consequence)
+        elif rank and not launched:
+            message = f"rank {rank}: {message}"
+    if launched:
+        record_failure(logs, rank, message, consequence=consequence)
+    else:
+        print(f"megahybrid: {message}", file=terminal, flush=True)
+    if place is None:
+        shutdown_distributed(ok=False)
+        return code
     sys.stdout.flush()
     sys.stderr.flush()
     # Peers may wait in a collective for ever; leaving without teardown closes our connections,
     # which is how they learn of it.
-    os._exit(code) if "WORLD_SIZE" in os.environ else None
-    return code
+    os._exit(code)
+
+
+def _attempt(run: RunConfig, directory: Path) -> int:
+    from megahybrid.parallel.mesh import ParallelMesh, initialise_distributed
+    from megahybrid.train.run import run_attempt
+    from megahybrid.train.stop import StopRequest
+
+    stop = StopRequest()
+    stop.install()
+    _limit_threads()
+    world = initialise_distributed(run.device)
+    run.check(world.world_size)
+    _open_log(directory / "logs", world.rank)
+    mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)
+    return run_attempt(run, directory, mesh, lambda: _listeners(run, directory), stop)
+
+
+def _explain(error: Exception, rank: int, directory: Path) -> tuple[str, int]:
+    """What ended a rank in one line, and the exit code for it."""
+    if isinstance(error, MegahybridError):
+        return str(error), error.exit_code
+    first_line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return (
+            f"{error.filename or directory} could not be written ({error.strerror}). "
+            "Make room there, then give the same command again: it resumes.",
+            EXIT_USER_MISTAKE,
+        )
+    name = type(error).__name__
+    where = directory / "logs" / f"rank-{rank:04d}.log"
+    return f"rank {rank}: {name}: {first_line} (traceback in {where})", EXIT_FAILURE
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+def _keep_traceback(logs: Path, rank: int, *, show: bool) -> None:
+    """The exception being handled, into the rank's log; with `show` on the terminal as well."""
+    if show and rank == 0:
+        traceback.print_exc()
+    with contextlib.suppress(OSError), open(logs / f"rank-{rank:04d}.log", "a") as log:
+        traceback.print_exc(file=log)
 
 
 def _stopped(directory: Path) -> str:

@@ -1,18 +1,24 @@
 """Where a run begins: its own newest checkpoint, another run's, or nothing."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megahybrid.checkpoint.directory import check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
+from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.latest import latest
+from megahybrid.checkpoint.manifest import Manifest, read_manifest
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import RunConfig, parse_json
+from megahybrid.config.explain import show
 from megahybrid.errors import CheckpointError
 from megahybrid.train.state import TrainState
 
 # What may change while a run goes on: how fast, how often, and what is written beside it.
 FREE = ("parallel", "checkpoint", "evaluate", "log", "kernels", "device", "directory", "start")
+FREE_IN_DATA = ("tokenizer", "held_out", "sources")
 FREE_IN_STAGES = ("micro_batch_tokens", "recompute")
 
 
@@ -27,6 +33,24 @@ class Beginning:
     parent: str | None = None  # the checkpoint of another run that this one branched off
 
 
+def check_beginning(run: RunConfig, directory: Path) -> None:
+    """Raise CheckpointError where what `directory` or `run.start` holds is plainly not this run's.
+
+    Reads manifests alone and writes nothing; `find_beginning` verifies every byte.
+    """
+    check_model(directory, model_fingerprint(run.model), claim=False)
+    for path in candidates(directory):
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(path)
+            break
+    else:
+        if run.start is not None:
+            parent = checkpoint_of(Path(run.start.checkpoint))
+            _check_parent(run, read_manifest(parent))
+        return
+    _check_same_run(run, directory, manifest)
+
+
 def find_beginning(run: RunConfig, directory: Path, warnings: list[str]) -> Beginning:
     """The newest checkpoint of `directory` whose bytes are whole, else run.start, else nothing.
 
@@ -35,23 +59,28 @@ def find_beginning(run: RunConfig, directory: Path, warnings: list[str]) -> Begi
     """
     own = latest(directory, report=warnings.append)
     if own is not None:
-        with Reader(own) as reader:
-            _check_same_run(run, reader)
-            saved = dict(reader.manifest.train_state)
+        manifest = read_manifest(own)
+        _check_same_run(run, directory, manifest)
+        saved = dict(manifest.train_state)
         return Beginning(TrainState.from_json(saved), own, "all", saved.get("kernels"))
     if run.start is None:
         return Beginning(TrainState())
-    parent = _checkpoint_folder(Path(run.start.checkpoint))
-    with Reader(parent) as reader:
-        found, expected = reader.manifest.model_fingerprint, model_fingerprint(run.model)
-        if found != expected:
-            raise CheckpointError(
-                f"start.checkpoint={run.start.checkpoint} holds another model ({found}; this run's "
-                f"is {expected}). Use a checkpoint of the same model."
-            )
-        saved = dict(reader.manifest.train_state)
+    parent = checkpoint_of(Path(run.start.checkpoint))
+    manifest = read_manifest(parent)
+    _check_parent(run, manifest)
+    saved = dict(manifest.train_state)
     state = TrainState.from_json(saved) if run.start.take == "all" else TrainState()
     return Beginning(state, parent, run.start.take, saved.get("kernels"), str(parent))
+
+
+def _check_parent(run: RunConfig, manifest: Manifest) -> None:
+    assert run.start is not None
+    found, expected = manifest.model_fingerprint, model_fingerprint(run.model)
+    if found != expected:
+        raise CheckpointError(
+            f"start.checkpoint={run.start.checkpoint} holds another model ({found}; this run's "
+            f"is {expected}). Use a checkpoint of the same model."
+        )
 
 
 def _checkpoint_folder(path: Path) -> Path:
@@ -75,40 +104,43 @@ def checkpoint_of(path: Path) -> Path:
 
 def run_of(reader: Reader) -> RunConfig:
     """The resolved run file that a checkpoint was written under."""
+    return _config_of(reader.manifest, reader.path)
+
+
+def _config_of(manifest: Manifest, path: Path) -> RunConfig:
     try:
-        return parse_json(RunConfig, json.dumps(reader.manifest.config))
+        return parse_json(RunConfig, json.dumps(manifest.config))
     except ValueError as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{reader.path}: its config cannot be read by this version ({first})."
+            f"{path}: its config cannot be read by this version ({first})."
         ) from error
 
 
-def _check_same_run(run: RunConfig, reader: Reader) -> None:
+def _check_same_run(run: RunConfig, directory: Path, manifest: Manifest) -> None:
     from megahybrid.config.compare import compare
 
-    saved = run_of(reader)
-    if model_fingerprint(saved.model) != model_fingerprint(run.model):
+    saved = _config_of(manifest, directory)
+    if manifest.model_fingerprint != model_fingerprint(run.model):
         raise CheckpointError(
-            f"directory={reader.path.parent.parent} holds a run of another model "
-            f"({model_fingerprint(saved.model)}; this one is {model_fingerprint(run.model)}). "
+            f"directory={directory} holds a run of another model ({manifest.model_fingerprint}; "
+            f"this one is {model_fingerprint(run.model)}). "
             "Use another directory, or the model it had."
         )
-    tokens = reader.manifest.tokens
-    begun = sum(end < tokens for end in saved.stage_plan.stage_ends) + 1
+    begun = sum(end < manifest.tokens for end in saved.stage_plan.stage_ends) + 1
     for path, old, new in compare(saved, run):
         if path.startswith("(") or _may_change(path, begun):
             continue
         raise CheckpointError(
-            f"{path}={new} is not what this run was started with ({old}; step "
-            f"{reader.manifest.step} in {reader.path.parent.parent}). Restore it, or start a "
-            "new run in another directory."
+            f"{path}={show(new)} is not what the run in {directory} was started with "
+            f"({show(old)}; it is at step {manifest.step}). Set it back, or use another directory."
         )
 
 
 def _may_change(path: str, stages_begun: int) -> bool:
     parts = path.split(".")
-    if parts[0] in FREE or path == "data.tokenizer" or parts[:2] == ["data", "held_out"]:
+    # Sources may move or be added: the order checks by fingerprint what it has begun to read.
+    if parts[0] in FREE or (parts[0] == "data" and parts[1] in FREE_IN_DATA):
         return True
     if parts[0] == "stages" and len(parts) > 1:
         return int(parts[1]) >= stages_begun or (len(parts) > 2 and parts[2] in FREE_IN_STAGES)

@@ -20,20 +20,20 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.loader import BatchLoader
 from megahybrid.data.mixture import Mixture
 from megahybrid.data.tokenizer import load_tokenizer
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, CheckpointError
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, CheckpointError, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.selftest import run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import broadcast_object, gather_objects
-from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.mesh import ParallelMesh, choose_device
 from megahybrid.train.engine import Engine
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, StepFlops, peak_flops_per_second
 from megahybrid.train.profile import Profiler
-from megahybrid.train.restore import Beginning, find_beginning
+from megahybrid.train.restore import Beginning, check_beginning, find_beginning
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopRequest
 from megahybrid.train.trainer import Habits, Trainer, step_shapes
@@ -127,6 +127,7 @@ class Attempt:
             plan=plan,
             kernels=[self._kernel(scheme) for scheme in schemes],
             recompute=[run.stages[index].recompute_of_layer(n) for n in range(len(schemes))],
+            norm=run.kernels.norm,
         )
         initialise(model, run.seed, run.optimizer)
         engine = Engine(model, run, self.mesh)
@@ -268,14 +269,16 @@ def _json(plain: Any) -> Any:
 
 
 def check_inputs(run: RunConfig, directory: Path) -> None:
-    """What can be refused before any rank starts: data, tokenizer, the run's directory."""
+    """What can be refused before any rank starts, and before anything is written: the device, the
+    data, the tokenizer, and the run that `directory` or `start` already holds."""
+    choose_device(run.device, local_rank=0)
     tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
     for sources in (run.data.sources, run.data.held_out):
         for source in sources.values():
             dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
             if tokenizer is not None:
                 dataset.check_tokenizer(tokenizer.info.sha256)
-    check_model(directory, model_fingerprint(run.model))
+    check_beginning(run, directory)
 
 
 def run_attempt(
@@ -293,7 +296,6 @@ def run_attempt(
         warnings: list[str] = []
         found: Any = None
         if mesh.rank == 0:
-            check_model(directory, model_fingerprint(run.model))
             found = _attempted(run, directory, warnings)
         # One rank looks, so that all begin from the same checkpoint.
         found = broadcast_object(found, mesh.world)
@@ -312,8 +314,10 @@ def run_attempt(
             raise
 
 
-def _attempted(run: RunConfig, directory: Path, warnings: list[str]) -> Beginning | Exception:
+def _attempted(run: RunConfig, directory: Path, warnings: list[str]) -> Beginning | MegahybridError:
     try:
+        check_inputs(run, directory)
+        check_model(directory, model_fingerprint(run.model))
         return find_beginning(run, directory, warnings)
-    except CheckpointError as error:
+    except MegahybridError as error:
         return error

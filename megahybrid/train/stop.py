@@ -9,9 +9,8 @@ import threading
 import torch
 
 from megahybrid.parallel.collectives import all_reduce
+from megahybrid.parallel.local_launch import STOP_SIGNALS
 from megahybrid.parallel.mesh import ParallelMesh
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -21,9 +20,13 @@ class StopRequest:
         self._flag = threading.Event()
 
     def install(self) -> None:
-        """Handle TERM, USR1 and INT; further ones change nothing. Main thread only."""
+        """Handle TERM, USR1, INT and HUP; further ones change nothing. Main thread only."""
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: self._flag.set())
+            # Under nohup a closed terminal is no reason to stop.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: self._flag.set())
+        # Our launcher starts ranks with these held back: what came meanwhile arrives now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def request(self) -> None:
         """Ask for a stop without a signal."""
