@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megahybrid.errors import EXIT_DONE, MegahybridError
+from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -21,11 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if strays or (rest and "overrides" not in parsed):
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
-        parsed.overrides += rest
+        parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.run(parsed)
     except MegahybridError as error:
-        print(f"megahybrid: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"megahybrid: {line}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has left (`| head`): nothing is wrong and nothing is owed.
@@ -106,6 +107,7 @@ def _run_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="fields to change, by dotted name: parallel.tensor=4",
     )
@@ -129,6 +131,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from megahybrid.config.summary import summary
 
     run = load(arguments.run_file, arguments.overrides)
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise ConfigError(
+            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
+        )
     run.check(arguments.world_size)
     print(summary(run, arguments.world_size))
     return EXIT_DONE
@@ -139,6 +145,10 @@ def _describe(arguments: argparse.Namespace) -> int:
     from megahybrid.config.describe import describe, render
 
     run = load(arguments.run_file, arguments.overrides)
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise ConfigError(
+            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
+        )
     run.check(arguments.world_size)
     description = describe(run, arguments.world_size)
     print(json.dumps(description, indent=2) if arguments.json else render(description))

@@ -52,7 +52,8 @@ _CUDA = ("varlen", "flex")
 def _lengths(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
     tensor = run.parallel.tensor
     for length in stage.lengths:
-        if length % tensor:
+        # A degree that the heads refuse needs no second reason.
+        if length % tensor and run.model.num_heads % tensor == 0:
             yield (
                 f"{where}.lengths names {length}, which parallel.tensor={tensor} does not divide "
                 "(each tensor rank holds a part of the sequence). "

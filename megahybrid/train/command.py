@@ -48,7 +48,8 @@ def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> in
     if failure is None:
         print(f"Run {directory} is complete ({time.perf_counter() - started:.0f} s).")
         return EXIT_DONE
-    print(f"megahybrid: {failure.message}", file=sys.stderr)
+    for line in failure.message.splitlines():
+        print(f"megahybrid: {line}", file=sys.stderr)
     return failure.exit_code
 
 
@@ -107,7 +108,8 @@ def _rank(run: RunConfig, directory: Path, place: Rendezvous | None) -> int:
     if launched:
         record_failure(logs, rank, message, consequence=consequence)
     else:
-        print(f"megahybrid: {message}", file=terminal, flush=True)
+        for line in message.splitlines():
+            print(f"megahybrid: {line}", file=terminal, flush=True)
     if place is None:
         shutdown_distributed(ok=False)
         return code
