@@ -101,11 +101,14 @@ class StartConfig(Frozen):
 
 
 class KernelConfig(Frozen):
-    """Attention kernels; auto takes the fastest that can do what the layer needs."""
+    """Kernels; for attention auto takes the fastest that can do what the layer needs."""
 
     full: Literal["auto", "reference", "sdpa", "varlen", "flex"] = Field(
         default="auto", description="kernel of the layers without a window"
     )
     windowed: Literal["auto", "reference", "blocked", "varlen", "flex"] = Field(
         default="auto", description="kernel of the layers with a window"
+    )
+    norm: Literal["torch", "apex"] = Field(
+        default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"
     )

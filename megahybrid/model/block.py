@@ -48,13 +48,14 @@ class PreNormBlock(_Block):
         mesh: ParallelMesh,
         kernel: str,
         selective: bool,
+        norm: str = "torch",
     ) -> None:
         super().__init__(selective)
         name = f"blocks.{index}"
-        self.attention_norm = make_norm(config, f"{name}.attention_norm", mesh)
+        self.attention_norm = make_norm(config, f"{name}.attention_norm", mesh, norm)
         self.query_key_value = query_key_value(f"{name}.attention", config, mesh)
         self.attention = Attention(f"{name}.attention", config, scheme, mesh, kernel)
-        self.mlp_norm = make_norm(config, f"{name}.mlp_norm", mesh)
+        self.mlp_norm = make_norm(config, f"{name}.mlp_norm", mesh, norm)
         self.gate_up = ColumnParallelLinear(
             config.hidden_size, mlp_outputs(f"{name}.mlp", config), mesh
         )
@@ -79,14 +80,15 @@ class PostNormBlock(_Block):
         mesh: ParallelMesh,
         kernel: str,
         selective: bool,
+        norm: str = "torch",
     ) -> None:
         super().__init__(selective)
         name = f"blocks.{index}"
         self.query_key_value = query_key_value(f"{name}.attention", config, mesh)
         self.attention = Attention(f"{name}.attention", config, scheme, mesh, kernel)
-        self.attention_norm = make_norm(config, f"{name}.attention_norm", mesh)
+        self.attention_norm = make_norm(config, f"{name}.attention_norm", mesh, norm)
         self.mlp = MLP(f"{name}.mlp", config, mesh, selective)
-        self.mlp_norm = make_norm(config, f"{name}.mlp_norm", mesh)
+        self.mlp_norm = make_norm(config, f"{name}.mlp_norm", mesh, norm)
 
     def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
         """One layer on this rank's part of the sequence."""
@@ -106,11 +108,12 @@ class ParallelBlock(_Block):
         mesh: ParallelMesh,
         kernel: str,
         selective: bool,
+        norm: str = "torch",
     ) -> None:
         super().__init__(selective)
         name = f"blocks.{index}"
         self.tensor = mesh.tensor
-        self.norm = make_norm(config, f"{name}.norm", mesh)
+        self.norm = make_norm(config, f"{name}.norm", mesh, norm)
         self.input = ColumnParallelLinear(
             config.hidden_size,
             attention_outputs(f"{name}.attention", config, mesh)

@@ -75,12 +75,12 @@ def rms_function(implementation: str) -> RmsFunction:
     if implementation == "torch":
         return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
     if implementation != "apex":
-        raise ConfigError(f"norm implementation={implementation} is not known. Use torch or apex.")
+        raise ConfigError(f"kernels.norm={implementation} is not known. Use torch or apex.")
     try:
         import apex
     except ImportError:
         raise ConfigError(
-            "norm implementation=apex is not installed. Build NVIDIA apex from its repository "
+            "kernels.norm=apex is not installed. Build NVIDIA apex from its repository "
             "(it has no wheel), or use torch."
         ) from None
     try:
@@ -89,7 +89,7 @@ def rms_function(implementation: str) -> RmsFunction:
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
     except ImportError:
         raise ConfigError(
-            f"norm implementation=apex found {apex.__file__}, which is not NVIDIA apex but PyPI's "
+            f"kernels.norm=apex found {apex.__file__}, which is not NVIDIA apex but PyPI's "
             "package of that name. Uninstall it and build NVIDIA apex, or use torch."
         ) from None
     return lambda x, weight, eps: fused_rms_norm_affine(x, weight, weight.shape, eps)

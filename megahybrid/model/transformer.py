@@ -23,7 +23,7 @@ class Transformer(nn.Module):
 
     Each rank of the tensor axis holds its share of every matrix and of the sequence between
     blocks. `plan` is config.layer_plan or a stage's changed copy of it; `kernels` and `recompute`
-    have one entry per layer.
+    have one entry per layer; `norm` names the implementation of RMSNorm.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Transformer(nn.Module):
         plan: LayerPlan | None = None,
         kernels: Sequence[str] | None = None,
         recompute: Sequence[str] | None = None,
+        norm: str = "torch",
     ) -> None:
         super().__init__()
         self.config = config
@@ -46,12 +47,12 @@ class Transformer(nn.Module):
         )
         block = BLOCKS[config.block]
         self.blocks = nn.ModuleList(
-            block(index, config, scheme, mesh, kernel, policy == "selective")
+            block(index, config, scheme, mesh, kernel, policy == "selective", norm)
             for index, (scheme, kernel, policy) in enumerate(
                 zip(schemes, kernels, self.recompute, strict=True)
             )
         )
-        self.final_norm = make_norm(config, "final_norm", mesh)
+        self.final_norm = make_norm(config, "final_norm", mesh, norm)
         self.head = (
             VocabParallelHead.tied(self.embedding, mesh)
             if config.tie_embeddings
@@ -67,7 +68,8 @@ class Transformer(nn.Module):
         """Sum of the losses in nats over targets that are not -100, and each token's own loss.
 
         `starts` holds the index within the row of the first token of each token's document; None
-        means that every row is one document. The per-token losses carry no gradient.
+        means that every row is one document. On the host, where batches are made, it spares an
+        accelerator the wait for its own boundaries. The per-token losses carry no gradient.
         """
         return self.head(self.hidden(tokens, starts), targets, self.config.logit_scale)
 
@@ -78,7 +80,7 @@ class Transformer(nn.Module):
         hidden = self.embedding(tokens)
         context = SequenceContext(
             length=tokens.shape[1],
-            documents=None if starts is None else Documents(starts),
+            documents=None if starts is None else Documents(starts).to(tokens.device),
             device=tokens.device,
             dtype=hidden.dtype,
         )

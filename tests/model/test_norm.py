@@ -162,7 +162,7 @@ def test_the_wrong_apex_gets_a_clear_message(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_missing_apex_gets_a_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apex", None)
-    with pytest.raises(ConfigError, match="norm implementation=apex is not installed"):
+    with pytest.raises(ConfigError, match="kernels.norm=apex is not installed"):
         rms_function("apex")
 
 
@@ -184,7 +184,7 @@ def test_nvidia_apex_is_found_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_unknown_implementation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="norm implementation=triton is not known"):
+    with pytest.raises(ConfigError, match="kernels.norm=triton is not known"):
         rms_function("triton")
 
 

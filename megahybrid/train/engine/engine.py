@@ -1,5 +1,7 @@
 """Steps through DeepSpeed: micro-batches in, one update out, all else behind this door."""
 
+import contextlib
+import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -65,13 +67,15 @@ class Engine:
         )
         check_marks(self.parameters, mesh)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=engine_settings(run, model.config.hidden_size),
-            mpu=Mpu(mesh),
-            dist_init_required=False,
-        )
+        # In bf16 DeepSpeed prints its memory to stdout, where our own output belongs.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=engine_settings(run, model.config.hidden_size),
+                mpu=Mpu(mesh),
+                dist_init_required=False,
+            )
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )
