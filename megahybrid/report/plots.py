@@ -131,7 +131,9 @@ def gradient_norm(record: RunRecord) -> Figure | None:
     )
     for index, kind in enumerate(kinds, start=1):
         values = [line.gradient_norm_by_kind.get(kind) for line in record.steps]
-        part = np.array([np.nan if value is None else value for value in values], dtype=float)
+        part = np.array([value or np.nan for value in values], dtype=float)
+        if np.isnan(part).all():  # a tied head has no gradient of its own
+            continue
         colour = PALETTE[index % len(PALETTE)]
         style = ("-", "--", ":")[index // len(PALETTE) % 3]
         axes.plot(tokens, running_mean(part), color=colour, linewidth=1.4, linestyle=style,

@@ -97,12 +97,12 @@ def _stage_labels(axes: Axes, stages: Sequence[StageRecord]) -> None:
     # A band narrower than its label would put one label over the next.
     grid = axes.get_subplotspec()
     columns = grid.get_gridspec().ncols if grid else 1
-    letters = 0.85 * WIDTH_INCHES / columns / _LETTER_INCHES
+    letters = 0.75 * WIDTH_INCHES / columns / _LETTER_INCHES
     span = stages[-1].end - stages[0].begin
     for stage in stages:
         room = letters * (stage.end - stage.begin) / span
         forms = (f"{stage.name} · length {stage.longest:,}", f"{stage.name} · {stage.longest:,}")
-        label = next((text for text in (*forms, stage.name) if len(text) <= room), "")
+        label = next((text for text in (*forms, stage.name) if len(text) + 1 <= room), "")
         axes.annotate(
             label,
             (0.5 * (stage.begin + stage.end), 1.0),

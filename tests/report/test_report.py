@@ -12,7 +12,7 @@ from PIL import Image
 
 from megahybrid.errors import MegahybridError
 from megahybrid.report import write_report
-from megahybrid.report.by_position import loss_by_position
+from megahybrid.report.by_position import joined_buckets, loss_by_position
 from megahybrid.report.plots import loss, running_mean, throughput
 from megahybrid.report.record import read_record
 from megahybrid.report.style import house_style, short_number
@@ -96,6 +96,27 @@ def test_an_empty_bucket_is_a_gap_in_its_curve_and_a_hatched_band(run: Path) -> 
     assert not np.isnan(full.get_lines()[0].get_ydata()).any()
 
 
+def bucket(start: int, stop: int, tokens: int, loss: float | None) -> dict:
+    return {"start": start, "stop": stop, "tokens": tokens, "loss": loss}
+
+
+def test_buckets_of_few_targets_join_their_neighbours_and_keep_the_mean() -> None:
+    buckets = [
+        bucket(0, 1, 2, 9.0),
+        bucket(1, 2, 2, 5.0),
+        bucket(2, 4, 100, 3.0),
+        bucket(4, 8, 120, 2.0),
+        bucket(8, 16, 30, 4.0),
+        bucket(16, 32, 0, None),
+        bucket(32, 64, 7, 1.0),
+    ]
+    joined = joined_buckets(buckets, least_tokens=100)
+    assert [(b["start"], b["stop"], b["tokens"]) for b in joined] == [
+        (0, 4, 104), (4, 16, 150), (16, 32, 0), (32, 64, 7),
+    ]  # fmt: skip
+    assert [b["loss"] for b in joined] == [pytest.approx(328 / 104), pytest.approx(2.4), None, 1.0]
+
+
 def test_loss_by_position_has_a_curve_for_each_stage(run: Path) -> None:
     record = read_record(run)
     assert [one.stage for one in record.at_stage_ends("sample")] == ["short", "medium", "long"]
@@ -108,7 +129,7 @@ def test_axes_carry_their_units(run: Path) -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens seen", "loss (nats per token)")
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["training", "held out: sample", "held out: longest", "update skipped"]
-    assert "medium · length 1,024" in [text.get_text() for text in axes.texts]
+    assert "medium · 1,024" in [text.get_text() for text in axes.texts]
 
 
 def test_mfu_has_a_panel_of_its_own_only_where_it_is_known(tmp_path: Path) -> None:
