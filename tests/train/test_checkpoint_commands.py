@@ -1,0 +1,269 @@
+"""`megahybrid evaluate` and `megahybrid sample` on a checkpoint of a real run on two ranks."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from data_prep.vocabulary import train_tokenizer
+from megahybrid import cli
+from megahybrid.checkpoint.manifest import read_manifest
+from megahybrid.data.manifest import TokenizerInfo
+from megahybrid.data.token_writer import TokenWriter
+from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.train.ledger import read_ledger
+from megahybrid.train.trained_model import load_trained_model
+
+VOCAB = 300
+RUN = """
+precision: fp32
+device: cpu
+model:
+  vocab_size: 310
+  hidden_size: 32
+  intermediate_size: 48
+  num_heads: 4
+  num_kv_heads: 2
+  layer_plan:
+    num_layers: 2
+    pattern: [local, global]
+    schemes:
+      local: {{position: {{kind: rope, theta: 10000}}, window: 8, qk_norm: {{kind: rms}}}}
+      global: {{position: {{kind: nope}}}}
+parallel: {{tensor: 2, zero_stage: 1}}
+data:
+  sources: {{text: {{path: {folder}/text}}}}
+  held_out: {{unseen: {{path: {folder}/unseen}}}}
+  block_tokens: 256
+  lanes: 4
+  tokenizer: {folder}/words.model
+stages:
+  - {{name: short, tokens: 2048, lengths: {{16: 1}}, batch_tokens: 512, micro_batch_tokens: 256,
+      weights: {{text: 1}}, learning_rate: {{kind: linear, start: 1.0e-2, end: 5.0e-3}}}}
+  - {{name: long, tokens: 2048, lengths: {{32: 1, 64: 1}}, batch_tokens: 512,
+      micro_batch_tokens: 256, weights: {{text: 1}}, schemes: {{local: {{window: 24}}}},
+      learning_rate: {{kind: linear, start: 5.0e-3, end: 1.0e-3}}}}
+checkpoint: {{every_steps: 100, keep_last: 3}}
+evaluate: {{every_steps: null, max_tokens: 3000}}
+"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    run: Path  # its directory
+    tokenizer: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run of eight steps through two stages, on text of a hundred words."""
+    folder = tmp_path_factory.mktemp("commands")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(100)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 200))) for _ in range(120)]
+    (folder / "lines.txt").write_text("\n".join(texts), encoding="utf-8")
+    train_tokenizer([folder / "lines.txt"], folder / "words.model", VOCAB)
+    tokenizer = load_tokenizer(folder / "words.model")
+    for name, part in (("text", texts[:100]), ("unseen", texts[100:])):
+        with TokenWriter(folder / name, tokenizer.info) as writer:
+            for ids in tokenizer.encode(part):
+                writer.add(ids)
+    (folder / "run.yaml").write_text(RUN.format(folder=folder), encoding="utf-8")
+    command = [sys.executable, "-m", "megahybrid", "train", str(folder / "run.yaml")]
+    done = subprocess.run(
+        [*command, f"directory={folder / 'run'}", "--processes", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Trained(folder, folder / "run", folder / "words.model")
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that must succeed prints."""
+    code = cli.main([str(argument) for argument in arguments])
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    return told.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a command which must fail with code 2 prints."""
+    code = cli.main([str(argument) for argument in arguments])
+    told = capsys.readouterr()
+    assert code == 2 and not told.out
+    assert told.err.startswith("megahybrid: ") and told.err.count("\n") == 1, told.err
+    return told.err
+
+
+def test_evaluate_repeats_what_the_run_told_at_the_end_of_each_stage(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = [line.detail for line in read_ledger(trained.run / "ledger.jsonl").named("evaluate")]
+    assert len(events) == 4  # two stages, stream and documents
+    for step in (4, 8):
+        checkpoint = trained.run / "checkpoints" / f"step-{step:08d}"
+        told = json.loads(call(capsys, "evaluate", checkpoint, "--json", "--device", "cpu"))
+        at_step = [event for event in events if event["step"] == step]
+        for score, event in zip(told["scores"], at_step, strict=True):
+            same = ("set", "stage", "step", "rows", "tokens", "length")
+            assert {name: score[name] for name in same} == {name: event[name] for name in same}
+            assert score["loss"] == pytest.approx(event["loss"], rel=1e-5)
+            for ours, theirs in zip(score["by_position"], event["by_position"], strict=True):
+                assert ours["tokens"] == theirs["tokens"]
+                assert ours["loss"] == (theirs["loss"] and pytest.approx(theirs["loss"], rel=1e-5))
+
+
+def test_evaluate_prints_tables_for_a_person(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = call(capsys, "evaluate", trained.run, "--device", "cpu")
+    assert "step 8 · 4,096 tokens · stage long · cpu, fp32" in text
+    assert "Held-out loss, rows of 64 tokens" in text
+    assert "below the line: beyond the stage's 64 tokens" in text
+    assert "128 – 255" in text
+
+
+def test_evaluate_scores_another_dataset_at_another_length(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = json.loads(
+        call(
+            capsys, "evaluate", trained.run, "--data", trained.folder / "text", "--length", 40,
+            "--max-tokens", 400, "--json", "--device", "cpu",
+        )
+    )  # fmt: skip
+    assert [score["set"] for score in told["scores"]] == ["text", "text"]
+    assert all(score["length"] == 40 and 0 < score["tokens"] <= 400 for score in told["scores"])
+    assert told["scores"][1]["by_position"][-1]["stop"] == 40
+
+
+def test_model_has_the_plan_of_the_stage_it_was_written_in(trained: Trained) -> None:
+    windows = [
+        load_trained_model(trained.run / "checkpoints" / f"step-{step:08d}", "cpu")
+        .model.blocks[0]
+        .attention.scheme.window
+        for step in (4, 8)
+    ]
+    assert windows == [8, 24]
+
+
+def test_sample_prints_the_prompt_and_what_follows(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = (trained.folder / "lines.txt").read_text(encoding="utf-8")[:20]
+    command = ("sample", trained.run, "--prompt", prompt, "--tokens", 20, "--device", "cpu")
+    text = call(capsys, *command)
+    assert text.startswith(prompt) and len(text) > len(prompt) + 1
+    assert call(capsys, *command) == text
+    assert call(capsys, *command, "--seed", 2) != text
+    greedy = call(capsys, *command, "--temperature", 0)
+    assert call(capsys, *command, "--temperature", 0, "--seed", 2) == greedy
+
+
+def test_sample_says_when_the_model_no_longer_sees_the_beginning(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = (trained.folder / "lines.txt").read_text(encoding="utf-8")[:600]
+    command = ["sample", str(trained.run), "--prompt", prompt, "--tokens", "2", "--device", "cpu"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(prompt)
+    assert told.err.count("longer than the 64 tokens of stage long") == 1
+
+
+def test_missing_path_is_named(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in refused(capsys, "evaluate", tmp_path / "nowhere")
+    assert "is no checkpoint and holds none" in refused(capsys, "evaluate", tmp_path)
+    assert "is no checkpoint" in refused(capsys, "sample", trained.tokenizer, "--prompt", "a")
+
+
+@pytest.mark.parametrize("whole_run", [False, True])
+def test_damaged_checkpoint_is_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole_run: bool
+) -> None:
+    shutil.copytree(trained.run / "checkpoints" / "step-00000008", tmp_path / "checkpoints" / "8")
+    checkpoint = tmp_path / "checkpoints" / "8"
+    checkpoint = checkpoint.rename(checkpoint.with_name("step-00000008"))
+    file = next(checkpoint.glob("fragments-*"))
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    told = refused(capsys, "evaluate", tmp_path if whole_run else checkpoint, "--device", "cpu")
+    assert ("none of its 1 checkpoints can be read" if whole_run else "is damaged in 1 of") in told
+
+
+def test_numbers_that_mean_nothing_are_refused(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, prompt = trained.run, ("--prompt", "a")
+    assert "--length=0 scores nothing" in refused(capsys, "evaluate", run, "--length", 0)
+    assert "--max-tokens=0 scores" in refused(capsys, "evaluate", run, "--max-tokens", 0)
+    assert "--tokens=0 adds nothing" in refused(capsys, "sample", run, *prompt, "--tokens", 0)
+    for value in ("-1", "nan", "inf"):
+        told = refused(capsys, "sample", run, *prompt, "--temperature", value)
+        assert f"--temperature={value} is no temperature" in told
+
+
+def test_dataset_of_another_vocabulary_is_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (VOCAB, 500):
+        info = TokenizerInfo("sentencepiece", "0" * 64, size, 1)
+        with TokenWriter(tmp_path / str(size), info) as writer:
+            writer.add([2, 3, 4])
+    told = refused(capsys, "evaluate", trained.run, "--data", tmp_path / "500")
+    assert "model.vocab_size=310 is smaller than the tokenizer's" in told
+    told = refused(capsys, "evaluate", trained.run, "--data", tmp_path / str(VOCAB))
+    assert "was made with the tokenizer 000000000000, not the" in told
+    told = refused(capsys, "evaluate", trained.run, "--data", tmp_path / "nowhere")
+    assert "nowhere is no dataset" in told
+
+
+def test_tokenizer_that_is_missing_or_not_the_datas_is_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("sample", trained.run, "--prompt", "a", "--tokenizer")
+    told = refused(capsys, *command, tmp_path / "nowhere.model")
+    assert "nowhere.model cannot be read" in told
+    for size, words in ((VOCAB - 10, "has sha256"), (VOCAB + 20, "has 320 tokens, more than the")):
+        path = tmp_path / f"{size}.model"
+        train_tokenizer([trained.folder / "lines.txt"], path, size)
+        told = refused(capsys, *command, path)
+        assert words in told and "--tokenizer=" in told and "that made the data" in told
+
+
+def test_prompt_without_a_token_is_refused(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--prompt is empty" in refused(capsys, "sample", trained.run, "--prompt", "")
+    assert "not UTF-8" in refused(capsys, "sample", trained.run, "--prompt", "a\udcff")
+
+
+def test_run_without_held_out_sets_or_tokenizer_says_what_to_name(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "step-00000008"
+    shutil.copytree(trained.run / "checkpoints" / "step-00000008", checkpoint)
+    manifest = read_manifest(checkpoint)
+    data = manifest.config["data"] | {"held_out": {}, "tokenizer": None}
+    manifest = replace(manifest, config={**manifest.config, "data": data})
+    (checkpoint / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    told = refused(capsys, "evaluate", checkpoint, "--device", "cpu")
+    assert "data.held_out names no set" in told and "--data" in told
+    told = refused(capsys, "sample", checkpoint, "--prompt", "a", "--device", "cpu")
+    assert "names no tokenizer" in told and "--tokenizer" in told
+    command = ("--prompt", "a", "--tokenizer", trained.tokenizer, "--tokens", 3, "--device", "cpu")
+    assert call(capsys, "sample", checkpoint, *command).startswith("a")
