@@ -5,7 +5,7 @@ VENV ?= .venv
 # has (a GPU machine's own build); any other value goes to pip as it is, with its options.
 TORCH ?= torch==2.13.0
 WHEELHOUSE ?= wheelhouse
-EXTRAS ?= dev,oracle,tensorboard
+EXTRAS ?= dev,data,oracle,tensorboard
 ARGS ?=
 
 SHELL := /bin/bash
@@ -33,15 +33,15 @@ install: $(RUNTIME) ## .venv with megahybrid (PYTHON=python3.12, TORCH=system)
 install-dev: $(DEVELOPMENT) ## the same, and what tests and checks need
 
 $(PIN): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing) (megahybrid needs Python 3.11 or newer). Use for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing) (megahybrid needs Python 3.11 or newer). Use for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
 		exit 2; }
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages,) $(VENV) || { \
 		echo "PYTHON=$(PYTHON) cannot make a virtual environment (its venv or ensurepip is missing). On Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 2; }
 ifeq ($(TORCH),system)
-	@$(BIN)/python -c 'import torch' || { \
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 		echo "TORCH=system, but PYTHON=$(PYTHON) has no torch. Leave TORCH out to install one." >&2; \
 		exit 2; }
 else
