@@ -94,6 +94,12 @@ class Owner:
             if (_read(self.path) or {}).get("token") == self._token:
                 self.path.unlink(missing_ok=True)
 
+    def check_free(self) -> None:
+        """Raise CheckpointError when somebody lives here now. Takes nothing: entering decides."""
+        found = _read(self.path)
+        if found is not None:
+            self._refuse_if_alive(found, time.time())
+
     def check(self) -> None:
         """Raise CheckpointError when the directory was taken over: to be asked before each save."""
         if self._lost:
@@ -164,7 +170,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """What a lock says; None where there is none, empty where it cannot be understood."""
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         return {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, start_processes
 
 SURVIVOR_SECONDS = 5
 # Each asks every rank to save and leave at the end of its step.
@@ -62,6 +62,17 @@ def end_with_launcher() -> None:
         os._exit(128 + signal.SIGKILL)  # it died before we could ask
 
 
+class _Terminal(DefaultLogsSpecs):
+    """Ranks write where the launcher does: no temporary folder that stays behind, no threads that
+    read what nobody writes."""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        destinations = super().reify(envs)
+        destinations.tee_stdouts.clear()
+        destinations.tee_stderrs.clear()
+        return destinations
+
+
 def launch_local(command: Sequence[str], processes: int, log_directory: Path) -> RankFailure | None:
     """Run `python *command` once per rank and wait. None when every rank ended with 0.
 
@@ -94,13 +105,17 @@ def launch_local(command: Sequence[str], processes: int, log_directory: Path) ->
         entrypoint=sys.executable,
         args={rank: tuple(command) for rank in range(processes)},
         envs=environments,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a temporary folder stays behind
+        logs_specs=_Terminal(log_dir=os.devnull),
     )
+    told = False
 
     def forward(number: int, _frame: object) -> None:
+        nonlocal told
         with contextlib.suppress(OSError):  # a handler must not print, and the terminal may be gone
-            name = signal.Signals(number).name
-            os.write(2, f"megahybrid: {name}: stopping at the end of this step.\n".encode())
+            if not told:
+                name = signal.Signals(number).name
+                os.write(2, f"megahybrid: {name}: stopping at the end of this step.\n".encode())
+            told = True
         for handler in context.subprocess_handlers.values():
             if handler.proc.poll() is None:
                 handler.proc.send_signal(number)

@@ -34,9 +34,11 @@ def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> in
         raise ConfigError(f"--processes={processes} starts no rank. Use 1 or more.")
     processes = processes or _default_processes(run)
     run.check(processes)
+    from megahybrid.checkpoint.directory import Owner
     from megahybrid.train.run import check_inputs
 
     check_inputs(run, directory)
+    Owner(directory).check_free()
     _make_directory(directory)
     if processes == 1:
         return _rank(run, directory, None)

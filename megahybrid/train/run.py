@@ -30,6 +30,7 @@ from megahybrid.parallel.collectives import broadcast_object, gather_objects
 from megahybrid.parallel.mesh import ParallelMesh, choose_device
 from megahybrid.train.engine import Engine
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
+from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, StepFlops, peak_flops_per_second
 from megahybrid.train.profile import Profiler
@@ -83,7 +84,12 @@ class Attempt:
             beginning.kernels,
         )
         source, take = beginning.checkpoint, beginning.take
+        owes = beginning.parent is None and self._owes_evaluation(state)
         self.listeners.on_start(self._info(state, beginning))
+        if owes:
+            engine = self._engine(self.plan.stage_ends.index(state.tokens), source, take)
+            self.evaluate(engine, state, far=True)
+            engine.close()
         while not self.plan.finished(state.tokens):
             index = self.plan.at(state.tokens).index
             engine = self._engine(index, source, take)
@@ -98,6 +104,19 @@ class Attempt:
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
+
+    def _owes_evaluation(self, state: TrainState) -> bool:
+        """Whether a stage ended here and nobody scored it: a stop or a kill came first."""
+        owes = False
+        path = self.directory / LEDGER_NAME
+        if self.mesh.rank == 0 and state.tokens in self.plan.stage_ends and path.exists():
+            scored = {
+                line.detail["set"]
+                for line in read_ledger(path).named("evaluate")
+                if line.step == state.step and line.detail.get("rows") == "documents"
+            }
+            owes = not scored.issuperset(self.run.data.held_out)
+        return broadcast_object(owes, self.mesh.world)
 
     def _engine(self, index: int, source: Path | None, take: str) -> Engine:
         """The stage's model inside an engine, filled from `source` or drawn from the seed."""
