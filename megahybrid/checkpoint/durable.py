@@ -6,22 +6,31 @@ before and after each one.
 
 import os
 import shutil
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megahybrid.checkpoint.manifest import BLOCK_BYTES, FileRecord
 
+# Small enough to stay in a core's cache between the read and its checksum.
+READ_BYTES = 2**20
+
 
 class BlockChecksums:
-    """CRC-32 of each block of a stream of bytes that arrives in pieces of any size."""
+    """CRC-32 of each block of a stream of bytes that arrives in pieces of any size.
 
-    def __init__(self) -> None:
+    They are computed on a thread of their own while the bytes are written: both release the
+    interpreter's lock. The bytes must not change until `record`.
+    """
+
+    def __init__(self, worker: Executor) -> None:
         self.block_bytes = BLOCK_BYTES
         self.bytes = 0
-        self._done: list[int] = []
-        self._running = 0
+        self._worker = worker
+        self._done: list[Future[int]] = []
+        self._block: list[memoryview] = []
 
     def split(self, data: memoryview) -> Iterator[memoryview]:
         """Count `data`, and yield it in pieces that end where blocks end."""
@@ -29,38 +38,50 @@ class BlockChecksums:
         while at < len(data):
             room = self.block_bytes - self.bytes % self.block_bytes
             piece = data[at : at + room]
-            self._running = zlib.crc32(piece, self._running)
+            self._block.append(piece)
             self.bytes += len(piece)
             at += len(piece)
             if self.bytes % self.block_bytes == 0:
-                self._done.append(self._running)
-                self._running = 0
+                self._finish_block()
             yield piece
+
+    def _finish_block(self) -> None:
+        self._done.append(self._worker.submit(_checksum, self._block))
+        self._block = []
 
     def record(self) -> FileRecord:
         """The sizes and checksums of all that was counted."""
-        unfinished = [self._running] if self.bytes % self.block_bytes else []
-        return FileRecord(self.bytes, self.block_bytes, (*self._done, *unfinished))
+        if self._block:
+            self._finish_block()
+        return FileRecord(self.bytes, self.block_bytes, tuple(each.result() for each in self._done))
+
+
+def _checksum(pieces: Iterable[memoryview]) -> int:
+    running = 0
+    for piece in pieces:
+        running = zlib.crc32(piece, running)
+    return running
 
 
 def write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
     """Write a new file, wait until it is on the disk, and return its checksums. Raises OSError."""
-    checksums = BlockChecksums()
-    # Unbuffered: an error belongs to the write that caused it, and a close has nothing left to do.
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        for chunk in chunks:
-            for piece in checksums.split(chunk):
-                written = 0
-                while written < len(piece):
-                    written += os.write(handle, piece[written:])
-        os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):
-            # So that reading it back asks the disk, not the memory it was written from.
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
-    return checksums.record()
+    with ThreadPoolExecutor(1) as worker:
+        checksums = BlockChecksums(worker)
+        # Unbuffered: an error belongs to the write that caused it, and a close has nothing left.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            for chunk in chunks:
+                for piece in checksums.split(chunk):
+                    written = 0
+                    while written < len(piece):
+                        written += os.write(handle, piece[written:])
+            os.fsync(handle)
+            if hasattr(os, "posix_fadvise"):
+                # So that reading it back asks the disk, not the memory it was written from.
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+        return checksums.record()
 
 
 def sync_directory(path: Path) -> None:
@@ -85,15 +106,18 @@ def remove(folder: Path) -> None:
 
 def damaged_blocks(path: Path, record: FileRecord) -> list[int]:
     """The blocks of a file whose checksum is not the recorded one. Raises OSError."""
+    buffers = threading.local()
 
     def checksum(block: int) -> int:
+        if not hasattr(buffers, "one"):
+            buffers.one = memoryview(bytearray(READ_BYTES))
         start = block * record.block_bytes
         wanted = min(record.block_bytes, record.bytes - start)
         running = 0
-        while wanted > 0 and (piece := os.pread(handle, min(wanted, 2**20), start)):
-            running = zlib.crc32(piece, running)
-            start += len(piece)
-            wanted -= len(piece)
+        while wanted > 0 and (got := os.preadv(handle, [buffers.one[:wanted]], start)):
+            running = zlib.crc32(buffers.one[:got], running)
+            start += got
+            wanted -= got
         return running if wanted == 0 else -1
 
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,8 +1,11 @@
 """Writing a checkpoint: every rank its own file, the manifest last, then one rename.
 
 Until the rename the folder has a name that no reader looks at, so whatever stops a save (a kill, a
-full disk) leaves the run with the checkpoints it had. A save that the machine refuses is a result,
-not an exception: the run goes on without it.
+full disk) leaves the run with the checkpoints it had. Then every rank reads its file back, and only
+when all bytes came back as they were written are older checkpoints deleted. A save that the machine
+refuses is a result, not an exception: the run goes on without it.
+
+The order of things is `phases`; `save` goes through them at once, `saver.py` beside the training.
 """
 
 import errno
@@ -10,18 +13,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megahybrid.checkpoint import durable, folders
-from megahybrid.checkpoint.fragments import STATES, Fragment, as_numpy
+from megahybrid.checkpoint.agree import Refused, agree
+from megahybrid.checkpoint.folders import Retention
+from megahybrid.checkpoint.fragments import STATES, Fragment
 from megahybrid.checkpoint.manifest import (
-    ELEMENT_BYTES,
     MANIFEST_NAME,
     FileRecord,
     FragmentRecord,
@@ -29,6 +32,7 @@ from megahybrid.checkpoint.manifest import (
     TensorRecord,
     parse,
 )
+from megahybrid.checkpoint.own_file import OwnFile
 from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.errors import CheckpointError
 
@@ -59,12 +63,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What became of a save; the same on every rank. `path` is None where it failed."""
+    """What became of a save; the same on every rank but for the seconds. `path` is None where it
+    failed. `seconds` go until the checkpoint is published and on the disk, `checked_seconds` until
+    it was read back and older ones are deleted, `stall_seconds` are those that training waited."""
 
     step: int
     path: Path | None
     bytes: int = 0
     seconds: float = 0.0
+    checked_seconds: float = 0.0
+    stall_seconds: float = 0.0
     error: str | None = None
     removed: tuple[str, ...] = ()
     warning: str | None = None
@@ -75,10 +83,16 @@ class SaveResult:
         return self.path is not None
 
 
+# So many phases come before the writing; they take no time.
+SHORT_PHASES = 2
+# What every rank is to do next; it is sent the results of all ranks in order of rank.
+Phases = Generator[Callable[[], Any], list[Any], SaveResult]
+
+
 def save(
     run_directory: Path | str, snapshot: Snapshot, *, keep_last: int, ranks: Ranks | None = None
 ) -> SaveResult:
-    """Write, verify and publish `run_directory`/checkpoints/step-NNNNNNNN; collective over `ranks`.
+    """Write, publish and verify `run_directory`/checkpoints/step-NNNNNNNN; collective over `ranks`.
 
     A full or failing disk gives a SaveResult with `error` on every rank and leaves the older
     checkpoints as they were. Fragments that do not hold every tensor exactly once raise
@@ -86,99 +100,92 @@ def save(
     Afterwards all but the newest `keep_last` checkpoints are deleted.
     """
     ranks = ranks or Ranks()
+    return at_once(phases(Path(run_directory), snapshot, ranks, Retention(keep_last)), ranks)
+
+
+def at_once(steps: Phases, ranks: Ranks) -> SaveResult:
+    """Go through all phases of a save while the caller waits. Collective."""
     started = time.monotonic()
-    run_directory = Path(run_directory)
-    own = _OwnFile(snapshot.fragments, f"fragments-{ranks.rank:04d}.safetensors")
-    temporary = folders.temporary_path(run_directory, snapshot.step)
-    first = ranks.rank == 0
+    action = next(steps)
+    while True:
+        try:
+            action = advance(steps, partial(agree, ranks, action))
+        except StopIteration as end:
+            result: SaveResult = end.value
+            return replace(result, stall_seconds=time.monotonic() - started)
+
+
+def advance(steps: Phases, outcome: Callable[[], list[Any]]) -> Callable[[], Any]:
+    """Send a phase's outcome, results or exception, and return the next action.
+
+    Raises StopIteration with the SaveResult at the end.
+    """
     try:
-        total = sum(_agree(ranks, lambda: own.bytes))
-        _agree(ranks, lambda: _prepare(run_directory, temporary, total) if first else None)
-        written = _agree(ranks, lambda: own.write(temporary))
-        outcomes = _agree(
-            ranks, lambda: _finish(run_directory, snapshot, written, keep_last) if first else None
-        )
-    except (CheckpointError, _Refused) as refusal:
+        results = outcome()
+    except (CheckpointError, Refused, RuntimeError) as error:
+        return steps.throw(error)
+    return steps.send(results)
+
+
+def phases(
+    run_directory: Path,
+    snapshot: Snapshot,
+    ranks: Ranks,
+    retention: Retention,
+    check: Callable[[], None] | None = None,
+) -> Phases:
+    """The actions of a save in their order."""
+    started = time.monotonic()
+    own = OwnFile(snapshot.fragments, ranks.rank)
+    temporary = folders.temporary_path(run_directory, snapshot.step)
+    published = folders.published_path(run_directory, snapshot.step)
+    first = ranks.rank == 0
+
+    def prepare() -> None:
+        if check is not None:
+            check()
+        _prepare(run_directory, temporary, total)
+
+    def publish() -> None:
+        if check is not None:
+            check()
+        _publish(run_directory, snapshot, written)
+
+    def nothing() -> None:
+        return None
+
+    def conclude() -> dict[str, Any]:
+        return _conclude(run_directory, snapshot.step, damaged, retention)
+
+    try:
+        total = sum((yield lambda: own.bytes))
+        yield prepare if first else nothing
+        written = yield lambda: own.write(temporary)
+        yield publish if first else nothing
+        seconds = time.monotonic() - started
+    except (CheckpointError, Refused, RuntimeError) as refusal:
         if first:
             durable.remove(temporary)
-        if isinstance(refusal, CheckpointError):
+        if not isinstance(refusal, Refused):
             raise
         seconds = time.monotonic() - started
         return SaveResult(snapshot.step, None, seconds=seconds, error=str(refusal))
+    damaged: list[str] = []
+    try:
+        damaged = [fault for fault in (yield lambda: own.damage(published)) if fault]
+        outcome = (yield conclude if first else nothing)[0]
+    except Refused as refusal:
+        outcome = {"removed": [], "warning": f"it could not be read back ({refusal})"}
     return SaveResult(
         step=snapshot.step,
-        path=folders.published_path(run_directory, snapshot.step),
+        path=None if damaged else published,
         bytes=total,
-        seconds=time.monotonic() - started,
-        removed=tuple(outcomes[0]["removed"]),
-        warning=outcomes[0]["warning"],
+        seconds=seconds,
+        checked_seconds=time.monotonic() - started,
+        error="; ".join(damaged) or None,
+        removed=tuple(outcome["removed"]),
+        warning=outcome["warning"],
     )
-
-
-class _Refused(Exception):
-    """Some rank's part of a save was refused by its machine; all ranks raise this together."""
-
-
-def _agree(ranks: Ranks, action: Callable[[], Any]) -> list[Any]:
-    """Every rank's result of its action, on every rank; or the same exception on every rank."""
-    answer: dict[str, Any] = {"value": None, "refused": None, "wrong": None}
-    try:
-        answer["value"] = action()
-    except CheckpointError as error:
-        answer["wrong"] = str(error)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        answer["refused"] = f"{error.strerror or error}{where}"
-    answers = ranks.gather(answer)
-    for rank, other in enumerate(answers):
-        if other["wrong"]:
-            raise CheckpointError(other["wrong"])
-        if other["refused"]:
-            raise _Refused(f"rank {rank}: {other['refused']}")
-    return [other["value"] for other in answers]
-
-
-class _OwnFile:
-    """One rank's safetensors file: the header is known before the first byte is written."""
-
-    def __init__(self, fragments: Sequence[Fragment], name: str) -> None:
-        self.name = name
-        self.fragments = [part for part in fragments if part.flat[0] < part.flat[1]]
-        self.keys = [
-            f"{part.state}/{part.tensor}/{index}" for index, part in enumerate(self.fragments)
-        ]
-        header: dict[str, Any] = {}
-        offset = 0
-        for key, part in zip(self.keys, self.fragments, strict=True):
-            count = part.flat[1] - part.flat[0]
-            end = offset + count * ELEMENT_BYTES
-            header[key] = {"dtype": "F32", "shape": [count], "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        # The format lets a header end in spaces; the data then begins at a multiple of 8.
-        text += b" " * (-len(text) % 8)
-        self.header = len(text).to_bytes(8, "little") + text
-        self.bytes = len(self.header) + offset if self.fragments else 0
-
-    def write(self, folder: Path) -> dict[str, Any] | None:
-        """Write the file and read it back; returns its records, JSON-able, or None when empty."""
-        if not self.fragments:
-            return None
-        path = folder / self.name
-        record = durable.write(path, self._chunks())
-        if bad := durable.damaged_blocks(path, record):
-            raise OSError(errno.EIO, f"block {bad[0]} reads back differently", str(path))
-        table = [
-            {"tensor": part.tensor, "state": part.state, "box": part.box, "flat": part.flat,
-             "file": self.name, "key": key}
-            for key, part in zip(self.keys, self.fragments, strict=True)
-        ]  # fmt: skip
-        return {"name": self.name, "fragments": table, **asdict(record)}
-
-    def _chunks(self) -> Any:
-        yield memoryview(self.header)
-        for part in self.fragments:
-            yield as_numpy(part.data).view(np.uint8).data
 
 
 def _prepare(run_directory: Path, temporary: Path, total: int) -> None:
@@ -197,10 +204,8 @@ def _prepare(run_directory: Path, temporary: Path, total: int) -> None:
     durable.sync_directory(temporary.parent)
 
 
-def _finish(
-    run_directory: Path, snapshot: Snapshot, written: list[dict[str, Any] | None], keep_last: int
-) -> dict[str, Any]:
-    """Rank 0's part: the manifest, the rename that publishes, and the retention."""
+def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, Any] | None]) -> None:
+    """Rank 0's part: the manifest, and the rename that makes the folder a checkpoint."""
     temporary = folders.temporary_path(run_directory, snapshot.step)
     manifest = _manifest(snapshot, written)
     text = manifest.to_json()
@@ -222,9 +227,19 @@ def _finish(
     elif published.exists():
         durable.rename(published, replaced)
     durable.rename(temporary, published)
-    durable.remove(replaced)
+
+
+def _conclude(
+    run_directory: Path, step: int, damaged: list[str], retention: Retention
+) -> dict[str, Any]:
+    """Rank 0's last part: delete what the new checkpoint makes needless, or take that back."""
+    published = folders.published_path(run_directory, step)
+    if damaged:
+        folders.withdraw(run_directory, step)
+        return {"removed": [], "warning": None}
     try:
-        removed = folders.retain(run_directory, keep_last, verified=[published])
+        durable.remove(folders.replaced_path(run_directory, step))
+        removed = folders.retain(run_directory, retention, verified=[published])
     except OSError as error:
         return {"removed": [], "warning": f"old checkpoints stay: {error}"}
     return {"removed": removed, "warning": None}

@@ -17,6 +17,7 @@ import pytest
 from megahybrid.checkpoint import durable, folders, writer
 from megahybrid.checkpoint.fragments import STATES, whole
 from megahybrid.checkpoint.latest import latest
+from megahybrid.checkpoint.own_file import OwnFile
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.writer import save
 from tests.checkpoint.examples import SHAPES, save_plain, save_together, snapshot, values
@@ -152,7 +153,7 @@ def test_too_little_space_is_seen_before_a_byte_is_written(
     assert "has 0.00 GiB free, less than the 0.03 GiB that the save needs" in str(result.error)
 
 
-def test_a_disk_that_returns_other_bytes_is_not_published(
+def test_what_reads_back_differently_is_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = save_plain(tmp_path, 1)
@@ -166,16 +167,20 @@ def test_a_disk_that_returns_other_bytes_is_not_published(
 
     monkeypatch.setattr(durable, "damaged_blocks", decay)
     result = save(tmp_path, snapshot(2), keep_last=1)
-    assert "block 0 reads back differently" in str(result.error)
+    assert "block 0 of fragments-0000.safetensors reads back differently" in str(result.error)
+    assert latest(tmp_path) == before
+    # The same step once more: the one that stood there stands there again.
+    assert not save(tmp_path, snapshot(1), keep_last=1).ok
     monkeypatch.undo()
     assert latest(tmp_path) == before
+    assert [path.name for path in before.parent.iterdir()] == [before.name]
 
 
 def test_a_file_that_rank_0_cannot_see_fails_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "VISIBLE_WITHIN_SECONDS", 0.2)
-    real = writer._OwnFile.write
+    real = OwnFile.write
 
     def elsewhere(self: Any, folder: Path) -> Any:
         record = real(self, folder)
@@ -183,7 +188,7 @@ def test_a_file_that_rank_0_cannot_see_fails_the_save(
             (folder / self.name).unlink()
         return record
 
-    monkeypatch.setattr(writer._OwnFile, "write", elsewhere)
+    monkeypatch.setattr(OwnFile, "write", elsewhere)
     parts = snapshot(1).fragments
     results = save_together(tmp_path, [snapshot(1, parts[rank::2]) for rank in range(2)])
     assert "fragments-0001.safetensors was written by its rank but" in str(results[1].error)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.checkpoint.folders import candidates, reap, retain
+from megahybrid.checkpoint.folders import Retention, candidates, reap, retain
 from megahybrid.checkpoint.latest import latest
 from tests.checkpoint.examples import save_plain
 from tests.checkpoint.test_damage import FILE, flip, truncate
@@ -24,7 +24,7 @@ def test_the_last_one_that_verifies_is_never_deleted(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_plain(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step-00000003" / FILE, -1)
-    assert retain(tmp_path, keep_last=1) == ["step-00000001"]
+    assert retain(tmp_path, Retention(keep_last=1)) == ["step-00000001"]
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     assert latest(tmp_path, lambda line: None) == tmp_path / "checkpoints" / "step-00000002"
 
@@ -32,7 +32,7 @@ def test_the_last_one_that_verifies_is_never_deleted(tmp_path: Path) -> None:
 def test_nothing_is_deleted_when_nothing_verifies(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         flip(save_plain(tmp_path, step) / FILE, -1)
-    assert retain(tmp_path, keep_last=1) == []
+    assert retain(tmp_path, Retention(keep_last=1)) == []
 
 
 def test_damaged_ones_do_not_count_and_go_when_old(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_steps_beyond_eight_digits_are_the_newest(tmp_path: Path) -> None:
 
 def test_keeping_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep_last=0"):
-        retain(tmp_path, keep_last=0)
+        retain(tmp_path, Retention(keep_last=0))
 
 
 def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:

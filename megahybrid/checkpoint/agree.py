@@ -1,0 +1,48 @@
+"""One action on every rank, and one outcome for all: a failure of one is every rank's failure."""
+
+from collections.abc import Callable
+from typing import Any
+
+from megahybrid.checkpoint.ranks import Ranks
+from megahybrid.errors import CheckpointError
+
+Answer = dict[str, Any]
+
+
+class Refused(Exception):
+    """Some rank's machine refused its part (a full disk); all ranks raise this together."""
+
+
+def perform(action: Callable[[], Any]) -> Answer:
+    """The result of an action or what it failed with, JSON-able, to be told to the other ranks."""
+    answer: Answer = {"value": None, "refused": None, "wrong": None, "broken": None}
+    try:
+        answer["value"] = action()
+    except CheckpointError as error:
+        answer["wrong"] = str(error)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        answer["refused"] = f"{error.strerror or error}{where}"
+    except Exception as error:
+        # A mistake of ours: without an answer the other ranks would wait for ever.
+        answer["broken"] = f"{type(error).__name__}: {error}"
+    return answer
+
+
+def exchange(ranks: Ranks, answer: Answer) -> list[Any]:
+    """Every rank's result, on every rank; or the same exception on every rank. Collective."""
+    answers = ranks.gather(answer)
+    for rank, other in enumerate(answers):
+        if other["broken"]:
+            raise RuntimeError(f"rank {rank} could not save: {other['broken']}")
+        if other["wrong"]:
+            raise CheckpointError(other["wrong"])
+    for rank, other in enumerate(answers):
+        if other["refused"]:
+            raise Refused(f"rank {rank}: {other['refused']}")
+    return [other["value"] for other in answers]
+
+
+def agree(ranks: Ranks, action: Callable[[], Any]) -> list[Any]:
+    """`perform` and `exchange` at once. Collective."""
+    return exchange(ranks, perform(action))
