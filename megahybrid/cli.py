@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
+    _add_interop_commands(commands)
     _add_data_commands(commands)
     return parser
 
@@ -85,6 +86,15 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     sample.add_argument("--seed", type=int, default=1)
     sample.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
+
+
+def _add_interop_commands(commands: argparse._SubParsersAction) -> None:
+    export = _command(commands, "export", _export, "a checkpoint as a folder for transformers")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.add_argument("--architecture", metavar="NAME", help="the class to say the model in")
+    export.add_argument("--tokenizer", metavar="FILE", help="the run's when left out; or: none")
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -202,4 +212,16 @@ def _sample(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megahybrid.interop.export import export
+
+    return export(
+        arguments.checkpoint,
+        arguments.out,
+        dtype=arguments.dtype,
+        architecture=arguments.architecture,
+        tokenizer=arguments.tokenizer,
     )

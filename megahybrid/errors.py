@@ -28,6 +28,10 @@ class CheckpointError(MegahybridError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
+class InteropError(MegahybridError):
+    """A model that cannot leave or enter as it is, or that came out another function."""
+
+
 class MeshError(MegahybridError):
     """Ranks that cannot form the mesh: missing variables, a taken port, degrees that do not fit."""
 

@@ -17,6 +17,7 @@ from megahybrid.config.attention import (
     SqrtDimScale,
 )
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.scaling import NtkScaling, YarnScaling
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class _Architecture:
     norm: str
     qk_norms: tuple[QKNorm, ...]
     logit_scale: bool
-    any_head_dim: bool
 
 
 NO_NORM = QKNorm()
@@ -49,14 +49,14 @@ PROJECTION_RMS = QKNorm(kind="rms", over="projection")
 PER_HEAD_LAYERNORM = QKNorm(kind="layernorm", weight="per_head")
 
 ARCHITECTURES = (
-    _Architecture("Cohere2", "parallel", "layernorm", (NO_NORM,), True, True),
-    _Architecture("Cohere", "parallel", "layernorm", (NO_NORM, PER_HEAD_LAYERNORM), True, False),
-    _Architecture("SmolLM3", "pre_norm", "rms", (NO_NORM,), False, True),
-    _Architecture("Llama", "pre_norm", "rms", (NO_NORM,), False, True),
-    _Architecture("Qwen3", "pre_norm", "rms", (HEAD_RMS,), False, True),
-    _Architecture("GraniteSWA", "pre_norm", "rms", (NO_NORM,), True, False),
-    _Architecture("Exaone4", "post_norm", "rms", (HEAD_RMS,), False, True),
-    _Architecture("Olmo3", "post_norm", "rms", (PROJECTION_RMS,), False, True),
+    _Architecture("Cohere2", "parallel", "layernorm", (NO_NORM,), True),
+    _Architecture("Cohere", "parallel", "layernorm", (NO_NORM, PER_HEAD_LAYERNORM), True),
+    _Architecture("SmolLM3", "pre_norm", "rms", (NO_NORM,), False),
+    _Architecture("Llama", "pre_norm", "rms", (NO_NORM,), False),
+    _Architecture("Qwen3", "pre_norm", "rms", (HEAD_RMS,), False),
+    _Architecture("GraniteSWA", "pre_norm", "rms", (NO_NORM,), True),
+    _Architecture("Exaone4", "post_norm", "rms", (HEAD_RMS,), False),
+    _Architecture("Olmo3", "post_norm", "rms", (PROJECTION_RMS,), False),
 )
 
 
@@ -84,8 +84,10 @@ def _shape_reasons(architecture: _Architecture, model: ModelConfig) -> Iterator[
         yield f"its norm is {architecture.norm}, not {model.norm}"
     if model.logit_scale != 1 and not architecture.logit_scale:
         yield f"it has no factor on the logits (logit_scale={model.logit_scale})"
-    if model.num_heads * model.head_dim != model.hidden_size and not architecture.any_head_dim:
-        yield "its head_dim is hidden_size / num_heads"
+    if model.head_dim % 2:
+        yield f"its heads have an even dimension (head_dim={model.head_dim})"
+    if architecture.name == "Llama" and model.hidden_size % model.num_heads:
+        yield f"its num_heads divides hidden_size ({model.num_heads}, {model.hidden_size})"
 
 
 def _scheme_reasons(
@@ -219,13 +221,15 @@ def _olmo3(schemes: tuple[AttentionScheme, ...]) -> tuple[list[str], str]:
         reasons.append("its sliding layers share one position, and its full layers another")
     for rope in _rotations(schemes):
         reasons += list(_rotation_reasons({rope}))
+        if isinstance(rope.scaling, YarnScaling) and not rope.scaling.truncate:
+            reasons.append("it ignores yarn's truncate: false for a kind of layers")
     return reasons, how
 
 
 def _granite(schemes: tuple[AttentionScheme, ...]) -> tuple[list[str], str]:
     """theta per layer, 0 for none; attention sinks, which must be switched off."""
     reasons = []
-    if any(rope.scaling is not None for rope in _rotations(schemes)):
+    if any(not isinstance(rope.scaling, NtkScaling | None) for rope in _rotations(schemes)):
         reasons.append("its theta per layer takes no scaling")
     if any(rope.rotary_fraction < 1 for rope in _rotations(schemes)):
         reasons.append("its theta per layer takes no partial rotation")

@@ -62,7 +62,11 @@ PLANS = {
     "position-dependent logits": ([f"{GLOBAL}.logit_scale={{kind: llama4}}"], set()),
     "logits times 0.25, parallel": (["model.logit_scale=0.25", *PARALLEL], {"Cohere2"}),
     "logits times 0.25, pre-norm": (["model.logit_scale=0.25"], {"GraniteSWA"}),
-    "odd head_dim": (["model.head_dim=24"], {"SmolLM3"}),
+    "head_dim of its own": (["model.head_dim=24"], {"SmolLM3", "GraniteSWA"}),
+    "odd head_dim": (
+        ["model.head_dim=23", f"{LOCAL}.position.rotary_fraction=0.5"],
+        set(),
+    ),
     "scaling in a hybrid": (
         [f"{LOCAL}.position.scaling={{kind: yarn, factor: 4, original_length: 64}}"],
         {"SmolLM3"},

@@ -1,0 +1,284 @@
+"""The proof of an export or an import: both models run on the same tokens, their logits compared.
+
+A long window is shrunk in both for the comparison, and so is a slow temperature: what is compared
+is then the same code over the edge of a window, at lengths that a CPU can compute.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megahybrid.checkpoint import durable
+from megahybrid.checkpoint.reader import Reader
+from megahybrid.checkpoint.shards import fill
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale, Rope
+from megahybrid.config.base import dump
+from megahybrid.config.model import ModelConfig
+from megahybrid.errors import InteropError
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.mesh import ParallelMesh
+
+BOUND = 1e-5  # of the largest logit, or of 1 (docs/export.md)
+LONGEST = 2048
+LARGE = 50_000_000  # parameters from which windows are shrunk more
+SMALL_WINDOW, LARGE_WINDOW = 32, 128
+FLOOR = 16  # of a shrunk llama4 temperature
+NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: tokens of the input, the largest difference, the largest logit."""
+
+    what: str
+    length: int
+    difference: float
+    largest: float
+
+    @property
+    def bound(self) -> float:
+        """The largest difference that is called equal."""
+        return BOUND * max(1.0, self.largest)
+
+    @property
+    def equal(self) -> bool:
+        """Whether the logits are the same function's (false for what is not a number)."""
+        return self.difference <= self.bound
+
+
+def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
+    """The plan to compare with: windows of different lengths stay different."""
+    limit = SMALL_WINDOW if parameters > LARGE else LARGE_WINDOW
+    windows = sorted({s.window for s in plan.schemes.values() if s.window is not None})
+    smaller = {window: min(window, limit + rank) for rank, window in enumerate(windows)}
+    schemes = {}
+    for name, scheme in plan.schemes.items():
+        update: dict[str, Any] = {}
+        if scheme.window is not None:
+            update["window"] = smaller[scheme.window]
+        if isinstance(scheme.logit_scale, Llama4Scale) and scheme.logit_scale.floor > FLOOR:
+            update["logit_scale"] = scheme.logit_scale.model_copy(update={"floor": FLOOR})
+        schemes[name] = scheme.model_copy(update=update)
+    return plan.model_copy(update={"schemes": schemes})
+
+
+def shrink_config(config: Any, plan: LayerPlan, small: LayerPlan) -> None:
+    """Make a loaded config that says `plan` say `small`. Raises InteropError where it says neither.
+
+    So the window that is written is compared as well, though another one is run.
+    """
+    if config.model_type == "megahybrid":
+        for name, scheme in config.schemes.items():
+            _same("window", scheme["window"], plan.schemes[name].window)
+            scheme["window"] = small.schemes[name].window
+            scheme["logit_scale"] = dump(small.schemes[name].logit_scale)
+        return
+    windows = {s.window: small.schemes[name].window for name, s in plan.schemes.items()}
+    windows.pop(None, None)
+    if not windows:
+        return
+    _same("sliding_window", config.sliding_window, next(iter(windows)))
+    config.sliding_window = windows[config.sliding_window]
+
+
+def _same(name: str, said: Any, meant: Any) -> None:
+    if said != meant:
+        raise InteropError(
+            f"config.json says {name}={said}, but the plan has {meant}. Nothing was published."
+        )
+
+
+def lengths(plan: LayerPlan) -> tuple[int, int]:
+    """A length below the shortest window and one well above the longest."""
+    windows = [s.window for s in plan.schemes.values() if s.window is not None]
+    if not windows:
+        return 5, 96
+    return max(2, min(windows) - 1), min(LONGEST, max(3 * max(windows) + 7, 96))
+
+
+def our_model(
+    model: ModelConfig, plan: LayerPlan, reader: Reader, dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """Our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were written."""
+    ours = Transformer(model, ParallelMesh.single("cpu"), plan=plan).eval()
+    with torch.no_grad():
+        for parameter, spec in ours.sharded_parameters().values():
+            values = torch.from_numpy(fill(reader, spec, "weight", 0, parameter.numel()))
+            parameter.view(-1).copy_(values.to(dtype))
+            reader.close()
+    return ours
+
+
+def their_model(folder: Path, plan: LayerPlan, small: LayerPlan, own: bool) -> Any:
+    """What `folder` holds, as anyone's transformers loads it, in fp32 on the CPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet():
+        options = {"local_files_only": True, "trust_remote_code": own}
+        config = AutoConfig.from_pretrained(str(folder), **options)
+        shrink_config(config, plan, small)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **({} if own else {"attn_implementation": "eager"}),
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            names = ", ".join(sorted(str(key) for key in report[kind])[:3])
+            raise InteropError(
+                f"{folder}: transformers reports {kind.replace('_', ' ')} ({names}). "
+                "Nothing was published."
+            )
+    if own:
+        _forget_copied_code(type(model).__module__)
+    return model.eval()
+
+
+def _forget_copied_code(module: str) -> None:
+    """Delete transformers' copy of the code of a folder that is about to be renamed or deleted."""
+    parts = Path(str(sys.modules[module].__file__)).parts
+    if "transformers_modules" in parts:
+        end = parts.index("transformers_modules") + 2
+        durable.remove(Path(*parts[:end]))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and notes of transformers, which mean nothing here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def compare(
+    ours: Transformer, theirs: Any, plan: LayerPlan, seed: int = 1, cached: bool = True
+) -> list[Row]:
+    """The rows of a proof. Raises InteropError, naming the first differing layer, where one fails.
+
+    `plan` is the one that both run. With `cached` the last tokens also go through the cache of
+    keys and values, one by one.
+    """
+    check_frequencies(theirs, plan, ours.config.head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths(plan):
+        tokens = torch.randint(ours.config.vocab_size, (2, length), generator=generator)
+        mine = ours.logits(tokens)
+        rows.append(_row("whole", mine, theirs(input_ids=tokens, use_cache=False).logits))
+        if not rows[-1].equal:
+            raise InteropError(_verdict(rows[-1], *first_difference(ours, theirs, tokens)))
+        if cached:
+            tail = max(1, min(4, length - 1))
+            rows.append(_row("cached", mine[:, -tail:], _step_by_step(theirs, tokens, tail)))
+            if not rows[-1].equal:
+                raise InteropError(_verdict(rows[-1], None, ""))
+    return rows
+
+
+def _row(what: str, mine: Tensor, other: Tensor) -> Row:
+    difference = (mine - other).abs().max().item()
+    return Row(what, mine.shape[1], difference, mine.abs().max().item())
+
+
+def _step_by_step(theirs: Any, tokens: Tensor, tail: int) -> Tensor:
+    out = theirs(input_ids=tokens[:, :-tail], use_cache=True)
+    logits = []
+    for index in range(tokens.shape[1] - tail, tokens.shape[1]):
+        step = tokens[:, index : index + 1]
+        out = theirs(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _verdict(row: Row, layer: int | None, words: str) -> str:
+    where = f"layer {layer} is the first that differs ({words})" if layer is not None else words
+    where = f"; {where}" if where else ""
+    return (
+        f"the two models are not one function: logits differ by {row.difference:.3g} at "
+        f"{row.length} tokens, {row.what} (bound {row.bound:.3g}){where}. Nothing was published."
+    )
+
+
+def first_difference(ours: Transformer, theirs: Any, tokens: Tensor) -> tuple[int | None, str]:
+    """The first layer whose output differs by more than rounding, and by how much."""
+    mine = _outputs(ours.blocks, lambda: ours.logits(tokens))
+    other = _outputs(theirs.model.layers, lambda: theirs(input_ids=tokens, use_cache=False))
+    for index, (a, b) in enumerate(zip(mine, other, strict=True)):
+        a = a.transpose(0, 1)
+        error = (a - b).abs().max().item()
+        if not error <= NAMED_FROM * max(1.0, a.abs().max().item()):
+            return index, f"hidden states by {error:.3g}"
+    return None, "no layer alone does: look at the embedding, the final norm and the head"
+
+
+def _outputs(layers: nn.ModuleList, run: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
+    """Raise InteropError unless each of our rotations has its fp32 bits among theirs.
+
+    Logits at two thousand tokens would not show an error that grows with the position.
+    """
+    held = [
+        buffer.float()
+        for name, buffer in theirs.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name
+    ]
+    if not held:
+        return  # our own class has its frequencies from the config
+    for name, scheme in plan.schemes.items():
+        if isinstance(scheme.position, Rope):
+            wanted = padded_frequencies(scheme, head_dim)
+            if not any(torch.equal(wanted, other) for other in held):
+                raise InteropError(
+                    f"model.layer_plan.schemes.{name}.position: transformers rotates by other "
+                    "frequencies (not the same fp32 bits). Nothing was published."
+                )
+
+
+def padded_frequencies(scheme: AttentionScheme, head_dim: int) -> Tensor:
+    """The frequencies of a rotation [head_dim / 2], zero where the head does not turn."""
+    assert isinstance(scheme.position, Rope)
+    found = scheme.position.frequencies(head_dim, torch, torch.float32)
+    return torch.cat((found, found.new_zeros(head_dim // 2 - len(found))))
+
+
+def proof_in_words(rows: Sequence[Row]) -> list[str]:
+    """One line per row."""
+    return [
+        f"{row.what:6s} {row.length:5d} tokens: largest difference {row.difference:.2e} "
+        f"(bound {row.bound:.1e}, largest logit {row.largest:.3g})"
+        for row in rows
+    ]

@@ -1,0 +1,124 @@
+"""Safetensors written tensor by tensor, each in bands of rows: any size in little memory."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megahybrid.checkpoint import durable
+from megahybrid.checkpoint.reader import Reader
+from megahybrid.interop.names import TensorName
+
+SHARD_BYTES = 4 * 2**30
+BAND_BYTES = 32 * 2**20
+DTYPES = {"fp32": ("F32", torch.float32, 4), "bf16": ("BF16", torch.bfloat16, 2)}
+INDEX_NAME = "model.safetensors.index.json"
+Rows = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to write: `rows(start, stop)` gives a band of it in fp32, in multiples of `step`."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Rows
+    step: int = 1
+
+
+def write_shards(
+    folder: Path, tensors: Sequence[OutTensor], dtype: str, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write model.safetensors, or numbered shards and their index; returns the bytes of tensors.
+
+    A tensor larger than `shard_bytes` has a shard of its own. Raises OSError.
+    """
+    width = DTYPES[dtype][2]
+    shards: list[list[OutTensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * width
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        durable.write(folder / name, _chunks(shard, dtype))
+        weight_map.update({tensor.name: name for tensor in shard})
+    if len(shards) > 1:
+        metadata = {"total_parameters": total, "total_size": total * width}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        durable.write(folder / INDEX_NAME, [memoryview(text.encode())])
+    return total * width
+
+
+def _chunks(tensors: Sequence[OutTensor], dtype: str) -> Iterator[memoryview]:
+    word, torch_dtype, width = DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * width
+        header[tensor.name] = {
+            "dtype": word,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
+        band = max(tensor.step, BAND_BYTES // row_bytes // tensor.step * tensor.step)
+        for start in range(0, tensor.shape[0], band):
+            rows = np.ascontiguousarray(tensor.rows(start, min(start + band, tensor.shape[0])))
+            data = torch.from_numpy(rows).to(torch_dtype)
+            yield data.view(torch.uint8).numpy().reshape(-1).data
+
+
+def reordered(
+    rows: np.ndarray, name: TensorName, head_dim: int, inverse: bool = False
+) -> np.ndarray:
+    """Whole heads of a tensor with their rows in their order (`inverse`: back in ours)."""
+    if name.order is None:
+        return rows
+    order = np.array(name.order)
+    if inverse:
+        order = np.argsort(order)
+    if name.in_last_dimension:
+        return rows[:, order]
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    return heads[:, order].reshape(rows.shape)
+
+
+def out_tensors(reader: Reader, names: Sequence[TensorName], head_dim: int) -> list[OutTensor]:
+    """What an export writes, read from a checkpoint as it is needed."""
+
+    def rows(name: TensorName) -> Rows:
+        def read(start: int, stop: int) -> np.ndarray:
+            if name.ours is None:
+                return np.full((stop - start, *name.shape[1:]), name.constant, dtype=np.float32)
+            box = ((start, stop), *((0, size) for size in name.shape[1:]))
+            values = reordered(reader.read(name.ours, "weight", box), name, head_dim)
+            # Closing lets go of the mapped pages, which would otherwise count as memory.
+            reader.close()
+            return values
+
+        return read
+
+    def step(name: TensorName) -> int:
+        return head_dim if name.order is not None and not name.in_last_dimension else 1
+
+    return [OutTensor(name.theirs, name.shape, rows(name), step(name)) for name in names]
