@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from megahybrid.parallel.collectives import (
     start_reduce_scatter,
 )
 from megahybrid.parallel.mesh import Axis, ParallelMesh
+from megahybrid.parallel.products import linear, product
 from megahybrid.parallel.sharding import Segment, ShardSpec, mark, shard_spec
 
 
@@ -151,7 +151,7 @@ def sharded_parameter(
 
 def _product(x: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
     """x Wᵀ with some rows of the weight, in x's dtype."""
-    return F.linear(x, _rows(weight, rows).to(x.dtype))
+    return linear(x, _rows(weight, rows))
 
 
 def _rows(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
@@ -200,8 +200,8 @@ class _ColumnLinear(torch.autograd.Function):
                 zip(grads, weights, ctx.kept, strict=True)
             ):
                 if needs_weight[index]:
-                    product = (grad.flatten(0, 1).t() @ whole).to(weight.dtype)
-                    weight_grads[index] = _weight_gradient(product, weight, rows, axis)
+                    of_rows = product(grad.flatten(0, 1).t(), whole).to(weight.dtype)
+                    weight_grads[index] = _weight_gradient(of_rows, weight, rows, axis)
         if scattering is not None:
             grad_x = scattering.wait()
         return grad_x, None, None, None, *weight_grads
@@ -215,18 +215,18 @@ def _input_gradient(
     """This rank's partial sum of the gradient of the whole input."""
     total: Tensor | None = None
     for grad, weight, rows in zip(grads, weights, kept, strict=True):
-        part = grad @ _rows(weight, rows).to(grad.dtype)
+        part = product(grad, _rows(weight, rows).to(grad.dtype))
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
 
 
 def _weight_gradient(
-    product: Tensor, weight: Tensor, rows: tuple[int, int] | None, axis: Axis
+    of_rows: Tensor, weight: Tensor, rows: tuple[int, int] | None, axis: Axis
 ) -> Tensor:
     """The gradient of a shard; of a replicated weight, the sum over ranks of what each one used."""
     if rows is None:
-        return product
+        return of_rows
     whole = torch.zeros_like(weight)
-    whole[rows[0] : rows[1]] = product
+    whole[rows[0] : rows[1]] = of_rows
     return all_reduce(whole, axis)

@@ -19,6 +19,7 @@ from megahybrid.parallel.collectives import (
 )
 from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import Axis, ParallelMesh
+from megahybrid.parallel.products import prefers_onednn, product
 from megahybrid.parallel.sharding import Segment, shard_spec
 
 IGNORED = -100
@@ -192,7 +193,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if slope is not None:
                 slope = slope.to(hidden.dtype)
                 if grad_whole is not None:
-                    torch.mm(slope, used, out=grad_whole[piece])
+                    product(slope, used, out=grad_whole[piece])
                 if grad_weight is not None:
                     _accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
                 del slope  # else it stands beside the next chunk's logits
@@ -265,12 +266,12 @@ def _product_exact(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
     """left @ right as `exact`; on CUDA the product itself is, elsewhere it is converted."""
     if left.dtype != exact and left.is_cuda:
         return torch.mm(left, right, out_dtype=exact)
-    return torch.mm(left, right).to(exact)
+    return product(left, right).to(exact)
 
 
 def _accumulate(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
     """total += slopeᵀ inputs, with the sum in total's dtype."""
-    if slope.dtype == total.dtype:
+    if slope.dtype == total.dtype and not prefers_onednn(slope, slope.numel() * inputs.shape[1]):
         total.addmm_(slope.t(), inputs)
     elif slope.is_cuda and _adds_to_fp32(slope.device, slope.dtype):
         torch.addmm(total, slope.t(), inputs, out_dtype=total.dtype, out=total)
