@@ -1,0 +1,65 @@
+"""What a figure was measured on and with: printed above every table and kept in its JSON."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path("build/bench")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor or GPU, threads, and the versions that matter."""
+    names = ("torch", "transformers", "deepspeed", "triton", "liger-kernel", "numpy")
+    facts: dict[str, Any] = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: installed for name in names if (installed := _installed(name))},
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+    else:
+        facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return facts
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def heading(facts: dict[str, Any]) -> str:
+    """One line for people."""
+    where = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} of {facts['cores']} cores"
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return f"{where} (load {facts['load_average'][0]:.1f}); python {facts['python']}, {versions}"
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """build/bench/`name`.json."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

@@ -1,0 +1,182 @@
+"""Our training step against Hugging Face's Cohere2: same shape, weights, mask, dtype, one run.
+
+First both must give the same loss and gradients; then they are timed in turns. On a CPU the judge
+is CPU-seconds, which a neighbour on the machine disturbs least; the wall clock stands beside it.
+`--device cuda` runs the 1B plan of benchmarks/gpu.py instead.
+
+    python -m benchmarks.train_step [--lengths 2048 8192] [--peers sdpa eager sdpa+compile]
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from benchmarks.cohere2 import gradient_errors
+from benchmarks.machine import heading, machine, write
+from benchmarks.shapes import SHAPES, hybrid, random_batch
+from benchmarks.steps import (
+    Step,
+    engine_step,
+    our_loss,
+    our_model,
+    our_step,
+    peer_model,
+    peer_step,
+)
+from benchmarks.timing import in_turns
+from megahybrid.config.counting import flops_per_token
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.mesh import initialise_distributed, shutdown_distributed
+
+GOALS = {2048: 1.0, 8192: 2.0}  # times Hugging Face's best, tokens per CPU-second
+LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+# eager attention keeps two matrices of length² per head and layer for backward.
+EAGER_BYTES = 4 * 2**30
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 1 where the two sides do not compute the same thing."""
+    options = parse_options(arguments)
+    quiet()
+    if options.device == "cuda":
+        from benchmarks.gpu import run_plan
+
+        return run_plan(options)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cpu")
+    facts = machine(device)
+    print(heading(facts))
+    started, results = time.monotonic(), []
+    initialise_distributed("cpu")
+    try:
+        for length in options.lengths:
+            left = options.budget_seconds - (time.monotonic() - started)
+            rounds = options.rounds if length <= 2048 else max(3, options.rounds - 2)
+            results.append(measure(options, length, rounds, left))
+    finally:
+        shutdown_distributed(ok=False)
+    path = write("train_step_cpu", {"machine": facts, "shape": options.shape, "lengths": results})
+    print(table(options.shape, results))
+    print(f"all times: {path}")
+    return 0
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="25m on cpu, 1b on cuda")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens per row")
+    parser.add_argument("--peers", nargs="+", help="attention, with +compile for torch.compile")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (cpu)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of ours (cuda)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (cpu)")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks too (cuda)")
+    parser.add_argument("--budget-seconds", type=float, help="when to stop starting new parts")
+    options = parser.parse_args(arguments)
+    gpu = options.device == "cuda"
+    options.shape = options.shape or ("1b" if gpu else "25m")
+    options.lengths = options.lengths or ([8192, 32768, 131072] if gpu else [2048, 8192])
+    options.peers = options.peers or (
+        ["sdpa", "flex_attention+compile"] if gpu else ["sdpa", "eager", "sdpa+compile"]
+    )
+    options.budget_seconds = options.budget_seconds or (510.0 if gpu else 480.0)
+    return options
+
+
+def quiet() -> None:
+    """Libraries' notices would bury the table."""
+    import logging
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def measure(options: argparse.Namespace, length: int, rounds: int, left: float) -> dict[str, Any]:
+    """One length: the gate, then the turns."""
+    device, config = torch.device("cpu"), hybrid(options.shape)
+    tokens, targets = random_batch(config, 1, length, device)
+    ours = our_model(config, device, torch.float32)
+    steps: dict[str, Step] = {}
+    result: dict[str, Any] = {
+        "length": length,
+        "flops_per_token": flops_per_token(config, length),
+        "gate": {},
+        "left_out": {},
+    }
+    for name in options.peers:
+        attention, _, compiled = name.partition("+")
+        kept = 8 * config.num_heads * length**2 * config.layer_plan.num_layers
+        if attention == "eager" and kept > EAGER_BYTES:
+            result["left_out"][name] = f"keeps {kept / 2**30:.0f} GiB of attention matrices"
+            continue
+        if compiled and left < 120 * (1 + length / 2048):
+            result["left_out"][name] = "no time left"
+            continue
+        peer = peer_model(ours, length, attention, compiled=bool(compiled))
+        result["gate"][name] = gate(name, ours, peer, tokens, targets)
+        steps[f"transformers {name}"] = peer_step(peer, tokens)
+    engine_model = our_model(config, device, torch.float32)
+    steps["megahybrid through DeepSpeed"] = engine_step(engine_model, tokens, targets, "fp32")
+    steps = {"megahybrid": our_step(ours, tokens, targets), **steps}
+    times = in_turns(list(steps.values()), device, rounds)
+    result["times"] = {name: t.as_json() for name, t in zip(steps, times, strict=True)}
+    return result
+
+
+def gate(
+    name: str,
+    ours: Transformer,
+    peer: torch.nn.Module,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+) -> dict[str, float]:
+    """Errors of loss and gradients between the two; ends the run where they are too large."""
+    our_value = our_loss(ours, tokens, targets)
+    our_value.backward()
+    their_value = peer(input_ids=tokens, labels=tokens).loss
+    their_value.backward()
+    errors = gradient_errors(ours, peer)
+    worst = max(errors, key=lambda key: errors[key])
+    loss_error = abs(our_value.item() / their_value.item() - 1)
+    for model in (ours, peer):
+        model.zero_grad(set_to_none=True)
+    if loss_error > LOSS_BOUND or errors[worst] > GRADIENT_BOUND:
+        sys.exit(
+            f"{name}: loss {our_value.item():.7f} against {their_value.item():.7f}, gradient of "
+            f"{worst} off by {errors[worst]:.1e}. The two do not compute the same thing."
+        )
+    return {"loss": our_value.item(), "loss_error": loss_error, "gradient_error": errors[worst]}
+
+
+def table(shape: str, results: list[dict[str, Any]]) -> str:
+    """What people read: tokens per second, by CPU time and by the clock, and ours over theirs."""
+    lines = [
+        f"| {shape}, fp32, one row of | step of | tokens per CPU-s | tokens per s | ours is |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        length, times = result["length"], result["times"]
+        ours = times["megahybrid"]["cpu_median"]
+        for name, value in times.items():
+            ratio = value["cpu_median"] / ours
+            lines.append(
+                f"| {length} | {name} | {length / value['cpu_median']:.0f} "
+                f"| {length / value['wall_median']:.0f} | {ratio:.2f} × |"
+            )
+        lines += [f"| {length} | {name} | {why} | | |" for name, why in result["left_out"].items()]
+        peers = [v["cpu_median"] for n, v in times.items() if n.startswith("transformers")]
+        if peers and length in GOALS and shape == "25m":
+            lines.append(
+                f"| {length} | **over the best peer** (goal {GOALS[length]:.1f} ×) | | "
+                f"| **{min(peers) / ours:.2f} ×** |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
