@@ -28,6 +28,9 @@ def add_arguments(subparsers: Any) -> None:
     tokenize.add_argument("--output", required=True, help="new folder")
     tokenize.add_argument("--held-out", type=float, default=0.0, help="fraction of documents")
     tokenize.add_argument("--longest", type=int, default=0, help="longest documents held out")
+    tokenize.add_argument(
+        "--deduplicate", action="store_true", help="keep only the first of equal texts"
+    )
     tokenize.add_argument("--eod", help="the token that follows every document")
     tokenize.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     tokenize.add_argument("--memory-mib", type=int, default=256, help="for the shuffle")
@@ -110,6 +113,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         args.output,
         held_out=args.held_out,
         longest=args.longest,
+        deduplicate=args.deduplicate,
         seed=args.seed,
         text_field=args.field,
         pattern=args.glob,
@@ -122,6 +126,8 @@ def _tokenize(args: argparse.Namespace) -> None:
     )
     for part, documents in report.documents.items():
         print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
+    if report.duplicates:
+        print(f"{report.duplicates:,} copies of documents left out")
     if report.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
         print(f"{report.output}/quarantine.jsonl: {sum(report.bad.values())} bad ({reasons})")

@@ -1,24 +1,30 @@
-"""What a worker does: one unit of text becomes tokens and records, sorted by shuffling key."""
+"""What a worker does: a unit of text becomes tokens and records, in runs sorted by their keys."""
 
 import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.documents import BadDocument, Document, Unit, read_unit
-from megahybrid.data.manifest import sync_folder
+from data_prep.documents import BadDocument, BadText, Document, LongDocument, Unit, read_unit
+from data_prep.long_text import encode_pieces, slices
+from megahybrid.data.manifest import sync_folder, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 
 # key orders the documents, split decides which are held out; both from the text alone, so that
 # copies of a document never lie on both sides. offset and length are in tokens, eod included.
 RECORD = np.dtype([("key", "<u8"), ("split", "<u8"), ("offset", "<i8"), ("length", "<i8")])
 BATCH_CHARACTERS = 2**20
+LONG_CHARACTERS = 4 * 2**20  # from here on a text is encoded in pieces
+RUN_BYTES = 64 * 2**20  # of tokens held by a worker before they are sorted and written
 
 Records = npt.NDArray[np.void]
 
@@ -36,12 +42,13 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """Counts of one encoded unit."""
+    """Counts of one encoded unit. `runs`: records of each sorted run, in the files' order."""
 
     number: int
     bytes: int
     documents: int
     tokens: int
+    runs: list[int]
     bad: dict[str, int]
 
 
@@ -50,62 +57,175 @@ def unit_path(folder: str | Path, number: int, suffix: str) -> Path:
     return Path(folder) / f"unit-{number:08d}.{suffix}"
 
 
+def read_result(folder: str | Path, number: int) -> UnitResult | None:
+    """What is known of a unit that is done; None for one that is not."""
+    try:
+        return UnitResult(**json.loads(unit_path(folder, number, "done").read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
 def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
     """Encodes a unit into `.tokens`, `.records` and `.bad`; one already done is not done again."""
-    done = unit_path(job.folder, number, "done")
-    if done.exists():
-        return UnitResult(**json.loads(done.read_text()))
+    if (done := read_result(job.folder, number)) is not None:
+        return done
     tokenizer = _tokenizer(job.tokenizer, job.eod)
-    dtype = np.dtype(tokenizer.info.dtype)
-    tokens: list[npt.NDArray[np.integer]] = []
-    rows: list[tuple[int, int, int, int]] = []
     bad: list[BadDocument] = []
-    position = 0
-    for group in _groups(unit, job.text_field, bad):
+    with RunWriter(job.folder, number, np.dtype(tokenizer.info.dtype)) as writer:
+        encoder = _Encoder(job.seed, tokenizer, writer, bad)
+        for item in read_unit(unit, job.text_field):
+            if isinstance(item, BadDocument):
+                bad.append(item)
+            elif isinstance(item, LongDocument):
+                encoder.add_long(item.name, item.pieces)
+            elif len(item.text) >= LONG_CHARACTERS:
+                encoder.add_long(item.name, slices(item.text))
+            else:
+                encoder.add(item)
+        encoder.flush()
+        return writer.finish(unit.bytes, bad)
+
+
+class _Encoder:
+    """Documents in, encoded in batches."""
+
+    def __init__(
+        self, seed: int, tokenizer: Tokenizer, writer: "RunWriter", bad: list[BadDocument]
+    ) -> None:
+        self.seed, self.tokenizer, self.writer, self.bad = seed, tokenizer, writer, bad
+        self.eod = tokenizer.info.eod_id
+        self.waiting: list[Document] = []
+        self.characters = 0
+
+    def add(self, document: Document) -> None:
+        self.waiting.append(document)
+        self.characters += len(document.text)
+        if self.characters >= BATCH_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self.waiting, self.characters = self.waiting, [], 0
+        if not waiting:
+            return
         for document, ids in zip(
-            group, tokenizer.encode([item.text for item in group]), strict=True
+            waiting, self.tokenizer.encode([item.text for item in waiting]), strict=True
         ):
-            if tokenizer.info.eod_id in ids:
-                bad.append(_bad(document, "eod inside"))
+            if self.eod in ids:
+                self.bad.append(_bad(document.name, "eod inside", document.text[:80]))
                 continue
-            ids.append(tokenizer.info.eod_id)
-            tokens.append(np.asarray(ids, dtype))
-            key, split = _keys(job.seed, document.text)
-            rows.append((key, split, position, len(ids)))
-            position += len(ids)
-    records = np.asarray(rows, RECORD)
-    order = np.argsort(records["key"], kind="stable")
-    records = records[order]
-    records["offset"] = np.cumsum(records["length"]) - records["length"]
-    with open(unit_path(job.folder, number, "tokens"), "wb") as file:
-        for index in order:
-            file.write(tokens[index].data)
-    records.tofile(unit_path(job.folder, number, "records"))
-    with open(unit_path(job.folder, number, "bad"), "w", encoding="utf-8") as listing:
-        for item in bad:
-            listing.write(json.dumps(_shown(item), ensure_ascii=False) + "\n")
-    counts = dict(sorted(Counter(item.reason for item in bad).items()))
-    result = UnitResult(number, unit.bytes, len(records), position, counts)
-    temporary = done.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result.__dict__))
-    os.replace(temporary, done)
-    sync_folder(done.parent)
-    return result
+            ids.append(self.eod)
+            digest = document_hash(self.seed)
+            digest.update(document.text.encode())
+            self.writer.add(np.asarray(ids, self.writer.dtype), document_keys(digest))
+
+    def add_long(self, name: str, pieces: Iterable[str]) -> None:
+        """Encodes a document piece by piece, straight to disk; takes it back if it is bad."""
+        self.flush()
+        digest = document_hash(self.seed)
+
+        def hashed() -> Iterable[str]:
+            for piece in pieces:
+                digest.update(piece.encode())
+                yield piece
+
+        begin = self.writer.begin_long()
+        try:
+            for ids in encode_pieces(self.tokenizer, hashed()):
+                if self.eod in ids:
+                    raise BadText("eod inside")
+                self.writer.add_piece(np.asarray(ids, self.writer.dtype))
+        except (BadText, UnicodeEncodeError) as error:
+            reason = str(error) if isinstance(error, BadText) else "lone surrogate"
+            self.writer.drop_long(begin)
+            self.bad.append(_bad(name, reason, ""))
+            return
+        self.writer.add_piece(np.asarray([self.eod], self.writer.dtype))
+        self.writer.end_long(begin, document_keys(digest))
 
 
-def _groups(unit: Unit, text_field: str, bad: list[BadDocument]) -> "list[list[Document]]":
-    groups: list[list[Document]] = [[]]
-    size = 0
-    for item in read_unit(unit, text_field):
-        if isinstance(item, BadDocument):
-            bad.append(item)
-            continue
-        if size > BATCH_CHARACTERS:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += len(item.text)
-    return [group for group in groups if group]
+class RunWriter:
+    """The files of one unit: runs of documents, each sorted by key, one after another."""
+
+    def __init__(self, folder: str | Path, number: int, dtype: np.dtype[Any]) -> None:
+        self.folder, self.number, self.dtype = folder, number, dtype
+        self._tokens = open(unit_path(folder, number, "tokens"), "wb")  # noqa: SIM115
+        self._records = open(unit_path(folder, number, "records"), "wb")  # noqa: SIM115
+        self._held: list[npt.NDArray[Any]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._held_tokens = self._written = 0
+        self._runs: list[int] = []
+
+    def add(self, tokens: npt.NDArray[Any], keys: tuple[int, int]) -> None:
+        """Adds a document, eod included."""
+        self._held.append(tokens)
+        self._rows.append((*keys, 0, len(tokens)))
+        self._held_tokens += len(tokens)
+        # Beside the tokens, an array and a row cost about 300 bytes each.
+        if self._held_tokens * self.dtype.itemsize + 300 * len(self._rows) > RUN_BYTES:
+            self._write_run()
+
+    def _write_run(self) -> None:
+        if not self._rows:
+            return
+        records = np.asarray(self._rows, RECORD)
+        order = np.argsort(records["key"], kind="stable")
+        records = records[order]
+        records["offset"] = self._written + np.cumsum(records["length"]) - records["length"]
+        self._tokens.writelines(self._held[index].data for index in order)
+        self._written += self._held_tokens
+        self._records.write(records.tobytes())
+        self._runs.append(len(records))
+        self._held, self._rows, self._held_tokens = [], [], 0
+
+    def begin_long(self) -> int:
+        """Begins a document that is written piece by piece; returns where."""
+        self._write_run()
+        return self._written
+
+    def add_piece(self, tokens: npt.NDArray[Any]) -> None:
+        """A piece of the document begun."""
+        self._tokens.write(tokens.data)
+        self._written += len(tokens)
+
+    def drop_long(self, begin: int) -> None:
+        """Takes the document begun back."""
+        self._tokens.seek(begin * self.dtype.itemsize)
+        self._tokens.truncate()
+        self._written = begin
+
+    def end_long(self, begin: int, keys: tuple[int, int]) -> None:
+        """Ends the document begun: a run of its own."""
+        row = [(*keys, begin, self._written - begin)]
+        self._records.write(np.asarray(row, RECORD).tobytes())
+        self._runs.append(1)
+
+    def finish(self, size: int, bad: list[BadDocument]) -> UnitResult:
+        """Makes the unit durable and marks it done."""
+        self._write_run()
+        with open(unit_path(self.folder, self.number, "bad"), "w", encoding="utf-8") as listing:
+            for item in bad:
+                listing.write(json.dumps(_shown(item), ensure_ascii=False) + "\n")
+            for file in (listing, self._tokens, self._records):
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(Path(self.folder))
+        counts = dict(sorted(Counter(item.reason for item in bad).items()))
+        result = UnitResult(self.number, size, sum(self._runs), self._written, self._runs, counts)
+        done = unit_path(self.folder, self.number, "done")
+        write_durably(done, json.dumps(asdict(result)).encode())
+        return result
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._tokens.close()
+        self._records.close()
 
 
 @lru_cache(maxsize=1)
@@ -113,14 +233,20 @@ def _tokenizer(path: str, eod: str | None) -> Tokenizer:
     return load_tokenizer(path, eod)
 
 
-def _keys(seed: int, text: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(text.encode(), digest_size=16, key=str(seed).encode()).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+def document_hash(seed: int) -> hashlib.blake2b:
+    """The keyed hash that a document's content is fed to."""
+    return hashlib.blake2b(digest_size=16, key=str(seed).encode())
 
 
-def _bad(document: Document, reason: str) -> BadDocument:
-    file, _, offset = document.name.rpartition(":")
-    return BadDocument(file, int(offset), reason, document.text[:80].encode())
+def document_keys(digest: hashlib.blake2b) -> tuple[int, int]:
+    """Key and split of a document."""
+    raw = digest.digest()
+    return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
+
+
+def _bad(name: str, reason: str, beginning: str) -> BadDocument:
+    file, _, offset = name.rpartition(":")
+    return BadDocument(file, int(offset), reason, beginning.encode())
 
 
 def _shown(item: BadDocument) -> dict[str, object]:

@@ -1,11 +1,12 @@
-"""From encoded units to datasets: documents in keyed order, a part of them held out.
+"""From encoded units to datasets: documents in keyed order, copies left out, a part held out.
 
 External: the keys are cut into ranges ("buckets") so small that one fits in the memory allowed; the
-documents of a bucket lie together in every unit, because units are sorted.
+documents of a bucket lie together in every run, because runs are sorted. A document that is large
+beside that memory is copied in pieces.
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,100 +15,216 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.encode_unit import RECORD, Records, unit_path
+from data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
 from megahybrid.data.token_writer import TokenWriter
 
 Digest = tuple[int, int]
+Tokens = npt.NDArray[Any]
+
+RECORD_COST = 300  # bytes that a document needs beside its tokens while its bucket is held
+FINE_BITS = 16
+COPY_TOKENS = 2**22
 
 
 @dataclass(frozen=True)
 class Split:
-    """held_out: fraction of documents by hash. longest: this many longest documents, apart."""
+    """held_out: fraction of documents by hash. longest: this many longest documents, apart.
+
+    deduplicate: of documents with the same text only the first is kept.
+    """
 
     held_out: float
     longest: int
+    deduplicate: bool = False
 
 
-def longest_documents(folder: Path, units: int, count: int) -> frozenset[Digest]:
+@dataclass(frozen=True)
+class _Run:
+    """One sorted run: records first … stop - 1 of a unit."""
+
+    tokens: Path
+    records: Path
+    first: int
+    stop: int
+
+    def mapped(self) -> Records:
+        return np.memmap(
+            self.records,
+            RECORD,
+            mode="r",
+            offset=self.first * RECORD.itemsize,
+            shape=(self.stop - self.first,),
+        )
+
+
+def runs_of(folder: Path, results: Sequence[UnitResult]) -> list[_Run]:
+    """All runs, in the order of the units."""
+    found = []
+    for result in results:
+        first = 0
+        for count in result.runs:
+            tokens = unit_path(folder, result.number, "tokens")
+            records = unit_path(folder, result.number, "records")
+            found.append(_Run(tokens, records, first, first + count))
+            first += count
+    return found
+
+
+def longest_documents(runs: Sequence[_Run], count: int) -> frozenset[Digest]:
     """Key and split of the `count` longest documents (ties: the smaller key first)."""
     best: list[tuple[int, int, int]] = []
-    for number in range(units):
-        records = _records(folder, number)
-        if count and len(records):
-            top = np.argsort(-records["length"], kind="stable")[:count]
-            found = {(int(r["length"]), -int(r["key"]), int(r["split"])) for r in records[top]}
-            best = heapq.nlargest(count, found | set(best))
+    for run in runs if count else ():
+        records = run.mapped()
+        top = np.argsort(-records["length"], kind="stable")[:count]
+        # Of documents that are as long as the last one taken, all compete.
+        top = np.flatnonzero(records["length"] >= records["length"][top[-1]])
+        found = {(int(r["length"]), -int(r["key"]), int(r["split"])) for r in records[top]}
+        best = heapq.nlargest(count, found | set(best))
     return frozenset((-key, split) for _, key, split in best)
 
 
-def merge_units(
-    folder: Path,
-    units: int,
-    split: Split,
-    writers: dict[str, TokenWriter],
-    *,
-    memory_bytes: int,
-    progress: Callable[[int], None] = lambda done_bytes: None,
-) -> None:
+@dataclass
+class Merge:
     """Writes every document to writers["train"], ["held_out"] or ["held_out_long"]."""
-    dtype = np.dtype(writers["train"].tokenizer.dtype)
-    total = sum(unit_path(folder, n, "tokens").stat().st_size for n in range(units))
-    long = longest_documents(folder, units, split.longest)
-    # Three times: the pieces, their concatenation in order, and the writer's view of it.
-    buckets = max(1, -(-3 * total // memory_bytes))
-    bounds = [2**64 * bucket // buckets for bucket in range(buckets + 1)]
-    for low, high in pairwise(bounds):
-        records, pieces = _bucket(folder, units, low, high, dtype)
-        if not len(records):
-            continue
-        held = _held_out(records, split.held_out)
-        is_long = np.zeros(len(records), bool)
-        for index in np.flatnonzero(np.isin(records["key"], _keys(long))) if long else ():
-            is_long[index] = (int(records["key"][index]), int(records["split"][index])) in long
+
+    runs: Sequence[_Run]
+    split: Split
+    writers: dict[str, TokenWriter]
+    memory_bytes: int
+    progress: Callable[[int], None] = lambda done_bytes: None
+    duplicates: int = 0
+
+    def __post_init__(self) -> None:
+        self.dtype = np.dtype(self.writers["train"].tokenizer.dtype)
+        self.large = max(1, self.memory_bytes // (8 * self.dtype.itemsize))  # tokens
+        self.long = longest_documents(self.runs, self.split.longest)
+
+    def run(self) -> None:
+        """Bucket after bucket, in the order of the keys."""
+        for low, high in pairwise(self._bounds()):
+            self._bucket(low, high)
+
+    def _bounds(self) -> list[int]:
+        """Keys that cut the documents into buckets of at most half of the memory."""
+        cost = np.zeros(2**FINE_BITS)
+        for run in self.runs:
+            records = run.mapped()
+            for first in range(0, len(records), 2**20):
+                part = np.array(records[first : first + 2**20])
+                size = np.where(part["length"] > self.large, 0, part["length"])
+                where = (part["key"] >> np.uint64(64 - FINE_BITS)).astype(np.int64)
+                weights = size * self.dtype.itemsize + RECORD_COST
+                cost += np.bincount(where, weights, minlength=len(cost))
+        bounds, held = [0], 0.0
+        for index, size in enumerate(cost):
+            if held and held + size > self.memory_bytes / 2:
+                bounds.append(index << (64 - FINE_BITS))
+                held = 0.0
+            held += size
+        return [*bounds, 2**64]
+
+    def _bucket(self, low: int, high: int) -> None:
+        """Records with low <= key < high."""
+        found: list[Records] = []
+        pieces: list[Tokens | None] = []  # None: large, to be copied from its file
+        origin: list[npt.NDArray[Any]] = []
+        for number, run in enumerate(self.runs):
+            records = run.mapped()
+            first = int(np.searchsorted(records["key"], np.uint64(low)))
+            stop = len(records)
+            if high < 2**64:
+                stop = int(np.searchsorted(records["key"], np.uint64(high)))
+            if first < stop:
+                found.append(np.array(records[first:stop]))
+                origin.append(np.full(stop - first, number))
+                pieces += self._pieces(run, found[-1])
+        if not found:
+            return
+        records = np.concatenate(found)
+        runs = np.concatenate(origin)
         order = np.argsort(records["key"], kind="stable")
+        if self.split.deduplicate:
+            order = self._without_copies(records, order)
+        held = _held_out(records, self.split.held_out)
+        is_long = np.zeros(len(records), bool)
+        for index in np.flatnonzero(np.isin(records["key"], _keys(self.long))) if self.long else ():
+            is_long[index] = (int(records["key"][index]), int(records["split"][index])) in self.long
         for name, chosen in (
             ("train", ~held & ~is_long),
             ("held_out", held & ~is_long),
             ("held_out_long", is_long),
         ):
-            wanted = order[chosen[order]]
-            if len(wanted):
-                tokens = np.concatenate([pieces[index] for index in wanted])
-                writers[name].add_documents(tokens, records["length"][wanted])
-        progress(int(records["length"].sum()) * dtype.itemsize)
+            self._write(name, records, runs, pieces, order[chosen[order]])
 
+    def _pieces(self, run: _Run, records: Records) -> Iterator[Tokens | None]:
+        """Tokens of consecutive records: one read for each stretch without a large document."""
+        large = np.flatnonzero(records["length"] > self.large)
+        begin = 0
+        for end in [*large.tolist(), len(records)]:
+            part = records[begin:end]
+            if len(part):
+                item = self.dtype.itemsize
+                tokens = np.fromfile(
+                    run.tokens,
+                    self.dtype,
+                    count=int(part["length"].sum()),
+                    offset=int(part["offset"][0]) * item,
+                )
+                yield from np.split(tokens, np.cumsum(part["length"])[:-1])
+            if end < len(records):
+                yield None
+            begin = end + 1
 
-def _records(folder: Path, number: int) -> Records:
-    path = unit_path(folder, number, "records")
-    if path.stat().st_size == 0:
-        return np.zeros(0, RECORD)
-    return np.memmap(path, RECORD, mode="r")
+    def _without_copies(self, records: Records, order: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        # Among equal keys, equal splits must be neighbours; the first in the input stays first.
+        order = np.lexsort((np.arange(len(records)), records["split"], records["key"]))
+        keys, splits = records["key"][order], records["split"][order]
+        again = (keys[1:] == keys[:-1]) & (splits[1:] == splits[:-1])
+        self.duplicates += int(again.sum())
+        return order[np.concatenate([[True], ~again])]
 
+    def _write(
+        self,
+        name: str,
+        records: Records,
+        runs: npt.NDArray[Any],
+        pieces: list[Tokens | None],
+        wanted: npt.NDArray[Any],
+    ) -> None:
+        writer = self.writers[name] if len(wanted) else None
+        held: list[Tokens] = []
+        size = 0
 
-def _bucket(
-    folder: Path, units: int, low: int, high: int, dtype: np.dtype[Any]
-) -> tuple[Records, list[npt.NDArray[Any]]]:
-    """Records with low <= key < high, in unit order, and the tokens of each."""
-    found: list[Records] = [np.zeros(0, RECORD)]
-    pieces: list[npt.NDArray[Any]] = []
-    for number in range(units):
-        records = _records(folder, number)
-        keys = records["key"]
-        first = int(np.searchsorted(keys, np.uint64(low)))
-        stop = len(keys) if high == 2**64 else int(np.searchsorted(keys, np.uint64(high)))
-        part = np.array(records[first:stop])
-        if not len(part):
-            continue
-        begin = int(part["offset"][0])
-        tokens = np.fromfile(
-            unit_path(folder, number, "tokens"),
-            dtype,
-            count=int(part["length"].sum()),
-            offset=begin * dtype.itemsize,
-        )
-        pieces += np.split(tokens, np.cumsum(part["length"])[:-1])
-        found.append(part)
-    return np.concatenate(found), pieces
+        def flush() -> None:
+            nonlocal held, size
+            if held and writer is not None:
+                lengths = np.fromiter(map(len, held), np.int64, len(held))
+                writer.add_documents(np.concatenate(held), lengths)
+                self.progress(size * self.dtype.itemsize)
+            held, size = [], 0
+
+        for index in wanted:
+            tokens = pieces[index]
+            if tokens is not None:
+                held.append(tokens)
+                size += len(tokens)
+                if size >= COPY_TOKENS:
+                    flush()
+                continue
+            flush()
+            record = records[index]
+            length = int(record["length"])
+            path = self.runs[int(runs[index])].tokens
+            assert writer is not None
+            writer.add_long(self._copy(path, int(record["offset"]), length), length)
+            self.progress(length * self.dtype.itemsize)
+        flush()
+
+    def _copy(self, path: Path, offset: int, length: int) -> Iterator[Tokens]:
+        item = self.dtype.itemsize
+        for first in range(0, length, COPY_TOKENS):
+            count = min(COPY_TOKENS, length - first)
+            yield np.fromfile(path, self.dtype, count=count, offset=(offset + first) * item)
 
 
 def _held_out(records: Records, fraction: float) -> npt.NDArray[np.bool_]:

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -25,14 +26,16 @@ from rich.progress import (
 
 from data_prep.documents import Unit, cut_units, list_files
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
-from data_prep.merge import Split, merge_units
-from megahybrid.data.manifest import TokenizerInfo, write_durably
+from data_prep.merge import Merge, Split, runs_of
+from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import DataError
 
 WORK = ".work"
 QUARANTINE = "quarantine.jsonl"
+JOB = "job.json"  # in WORK: the unfinished job; in the output: the one that made it
+ENOUGH_TO_JUDGE = 10_000  # documents after which too many bad ones stop the job early
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class TokenizeReport:
     documents: dict[str, int]
     tokens: dict[str, int]
     bad: dict[str, int]
+    duplicates: int = 0
 
 
 def tokenize(
@@ -52,6 +56,7 @@ def tokenize(
     *,
     held_out: float = 0.0,
     longest: int = 0,
+    deduplicate: bool = False,
     seed: int = 0,
     text_field: str = "text",
     pattern: str = "**/*",
@@ -65,11 +70,14 @@ def tokenize(
     """Writes OUTPUT/train, and OUTPUT/held_out and /held_out_long where they are asked for.
 
     Documents are in an order keyed by (seed, text). `held_out` is a fraction of the documents, by
-    hash of the text; `longest` so many of the longest ones, held out apart. What cannot be read is
-    listed in OUTPUT/quarantine.jsonl. An interrupted call, made again with the same arguments, goes
-    on where it was and ends with the same bytes; `workers` and `memory_bytes` may differ.
+    hash of the text; `longest` so many of the longest ones, held out apart; `deduplicate` leaves
+    out all but the first of documents with the same text. What cannot be read is listed in
+    OUTPUT/quarantine.jsonl. An interrupted call, made again with the same arguments, goes on where
+    it was and ends with the same bytes (a finished one says what it made); `workers` and
+    `memory_bytes` may differ.
 
-    Raises DataError when nothing is left to write or more than `max_bad_fraction` is bad.
+    Raises DataError when nothing is left to write, or more than `max_bad_fraction` of the documents
+    is bad at the end or after ENOUGH_TO_JUDGE of them.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
@@ -77,11 +85,13 @@ def tokenize(
     info = load_tokenizer(tokenizer, eod).info
     folder = Path(output)
     job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK))
-    split = Split(held_out, longest)
+    split = Split(held_out, longest, deduplicate)
     units = list(cut_units(files))
-    _begin(folder, _identity(job, files, info, split, shard_tokens))
+    identity = _identity(job, files, info, split, shard_tokens)
+    if (report := _begin(folder, identity)) is not None:
+        return report
     with _progress(quiet) as progress:
-        results = _encode_all(job, units, workers, progress)
+        results = _encode_all(job, units, workers, progress, max_bad_fraction)
         bad = _quarantine(folder, len(units))
         documents = sum(result.documents for result in results)
         _refuse_bad(folder, documents, bad, max_bad_fraction)
@@ -96,43 +106,67 @@ def tokenize(
             )
             for part in parts
         }
-        total = sum(unit_path(job.folder, n, "tokens").stat().st_size for n in range(len(units)))
-        task = progress.add_task("shuffle", total=total)
-        merge_units(
-            Path(job.folder),
-            len(units),
+        total = sum(result.tokens for result in results) * np.dtype(info.dtype).itemsize
+        task = progress.add_task("shuffle", total=total, tokens="")
+        merge = Merge(
+            runs_of(Path(job.folder), results),
             split,
             writers,
-            memory_bytes=memory_bytes,
-            progress=lambda done: progress.advance(task, done),
+            memory_bytes,
+            lambda done: progress.advance(task, done),
         )
+        merge.run()
         manifests = {part: writer.close() for part, writer in writers.items()}
     if not manifests["train"].documents:
         raise DataError(
             f"held_out={held_out} and longest={longest} leave no document to train on "
             f"(of {documents}). Hold out less."
         )
-    for part in parts:
-        shutil.rmtree(folder / part, ignore_errors=True)
-        os.replace(merged / part, folder / part)
-    shutil.rmtree(folder / WORK)
-    return TokenizeReport(
+    report = TokenizeReport(
         output=str(folder),
         documents={part: manifest.documents for part, manifest in manifests.items()},
         tokens={part: manifest.tokens for part, manifest in manifests.items()},
         bad=bad,
+        duplicates=merge.duplicates,
     )
+    _publish(folder, parts, identity, report)
+    return report
+
+
+def _publish(
+    folder: Path, parts: Sequence[str], identity: dict[str, Any], report: TokenizeReport
+) -> None:
+    """Moves the parts to their places; whenever it is killed, the next call ends the same."""
+    for part in parts:
+        merged = folder / WORK / "merged" / part
+        shutil.rmtree(folder / part, ignore_errors=True)
+        os.replace(merged, folder / part)
+    sync_folder(folder)
+    made = asdict(report) | {"output": ""}  # nothing in the folder depends on where it is
+    write_durably(folder / JOB, json.dumps({"job": identity, "report": made}).encode())
+    shutil.rmtree(folder / WORK)
 
 
 def _encode_all(
-    job: EncodeJob, units: Sequence[Unit], workers: int, progress: Progress
+    job: EncodeJob,
+    units: Sequence[Unit],
+    workers: int,
+    progress: Progress,
+    max_bad_fraction: float,
 ) -> list[UnitResult]:
-    task = progress.add_task("tokenize", total=sum(unit.bytes for unit in units))
+    task = progress.add_task("tokenize", total=sum(unit.bytes for unit in units), tokens="")
     results = []
+    bad: Counter[str] = Counter()
+    documents = tokens = 0
     for result in _results(job, units, workers):
-        progress.advance(task, result.bytes)
         results.append(result)
-    return results
+        bad.update(result.bad)
+        documents += result.documents
+        tokens += result.tokens
+        progress.update(task, advance=result.bytes, tokens=f"{tokens / 1e6:,.1f} M tokens")
+        if documents + bad.total() >= ENOUGH_TO_JUDGE:
+            _refuse_bad(Path(job.folder), documents, bad, max_bad_fraction)
+    return sorted(results, key=lambda result: result.number)
 
 
 def _results(job: EncodeJob, units: Sequence[Unit], workers: int) -> Iterator[UnitResult]:
@@ -141,7 +175,9 @@ def _results(job: EncodeJob, units: Sequence[Unit], workers: int) -> Iterator[Un
         yield from (encode_unit(job, number, unit) for number, unit in numbered)
         return
     # Spawned, so that no thread of the caller (torch's, say) is copied half alive.
-    with ProcessPoolExecutor(min(workers, len(units)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(units)), mp_context=get_context("spawn"), initializer=_begin_worker
+    ) as pool:
         waiting: set[Future[UnitResult]] = set()
         try:
             while True:
@@ -162,21 +198,32 @@ def _results(job: EncodeJob, units: Sequence[Unit], workers: int) -> Iterator[Un
                 future.cancel()
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes the work folder, or goes on with the one of the same job."""
-    work = folder / WORK
-    job_file = work / "job.json"
+def _begin_worker() -> None:
+    # One process is one core here; the tokenizers library would otherwise start a thread for each.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _begin(folder: Path, identity: dict[str, Any]) -> TokenizeReport | None:
+    """Makes the work folder, or goes on with the one of the same job; what it made, if finished."""
+    work, finished = folder / WORK, folder / JOB
+    if finished.exists() and (value := json.loads(finished.read_text()))["job"] == identity:
+        report = TokenizeReport(**value["report"] | {"output": str(folder)})
+        if all((folder / part / MANIFEST_NAME).exists() for part in report.tokens):
+            shutil.rmtree(work, ignore_errors=True)
+            return report
+    job_file = work / JOB
     if job_file.exists():
         if json.loads(job_file.read_text()) != identity:
             raise DataError(
                 f"{folder} holds an unfinished job with other inputs or options. "
                 "Call it with the same ones, or remove the folder."
             )
-        return
+        return None
     if folder.exists() and any(entry.name != WORK for entry in folder.iterdir()):
         raise DataError(f"{folder} is not empty. Name a new folder, or remove this one.")
     work.mkdir(parents=True, exist_ok=True)
     write_durably(job_file, json.dumps(identity).encode())
+    return None
 
 
 def _identity(
@@ -184,6 +231,7 @@ def _identity(
 ) -> dict[str, Any]:
     listed = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     value = asdict(job) | asdict(info) | asdict(split)
+    del value["folder"]
     return value | {"files": listed, "shard_tokens": shard_tokens}
 
 
@@ -193,15 +241,18 @@ def _quarantine(folder: Path, units: int) -> dict[str, int]:
     path = folder / QUARANTINE
     with open(path, "wb") as file:
         for number in range(units):
-            raw = unit_path(folder / WORK, number, "bad").read_bytes()
-            reasons.update(json.loads(line)["reason"] for line in raw.splitlines())
-            file.write(raw)
+            with open(unit_path(folder / WORK, number, "bad"), "rb") as listing:
+                for line in listing:
+                    reasons[json.loads(line)["reason"]] += 1
+                    file.write(line)
     if not reasons:
         path.unlink()
     return dict(sorted(reasons.items()))
 
 
-def _refuse_bad(folder: Path, documents: int, bad: dict[str, int], max_bad_fraction: float) -> None:
+def _refuse_bad(
+    folder: Path, documents: int, bad: Mapping[str, int], max_bad_fraction: float
+) -> None:
     count = sum(bad.values())
     reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items()) or "none bad"
     if documents == 0:
@@ -209,8 +260,13 @@ def _refuse_bad(folder: Path, documents: int, bad: dict[str, int], max_bad_fract
     if count > max_bad_fraction * (documents + count):
         raise DataError(
             f"{count} of {documents + count} documents are bad ({reasons}), more than "
-            f"max_bad_fraction={max_bad_fraction}. See {folder / QUARANTINE}, or raise the limit."
+            f"max_bad_fraction={max_bad_fraction}. See {_listing(folder)}, or raise the limit: the "
+            "same command then goes on."
         )
+
+
+def _listing(folder: Path) -> Path:
+    return folder / ("unit-*.bad" if folder.name == WORK else QUARANTINE)
 
 
 def _command(
@@ -226,6 +282,7 @@ def _command(
     words += ["--held-out", str(split.held_out), "--longest", str(split.longest)]
     words += ["--seed", str(job.seed), "--field", job.text_field, "--glob", pattern]
     words += ["--shard-tokens", str(shard_tokens)] + (["--eod", job.eod] if job.eod else [])
+    words += ["--deduplicate"] * split.deduplicate
     return shlex.join(words)
 
 
@@ -244,6 +301,7 @@ def _progress(quiet: bool) -> Progress:
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
+        TextColumn("{task.fields[tokens]}"),
         TimeRemainingColumn(),
         disable=quiet,
     )

@@ -1,11 +1,21 @@
 """Training a tokenizer on the same inputs that `tokenize` reads."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from data_prep.documents import Document, Unit, cut_units, list_files, read_unit
+from data_prep.documents import (
+    BadText,
+    Document,
+    Item,
+    LongDocument,
+    Unit,
+    cut_units,
+    list_files,
+    read_unit,
+)
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError
@@ -49,8 +59,18 @@ def _sampled(units: Sequence[Unit], fraction: float, seed: int, text_field: str)
     limit = int(fraction * 2**64)
     for unit in units:
         for item in read_unit(unit, text_field):
-            if isinstance(item, Document) and _draw(seed, item.text) < limit:
-                yield item.text
+            for text in _texts(item):
+                if _draw(seed, text) < limit:
+                    yield text
+
+
+def _texts(item: Item) -> Iterator[str]:
+    """A document, or the pieces of a long one up to where it breaks."""
+    if isinstance(item, Document):
+        yield item.text
+    elif isinstance(item, LongDocument):
+        with contextlib.suppress(BadText):
+            yield from item.pieces
 
 
 def _draw(seed: int, text: str) -> int:

@@ -3,7 +3,7 @@
 import os
 import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -86,7 +86,7 @@ class TokenWriter:
         while first < len(lengths):
             room = self.shard_tokens - (self._shard.tokens if self._shard else 0)
             stop = int(np.searchsorted(ends, begin + room, side="right"))
-            if stop == first:
+            if stop <= first:
                 if self._shard is not None:
                     self._finish_shard()
                     continue
@@ -96,17 +96,46 @@ class TokenWriter:
             shard.append(tokens[begin:end], lengths[first:stop])
             first, begin = stop, end
 
+    def add_long(self, pieces: Iterable[Array], length: int) -> None:
+        """Appends one document of `length` tokens, eod included, that comes in pieces.
+
+        Raises DataError as `add_documents` does.
+        """
+        if self._shard is not None and self._shard.tokens + length > self.shard_tokens:
+            self._finish_shard()
+        shard = self._shard = self._shard or _Shard(self, len(self._shards))
+        done = 0
+        for tokens in pieces:
+            if not len(tokens):
+                continue
+            done += len(tokens)
+            last = done == length
+            self._check_ids(tokens)
+            self._check_eod(tokens, np.asarray([len(tokens)][: int(last)], np.int64))
+            shard.write(tokens)
+        if done != length:
+            raise DataError(f"document lengths sum to {length}, not {done} (tokens).")
+        shard.enter(np.asarray([length], np.int64))
+        self._histogram[length.bit_length() - 1] += (1, length)
+
     def _check(self, tokens: Array, lengths: Array) -> None:
-        vocab_size, eod = self.tokenizer.vocab_size, self.tokenizer.eod_id
         if int(lengths.sum()) != len(tokens) or int(lengths.min()) < 1:
             raise DataError(f"document lengths sum to {lengths.sum()}, not {len(tokens)} (tokens).")
+        self._check_ids(tokens)
+        self._check_eod(tokens, np.cumsum(lengths))
+
+    def _check_ids(self, tokens: Array) -> None:
+        vocab_size = self.tokenizer.vocab_size
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
             raise DataError(
                 f"token id {low if low < 0 else high} is outside vocab_size={vocab_size}. "
                 "Tokenize with the tokenizer that the dataset names."
             )
-        if not np.array_equal(np.flatnonzero(tokens == eod) + 1, np.cumsum(lengths)):
+
+    def _check_eod(self, tokens: Array, ends: Array) -> None:
+        eod = self.tokenizer.eod_id
+        if not np.array_equal(np.flatnonzero(tokens == eod) + 1, ends):
             raise DataError(
                 f"eod_id={eod} must be at the end of every document and nowhere else. "
                 "Encode text without special tokens."
@@ -166,11 +195,18 @@ class _Shard:
         self.crc, self.crc_bytes = 0, 0
 
     def append(self, tokens: Array, lengths: Array) -> None:
-        packed = np.ascontiguousarray(tokens, self.dtype.newbyteorder("<"))
+        self.write(tokens)
+        self.enter(lengths)
+
+    def write(self, tokens: Array) -> None:
+        packed = np.ascontiguousarray(tokens).astype(self.dtype.newbyteorder("<"), copy=False)
         data = packed.data.cast("B")
         self.file.write(data)
         self._checksum(data)
         self.tokens += len(tokens)
+
+    def enter(self, lengths: Array) -> None:
+        """Enters documents, whose tokens are written, into the index."""
         if int(lengths.max()) <= self.sequence_tokens:
             first = len(self.lengths)
             self.lengths.frombytes(lengths.astype(np.int32).tobytes())

@@ -52,11 +52,11 @@ def test_bad_line_is_named_with_its_place_and_the_rest_is_read(
 
 
 def test_line_beyond_the_limit_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * 500 + b'"}\n{"text": "two"}\n')
     bad, good = read_all(path)
-    assert isinstance(bad, BadDocument) and bad.reason == "too long"
+    assert isinstance(bad, BadDocument) and bad.reason == "line too long"
     assert isinstance(good, Document) and good.text == "two"
 
 
@@ -76,8 +76,8 @@ def test_folder_is_searched_in_order_without_hidden_files(tmp_path: Path) -> Non
     assert len(list_files([f"{tmp_path}/*.py"])) == 1
 
 
-@pytest.mark.parametrize("name, message", [("absent", "names no file"), ("a.gz", "is .gz, which")])
+@pytest.mark.parametrize("name, message", [("absent", "names no file"), ("a.xz", "is .xz, which")])
 def test_input_that_cannot_be_read_is_refused(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "a.gz").write_bytes(b"")
+    (tmp_path / "a.xz").write_bytes(b"")
     with pytest.raises(DataError, match=message):
         list_files([tmp_path / name])

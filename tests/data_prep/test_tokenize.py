@@ -1,5 +1,11 @@
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -7,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import documents as documents_module
+from data_prep import encode_unit as encode_module
+from data_prep import long_text as long_module
+from data_prep import merge as merge_module
 from data_prep import tokenize as tokenize_module
 from data_prep.documents import UNIT_BYTES, cut_units
 from data_prep.tokenize import TokenizeReport, tokenize
@@ -53,7 +63,8 @@ def test_every_document_is_in_exactly_one_part(
     assert sorted(map(len, tokenizer.encode(parts["held_out_long"])), reverse=True) == lengths[:2]
     places = [expected.index(text) for text in parts["train"]]
     assert abs(np.corrcoef(places, range(len(places)))[0, 1]) < 0.2
-    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == sorted(PARTS)
+    names = sorted(entry.name for entry in (tmp_path / "out").iterdir())
+    assert names == sorted([*PARTS, "job.json"])
 
 
 def test_bytes_do_not_depend_on_workers_or_memory(
@@ -94,7 +105,7 @@ def test_interrupted_job_goes_on_and_ends_with_the_same_bytes(
                 run(corpus, model, tmp_path / "broken")
         assert not (tmp_path / "broken/train").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_module, "merge_units", raise_interrupt)
+        patch.setattr(tokenize_module.Merge, "run", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(corpus, model, tmp_path / "broken")
     with pytest.raises(DataError, match="holds an unfinished job with other inputs or options"):
@@ -146,10 +157,120 @@ def test_holding_out_everything_is_refused(corpus: Path, model: Path, tmp_path: 
         run(corpus, model, tmp_path / "out", longest=300)
 
 
-def test_finished_folder_is_not_written_again(corpus: Path, model: Path, tmp_path: Path) -> None:
-    run(corpus, model, tmp_path / "out")
+def test_finished_job_is_not_done_again(corpus: Path, model: Path, tmp_path: Path) -> None:
+    report = run(corpus, model, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert run(corpus, model, tmp_path / "out") == report
+    assert contents(tmp_path / "out") == before
     with pytest.raises(DataError, match="is not empty"):
-        run(corpus, model, tmp_path / "out")
+        run(corpus, model, tmp_path / "out", seed=1)
+
+
+def test_copies_can_be_left_out(model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(60)]
+    path.write_text("\n".join(lines + lines[:25] + lines[:5]))
+    report = run(path, model, tmp_path / "out", held_out=0, longest=0, deduplicate=True)
+    assert report.duplicates == 30
+    assert sorted(texts_of(tmp_path / "out/train", tokenizer)) == sorted(
+        f"document {number}" for number in range(60)
+    )
+
+
+def test_documents_beyond_the_memory_are_copied_in_pieces(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(corpus, model, tmp_path / "whole", shard_tokens=20_000)
+    monkeypatch.setattr(encode_module, "LONG_CHARACTERS", 2000)
+    monkeypatch.setattr(encode_module, "RUN_BYTES", 20_000)
+    monkeypatch.setattr(long_module, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(merge_module, "COPY_TOKENS", 700)
+    run(corpus, model, tmp_path / "pieces", shard_tokens=20_000, memory_bytes=9_000)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
+
+
+@pytest.mark.parametrize("broken", [b"\xff", b"\0", b""])
+def test_long_text_is_streamed_or_taken_back(
+    model: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: bytes,
+) -> None:
+    monkeypatch.setattr(documents_module, "LONG_BYTES", 10_000)
+    monkeypatch.setattr(documents_module, "CHUNK_BYTES", 777)
+    monkeypatch.setattr(long_module, "PIECE_CHARACTERS", 1000)
+    text = "".join(f"Sentence {n} of a long text, é and 語.\n" for n in range(2000))
+    (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + broken)
+    (tmp_path / "short.txt").write_text("short")
+    report = run(
+        tmp_path / "*.txt", model, tmp_path / "out", held_out=0, longest=0, max_bad_fraction=0.5
+    )
+    found = texts_of(tmp_path / "out/train", tokenizer)
+    if broken:
+        assert found == ["short"] and list(report.bad.values()) == [1]
+    else:
+        assert sorted(found) == sorted(["short", text])
+        lengths = {len(ids) + 1 for ids in tokenizer.encode(["short", text])}
+        dataset = TokenDataset(tmp_path / "out/train")
+        assert {size for _, size in dataset.document_spans()} == lengths
+
+
+def test_job_with_mostly_bad_lines_is_stopped_early(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize_module, "ENOUGH_TO_JUDGE", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good one"}\n{"text": 5}\n' * 20_000)
+    with pytest.raises(DataError, match=r"of \d{3,4} documents are bad .* then goes on"):
+        run(path, model, tmp_path / "out", held_out=0, longest=0)
+    report = run(path, model, tmp_path / "out", max_bad_fraction=0.6, held_out=0, longest=0)
+    assert report.bad == {"no text field 'text'": 20_000}
+
+
+@pytest.mark.slow
+def test_job_killed_at_any_moment_ends_with_the_same_bytes(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"{n} " + json.loads(line)["text"]}) + "\n"
+            for n in range(15)
+            for line in corpus.read_text().splitlines()
+        )
+    )
+    words = [str(path), "--tokenizer", str(model), "--held-out", "0.1", "--longest", "2"]
+
+    def call(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "megahybrid", "data", "tokenize", *words]
+        return subprocess.Popen(
+            [*command, "--output", str(output), "--workers", "2"],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    began = time.monotonic()
+    assert call(tmp_path / "whole").wait() == 0
+    whole_seconds = time.monotonic() - began
+    draw = random.Random(0)
+    kills = 0
+    while True:
+        process = call(tmp_path / "killed")
+        try:
+            code = process.wait(draw.uniform(0.2, 0.9) * whole_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            if kills < 20:
+                continue
+            code = call(tmp_path / "killed").wait()
+        assert code == 0
+        if kills >= 20:
+            break
+        shutil.rmtree(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_folder_of_text_files_is_one_document_each(

@@ -1,0 +1,232 @@
+"""Reading .gz and .zst: members are checked before a byte of them is used, and never trusted.
+
+A gzip file is a row of members, a zstd file a row of frames, each with a checksum at its end. A
+first pass (fifty times faster than the tokenizing that follows) finds which of them are whole; a
+second one hands out the bytes of those. So nothing that fails its checksum becomes a token, and one
+broken member does not take the others with it.
+"""
+
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megahybrid.errors import DataError
+
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+KINDS = {".gz": "gzip", ".zst": "zstd"}
+INPUT_BYTES = 2**16
+ZSTD_INPUT_BYTES = 2**11  # a zstd block of 4 bytes can mean 128 KiB: more input, more memory
+OUTPUT_BYTES = 2**20
+# Text compresses 3 to 30 times, very repetitive text 100 times; a file of zeros 1000 times.
+BOMB_RATIO, BOMB_BYTES = 200, 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Whole members one after another: where they begin in the file and, unpacked, in its text.
+
+    problem: what comes behind (or instead, when `bytes` is 0) and cannot be used; "" for nothing.
+    A truncated last member is used up to where it breaks off.
+    """
+
+    start: int
+    offset: int
+    bytes: int
+    problem: str = ""
+
+
+class _Broken(Exception):
+    """A member that cannot be unpacked."""
+
+
+def kind_of(path: str | Path) -> str | None:
+    """gzip, zstd or None, by the file's name."""
+    return KINDS.get(Path(path).suffix.lower())
+
+
+def scan(path: str | Path) -> list[Stretch]:
+    """The usable stretches of a compressed file, in order; one with a problem ends at it."""
+    kind = kind_of(path)
+    assert kind is not None
+    found: list[Stretch] = []
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        start = begin = offset = begin_offset = 0
+        while begin < size:
+            try:
+                end, length, whole = _measure(file, kind, begin)
+            except _Broken as error:
+                found.append(Stretch(start, begin_offset, offset - begin_offset, str(error)))
+                if str(error) == "decompression bomb":
+                    return found
+                begin = start = _next_member(file, kind, begin + 1, size)
+                begin_offset = offset
+                continue
+            offset += length
+            begin = end
+            if not whole:
+                found.append(
+                    Stretch(start, begin_offset, offset - begin_offset, f"truncated {kind}")
+                )
+                return found
+        if offset > begin_offset:
+            found.append(Stretch(start, begin_offset, offset - begin_offset))
+    return found
+
+
+def open_stretch(path: str | Path, stretch: Stretch) -> BinaryIO:
+    """The text of a stretch as a file to read forwards."""
+    kind = kind_of(path)
+    assert kind is not None
+    return io.BufferedReader(_Unpacked(open(path, "rb"), kind, stretch), OUTPUT_BYTES)
+
+
+class _Unpacked(io.RawIOBase):
+    def __init__(self, file: BinaryIO, kind: str, stretch: Stretch) -> None:
+        self._file, self._left = file, stretch.bytes
+        self._chunks = _members(file, kind, stretch.start)
+        self._chunk = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._left and not len(self._chunk):
+            self._chunk = memoryview(next(self._chunks, b""))[: self._left]
+            if not len(self._chunk):
+                raise OSError("changed while it was read")
+        count = min(len(buffer), len(self._chunk))
+        buffer[:count] = self._chunk[:count]
+        self._chunk = self._chunk[count:]
+        self._left -= count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _members(file: BinaryIO, kind: str, begin: int) -> Iterator[bytes]:
+    """Text of the members from `begin` on; ends where one is truncated or broken."""
+    while True:
+        member = _Member(file, kind, begin)
+        try:
+            some = False
+            for chunk in member.chunks():
+                some = True
+                yield chunk
+        except _Broken:
+            return
+        if not member.whole or (member.end == begin and not some):
+            return
+        begin = member.end
+
+
+def _measure(file: BinaryIO, kind: str, begin: int) -> tuple[int, int, bool]:
+    """Where the member at `begin` ends, the bytes it unpacks to, and whether it is whole."""
+    member = _Member(file, kind, begin)
+    length = 0
+    for chunk in member.chunks():
+        length += len(chunk)
+        if length > BOMB_BYTES and length > BOMB_RATIO * member.consumed:
+            raise _Broken("decompression bomb")
+    return member.end, length, member.whole
+
+
+class _Member:
+    """One gzip member or zstd frame at byte `begin`; `end` and `whole` are known after `chunks`."""
+
+    def __init__(self, file: BinaryIO, kind: str, begin: int) -> None:
+        self.file, self.kind, self.begin, self.end = file, kind, begin, begin
+        self.whole, self.consumed = False, 0
+
+    def chunks(self) -> Iterator[bytes]:
+        """The text in pieces of bounded size. Raises _Broken at damage, not at a truncation."""
+        self.file.seek(self.begin)
+        if not self.file.read(1):
+            self.whole = True
+            return
+        self.file.seek(self.begin)
+        yield from self._gzip() if self.kind == "gzip" else self._zstd()
+
+    def _gzip(self) -> Iterator[bytes]:
+        unpack = zlib.decompressobj(31)
+        position = self.begin
+        while not unpack.eof:
+            raw = unpack.unconsumed_tail
+            if not raw:
+                raw = self.file.read(INPUT_BYTES)
+                position += len(raw)
+                if not raw:
+                    return
+            try:
+                chunk = unpack.decompress(raw, OUTPUT_BYTES)
+            except zlib.error:
+                raise _Broken("broken gzip member") from None
+            self.consumed = position - self.begin
+            if chunk:
+                yield chunk
+        self.end = position - len(unpack.unused_data)
+        self.whole = True
+
+    def _zstd(self) -> Iterator[bytes]:
+        zstandard = _zstandard()
+        unpack = zstandard.ZstdDecompressor().decompressobj()
+        position = self.begin
+        while not unpack.eof:
+            raw = self.file.read(ZSTD_INPUT_BYTES)
+            position += len(raw)
+            if not raw:
+                return
+            try:
+                chunk = unpack.decompress(raw)
+            except zstandard.ZstdError:
+                raise _Broken("broken zstd frame") from None
+            self.consumed = position - self.begin
+            if chunk:
+                yield chunk
+        self.end = position - len(unpack.unused_data)
+        self.whole = True
+
+
+def _next_member(file: BinaryIO, kind: str, begin: int, size: int) -> int:
+    """Where the next member begins whose first MiB can be unpacked; `size` where none does."""
+    magic = GZIP_MAGIC if kind == "gzip" else ZSTD_MAGIC
+    position = begin
+    while position < size:
+        file.seek(position)
+        raw = file.read(2**20)
+        place = raw.find(magic)
+        while place >= 0:
+            if _begins(file, kind, position + place):
+                return position + place
+            place = raw.find(magic, place + 1)
+        position += max(1, len(raw) - len(magic) + 1)
+    return size
+
+
+def _begins(file: BinaryIO, kind: str, begin: int) -> bool:
+    member = _Member(file, kind, begin)
+    length = 0
+    try:
+        for chunk in member.chunks():
+            length += len(chunk)
+            if length >= 2**20:
+                break
+    except _Broken:
+        return False
+    return length > 0
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(
+            "inputs that end in .zst need the package zstandard, which is not installed. "
+            "Run `pip install megahybrid[data]`."
+        ) from None
+    return zstandard

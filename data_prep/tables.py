@@ -1,0 +1,100 @@
+"""Rows of .parquet files: the only door to pyarrow."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megahybrid.errors import DataError
+
+BATCH_ROWS = 256
+MAX_ROW_GROUP_BYTES = 2**32  # unpacked; pyarrow holds a column chunk at a time
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row, or all that follows, that cannot be used."""
+
+    reason: str
+
+
+def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """First and last + 1 of row groups that make about `unit_bytes` on disk, and that size.
+
+    A file whose footer cannot be read is one range; reading it names the fault.
+    """
+    size = path.stat().st_size
+    try:
+        metadata = _parquet().ParquetFile(path).metadata
+        groups = metadata.num_row_groups
+        rows = max(1, metadata.num_rows)
+        sizes = [size * metadata.row_group(i).num_rows // rows for i in range(groups)]
+    except DataError:
+        raise
+    except Exception:  # pyarrow raises many kinds for damage
+        yield 0, 1, size
+        return
+    start = held = 0
+    for group in range(groups):
+        if group > start and held + sizes[group] > unit_bytes:
+            yield start, group, held
+            start, held = group, 0
+        held += sizes[group]
+    if groups:
+        yield start, groups, held
+
+
+def read_rows(path: str, start: int, stop: int, field: str) -> Iterator[tuple[int, str | BadRow]]:
+    """Number of the row within the file and its text, of row groups start … stop - 1.
+
+    One BadRow for a row without text, and one for the rest of a row group that is damaged.
+    """
+    parquet = _parquet()
+    try:
+        file = parquet.ParquetFile(path)
+        metadata = file.metadata
+        row = sum(
+            metadata.row_group(i).num_rows for i in range(min(start, metadata.num_row_groups))
+        )
+    except Exception:
+        yield 0, BadRow("broken parquet")
+        return
+    if field not in file.schema_arrow.names:
+        yield row, BadRow(f"no text field '{field}'")
+        return
+    for group in range(start, min(stop, metadata.num_row_groups)):
+        rows = metadata.row_group(group).num_rows
+        if metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
+            yield row, BadRow("decompression bomb")
+        else:
+            yield from _group_rows(file, group, row, field)
+        row += rows
+
+
+def _group_rows(file: Any, group: int, row: int, field: str) -> Iterator[tuple[int, str | BadRow]]:
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[field]):
+            for value in batch.column(0):
+                yield row, _text(value, field)
+                row += 1
+    except Exception:
+        yield row, BadRow("broken parquet")
+
+
+def _text(value: Any, field: str) -> str | BadRow:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:
+        return BadRow("broken utf-8")
+    return text if isinstance(text, str) else BadRow(f"no text field '{field}'")
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            "inputs that end in .parquet need the package pyarrow, which is not installed. "
+            "Run `pip install megahybrid[data]`."
+        ) from None
+    return pyarrow.parquet
