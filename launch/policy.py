@@ -1,0 +1,123 @@
+"""What comes after an attempt: pure functions of how it ended and of what happened before."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.records import AttemptRecord
+from megahybrid.config.site import Caps
+from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
+from megahybrid.heartbeat import Beat, first_failure
+
+EXIT_KILLED = 137
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the ranks of an attempt ended."""
+
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the batch process does now. `exit_code` is what Slurm is told."""
+
+    again: bool  # requeue this job
+    end_chain: bool  # jobs of this run that still wait are not wanted any more
+    exit_code: int
+    reason: str
+
+
+def outcome(beats: Mapping[int, Beat], world_size: int, srun_code: int) -> Outcome:
+    """The training code, from what the ranks wrote at their ends; srun's own code shows a signal
+    where one rank's failure made it kill the others."""
+    ended = {rank: beat for rank, beat in beats.items() if beat.exit_code is not None}
+    codes = {beat.exit_code for beat in ended.values()}
+    if len(ended) == world_size and codes <= {EXIT_DONE, EXIT_RESUME}:
+        code = EXIT_RESUME if EXIT_RESUME in codes else EXIT_DONE
+        return Outcome(code, "done" if code == EXIT_DONE else "stopped and saved")
+    # Ranks that stopped in order are no cause: another one did not get as far.
+    failures = {rank: b for rank, b in ended.items() if b.exit_code not in (0, EXIT_RESUME)}
+    cause = first_failure(failures)
+    killed = [rank for rank in range(world_size) if rank in beats and rank not in ended]
+    if cause is not None and (not cause.consequence or not killed):
+        assert cause.exit_code is not None
+        told = cause.message or f"code {cause.exit_code}"
+        return Outcome(cause.exit_code, told if told.startswith("rank") else _of(cause) + told)
+    if killed:
+        names = ", ".join(f"{rank} on {beats[rank].host}" for rank in killed[:4])
+        phase = beats[killed[0]]
+        return Outcome(
+            _failure(srun_code),
+            f"{'rank' if len(killed) == 1 else 'ranks'} {names} ended from outside "
+            f"(phase {phase.phase}, step {phase.step})",
+        )
+    if len(ended) == world_size:
+        return Outcome(_failure(srun_code), f"srun ended with {srun_code}")
+    return Outcome(_failure(srun_code), f"only {len(beats)} of {world_size} ranks began")
+
+
+def _of(beat: Beat) -> str:
+    return f"rank {beat.rank}: "
+
+
+def _failure(code: int) -> int:
+    """A code that says failure: what ended without a word was neither done nor saved."""
+    return code if code not in (0, EXIT_USER_MISTAKE, EXIT_RESUME, EXIT_DO_NOT_RESTART) else 137
+
+
+def decide(
+    ended: Outcome,
+    history: Sequence[AttemptRecord],
+    caps: Caps,
+    *,
+    stopped_by_user: bool = False,
+    ended_by_slurm: bool = False,
+    time_is_up: bool = False,
+    next_waits: bool = False,
+) -> Decision:
+    """What comes after `ended`; `history` holds this submission's attempts, this one the last.
+
+    `next_waits`: another job of the chain takes over. An attempt that left a newer checkpoint is
+    never counted against a run: over weeks every run has many failures.
+    """
+    code = ended.code
+    if code == EXIT_DONE:
+        return Decision(False, True, code, "done")
+    if code == EXIT_USER_MISTAKE:
+        return Decision(False, True, code, f"not tried again: {ended.reason}")
+    if code == EXIT_DO_NOT_RESTART:
+        return Decision(False, True, code, f"not to be restarted: {ended.reason}")
+    if stopped_by_user:
+        return Decision(False, True, code, "stopped on request")
+    idle = _in_a_row(history, lambda attempt: True)
+    if idle >= caps.without_checkpoint:
+        return Decision(
+            False,
+            True,
+            EXIT_DO_NOT_RESTART,
+            f"no new checkpoint in {idle} attempts (caps.without_checkpoint="
+            f"{caps.without_checkpoint}); the last: {ended.reason}",
+        )
+    failures = _in_a_row(history, lambda attempt: attempt.failed)
+    if code != EXIT_RESUME and not ended_by_slurm and failures >= caps.failures_in_a_row:
+        return Decision(
+            False,
+            True,
+            code,
+            f"{failures} failures in a row (caps.failures_in_a_row={caps.failures_in_a_row}); "
+            f"the last: {ended.reason}",
+        )
+    if code == EXIT_RESUME and time_is_up and next_waits:
+        return Decision(False, False, code, "the time is up; the next job of the chain goes on")
+    return Decision(True, False, code, ended.reason)
+
+
+def _in_a_row(history: Sequence[AttemptRecord], counts) -> int:  # type: ignore[no-untyped-def]
+    number = 0
+    for attempt in reversed(history):
+        if attempt.progressed or not counts(attempt):
+            break
+        number += 1
+    return number

@@ -1,0 +1,183 @@
+"""What happened to a run on the cluster, as files in its folder: no accounting database is needed.
+
+slurm/attempts.jsonl holds one line when a job is submitted, when an attempt begins and when it
+ends, with the node failures seen between. A batch host that loses power writes no end.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.job import FOLDER
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME
+
+RECORDS = "attempts.jsonl"
+
+
+@dataclass
+class AttemptRecord:
+    """One start of the ranks, as the records tell it. `code` is None while it goes on or when
+    nobody was left to write it."""
+
+    job: str
+    attempt: int
+    nodes: list[str] = field(default_factory=list)
+    started: float = 0.0
+    ended: float | None = None
+    code: int | None = None
+    step: int | None = None
+    checkpoint: int | None = None
+    reason: str = ""
+    checkpoint_before: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Neither done nor stopped in order; an attempt nobody ended counts as lost."""
+        return self.code not in (EXIT_DONE, EXIT_RESUME)
+
+    @property
+    def progressed(self) -> bool:
+        """Whether it left a newer checkpoint than it found."""
+        return (self.checkpoint or -1) > (self.checkpoint_before or -1)
+
+
+def records_file(run_directory: Path) -> Path:
+    """The records of a run."""
+    return run_directory / FOLDER / RECORDS
+
+
+def record(run_directory: Path, event: str, **facts: Any) -> None:
+    """Appends one line and forces it to disk."""
+    path = records_file(run_directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"event": event, "time_unix": round(time.time(), 1), **facts}) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        # A line that a power cut tore must not swallow this one.
+        end = os.fstat(descriptor).st_size
+        if end and os.pread(descriptor, 1, end - 1) != b"\n":
+            line = "\n" + line
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_records(run_directory: Path) -> list[dict[str, Any]]:
+    """Every whole line, in order."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in records_file(run_directory).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
+
+
+def attempts(run_directory: Path, *, since_submit: bool = False) -> list[AttemptRecord]:
+    """The attempts in their order; `since_submit`: of the last submission by hand alone."""
+    found: list[AttemptRecord] = []
+    for line in read_records(run_directory):
+        match line.get("event"):
+            case "submit" if since_submit:
+                found = []
+            case "start":
+                found.append(
+                    AttemptRecord(
+                        line["job"],
+                        line["attempt"],
+                        line["nodes"],
+                        line["time_unix"],
+                        checkpoint_before=line["checkpoint"],
+                    )
+                )
+            case "end":
+                for one in found:
+                    if (one.job, one.attempt) == (line["job"], line["attempt"]):
+                        one.ended, one.code = line["time_unix"], line["code"]
+                        one.step, one.checkpoint = line["step"], line["checkpoint"]
+                        one.reason = line["reason"]
+    # What a lost attempt left is what the next one found.
+    for one, following in itertools.pairwise(found):
+        if one.code is None:
+            one.checkpoint = following.checkpoint_before
+            one.reason = one.reason or "lost: nobody was left to write its end"
+    return found
+
+
+def jobs(run_directory: Path) -> list[str]:
+    """Numbers of all jobs ever submitted for the run, the newest last."""
+    return [
+        job
+        for line in read_records(run_directory)
+        if line.get("event") == "submit"
+        for job in line.get("jobs", [])
+    ]
+
+
+def last_submission(run_directory: Path) -> dict[str, Any]:
+    """The newest submission's line, or nothing."""
+    found = [line for line in read_records(run_directory) if line.get("event") == "submit"]
+    return found[-1] if found else {}
+
+
+def newest_checkpoint(run_directory: Path) -> int | None:
+    """Step of the newest published checkpoint: one with a manifest."""
+    steps = [
+        int(path.parent.name.removeprefix("step-"))
+        for path in (run_directory / "checkpoints").glob("step-*/manifest.json")
+        if path.parent.name.removeprefix("step-").isdigit()
+    ]
+    return max(steps, default=None)
+
+
+def ledger_tail(run_directory: Path, nbytes: int = 1 << 20) -> Iterator[dict[str, Any]]:
+    """The lines at the end of the ledger, the newest first."""
+    try:
+        with open(run_directory / "ledger.jsonl", "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - nbytes))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def measured(run_directory: Path) -> dict[str, float | None]:
+    """What the run has shown of itself: seconds of a save and of a step (the longest of the
+    last ones), and tokens per hour; None where nothing was measured yet."""
+    saves: list[float] = []
+    steps: list[float] = []
+    rates: list[float] = []
+    for line in ledger_tail(run_directory):
+        if line.get("kind") == "event" and line.get("event") == "save":
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                saves.append(float(line["detail"]["seconds"]))
+        elif line.get("kind") == "step" and len(steps) < 200:
+            seconds = line.get("seconds") or {}
+            steps.append(sum(v for k, v in seconds.items() if k not in ("save", "evaluate")))
+            if line.get("tokens_per_second"):
+                rates.append(float(line["tokens_per_second"]) * 3600)
+    rates.sort()
+    return {
+        "save_seconds": max(saves[:10], default=None),
+        "step_seconds": max(steps, default=None),
+        "tokens_per_hour": rates[len(rates) // 2] if rates else None,
+    }
+
+
+def stop_lead(run_directory: Path, least: int) -> int:
+    """Seconds before the time limit at which to stop: one step and twice the longest save, with
+    a minute for Slurm's own coarse clock, and never under `least`."""
+    known = measured(run_directory)
+    needed = 60 + 2 * (known["save_seconds"] or 0) + 2 * (known["step_seconds"] or 0)
+    return max(least, int(needed) + 1)

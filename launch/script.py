@@ -1,0 +1,84 @@
+"""The batch script: text that is a function of a `Job` alone. Nothing is read or written here.
+
+The script only asks for nodes and prepares a shell; then it becomes `python -m launch.supervise`,
+which starts the ranks, watches them and decides what comes next. Shell traps that call programs
+were aborted by two signals at once; a Python process is not.
+"""
+
+import shlex
+
+from launch.job import Job
+
+
+def batch_script(job: Job) -> str:
+    """What `sbatch` is given. Every value is quoted: a name with `; $(…)` stays a name."""
+    site = job.site
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH {option}" for option in directives(job)]
+    lines += [
+        "",
+        f"# {one_line(job.run_directory)}: {job.nodes} × {site.ranks} ranks"
+        + (f", {job.spares} spare" if job.spares else "")
+        + f". Written by `megahybrid launch submit`, site {site.name}, commit {job.commit}.",
+        "# What comes after a stop, a failure or a hang is decided by launch/supervise.py.",
+        "set -euo pipefail",
+        'ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"',
+        "ulimit -c 0",
+    ]
+    lines += [f"module load {shlex.quote(module)}" for module in site.modules]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    lines += site.prologue
+    lines += [
+        f"cd {shlex.quote(job.work_directory)}",
+        f"exec {shlex.join(site.python)} -m launch.supervise {shlex.quote(job.file)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def directives(job: Job) -> list[str]:
+    """The options of sbatch, quoted for the lines of a script (its own rules, not the shell's)."""
+    site = job.site
+    log = f"{job.run_directory.replace('%', '%%')}/logs/%{'A_%a' if job.array else 'j'}.batch.log"
+    options: list[tuple[str, str | int | None]] = [
+        ("--job-name", job.name),
+        ("--partition", site.partition),
+        ("--account", site.account),
+        ("--qos", site.qos),
+        ("--reservation", site.reservation),
+        ("--constraint", site.constraint),
+        ("--nodes", job.nodes + job.spares),
+        ("--ntasks-per-node", site.ranks),
+        ("--cpus-per-task", site.cpus_per_rank),
+        *_gpus(job),
+        ("--mem", site.memory),
+        ("--time", site.time_limit),
+        ("--signal", f"B:USR1@{job.lead_seconds}"),
+        ("--output", log),
+        ("--open-mode", "append"),
+        ("--exclude", ",".join(job.exclude) or None),
+        ("--array", f"1-{job.array}%1" if job.array else None),
+        ("--dependency", "singleton" if job.chain > 1 else None),
+    ]
+    lines = [f"{name}={quoted(str(value))}" for name, value in options if value is not None]
+    lines += ["--exclusive"] if site.exclusive else []
+    return [*lines, "--requeue", *site.directives]
+
+
+def _gpus(job: Job) -> list[tuple[str, str | int | None]]:
+    count = job.site.gpus_per_node
+    if not count or job.site.gpu_request == "none":
+        return []
+    if job.site.gpu_request == "gres":
+        return [("--gres", f"gpu:{count}")]
+    return [("--gpus-per-node", count)]
+
+
+def quoted(value: str) -> str:
+    """A value for an #SBATCH line. sbatch knows both kinds of quotes and joins neighbours, as a
+    shell does, but ends an unquoted word at a blank or a #."""
+    return shlex.quote(value)
+
+
+def one_line(text: str) -> str:
+    """Text for a comment: it cannot end the line."""
+    return " ".join(text.split())

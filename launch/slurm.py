@@ -1,0 +1,113 @@
+"""Slurm's own commands, as functions. Arguments are lists: no shell reads them."""
+
+import getpass
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megahybrid.errors import MegahybridError
+
+TIMEOUT_SECONDS = 60
+
+
+class SlurmError(MegahybridError):
+    """A Slurm command that failed, or that is not there."""
+
+
+def call(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
+    """The output of a command. Raises SlurmError with its last line of complaint."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        raise SlurmError(
+            f"{command[0]} is not installed on this machine. Submit from a login node of a "
+            "cluster that runs Slurm, or see the script with --dry-run."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{command[0]} did not answer in {timeout:.0f} s. See `scontrol ping`, then try again."
+        ) from None
+    if done.returncode:
+        complaint = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise SlurmError(f"{' '.join(command[:2])} refused ({complaint}).")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job as the queue shows it."""
+
+    job: str
+    array: str  # the number of the array it belongs to; its own where there is none
+    state: str  # PENDING, RUNNING, COMPLETING, …
+    reason: str
+    nodes: str
+    left: str  # until the time limit, as Slurm writes it
+    task: str  # as scancel names it: 12, or 12_3 of an array
+    name: str
+
+
+def queue() -> dict[str, Queued]:
+    """This user's jobs by number; ended ones leave it after some minutes, or at once."""
+    text = call("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
+    rows = [line.split("|", 7) for line in text.splitlines()]
+    return {row[0]: Queued(*row) for row in rows if len(row) == 8}
+
+
+def sbatch(script: str) -> str:
+    """Submits a script; returns the job's number."""
+    return call("sbatch", "--parsable", script).strip().split(";")[0]
+
+
+def cancel(jobs: Sequence[str], *, signal: str | None = None, only_pending: bool = False) -> None:
+    """Ends jobs or steps, or sends their ranks a signal."""
+    options = [f"--signal={signal}"] if signal else []
+    options += ["--state=PENDING"] if only_pending else []
+    if jobs:
+        call("scancel", *options, *jobs)
+
+
+def warn(job: str) -> None:
+    """Sends USR1 to the batch process of a job: stop in time."""
+    call("scancel", "--batch", "--signal=USR1", job)
+
+
+def steps(job: str) -> list[str]:
+    """The numbered steps of a running job: 12.0, 12.1."""
+    text = call("squeue", "-h", "-s", "-j", job, "-o", "%i")
+    return [line.strip() for line in text.splitlines() if line.strip().rpartition(".")[2].isdigit()]
+
+
+def requeue(job: str) -> None:
+    """Puts a running or ended job back into the queue."""
+    call("scontrol", "requeue", job)
+
+
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """Keeps a pending job off some nodes."""
+    call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+
+
+def hostnames(node_list: str) -> list[str]:
+    """n[1-3] as n1, n2, n3."""
+    return call("scontrol", "show", "hostnames", node_list).split() if node_list else []
+
+
+def job_fields(job: str) -> dict[str, str]:
+    """Everything `scontrol show job` says, by its own names."""
+    words = call("scontrol", "-o", "show", "job", job).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def node_states(nodes: Sequence[str]) -> dict[str, str]:
+    """State and, where there is one, the reason an administrator gave."""
+    if not nodes:
+        return {}
+    text = call("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N|%T|%E")
+    rows = [line.split("|", 2) for line in text.splitlines()]
+    return {
+        node: state if reason in ("none", "") else f"{state} ({reason})"
+        for node, state, reason in rows
+    }

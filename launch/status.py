@@ -1,0 +1,196 @@
+"""`megahybrid launch status`: one line per run, from the queue, the heartbeats and the records."""
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch import slurm
+from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, read_job
+from launch.records import (
+    AttemptRecord,
+    attempts,
+    jobs,
+    ledger_tail,
+    newest_checkpoint,
+    read_records,
+)
+from launch.slurm import Queued, SlurmError
+from megahybrid.errors import EXIT_DONE
+from megahybrid.heartbeat import Beat, heartbeat_file, read_beats, slow_ranks
+
+# Reasons of Slurm that say nothing to somebody who waits.
+_REASONS = {
+    "BeginTime": "held back a moment after a requeue",
+    "Dependency": "waits for the job before it",
+    "Resources": "waits for free nodes",
+    "Priority": "waits behind other jobs",
+    "None": "new",
+}
+
+
+def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
+    """What the run is doing now. `queue` is None where Slurm did not answer."""
+    ours = jobs(run_directory)
+    if not ours:
+        return f"{run_directory.name}: NEVER SUBMITTED{_progress(run_directory)}"
+    history = attempts(run_directory)
+    last = history[-1] if history else None
+    found = [one for one in (queue or {}).values() if one.job in ours or one.array in ours]
+    active = next((one for one in found if one.state not in ("PENDING",)), None)
+    pending = [one for one in found if one.state == "PENDING"]
+    if active is not None:
+        return _running(run_directory, active, last, len(pending))
+    verdict = _verdict(run_directory)
+    if pending:
+        first = pending[0]
+        why = _REASONS.get(first.reason, first.reason)
+        before = f" after attempt {len(history)}: {last.reason}" if last and last.reason else ""
+        more = f" (+{len(pending) - 1} in the chain)" if len(pending) > 1 else ""
+        return (
+            f"{run_directory.name}: PENDING job {first.task}{more} ({why})"
+            f"{before}{_progress(run_directory)}"
+        )
+    if (run_directory / FOLDER / DONE).exists():
+        return f"{run_directory.name}: DONE after {_times(len(history))}{_progress(run_directory)}"
+    where = "" if queue is not None else " (Slurm does not answer; this is from the run's files)"
+    if verdict is not None:
+        word = "STOPPED" if verdict["code"] == 75 else "GIVEN UP"
+        return (
+            f"{run_directory.name}: {word} with code {verdict['code']}: {verdict['reason']}"
+            f"{_progress(run_directory)}{where}"
+        )
+    ended = f"job {ours[-1]}"
+    if last is not None:
+        ended = f"job {last.job} try {last.attempt + 1}, {last.reason or 'no end was written'}"
+    state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
+    return f"{run_directory.name}: {state} ({ended}){_progress(run_directory)}{where}"
+
+
+def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -> str:
+    parts = [f"{run.name}: {job.state} job {job.task}"]
+    if last is not None and last.job == job.job:
+        parts.append(f"try {last.attempt + 1}")
+    parts.append(job.nodes)
+    beats = read_beats(run) if last is not None and last.job == job.job and not last.ended else {}
+    line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
+    parts += _phase(run, beats)
+    if line is not None:
+        loss = line.get("loss")
+        parts.append(f"step {line['step']}")
+        parts.append(f"loss {loss:.4g}" if loss is not None else "loss not finite")
+    checkpoint = newest_checkpoint(run)
+    parts.append(f"ckpt {checkpoint}" if checkpoint is not None else "no ckpt")
+    parts.append(f"left {job.left}")
+    parts += _trouble(run, beats, waiting)
+    return " ".join(part for part in parts if part)
+
+
+def _phase(run: Path, beats: Mapping[int, Beat]) -> list[str]:
+    """What most ranks do, and how old the oldest sign of life is."""
+    if not beats:
+        return ["preparing"]
+    phases = Counter(beat.phase for beat in beats.values())
+    (phase, _), *_ = phases.most_common(1)
+    now = time.time()
+    ages = []
+    for rank in beats:
+        try:
+            ages.append(now - heartbeat_file(run, rank).stat().st_mtime)
+        except OSError:
+            continue
+    age = max(0.0, max(ages, default=0.0))
+    return [phase, f"age {age:.0f}s"]
+
+
+def _trouble(run: Path, beats: Mapping[int, Beat], waiting: int) -> list[str]:
+    parts = []
+    ratio = 1.3
+    with contextlib.suppress(OSError, ValueError):
+        ratio = read_job(run / FOLDER / "job.json").site.watchdog.slow_ratio
+    for beat, times in slow_ranks(beats, ratio)[:2]:
+        parts.append(f"| slow: rank {beat.rank} on {beat.host} {times:.1f}×")
+    steps = [beat.step for beat in beats.values()]
+    if steps and max(steps) - min(steps) > 1:
+        behind = min(beats.values(), key=lambda beat: beat.step)
+        parts.append(f"| rank {behind.rank} on {behind.host} is at step {behind.step}")
+    if (run / STOP_NOW).exists():
+        parts.append("| stopping")
+    if (run / SAVE_NOW).exists():
+        parts.append("| a save is asked for")
+    failures = sum(attempt.failed and attempt.ended is not None for attempt in attempts(run))
+    if failures:
+        parts.append(f"| {failures} failed before")
+    if waiting:
+        parts.append(f"| +{waiting} in the chain")
+    return parts
+
+
+def _progress(run: Path) -> str:
+    line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
+    checkpoint = newest_checkpoint(run)
+    parts = []
+    if line is not None:
+        parts.append(f"step {line['step']}")
+        if line.get("loss") is not None:
+            parts.append(f"loss {line['loss']:.4g}")
+    if checkpoint is not None:
+        parts.append(f"ckpt {checkpoint}")
+    return f" | {' '.join(parts)}" if parts else ""
+
+
+def _verdict(run: Path) -> dict | None:
+    """The last decision not to go on, if nothing was submitted since."""
+    found = None
+    for line in read_records(run):
+        if line.get("event") == "verdict":
+            found = line
+        elif line.get("event") in ("submit", "start"):
+            found = None
+    return found if found is None or found["code"] != EXIT_DONE else None
+
+
+def _times(number: int) -> str:
+    return "1 attempt" if number == 1 else f"{number} attempts"
+
+
+def read_queue() -> dict[str, Queued] | None:
+    """The queue, or None where Slurm does not answer."""
+    try:
+        return slurm.queue()
+    except SlurmError:
+        return None
+
+
+def node_lines(run_directory: Path) -> list[str]:
+    """`megahybrid launch nodes`: every node that the run met, its state now and its failures."""
+    met: dict[str, list[str]] = {}
+    attempts_on: Counter[str] = Counter()
+    for attempt in attempts(run_directory):
+        for node in attempt.nodes:
+            met.setdefault(node, [])
+            attempts_on[node] += 1
+    for line in read_records(run_directory):
+        if line.get("event") in ("bad_node", "slow_rank"):
+            what = line.get("reason") or f"rank {line.get('rank')} slow {line.get('times')}×"
+            met.setdefault(line["node"], []).append(f"{_day(line['time_unix'])} {what}")
+    try:
+        states = slurm.node_states(sorted(met))
+    except SlurmError:
+        states = {}
+    lines = []
+    for node, history in sorted(met.items()):
+        state = states.get(node, "state unknown")
+        told = "; ".join(history[-5:]) or "no failure"
+        lines.append(f"{node}: {state} | {_times(attempts_on[node])} | {told}")
+    beats = read_beats(run_directory)
+    costs = [beat.busy_seconds for beat in beats.values() if beat.busy_seconds]
+    if costs:
+        lines.append(f"median step of a rank: {statistics.median(costs):.3f} s")
+    return lines or [f"{run_directory} has met no node yet"]
+
+
+def _day(unix: float) -> str:
+    return time.strftime("%m-%d %H:%M", time.localtime(unix))

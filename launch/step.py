@@ -1,0 +1,142 @@
+"""The srun commands of a job step, as pure functions, and the environment they run in."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.job import Job
+
+LOGS = "MEGAHYBRID_LOGS"  # tells the ranks where their logs are arranged
+# The batch script's own: a step of another shape must not inherit them.
+_OF_THE_JOB = (
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE",
+    "SLURM_NNODES",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_EXCLUDE",
+    "SLURM_MEM_PER_NODE",
+)
+
+
+def step_environment(
+    job: Job, environment: Mapping[str, str], nodes: Sequence[str], attempt: int, logs: Path
+) -> dict[str, str]:
+    """What srun and the ranks see. The port differs from attempt to attempt, so that one left over
+    from the last attempt does no harm; MASTER_ADDR from the site file stays."""
+    kept = {name: value for name, value in environment.items() if name not in _OF_THE_JOB}
+    number = int(environment["SLURM_JOB_ID"])
+    return kept | {
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or nodes[0],
+        "MASTER_PORT": str(20000 + (13 * number + 101 * attempt) % 10000),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        LOGS: str(logs),
+    }
+
+
+def train_step(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The command that starts every rank on `nodes` and ends with the first that fails."""
+    logs = environment[LOGS]
+    if job.site.launcher == "deepspeed":
+        return _deepspeed(job, nodes, environment)
+    per_node = job.site.ranks if job.site.launcher == "srun" else 1
+    log = "rank-%4t.log" if job.site.launcher == "srun" else "node-%4t.log"
+    return [
+        *_srun(job, nodes, per_node),
+        "--kill-on-bad-exit=1",
+        "--wait=60",
+        "--open-mode=append",
+        f"--output={logs.replace('%', '%%')}/{log}",
+        *_container(job),
+        *(_rank(job) if job.site.launcher == "srun" else _agent(job, nodes, environment)),
+    ]
+
+
+def check_step(job: Job, nodes: Sequence[str], folder: Path, now: float) -> list[str]:
+    """The command that looks at every node, one task each; nobody's failure ends the others."""
+    check = job.site.node_check
+    gpus = job.site.gpus_per_node if check.nvidia_smi else 0
+    return [
+        *_srun(job, nodes, 1),
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        *job.site.python,
+        "-m",
+        "launch.node_check",
+        f"--output={folder}",
+        f"--run-directory={job.run_directory}",
+        f"--gpus={gpus}",
+        f"--free-disk-gib={check.free_disk_gib}",
+        f"--free-memory-gib={check.free_memory_gib}",
+        f"--idle-gpu-mib={check.idle_gpu_mib}",
+        f"--clock-skew-seconds={check.clock_skew_seconds}",
+        f"--now={now}",
+    ]
+
+
+def _srun(job: Job, nodes: Sequence[str], per_node: int) -> list[str]:
+    cpus = job.site.cpus_per_rank * (job.site.ranks // per_node)
+    return [
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--ntasks={len(nodes) * per_node}",
+        f"--ntasks-per-node={per_node}",
+        f"--cpus-per-task={cpus}",
+    ]
+
+
+def _container(job: Job) -> list[str]:
+    container = job.site.container
+    if container is None:
+        return []
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    return [f"--container-image={container.image}", *mounts, *container.options]
+
+
+def _rank(job: Job) -> list[str]:
+    return [*job.site.python, *job.train, job.run_file]
+
+
+def _agent(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """torchrun with static rendezvous: ranks follow the order of nodes, and no agent complains at
+    a good end. Only a shell on the node knows the node's number."""
+    before = shlex.join([*job.site.python, "-m", "torch.distributed.run"])
+    after = shlex.join(
+        [
+            f"--nnodes={len(nodes)}",
+            f"--nproc-per-node={job.site.ranks}",
+            "--rdzv-backend=static",
+            f"--master-addr={environment['MASTER_ADDR']}",
+            f"--master-port={environment['MASTER_PORT']}",
+            "--max-restarts=0",
+            *job.train,
+            job.run_file,
+        ]
+    )
+    return ["bash", "-c", f'exec {before} --node-rank="$SLURM_NODEID" {after}']
+
+
+def _deepspeed(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    module = job.train[1:] if job.train[:1] == ("-m",) else job.train
+    return [
+        "deepspeed",
+        f"--hostfile={hostfile(environment)}",
+        f"--master_addr={environment['MASTER_ADDR']}",
+        f"--master_port={environment['MASTER_PORT']}",
+        "--module",
+        *module,
+        job.run_file,
+    ]
+
+
+def hostfile(environment: Mapping[str, str]) -> str:
+    """Where DeepSpeed's runner finds its hosts."""
+    return f"{environment[LOGS]}/hostfile"
+
+
+def hostfile_text(job: Job, nodes: Sequence[str]) -> str:
+    """One host a line, with its ranks."""
+    return "".join(f"{node} slots={job.site.ranks}\n" for node in nodes)

@@ -1,0 +1,199 @@
+"""`megahybrid launch submit`: check, write the script and all it needs, hand it to sbatch."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import slurm
+from launch.job import DONE, FOLDER, STOP_NOW, Job
+from launch.records import attempts, jobs, measured, read_records, record, stop_lead
+from launch.script import batch_script
+from megahybrid.config import RunConfig, dump_yaml, load
+from megahybrid.config.site import load_site
+from megahybrid.errors import ConfigError
+
+
+def plan(
+    run_file: Path,
+    overrides: Sequence[str],
+    *,
+    site: str,
+    nodes: int,
+    name: str | None = None,
+    spares: int = 0,
+    exclude: Sequence[str] = (),
+    chain: int = 1,
+    array: bool = False,
+) -> tuple[Job, RunConfig]:
+    """The job and the resolved run, checked against each other. Writes nothing."""
+    for option, value, least in (("nodes", nodes, 1), ("spares", spares, 0), ("chain", chain, 1)):
+        if value < least:
+            raise ConfigError(f"--{option}={value} is too few. Use {least} or more.")
+    facts = load_site(site)
+    run = load(run_file, overrides)
+    directory = run.run_directory(run_file).absolute()
+    # The script lies in the run's folder and may be read on nodes with another working directory.
+    run = run.model_copy(update={"directory": str(directory)})
+    run.check(nodes * facts.ranks)
+    seconds = facts.job_seconds
+    lead = stop_lead(directory, facts.stop_lead_seconds)
+    if lead * 2 > seconds:
+        raise ConfigError(
+            f"time_limit={facts.time_limit} of site {facts.name} leaves no time to train: the run "
+            f"needs {lead} s to stop in time (stop_lead_seconds={facts.stop_lead_seconds}, and "
+            "what its last saves took). Ask for more time."
+        )
+    folder = directory / FOLDER
+    job = Job(
+        name=name or directory.name,
+        run_directory=str(directory),
+        run_file=str(folder / "run.yaml"),
+        file=str(folder / "job.json"),
+        work_directory=os.getcwd(),
+        commit=_commit(),
+        site=facts,
+        nodes=nodes,
+        spares=spares,
+        exclude=tuple(sorted({*exclude, *facts.exclude})),
+        chain=1 if array else chain,
+        array=chain if array else None,
+        lead_seconds=lead,
+    )
+    return job, run
+
+
+def submit(job: Job, run: RunConfig) -> list[str]:
+    """Writes script, resolved run file and job into the run's folder, then submits. Returns the
+    numbers of the jobs."""
+    _refuse_second(job)
+    script = write(job, run)
+    for path in (job.directory / STOP_NOW, job.directory / FOLDER / DONE):
+        path.unlink(missing_ok=True)
+    numbers = [slurm.sbatch(str(script)) for _ in range(job.chain)]
+    record(
+        job.directory,
+        "submit",
+        jobs=numbers,
+        nodes=job.nodes,
+        spares=job.spares,
+        chain=job.array or job.chain,
+        site=job.site.name,
+        commit=job.commit,
+    )
+    return numbers
+
+
+def write(job: Job, run: RunConfig) -> Path:
+    """The files of one submission; those of the one before keep a number."""
+    folder = job.directory / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (job.directory / "logs").mkdir(exist_ok=True)
+    number = sum(line.get("event") == "submit" for line in read_records(job.directory)) + 1
+    texts = {
+        "run.yaml": dump_yaml(run),
+        "job.json": job.model_dump_json(indent=2) + "\n",
+        "batch.sh": batch_script(job),
+    }
+    for name, text in texts.items():
+        path = folder / name
+        if path.exists() and path.read_text() != text:
+            path.rename(folder / f"{path.stem}.{number - 1}{path.suffix}")
+        temporary = path.with_name(f".{name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    return folder / "batch.sh"
+
+
+def forecast(job: Job, run: RunConfig) -> list[str]:
+    """What `check` and `submit` say of the allocation, one fact a line."""
+    site, seconds = job.site, job.site.job_seconds
+    tensor = run.parallel.tensor
+    lines = [
+        f"{job.nodes} nodes × {site.ranks} ranks = {job.world_size} ranks: tensor {tensor}, data "
+        f"{job.world_size // tensor}, ZeRO stage {run.parallel.zero_stage}",
+    ]
+    if site.ranks % tensor:
+        lines.append(
+            f"warning: parallel.tensor={tensor} does not divide the {site.ranks} ranks of a node: "
+            "tensor groups will span nodes, over the slower network."
+        )
+    lines += _memory(job, run)
+    lines.append(
+        f"time limit {site.time_limit}: stops {job.lead_seconds} s before it"
+        + (
+            f", up to {job.array or job.chain} jobs in a row"
+            if (job.array or job.chain) > 1
+            else ""
+        )
+    )
+    known = measured(job.directory)
+    rate = known["tokens_per_hour"]
+    plan = run.stage_plan
+    if rate is None:
+        lines.append(f"{plan.total_tokens:,} tokens; no rate measured yet")
+        return lines
+    done = next((a.step for a in reversed(attempts(job.directory)) if a.step), None)
+    lines.append(
+        f"{rate / 1e6:.2f} M tokens per hour as last measured: "
+        f"{plan.total_tokens / rate:.1f} h for all {plan.total_tokens:,} tokens"
+        + (f", at step {done}" if done else "")
+    )
+    for stage, end in zip(run.stages, plan.stage_ends, strict=True):
+        lines.append(f"  stage {stage.name} ends at {end:,} tokens, {end / rate:.1f} h")
+    if known["step_seconds"]:
+        steps = (seconds - job.lead_seconds) / known["step_seconds"]
+        lines.append(
+            f"about {steps:.0f} steps and {steps / run.checkpoint.every_steps:.0f} checkpoints "
+            "within the time limit"
+        )
+    return lines
+
+
+def _memory(job: Job, run: RunConfig) -> list[str]:
+    if job.site.gpu_memory_gib is None:
+        return []
+    from megahybrid.config.describe import describe
+
+    needed = _largest(describe(run, job.world_size).get("memory"))
+    if needed is None:
+        return []
+    line = f"{needed:.1f} GiB per GPU by plan, {job.site.gpu_memory_gib:g} GiB there"
+    return [line if needed <= job.site.gpu_memory_gib else f"warning: {line}"]
+
+
+def _largest(found: object) -> float | None:
+    """The largest total among the memory plans of `describe`."""
+    if isinstance(found, dict):
+        inner = [value for value in map(_largest, found.values()) if value is not None]
+        own = [float(v) for k, v in found.items() if k in ("total_gib", "total") and v]
+        return max([*inner, *own], default=None)
+    if isinstance(found, list):
+        return max((v for v in map(_largest, found) if v is not None), default=None)
+    return None
+
+
+def _refuse_second(job: Job) -> None:
+    running = [number for number in jobs(job.directory) if number in slurm.queue()]
+    if running:
+        raise ConfigError(
+            f"directory={job.run_directory} has job {', '.join(running)} in the queue already. "
+            "Two jobs must not write to one run: `megahybrid launch cancel` it first, or use "
+            "another directory."
+        )
+
+
+def _commit() -> str:
+    """The commit of the code, and whether it was changed since."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ("git", "-C", str(here), *words)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = "+changes" if git("status", "--porcelain", "-uno") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,161 @@
+"""`Site`: what is true of one cluster, whatever runs there. Never part of a run file."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from megahybrid.config.base import Frozen, Name, did_you_mean, load
+from megahybrid.errors import ConfigError
+
+# What ends up in a line of its own must not end that line.
+Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
+JobName = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]{1,200}$")]
+TimeLimit = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")]
+SITES = Path("configs/sites")
+
+
+class Container(Frozen):
+    """Ranks inside an image, by Slurm's Pyxis options."""
+
+    image: Line = Field(description="--container-image")
+    mounts: list[Line] = Field(default=[], description="--container-mounts, source:target each")
+    options: list[Line] = Field(default=[], description="further options of srun")
+
+
+class PhaseLimits(Frozen):
+    """Seconds that a rank may stay in one phase before it counts as hung."""
+
+    start: float = Field(default=1800, gt=0, description="until all ranks have met and restored")
+    compile: float = Field(default=1800, gt=0, description="the first step of a stage")
+    data: float = Field(default=600, gt=0, description="waiting for the next batch")
+    step: float = Field(default=600, gt=0, description="one optimizer step")
+    evaluate: float = Field(default=7200, gt=0, description="one validation")
+    save: float = Field(default=3600, gt=0, description="one checkpoint")
+
+
+class Watchdog(Frozen):
+    """When a job that Slurm thinks alive is ended and started again."""
+
+    limits: PhaseLimits = Field(default=PhaseLimits(), description="seconds by phase")
+    silent: float = Field(default=120, gt=0, description="seconds that a rank may give no sign")
+    every: float = Field(default=5, gt=0, description="seconds between two looks")
+    slow_ratio: float = Field(default=1.3, gt=1, description="times the median: a slow rank")
+    after_stop: float = Field(
+        default=900, gt=0, description="seconds to save and leave once a stop is asked for"
+    )
+
+
+class NodeCheck(Frozen):
+    """What every node is asked before ranks start on it."""
+
+    enabled: bool = Field(default=True, description="false: no check")
+    seconds: float = Field(default=120, gt=0, description="a node that takes longer is bad")
+    free_disk_gib: float = Field(default=1, ge=0, description="on the node's temporary folder")
+    free_memory_gib: float = Field(default=1, ge=0, description="of the node itself")
+    clock_skew_seconds: float = Field(default=30, gt=0, description="against the batch host")
+    idle_gpu_mib: int = Field(default=1000, ge=0, description="in use on a GPU that is idle")
+    nvidia_smi: bool = Field(default=True, description="ask it about the GPUs; false: do not")
+
+
+class Caps(Frozen):
+    """When the launcher gives a run up."""
+
+    failures_in_a_row: int = Field(default=3, ge=1, description="attempts that ended badly")
+    without_checkpoint: int = Field(
+        default=3, ge=1, description="attempts with no newer checkpoint"
+    )
+    node_exclusions: int = Field(default=4, ge=0, description="requeues to get rid of a bad node")
+
+
+class Site(Frozen):
+    """One cluster: its partition and account, its nodes, and how a rank is started on them."""
+
+    name: Name = Field(description="how the site is called")
+    partition: Line | None = Field(default=None, description="--partition")
+    account: Line | None = Field(default=None, description="--account")
+    qos: Line | None = Field(default=None, description="--qos")
+    reservation: Line | None = Field(default=None, description="--reservation")
+    constraint: Line | None = Field(default=None, description="--constraint")
+    time_limit: TimeLimit = Field(description="--time of one job: minutes, H:MM:SS or D-HH:MM:SS")
+    gpus_per_node: int = Field(ge=0, description="GPUs of a node; 0: ranks compute on CPUs")
+    ranks_per_node: int | None = Field(
+        default=None, ge=1, description="default: one per GPU, or one"
+    )
+    gpu_memory_gib: float | None = Field(default=None, gt=0, description="of one GPU, for check")
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = Field(
+        default="gpus-per-node", description="the option that asks for GPUs"
+    )
+    cpus_per_rank: int = Field(default=1, ge=1, description="--cpus-per-task")
+    memory: Line | None = Field(default="0", description="--mem; 0: all of the node")
+    exclusive: bool = Field(default=True, description="whole nodes")
+    directives: list[Line] = Field(
+        default=[], description="further #SBATCH options: --mail-type=END"
+    )
+    modules: list[Line] = Field(default=[], description="loaded by `module load`")
+    prologue: list[Line] = Field(default=[], description="shell lines before anything starts")
+    environment: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], str] = Field(
+        default={}, description="variables of every rank: NCCL_SOCKET_IFNAME and the like"
+    )
+    python: list[Line] = Field(default=["python3"], min_length=1, description="the interpreter")
+    container: Container | None = Field(default=None, description="null: no container")
+    launcher: Literal["srun", "torchrun", "deepspeed"] = Field(
+        default="srun",
+        description="srun: one task per rank; torchrun: one agent per node, static rendezvous; "
+        "deepspeed: its own runner over ssh, from a hostfile",
+    )
+    exclude: list[Line] = Field(default=[], description="nodes never used")
+    stop_lead_seconds: int = Field(
+        default=300, ge=60, description="least time between the warning and the time limit"
+    )
+    watchdog: Watchdog = Field(default=Watchdog(), description="hangs")
+    node_check: NodeCheck = Field(default=NodeCheck(), description="nodes before training")
+    caps: Caps = Field(default=Caps(), description="when to give up")
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "Site":
+        if self.gpus_per_node and self.ranks > self.gpus_per_node:
+            raise ValueError(
+                f"ranks_per_node={self.ranks_per_node} is more than gpus_per_node="
+                f"{self.gpus_per_node}. Start one rank per GPU at most."
+            )
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    @property
+    def job_seconds(self) -> int:
+        """The time limit in seconds."""
+        return seconds_of(self.time_limit)
+
+
+def seconds_of(limit: str) -> int:
+    """Slurm's D-HH:MM:SS, H:MM:SS, MM:SS or minutes, in seconds."""
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        parts += [0] * (3 - len(parts))
+    elif len(parts) == 1:
+        parts = [0, parts[0], 0]
+    elif len(parts) == 2:
+        parts = [0, *parts]
+    hours, minutes, seconds = parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def load_site(name: str, folder: Path = SITES) -> Site:
+    """The site of that name under configs/sites/, or of the file of that path."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not (folder / f"{name}.yaml").exists():
+            known = sorted(found.stem for found in folder.glob("*.yaml"))
+            raise ConfigError(
+                f"--site={name} is no file of {folder} (there are: {', '.join(known) or 'none'})."
+                f"{did_you_mean(name, known)} Name one of them, or give the path of a site file."
+            )
+        path = folder / f"{name}.yaml"
+    return load(path, type=Site)
