@@ -1,0 +1,210 @@
+"""Ranks that start in a fraction of a second: forked from a process that has imported everything.
+
+They run the real command line with torchrun's variables set, so they end with its exit codes and
+can be killed, stopped and limited one by one. `Ranks` is what a test holds; running this file is
+the process that forks.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Nursery:
+    """The process that forks; a context manager."""
+
+    def __init__(self) -> None:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        }
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.forked"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def ask(self, **order: Any) -> Any:
+        """Send one order and wait for its answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self) -> "Nursery":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+
+
+class Ranks:
+    """One launch of `megahybrid *arguments` on `world_size` ranks, with their output in files."""
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        arguments: Sequence[str],
+        world_size: int,
+        folder: Path,
+        *,
+        fault: str | None = None,
+        file_bytes: int | None = None,
+    ) -> None:
+        """`fault` names a function of tests/train/faults.py, called on each rank before it starts;
+        no file of a rank can grow beyond `file_bytes`."""
+        self.nursery = nursery
+        self.outputs = [folder / f"output-{rank}" for rank in range(world_size)]
+        self.pids: list[int] = nursery.ask(
+            arguments=list(arguments),
+            outputs=list(map(str, self.outputs)),
+            folder=str(folder),
+            port=_free_port(),
+            fault=fault,
+            file_bytes=file_bytes,
+        )
+        self.codes: dict[int, int] = {}
+
+    def wait(self, seconds: float = 120.0) -> list[int]:
+        """Exit codes by rank, -n for signal n; ranks that take longer are killed."""
+        until = time.monotonic() + seconds
+        while len(self.codes) < len(self.pids) and time.monotonic() < until:
+            self._look()
+            time.sleep(0.01)
+        late = [pid for rank, pid in enumerate(self.pids) if rank not in self.codes]
+        for pid in late:
+            os.kill(pid, signal.SIGKILL)
+        while len(self.codes) < len(self.pids):
+            self._look()
+        assert not late, f"still running after {seconds:g} s\n{self.text()}"
+        return [self.codes[rank] for rank in range(len(self.pids))]
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+        """Wait for a condition; False when a rank ended first."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self._look()
+            if self.codes:
+                return False
+            assert time.monotonic() < deadline, f"not within {seconds:g} s\n{self.text()}"
+            time.sleep(0.002)
+        return True
+
+    def send(self, number: signal.Signals, *ranks: int) -> None:
+        """A signal to some ranks, or to all."""
+        for rank in ranks or range(len(self.pids)):
+            self._look()
+            if rank not in self.codes:
+                os.kill(self.pids[rank], number)
+
+    def text(self) -> str:
+        """What all ranks wrote to their terminal."""
+        return "".join(path.read_text() for path in self.outputs)
+
+    def last_line(self, rank: int = 0) -> str:
+        """The last line a rank wrote."""
+        return self.outputs[rank].read_text().strip().splitlines()[-1]
+
+    def _look(self) -> None:
+        codes = self.nursery.ask(codes=self.pids)
+        self.codes = {rank: code for rank, code in enumerate(codes) if code is not None}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve() -> None:
+    """Fork ranks and tell their exit codes, one order a line, until the test goes away."""
+    import deepspeed  # noqa: F401 (all of these once, for all ranks)
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401
+
+    import megahybrid.train.command
+    import megahybrid.train.run  # noqa: F401
+
+    ended: dict[int, int] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "codes" in order:
+            with contextlib.suppress(ChildProcessError):
+                while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                    ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+            answer: list[Any] = [ended.get(pid) for pid in order["codes"]]
+        else:
+            answer = [_fork(rank, order) for rank in range(len(order["outputs"]))]
+        print(json.dumps(answer), flush=True)
+
+
+def _fork(rank: int, order: dict[str, Any]) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        _become_rank(rank, order, parent)
+        from megahybrid.cli import main
+
+        code = main(order["arguments"])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _become_rank(rank: int, order: dict[str, Any], parent: int) -> None:
+    import resource
+
+    from megahybrid.parallel.local_launch import LAUNCHER, end_with_launcher
+
+    os.environ[LAUNCHER] = str(parent)
+    end_with_launcher()
+    del os.environ[LAUNCHER]
+    output = os.open(order["outputs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(order["folder"])
+    world = len(order["outputs"])
+    if world > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(order["port"]),
+        }
+    if order["file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], order["file_bytes"]))
+    if order["fault"]:
+        from tests.train import faults
+
+        getattr(faults, order["fault"])(rank)
+
+
+if __name__ == "__main__":
+    _serve()
