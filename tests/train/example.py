@@ -99,10 +99,10 @@ def steps_so_far(run: Path) -> int:
 def arithmetic_of(run: Path) -> list[tuple[Any, ...]]:
     """Of each step, all that must not depend on interruptions, to the bit."""
     return [
-        (s.step, s.stage, s.tokens, s.length, s.learning_rate, s.loss, s.gradient_norm)
-        + (s.cursor_crc, json.dumps(s.source_tokens), json.dumps(s.gradient_norm_by_kind))
+        (s.step, s.stage, s.tokens, s.length, s.learning_rate, s.loss, s.gradient_norm,
+         s.cursor_crc, json.dumps(s.source_tokens), json.dumps(s.gradient_norm_by_kind))
         for s in steps_of(run)
-    ]
+    ]  # fmt: skip
 
 
 def checkpoint_bytes(run: Path, step: int = STEPS) -> dict[str, bytes]:

@@ -32,7 +32,8 @@ class Nursery:
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.forked"],
+            # By its path: the package `tests` would have every annotation checked, and be slow.
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
