@@ -10,7 +10,9 @@ from megahybrid.config.base import Frozen, Name
 class Source(Frozen):
     """One prepared dataset."""
 
-    path: str = Field(description="folder with manifest.json, or the path of a foreign .bin file")
+    path: str = Field(
+        description="folder with manifest.json, a plan made by `data pack`, or a foreign .bin file"
+    )
 
 
 class DataConfig(Frozen):
@@ -28,6 +30,11 @@ class DataConfig(Frozen):
         "length",
     )
     lanes: int = Field(default=64, gt=0, description="blocks of a source that are read at a time")
+    exhausted: Literal["repeat", "stop", "renormalise"] = Field(
+        default="repeat",
+        description="when a source was served once. repeat: again in another order; stop: the run "
+        "ends; renormalise: the others share its part",
+    )
     tokenizer: str | None = Field(
         default=None, description="tokenizer file, checked against the data and used for samples"
     )

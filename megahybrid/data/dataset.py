@@ -4,12 +4,13 @@ import hashlib
 import mmap
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megahybrid.data.guard import RESTORE, BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megahybrid.data.token_file import Array, ShardIndex
 from megahybrid.errors import DataError
@@ -27,6 +28,7 @@ class TokenDataset:
 
     Open costs memory and time in proportion to the number of shards; indexes of more than
     CHECKED_INDEX_BYTES in sum are only checked at both ends (`verify_dataset` reads everything).
+    Of the checksums a few are tried at open, others while reading (`BlockChecks`).
     Raises DataError for whatever is missing, truncated, damaged or does not agree.
     """
 
@@ -71,6 +73,9 @@ class TokenDataset:
         # Read as unsigned, a negative id is a huge one: a single maximum checks both ends.
         self._unsigned = np.dtype(f"<u{dtype.itemsize}")
         self._check_ids = self.vocab_size <= np.iinfo(self._unsigned).max
+        self._unchanged = UnchangedFiles(self.shards)
+        self._checks = BlockChecks(self.shards, self.manifest)
+        self._checks.try_some(self._mapped)
 
     def _listed_shards(self, manifest: Manifest) -> list[ShardIndex]:
         present = {entry.name for entry in self.path.iterdir()}
@@ -136,8 +141,7 @@ class TokenDataset:
         if len(mapped) != shard.tokens * shard.dtype.itemsize:
             raise DataError(
                 f"{shard.bin_path} has {len(mapped)} bytes, not "
-                f"{shard.tokens * shard.dtype.itemsize} as when it was opened. "
-                "Restore the file; data must not change under a run."
+                f"{shard.tokens * shard.dtype.itemsize} as when it was opened. {RESTORE}"
             )
         tokens = np.frombuffer(mapped, shard.dtype)
         self._maps[number] = tokens
@@ -152,6 +156,9 @@ class TokenDataset:
         """
         number = bisect_right(self.starts, start) - 1
         first = start - self.starts[number]
+        self._checks.owed -= length
+        if self._checks.owed < 0:
+            self._checks.check(number, first, self._mapped(number))
         if first + length <= self.shards[number].tokens:
             tokens = self._mapped(number)[first : first + length]
         else:
@@ -159,6 +166,21 @@ class TokenDataset:
         if self._check_ids and length and int(tokens.view(self._unsigned).max()) >= self.vocab_size:
             self._refuse_id(start, tokens)
         return tokens
+
+    def check_unchanged(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Raises DataError when a file that holds one of the spans changed since the open.
+
+        Size, time of change and inode are compared: a shortened file that is mapped would
+        otherwise end the process without a word.
+        """
+        numbers: set[int] = set()
+        for start, length in spans:
+            first = bisect_right(self.starts, start) - 1
+            numbers.add(first)
+            if start + length > self.starts[first + 1]:
+                numbers.update(range(first + 1, bisect_right(self.starts, start + length - 1)))
+        for number in numbers:
+            self._unchanged.check(number)
 
     def _pieces(self, start: int, length: int) -> Iterator[Array]:
         while length:
@@ -229,7 +251,10 @@ class TokenDataset:
 
 
 def _fingerprint(shards: list[ShardIndex]) -> str:
-    facts: list[Any] = [(s.bin_path.name, s.dtype.name, s.tokens, s.sequences) for s in shards]
+    facts: list[Any] = []
+    for shard in shards:
+        ends = [ends_crc(shard.bin_path), ends_crc(shard.idx_path)]
+        facts.append((shard.bin_path.name, shard.dtype.name, shard.tokens, shard.sequences, *ends))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

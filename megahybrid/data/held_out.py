@@ -69,6 +69,7 @@ def evaluation_batches(
         micro = micro_rows * length // tokens
         while step := list(islice(alike, micro * world_size)):
             step += [RowPlan("", ())] * (-len(step) % world_size)
+            dataset.check_unchanged(span for plan in step[rank::world_size] for span in plan.spans)
             batch = make_batch({"": dataset}, step[rank::world_size], tokens, documents)
             if rows == "documents":
                 # One document a row: what fills it up comes later and is seen by no counted token,

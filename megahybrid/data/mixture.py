@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
-from megahybrid.errors import DataError
+from megahybrid.errors import DataError, NoProgressError
 
 State = dict[str, Any]
+Exhausted = Literal["repeat", "stop", "renormalise"]
 STATE_VERSION = 1
 
 
@@ -29,6 +30,10 @@ class Mixture:
     {version, seed, block_tokens, lanes, weights {name: w}, since {name: tokens since the last
     reweighting}, longest: longest row since then, sources {name: {cursor, tokens, fingerprint}}}.
     Sources that were dropped stay in it, so that they continue when they are named again.
+
+    exhausted: what happens when a source has been served once. repeat: it begins again in another
+    order. stop: NoProgressError. renormalise: the others share its part from the next row on (this
+    counts as a reweighting; `gone` in the state names it until the weights change).
     """
 
     def __init__(
@@ -39,8 +44,10 @@ class Mixture:
         seed: int,
         block_tokens: int,
         lanes: int,
+        exhausted: Exhausted = "repeat",
     ) -> None:
         self.datasets = dict(datasets)
+        self.exhausted = exhausted
         self.weights = self._checked(weights)
         self.seed, self.block_tokens, self.lanes = seed, block_tokens, lanes
         self._orders: dict[str, SourceOrder] = {}
@@ -77,6 +84,7 @@ class Mixture:
             "seed": self.seed,
             "block_tokens": self.block_tokens,
             "lanes": self.lanes,
+            "exhausted": self.exhausted,
             "weights": {},
             "since": {},
             "longest": 0,
@@ -101,7 +109,8 @@ class Mixture:
                     "fingerprint": self.datasets[name].fingerprint,
                 }
         since = dict.fromkeys(weights, 0)
-        return state | {"weights": weights, "since": since, "longest": 0, "sources": sources}
+        fresh = {"weights": weights, "since": since, "longest": 0, "gone": []}
+        return state | fresh | {"sources": sources}
 
     def restore(self, state: Any) -> State:
         """A saved state, if it fits this mixture's datasets and order; else DataError.
@@ -110,7 +119,8 @@ class Mixture:
         """
         if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
             raise DataError("the saved data state is not one of this version. Start a new run.")
-        for name in ("seed", "block_tokens", "lanes"):
+        state = {"exhausted": "repeat"} | state
+        for name in ("seed", "block_tokens", "lanes", "exhausted"):
             found, expected = state.get(name), getattr(self, name)
             if found != expected:
                 shown = "seed" if name == "seed" else f"data.{name}"
@@ -140,27 +150,94 @@ class Mixture:
     def plan_step(self, state: State, length: int, rows: int) -> tuple[list[RowPlan], State]:
         """The next `rows` rows of `length` tokens and the state after them; `state` is unchanged.
 
-        Raises DataError when a row is longer than a block.
+        Raises DataError when a row is longer than a block, and NoProgressError when a source is
+        exhausted that may not repeat.
         """
         if length > self.block_tokens:
             raise DataError(
                 f"data.block_tokens={self.block_tokens} is smaller than the stage's length "
                 f"({length}). Use at least the longest length of the plan."
             )
-        chosen, since, longest = choose_sources(state, length, rows)
-        sources = dict(state["sources"])
+        plans: list[RowPlan] = []
+        while len(plans) < rows:
+            weights = self._open_weights(state)
+            chosen, since, longest = choose_sources(state, weights, length, rows - len(plans))
+            empty = None
+            if self.exhausted != "repeat":
+                count, empty = self._rows_before_exhaustion(state, chosen, length)
+                if empty:
+                    chosen, since, longest = choose_sources(state, weights, length, count)
+            part, sources = self._take(state["sources"], chosen, length)
+            plans += part
+            state = state | {"since": since, "longest": longest, "sources": sources}
+            if empty:
+                state = self._without(state, empty, length)
+        return plans, state
+
+    def _open_weights(self, state: State) -> dict[str, float]:
+        """The weights of the sources that are not exhausted."""
+        gone = state.get("gone", ())
+        return {name: weight for name, weight in state["weights"].items() if name not in gone}
+
+    def _take(
+        self, before: Mapping[str, Any], chosen: Sequence[str], length: int
+    ) -> tuple[list[RowPlan], dict[str, Any]]:
+        """Rows from the sources chosen, and the sources after them."""
+        sources = dict(before)
         taken: dict[str, list[tuple[Span, ...]]] = {}
         for name in dict.fromkeys(chosen):
             count = chosen.count(name)
-            source = sources[name]
-            taken[name], cursor = self.order(name).take(source["cursor"], length, count)
+            source, order = sources[name], self.order(name)
+            take = order.take if self.exhausted == "repeat" else order.take_once
+            taken[name], cursor = take(source["cursor"], length, count)
             taken[name].reverse()
             sources[name] = source | {
                 "cursor": cursor,
                 "tokens": source["tokens"] + count * length,
             }
-        plans = [RowPlan(name, taken[name].pop()) for name in chosen]
-        return plans, state | {"since": since, "longest": longest, "sources": sources}
+        return [RowPlan(name, taken[name].pop()) for name in chosen], sources
+
+    def _rows_before_exhaustion(
+        self, state: State, chosen: Sequence[str], length: int
+    ) -> tuple[int, str | None]:
+        """How many of the chosen rows there are, and the source that lacks the next one."""
+        left = {
+            name: (self.order(name).tokens - state["sources"][name]["tokens"]) // length
+            for name in set(chosen)
+        }
+        for index, name in enumerate(chosen):
+            if left[name] == 0:
+                return index, name
+            left[name] -= 1
+        return len(chosen), None
+
+    def _without(self, state: State, name: str, length: int) -> State:
+        """The state in which the others share what `name` can no longer give."""
+        gone = sorted([*state.get("gone", ()), name])
+        served, tokens = state["sources"][name]["tokens"], self.order(name).tokens
+        if self.exhausted == "stop":
+            raise NoProgressError(
+                f"data.sources.{name} is exhausted ({served:,} of its {tokens:,} tokens served, no "
+                f"further row of {length}; data.exhausted=stop). Add data, change the stage's "
+                "weights, or allow data.exhausted=repeat in a new run."
+            )
+        if set(gone) >= set(state["weights"]):
+            raise NoProgressError(
+                f"every source of the stage is exhausted (last data.sources.{name}, {served:,} of "
+                f"{tokens:,} tokens; data.exhausted=renormalise). Add data or shorten the stage."
+            )
+        since = {other: 0 for other in state["weights"] if other not in gone}
+        return state | {"gone": gone, "since": since, "longest": 0}
+
+    def exhaustions(self, before: State, after: State) -> dict[str, float]:
+        """Sources that ended an epoch, or were dropped, between two states; epochs served."""
+        epochs_before, epochs_after = self.epochs(before), self.epochs(after)
+        dropped = set(after.get("gone", ())) - set(before.get("gone", ()))
+        return {
+            name: epochs
+            for name, epochs in epochs_after.items()
+            if name in dropped or int(epochs) > int(epochs_before.get(name, 0))
+        }
 
     def source_tokens(self, state: State) -> dict[str, int]:
         """Tokens served of each source since the run began."""
@@ -184,20 +261,20 @@ def cursor_crc(state: State) -> int:
 
 
 def choose_sources(
-    state: State, length: int, rows: int
+    state: State, weights: Mapping[str, float], length: int, rows: int
 ) -> tuple[Sequence[str], dict[str, int], int]:
     """The source of each of `rows` rows; tokens since the reweighting, and the longest row, after.
 
     Tijdeman (1980): with k sources and c = 1 - 1/(2k - 2), among those that may take a row without
     getting c rows ahead, the one that would first be c rows behind. In whole numbers, so exact.
     """
-    names = list(state["weights"])
+    names = list(weights)
     since = dict(state["since"])
     longest = max(state["longest"], length)
     if len(names) == 1:
         since[names[0]] += length * rows
         return names * rows, since, longest
-    shares = _whole_shares(state["weights"])
+    shares = _whole_shares(weights)
     total_share = sum(shares)
     had = [since[name] for name in names]
     total = sum(had)

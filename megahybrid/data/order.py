@@ -164,6 +164,45 @@ class SourceOrder:
                 n, offset = n + self.lanes, 0
         return tuple(spans), n, offset
 
+    def take_once(
+        self, cursor: Sequence[Sequence[int]], length: int, rows: int
+    ) -> tuple[list[tuple[Span, ...]], Cursor]:
+        """As `take`, but of the first epoch only: a lane that is through it waits for the others.
+
+        The last rows, for which no lane has enough left, are joined from several. The caller sees
+        to it that rows * length tokens of the epoch are left.
+        """
+        ahead = rows * length // (self.lanes * self.block_tokens) + 3
+        if max(n for n, _ in cursor) + ahead * self.lanes < self.blocks:
+            return self.take(cursor, length, rows)
+        after = [list(lane) for lane in cursor]
+        return [self._row_once(after, length) for _ in range(rows)], after
+
+    def _row_once(self, after: Cursor, length: int) -> tuple[Span, ...]:
+        """One row of the first epoch; moves `after` on."""
+
+        def advance(lane: int) -> tuple[int, int]:
+            n, offset = after[lane]
+            return n // self.lanes * self.block_tokens + offset, lane
+
+        left = {lane: self._left(*after[lane]) for lane in range(self.lanes)}
+        enough = [lane for lane, tokens in left.items() if tokens >= length]
+        lanes = [min(enough, key=advance)] if enough else sorted(left, key=advance)
+        spans: tuple[Span, ...] = ()
+        for lane in lanes:
+            part = min(length, left[lane])
+            if part:
+                n, offset = after[lane]
+                taken, n, offset = self._cross(n, offset, part)
+                spans, length = spans + taken, length - part
+                after[lane] = [n, offset]
+        assert length == 0, "more rows were asked for than the epoch has"
+        return spans
+
+    def _left(self, n: int, offset: int) -> int:
+        """Tokens of the first epoch that are left to the lane that stands at block n."""
+        return sum(self._place(m)[1] for m in range(n, self.blocks, self.lanes)) - offset
+
     def check(self, cursor: Any) -> Cursor:
         """The cursor, if it can be one of this order; else DataError."""
         valid = isinstance(cursor, list) and len(cursor) == self.lanes

@@ -1,13 +1,12 @@
 """Reads every byte of a dataset and compares it with what its manifest and indexes say."""
 
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.manifest import ShardEntry
+from megahybrid.data.guard import check_block
 from megahybrid.data.token_file import ShardIndex
 from megahybrid.errors import DataError
 
@@ -33,7 +32,8 @@ def verify_dataset(
         done = 0
         for block, data in enumerate(_blocks(shard.bin_path, block_bytes)):
             if entry is not None:
-                _check_crc(shard, entry, block, data)
+                begin = block * entry.block_bytes
+                check_block(shard.bin_path, block, begin, data, entry.crc32[block])
             _check_tokens(dataset, shard, done // shard.dtype.itemsize, data, ends)
             done += len(data)
             progress(len(data))
@@ -44,15 +44,6 @@ def _blocks(path: Path, block_bytes: int) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while data := file.read(block_bytes):
             yield data
-
-
-def _check_crc(shard: ShardIndex, entry: ShardEntry, block: int, data: bytes) -> None:
-    found = zlib.crc32(data)
-    if found != entry.crc32[block]:
-        raise DataError(
-            f"{shard.bin_path} block {block} (bytes from {block * entry.block_bytes}) has crc32 "
-            f"{found}, not {entry.crc32[block]}. Copy this file again."
-        )
 
 
 def _document_ends(shard: ShardIndex) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megahybrid.data import loader as loader_module
 from megahybrid.data.loader import BatchLoader, StepShape, read_step
 from megahybrid.data.mixture import Mixture
 from megahybrid.errors import DataError
@@ -79,3 +80,40 @@ def test_ranks_share_a_step_row_by_row(runs: Mixture) -> None:
         step = read_step(runs, runs.start(), StepShape(16, 8, 2), rank=rank, world_size=2)
         mine = np.concatenate([batch.tokens for batch in step.micro_batches])
         assert (mine == whole[rank::2]).all()
+
+
+def test_killed_thread_is_replaced_and_the_rows_stay(
+    runs: Mixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = list(BatchLoader(runs, runs.start(), SHAPES, prefetch=0))
+    kills = iter([False, True, True, False, False, True])
+    read = loader_module.read_step
+
+    def read_or_die(*args: object, **options: object) -> object:
+        if next(kills, False):
+            raise SystemExit
+        return read(*args, **options)
+
+    monkeypatch.setattr(loader_module, "read_step", read_or_die)
+    with BatchLoader(runs, runs.start(), SHAPES, prefetch=2, stall_seconds=0.05) as loader:
+        for ours, theirs in zip(loader, expected, strict=True):
+            assert (ours.plans, ours.state) == (theirs.plans, theirs.state)
+    assert "was killed; another one goes on" in caplog.text
+
+
+def test_stalled_read_is_named(
+    runs: Mixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+    read = loader_module.read_step
+
+    def stall(*args: object, **options: object) -> object:
+        assert release.wait(10)
+        return read(*args, **options)
+
+    monkeypatch.setattr(loader_module, "read_step", stall)
+    threading.Timer(0.4, release.set).start()
+    with BatchLoader(runs, runs.start(), SHAPES, stall_seconds=0.1) as loader:
+        assert next(loader).wait_seconds > 0.3
+    assert "the next step (4 rows of 16) has been waited for" in caplog.text
+    assert str(runs.datasets["a"].path) in caplog.text

@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from megahybrid.data.batches import make_batch
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.loader import StepShape, read_step
-from megahybrid.data.mixture import Mixture, RowPlan, State, choose_sources, cursor_crc
-from megahybrid.errors import DataError
+from megahybrid.data.mixture import (
+    Exhausted,
+    Mixture,
+    RowPlan,
+    State,
+    choose_sources,
+    cursor_crc,
+)
+from megahybrid.errors import DataError, NoProgressError
 from tests.data.corpus import all_tokens, write_corpus
 
 NAMES = ("books", "code", "web")
@@ -97,7 +104,7 @@ def test_mixture_error_stays_below_the_longest_row(
     }
     for length, rows in steps:
         for _ in range(rows):  # so that every prefix is seen
-            _, since, longest = choose_sources(state, length, 1)
+            _, since, longest = choose_sources(state, state["weights"], length, 1)
             state = state | {"since": since, "longest": longest}
             total = sum(since.values())
             for name, share in state["weights"].items():
@@ -108,9 +115,11 @@ def test_mixture_error_stays_below_the_longest_row(
 def test_step_of_many_rows_chooses_as_single_rows_do(rows: int, more: int) -> None:
     start: State = {"weights": {"a": 0.7, "b": 0.2, "c": 0.1}, "since": {}, "longest": 0}
     start["since"] = dict.fromkeys("abc", 0)
-    at_once, since, longest = choose_sources(start, 8, rows)
-    rest, _, _ = choose_sources(start | {"since": since, "longest": longest}, 8, more)
-    assert [*at_once, *rest] == list(choose_sources(start, 8, rows + more)[0])
+    at_once, since, longest = choose_sources(start, start["weights"], 8, rows)
+    rest, _, _ = choose_sources(
+        start | {"since": since, "longest": longest}, start["weights"], 8, more
+    )
+    assert [*at_once, *rest] == list(choose_sources(start, start["weights"], 8, rows + more)[0])
 
 
 @given(st.integers(1, 24), st.integers(1, 64), st.integers(0, 40))
@@ -234,6 +243,80 @@ def test_what_cannot_be_mixed_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         make(datasets)
+
+
+once = st.sampled_from(["stop", "renormalise"])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 30)), min_size=1, max_size=30),
+    once,
+    st.data(),
+)
+def test_source_that_may_not_repeat_is_served_once_and_the_others_share_its_part(
+    datasets: dict[str, TokenDataset],
+    steps: list[tuple[int, int]],
+    exhausted: Exhausted,
+    data: st.DataObject,
+) -> None:
+    def new() -> Mixture:
+        shares = {"web": 0.5, "code": 0.4, "books": 0.1}
+        return Mixture(datasets, shares, seed=3, block_tokens=64, lanes=4, exhausted=exhausted)
+
+    runs, origins = new(), {n: np.zeros(d.tokens, int) for n, d in datasets.items()}
+    state = runs.start()
+    for length, rows in steps:
+        if data.draw(st.booleans()):
+            runs = new()
+            state = runs.restore(json.loads(json.dumps(state)))
+        left = {n: d.tokens - state["sources"][n]["tokens"] for n, d in datasets.items()}
+        try:
+            plans, after = runs.plan_step(state, length, rows)
+        except NoProgressError as error:
+            gone = state["gone"]
+            short = [n for n in datasets if n in gone or left[n] < length * rows]
+            assert "exhausted" in str(error)
+            assert len(short) == 3 if exhausted == "renormalise" else short
+            return
+        singly, one_by_one = [], state
+        for _ in range(rows):
+            plan, one_by_one = runs.plan_step(one_by_one, length, 1)
+            singly += plan
+        assert singly == plans and cursor_crc(one_by_one) == cursor_crc(after)
+        for plan in plans:
+            assert sum(size for _, size in plan.spans) == length
+            for start, size in plan.spans:
+                origins[plan.source][start : start + size] += 1
+        assert all(counts.max() <= 1 for counts in origins.values())
+        new_gone = set(after["gone"]) - set(state["gone"])
+        assert new_gone <= set(runs.exhaustions(state, after))
+        for name in new_gone:
+            assert datasets[name].tokens - after["sources"][name]["tokens"] < length
+        state = after
+
+
+def test_exhausted_source_says_so(datasets: dict[str, TokenDataset]) -> None:
+    def runs(exhausted: Exhausted) -> Mixture:
+        return Mixture(
+            datasets, {"books": 1, "web": 1}, seed=3, block_tokens=64, lanes=4, exhausted=exhausted
+        )
+
+    rows = datasets["books"].tokens // 8 + 1
+    with pytest.raises(NoProgressError, match=r"data.sources.books is exhausted \(\d+ of its"):
+        runs("stop").plan_step(runs("stop").start(), 8, 2 * rows + 1)
+    mixed = runs("renormalise")
+    plans, state = mixed.plan_step(mixed.start(), 8, 2 * rows + 5)
+    assert [plan.source for plan in plans[-4:]] == ["web"] * 4
+    assert state["gone"] == ["books"] == list(mixed.exhaustions(mixed.start(), state))
+    # New weights ask again, and find it as empty as before.
+    again = mixed.reweight(state, {"books": 3, "web": 1})
+    plans, again = mixed.plan_step(again, 8, 4)
+    assert {plan.source for plan in plans} == {"web"} and again["gone"] == ["books"]
+    repeated = runs("repeat")
+    _, state = repeated.plan_step(repeated.start(), 8, 2 * rows + 5)
+    assert set(repeated.exhaustions(repeated.start(), state)) == {"books"}
+    with pytest.raises(DataError, match="data.exhausted=stop is not what the run's order was made"):
+        runs("stop").restore(state)
 
 
 def test_state_is_small_and_unchanged_by_planning(datasets: dict[str, TokenDataset]) -> None:

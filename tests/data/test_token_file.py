@@ -203,13 +203,6 @@ def test_data_of_another_model_or_tokenizer_is_refused(tmp_path: Path) -> None:
         dataset.check_tokenizer("c" * 64)
 
 
-def test_file_cut_under_a_run_is_refused_when_it_is_mapped(tmp_path: Path) -> None:
-    dataset = write_corpus(tmp_path, LENGTHS)
-    cut_one_byte(tmp_path)
-    with pytest.raises(DataError, match="has 641 bytes, not 642 as when it was opened"):
-        dataset.read(0, 5)
-
-
 @given(st.integers(0, 33), st.integers(1, 255))
 def test_flipped_header_byte_is_refused_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, byte: int, flip: int
