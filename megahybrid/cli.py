@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_commands(commands)
     _add_interop_commands(commands)
     _add_data_commands(commands)
+    _add_launch_commands(commands)
     return parser
 
 
@@ -55,6 +56,13 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
     _run_file(train)
     train.add_argument(
         "--processes", type=int, metavar="N", help="ranks on this machine (default: as many as fit)"
+    )
+    train.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="a field that may differ from what the run was started with: model.layer_plan",
     )
     check = _command(commands, "check", _check, "everything the config alone can tell, in a second")
     _run_file(check)
@@ -95,6 +103,12 @@ def _add_interop_commands(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     export.add_argument("--architecture", metavar="NAME", help="the class to say the model in")
     export.add_argument("--tokenizer", metavar="FILE", help="the run's when left out; or: none")
+    bring_in = _command(commands, "import", _import, "a Hugging Face folder as a checkpoint")
+    bring_in.add_argument("folder", type=Path, metavar="HF_DIR", help="folder on this disk")
+    bring_in.add_argument("run_file", type=Path, metavar="RUN.yaml", help="written if missing")
+    bring_in.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    bring_in.add_argument("--plan", type=Path, metavar="FILE", help="another layer plan for it")
+    bring_in.add_argument("--data", type=Path, metavar="DIR", help="loss before and after --plan")
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -102,6 +116,13 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
 
     add_arguments(commands)
     commands.choices["data"].set_defaults(run=_data)
+
+
+def _add_launch_commands(commands: argparse._SubParsersAction) -> None:
+    from launch.commands import add_arguments
+
+    add_arguments(commands)
+    commands.choices["launch"].set_defaults(run=_launch)
 
 
 def _command(
@@ -133,7 +154,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from megahybrid.train.command import train
 
-    return train(arguments.run_file, arguments.overrides, arguments.processes)
+    return train(arguments.run_file, arguments.overrides, arguments.processes, arguments.allow)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -188,6 +209,12 @@ def _data(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _launch(arguments: argparse.Namespace) -> int:
+    from launch.commands import run
+
+    return run(arguments)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megahybrid.train.evaluate_command import evaluate
 
@@ -224,4 +251,16 @@ def _export(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         architecture=arguments.architecture,
         tokenizer=arguments.tokenizer,
+    )
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megahybrid.interop.bring_in import import_model
+
+    return import_model(
+        arguments.folder,
+        arguments.run_file,
+        arguments.out,
+        plan_file=arguments.plan,
+        data=arguments.data,
     )

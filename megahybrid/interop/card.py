@@ -112,19 +112,30 @@ def _layer_rows(plan: LayerPlan) -> list[str]:
         if index == len(names) or names[index] != names[start]:
             layers = f"{start}" if index == start + 1 else f"{start}-{index - 1}"
             scheme = plan.schemes[names[start]]
-            rows.append(f"| {layers} | {names[start]} | {scheme_in_words(scheme)} |")
+            rows.append(f"| {layers} | {names[start]} | {_scheme_cells(scheme)} |")
             start = index
     return rows
 
 
-def scheme_in_words(scheme: AttentionScheme, between: str = " | ") -> str:
-    """Position, theta, window, QK-norm and scale."""
+def scheme_in_words(scheme: AttentionScheme) -> str:
+    """For a line of text: "rope theta 10000, window 4096"."""
+    words = position_in_words(scheme)
+    if isinstance(scheme.position, Rope):
+        words += f" theta {scheme.position.theta:g}"
+    words += ", all keys" if scheme.window is None else f", window {scheme.window}"
+    if scheme.qk_norm.kind != "none":
+        words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
+    if scheme.logit_scale.kind != "sqrt_dim":
+        words += f", scale {scheme.logit_scale.kind}"
+    return words
+
+
+def _scheme_cells(scheme: AttentionScheme) -> str:
     theta = f"{scheme.position.theta:g}" if isinstance(scheme.position, Rope) else "-"
     norm = scheme.qk_norm
     words = "-" if norm.kind == "none" else f"{norm.kind} over {norm.over}"
     window = "all" if scheme.window is None else str(scheme.window)
-    parts = (position_in_words(scheme), theta, window, words, scheme.logit_scale.kind)
-    return between.join(parts)
+    return " | ".join((position_in_words(scheme), theta, window, words, scheme.logit_scale.kind))
 
 
 def _stage_rows(run: RunConfig) -> list[str]:

@@ -1,0 +1,151 @@
+"""A Hugging Face folder on this disk: its safetensors, row by row. Pickles are never opened."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.model import ModelConfig
+from megahybrid.errors import InteropError
+from megahybrid.interop.names import NO_SINK, TensorName, tensor_names
+from megahybrid.interop.shards import INDEX_NAME, reordered
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+
+
+class ForeignWeights:
+    """The tensors of a folder, open for reading; a context manager. Raises InteropError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = _weight_map(folder)
+        self._open: dict[str, Any] = {}
+
+    def names(self) -> set[str]:
+        """Every tensor there is."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start…stop of a tensor, fp32 (exact for bf16 and fp16)."""
+        found = self._slice(name)[start:stop]
+        if not found.is_floating_point():
+            raise InteropError(f"{self.folder}: {name} is {found.dtype}, not floating point.")
+        return found.to(torch.float32).contiguous().numpy()
+
+    def close(self) -> None:
+        """Let go of the files, and of the pages that were read."""
+        self._open.clear()
+
+    def __enter__(self) -> "ForeignWeights":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _slice(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = _open(self.folder / file)
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError:
+            raise InteropError(f"{self.folder / file} has no {name}. Copy it again.") from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InteropError(f"{path} cannot be read ({error}). Copy it again.") from None
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    index = folder / INDEX_NAME
+    single = folder / "model.safetensors"
+    if index.exists():
+        try:
+            found = json.loads(index.read_bytes())["weight_map"]
+            wrong = [
+                file
+                for file in found.values()
+                if Path(file).name != file or not file.endswith(".safetensors")
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InteropError(f"{index} is damaged ({error}). Copy it again.") from None
+        if wrong:
+            raise InteropError(f"{index} names {wrong[0]!r}, which is no safetensors file here.")
+        return dict(found)
+    if single.exists():
+        return dict.fromkeys(_open(single).keys(), single.name)
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise InteropError(
+            f"{folder} holds {pickles[0]} and no safetensors. Pickles can run code and are never "
+            "read: ask for safetensors."
+        )
+    raise InteropError(f"{folder} holds no model.safetensors and no {INDEX_NAME}.")
+
+
+def check_tensors(
+    weights: ForeignWeights, model: ModelConfig, plan: LayerPlan, architecture: str
+) -> list[TensorName]:
+    """Every tensor of the model with both names. Raises InteropError where the folder has fewer,
+    more, or others of another shape: nothing is guessed and nothing is dropped."""
+    names = list(tensor_names(model, plan, architecture))
+    held = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
+    if model.tie_embeddings:
+        held.discard("lm_head.weight")
+    wanted = {name.theirs for name in names}
+    for what, some in (("has no", wanted - held), ("has also", held - wanted)):
+        if some:
+            raise InteropError(
+                f"{weights.folder} {what} {min(some)} ({len(some)} such tensors); a "
+                f"{architecture}ForCausalLM of its config has {len(wanted)}."
+            )
+    for name in names:
+        if weights.shape(name.theirs) != name.shape:
+            raise InteropError(
+                f"{weights.folder}: {name.theirs} has shape {list(weights.shape(name.theirs))}, "
+                f"its config.json means {list(name.shape)}."
+            )
+        if name.ours is None:
+            strongest = float(weights.rows(name.theirs, 0, name.shape[0]).max())
+            if strongest > NO_SINK / 10:
+                raise InteropError(
+                    f"{weights.folder}: {name.theirs} is {strongest:.3g}: our model has no "
+                    "attention sinks (only those of -1e9, which take nothing)."
+                )
+    return names
+
+
+class Band:
+    """Rows of a tensor under our name, read when they are written: a fragment's data."""
+
+    def __init__(
+        self, weights: ForeignWeights, name: TensorName, start: int, stop: int, head_dim: int
+    ) -> None:
+        self.weights, self.name, self.rows, self.head_dim = weights, name, (start, stop), head_dim
+        self.row = int(np.prod(name.shape[1:], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return (self.rows[1] - self.rows[0]) * self.row
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        values = self.weights.rows(self.name.theirs, *self.rows)
+        self.weights.close()
+        return reordered(values, self.name, self.head_dim, inverse=True).reshape(-1)

@@ -1,0 +1,291 @@
+"""What leaves is the same function: transformers' own classes against the independent oracle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from megahybrid.config.model import ModelConfig
+from megahybrid.errors import ConfigError, InteropError
+from megahybrid.interop import names, said
+from megahybrid.interop.compare import quiet
+from megahybrid.interop.export import choose, export
+from tests.interop.examples import (
+    HEAD,
+    LOCAL,
+    NOPE,
+    PARALLEL,
+    PER_HEAD,
+    ROPE,
+    WHOLE,
+    checkpoint_of_model,
+    model_of,
+)
+from tests.plain_model import PlainModel, random_tensors
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 64}
+
+
+def rope(theta: float = 1e4, scaling: Any = None, **more: Any) -> dict[str, Any]:
+    return {"position": {"kind": "rope", "theta": theta, "scaling": scaling, **more}}
+
+
+CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "rnope_swa, parallel": (
+        "Cohere2",
+        [LOCAL, LOCAL, LOCAL, NOPE],
+        {**PARALLEL, "logit_scale": 0.25},
+    ),
+    "rnope full, parallel": ("Cohere2", [NOPE, ROPE], PARALLEL),
+    "qk_norm": ("Cohere", [ROPE | PER_HEAD] * 2, {**PARALLEL, "logit_scale": 0.0625}),
+    "rope, parallel, head_dim of its own": ("Cohere", [ROPE] * 2, {**PARALLEL, "head_dim": 12}),
+    "rnope_swa": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
+    "windowed nope": ("SmolLM3", [NOPE | {"window": 6}, ROPE], {"tie_embeddings": False}),
+    "nope everywhere": ("SmolLM3", [NOPE] * 2, {}),
+    "rope": ("Llama", [rope(5e5)] * 2, {"tie_embeddings": False, "eps": 1e-6}),
+    "rope, llama3": ("Llama", [rope(1e4, LLAMA3)] * 2, {}),
+    "rope, yarn": ("Llama", [rope(1e4, YARN)] * 2, {}),
+    "rope, ntk": ("Llama", [rope(1e4, {"kind": "ntk", "factor": 4.0})] * 2, {}),
+    "swa, QK-norm": ("Qwen3", [LOCAL | HEAD, ROPE | HEAD], {}),
+    "nope everywhere, QK-norm": ("Qwen3", [NOPE | HEAD] * 2, {}),
+    "post-norm": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
+    "post-norm, rope": ("Exaone4", [ROPE | HEAD] * 2, {"block": "post_norm"}),
+    "post-norm, projection": (
+        "Olmo3",
+        [LOCAL | WHOLE, rope(1e6, YARN) | WHOLE],
+        {"block": "post_norm"},
+    ),
+    "post-norm, projection, nope": (
+        "Olmo3",
+        [ROPE | WHOLE, NOPE | WHOLE],
+        {"block": "post_norm"},
+    ),
+    "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
+    "fixed scale": (
+        "GraniteSWA",
+        [LOCAL | {"logit_scale": {"kind": "fixed", "scale": 0.3}}] * 2,
+        {"head_dim": 12},
+    ),
+    "two windows": ("Megahybrid", [LOCAL, ROPE | {"window": 9}, NOPE], {}),
+    "QK-norm, pre-norm, rnope": ("Megahybrid", [LOCAL | HEAD, NOPE | HEAD], {}),
+    "ssmax and log": (
+        "Megahybrid",
+        [
+            LOCAL | {"logit_scale": {"kind": "ssmax"}},
+            NOPE | {"logit_scale": {"kind": "log", "base": 3.0}},
+        ],
+        {"block": "post_norm", "norm": "layernorm"},
+    ),
+    "llama4, theta per layer, parallel": (
+        "Megahybrid",
+        [
+            LOCAL | PER_HEAD,
+            NOPE | WHOLE | {"logit_scale": {"kind": "llama4", "floor": 8, "coefficient": 0.3}},
+            rope(1e6, YARN) | {"window": 30},
+        ],
+        {**PARALLEL, "logit_scale": 0.5, "tie_embeddings": False},
+    ),
+    "partial rotation, scaled": (
+        "Megahybrid",
+        [rope(1e4, {"kind": "linear", "factor": 3.0}, rotary_fraction=0.5)] * 2,
+        {},
+    ),
+}
+
+
+def loaded(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), trust_remote_code=True, dtype=torch.float32, local_files_only=True
+        ).eval()
+
+
+def exported(
+    folder: Path, model: ModelConfig, **options: Any
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The export of a random model, loaded, and the weights that went in."""
+    tensors = random_tensors(model, 3, dtype=torch.float32, std=0.12)
+    checkpoint_of_model(folder / "run", model, tensors=tensors)
+    export(folder / "run", folder / "out", tokenizer="none", **options)
+    return loaded(folder / "out"), tensors
+
+
+@torch.no_grad()
+def error(theirs: Any, model: ModelConfig, tensors: Any, length: int) -> tuple[float, float]:
+    """The largest difference from the oracle, and the bound."""
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
+    wanted = PlainModel(model, tensors).logits(tokens)
+    found = theirs(input_ids=tokens).logits
+    return (found - wanted).abs().max().item(), 1e-5 * max(1.0, wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_is_the_plain_model(case: str, tmp_path: Path) -> None:
+    name, schemes, fields = CASES[case]
+    model = model_of(schemes, **fields)
+    assert choose(model, model.layer_plan, None) == name
+    theirs, tensors = exported(tmp_path, model)
+    assert type(theirs).__name__ == f"{name}ForCausalLM"
+    for length in (3, 40):
+        found, bound = error(theirs, model, tensors, length)
+        assert found <= bound
+
+
+def test_a_partial_rotation_is_said_only_to_the_bit(tmp_path: Path) -> None:
+    model = model_of([rope(1e4, rotary_fraction=0.5)] * 2, **PARALLEL)
+    inexact = said.inexact_rotations(model.layer_plan, model.head_dim)
+    assert choose(model, model.layer_plan, None) == ("Megahybrid" if inexact else "Cohere")
+    theirs, tensors = exported(tmp_path, model)
+    found, bound = error(theirs, model, tensors, 40)
+    assert found <= bound
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    """Any tiny model that the config language can say (windows of two keys or more)."""
+    kv_heads = draw(st.sampled_from((1, 2, 3)))
+    heads = kv_heads * draw(st.sampled_from((1, 2)))
+    norm = draw(st.sampled_from(({}, {}, HEAD, WHOLE, PER_HEAD)))
+    scalings = (None, None, YARN, LLAMA3, {"kind": "linear", "factor": 2.0})
+    thetas = draw(st.sampled_from(((1e4,), (5e4,), (1e4, 1e6))))
+    windows = draw(st.sampled_from(((None,), (5,), (5, None), (60, None), (2, None), (4, 7))))
+    scaling = draw(st.sampled_from(scalings))
+    schemes = []
+    for _ in range(draw(st.integers(1, 4))):
+        position = NOPE
+        if draw(st.booleans()):
+            position = rope(draw(st.sampled_from(thetas)), scaling)
+        schemes.append(position | norm | {"window": draw(st.sampled_from(windows))})
+    return model_of(
+        schemes,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from((4, 8, 10))),
+        hidden_size=draw(st.sampled_from((24, 32))),
+        block=draw(st.sampled_from(("pre_norm", "post_norm", "parallel"))),
+        norm=draw(st.sampled_from(("rms", "layernorm"))),
+        logit_scale=draw(st.sampled_from((1.0, 0.25))),
+        tie_embeddings=draw(st.booleans()),
+        eps=draw(st.sampled_from((1e-5, 1e-6))),
+    )
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+@given(model=models())
+def test_any_model_is_exported_to_the_bound(
+    model: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    theirs, tensors = exported(tmp_path_factory.mktemp("any"), model)
+    for length in (3, 33):
+        found, bound = error(theirs, model, tensors, length)
+        assert found <= bound
+
+
+def test_a_wrong_permutation_is_refused_and_its_layer_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of([NOPE, LOCAL, LOCAL, NOPE], **PARALLEL)
+    checkpoint_of_model(tmp_path / "run", model)
+    monkeypatch.setattr(names, "row_order", lambda *arguments: None)
+    with pytest.raises(InteropError, match="layer 1 is the first that differs"):
+        export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "rope_parameters", "layer_types"])
+def test_a_wrong_config_is_refused(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {
+        "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1.1e4},
+        "layer_types": ["full_attention"] * 2,
+    }[field]
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE]))
+    right = said._smollm3
+    monkeypatch.setitem(said._SAY, "SmolLM3", lambda *given: right(*given) | {field: wrong})
+    with pytest.raises(InteropError, match="Nothing was published"):
+        export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schemes", "words"),
+    [
+        ("llama", [LOCAL, NOPE], "Llama cannot say this model: it rotates in every layer or in"),
+        ("Cohere2", [LOCAL, NOPE], "its block is parallel, not pre_norm"),
+        ("Qwen3", [LOCAL, ROPE], "its QK-norm is rms per head, weight shared, not none"),
+        ("SmolLM3", [LOCAL, ROPE | {"window": 9}], "it has one window, not 2. Use Megahybrid"),
+        ("Lama", [ROPE], "Did you mean 'Llama'?"),
+        (None, [ROPE | {"window": 1}], "a window of 1 key"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_by_its_name(
+    wanted: str | None, schemes: Any, words: str, tmp_path: Path
+) -> None:
+    checkpoint_of_model(tmp_path / "run", model_of(schemes))
+    with pytest.raises(ConfigError) as caught:
+        export(tmp_path / "run", tmp_path / "out", architecture=wanted, tokenizer="none")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_our_own_class_can_be_asked_for(tmp_path: Path) -> None:
+    model = model_of([LOCAL, NOPE])
+    theirs, tensors = exported(tmp_path, model, architecture="megahybrid")
+    assert type(theirs).__name__ == "MegahybridForCausalLM"
+    found, bound = error(theirs, model, tensors, 40)
+    assert found <= bound
+
+
+def test_shards_hold_the_weights_rounded_once(tmp_path: Path) -> None:
+    model = model_of([LOCAL | PER_HEAD | {"window": None}] * 2, **PARALLEL)
+    tensors = random_tensors(model, 3, dtype=torch.float32)
+    checkpoint_of_model(tmp_path / "run", model, tensors=tensors)
+    export(tmp_path / "run", tmp_path / "out", dtype="bf16", shard_bytes=8000, tokenizer="none")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = {name: load_file(tmp_path / "out" / name) for name in set(index["weight_map"].values())}
+    assert len(files) > 3
+    held = {name: files[file][name] for name, file in index["weight_map"].items()}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    assert index["metadata"]["total_size"] == total
+    value = held["model.layers.1.self_attn.v_proj.weight"]
+    assert value.dtype == torch.bfloat16
+    assert torch.equal(value, tensors["blocks.1.attention.value.weight"].bfloat16())
+    query = held["model.layers.1.self_attn.q_proj.weight"].unflatten(0, (4, 8))
+    ours = tensors["blocks.1.attention.query.weight"].bfloat16().unflatten(0, (4, 8))
+    assert torch.equal(query[:, ::2], ours[:, :4])
+    assert torch.equal(query[:, 1::2], ours[:, 4:])
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_export_never_replaces_anything(tmp_path: Path) -> None:
+    checkpoint_of_model(tmp_path / "run", model_of([ROPE]))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InteropError, match="exists"):
+        export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+
+
+def test_the_card_tells_the_plan_and_the_proof(tmp_path: Path) -> None:
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, LOCAL, LOCAL, NOPE]))
+    export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| 3 | layer3 | nope | - | all |" in card
+    assert "| short | 802,816 | 256 (1) |" in card
+    assert "| whole | 96 |" in card
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["use_sliding_window"] is True
+    assert config["sliding_window"] == 5
+    assert config["no_rope_layers"] == [1, 1, 1, 0]
+    assert config["max_position_embeddings"] == 4096
