@@ -104,8 +104,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def damaged_blocks(path: Path, record: FileRecord) -> list[int]:
-    """The blocks of a file whose checksum is not the recorded one. Raises OSError."""
+def damaged_blocks(path: Path, record: FileRecord, blocks: range | None = None) -> list[int]:
+    """The blocks of a file (of `blocks`, or of all) whose checksum is not the recorded one.
+
+    Raises OSError.
+    """
+    wanted_blocks = range(len(record.crc32)) if blocks is None else blocks
     buffers = threading.local()
 
     def checksum(block: int) -> int:
@@ -124,7 +128,7 @@ def damaged_blocks(path: Path, record: FileRecord) -> list[int]:
     try:
         # Checksums release the interpreter's lock, so threads do help.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(checksum, range(len(record.crc32)))
-            return [index for index, crc in enumerate(found) if crc != record.crc32[index]]
+            found = zip(wanted_blocks, pool.map(checksum, wanted_blocks), strict=True)
+            return [index for index, crc in found if crc != record.crc32[index]]
     finally:
         os.close(handle)

@@ -5,22 +5,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megahybrid.checkpoint.folders import candidates
+from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import verify
 from megahybrid.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
 
-def latest(run_directory: Path | str, report: Callable[[str], None] = _log.warning) -> Path | None:
-    """The newest checkpoint that verifies, or None where there are none.
+def latest(
+    run_directory: Path | str,
+    report: Callable[[str], None] = _log.warning,
+    ranks: Ranks | None = None,
+) -> Path | None:
+    """The newest checkpoint that verifies, or None where there are none. Collective over `ranks`.
 
     A damaged one is reported in one line and the one before is tried. Where all are damaged
     CheckpointError is raised: to begin again from nothing is the user's decision, not ours.
     """
+    ranks = ranks or Ranks()
     damaged = []
-    for path in candidates(Path(run_directory)):
+    # What rank 0 sees, for all: on a network file system another rank may see it a moment later.
+    found = candidates(Path(run_directory)) if ranks.rank == 0 else []
+    for path in map(Path, ranks.gather([str(path) for path in found])[0]):
         try:
-            verify(path)
+            verify(path, ranks)
         except CheckpointError as error:
             damaged.append(path.name)
             report(f"Passing over {error}")

@@ -6,7 +6,6 @@ nothing here can run what a file holds.
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +28,7 @@ from megahybrid.checkpoint.fragments import (
     whole,
 )
 from megahybrid.checkpoint.manifest import FileRecord, FragmentRecord, Manifest, read_manifest
+from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.errors import CheckpointError
 
 # Enough lines to see what happened to a folder; a lost disk would otherwise list thousands.
@@ -150,23 +150,90 @@ def open_file(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}). Use another step's folder.") from None
 
 
-def verify(path: Path | str, report: Callable[[int, int], None] | None = None) -> Manifest:
+def verify(path: Path | str, ranks: Ranks | None = None) -> Manifest:
     """Read every byte of a checkpoint and return its manifest.
 
     Raises CheckpointError, in one line, with each file that is missing, unexpected, of the wrong
-    size or damaged (and in which bytes), and each tensor that is not held exactly once. `report` is
-    told the files done and the files there are.
+    size or damaged (and in which bytes), and each tensor that is not held exactly once. With
+    `ranks` it is collective: each reads its part of the bytes, and all come to the same answer.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    problems = size_problems(path, manifest)
-    for index, (name, record) in enumerate(manifest.files.items()):
-        if not any(problem.startswith(name) for problem in problems):
-            problems += _byte_problems(path / name, record, manifest)
-        if report:
-            report(index + 1, len(manifest.files))
-    _raise(path, problems + manifest.coverage())
+    path, ranks = Path(path), ranks or Ranks()
+    manifest: Manifest | None = None
+    bad: dict[str, list[int]] = {}
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        problems = [str(error)]
+        if ranks.count == 1:
+            raise
+    else:
+        problems = size_problems(path, manifest)
+        unreadable, bad = _share_of_bytes(path, manifest, ranks, problems)
+        problems += unreadable
+    answers = ranks.gather([problems, bad])
+    found = list(dict.fromkeys(line for lines, _ in answers for line in lines))
+    damaged: dict[str, list[int]] = {}
+    for _, of_rank in answers:
+        for name, blocks in of_rank.items():
+            damaged[name] = sorted([*damaged.get(name, []), *blocks])
+    if manifest is None:
+        raise CheckpointError(found[0])
+    found += [_damage(name, manifest.files[name], damaged[name]) for name in sorted(damaged)]
+    _raise(path, found + manifest.coverage())
     return manifest
+
+
+def _share_of_bytes(
+    path: Path, manifest: Manifest, ranks: Ranks, known: list[str]
+) -> tuple[list[str], dict[str, list[int]]]:
+    """Of one rank's part of all blocks: what could not be read, and the damaged ones by file.
+
+    Files that the lines `known` begin with are left out.
+
+    Parts are runs of blocks in the order of files, so that a rank of the layout that wrote them
+    reads about the file that it will load.
+    """
+    total = sum(len(record.crc32) for record in manifest.files.values())
+    low, high = (total * edge // ranks.count for edge in (ranks.rank, ranks.rank + 1))
+    problems: list[str] = []
+    bad: dict[str, list[int]] = {}
+    at = 0
+    for name, record in manifest.files.items():
+        blocks = range(max(low - at, 0), min(high - at, len(record.crc32)))
+        at += len(record.crc32)
+        if not blocks or any(line.startswith(f"{name} ") for line in known):
+            continue
+        try:
+            found = durable.damaged_blocks(path / name, record, blocks)
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if found:
+            bad[name] = found
+        elif blocks.start == 0:
+            problems += _table_problems(path, name, manifest)
+    return problems, bad
+
+
+def _damage(name: str, record: FileRecord, bad: list[int]) -> str:
+    start = bad[0] * record.block_bytes
+    end = min(start + record.block_bytes, record.bytes)
+    return (
+        f"{name} is damaged in {len(bad)} of {len(record.crc32)} blocks "
+        f"(the first is bytes {start} to {end})"
+    )
+
+
+def _table_problems(path: Path, name: str, manifest: Manifest) -> list[str]:
+    """Whether a file's own table is what the manifest says of it: no lines, or one."""
+    try:
+        opened = open_file(path / name)
+        for part in manifest.fragments:
+            if part.file == name:
+                _entry(path, opened, part)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def quick_check(path: Path) -> str | None:
@@ -194,28 +261,6 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
         if extra.name not in manifest.files:
             problems.append(f"{extra.name} is not listed in the manifest")
     return problems
-
-
-def _byte_problems(path: Path, record: FileRecord, manifest: Manifest) -> list[str]:
-    try:
-        bad = durable.damaged_blocks(path, record)
-    except OSError as error:
-        return [f"{path.name} cannot be read ({error.strerror})"]
-    if bad:
-        start = bad[0] * record.block_bytes
-        end = min(start + record.block_bytes, record.bytes)
-        return [
-            f"{path.name} is damaged in {len(bad)} of {len(record.crc32)} blocks "
-            f"(the first is bytes {start} to {end})"
-        ]
-    try:
-        opened = open_file(path)
-        for part in manifest.fragments:
-            if part.file == path.name:
-                _entry(path.parent, opened, part)
-    except CheckpointError as error:
-        return [str(error)]
-    return []
 
 
 def _entry(folder: Path, opened: Any, part: FragmentRecord) -> Any:

@@ -31,6 +31,11 @@ def problems(run: "RunConfig", world_size: int | None) -> list[str]:
                 f"(model.layer_plan.num_layers={layers}). Give one per layer, or one word for all."
             )
     lines += _scheme_overrides(run)
+    if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
+        lines.append(
+            f"checkpoint.keep_best names '{best}', which data.held_out does not define."
+            f"{did_you_mean(best, run.data.held_out)}"
+        )
     return list(dict.fromkeys(lines))
 
 

@@ -49,7 +49,19 @@ class CheckpointConfig(Frozen):
     """When checkpoints are written, besides the end of every stage."""
 
     every_steps: int = Field(default=1000, gt=0, description="steps between two checkpoints")
+    asynchronous: bool = Field(
+        default=True,
+        description="write beside the training, from a copy in host memory (a rank's share of "
+        "12 bytes per parameter)",
+    )
     keep_last: int = Field(default=3, ge=1, description="newest checkpoints that stay")
+    keep_every_steps: int | None = Field(
+        default=None, gt=0, description="those of every so many steps stay as well; null: none"
+    )
+    keep_best: str | None = Field(
+        default=None,
+        description="a held-out set: the checkpoint with the lowest loss on it stays as well",
+    )
 
 
 class EvaluateConfig(Frozen):

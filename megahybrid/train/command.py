@@ -13,13 +13,20 @@ from typing import Any
 
 from megahybrid.config import RunConfig, load
 from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, ConfigError, MegahybridError
+from megahybrid.heartbeat import Heartbeat, write_stacks_on_signal
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 
 EXIT_FAILURE = 1
+LOGS = "MEGAHYBRID_LOGS"  # set by our batch job: where it arranges the ranks' logs
 
 
-def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> int:
-    """Train as one rank if a launcher started us, else start `processes` ranks here and wait."""
+def train(
+    run_file: Path, overrides: Sequence[str], processes: int | None, allow: Sequence[str] = ()
+) -> int:
+    """Train as one rank if a launcher started us, else start `processes` ranks here and wait.
+
+    `allow` names fields that may differ from those the run began with.
+    """
     run = load(run_file, overrides)
     directory = run.run_directory(run_file)
     place = find_rendezvous(os.environ)
@@ -29,7 +36,7 @@ def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> in
                 f"--processes={processes} starts ranks on this machine, but {place.source} has "
                 f"started {place.world_size} already. Leave --processes out."
             )
-        return _rank(run, directory, place)
+        return _rank(run, directory, place, allow)
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes={processes} starts no rank. Use 1 or more.")
     processes = processes or _default_processes(run)
@@ -37,14 +44,15 @@ def train(run_file: Path, overrides: Sequence[str], processes: int | None) -> in
     from megahybrid.checkpoint.directory import Owner
     from megahybrid.train.run import check_inputs
 
-    check_inputs(run, directory)
+    check_inputs(run, directory, allow)
     Owner(directory).check_free()
     _make_directory(directory)
     if processes == 1:
-        return _rank(run, directory, None)
+        return _rank(run, directory, None, allow)
     from megahybrid.parallel.local_launch import launch_local
 
-    command = ["-m", "megahybrid", "train", str(run_file), *overrides]
+    named = [word for name in allow for word in ("--allow", name)]
+    command = ["-m", "megahybrid", "train", str(run_file), *overrides, *named]
     started = time.perf_counter()
     failure = launch_local(command, processes, directory / "logs")
     if failure is None:
@@ -78,7 +86,7 @@ def _default_processes(run: RunConfig) -> int:
     return run.parallel.tensor
 
 
-def _rank(run: RunConfig, directory: Path, place: Rendezvous | None) -> int:
+def _rank(run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequence[str]) -> int:
     """One rank from rendezvous to the end; every failure is told in one line, last of all."""
     from megahybrid.parallel.local_launch import (
         end_with_launcher,
@@ -91,14 +99,19 @@ def _rank(run: RunConfig, directory: Path, place: Rendezvous | None) -> int:
     if launched:
         end_with_launcher()
     rank = place.rank if place else 0
+    logs = _logs(directory)
+    heartbeat = Heartbeat(directory, rank).start()
+    if place is not None:
+        with contextlib.suppress(OSError):
+            write_stacks_on_signal(logs / f"stacks-{rank:04d}.txt")
     # Ranks other than 0 write to files; what ends one of them belongs on the terminal.
     terminal = os.fdopen(os.dup(2), "w") if rank else sys.stderr
-    logs = directory / "logs"
     consequence = False
     try:
-        code, message = _attempt(run, directory), _stopped(directory)
+        code, message = _attempt(run, directory, allow, heartbeat), _stopped(directory)
         shutdown_distributed(ok=True)
         if code == EXIT_DONE:
+            heartbeat.end(code)
             return code
     except Exception as error:
         message, code = _explain(error, rank, directory)
@@ -107,6 +120,7 @@ def _rank(run: RunConfig, directory: Path, place: Rendezvous | None) -> int:
             _keep_traceback(logs, rank, show=not consequence)
         elif rank and not launched:
             message = f"rank {rank}: {message}"
+    heartbeat.end(code, message, consequence=consequence)
     if launched:
         record_failure(logs, rank, message, consequence=consequence)
     else:
@@ -122,19 +136,27 @@ def _rank(run: RunConfig, directory: Path, place: Rendezvous | None) -> int:
     os._exit(code)
 
 
-def _attempt(run: RunConfig, directory: Path) -> int:
+def _logs(directory: Path) -> Path:
+    """Where the logs of this attempt lie: our batch job has a folder for each."""
+    return Path(os.environ.get(LOGS) or directory / "logs")
+
+
+def _attempt(run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: Heartbeat) -> int:
     from megahybrid.parallel.mesh import ParallelMesh, initialise_distributed
     from megahybrid.train.run import run_attempt
     from megahybrid.train.stop import StopRequest
 
-    stop = StopRequest()
+    stop = StopRequest(directory)
     stop.install()
     _limit_threads()
     world = initialise_distributed(run.device)
     run.check(world.world_size)
-    _open_log(directory / "logs", world.rank)
+    if LOGS not in os.environ:  # under Slurm every rank's output is a file of its own already
+        _open_log(directory / "logs", world.rank)
     mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)
-    return run_attempt(run, directory, mesh, lambda: _listeners(run, directory), stop)
+    return run_attempt(
+        run, directory, mesh, lambda: _listeners(run, directory), stop, heartbeat, allow
+    )
 
 
 def _explain(error: Exception, rank: int, directory: Path) -> tuple[str, int]:
@@ -149,7 +171,7 @@ def _explain(error: Exception, rank: int, directory: Path) -> tuple[str, int]:
             EXIT_USER_MISTAKE,
         )
     name = type(error).__name__
-    where = directory / "logs" / f"rank-{rank:04d}.log"
+    where = _logs(directory) / f"rank-{rank:04d}.log"
     return f"rank {rank}: {name}: {first_line} (traceback in {where})", EXIT_FAILURE
 
 
@@ -214,12 +236,10 @@ def _listeners(run: RunConfig, directory: Path) -> Any:
         stage.name: flops_per_token(run.model, max(stage.lengths), run.plan_at(i))
         for i, stage in enumerate(run.stages)
     }
-    log = open(directory / "logs" / "rank-0000.log", "a", buffering=1)  # noqa: SIM115 (held for the run)
-    listeners: list[Any] = [
-        LedgerListener(directory),
-        Console(cost_per_token=cost),
-        Console(RichConsole(file=log, width=160), cost_per_token=cost),
-    ]
+    listeners: list[Any] = [LedgerListener(directory), Console(cost_per_token=cost)]
+    if LOGS not in os.environ:
+        log = open(directory / "logs" / "rank-0000.log", "a", buffering=1)  # noqa: SIM115 (held for the run)
+        listeners.append(Console(RichConsole(file=log, width=160), cost_per_token=cost))
     if run.log.wandb != "off":
         listeners.append(WandbListener(run.log.wandb, run.log.wandb_project))
     if run.log.tensorboard:

@@ -2,17 +2,21 @@
 
 import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megahybrid.checkpoint.directory import check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
-from megahybrid.checkpoint.folders import candidates
+from megahybrid.checkpoint.folders import candidates, checkpoints_of
 from megahybrid.checkpoint.latest import latest
-from megahybrid.checkpoint.manifest import Manifest, read_manifest
-from megahybrid.checkpoint.reader import Reader
+from megahybrid.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megahybrid.checkpoint.ranks import Ranks
+from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
 from megahybrid.config.explain import show
+from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import CheckpointError
 from megahybrid.train.state import TrainState
 
@@ -30,13 +34,17 @@ class Beginning:
     checkpoint: Path | None = None
     take: str = "all"  # weights: moments and counters begin anew
     kernels: dict[str, str] | None = None
-    parent: str | None = None  # the checkpoint of another run that this one branched off
+    # Where the run branched off another one: {checkpoint, step, tokens, take}, for ever.
+    parent: dict[str, Any] | None = None
+    resumes: bool = False  # from a checkpoint of its own
+    # (dotted field, what the checkpoint was written with, what it is now)
+    changes: tuple[tuple[str, Any, Any], ...] = ()
 
 
-def check_beginning(run: RunConfig, directory: Path) -> None:
+def check_beginning(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
     """Raise CheckpointError where what `directory` or `run.start` holds is plainly not this run's.
 
-    Reads manifests alone and writes nothing; `find_beginning` verifies every byte.
+    Reads manifests alone and writes nothing; `locate` verifies every byte.
     """
     check_model(directory, model_fingerprint(run.model), claim=False)
     for path in candidates(directory):
@@ -48,29 +56,78 @@ def check_beginning(run: RunConfig, directory: Path) -> None:
             parent = checkpoint_of(Path(run.start.checkpoint))
             _check_parent(run, read_manifest(parent))
         return
-    _check_same_run(run, directory, manifest)
+    _check_same_run(run, directory, manifest, allow)
 
 
-def find_beginning(run: RunConfig, directory: Path, warnings: list[str]) -> Beginning:
-    """The newest checkpoint of `directory` whose bytes are whole, else run.start, else nothing.
+def locate(
+    run: RunConfig, directory: Path, report: Callable[[str], None], ranks: Ranks
+) -> Path | None:
+    """The checkpoint to begin from, every byte of it verified: the newest whole one of
+    `directory`, else run.start's, else None. Collective; each rank reads its part.
+
+    Raises CheckpointError where one is wanted and none is whole; `report` hears of those passed
+    over.
+    """
+    own = latest(directory, report, ranks)
+    if own is not None or run.start is None:
+        return own
+    folder = Path(run.start.checkpoint)
+    if (folder / MANIFEST_NAME).exists():
+        verify(folder, ranks)
+        return folder
+    return _named(folder, latest(folder, report, ranks))
+
+
+def find_beginning(
+    run: RunConfig, directory: Path, located: Path | None, allow: Sequence[str] = ()
+) -> Beginning:
+    """How this attempt begins from what `locate` found.
 
     Raises CheckpointError where the checkpoint is of another model or of a run that was changed in
-    a way that would not continue it.
+    a way that would not continue it, unless `allow` names the changed field.
     """
-    own = latest(directory, report=warnings.append)
-    if own is not None:
-        manifest = read_manifest(own)
-        _check_same_run(run, directory, manifest)
-        saved = dict(manifest.train_state)
-        return Beginning(TrainState.from_json(saved), own, "all", saved.get("kernels"))
-    if run.start is None:
+    if located is None:
         return Beginning(TrainState())
-    parent = checkpoint_of(Path(run.start.checkpoint))
-    manifest = read_manifest(parent)
-    _check_parent(run, manifest)
+    manifest = read_manifest(located)
     saved = dict(manifest.train_state)
-    state = TrainState.from_json(saved) if run.start.take == "all" else TrainState()
-    return Beginning(state, parent, run.start.take, saved.get("kernels"), str(parent))
+    state = TrainState.from_json(saved)
+    kernels, parent = saved.get("kernels"), saved.get("parent")
+    if checkpoints_of(directory) == located.parent:
+        changes = _check_same_run(run, directory, manifest, allow)
+        if any(_named_in(path, allow) for path, *_ in changes):
+            state = replace(state, data=_carried(run, state.data))
+        return Beginning(state, located, "all", kernels, parent, True, tuple(changes))
+    assert run.start is not None
+    _check_parent(run, manifest)
+    take = run.start.take
+    parent = {
+        "checkpoint": str(located.resolve()),
+        "step": manifest.step,
+        "tokens": manifest.tokens,
+        "take": take,
+    }
+    if take == "all":
+        state = replace(state, data=_carried(run, state.data))
+    else:
+        state = TrainState()
+    return Beginning(state, located, take, kernels, parent)
+
+
+def _carried(run: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """What of another plan's cursors this one can go on from: all where the order is made from the
+    same numbers, source by source where their files are the same; the rest begins anew."""
+    now = {"seed": run.seed, "block_tokens": run.data.block_tokens, "lanes": run.data.lanes}
+    if not data or any(data[name] != value for name, value in now.items()):
+        return {}
+    sources = {
+        name: source
+        for name, source in data["sources"].items()
+        if name in run.data.sources
+        and TokenDataset(run.data.sources[name].path).fingerprint == source["fingerprint"]
+    }
+    if len(sources) == len(data["sources"]):
+        return data
+    return data | {"sources": sources, "weights": {}, "since": {}}
 
 
 def _check_parent(run: RunConfig, manifest: Manifest) -> None:
@@ -84,9 +141,12 @@ def _check_parent(run: RunConfig, manifest: Manifest) -> None:
 
 
 def _checkpoint_folder(path: Path) -> Path:
-    if (path / "manifest.json").exists():
+    if (path / MANIFEST_NAME).exists():
         return path
-    newest = latest(path)
+    return _named(path, latest(path))
+
+
+def _named(path: Path, newest: Path | None) -> Path:
     if newest is None:
         raise CheckpointError(
             f"{path} is no checkpoint and holds none (looked for manifest.json and checkpoints/). "
@@ -117,7 +177,11 @@ def _config_of(manifest: Manifest, path: Path) -> RunConfig:
         ) from error
 
 
-def _check_same_run(run: RunConfig, directory: Path, manifest: Manifest) -> None:
+def _check_same_run(
+    run: RunConfig, directory: Path, manifest: Manifest, allow: Sequence[str]
+) -> list[tuple[str, Any, Any]]:
+    """The fields that differ from those the checkpoint was written with, all of them harmless or
+    named in `allow`; else CheckpointError."""
     from megahybrid.config.compare import compare
 
     saved = _config_of(manifest, directory)
@@ -128,13 +192,19 @@ def _check_same_run(run: RunConfig, directory: Path, manifest: Manifest) -> None
             "Use another directory, or the model it had."
         )
     begun = sum(end < manifest.tokens for end in saved.stage_plan.stage_ends) + 1
-    for path, old, new in compare(saved, run):
-        if path.startswith("(") or _may_change(path, begun):
-            continue
-        raise CheckpointError(
-            f"{path}={show(new)} is not what the run in {directory} was started with "
-            f"({show(old)}; it is at step {manifest.step}). Set it back, or use another directory."
-        )
+    changes = [row for row in compare(saved, run) if not row[0].startswith("(")]
+    for path, old, new in changes:
+        if not (_may_change(path, begun) or _named_in(path, allow)):
+            raise CheckpointError(
+                f"{path}={show(new)} is not what the run in {directory} was started with "
+                f"({show(old)}; it is at step {manifest.step}). Set it back, use another "
+                f"directory, or say that it is meant: --allow {path}."
+            )
+    return changes
+
+
+def _named_in(path: str, allow: Sequence[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in allow)
 
 
 def _may_change(path: str, stages_begun: int) -> bool:

@@ -2,26 +2,30 @@
 
 import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from megahybrid.checkpoint.directory import Owner, check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
+from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader
-from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
+from megahybrid.checkpoint.saver import Saver
+from megahybrid.checkpoint.writer import SaveResult, Snapshot
 from megahybrid.config import RunConfig, dump, dump_yaml
 from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.explain import show
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.loader import BatchLoader
 from megahybrid.data.mixture import Mixture
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, CheckpointError, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.heartbeat import Heartbeat
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.selftest import run_self_test
@@ -34,11 +38,12 @@ from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, StepFlops, peak_flops_per_second
 from megahybrid.train.profile import Profiler
-from megahybrid.train.restore import Beginning, check_beginning, find_beginning
+from megahybrid.train.restore import Beginning, check_beginning, find_beginning, locate
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopRequest
 from megahybrid.train.trainer import Habits, Trainer, step_shapes
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,6 +57,7 @@ class Attempt:
     listeners: Listeners
     stop: StopRequest
     owner: Owner | None  # on rank 0
+    heartbeat: Heartbeat
     clock: StepClock = field(default_factory=StepClock)
     kernels: dict[str, str] = field(default_factory=dict)
 
@@ -69,9 +75,18 @@ class Attempt:
             seed=run.seed,
             block_tokens=run.data.block_tokens,
             lanes=run.data.lanes,
+            exhausted=run.data.exhausted,
         )
         self.held_out = HeldOutSets(run, self.mesh)
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
+        self.saver = Saver(
+            self.directory,
+            ranks_of(self.mesh),
+            report=self._tell_save,
+            check=None if self.owner is None else self.owner.check,
+        )
+        self.parent: dict[str, Any] | None = None
+        self.scores: dict[int, float] = {}  # held-out loss by step, for checkpoint.keep_best
 
     def go(self, beginning: Beginning) -> int:
         """Train from `beginning` to the end of the plan. Returns the exit code."""
@@ -84,7 +99,8 @@ class Attempt:
             beginning.kernels,
         )
         source, take = beginning.checkpoint, beginning.take
-        owes = beginning.parent is None and self._owes_evaluation(state)
+        self.parent, self.scores = beginning.parent, self._scores()
+        owes = beginning.resumes and self._owes_evaluation(state)
         self.listeners.on_start(self._info(state, beginning))
         if owes:
             engine = self._engine(self.plan.stage_ends.index(state.tokens), source, take)
@@ -94,7 +110,9 @@ class Attempt:
             index = self.plan.at(state.tokens).index
             engine = self._engine(index, source, take)
             state, stopped = self._stage(engine, index, state)
-            source, take = self._published(self.save(engine, state)), "all"
+            with self.heartbeat.during("save"):
+                result = self.saver.save(*self._snapshot(engine, state))
+            source, take = self._published(result), "all"
             if not stopped:
                 self.evaluate(engine, state, far=True)
             engine.close()
@@ -104,6 +122,18 @@ class Attempt:
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
+
+    def _scores(self) -> dict[int, float]:
+        """What earlier attempts scored on the set of checkpoint.keep_best; on rank 0."""
+        path, name = self.directory / LEDGER_NAME, self.run.checkpoint.keep_best
+        if self.mesh.rank != 0 or name is None or not path.exists():
+            return {}
+        told = [line.detail for line in read_ledger(path).named("evaluate")]
+        return {
+            detail["step"]: detail["loss"]
+            for detail in told
+            if (detail["set"], detail["rows"]) == (name, "stream") and detail["loss"] is not None
+        }
 
     def _owes_evaluation(self, state: TrainState) -> bool:
         """Whether a stage ended here and nobody scored it: a stop or a kill came first."""
@@ -189,15 +219,25 @@ class Attempt:
                 stop=self.stop,
                 profiler=self.profiler,
                 save=lambda state: self.save(engine, state),
+                poll_save=self.saver.poll,
                 evaluate=lambda state: self.evaluate(engine, state),
                 clock=self.clock,
+                heartbeat=self.heartbeat,
             )
             return trainer.run(state, until)
 
-    def save(self, engine: Engine, state: TrainState) -> SaveResult:
-        """Write a checkpoint; collective. A failure is told and the run goes on."""
-        if self.owner is not None:
-            self.owner.check()
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Begin a checkpoint, or write it where saving is not asynchronous; collective.
+
+        A failure is told and the run goes on.
+        """
+        with self.heartbeat.during("save"):
+            if self.run.checkpoint.asynchronous:
+                self.saver.start(*self._snapshot(engine, state))
+            else:
+                self.saver.save(*self._snapshot(engine, state))
+
+    def _snapshot(self, engine: Engine, state: TrainState) -> tuple[Snapshot, Retention]:
         engine.align_replicas()
         snapshot = Snapshot(
             step=state.step,
@@ -206,21 +246,27 @@ class Attempt:
             model_fingerprint=self.fingerprint,
             tensors=engine.tensors,
             fragments=list(engine.fragments()),
-            train_state={**state.to_json(), "kernels": self.kernels},
+            train_state={**state.to_json(), "kernels": self.kernels} | _told(parent=self.parent),
             config=_json(dump(self.run)),
         )
-        world = self.mesh.world
-        result = save(
-            self.directory,
-            snapshot,
-            keep_last=self.run.checkpoint.keep_last,
-            ranks=Ranks(world.rank, world.size, lambda value: gather_objects(value, world)),
+        keep = self.run.checkpoint
+        return snapshot, Retention(keep.keep_last, keep.keep_every_steps, dict(self.scores))
+
+    def _tell_save(self, result: SaveResult) -> None:
+        detail: dict[str, Any] = {
+            "ok": result.ok,
+            "saved_step": result.step,
+            "bytes": result.bytes,
+            "seconds": result.seconds,
+            "checked_seconds": result.checked_seconds,
+            "stall_seconds": result.stall_seconds,
+        }
+        path = None if result.path is None else str(result.path)
+        removed = list(result.removed) or None
+        self.listeners.on_event(
+            "save",
+            detail | _told(path=path, removed=removed, error=result.error, warning=result.warning),
         )
-        detail: dict[str, Any] = {"ok": result.ok, "bytes": result.bytes, "seconds": result.seconds}
-        if result.path is not None:
-            detail["path"] = str(result.path)
-        self.listeners.on_event("save", detail | _told(error=result.error, warning=result.warning))
-        return result
 
     def _published(self, result: SaveResult) -> Path:
         if result.path is None:
@@ -237,11 +283,14 @@ class Attempt:
         def tell(name: str, score: HeldOutLoss, rows: str) -> None:
             detail = {"set": name, "stage": stage.name, "step": state.step, "rows": rows}
             self.listeners.on_event("evaluate", detail | score.to_json())
+            if (name, rows) == (self.run.checkpoint.keep_best, "stream") and score.loss is not None:
+                self.scores[state.step] = score.loss
 
         token_loss = evaluation_loss(engine.model)
-        self.held_out.score(token_loss, max(stage.lengths), tell)
-        if far:
-            self.held_out.score_far(token_loss, tell)
+        with self.heartbeat.during("evaluate"):
+            self.held_out.score(token_loss, max(stage.lengths), tell)
+            if far:
+                self.held_out.score_far(token_loss, tell)
 
     def _peak(self) -> float | None:
         if self.mesh.device.type != "cuda":
@@ -275,6 +324,12 @@ class Attempt:
         )
 
 
+def ranks_of(mesh: ParallelMesh) -> Ranks:
+    """All ranks of a mesh, as the checkpoints know them."""
+    world = mesh.world
+    return Ranks(world.rank, world.size, lambda value: gather_objects(value, world))
+
+
 def _told(**facts: Any) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
@@ -287,7 +342,7 @@ def _json(plain: Any) -> Any:
     return plain
 
 
-def check_inputs(run: RunConfig, directory: Path) -> None:
+def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
     """What can be refused before any rank starts, and before anything is written: the device, the
     data, the tokenizer, and the run that `directory` or `start` already holds."""
     choose_device(run.device, local_rank=0)
@@ -297,7 +352,7 @@ def check_inputs(run: RunConfig, directory: Path) -> None:
             dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
             if tokenizer is not None:
                 dataset.check_tokenizer(tokenizer.info.sha256)
-    check_beginning(run, directory)
+    check_beginning(run, directory, allow)
 
 
 def run_attempt(
@@ -306,37 +361,52 @@ def run_attempt(
     mesh: ParallelMesh,
     make_listeners: Callable[[], Listeners],
     stop: StopRequest,
+    heartbeat: Heartbeat,
+    allow: Sequence[str] = (),
 ) -> int:
-    """Own the directory, find where to begin, and go. Collective; returns the exit code."""
+    """Own the directory, find where to begin, and go. Collective; returns the exit code.
+
+    `allow` names fields (dotted, or their head) that may differ from those the run began with.
+    """
     if run.deterministic and mesh.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
     with contextlib.ExitStack() as stack:
         owner = stack.enter_context(Owner(directory)) if mesh.rank == 0 else None
         warnings: list[str] = []
-        found: Any = None
-        if mesh.rank == 0:
-            found = _attempted(run, directory, warnings)
+        _on_first(mesh, lambda: _claim(run, directory, allow))
+        located = locate(run, directory, warnings.append, ranks_of(mesh))
         # One rank looks, so that all begin from the same checkpoint.
-        found = broadcast_object(found, mesh.world)
-        if isinstance(found, Exception):
-            raise found
+        beginning = _on_first(mesh, lambda: find_beginning(run, directory, located, allow))
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])
         if mesh.rank == 0:
             (directory / "config.yaml").write_text(dump_yaml(run))
-        attempt = Attempt(run, directory, mesh, listeners, stop, owner)
+        attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat)
         for warning in warnings:
             listeners.on_event("warning", {"message": warning})
+        for path, old, new in beginning.changes:
+            change = {"field": path, "before": show(old), "now": show(new)}
+            listeners.on_event("config_change", change)
         try:
-            return attempt.go(found)
+            return attempt.go(beginning)
         except BaseException as error:
             listeners.on_end("failed", {"error": str(error).splitlines()[0] if str(error) else ""})
             raise
 
 
-def _attempted(run: RunConfig, directory: Path, warnings: list[str]) -> Beginning | MegahybridError:
-    try:
-        check_inputs(run, directory)
-        check_model(directory, model_fingerprint(run.model))
-        return find_beginning(run, directory, warnings)
-    except MegahybridError as error:
-        return error
+def _claim(run: RunConfig, directory: Path, allow: Sequence[str]) -> None:
+    check_inputs(run, directory, allow)
+    check_model(directory, model_fingerprint(run.model))
+
+
+def _on_first(mesh: ParallelMesh, function: Callable[[], T]) -> T:
+    """What rank 0's call gives, on every rank; or what it raised. Collective."""
+    found: Any = None
+    if mesh.rank == 0:
+        try:
+            found = function()
+        except MegahybridError as error:
+            found = error
+    found = broadcast_object(found, mesh.world)
+    if isinstance(found, Exception):
+        raise found
+    return found

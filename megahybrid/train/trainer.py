@@ -7,6 +7,7 @@ from megahybrid.config.stages import StagePlan, StagePoint
 from megahybrid.data.batches import Batch
 from megahybrid.data.loader import BatchLoader, StepData, StepShape
 from megahybrid.errors import NoProgressError
+from megahybrid.heartbeat import Heartbeat
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine, MicroBatch, StepResult
@@ -32,7 +33,8 @@ class Habits:
 
 @dataclass
 class Trainer:
-    """Advances a `TrainState` through one stage. `save` and `evaluate` are collective."""
+    """Advances a `TrainState` through one stage. `save`, `poll_save` and `evaluate` are collective;
+    `poll_save` moves on a save that is being written beside the training."""
 
     engine: Engine
     loader: BatchLoader
@@ -45,8 +47,10 @@ class Trainer:
     stop: StopRequest
     profiler: Profiler
     save: SaveOrEvaluate
+    poll_save: Callable[[], None]
     evaluate: SaveOrEvaluate
     clock: StepClock
+    heartbeat: Heartbeat
 
     def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, bool]:
         """Steps until `until_tokens` are seen. Returns the state and whether a stop was asked for.
@@ -56,8 +60,11 @@ class Trainer:
         first_step = state.step
         while state.tokens < until_tokens:
             point = self.plan.at(state.tokens)
+            self.heartbeat.phase("data", state.step)
             with self.clock.phase("data"):
                 data = next(self.loader)
+            # Kernels are compiled in a stage's first step.
+            self.heartbeat.phase("compile" if state.step == first_step else "step")
             with self.profiler.step(state.step):
                 result = self.engine.train_step(
                     [to_micro_batch(batch, self.mesh) for batch in data.micro_batches],
@@ -91,14 +98,17 @@ class Trainer:
 
     def _after_step(self, state: TrainState, until_tokens: int) -> bool:
         """Evaluate and save where due, unless the stage ends here, which does both itself."""
-        if self.stop.agreed(self.mesh):
+        with self.clock.phase("save"):
+            self.poll_save()
+        asked = self.stop.agreed(self.mesh)
+        if asked.stop:
             return True
         if state.tokens >= until_tokens:
             return False
         if _due(state.step, self.habits.evaluate_every_steps):
             with self.clock.phase("evaluate"):
                 self.evaluate(state)
-        if _due(state.step, self.habits.save_every_steps):
+        if asked.save or _due(state.step, self.habits.save_every_steps):
             with self.clock.phase("save"):
                 self.save(state)
         return False
@@ -129,6 +139,8 @@ class Trainer:
             seconds=seconds,
         )
         self.listeners.on_step(line)
+        for name, epochs in data.exhausted.items():
+            self.listeners.on_event("exhausted", {"source": name, "epochs": round(epochs, 4)})
         if result.skipped:
             reason = {"reason": "gradient not finite", "in_a_row": state.skipped_in_a_row}
             self.listeners.on_event("skip", reason)
