@@ -57,3 +57,21 @@ def _at_step(step: int, action: Callable[..., None]) -> None:
             action(engine)
 
     _before(Engine, "train_step", count)
+
+
+def raises_on_one_rank(rank: int) -> None:
+    def divide(_engine: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    if rank == 1:
+        _at_step(3, divide)
+
+
+def user_mistake_on_one_rank(rank: int) -> None:
+    from megahybrid.errors import DataError
+
+    def refuse(_engine: Any) -> None:
+        raise DataError("books/shard-00000.bin: on purpose.")
+
+    if rank == 1:
+        _at_step(3, refuse)
