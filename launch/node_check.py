@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--free-memory-gib", type=float, default=0)
     parser.add_argument("--idle-gpu-mib", type=int, default=1000)
     parser.add_argument("--clock-skew-seconds", type=float, default=30)
+    parser.add_argument("--command", help="the site's own check, a shell line")
     parser.add_argument("--now", type=float, required=True, help="the batch host's time")
     wanted = parser.parse_args(arguments)
     problems = [
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if wanted.gpus:
         problems += gpus(wanted.gpus, wanted.idle_gpu_mib)
+    if wanted.command:
+        problems += own(wanted.command)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     wanted.output.mkdir(parents=True, exist_ok=True)
     temporary = wanted.output / f".{node}.tmp"
@@ -87,6 +90,18 @@ def folder(run_directory: Path) -> list[str]:
     except OSError as error:
         return [f"{run_directory} cannot be written to ({error.strerror})"]
     return [] if read == "x" else [f"{run_directory} does not give back what was written"]
+
+
+def own(command: str) -> list[str]:
+    """The site's own check: its last line says what is wrong."""
+    try:
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"site's check: {error}"]
+    said = (done.stdout + done.stderr).strip().splitlines()[-1:]
+    return (
+        [f"site's check: {' '.join(said) or f'code {done.returncode}'}"] if done.returncode else []
+    )
 
 
 def gpus(wanted: int, idle_mib: int) -> list[str]:

@@ -73,6 +73,7 @@ def check_step(job: Job, nodes: Sequence[str], folder: Path, now: float) -> list
         f"--idle-gpu-mib={check.idle_gpu_mib}",
         f"--clock-skew-seconds={check.clock_skew_seconds}",
         f"--now={now}",
+        *([f"--command={check.command}"] if check.command else []),
     ]
 
 

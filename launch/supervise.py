@@ -23,7 +23,14 @@ from launch.records import attempts, jobs, ledger_tail, newest_checkpoint, recor
 from launch.slurm import SlurmError
 from launch.step import check_step, hostfile, hostfile_text, step_environment, train_step
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, MegahybridError
-from megahybrid.heartbeat import STACKS_SIGNAL, Watch, clear, read_beats, slow_ranks
+from megahybrid.heartbeat import (
+    STACKS_SIGNAL,
+    Watch,
+    clear,
+    read_beats,
+    remove_empty_stacks,
+    slow_ranks,
+)
 
 POLL_SECONDS = 0.5
 STACKS_SECONDS = 3.0  # what writing the stacks may take before the ranks are killed
@@ -194,6 +201,7 @@ class Supervisor:
                 env=environment,
             )
             hang = self._watch(process)
+        remove_empty_stacks(self.logs)
         beats = read_beats(self.run)
         if hang is not None:
             return Outcome(137, hang)

@@ -127,8 +127,17 @@ def write_stacks_on_signal(path: Path) -> None:
 
     faulthandler writes from the signal itself, so a rank that hangs inside a library answers too.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")  # noqa: SIM115 (held until the process ends)
     faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
+
+
+def remove_empty_stacks(logs: Path) -> None:
+    """Removes the files of ranks that nobody asked for their stacks."""
+    for path in logs.glob("stacks-*.txt"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == 0:
+                path.unlink()
 
 
 def clear(run_directory: Path) -> None:

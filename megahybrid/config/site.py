@@ -56,6 +56,9 @@ class NodeCheck(Frozen):
     free_memory_gib: float = Field(default=1, ge=0, description="of the node itself")
     clock_skew_seconds: float = Field(default=30, gt=0, description="against the batch host")
     idle_gpu_mib: int = Field(default=1000, ge=0, description="in use on a GPU that is idle")
+    command: Line | None = Field(
+        default=None, description="the site's own check, a shell line; where it fails is a bad node"
+    )
     nvidia_smi: bool = Field(default=True, description="ask it about the GPUs; false: do not")
 
 

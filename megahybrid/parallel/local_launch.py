@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, start_processes
 
 SURVIVOR_SECONDS = 5
+LOOK_SECONDS = 2.0  # between two questions whether a rank hangs
+STACKS_SECONDS = 2.0  # what writing the stacks may take before the ranks are killed
 # Each asks every rank to save and leave at the end of its step.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LAUNCHER = "MEGAHYBRID_LOCAL_LAUNCH"  # holds the launcher's process id in the ranks it starts
@@ -73,9 +75,18 @@ class _Terminal(DefaultLogsSpecs):
         return destinations
 
 
-def launch_local(command: Sequence[str], processes: int, log_directory: Path) -> RankFailure | None:
+def launch_local(
+    command: Sequence[str],
+    processes: int,
+    log_directory: Path,
+    *,
+    hung: Callable[[], tuple[int, str] | None] = lambda: None,
+    stacks_signal: int | None = None,
+) -> RankFailure | None:
     """Run `python *command` once per rank and wait. None when every rank ended with 0.
 
+    `hung` is asked now and then; when it names a rank and a reason, every rank is sent
+    `stacks_signal` (to write down where it stands) and then killed.
     Signals sent to the launcher reach every rank. The rendezvous store lives in this process on a
     port the system chose, so two launches never compete for one.
     """
@@ -125,7 +136,10 @@ def launch_local(command: Sequence[str], processes: int, log_directory: Path) ->
             signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        codes = _wait_for_first_failure(context.subprocess_handlers)
+        codes, hang = _wait_for_first_failure(context.subprocess_handlers, hung)
+        if hang is not None:
+            _kill(context.subprocess_handlers, stacks_signal)
+            return RankFailure(hang[0], 128 + signal.SIGKILL, f"hang: {hang[1]}")
         ended_first = {rank: code for rank, code in codes.items() if code}
     finally:
         context.close(signal.SIGTERM, timeout=SURVIVOR_SECONDS)
@@ -134,18 +148,38 @@ def launch_local(command: Sequence[str], processes: int, log_directory: Path) ->
     return _first_failure(ended_first, log_directory, processes)
 
 
-def _wait_for_first_failure(handlers: dict) -> dict[int, int]:
-    """Exit codes of the ranks that ended, once all have or one has failed."""
+def _kill(handlers: dict, stacks_signal: int | None) -> None:
+    running = [handler.proc for handler in handlers.values() if handler.proc.poll() is None]
+    for process in running:
+        if stacks_signal is not None:
+            # A stopped process must run again to say where it stood.
+            process.send_signal(signal.SIGCONT)
+            process.send_signal(stacks_signal)
+    time.sleep(STACKS_SECONDS)
+    for process in running:
+        process.kill()
+
+
+def _wait_for_first_failure(
+    handlers: dict, hung: Callable[[], tuple[int, str] | None]
+) -> tuple[dict[int, int], tuple[int, str] | None]:
+    """Exit codes of the ranks that ended, once all have or one has failed or hangs."""
+    looked = time.monotonic()
     while True:
         codes = {rank: handler.proc.poll() for rank, handler in handlers.items()}
         ended = {rank: code for rank, code in codes.items() if code is not None}
         if len(ended) == len(handlers):
-            return ended
+            return ended, None
         if any(ended.values()):
             # Others may be writing down the same failure: a moment lets the first one be told.
             time.sleep(0.5)
             codes = {rank: handler.proc.poll() for rank, handler in handlers.items()}
-            return {rank: code for rank, code in codes.items() if code is not None}
+            return {rank: code for rank, code in codes.items() if code is not None}, None
+        if time.monotonic() - looked > LOOK_SECONDS:
+            looked = time.monotonic()
+            hang = hung()
+            if hang is not None:
+                return {}, hang
         time.sleep(0.05)
 
 

@@ -5,7 +5,6 @@ import errno
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,16 @@ LOGS = "MEGAHYBRID_LOGS"  # set by our batch job: where it arranges the ranks' l
 
 
 def train(
-    run_file: Path, overrides: Sequence[str], processes: int | None, allow: Sequence[str] = ()
+    run_file: Path,
+    overrides: Sequence[str],
+    processes: int | None,
+    allow: Sequence[str] = (),
+    max_restarts: int = 0,
 ) -> int:
     """Train as one rank if a launcher started us, else start `processes` ranks here and wait.
 
-    `allow` names fields that may differ from those the run began with.
+    `allow` names fields that may differ from those the run began with; `max_restarts` is how often
+    ranks that failed or hang are started again.
     """
     run = load(run_file, overrides)
     directory = run.run_directory(run_file)
@@ -37,6 +41,8 @@ def train(
                 f"started {place.world_size} already. Leave --processes out."
             )
         return _rank(run, directory, place, allow)
+    if max_restarts < 0:
+        raise ConfigError(f"--max-restarts={max_restarts} is no number of restarts. Use 0 or more.")
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes={processes} starts no rank. Use 1 or more.")
     processes = processes or _default_processes(run)
@@ -47,20 +53,14 @@ def train(
     check_inputs(run, directory, allow)
     Owner(directory).check_free()
     _make_directory(directory)
-    if processes == 1:
-        return _rank(run, directory, None, allow)
-    from megahybrid.parallel.local_launch import launch_local
+    from megahybrid.train.local import forget_requests, train_local
 
+    if processes == 1 and not max_restarts:
+        forget_requests(directory)
+        return _rank(run, directory, None, allow)
     named = [word for name in allow for word in ("--allow", name)]
     command = ["-m", "megahybrid", "train", str(run_file), *overrides, *named]
-    started = time.perf_counter()
-    failure = launch_local(command, processes, directory / "logs")
-    if failure is None:
-        print(f"Run {directory} is complete ({time.perf_counter() - started:.0f} s).")
-        return EXIT_DONE
-    for line in failure.message.splitlines():
-        print(f"megahybrid: {line}", file=sys.stderr)
-    return failure.exit_code
+    return train_local(command, processes, directory, max_restarts)
 
 
 def _make_directory(directory: Path) -> None:
