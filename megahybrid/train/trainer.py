@@ -58,6 +58,7 @@ class Trainer:
         The first step is always audited: what is wrong in the code is wrong from the start.
         """
         first_step = state.step
+        self.clock.lap()  # building the stage is no part of its first step
         while state.tokens < until_tokens:
             point = self.plan.at(state.tokens)
             self.heartbeat.phase("data", state.step)
