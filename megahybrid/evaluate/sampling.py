@@ -1,6 +1,7 @@
-"""Plain sampling: the whole context is computed anew for every token, by the training kernels.
+"""Sampling with a cache of keys and values, as long as the model sees the whole text.
 
-There is no cache of keys and values, so this is for a look at a model, not for serving it.
+Where the text outgrows what the model is to see, its beginning is dropped with every token and the
+rest is computed anew: kept values would still know what was dropped.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megahybrid.errors import MegahybridError
+from megahybrid.evaluate.generation import Decoder
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.random import key
 
@@ -49,12 +51,20 @@ def sample_tokens(
     """
     known = list(prompt)
     told = False
+    decoder: Decoder | None = None
     for number in range(tokens):
-        if len(known) > context_tokens and not told:
-            cropped()
-            told = True
-        context = torch.tensor([known[-context_tokens:]], device=model.embedding.weight.device)
-        logits = next_token_logits(model, context)[0, :vocab_size].double().cpu().numpy()
+        if len(known) > context_tokens:
+            if not told:
+                cropped()
+            told, decoder = True, None
+            context = torch.tensor([known[-context_tokens:]], device=model.embedding.weight.device)
+            all_logits = next_token_logits(model, context)
+        elif decoder is None:
+            decoder = Decoder(model, [known], min(tokens, context_tokens - len(known)))
+            all_logits = decoder.prefill()
+        else:
+            all_logits = decoder.step(torch.tensor(known[-1:]))
+        logits = all_logits[0, :vocab_size].double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise MegahybridError(
                 f"the model's logits are not finite after {len(known)} tokens: its weights are "

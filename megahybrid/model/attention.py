@@ -77,7 +77,7 @@ class Attention(nn.Module):
         v = value.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        mixed = mix(
+        mixed = (context.mixing or mix)(
             q,
             k,
             v,

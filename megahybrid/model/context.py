@@ -1,8 +1,10 @@
 """What all layers share while one batch passes through: document boundaries and rotation tables."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from megahybrid.config.attention import Rope
 from megahybrid.model.kernels.documents import Documents
@@ -14,6 +16,8 @@ class SequenceContext:
     """Built once per batch. `documents` is None where every row is one document.
 
     Tables are made when the first layer asks and shared by all layers of the same rotation.
+    `mixing` is called in place of `mixing.mix`, with its arguments, layer by layer: a cache of keys
+    that goes on from earlier tokens, or an observer of the attention. Training leaves it None.
     """
 
     length: int
@@ -21,6 +25,7 @@ class SequenceContext:
     device: torch.device
     dtype: torch.dtype
     tables: dict[tuple[Rope, int], RotaryTable] = field(default_factory=dict)
+    mixing: Callable[..., Tensor] | None = None
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""

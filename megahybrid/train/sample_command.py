@@ -19,14 +19,15 @@ def sample(
     temperature: float = 0.8,
     seed: int = 1,
     tokenizer: Path | None = None,
+    context: int | None = None,
     device: str = "auto",
 ) -> int:
     """Print `prompt` and up to `tokens` tokens that follow it, until a document ends.
 
     The tokenizer is the one that the run names, or `tokenizer`; it must be the one that made the
-    run's data, where that is on this machine. The model sees at most the longest rows of its stage;
-    where the text grows beyond, stderr says so. Raises MegahybridError, one line, for whatever the
-    user can mend. Returns the exit code.
+    run's data, where that is on this machine. The model sees the last `context` tokens (default:
+    the longest rows of its stage); where the text grows beyond, stderr says so. Raises
+    MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
     if tokens < 1:
         raise ConfigError(f"--tokens={tokens} adds nothing. Use 1 or more.")
@@ -34,14 +35,18 @@ def sample(
         raise ConfigError(
             f"--temperature={temperature:g} is no temperature. Use 0 (the likeliest) or more."
         )
+    if context is not None and context < 1:
+        raise ConfigError(f"--context={context} shows the model nothing. Use 1 or more.")
     trained = load_trained_model(path, device)
-    words, eod_id = _tokenizer(trained.run, tokenizer)
+    seen = context or trained.length
+    words, eod_id = tokenizer_of(trained.run, tokenizer)
     ids = _encode(words, prompt)
 
     def cropped() -> None:
+        limit = f"tokens of stage {trained.stage.name}" if context is None else "of --context"
         print(
-            f"megahybrid: the text is longer than the {trained.length} tokens of stage "
-            f"{trained.stage.name}: from here on the model sees its last {trained.length} only.",
+            f"megahybrid: the text is longer than the {seen} {limit}: "
+            f"from here on the model sees its last {seen} only.",
             file=sys.stderr,
         )
 
@@ -51,7 +56,7 @@ def sample(
         tokens=tokens,
         temperature=temperature,
         seed=seed,
-        context_tokens=trained.length,
+        context_tokens=seen,
         vocab_size=words.info.vocab_size,
         eod_id=eod_id,
         cropped=cropped,
@@ -60,7 +65,7 @@ def sample(
     return EXIT_DONE
 
 
-def _tokenizer(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
+def tokenizer_of(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
     """The tokenizer and the id that ends a document."""
     name, file = "--tokenizer", path
     if file is None:

@@ -1,0 +1,217 @@
+"""Keys and values of tokens already seen: a ring where a layer has a window, everything else whole.
+
+Rows of a batch end together: shorter ones stand to the right, and what fills them on the left is a
+document of its own that nothing sees. A column is a place in the row, counted from the first one.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.errors import ConfigError
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels.documents import Documents, additive
+from megahybrid.model.logit_scale import QueryScale
+from megahybrid.model.mixing import positioned, score_scale
+from megahybrid.model.transformer import Transformer
+
+# (layer, queries [seq batch heads head_dim] as they meet keys, keys [batch kv_heads keys head_dim],
+#  columns of the queries, of the keys, which keys each query sees [batch queries keys], scale)
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
+
+
+class LayerCache:
+    """The rotated keys and the values of one layer, for at most `capacity` columns.
+
+    A windowed layer keeps its last `window` columns: column c lies in slot c mod slots.
+    """
+
+    def __init__(
+        self,
+        scheme: AttentionScheme,
+        shape: tuple[int, int, int],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        batch, kv_heads, head_dim = shape
+        self.scheme = scheme
+        self.slots = capacity if scheme.window is None else min(scheme.window, capacity)
+        self.keys = torch.zeros(batch, kv_heads, self.slots, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def extend(
+        self,
+        k: Float[Tensor, "batch kv_heads new head_dim"],
+        v: Float[Tensor, "batch kv_heads new head_dim"],
+        first: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes in columns first, first + 1, …; returns keys, values and columns that they see.
+
+        One new column goes straight into its slot and the ring is read where it lies; several are
+        joined to what is kept, because the first of them still sees what the last will overwrite.
+        """
+        new = k.shape[2]
+        slots = torch.arange(self.slots, device=k.device)
+        if new == 1 or self.scheme.window is None:
+            where = torch.arange(first, first + new, device=k.device) % self.slots
+            self.keys.index_copy_(2, where, k)
+            self.values.index_copy_(2, where, v)
+            filled = min(first + new, self.slots)
+            last = first + new - 1
+            columns = last - (last - slots[:filled]) % self.slots
+            return self.keys[:, :, :filled], self.values[:, :, :filled], columns
+        kept = torch.arange(max(0, first - self.slots), first, device=k.device)
+        columns = torch.arange(int(first - len(kept)), first + new, device=k.device)
+        whole_k = torch.cat((self.keys[:, :, kept % self.slots], k), dim=2)
+        whole_v = torch.cat((self.values[:, :, kept % self.slots], v), dim=2)
+        newest = columns[-min(new, self.slots) :]
+        self.keys[:, :, newest % self.slots] = k[:, :, -len(newest) :]
+        self.values[:, :, newest % self.slots] = v[:, :, -len(newest) :]
+        return whole_k, whole_v, columns
+
+
+class Cache:
+    """One `LayerCache` per layer, and the columns of `starts` passed so far.
+
+    `starts` [batch, capacity] is the column at which each column's document begins. `observe` is
+    told of every layer's queries and keys. For a model in one process: on a tensor axis, single
+    tokens cannot be cut along the sequence.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        starts: Int[Tensor, "batch capacity"],
+        *,
+        layers: range | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        if model.mesh.tensor.size > 1:
+            raise ConfigError(
+                f"parallel.tensor={model.mesh.tensor.size} cannot pass single tokens. "
+                "Load the checkpoint in one process."
+            )
+        weight = model.embedding.weight
+        self.starts, self.observe = starts.to(weight.device), observe
+        batch, capacity = starts.shape
+        shape = (batch, model.config.num_kv_heads, model.config.head_dim)
+        self.layers = {
+            index: LayerCache(
+                model.blocks[index].attention.scheme, shape, capacity, weight.dtype, weight.device
+            )
+            for index in layers or range(len(model.blocks))
+        }
+        self.masks: dict[object, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all keys and values held, in bytes."""
+        return sum(layer.bytes for layer in self.layers.values())
+
+    def context(self, layers: Iterator[int], first: int, hidden: Tensor) -> SequenceContext:
+        """What blocks need to go on at column `first` with as many columns as `hidden` has.
+
+        `layers` gives the index of each layer that will ask, in order.
+        """
+        length = hidden.shape[0]
+        # Counted from the chunk's own first column, so that positions go on where they were.
+        documents = Documents(self.starts[:, first : first + length] - first)
+        self.masks = {}
+
+        def mixing(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            *,
+            scheme: AttentionScheme,
+            kernel: str,
+            context: SequenceContext,
+            query_scale: QueryScale | None,
+        ) -> Tensor:
+            q, k = positioned(q, k, scheme.position, context)
+            if query_scale is not None:
+                q = query_scale(q, documents, length)
+            return self._mix(next(layers), q, k, v, first, score_scale(scheme, q.shape[-1]))
+
+        return SequenceContext(length, documents, hidden.device, hidden.dtype, mixing=mixing)
+
+    def _mix(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float
+    ) -> Float[Tensor, "seq batch heads head_dim"]:
+        layer = self.layers[index]
+        keys, values, columns = layer.extend(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), first)
+        queries = torch.arange(first, first + len(q), device=q.device)
+        window = layer.scheme.window
+        key = (window, len(columns))
+        if key not in self.masks:
+            self.masks[key] = seen(self.starts, queries, columns, window)
+        allowed = self.masks[key]
+        if self.observe is not None:
+            self.observe(index, q, keys, queries, columns, allowed, scale)
+        return _attend(q, keys, values, allowed, scale)
+
+
+def seen(
+    starts: Int[Tensor, "batch capacity"],
+    queries: Int[Tensor, "queries"],
+    columns: Int[Tensor, "keys"],
+    window: int | None,
+) -> Bool[Tensor, "batch queries keys"]:
+    """Which columns the query columns see: their document's, up to their own, in the window."""
+    query = queries[:, None]
+    allowed = (columns <= query) & (columns >= starts[:, queries, None])
+    return allowed if window is None else allowed & (columns > query - window)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """softmax(scale q kᵀ) v over the keys allowed; [seq, batch, heads, head_dim]."""
+    grouped = q.permute(1, 2, 0, 3).unflatten(1, (keys.shape[1], -1))
+    mask = additive(allowed, q.dtype)[:, None]  # [batch, 1, queries, keys]
+    if len(q) == 1:  # the queries that share a key are few: one product serves them
+        out = F.scaled_dot_product_attention(
+            grouped[:, :, :, 0], keys, values, attn_mask=mask, scale=scale
+        )[:, :, :, None]
+    else:  # one call for each member of the groups, so that neither keys nor mask are repeated
+        out = torch.stack(
+            [
+                F.scaled_dot_product_attention(member, keys, values, attn_mask=mask, scale=scale)
+                for member in grouped.unbind(2)
+            ],
+            dim=2,
+        )
+    return out.flatten(1, 2).permute(2, 0, 1, 3)
+
+
+def by_layers(
+    model: Transformer,
+    tokens: Int[Tensor, "batch seq"],
+    starts: Int[Tensor, "batch seq"],
+    *,
+    observe: Observer | None = None,
+    chunk_tokens: int = 512,
+) -> Float[Tensor, "seq batch hidden"]:
+    """The final norm's output, computed layer after layer, each in chunks of the sequence.
+
+    Memory beyond the weights: seq × batch × hidden once (changed in place), keys and values of one
+    layer, and what one chunk needs: no term grows with the square of the length, nor with layers.
+    """
+    hidden = model.embedding(tokens).clone()
+    for index, block in enumerate(model.blocks):
+        cache = Cache(model, starts, layers=range(index, index + 1), observe=observe)
+        for first in range(0, len(hidden), chunk_tokens):
+            chunk = hidden[first : first + chunk_tokens]
+            chunk.copy_(block(chunk, cache.context(iter((index,)), first, chunk)))
+    for first in range(0, len(hidden), chunk_tokens):
+        chunk = hidden[first : first + chunk_tokens]
+        chunk.copy_(model.final_norm(chunk))
+    return hidden
