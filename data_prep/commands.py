@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -37,6 +38,15 @@ def add_arguments(subparsers: Any) -> None:
     tokenize.add_argument("--shard-tokens", type=int, default=2**30)
     tokenize.add_argument("--max-bad-fraction", type=float, default=0.05)
 
+    pack = commands.add_parser("pack", help="rows of whole documents for one length")
+    pack.add_argument("path", help="dataset")
+    pack.add_argument("--output", required=True, help="new folder; the path of a source in a run")
+    pack.add_argument("--length", type=int, required=True, help="tokens of a row")
+    pack.add_argument("--method", choices=("best_fit", "stream"), default="best_fit")
+    pack.add_argument("--min-document-tokens", type=int, default=1)
+    pack.add_argument("--max-document-tokens", type=int)
+    pack.add_argument("--vocab-size", type=int, help="for files without a manifest")
+
     verify = commands.add_parser("verify", help="read every byte and compare with the checksums")
     verify.add_argument("path")
     verify.add_argument("--vocab-size", type=int, help="for files without a manifest")
@@ -63,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "gather-stdlib": _gather,
         "tokenizer": _tokenizer,
         "tokenize": _tokenize,
+        "pack": _pack,
         "verify": _verify,
         "inspect": _inspect,
     }[args.data_command]
@@ -131,6 +142,26 @@ def _tokenize(args: argparse.Namespace) -> None:
     if report.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
         print(f"{report.output}/quarantine.jsonl: {sum(report.bad.values())} bad ({reasons})")
+
+
+def _pack(args: argparse.Namespace) -> None:
+    from data_prep.pack import pack
+
+    info = pack(
+        args.path,
+        args.output,
+        args.length,
+        method=args.method,
+        min_document_tokens=args.min_document_tokens,
+        max_document_tokens=args.max_document_tokens,
+        vocab_size=args.vocab_size,
+        command=shlex.join(["megahybrid", *sys.argv[1:]]),
+    )
+    print(
+        f"{args.output}: {info.rows:,} rows of {info.length:,}, {info.fill:.2%} full, "
+        f"{info.documents:,} documents, {info.tokens:,} tokens, "
+        f"{info.entries - info.documents:,} cuts"
+    )
 
 
 def _verify(args: argparse.Namespace) -> None:

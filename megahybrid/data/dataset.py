@@ -12,6 +12,7 @@ import numpy as np
 
 from megahybrid.data.guard import RESTORE, BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megahybrid.data.packing import PLAN_NAME, PackPlan
 from megahybrid.data.token_file import Array, ShardIndex
 from megahybrid.errors import DataError
 
@@ -22,9 +23,10 @@ CHECKED_INDEX_BYTES = 2**28  # indexes up to this size in sum are read and check
 class TokenDataset:
     """A folder prepared by `megahybrid data tokenize`, or plain Megatron files (no manifest).
 
-    `path` is the folder, or one `.bin`/`.idx` or their common prefix. `vocab_size` is the model's:
-    a dataset with a larger one is refused, and a file without a manifest has no other. `eod_id` is
-    only for files without a manifest; without it their document boundaries come from the index.
+    `path` is the folder, or one `.bin`/`.idx` or their common prefix, or the folder of a plan.
+    `vocab_size` is the model's: a dataset with a larger one is refused, and a file without a
+    manifest has no other. `eod_id` is only for files without a manifest; without it their document
+    boundaries come from the index.
 
     Open costs memory and time in proportion to the number of shards; indexes of more than
     CHECKED_INDEX_BYTES in sum are only checked at both ends (`verify_dataset` reads everything).
@@ -36,6 +38,10 @@ class TokenDataset:
         self, path: str | Path, *, vocab_size: int | None = None, eod_id: int | None = None
     ) -> None:
         self.path = Path(path)
+        self.plan: PackPlan | None = None
+        if (self.path / PLAN_NAME).exists():
+            self.plan = PackPlan(self.path)
+            self.path = self.plan.dataset
         self.manifest: Manifest | None = None
         if (self.path / MANIFEST_NAME).exists():
             self.manifest, self.fingerprint = read_manifest(self.path)
@@ -57,6 +63,8 @@ class TokenDataset:
                     "Tell vocab_size, or prepare the data with `megahybrid data tokenize`."
                 )
             self.vocab_size, self.eod_id = vocab_size, eod_id
+        if self.plan is not None:
+            self._check_plan(self.plan)
         self.shards = [shard for shard in shards if shard.tokens]
         for shard in shards:
             _refuse_mask(shard)
@@ -76,6 +84,15 @@ class TokenDataset:
         self._unchanged = UnchangedFiles(self.shards)
         self._checks = BlockChecks(self.shards, self.manifest)
         self._checks.try_some(self._mapped)
+
+    def _check_plan(self, plan: PackPlan) -> None:
+        if plan.info.dataset_fingerprint != self.fingerprint:
+            raise DataError(
+                f"{plan.folder} was packed for a dataset with fingerprint "
+                f"{plan.info.dataset_fingerprint[:12]}, but {self.path} has "
+                f"{self.fingerprint[:12]}. Run `megahybrid data pack` again."
+            )
+        self.fingerprint = plan.fingerprint
 
     def _listed_shards(self, manifest: Manifest) -> list[ShardIndex]:
         present = {entry.name for entry in self.path.iterdir()}

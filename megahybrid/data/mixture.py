@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
+from megahybrid.data.packing import PackedOrder
 from megahybrid.errors import DataError, NoProgressError
 
 State = dict[str, Any]
@@ -50,7 +51,7 @@ class Mixture:
         self.exhausted = exhausted
         self.weights = self._checked(weights)
         self.seed, self.block_tokens, self.lanes = seed, block_tokens, lanes
-        self._orders: dict[str, SourceOrder] = {}
+        self._orders: dict[str, SourceOrder | PackedOrder] = {}
 
     def _checked(self, weights: Mapping[str, float]) -> dict[str, float]:
         for name, weight in weights.items():
@@ -65,16 +66,22 @@ class Mixture:
             raise DataError("weights gives no source more than 0. Give one a positive weight.")
         return {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
 
-    def order(self, name: str) -> SourceOrder:
+    def order(self, name: str) -> SourceOrder | PackedOrder:
         """The order of one source."""
         if name not in self._orders:
-            self._orders[name] = SourceOrder(
-                self.datasets[name].tokens,
-                seed=self.seed,
-                name=name,
-                block_tokens=self.block_tokens,
-                lanes=self.lanes,
-            )
+            dataset = self.datasets[name]
+            if dataset.plan is not None:
+                self._orders[name] = PackedOrder(
+                    dataset.plan, dataset.tokens, seed=self.seed, name=name
+                )
+            else:
+                self._orders[name] = SourceOrder(
+                    dataset.tokens,
+                    seed=self.seed,
+                    name=name,
+                    block_tokens=self.block_tokens,
+                    lanes=self.lanes,
+                )
         return self._orders[name]
 
     def start(self) -> State:
@@ -246,7 +253,7 @@ class Mixture:
     def epochs(self, state: State) -> dict[str, float]:
         """How many times over each source has been served."""
         return {
-            name: source["tokens"] / self.datasets[name].tokens
+            name: source["tokens"] / self.order(name).tokens
             for name, source in state["sources"].items()
             if name in self.datasets
         }
