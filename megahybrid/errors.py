@@ -36,6 +36,13 @@ class MeshError(MegahybridError):
     """Ranks that cannot form the mesh: missing variables, a taken port, degrees that do not fit."""
 
 
+class RendezvousError(MeshError):
+    """Ranks that did not find one another: a node that died or a port left over. Another attempt
+    may do better."""
+
+    exit_code = 69  # EX_UNAVAILABLE
+
+
 class AuditError(MegahybridError):
     """The engine's arithmetic was proven wrong while running: do not restart, look first."""
 

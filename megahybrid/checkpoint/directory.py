@@ -131,6 +131,8 @@ class Owner:
                 "pid": os.getpid(),
                 "process_start": _start_of(os.getpid()),
                 "started_unix": time.time(),
+                # The launcher knows whether this job still lives when its machine is gone.
+                "job": os.environ.get("SLURM_JOB_ID"),
                 "token": self._token,
             }
         )

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megahybrid.errors import MeshError
+from megahybrid.errors import MeshError, RendezvousError
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 
 
@@ -186,11 +186,11 @@ def _meet(place: Rendezvous, connect_seconds: float) -> dist.Store:
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error)
         if "EADDRINUSE" in reason or "address already in use" in reason.lower():
-            raise MeshError(
+            raise RendezvousError(
                 f"{where} is taken by another process on this host (rank {place.rank} of "
                 f"{place.world_size} wanted to serve it). Set MASTER_PORT to a free port."
             ) from error
-        raise MeshError(
+        raise RendezvousError(
             f"{where} did not bring all ranks together within {connect_seconds:.0f} s (rank "
             f"{place.rank} of {place.world_size}: {reason.splitlines()[0]}). See that rank 0 runs, "
             "that its host can be reached and that all ranks were started."
