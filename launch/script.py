@@ -27,9 +27,9 @@ def batch_script(job: Job) -> str:
     ]
     lines += [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
-    lines += site.prologue
     lines += [
         f"cd {shlex.quote(job.work_directory)}",
+        *site.prologue,
         f"exec {shlex.join(site.python)} -m launch.supervise {shlex.quote(job.file)}",
     ]
     return "\n".join(lines) + "\n"

@@ -42,15 +42,28 @@ def main(words: list[str]) -> int:
                 heart.end(code, f"rank {rank}: ValueError: on purpose")
                 return code
         time.sleep(STEP_SECONDS)
+        asked = _agree(run, rank, step, bool(stop) or (run / "stop-now").exists())
         step += 1
         if rank == 0:
             _ledger(run, {"kind": "step", "step": step, "loss": 5 - step / 100, "seconds": {}})
-        if stop or (run / "stop-now").exists():
+        if asked:
             return _leave(run, rank, step, heart)
         if step % 10 == 0 and rank == 0:
             _save(run, step)
     heart.end(0)
     return 0
+
+
+def _agree(run: Path, rank: int, step: int, asked: bool) -> bool:
+    """Waits for all ranks, as a step's collectives do; whether any was asked to stop."""
+    job = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    folder = run / "agree" / ".".join((*job, str(step)))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f".{rank}").write_text("stop" if asked else "")
+    (folder / f".{rank}").rename(folder / str(rank))
+    while len(found := list(folder.glob("[0-9]*"))) < int(os.environ["SLURM_NTASKS"]):
+        time.sleep(0.02)
+    return any(path.read_text() for path in found)
 
 
 def _fault(fault: str, step: int, rank: int, run: Path) -> int | None:

@@ -105,7 +105,7 @@ class Run:
         """The first status line with these words (a regular expression)."""
         return _until(
             lambda: (line := self.status) and re.search(words, line) and line,
-            f"status with {words!r}; it is {self.status}",
+            lambda: f"status with {words!r}; it is {self.status}",
             seconds,
         )
 
@@ -113,7 +113,7 @@ class Run:
         """A requeued job is held back for a while; not in a test."""
         from launch.control import requeue
 
-        self.until("PENDING", 40)
+        self.until("PENDING .* after attempt", 60)
         with contextlib.suppress(Exception):
             requeue(self.directory)
 
@@ -121,10 +121,11 @@ class Run:
         return [attempt.code for attempt in attempts(self.directory)]
 
 
-def _until(true: Callable[[], object], what: str, seconds: float):
+def _until(true: Callable[[], object], what: str | Callable[[], str], seconds: float):
     deadline = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > deadline:
+            what = what() if callable(what) else what
             raise AssertionError(f"no {what} after {seconds} s")
         time.sleep(0.3)
     return found

@@ -1,0 +1,180 @@
+"""The batch script: read by people, quoted everywhere, a function of the job alone."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.job import Job, read_job
+from launch.script import batch_script
+from launch.step import check_step, hostfile_text, step_environment, train_step
+from megahybrid.config import load
+from megahybrid.config.base import parse
+from megahybrid.config.site import Site, load_site, seconds_of
+from megahybrid.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+NAME = "a name; $(touch pwned) `touch pwned` 'x' \"y\" #z\\"
+SITE = parse(
+    Site,
+    {
+        "name": "big",
+        "partition": "gpu",
+        "account": "team a",
+        "qos": "long",
+        "time_limit": "2-00:00:00",
+        "gpus_per_node": 8,
+        "cpus_per_rank": 12,
+        "modules": ["cuda/12.8", "x; touch pwned"],
+        "prologue": ["source .venv/bin/activate"],
+        "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NOTE": "$(touch pwned)"},
+        "python": ["python"],
+        "directives": ["--mail-type=END"],
+    },
+)
+
+
+def _job(**changes) -> Job:
+    facts = {
+        "name": NAME,
+        "run_directory": "/data/my runs/100%/demo",
+        "run_file": "/data/my runs/100%/demo/slurm/run.yaml",
+        "file": "/data/my runs/100%/demo/slurm/job.json",
+        "work_directory": "/home/me/mega hybrid",
+        "commit": "0123456789ab",
+        "site": SITE,
+        "nodes": 4,
+        "spares": 1,
+        "exclude": ("n7", "n9"),
+        "lead_seconds": 420,
+    }
+    return Job(**{**facts, **changes})
+
+
+def test_the_script_is_the_one_that_people_have_read() -> None:
+    assert batch_script(_job()) == (Path(__file__).parent / "golden_batch.sh").read_text()
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_no_value_is_run_as_a_command(tmp_path: Path, shell: str) -> None:
+    """The script with its last commands replaced by harmless ones, run for real."""
+    text = batch_script(_job(work_directory=str(tmp_path)))
+    text = text.replace("set -euo pipefail", "module() { :; }").replace("exec ", "echo ")
+    text = text.replace("source .venv/bin/activate", ":")
+    done = subprocess.run([shell, "-c", text], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "-m launch.supervise /data/my runs/100%/demo/slurm/job.json" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "", "x" * 201, "nul\0"])
+def test_a_name_that_would_end_its_line_is_refused(name: str) -> None:
+    with pytest.raises(ValueError):
+        _job(name=name)
+
+
+def test_an_array_and_a_chain_ask_slurm_for_one_at_a_time() -> None:
+    assert "#SBATCH --array=1-5%1\n" in batch_script(_job(array=5))
+    assert "#SBATCH --dependency=singleton\n" in batch_script(_job(chain=3))
+    assert "--dependency" not in batch_script(_job())
+
+
+def test_a_job_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(_job().model_dump_json())
+    assert read_job(tmp_path / "job.json") == _job()
+
+
+def test_a_step_forgets_the_shape_of_the_job_and_its_port_is_its_own() -> None:
+    outer = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "40", "SLURM_NTASKS_PER_NODE": "8", "X": "1"}
+    first = step_environment(_job(), outer, ["n1", "n2"], 0, Path("/logs"))
+    second = step_environment(_job(), outer, ["n1", "n2"], 1, Path("/logs"))
+    assert "SLURM_NTASKS" not in first and first["X"] == "1"
+    assert first["MASTER_ADDR"] == "n1" and first["MASTER_PORT"] != second["MASTER_PORT"]
+    assert (
+        step_environment(_job(), {**outer, "MASTER_ADDR": "10.0.0.1"}, ["n1"], 0, Path("/logs"))[
+            "MASTER_ADDR"
+        ]
+        == "10.0.0.1"
+    )
+
+
+def _environment() -> dict[str, str]:
+    return step_environment(_job(), {"SLURM_JOB_ID": "12"}, ["n1", "n2"], 0, Path("/a%b"))
+
+
+def test_srun_starts_one_task_per_rank_on_exactly_the_nodes_that_are_fit() -> None:
+    command = train_step(_job(), ["n1", "n3"], _environment())
+    assert command[:7] == [
+        "srun",
+        "--nodes=2",
+        "--nodelist=n1,n3",
+        "--ntasks=16",
+        "--ntasks-per-node=8",
+        "--cpus-per-task=12",
+        "--kill-on-bad-exit=1",
+    ]
+    assert "--output=/a%%b/rank-%4t.log" in command
+    assert command[-5:] == ["python", "-m", "megahybrid", "train", _job().run_file]
+
+
+def test_torchrun_gets_one_agent_per_node_and_static_rendezvous() -> None:
+    job = _job(site=SITE.model_copy(update={"launcher": "torchrun"}))
+    command = train_step(job, ["n1", "n3"], _environment())
+    assert "--ntasks=2" in command and "--cpus-per-task=96" in command
+    assert command[-3:-1] == ["bash", "-c"]
+    assert '--node-rank="$SLURM_NODEID"' in command[-1]
+    assert "--rdzv-backend=static" in command[-1] and "--nproc-per-node=8" in command[-1]
+
+
+def test_deepspeeds_runner_gets_a_hostfile() -> None:
+    job = _job(site=SITE.model_copy(update={"launcher": "deepspeed"}))
+    command = train_step(job, ["n1", "n3"], _environment())
+    assert command[:2] == ["deepspeed", "--hostfile=/a%b/hostfile"]
+    assert command[-3:] == ["megahybrid", "train", job.run_file]
+    assert hostfile_text(job, ["n1", "n3"]) == "n1 slots=8\nn3 slots=8\n"
+
+
+def test_every_node_is_checked_by_one_task() -> None:
+    command = check_step(_job(), ["n1", "n2", "n3"], Path("/logs/nodes"), 5.0)
+    assert "--ntasks=3" in command and "--gpus=8" in command and "--kill-on-bad-exit=0" in command
+
+
+def test_a_container_wraps_the_ranks() -> None:
+    site = parse(
+        Site,
+        {
+            "name": "boxed",
+            "time_limit": "1:00:00",
+            "gpus_per_node": 8,
+            "container": {"image": "/images/a b.sqsh", "mounts": ["/data:/data", "/home:/home"]},
+        },
+    )
+    command = train_step(_job(site=site), ["n1"], _environment())
+    assert "--container-image=/images/a b.sqsh" in command
+    assert "--container-mounts=/data:/data,/home:/home" in command
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("10:30", 630), ("1:00:00", 3600), ("2-00:00:00", 172800), ("1-12", 129600)],
+)
+def test_slurms_time_limits_are_understood(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sites").glob("*.yaml")), ids=str)
+def test_the_sites_that_come_with_the_project_are_valid(path: Path) -> None:
+    assert load(path, type=Site).name == path.stem
+
+
+def test_an_unknown_site_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"--site=exampel .*Did you mean 'example'\?"):
+        load_site("exampel", ROOT / "configs/sites")
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="ranks_per_node=9 is more than gpus_per_node=8"):
+        parse(
+            Site,
+            {"name": "x", "time_limit": "60", "gpus_per_node": 8, "ranks_per_node": 9},
+        )
