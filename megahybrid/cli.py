@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
     _add_interop_commands(commands)
+    _add_stored_commands(commands)
     _add_data_commands(commands)
     _add_launch_commands(commands)
     return parser
@@ -56,6 +57,13 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
     _run_file(train)
     train.add_argument(
         "--processes", type=int, metavar="N", help="ranks on this machine (default: as many as fit)"
+    )
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start ranks that failed or hang again, so often at most",
     )
     train.add_argument(
         "--allow",
@@ -93,6 +101,12 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     sample.add_argument("--seed", type=int, default=1)
+    sample.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens the model sees (default: as it was trained)",
+    )
     sample.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
 
 
@@ -109,6 +123,13 @@ def _add_interop_commands(commands: argparse._SubParsersAction) -> None:
     bring_in.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     bring_in.add_argument("--plan", type=Path, metavar="FILE", help="another layer plan for it")
     bring_in.add_argument("--data", type=Path, metavar="DIR", help="loss before and after --plan")
+
+
+def _add_stored_commands(commands: argparse._SubParsersAction) -> None:
+    from megahybrid.checkpoint.commands import add_arguments
+
+    add_arguments(commands)
+    commands.choices["checkpoint"].set_defaults(run=_stored)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -151,10 +172,22 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
+def _stored(arguments: argparse.Namespace) -> int:
+    from megahybrid.checkpoint.commands import run
+
+    return run(arguments)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from megahybrid.train.command import train
 
-    return train(arguments.run_file, arguments.overrides, arguments.processes, arguments.allow)
+    return train(
+        arguments.run_file,
+        arguments.overrides,
+        arguments.processes,
+        arguments.allow,
+        arguments.max_restarts,
+    )
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -238,6 +271,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         seed=arguments.seed,
         tokenizer=arguments.tokenizer,
+        context=arguments.context,
         device=arguments.device,
     )
 
