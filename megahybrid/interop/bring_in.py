@@ -23,15 +23,7 @@ from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.table import position_table
 from megahybrid.interop import surgery
 from megahybrid.interop.card import scheme_in_words
-from megahybrid.interop.compare import (
-    Row,
-    compare,
-    our_model,
-    proof_in_words,
-    quiet,
-    shrunk,
-    their_model,
-)
+from megahybrid.interop.compare import our_model, proof_in_words, prove, quiet
 from megahybrid.interop.export import published, require_transformers
 from megahybrid.interop.foreign import Band, ForeignWeights, check_tensors
 from megahybrid.interop.heard import hear
@@ -75,7 +67,7 @@ def import_model(
         names = check_tensors(weights, model, model.layer_plan, architecture)
         _save(place, weights, names, run, model)
         checkpoint = published_path(place, 0)
-        rows = _prove(folder, checkpoint, model)
+        rows = prove(model, model.layer_plan, checkpoint, folder, own=False)
         print("\n".join(proof_in_words(rows)))
         if plan_file is not None:
             print("\n".join(surgery.in_words(changed)))
@@ -220,15 +212,6 @@ def _fragments(
             data = Band(weights, name, start, stop, head_dim)
             flat = (start * row, stop * row)
             yield Fragment(name.ours, "weight", whole(name.shape), flat, data)
-
-
-def _prove(folder: Path, checkpoint: Path, model: ModelConfig) -> list[Row]:
-    """The same comparison as an export's, with the source's own plan."""
-    small = shrunk(model.layer_plan, counting.parameters(model))
-    with Reader(checkpoint) as reader:
-        ours = our_model(model, small, reader)
-    theirs = their_model(folder, model.layer_plan, small, own=False)
-    return compare(ours, theirs, small)
 
 
 def _print_losses(

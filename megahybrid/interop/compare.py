@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.shards import fill
+from megahybrid.config import counting
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale, Rope
 from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
+from megahybrid.interop.foreign import ForeignWeights
+from megahybrid.interop.streamed import StreamedOurs, StreamedTheirs
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -28,6 +31,7 @@ BOUND = 1e-5  # of the largest logit, or of 1 (docs/export.md)
 LONGEST = 2048
 LARGE = 50_000_000  # parameters from which windows are shrunk more
 SMALL_WINDOW, LARGE_WINDOW = 32, 128
+WHOLE_BYTES = 3 * 2**30
 FLOOR = 16  # of a shrunk llama4 temperature
 NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layers
 
@@ -115,14 +119,24 @@ def our_model(
     return ours
 
 
-def their_model(folder: Path, plan: LayerPlan, small: LayerPlan, own: bool) -> Any:
-    """What `folder` holds, as anyone's transformers loads it, in fp32 on the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def their_config(folder: Path, plan: LayerPlan, small: LayerPlan, own: bool) -> Any:
+    """The config of `folder` as transformers reads it, made to say `small`."""
+    from transformers import AutoConfig
 
     with quiet():
-        options = {"local_files_only": True, "trust_remote_code": own}
-        config = AutoConfig.from_pretrained(str(folder), **options)
-        shrink_config(config, plan, small)
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=own
+        )
+    shrink_config(config, plan, small)
+    return config
+
+
+def their_model(folder: Path, config: Any, own: bool) -> Any:
+    """What `folder` holds, as anyone's transformers loads it, in fp32 on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"local_files_only": True, "trust_remote_code": own}
+    with quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
@@ -139,14 +153,12 @@ def their_model(folder: Path, plan: LayerPlan, small: LayerPlan, own: bool) -> A
                 f"{folder}: transformers reports {kind.replace('_', ' ')} ({names}). "
                 "Nothing was published."
             )
-    if own:
-        _forget_copied_code(type(model).__module__)
     return model.eval()
 
 
-def _forget_copied_code(module: str) -> None:
+def _forget_copied_code(config: Any) -> None:
     """Delete transformers' copy of the code of a folder that is about to be renamed or deleted."""
-    parts = Path(str(sys.modules[module].__file__)).parts
+    parts = Path(str(sys.modules[type(config).__module__].__file__)).parts
     if "transformers_modules" in parts:
         end = parts.index("transformers_modules") + 2
         durable.remove(Path(*parts[:end]))
@@ -171,7 +183,13 @@ def quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def compare(
-    ours: Transformer, theirs: Any, plan: LayerPlan, seed: int = 1, cached: bool = True
+    ours: Transformer | StreamedOurs,
+    theirs: Any,
+    plan: LayerPlan,
+    *,
+    seed: int = 1,
+    cached: bool = True,
+    batch: int = 2,
 ) -> list[Row]:
     """The rows of a proof. Raises InteropError, naming the first differing layer, where one fails.
 
@@ -182,7 +200,7 @@ def compare(
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in lengths(plan):
-        tokens = torch.randint(ours.config.vocab_size, (2, length), generator=generator)
+        tokens = torch.randint(ours.config.vocab_size, (batch, length), generator=generator)
         mine = ours.logits(tokens)
         rows.append(_row("whole", mine, theirs(input_ids=tokens, use_cache=False).logits))
         if not rows[-1].equal:
@@ -219,7 +237,9 @@ def _verdict(row: Row, layer: int | None, words: str) -> str:
     )
 
 
-def first_difference(ours: Transformer, theirs: Any, tokens: Tensor) -> tuple[int | None, str]:
+def first_difference(
+    ours: Transformer | StreamedOurs, theirs: Any, tokens: Tensor
+) -> tuple[int | None, str]:
     """The first layer whose output differs by more than rounding, and by how much."""
     mine = _outputs(ours.blocks, lambda: ours.logits(tokens))
     other = _outputs(theirs.model.layers, lambda: theirs(input_ids=tokens, use_cache=False))
@@ -244,6 +264,38 @@ def _outputs(layers: nn.ModuleList, run: Any) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def prove(
+    model: ModelConfig,
+    plan: LayerPlan,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    own: bool,
+    dtype: torch.dtype = torch.float32,
+    whole_bytes: int = WHOLE_BYTES,
+) -> list[Row]:
+    """Compare a checkpoint of ours (its weights rounded to `dtype`) with a folder of theirs.
+
+    Models whose two fp32 copies are larger than `whole_bytes` are run a layer at a time, and
+    without the cache. Raises InteropError.
+    """
+    parameters = counting.parameters(model)
+    small = shrunk(plan, parameters)
+    config = their_config(folder, plan, small, own)
+    try:
+        with Reader(checkpoint) as reader:
+            if 8 * parameters <= whole_bytes:
+                ours = our_model(model, small, reader, dtype)
+                return compare(ours, their_model(folder, config, own), small)
+            with ForeignWeights(folder) as weights, quiet():
+                few = StreamedOurs(model, small, reader, dtype)
+                theirs = StreamedTheirs(folder, config, weights, own)
+                return compare(few, theirs, small, cached=False, batch=1)
+    finally:
+        if own:
+            _forget_copied_code(config)
 
 
 def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:

@@ -10,8 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.checkpoint.reader import Reader, verify
@@ -22,14 +20,7 @@ from megahybrid.config.huggingface_fit import huggingface_fits
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import EXIT_DONE, ConfigError, InteropError
 from megahybrid.interop.card import evaluations_of, model_card
-from megahybrid.interop.compare import (
-    Row,
-    compare,
-    our_model,
-    proof_in_words,
-    shrunk,
-    their_model,
-)
+from megahybrid.interop.compare import Row, proof_in_words, prove
 from megahybrid.interop.names import OWN, tensor_names
 from megahybrid.interop.said import MODEL_TYPES, config_fields, inexact_rotations
 from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
@@ -219,8 +210,6 @@ def _write_weights(
     names = list(tensor_names(model, plan, architecture))
     with Reader(source.folder) as reader:
         write_shards(folder, out_tensors(reader, names, model.head_dim), dtype, shard_bytes)
-        small = shrunk(plan, counting.parameters(model))
-        rounded = torch.bfloat16 if dtype == "bf16" else torch.float32
-        ours = our_model(model, small, reader, rounded)
-    theirs = their_model(folder, plan, small, architecture == OWN)
-    return compare(ours, theirs, small)
+    return prove(
+        model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
+    )

@@ -180,7 +180,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 @given(model=models())
 def test_any_model_is_exported_to_the_bound(

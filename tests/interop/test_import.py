@@ -141,7 +141,7 @@ LLAMA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_a_model_goes_in_and_out_again_to_the_bit(
     name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
