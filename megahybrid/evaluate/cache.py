@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.errors import ConfigError
+from megahybrid.model.attention import Attention
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents, additive
 from megahybrid.model.logit_scale import QueryScale
@@ -106,10 +107,9 @@ class Cache:
         batch, capacity = starts.shape
         shape = (batch, model.config.num_kv_heads, model.config.head_dim)
         self.layers = {
-            index: LayerCache(
-                model.blocks[index].attention.scheme, shape, capacity, weight.dtype, weight.device
-            )
-            for index in layers or range(len(model.blocks))
+            index: LayerCache(scheme, shape, capacity, weight.dtype, weight.device)
+            for index, scheme in enumerate(schemes_of(model))
+            if layers is None or index in layers
         }
         self.masks: dict[object, Tensor] = {}
 
@@ -161,6 +161,13 @@ class Cache:
         return _attend(q, keys, values, allowed, scale)
 
 
+def schemes_of(model: Transformer) -> list[AttentionScheme]:
+    """The scheme of each layer, as the model computes it."""
+    found = [module.scheme for module in model.modules() if isinstance(module, Attention)]
+    assert len(found) == len(model.blocks)
+    return found
+
+
 def seen(
     starts: Int[Tensor, "batch capacity"],
     queries: Int[Tensor, "queries"],
@@ -192,6 +199,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, scale: flo
     return out.flatten(1, 2).permute(2, 0, 1, 3)
 
 
+@torch.no_grad()
 def by_layers(
     model: Transformer,
     tokens: Int[Tensor, "batch seq"],
@@ -205,7 +213,7 @@ def by_layers(
     Memory beyond the weights: seq × batch × hidden once (changed in place), keys and values of one
     layer, and what one chunk needs: no term grows with the square of the length, nor with layers.
     """
-    hidden = model.embedding(tokens).clone()
+    hidden = model.embedding(tokens)
     for index, block in enumerate(model.blocks):
         cache = Cache(model, starts, layers=range(index, index + 1), observe=observe)
         for first in range(0, len(hidden), chunk_tokens):

@@ -1,0 +1,273 @@
+"""What the heads look at while they answer: attention mass, entropy, distance, by layer and head.
+
+Defined as in arXiv 2501.18795: the queries are the tokens of question and (teacher-forced) answer;
+each one's softmax row is summed over segments of the keys. Only those rows are ever computed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from megahybrid.evaluate.cache import by_layers
+from megahybrid.evaluate.example import BEGIN_TOKENS, SEGMENTS, Example
+from megahybrid.model.transformer import Transformer
+
+ROW_BYTES = 64 * 2**20  # of one piece of softmax rows; four such pieces are held at most
+LAST_DROPPED = 0.03  # of the keys, from curves against key position
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Means over the queries of question and answer (and over examples), by layer and head.
+
+    A missing logit at a lag (no query saw a key so far away) is NaN.
+    """
+
+    mass: Float[Tensor, "layers heads segments"]  # of begin, needle, context, end: sums to 1
+    entropy: Float[Tensor, "layers heads"]  # nats
+    max_logit: Float[Tensor, "layers heads"]  # the largest scaled score of all rows, not a mean
+    distance: Float[Tensor, "layers heads"]  # tokens from query to key, weighted by attention
+    sink: Float[Tensor, "layers heads"]  # mass on the first token of the query's document
+    retrieval: Float[Tensor, "layers heads"]  # needle mass of queries whose next token is answer
+    by_position: Float[Tensor, "layers heads bins"]  # mass per key, mean within each bin
+    position_edges: tuple[int, ...]  # bins are [edge, next edge) of key columns
+    logit_by_lag: Float[Tensor, "layers heads lags"]  # mean scaled score
+    lag_edges: tuple[int, ...]
+
+    @classmethod
+    def mean(cls, parts: "Sequence[Attention]") -> "Attention":
+        """The mean over examples of one length, each counting alike (max_logit: the largest)."""
+        means = {
+            name: torch.stack([getattr(part, name) for part in parts]).nanmean(dim=0)
+            for name, value in vars(parts[0]).items()
+            if isinstance(value, Tensor)
+        }
+        means["max_logit"] = torch.stack([part.max_logit for part in parts]).amax(dim=0)
+        return cls(**means, position_edges=parts[0].position_edges, lag_edges=parts[0].lag_edges)
+
+
+class Tally:
+    """Watches one example pass through the layers and sums over its end rows."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        example: Example,
+        starts: Int[Tensor, "one seq"],
+        *,
+        position_bins: int,
+        begin: int = BEGIN_TOKENS,
+    ) -> None:
+        length, device = len(example.tokens), model.embedding.weight.device
+        self.example, self.starts = example, starts.to(device)[0]
+        shape = (len(model.blocks), model.config.num_heads)
+        segments = example.segments(begin).to(device)
+        self.one_hot = torch.nn.functional.one_hot(segments, len(SEGMENTS)).double()
+        self.position_edges = position_edges(length, position_bins, begin)
+        edges = torch.tensor(self.position_edges, device=device)
+        self.bin = torch.bucketize(torch.arange(length, device=device), edges, right=True)
+        self.lag_edges = (0, *(min(2**n, length) for n in range(math.ceil(math.log2(length)) + 1)))
+        self.lags = torch.tensor(self.lag_edges, device=device)
+
+        def zeros(*last: int) -> Tensor:
+            return torch.zeros(*shape, *last, dtype=torch.float64, device=device)
+
+        self.mass, self.retrieval = zeros(len(SEGMENTS)), zeros()
+        self.entropy, self.distance, self.sink = zeros(), zeros(), zeros()
+        self.max_logit = zeros() - math.inf
+        self.by_bin = zeros(len(edges) + 1)
+        self.lag_sum, self.lag_count = zeros(len(self.lags)), zeros(len(self.lags))
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+        columns: Tensor,
+        allowed: Tensor,
+        scale: float,
+    ) -> None:
+        """One layer's queries of a chunk and all keys that they see."""
+        # Without a question the first answer token is predicted by a query before the end.
+        first = min(self.example.question, self.example.answer - 1)
+        rows = (queries >= first).nonzero().flatten()
+        if not len(rows):
+            return
+        piece = max(1, ROW_BYTES // (8 * q.shape[2] * len(columns)))
+        for some in rows.split(piece):
+            self._add(layer, q[some, 0], keys[0], queries[some], columns, allowed[0, some], scale)
+
+    def _add(
+        self,
+        layer: int,
+        q: Float[Tensor, "rows heads head_dim"],
+        keys: Float[Tensor, "kv_heads keys head_dim"],
+        queries: Int[Tensor, "rows"],
+        columns: Int[Tensor, "keys"],
+        allowed: Tensor,
+        scale: float,
+    ) -> None:
+        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        grouped = q.to(compute).unflatten(1, (len(keys), -1))  # [rows, kv_heads, group, head_dim]
+        scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys.to(compute)).flatten(0, 1) * scale
+        scores = scores.masked_fill(~allowed, -math.inf)  # [heads, rows, keys]
+        p = scores.softmax(dim=-1)
+
+        by_segment = p @ self.one_hot[columns].to(compute)  # [heads, rows, segments]
+        answering = (queries >= self.example.answer - 1) & (queries < len(self.example.tokens) - 1)
+        needle = by_segment[..., SEGMENTS.index("needle")]
+        self.retrieval[layer] += needle[:, answering].sum(1)
+        if queries[0] < self.example.question:
+            if len(queries) == 1:
+                return
+            queries, allowed = queries[1:], allowed[1:]
+            scores, p, by_segment = scores[:, 1:], p[:, 1:], by_segment[:, 1:]
+        self.mass[layer] += by_segment.sum(1)
+        self.entropy[layer] -= torch.xlogy(p, p).sum((1, 2))
+        self.max_logit[layer] = torch.maximum(self.max_logit[layer], scores.amax((1, 2)).double())
+        lag = queries[:, None] - columns
+        self.distance[layer] += (p * lag).sum((1, 2))
+        first = columns == self.starts[queries, None]
+        self.sink[layer] += (p * first).sum((1, 2))
+        self.by_bin[layer].index_add_(1, self.bin[columns], p.sum(1).double())
+        # What is not seen goes into the last place, which no lag has.
+        bucket = torch.bucketize(lag, self.lags, right=True) - 1
+        bucket = torch.where(allowed, bucket, len(self.lags) - 1).flatten()
+        known = scores.masked_fill(~allowed, 0).flatten(1).double()
+        self.lag_sum[layer].index_add_(1, bucket, known)
+        ones = torch.ones_like(known)
+        self.lag_count[layer].index_add_(1, bucket, ones)
+
+    def result(self) -> Attention:
+        """Means over the end rows."""
+        length = len(self.example.tokens)
+        rows, answers = length - self.example.question, length - self.example.answer
+        widths = torch.tensor(self.position_edges, device=self.bin.device).diff()
+        parts = {
+            "mass": self.mass / rows,
+            "entropy": self.entropy / rows,
+            "max_logit": self.max_logit,
+            "distance": self.distance / rows,
+            "sink": self.sink / rows,
+            "retrieval": self.retrieval / answers,
+            "by_position": self.by_bin[..., 1:-1] / (rows * widths),
+            "logit_by_lag": (self.lag_sum / self.lag_count)[..., :-1],
+        }
+        return Attention(
+            **{name: value.cpu() for name, value in parts.items()},
+            position_edges=self.position_edges,
+            lag_edges=self.lag_edges,
+        )
+
+
+def position_edges(length: int, bins: int, begin: int = BEGIN_TOKENS) -> tuple[int, ...]:
+    """Edges of `bins` bins of key columns (fewer where keys are), without the first ten and the
+    last three per cent, where sinks and the question stand."""
+    stop = max(begin + 1, length - math.ceil(LAST_DROPPED * length))
+    bins = min(bins, stop - begin)
+    return tuple(begin + (stop - begin) * n // bins for n in range(bins + 1))
+
+
+@torch.no_grad()
+def attention_of(
+    model: Transformer,
+    example: Example,
+    *,
+    starts: Int[Tensor, "one seq"] | None = None,
+    position_bins: int = 64,
+    chunk_tokens: int = 512,
+) -> tuple[Attention, Float[Tensor, "answer vocab"]]:
+    """The attention of one example's end rows, and the logits of its answer's tokens.
+
+    Memory beyond the weights is that of `by_layers` and four pieces of ROW_BYTES: it grows with
+    the length, not with its square. `starts` are given where the text holds several documents.
+    """
+    tokens = torch.tensor([example.tokens], device=model.embedding.weight.device)
+    starts = torch.zeros_like(tokens) if starts is None else starts.to(tokens.device)
+    tally = Tally(model, example, starts, position_bins=position_bins)
+    hidden = by_layers(model, tokens, starts, observe=tally, chunk_tokens=chunk_tokens)
+    asked = hidden[example.answer - 1 : -1]
+    return tally.result(), model.head.logits(asked, model.config.logit_scale)[:, 0]
+
+
+def retrieval_heads(attention: Attention, threshold: float) -> list[dict[str, Any]]:
+    """Heads that look at the needle while they answer, strongest first."""
+    found = (attention.retrieval >= threshold).nonzero().tolist()
+    heads = [
+        {"layer": layer, "head": head, "score": float(attention.retrieval[layer, head])}
+        for layer, head in found
+    ]
+    return sorted(heads, key=lambda one: -float(one["score"]))
+
+
+def to_json(attention: Attention, kinds: Sequence[str], threshold: float) -> dict[str, Any]:
+    """All figures by layer and head, their means by layer, by kind of layer and over all."""
+    layers = [
+        {
+            "layer": index,
+            "kind": kind,
+            **_summary(attention, [index]),
+            "heads": _heads(attention, index),
+        }
+        for index, kind in enumerate(kinds)
+    ]
+    return {
+        "segments": list(SEGMENTS),
+        "all": _summary(attention, list(range(len(kinds)))),
+        "by_kind": {
+            kind: {"layers": kinds.count(kind)}
+            | _summary(attention, [index for index, name in enumerate(kinds) if name == kind])
+            for kind in dict.fromkeys(kinds)
+        },
+        "layers": layers,
+        "retrieval_threshold": threshold,
+        "retrieval_heads": retrieval_heads(attention, threshold),
+        "position_edges": list(attention.position_edges),
+        "lag_edges": list(attention.lag_edges),
+    }
+
+
+def _summary(attention: Attention, layers: list[int]) -> dict[str, Any]:
+    """Means over heads and `layers` (the maximum of max_logit)."""
+    entropy = float(attention.entropy[layers].mean())
+    mass = attention.mass[layers].mean((0, 1)).tolist()
+    return {
+        "mass": dict(zip(SEGMENTS, mass, strict=True)),
+        "entropy_nats": entropy,
+        "entropy_bits": entropy / math.log(2),
+        "max_logit": float(attention.max_logit[layers].max()),
+        "distance": float(attention.distance[layers].mean()),
+        "sink": float(attention.sink[layers].mean()),
+        "retrieval": float(attention.retrieval[layers].mean()),
+        "by_position": attention.by_position[layers].mean((0, 1)).tolist(),
+        "logit_by_lag": _known(attention.logit_by_lag[layers].nanmean((0, 1))),
+    }
+
+
+def _heads(attention: Attention, layer: int) -> list[dict[str, Any]]:
+    entropy = attention.entropy[layer]
+    return [
+        {
+            "head": head,
+            "mass": dict(zip(SEGMENTS, attention.mass[layer, head].tolist(), strict=True)),
+            "entropy_nats": float(entropy[head]),
+            "entropy_bits": float(entropy[head]) / math.log(2),
+            "max_logit": float(attention.max_logit[layer, head]),
+            "distance": float(attention.distance[layer, head]),
+            "sink": float(attention.sink[layer, head]),
+            "retrieval": float(attention.retrieval[layer, head]),
+            "by_position": attention.by_position[layer, head].tolist(),
+            "logit_by_lag": _known(attention.logit_by_lag[layer, head]),
+        }
+        for head in range(len(entropy))
+    ]
+
+
+def _known(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
