@@ -9,6 +9,8 @@ from launch.records import jobs, record
 from launch.slurm import Queued, SlurmError
 from megahybrid.errors import ConfigError
 
+SETTLE_SECONDS = 5  # between a requeue and a start by hand
+
 
 def job_of(run_directory: Path) -> Job:
     """The run's last submission. Raises ConfigError where there was none."""
@@ -92,8 +94,10 @@ def requeue(run_directory: Path) -> str:
         slurm.warn(running[0].job)
         return f"job {running[0].task} saves and starts again"
     if pending:
-        slurm.call("scontrol", "update", f"JobId={pending[0].job}", "StartTime=now")
-        return f"job {pending[0].task} may start now"
+        # In the second of its requeue a job has no valid credentials, and a start then ends it.
+        start = f"StartTime=now+{SETTLE_SECONDS}"
+        slurm.call("scontrol", "update", f"JobId={pending[0].job}", start)
+        return f"job {pending[0].task} may start in {SETTLE_SECONDS} s"
     if found:
         raise ConfigError(
             f"job {found[0].task} of {run_directory} is {found[0].state}. Wait until it has ended."
