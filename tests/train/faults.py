@@ -1,5 +1,6 @@
 """What goes wrong on purpose: each function prepares one rank of a run before it starts."""
 
+import json
 import os
 import signal
 import time
@@ -42,7 +43,18 @@ def slow_save(rank: int) -> None:
 
 
 def stop_in_last_step(rank: int) -> None:
-    _at_step(STEPS, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    _at_step(STEPS, _stop)
+
+
+def slow_steps(rank: int) -> None:
+    """No fault: time enough to send signals between the steps that a test waits for."""
+    from megahybrid.train.engine import Engine
+
+    _before(Engine, "train_step", lambda *_, **__: time.sleep(0.1))
+
+
+def _stop(_engine: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _at_step(step: int, action: Callable[..., None]) -> None:
@@ -75,3 +87,35 @@ def user_mistake_on_one_rank(rank: int) -> None:
 
     if rank == 1:
         _at_step(3, refuse)
+
+
+def record_rows_and_stop(rank: int) -> None:
+    record_rows(rank)
+    _at_step(7, _stop)
+
+
+def record_rows(rank: int) -> None:
+    """No fault: every row that is trained on, into rows-ATTEMPT-RANK.jsonl of the run's folder."""
+    import megahybrid.train.run as module
+    from megahybrid.data.loader import BatchLoader, StepData
+
+    directory = [Path()]
+    _before(module.Attempt, "go", lambda attempt, *_: directory.append(attempt.directory))
+
+    class Recorder(BatchLoader):
+        def __next__(self) -> StepData:
+            step = super().__next__()
+            rows = [
+                {"tokens": tokens, "targets": targets, "starts": starts}
+                for batch in step.micro_batches
+                for tokens, targets, starts in zip(
+                    batch.tokens.tolist(), batch.targets.tolist(), batch.starts.tolist(),
+                    strict=True,
+                )
+            ]  # fmt: skip
+            plans = [[plan.source, [list(span) for span in plan.spans]] for plan in step.plans]
+            with open(directory[-1] / f"rows-{rank}.jsonl", "a") as file:
+                file.write(json.dumps({"plans": plans, "rows": rows}) + "\n")
+            return step
+
+    module.BatchLoader = Recorder  # type: ignore[misc]

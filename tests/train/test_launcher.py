@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.parallel.local_launch import STOP_SIGNALS, launch_local
-from tests.train.example import STEPS, arithmetic_of, steps_of, steps_so_far
+from tests.train.example import arithmetic_of, steps_of, steps_so_far
 from tests.train.forked import ROOT, Nursery, Ranks
 
 
@@ -76,11 +76,14 @@ def test_ranks_that_all_end_well_are_no_failure(tmp_path: Path, handlers: None) 
     assert not list(tmp_path.iterdir())
 
 
+LONGER = "stages.2.tokens=30720"  # so that a run goes on while a test looks
+
+
 class Launch:
     """`megahybrid train … --processes 2` in a process group of its own."""
 
     def __init__(self, folder: Path, *overrides: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "megahybrid", "train", "run.yaml", *overrides]
+        command = [sys.executable, "-m", "megahybrid", "train", "run.yaml", LONGER, *overrides]
         self.output = folder / "output"
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
@@ -136,7 +139,7 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
 ) -> None:
     run = example / "launched"
     whole = Ranks(
-        nursery, ["train", "run.yaml", "directory=whole", "parallel.tensor=2"], 2, example
+        nursery, ["train", "run.yaml", LONGER, "directory=whole", "parallel.tensor=2"], 2, example
     )
     assert whole.wait() == [0, 0], whole.text()
 
@@ -173,7 +176,6 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
     assert launch.wait() == 0, launch.output.read_text()
     assert launch.last_line().startswith("Run launched is complete")
     assert arithmetic_of(run) == arithmetic_of(example / "whole")
-    assert len(arithmetic_of(run)) == STEPS
 
 
 RAISED: dict[str, tuple[str, int, str]] = {

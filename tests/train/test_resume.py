@@ -80,7 +80,7 @@ def test_a_run_goes_on_with_another_layout(change: str, nursery: Nursery, exampl
     same = ["optimizer.eps=1e-5"]
     finish(nursery, example, "whole", before[0], *before[1], *same)
     arguments = ["train", "run.yaml", "directory=moved", *before[1], *same]
-    ranks = Ranks(nursery, arguments, before[0], example)
+    ranks = Ranks(nursery, arguments, before[0], example, fault="slow_steps")
     assert ranks.until(lambda: steps_so_far(example / "moved") >= 7)
     ranks.send(signal.SIGTERM)
     assert ranks.wait() == [75] * before[0], ranks.text()

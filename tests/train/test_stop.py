@@ -28,7 +28,7 @@ def test_ranks_stop_when_one_or_all_are_told_and_the_run_is_the_same(
     assert whole.wait() == [0, 0], whole.text()
 
     def stop(after: int, *signals: tuple[signal.Signals, tuple[int, ...]]) -> Ranks:
-        ranks = Ranks(nursery, [*TENSOR, "directory=stopped"], 2, example)
+        ranks = Ranks(nursery, [*TENSOR, "directory=stopped"], 2, example, fault="slow_steps")
         assert ranks.until(lambda: steps_so_far(run) >= after), ranks.text()
         for number, receivers in signals:
             ranks.send(number, *receivers)
