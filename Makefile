@@ -11,7 +11,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test check format bench bench-gpu wheelhouse docs clean distclean
+.PHONY: help install install-dev demo test test-faults check format bench bench-gpu wheelhouse docs clean distclean
 
 RUNTIME := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
@@ -93,6 +93,9 @@ $(DEMO)/data: | $(DEMO)/tokenizer.model
 
 test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(DEVELOPMENT) ## ranks killed and hung, nodes lost, on this machine and on a Slurm of its own
+	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
 check: $(DEVELOPMENT) ## format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check .
