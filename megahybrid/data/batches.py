@@ -1,8 +1,9 @@
 """`Batch`: rows as the model takes them, and the cutting of a step's rows among ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,31 +14,81 @@ from megahybrid.errors import DataError
 
 IGNORED = -100
 Documents = Literal["masked", "joined"]
+NOWHERE = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows [batch, seq], int64, numpy arrays or (after `tensors`) torch tensors.
-
-    targets: the token that follows on disk; -100 after eod, at a join and where nothing follows.
-    starts: index within the row of the first token of each token's document.
-    """
+class Tensors(NamedTuple):
+    """Torch tensors [batch, seq], int64."""
 
     tokens: Any
     targets: Any
     starts: Any
 
-    def tensors(self, device: Any = "cpu") -> "Batch":
-        """The same rows as torch tensors on `device` (the only place where data meets torch)."""
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows in the ids' own width, and where in them documents end.
+
+    ids [batch, seq + 1]: each row's inputs and the token that follows the last on disk. ignored:
+    places (row * seq + column) whose target does not count: eod, a join, the end of the file, and
+    whatever fills a short row. cuts: places that are the last of their document. Wide arrays are
+    made from these when they are asked for, on the device that needs them.
+    """
+
+    ids: Array
+    ignored: Array
+    cuts: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and inputs of a row."""
+        return self.ids.shape[0], self.ids.shape[1] - 1
+
+    @cached_property
+    def tokens(self) -> Array:
+        """Inputs [batch, seq], int64."""
+        return self.ids[:, :-1].astype(np.int64)
+
+    @cached_property
+    def targets(self) -> Array:
+        """The token that follows on disk [batch, seq], int64; -100 where it does not count."""
+        targets = self.ids[:, 1:].astype(np.int64)
+        targets.reshape(-1)[self.ignored] = IGNORED
+        return targets
+
+    @cached_property
+    def starts(self) -> Array:
+        """Index within the row of the first token of each token's document [batch, seq], int64."""
+        rows, length = self.shape
+        first = np.unique(np.concatenate([np.arange(rows) * length, self.cuts + 1]))
+        first = first[first < rows * length]
+        starts = np.repeat(first % length, np.diff(np.append(first, rows * length)))
+        return starts.reshape(rows, length)
+
+    def without_cuts(self) -> "Batch":
+        """The same rows, each as if it were one document to attention."""
+        return replace(self, cuts=NOWHERE)
+
+    def tensors(self, device: Any = "cpu") -> Tensors:
+        """The rows as torch tensors on `device` (the only place where data meets torch).
+
+        Narrow ids travel to a GPU and are widened there.
+        """
         import torch
+
+        pinned = torch.device(device).type == "cuda"
 
         def move(values: Array) -> Any:
             tensor = torch.from_numpy(values)
-            if torch.device(device).type == "cuda":
-                return tensor.pin_memory().to(device, non_blocking=True)
-            return tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor
 
-        return Batch(move(self.tokens), move(self.targets), move(self.starts))
+        # torch knows little of unsigned ids: they travel as signed ones of the same width.
+        ids = move(self.ids.view(f"i{self.ids.dtype.itemsize}")).long()
+        if self.ids.dtype.kind == "u":
+            ids &= 2 ** (8 * self.ids.dtype.itemsize) - 1
+        targets = ids[:, 1:].contiguous()
+        targets.view(-1)[move(self.ignored)] = IGNORED
+        return Tensors(ids[:, :-1].contiguous(), targets, move(self.starts))
 
 
 def make_batch(
@@ -52,32 +103,61 @@ def make_batch(
     joins. joined: only at joins. The target after eod does not count in either.
     A plan shorter than `length` is filled with id 0 that nothing counts and nothing sees.
     """
-    tokens = np.zeros((len(plans), length), np.int64)
-    targets = np.zeros((len(plans), length), np.int64)
+    used = {plan.source for plan in plans if plan.spans}
+    dtypes = {datasets[name].dtype for name in used}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.int32 if dtypes else np.uint16)
+    ids = np.empty((len(plans), length + 1), dtype)
+    # Where one number ends the documents of all rows, it is looked for once, in the whole batch.
+    eods = {datasets[name].eod_id for name in used}
+    eod = eods.pop() if len(eods) == 1 else None
     ends: list[Array] = []  # flat index of each document's last token
     breaks: list[int] = []  # the same, of joins alone
+    filled: list[Array] = []
     for row, plan in enumerate(plans):
-        dataset, place = datasets[plan.source], 0
+        place = written = 0
+        flat = row * length
         for start, size in plan.spans:
-            extra = 1 if start + size < dataset.tokens else 0
-            ids = dataset.read(start, size + extra)
-            tokens[row, place : place + size] = ids[:size]
-            targets[row, place : place + size - 1 + extra] = ids[1:]
-            flat = row * length + place
-            ends.append(dataset.document_ends(start, ids[:size]) + flat)
+            dataset = datasets[plan.source]
+            tokens = dataset.read(start, size + (start + size < dataset.tokens), False)
+            written = place + len(tokens)
+            ids[row, place:written] = tokens
+            if eod is None:
+                ends.append(dataset.document_ends(start, tokens[:size]) + (flat + place))
             place += size
-            if place < length or not extra:
-                breaks.append(flat + size - 1)
-        if place < length:
-            targets[row, place:] = IGNORED
-    flat_targets = targets.reshape(-1)
-    last = np.concatenate([*ends, np.asarray(breaks, np.int64)])
-    flat_targets[last] = IGNORED
-    cuts = last if documents == "masked" else np.asarray(breaks, np.int64)
-    first = np.unique(np.concatenate([np.arange(len(plans)) * length, cuts + 1]))
-    first = first[first < targets.size]
-    starts = np.repeat(first % length, np.diff(np.append(first, targets.size)))
-    return Batch(tokens, targets, starts.reshape(tokens.shape))
+            if place < length or written == place:
+                breaks.append(flat + place - 1)
+        if written <= length:
+            ids[row, written:] = 0
+            filled.append(np.arange(flat + place, flat + length))
+    _check_ids(datasets, plans, ids)
+    if eod is not None:
+        found = np.flatnonzero(ids == eod)
+        rows, columns = np.divmod(found, length + 1)
+        ends = [(found - rows)[columns < length]]
+    joins = np.asarray(breaks, np.int64)
+    last = np.concatenate([*ends, joins])
+    return Batch(
+        ids,
+        np.concatenate([last, *filled]) if filled else last,
+        last if documents == "masked" else joins,
+    )
+
+
+def _check_ids(datasets: Mapping[str, TokenDataset], plans: Sequence[RowPlan], ids: Array) -> None:
+    """Looks at the whole batch at once; at the rows one by one only to name what is wrong."""
+    smallest = min((datasets[plan.source].vocab_size for plan in plans if plan.spans), default=1)
+    unsigned = np.dtype(f"u{ids.dtype.itemsize}")
+    if (
+        smallest > np.iinfo(unsigned).max
+        or not ids.size
+        or int(ids.view(unsigned).max()) < smallest
+    ):
+        return
+    for plan in plans:
+        dataset = datasets[plan.source] if plan.spans else None
+        for start, size in plan.spans if dataset else ():
+            assert dataset is not None
+            dataset.read(start, size + (start + size < dataset.tokens))
 
 
 def rank_rows(rows: int, rank: int, world_size: int, micro_rows: int) -> list[range]:

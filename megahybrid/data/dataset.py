@@ -77,7 +77,7 @@ class TokenDataset:
             self.starts.append(self.starts[-1] + shard.tokens)
         self.tokens = self.starts[-1]
         self._maps: OrderedDict[int, Array] = OrderedDict()
-        dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
+        dtype = self.dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
         # Read as unsigned, a negative id is a huge one: a single maximum checks both ends.
         self._unsigned = np.dtype(f"<u{dtype.itemsize}")
         self._check_ids = self.vocab_size <= np.iinfo(self._unsigned).max
@@ -166,10 +166,10 @@ class TokenDataset:
             self._maps.popitem(last=False)  # unmapped when the last view of it is gone
         return tokens
 
-    def read(self, start: int, length: int) -> Array:
+    def read(self, start: int, length: int, check_ids: bool = True) -> Array:
         """Tokens start … start + length - 1 in the file's dtype, as a view where one shard has all.
 
-        Raises DataError when an id is not below vocab_size.
+        Raises DataError when an id is not below vocab_size, unless the caller checks that.
         """
         number = bisect_right(self.starts, start) - 1
         first = start - self.starts[number]
@@ -180,7 +180,12 @@ class TokenDataset:
             tokens = self._mapped(number)[first : first + length]
         else:
             tokens = np.concatenate(list(self._pieces(start, length)))
-        if self._check_ids and length and int(tokens.view(self._unsigned).max()) >= self.vocab_size:
+        if (
+            check_ids
+            and self._check_ids
+            and length
+            and int(tokens.view(self._unsigned).max()) >= self.vocab_size
+        ):
             self._refuse_id(start, tokens)
         return tokens
 

@@ -1,12 +1,9 @@
 """Rows for evaluation: each held-out token at most once, in rows that all ranks cut alike."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from heapq import nlargest
 from itertools import groupby, islice
 from typing import Literal
-
-import numpy as np
 
 from megahybrid.data.batches import Batch, Documents, make_batch
 from megahybrid.data.dataset import TokenDataset
@@ -74,7 +71,7 @@ def evaluation_batches(
             if rows == "documents":
                 # One document a row: what fills it up comes later and is seen by no counted token,
                 # and attention without boundaries is faster.
-                batch = replace(batch, starts=np.zeros_like(batch.starts))
+                batch = batch.without_cuts()
             yield batch
 
 

@@ -187,12 +187,28 @@ def test_batches_are_those_written_out_token_by_token(
         assert {batch.tokens.dtype, batch.targets.dtype, batch.starts.dtype} == {np.dtype("int64")}
 
 
-def test_batch_becomes_tensors_of_the_same_values(datasets: dict[str, TokenDataset]) -> None:
-    runs = mixture(datasets)
-    batch = read_step(runs, runs.start(), StepShape(16, 4, 4)).micro_batches[0]
+@pytest.mark.parametrize("vocab_size", [60_000, 100_000])
+def test_batch_becomes_tensors_of_the_same_values(tmp_path: Path, vocab_size: int) -> None:
+    dataset = write_corpus(tmp_path, [60, 7, 200], vocab_size=vocab_size)
+    runs = Mixture({"web": dataset}, {"web": 1}, seed=3, block_tokens=64, lanes=4)
+    batch = read_step(runs, runs.start(), StepShape(16, 8, 8)).micro_batches[0]
+    assert batch.tokens.max() > 2**15
     tensors = batch.tensors()
-    assert (tensors.tokens.numpy() == batch.tokens).all()
-    assert (tensors.starts.numpy() == batch.starts).all()
+    for ours, theirs in zip(tensors, (batch.tokens, batch.targets, batch.starts), strict=True):
+        assert (ours.numpy() == theirs).all() and str(ours.dtype) == "torch.int64"
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("vocab_size", [60_000, 100_000])
+def test_id_beyond_the_vocabulary_is_named_by_the_batch(tmp_path: Path, vocab_size: int) -> None:
+    dataset = write_corpus(tmp_path, [60, 7, 200], vocab_size=vocab_size)
+    raw = np.memmap(tmp_path / "shard-00000.bin", dataset.dtype, mode="r+")
+    raw[100] = -1 if vocab_size > 2**16 else 65_535
+    raw.flush()
+    plans = [RowPlan("web", ((0, 64),)), RowPlan("web", ((64, 64),))]
+    with pytest.raises(DataError, match="token id (-1|65535) at token 100, not below vocab_size="):
+        make_batch({"web": dataset}, plans, 64)
+    make_batch({"web": dataset}, plans[:1], 64)
 
 
 def test_dropped_source_goes_on_where_it_was(datasets: dict[str, TokenDataset]) -> None:
