@@ -119,3 +119,85 @@ def record_rows(rank: int) -> None:
             return step
 
     module.BatchLoader = Recorder  # type: ignore[misc]
+
+
+def no_wrap_of_norms(rank: int) -> None:
+    from megahybrid.model import norm
+
+    norm.copy_to_tensor = lambda weight, axis: weight  # type: ignore[assignment]
+
+
+def no_wrap_of_shared_heads(rank: int) -> None:
+    from megahybrid.parallel import linear
+
+    linear.all_reduce = lambda gradient, axis: gradient  # type: ignore[assignment]
+
+
+def _marks(value: bool | None) -> None:
+    """Marks that say the same of every parameter, or none."""
+    from megahybrid.model.transformer import Transformer
+
+    original = Transformer.__init__
+
+    def build(model: Any, *args: Any, **kwargs: Any) -> None:
+        original(model, *args, **kwargs)
+        for parameter in model.parameters():
+            if value is None:
+                del parameter.tensor_model_parallel
+            else:
+                parameter.tensor_model_parallel = value
+
+    Transformer.__init__ = build  # type: ignore[method-assign]
+
+
+def marks_on_all(rank: int) -> None:
+    _marks(True)
+
+
+def marks_on_none(rank: int) -> None:
+    _marks(False)
+
+
+def marks_forgotten(rank: int) -> None:
+    _marks(None)
+
+
+def another_replica(rank: int) -> None:
+    """From step 6 on, one rank's final norm has other weights than its peer's."""
+
+    def change(engine: Any) -> None:
+        for piece in engine.state.pieces:
+            if piece.name == "final_norm.weight":
+                piece.view("weight", engine.optimizer).add_(0.01)
+
+    if rank == 1:
+        _at_step(6, change)
+
+
+def no_number_in_third_step(rank: int) -> None:
+    if rank == 1:
+        _poison(lambda step: step == 3)
+
+
+def no_numbers(rank: int) -> None:
+    if rank == 1:
+        _poison(lambda step: True)
+
+
+def _poison(when: Callable[[int], bool]) -> None:
+    """A loss, and so a gradient, that is no number."""
+    from megahybrid.model.transformer import Transformer
+    from megahybrid.train.engine import Engine
+
+    step = [0]
+    original = Transformer.forward
+
+    def count(*_: Any, **__: Any) -> None:
+        step[0] += 1
+
+    def forward(model: Any, *args: Any) -> Any:
+        loss, per_token = original(model, *args)
+        return (loss * float("nan") if model.training and when(step[0]) else loss), per_token
+
+    _before(Engine, "train_step", count)
+    Transformer.forward = forward  # type: ignore[method-assign]
