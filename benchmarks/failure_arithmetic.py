@@ -18,6 +18,13 @@ from dataclasses import asdict, dataclass, replace
 HOUR = 3600.0
 DAY = 24 * HOUR
 
+BYTES_PER_PARAMETER = 12  # weight and two moments, fp32
+# Measured by benchmarks/checkpoint_io.py on the 2-core development machine: 288 MiB of one rank
+# were safe on disk after 0.62 s, and training waited for 11 % of that.
+RANK_RATE = 288 * 2**20 / 0.622
+STALL_SHARE = 0.112
+SHARED_RATE = 2e12  # Llama 3's storage, sustained (arXiv 2407.21783, sec. 3.3.1)
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -66,6 +73,12 @@ def daly(stall: float, mean: float) -> float:
         return mean
     x = stall / (2 * mean)
     return math.sqrt(2 * stall * mean) * (1 + math.sqrt(x) / 3 + x / 9) - stall
+
+
+def save_seconds(parameters: float, ranks: int, rank_rate: float, shared_rate: float) -> float:
+    """Of a whole checkpoint: every rank writes its share, the storage takes them all."""
+    total = BYTES_PER_PARAMETER * parameters
+    return max(total / ranks / rank_rate, total / shared_rate)
 
 
 def young(stall: float, mean: float) -> float:
@@ -164,14 +177,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--days", type=float, default=54.0)
     parser.add_argument("--failures", type=int, default=419)
-    parser.add_argument("--save-seconds", type=float, default=60.0, help="of a whole checkpoint")
-    parser.add_argument("--stall-seconds", type=float, default=5.0, help="that training waits")
+    parser.add_argument("--parameters", type=float, default=405e9)
+    parser.add_argument("--ranks", type=int, default=16_384)
+    parser.add_argument(
+        "--rank-rate", type=float, default=RANK_RATE, help="bytes per second that a rank saves"
+    )
+    parser.add_argument(
+        "--shared-rate", type=float, default=SHARED_RATE, help="that the storage takes from all"
+    )
+    parser.add_argument("--save-seconds", type=float, help="instead of parameters and rates")
+    parser.add_argument("--stall-seconds", type=float, help="that training waits for a save")
     parser.add_argument("--start-seconds", type=float, default=300.0, help="to the first step")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     cluster = Cluster(days=asked.days, failures=asked.failures)
-    recovery = Recovery(asked.save_seconds, asked.stall_seconds, asked.start_seconds)
+    save = asked.save_seconds or save_seconds(
+        asked.parameters, asked.ranks, asked.rank_rate, asked.shared_rate
+    )
+    recovery = Recovery(save, asked.stall_seconds or STALL_SHARE * save, asked.start_seconds)
     seeds = range(asked.seeds)
     shares = {name: effective(cluster, one, seeds) for name, one in variants(recovery).items()}
     if asked.json:
@@ -179,9 +203,10 @@ def main() -> None:
         print(json.dumps(facts, indent=2))
         return
     mean = cluster.mean_seconds
+    print(f"a save takes {save:.1f} s, of which training waits {recovery.stall_seconds:.2f} s")
     print(f"mean time between failures {mean / HOUR:.2f} h over {cluster.days:g} days")
     print(
-        f"interval between saves for a stall of {recovery.stall_seconds:g} s: "
+        f"interval between saves: "
         f"Young {young(recovery.stall_seconds, mean) / 60:.1f} min, "
         f"Daly {daly(recovery.stall_seconds, mean) / 60:.1f} min"
     )

@@ -158,12 +158,14 @@ def measured(run_directory: Path) -> dict[str, float | None]:
     saves: list[float] = []
     steps: list[float] = []
     rates: list[float] = []
+    validations: list[float] = []
     for line in ledger_tail(run_directory):
         if line.get("kind") == "event" and line.get("event") == "save":
             with contextlib.suppress(KeyError, TypeError, ValueError):
                 saves.append(float(line["detail"]["seconds"]))
         elif line.get("kind") == "step" and len(steps) < 200:
             seconds = line.get("seconds") or {}
+            validations.append(float(seconds.get("evaluate") or 0))
             steps.append(sum(v for k, v in seconds.items() if k not in ("save", "evaluate")))
             if line.get("tokens_per_second"):
                 rates.append(float(line["tokens_per_second"]) * 3600)
@@ -171,13 +173,15 @@ def measured(run_directory: Path) -> dict[str, float | None]:
     return {
         "save_seconds": max(saves[:10], default=None),
         "step_seconds": max(steps, default=None),
+        "evaluate_seconds": max(validations, default=None),
         "tokens_per_hour": rates[len(rates) // 2] if rates else None,
     }
 
 
 def stop_lead(run_directory: Path, least: int) -> int:
-    """Seconds before the time limit at which to stop: one step and twice the longest save, with
-    a minute for Slurm's own coarse clock, and never under `least`."""
+    """Seconds before the time limit at which to stop: twice what the longest save, step and
+    validation took, with a minute for Slurm's own coarse clock, and never under `least`."""
     known = measured(run_directory)
-    needed = 60 + 2 * (known["save_seconds"] or 0) + 2 * (known["step_seconds"] or 0)
+    longest = (known[name] or 0 for name in ("save_seconds", "step_seconds", "evaluate_seconds"))
+    needed = 60 + 2 * sum(longest)
     return max(least, int(needed) + 1)
