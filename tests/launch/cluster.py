@@ -83,15 +83,29 @@ class Cluster:
     def power_off(self, node: str) -> None:
         """Takes a node's daemon and every process of the jobs on it away in one stroke."""
         slurmd = self._processes[node]
-        members = [slurmd.pid, *_descendants(slurmd.pid), *_steps_of(node)]
+        members = [slurmd.pid, *_descendants(slurmd.pid), *self._steps(node)]
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         slurmd.wait(10)
 
-    def ranks_on(self, node: str) -> list[int]:
-        """Process numbers of what jobs started on a node."""
-        return [pid for step in _steps_of(node) for pid in _descendants(step)]
+    def _steps(self, node: str) -> list[int]:
+        """Every process of the jobs on a node. slurmstepd leaves slurmd's tree; the environment of
+        what it started says on which node, and of which cluster, it is."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if not path.read_bytes().startswith(b"slurmstepd"):
+                    continue
+                step = int(path.parent.name)
+                below = _descendants(step)
+                ours = {
+                    "SLURMD_NODENAME": node,
+                    "SLURM_CONF": self.environment["SLURM_CONF"],
+                }
+                if any(ours.items() <= _environment(pid).items() for pid in below):
+                    found += [step, *below]
+        return found
 
     def _start(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.out", "a") as log:
@@ -115,7 +129,7 @@ class Cluster:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for pid in [*below, *(_steps_of(name) if name in self.nodes else [])]:
+        for pid in [*below, *(self._steps(name) if name in self.nodes else [])]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -232,21 +246,6 @@ def _descendants(pid: int) -> list[int]:
         below = children.get(open_.pop(), [])
         found += below
         open_ += below
-    return found
-
-
-def _steps_of(node: str) -> list[int]:
-    """slurmstepd leaves slurmd's tree; its environment still says on which node it is."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if b"slurmstepd" not in path.read_bytes():
-                continue
-            pid = int(path.parent.name)
-            if any(
-                _environment(below).get("SLURMD_NODENAME") == node for below in _descendants(pid)
-            ):
-                found.append(pid)
     return found
 
 
