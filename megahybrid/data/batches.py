@@ -86,7 +86,8 @@ class Batch:
         ids = move(self.ids.view(f"i{self.ids.dtype.itemsize}")).long()
         if self.ids.dtype.kind == "u":
             ids &= 2 ** (8 * self.ids.dtype.itemsize) - 1
-        targets = ids[:, 1:].contiguous()
+        # A copy also of a single row, whose slice is contiguous as it lies.
+        targets = ids[:, 1:].clone(memory_format=torch.contiguous_format)
         targets.view(-1)[move(self.ignored)] = IGNORED
         return Tensors(ids[:, :-1].contiguous(), targets, move(self.starts))
 

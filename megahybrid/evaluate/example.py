@@ -19,15 +19,18 @@ class Example:
     """Tokens of one document: haystack with needles, then question, then the expected answer.
 
     `question` and `answer` are the indices of their first tokens; the answer reaches to the end.
-    `needles` are [start, stop) of the inserted sentences that hold the answer. `labels` say what
-    the example is (length, depth, …), for tables.
+    `needles` are [start, stop) of the inserted sentences that hold the answer; `asked` are the
+    indices of answer tokens that count (None: all). `labels` say what the example is (length,
+    depth, …), for tables. `references` are the strings to find in generated text.
     """
 
     tokens: tuple[int, ...]
     question: int
     answer: int
     needles: tuple[tuple[int, int], ...] = ()
+    asked: tuple[int, ...] | None = None
     labels: dict[str, Any] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         size = len(self.tokens)
@@ -35,6 +38,11 @@ class Example:
             raise ConfigError(
                 f"question={self.question} and answer={self.answer} do not lie in this order "
                 f"within tokens ({size}). Put the answer last, behind at least one token."
+            )
+        if self.asked is not None and not all(self.answer <= n < size for n in self.asked):
+            raise ConfigError(
+                f"asked={list(self.asked)} lies outside the answer (tokens {self.answer} to "
+                f"{size - 1}). Name tokens of the answer."
             )
         for start, stop in self.needles:
             if not 0 <= start < stop <= self.question:
@@ -52,6 +60,11 @@ class Example:
     def expected(self) -> tuple[int, ...]:
         """The answer."""
         return self.tokens[self.answer :]
+
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """Indices of the answer tokens that count."""
+        return self.asked or tuple(range(self.answer, len(self.tokens)))
 
     def segments(self, begin: int = BEGIN_TOKENS) -> Int[Tensor, "seq"]:
         """The index in SEGMENTS of each token.

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megahybrid.data.batches import make_batch
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.mixture import RowPlan
 from tests.data.corpus import PlainOrder
 from tests.train.example import STEPS, steps_of
 from tests.train.forked import Nursery, Ranks
@@ -142,3 +144,15 @@ def test_weights_are_kept_in_every_stage(runs: Path) -> None:
             for name in ("books", "code"):
                 expected = share.get(name, 0.0) * sum(had.values())
                 assert abs(had[name] - expected) <= 512
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_does_not_count_is_left_out_of_targets_alone(rows: int, prepared: Path) -> None:
+    """A single row's slices of one tensor are contiguous: they must not share its memory."""
+    books = TokenDataset(prepared / "books")
+    plans = [RowPlan("books", ((64 * row, 512),)) for row in range(rows)]
+    batch = make_batch({"books": books}, plans, 512)
+    moved = batch.tensors()
+    np.testing.assert_array_equal(moved.tokens, batch.tokens)
+    np.testing.assert_array_equal(moved.targets, batch.targets)
+    assert (moved.tokens >= 0).all() and (moved.targets == -100).any()

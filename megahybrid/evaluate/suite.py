@@ -1,0 +1,126 @@
+"""A suite run on a model: examples drawn, scored and put into tables."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megahybrid.config.suite import NeedleTask, RulerTask, Suite, SyntheticTask, Task
+from megahybrid.evaluate.answers import by_labels, score_answers
+from megahybrid.evaluate.example import Example, same_length
+from megahybrid.evaluate.generation import greedy
+from megahybrid.evaluate.haystack import Material
+from megahybrid.evaluate.needle import NeedleMaker
+from megahybrid.evaluate.ruler import RulerMaker, generated_tokens, matches
+from megahybrid.evaluate.synthetic import PUZZLES, Alphabet
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.random import key
+
+Tell = Callable[[str, int, int], None]
+
+
+def drawn(seed: int, *names: str | int) -> np.random.Generator:
+    """The draws of one example, a function of the names alone."""
+    return np.random.Generator(np.random.Philox(key=key(seed, "suite", *names)))
+
+
+def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Example]:
+    """Every example of one task, labelled; of RULER's tasks too, with the task as a label."""
+    found: list[Example] = []
+    if isinstance(task, NeedleTask):
+        maker = NeedleMaker(task, material)
+        for length in task.lengths:
+            for depth in task.depths:
+                for trial in range(task.trials):
+                    draw = drawn(seed, name, length, str(depth), trial)
+                    found.append(maker.make(length, depth, draw))
+    elif isinstance(task, SyntheticTask):
+        ids = Alphabet(*(task.ids or (0, material.vocab_size)))
+        for length in task.lengths:
+            for trial in range(task.trials):
+                draw = drawn(seed, name, length, trial)
+                one = PUZZLES[task.kind](length, task.pairs, ids, draw)
+                one.labels.update(length=length)
+                found.append(one)
+    else:
+        ruler = RulerMaker(task, material)
+        for which in task.tasks:
+            for length in task.lengths:
+                for trial in range(task.trials):
+                    one = ruler.make(which, length, drawn(seed, name, which, length, trial))
+                    one.labels.update(task=which, length=length)
+                    found.append(one)
+    return found
+
+
+def run_suite(
+    model: Transformer, suite: Suite, material: Material, tell: Tell = lambda name, done, of: None
+) -> dict[str, Any]:
+    """Scores of every task, as JSON values; `tell` is told a task's progress."""
+    results: dict[str, Any] = {}
+    for name, task in suite.tasks.items():
+        examples = examples_of(name, task, suite.seed, material)
+        result: dict[str, Any] = {"kind": task.kind, "trials": task.trials}
+        if isinstance(task, RulerTask):
+            result["rows"] = _ruler(model, name, examples, suite, material, tell)
+        else:
+            labels = ("length", "depth") if isinstance(task, NeedleTask) else ("length",)
+
+            def told(done: int, name: str = name, of: int = len(examples)) -> None:
+                tell(name, done, of)
+
+            vocab_size = material.vocab_size
+            scores = score_answers(
+                model, examples, vocab_size=vocab_size, batch_tokens=suite.batch_tokens, tell=told
+            )
+            result["rows"] = by_labels(examples, scores, labels)
+            result["by_length"] = by_labels(examples, scores, ("length",))
+        if isinstance(task, NeedleTask):
+            result["variant"] = task.variant
+            result["haystack"] = task.haystack.kind
+        results[name] = result
+    return {"seed": suite.seed, "tasks": results}
+
+
+def _ruler(
+    model: Transformer,
+    name: str,
+    examples: list[Example],
+    suite: Suite,
+    material: Material,
+    tell: Tell,
+) -> list[dict[str, Any]]:
+    """A row for each of RULER's tasks and lengths: the mean share of references found."""
+    assert material.tokenizer is not None  # needles were encoded with it
+    decode, eod_id = material.tokenizer.decode, material.tokenizer.info.eod_id
+    shares: dict[tuple[str, int], list[float]] = {}
+    done = 0
+    for which in dict.fromkeys(example.labels["task"] for example in examples):
+        for batch in same_length(
+            [e for e in examples if e.labels["task"] == which], suite.batch_tokens
+        ):
+            length = batch[0].labels["length"]
+            added = greedy(
+                model,
+                [example.prompt for example in batch],
+                generated_tokens(which, length),
+                vocab_size=material.vocab_size,
+                ends=lambda tokens: tokens[-1] == eod_id,
+            )
+            for example, tokens in zip(batch, added, strict=True):
+                share = matches(which, example.references, decode(tokens))
+                shares.setdefault((which, example.labels["length"]), []).append(share)
+            done += len(batch)
+            tell(name, done, len(examples))
+    return [
+        {
+            "task": which,
+            "length": length,
+            "trials": len(found),
+            "score": float(np.mean(found)),
+            "standard_error": float(np.std(found, ddof=1) / len(found) ** 0.5)
+            if len(found) > 1
+            else None,
+        }
+        for (which, length), found in sorted(shares.items())
+    ]

@@ -1,0 +1,66 @@
+"""What suites need of a trained model's run: its tokenizer and held-out sets, and a place to keep
+results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megahybrid.config.suite import HeldOutHaystack, NeedleTask, RulerTask, Suite, SyntheticTask
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.evaluate.haystack import Material
+from megahybrid.train.held_out import open_held_out
+from megahybrid.train.sample_command import tokenizer_of
+from megahybrid.train.trained_model import TrainedModel
+
+EVALUATIONS = "evaluations"  # folder within a run
+
+
+def material_of(trained: TrainedModel, suite: Suite, tokenizer: Path | None) -> Material:
+    """The tokenizer and held-out sets that the suite's tasks ask for, and no other."""
+    tasks = list(suite.tasks.values())
+    words: Tokenizer | None = None
+    if not all(isinstance(task, SyntheticTask) for task in tasks) and (
+        tokenizer is not None or trained.run.data.tokenizer is not None
+    ):
+        words = tokenizer_of(trained.run, tokenizer)[0]
+    hays = [task.haystack for task in tasks if isinstance(task, NeedleTask)]
+    hays += [task.essay for task in tasks if isinstance(task, RulerTask)]
+    needs_sets = any(isinstance(hay, HeldOutHaystack) for hay in hays)
+    return Material(
+        vocab_size=trained.run.model.vocab_size if words is None else words.info.vocab_size,
+        tokenizer=words,
+        held_out=open_held_out(trained.run) if needs_sets else {},
+    )
+
+
+def header(trained: TrainedModel) -> dict[str, Any]:
+    """Which model a result is of."""
+    return {
+        "checkpoint": str(trained.checkpoint),
+        "step": trained.step,
+        "tokens": trained.tokens,
+        "stage": trained.stage.name,
+        "trained_length": trained.length,
+        "device": trained.mesh.device.type,
+        "precision": trained.precision,
+    }
+
+
+def keep(trained: TrainedModel, kind: str, name: str, result: dict[str, Any]) -> Path | None:
+    """Writes a result into the run's `evaluations`, for its report: `step-….kind.name.json`.
+
+    None where the checkpoint lies in no run, or the run cannot be written to.
+    """
+    checkpoints = trained.checkpoint.resolve().parent
+    if checkpoints.name != "checkpoints":
+        return None
+    folder = checkpoints.parent / EVALUATIONS
+    path = folder / f"step-{trained.step:08d}.{kind}.{name}.json"
+    try:
+        folder.mkdir(exist_ok=True)
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        return None
+    return path
