@@ -38,7 +38,8 @@ NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layer
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: tokens of the input, the largest difference, the largest logit."""
+    """One comparison: tokens of the input, the largest difference, the largest logit. What is
+    `cached` are the last few tokens, one by one."""
 
     what: str
     length: int
@@ -202,20 +203,22 @@ def compare(
     for length in lengths(plan):
         tokens = torch.randint(ours.config.vocab_size, (batch, length), generator=generator)
         mine = ours.logits(tokens)
-        rows.append(_row("whole", mine, theirs(input_ids=tokens, use_cache=False).logits))
+        rows.append(_row("whole", length, mine, theirs(input_ids=tokens, use_cache=False).logits))
         if not rows[-1].equal:
             raise InteropError(_verdict(rows[-1], *first_difference(ours, theirs, tokens)))
         if cached:
             tail = max(1, min(4, length - 1))
-            rows.append(_row("cached", mine[:, -tail:], _step_by_step(theirs, tokens, tail)))
+            rows.append(
+                _row("cached", length, mine[:, -tail:], _step_by_step(theirs, tokens, tail))
+            )
             if not rows[-1].equal:
                 raise InteropError(_verdict(rows[-1], None, ""))
     return rows
 
 
-def _row(what: str, mine: Tensor, other: Tensor) -> Row:
+def _row(what: str, length: int, mine: Tensor, other: Tensor) -> Row:
     difference = (mine - other).abs().max().item()
-    return Row(what, mine.shape[1], difference, mine.abs().max().item())
+    return Row(what, length, difference, mine.abs().max().item())
 
 
 def _step_by_step(theirs: Any, tokens: Tensor, tail: int) -> Tensor:
@@ -293,6 +296,12 @@ def prove(
                 few = StreamedOurs(model, small, reader, dtype)
                 theirs = StreamedTheirs(folder, config, weights, own)
                 return compare(few, theirs, small, cached=False, batch=1)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise InteropError(
+            f"the model cannot be run by transformers ({type(error).__name__}: {words}). "
+            "Nothing was published."
+        ) from error
     finally:
         if own:
             _forget_copied_code(config)

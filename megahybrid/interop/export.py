@@ -105,7 +105,7 @@ def require_transformers() -> None:
     except ImportError:
         raise InteropError(
             "transformers is not installed, and a model is run by it before it counts. "
-            "Run `pip install 'transformers>=5,<6'`."
+            "Run `pip install 'megahybrid[huggingface]'`."
         ) from None
 
 

@@ -42,6 +42,8 @@ def hear(config: Any) -> tuple[str, ModelConfig]:
             raise InteropError(
                 f"config.json: {field}={found} has no word in our model (only {value})."
             )
+    if getattr(config, "quantization_config", None) is not None:
+        raise InteropError("config.json: its weights are quantized. Ask for unquantized ones.")
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     layers = _LAYERS[name](config)
@@ -154,6 +156,11 @@ def _yarn(parameters: Plain, config: Any) -> Plain:
 
 def _window(config: Any) -> int | None:
     window = config.sliding_window
+    if window is not None and window < 2:
+        raise InteropError(
+            f"config.json: sliding_window={window}: transformers' own cache is wrong for windows "
+            "below 2 keys."
+        )
     return None if window is None or window >= ENDLESS else int(window)
 
 
@@ -161,12 +168,17 @@ def _everywhere(config: Any) -> list[Scheme]:
     return [(rope_position(config.rope_parameters, config), None)] * config.num_hidden_layers
 
 
-def _sliding_rotates(config: Any) -> list[Scheme]:
-    """Cohere2; and Exaone4, whose full layers rotate where no window is given."""
+def _cohere2(config: Any) -> list[Scheme]:
     rope = rope_position(config.rope_parameters, config)
-    full = rope if config.sliding_window is None else NOPE
     window = _window(config)
-    return [(rope, window) if t == SLIDING else (full, None) for t in config.layer_types]
+    return [(rope, window) if t == SLIDING else (NOPE, None) for t in config.layer_types]
+
+
+def _exaone4(config: Any) -> list[Scheme]:
+    """Full layers rotate where no window is given, and only there."""
+    if config.sliding_window is None:
+        return _everywhere(config)
+    return _cohere2(config)
 
 
 def _smollm3(config: Any) -> list[Scheme]:
@@ -218,8 +230,8 @@ def _granite_swa(config: Any) -> list[Scheme]:
 _LAYERS: dict[str, Callable[[Any], list[Scheme]]] = {
     "Llama": _everywhere,
     "Cohere": _everywhere,
-    "Cohere2": _sliding_rotates,
-    "Exaone4": _sliding_rotates,
+    "Cohere2": _cohere2,
+    "Exaone4": _exaone4,
     "SmolLM3": _smollm3,
     "Qwen3": _qwen3,
     "Olmo3": _olmo3,

@@ -17,8 +17,8 @@ from megahybrid.interop.card import scheme_in_words
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one layer. `exact_tokens`: below that length its output is what it was; None
-    when it always is, 0 when it never is."""
+    """What happens to one layer. `exact_tokens`: up to that length its output is what it was;
+    None when it always is, 0 when it never is."""
 
     layer: int
     before: AttentionScheme
@@ -105,5 +105,5 @@ def _line(change: Change, last: int) -> str:
     if change.exact:
         return f"{layers}: {old}: unchanged, exact"
     new = scheme_in_words(change.after)
-    exact = f"exact below {change.exact_tokens + 1} tokens" if change.exact_tokens else "not exact"
+    exact = f"exact up to {change.exact_tokens} tokens" if change.exact_tokens else "not exact"
     return f"{layers}: {old} -> {new}: {exact}; must learn {change.to_learn}"

@@ -57,18 +57,24 @@ def write_tokenizer(folder: Path, run: RunConfig, named: str | None) -> WrittenT
         )
     eod_id = ours.info.eod_id if eod_id is None else eod_id
     kinds = _forms(_file(Path(file)), eod_id)
+    words = []
     for number, files in enumerate(kinds, 1):
         for name, content in files.items():
             durable.write(folder / name, [memoryview(content)])
         try:
-            line = check_ids(folder, ours, eod_id)
+            words.append(check_ids(folder, ours, eod_id))
             break
         except InteropError:
             if number == len(kinds):
                 raise
             for name in files:
                 (folder / name).unlink()
-    return WrittenTokenizer(eod_id, (line,))
+            words.append(
+                "tokenizer: as tokenizer.json it breaks ties otherwise, so it left as the "
+                "sentencepiece file, whose ids are ours; transformers strips the ends of decoded "
+                "text and shows bytes as <0x0A>"
+            )
+    return WrittenTokenizer(eod_id, tuple(words))
 
 
 def _file(path: Path) -> Path:

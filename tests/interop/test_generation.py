@@ -10,7 +10,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests.interop.examples import HEAD, LOCAL, NOPE, PARALLEL, ROPE, WHOLE, model_of
-from tests.interop.test_export import exported
+from tests.interop.test_export import exported, loaded
 from tests.plain_model import PlainModel
 
 NEW = 24
@@ -110,3 +110,11 @@ def test_the_loss_is_transformers_own(tmp_path: Path) -> None:
     assert out.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     out.loss.backward()
     assert all(parameter.grad is not None for parameter in theirs.parameters())
+
+
+def test_our_own_class_is_saved_with_its_code_and_loaded_again(tmp_path: Path) -> None:
+    theirs, _ = exported(tmp_path, model_of([LOCAL, ROPE | {"window": 9}]))
+    theirs.save_pretrained(tmp_path / "again")
+    again = loaded(tmp_path / "again")
+    tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(again(input_ids=tokens).logits, theirs(input_ids=tokens).logits)

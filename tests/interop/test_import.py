@@ -203,7 +203,7 @@ def test_surgery_says_what_is_exact_and_what_must_be_learned(
     lines = capsys.readouterr().out.splitlines()
     assert "layer 0: rope theta 10000, all keys: unchanged, exact" in lines
     assert (
-        "layer 1: rope theta 10000, all keys -> rope theta 10000, window 128: exact below 129 "
+        "layer 1: rope theta 10000, all keys -> rope theta 10000, window 128: exact up to 128 "
         "tokens; must learn to do without far keys"
     ) in lines
     assert any("layer 2: " in line and "order without rotation" in line for line in lines)
@@ -276,6 +276,7 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
             "rope_type=dynamic has no word",
         ),
         ("SmolLM3", {"layer_types": [SLIDING] * 2, "sliding_window": 4}, "use_sliding_window"),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 1}, "windows below 2 keys"),
         ("Phi3", {}, "model_type=phi3 is none that can be imported"),
     ],
 )
@@ -310,4 +311,12 @@ def test_tensors_are_neither_guessed_nor_dropped(kind: str, tmp_path: Path) -> N
     }[kind]
     with pytest.raises(InteropError, match=words):
         import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_what_transformers_cannot_run_is_refused(tmp_path: Path) -> None:
+    fields = {"layer_types": [FULL] * 2, "sliding_window": None, "tie_word_embeddings": True}
+    written(tmp_path / "theirs", "Cohere2", LLAMA | fields)
+    with pytest.raises(InteropError, match="cannot be run by transformers"):
+        import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

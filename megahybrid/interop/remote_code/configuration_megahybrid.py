@@ -15,7 +15,7 @@ class MegahybridConfig(PreTrainedConfig):
     """
 
     model_type = "megahybrid"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

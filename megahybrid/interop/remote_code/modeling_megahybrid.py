@@ -240,7 +240,7 @@ class MegahybridPreTrainedModel(PreTrainedModel):
 
     config_class = MegahybridConfig
     base_model_prefix = "model"
-    _no_split_modules = ("MegahybridDecoderLayer",)
+    _no_split_modules = ["MegahybridDecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
