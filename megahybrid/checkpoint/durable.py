@@ -76,9 +76,6 @@ def write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
                     while written < len(piece):
                         written += os.write(handle, piece[written:])
             os.fsync(handle)
-            if hasattr(os, "posix_fadvise"):
-                # So that reading it back asks the disk, not the memory it was written from.
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
         return checksums.record()
@@ -102,6 +99,16 @@ def rename(old: Path, new: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder with all it holds; nothing happens when it is gone already."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget(path: Path) -> None:
+    """Let the next reading of a file ask the disk, not the memory it was written from."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
 
 
 def damaged_blocks(path: Path, record: FileRecord, blocks: range | None = None) -> list[int]:

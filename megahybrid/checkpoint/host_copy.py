@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,11 @@ class HostCopy:
                 raise TypeError(
                     f"{part.tensor}: {tensor.dtype} {list(tensor.shape)}, not flat fp32"
                 )
-            place.copy_(tensor.detach(), non_blocking=True)
+            if tensor.device.type == "cpu":
+                # One thread: torch's would wait for one another on a machine that computes.
+                np.copyto(place.numpy(), tensor.detach().numpy())
+            else:
+                place.copy_(tensor.detach(), non_blocking=True)
             copies.append(replace(part, data=place.numpy()))
         if on_device:
             torch.cuda.synchronize()

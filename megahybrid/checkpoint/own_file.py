@@ -52,6 +52,7 @@ class OwnFile:
         """What reading the file back finds wrong, or None. Raises OSError."""
         if self._record is None:
             return None
+        durable.forget(folder / self.name)
         bad = durable.damaged_blocks(folder / self.name, self._record)
         return f"block {bad[0]} of {self.name} reads back differently" if bad else None
 

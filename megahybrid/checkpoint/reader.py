@@ -1,19 +1,18 @@
 """Reading a checkpoint, whatever layout wrote it.
 
 `Reader` opens one and gives any box of any tensor; `verify` reads every byte of one; `latest` (in
-`latest.py`) finds the one to resume from. Files are opened by safetensors and the manifest is JSON:
-nothing here can run what a file holds.
+`latest.py`) finds the one to resume from. Files are safetensors and the manifest is JSON: nothing
+here can run what a file holds.
 """
 
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from megahybrid.checkpoint import durable
+from megahybrid.checkpoint.fragment_file import FragmentFile
 from megahybrid.checkpoint.fragments import (
     Array,
     Box,
@@ -45,16 +44,19 @@ class Reader:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, FragmentFile] = {}
         _raise(self.path, size_problems(self.path, self.manifest))
 
     def read(self, name: str, state: str, box: Box) -> Array:
         """The box of a canonical tensor, float32, of the box's shape."""
         return self.read_flat(name, state, box, (0, volume(box))).reshape(shape_of(box))
 
-    def read_flat(self, name: str, state: str, box: Box, flat: Flat) -> Array:
+    def read_flat(
+        self, name: str, state: str, box: Box, flat: Flat, out: Array | None = None
+    ) -> Array:
         """Elements flat[0]…flat[1] of the box in row-major order: [flat[1] - flat[0]], float32.
 
+        They are put in `out` (contiguous) where it is given, which saves a copy.
         Raises CheckpointError where the checkpoint has no such tensor, its shape does not hold the
         box, or its fragments do not hold each wanted element exactly once.
         """
@@ -66,11 +68,12 @@ class Reader:
                 raise CheckpointError(
                     f"{self.path}: {name} ({state}): {fault}. Use another step's folder."
                 )
+        if out is None:
+            out = np.empty(flat[1] - flat[0], dtype=np.float32)
         for part in parts:
-            if (part.box, part.flat) == (box, flat):
-                # Written by this layout: what the file holds is the answer, without another copy.
-                return np.require(self._slice(part)[:], requirements="W")
-        out = np.empty(flat[1] - flat[0], dtype=np.float32)
+            if (part.box, part.flat) == (box, flat):  # written by this layout
+                self._file(part.file).read(part, 0, out)
+                return out
         for target, offset in targets:
             view = out[offset : offset + volume(target)].reshape(shape_of(target))
             for part in parts:
@@ -83,7 +86,8 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._open.clear()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def __enter__(self) -> "Reader":
         return self
@@ -128,26 +132,15 @@ class Reader:
                 first = shared[0][0] - source[0][0]
             rows = shared[0][1] - shared[0][0] if shared else 1
             start = offset + first * row
-            data = self._slice(part)[start : start + rows * row]
+            data = np.empty(rows * row, dtype=np.float32)
+            self._file(part.file).read(part, start, data)
             band = (shared[0], *source[1:]) if shared else ()
             view[slices(shared, target)] = data.reshape(shape_of(band))[slices(shared, band)]
 
-    def _slice(self, part: FragmentRecord) -> Any:
-        """The lazy array of a fragment's data, proven to be what the manifest says."""
-        return _entry(self.path, self._file(part.file), part)
-
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> FragmentFile:
         if name not in self._open:
-            self._open[name] = open_file(self.path / name)
+            self._open[name] = FragmentFile(self.path / name)
         return self._open[name]
-
-
-def open_file(path: Path) -> Any:
-    """Open one safetensors file, memory-mapped. Raises CheckpointError."""
-    try:
-        return safe_open(str(path), framework="np")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Use another step's folder.") from None
 
 
 def verify(path: Path | str, ranks: Ranks | None = None) -> Manifest:
@@ -227,12 +220,17 @@ def _damage(name: str, record: FileRecord, bad: list[int]) -> str:
 def _table_problems(path: Path, name: str, manifest: Manifest) -> list[str]:
     """Whether a file's own table is what the manifest says of it: no lines, or one."""
     try:
-        opened = open_file(path / name)
-        for part in manifest.fragments:
-            if part.file == name:
-                _entry(path, opened, part)
+        opened = FragmentFile(path / name)
     except CheckpointError as error:
         return [str(error)]
+    try:
+        for part in manifest.fragments:
+            if part.file == name:
+                opened.check(part)
+    except CheckpointError as error:
+        return [str(error)]
+    finally:
+        opened.close()
     return []
 
 
@@ -261,25 +259,6 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
         if extra.name not in manifest.files:
             problems.append(f"{extra.name} is not listed in the manifest")
     return problems
-
-
-def _entry(folder: Path, opened: Any, part: FragmentRecord) -> Any:
-    """The lazy array under a fragment's key. Raises CheckpointError unless it is as recorded."""
-    wanted = [part.flat[1] - part.flat[0]]
-    try:
-        found = opened.get_slice(part.key)
-    except SafetensorError:
-        raise CheckpointError(
-            f"{folder / part.file} has no {part.key!r}, which the manifest lists. "
-            "Use another step's folder."
-        ) from None
-    shape, dtype = list(found.get_shape()), found.get_dtype()
-    if shape != wanted or dtype != "F32":
-        raise CheckpointError(
-            f"{folder / part.file}: {part.key!r} is {dtype} {shape}, not the F32 {wanted} of the "
-            "manifest. Use another step's folder."
-        )
-    return found
 
 
 def _raise(path: Path, problems: list[str]) -> None:

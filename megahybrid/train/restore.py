@@ -192,7 +192,9 @@ def _check_same_run(
             "Use another directory, or the model it had."
         )
     begun = sum(end < manifest.tokens for end in saved.stage_plan.stage_ends) + 1
-    changes = [row for row in compare(saved, run) if not row[0].startswith("(")]
+    changes = [
+        row for row in compare(saved, run) if not row[0].startswith("(") and row[0] != "directory"
+    ]
     for path, old, new in changes:
         if not (_may_change(path, begun) or _named_in(path, allow)):
             raise CheckpointError(

@@ -102,6 +102,9 @@ class Attempt:
         self.parent, self.scores = beginning.parent, self._scores()
         owes = beginning.resumes and self._owes_evaluation(state)
         self.listeners.on_start(self._info(state, beginning))
+        for path, old, new in beginning.changes:
+            change = {"field": path, "before": show(old), "now": show(new)}
+            self.listeners.on_event("config_change", change)
         if owes:
             engine = self._engine(self.plan.stage_ends.index(state.tokens), source, take)
             self.evaluate(engine, state, far=True)
@@ -214,6 +217,7 @@ class Attempt:
                     run.evaluate.every_steps,
                     run.log.audit_every_steps,
                     run.max_skipped_in_a_row,
+                    run.optimizer.skip_spikes,
                 ),
                 listeners=self.listeners,
                 stop=self.stop,
@@ -383,9 +387,6 @@ def run_attempt(
         attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat)
         for warning in warnings:
             listeners.on_event("warning", {"message": warning})
-        for path, old, new in beginning.changes:
-            change = {"field": path, "before": show(old), "now": show(new)}
-            listeners.on_event("config_change", change)
         try:
             return attempt.go(beginning)
         except BaseException as error:

@@ -76,7 +76,7 @@ def _damage(data: st.DataObject, path: Path, files: list[Path]) -> None:
         path.write_bytes(theirs)
         other.write_bytes(mine)
     elif kind == "copy":
-        shutil.copy(path, path.with_name("fragments-0009.safetensors"))
+        path.with_name("fragments-0009.safetensors").write_bytes(content)
     elif content:
         if kind == "flip":
             content[at] ^= 1 << data.draw(st.integers(0, 7))

@@ -4,9 +4,9 @@ ZeRO cuts parameters into flat ranges. A `Piece` is the range of one parameter w
 rank owns; everything outside this folder sees only fragments of canonical tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,14 @@ STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 Box = tuple[tuple[int, int], ...]
 Flat = tuple[int, int]
-# (tensor, state, box, range of the flattened box) -> its fp32 values
-ReadFlat = Callable[[str, str, Box, Flat], np.ndarray]
+
+
+class ReadFlat(Protocol):
+    """Gives the fp32 values of a range of a flattened box, in `out` where that is given."""
+
+    def __call__(
+        self, name: str, state: str, box: Box, flat: Flat, /, out: np.ndarray | None = None
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,9 @@ class PartitionedState:
             for state in STATES:
                 values = piece.view(state, self.optimizer)
                 for name, box, begin, end, within in piece.segments():
-                    data = values[within].to("cpu", torch.float32).numpy()
+                    part = values[within]
+                    # From a device it is copied by whoever writes it, to memory of theirs.
+                    data = part.numpy() if part.device.type == "cpu" else part
                     yield Fragment(name, state, box, (begin, end), data)
 
     @torch.no_grad()
@@ -131,8 +139,11 @@ class PartitionedState:
             for state in states:
                 target = piece.view(state, self.optimizer)
                 for name, box, begin, end, within in piece.segments():
-                    values = read(name, state, box, (begin, end))
-                    target[within].copy_(torch.from_numpy(values))
+                    place = target[within]
+                    if place.device.type == "cpu":
+                        read(name, state, box, (begin, end), out=place.numpy())
+                    else:
+                        place.copy_(torch.from_numpy(read(name, state, box, (begin, end))))
         if optimizer_step is not None:
             for flat in self.flats:
                 self.optimizer.state[flat]["step"].fill_(float(optimizer_step))
