@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run_commands(commands)
     _add_checkpoint_commands(commands)
+    _add_study_command(commands)
     _add_interop_commands(commands)
     _add_stored_commands(commands)
     _add_data_commands(commands)
@@ -87,14 +88,34 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
-    evaluate = _command(commands, "evaluate", _evaluate, "held-out loss and loss by position")
+    evaluate = _command(
+        commands, "evaluate", _evaluate, "held-out loss by position, or a suite's questions"
+    )
     _checkpoint(evaluate)
+    evaluate.add_argument(
+        "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="needles, puzzles, RULER"
+    )
+    evaluate.add_argument("--tokenizer", type=Path, help="for a suite, if the run names none")
     evaluate.add_argument("--data", type=Path, metavar="DIR", help="another dataset to score")
     evaluate.add_argument(
         "--length", type=int, metavar="N", help="tokens of a row; loss by position reaches as far"
     )
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="tokens scored at most")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    analyse = _command(commands, "analyse", _analyse, "what the heads look at while they answer")
+    _checkpoint(analyse)
+    analyse.add_argument(
+        "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="whose needles and puzzles"
+    )
+    analyse.add_argument("--examples", type=Path, metavar="FILE.json", help="your own token ids")
+    analyse.add_argument("--length", type=int, metavar="N", help="tokens (default: as trained)")
+    analyse.add_argument("--depth", type=float, default=0.5, help="of the needle: 0 to 1")
+    analyse.add_argument("--trials", type=int, default=8, metavar="N", help="texts to average over")
+    analyse.add_argument(
+        "--threshold", type=float, default=0.1, help="needle mass of a retrieval head"
+    )
+    analyse.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
+    analyse.add_argument("--json", action="store_true", help="print JSON")
     sample = _command(commands, "sample", _sample, "continue a prompt")
     _checkpoint(sample)
     sample.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -108,6 +129,14 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         help="tokens the model sees (default: as it was trained)",
     )
     sample.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
+
+
+def _add_study_command(commands: argparse._SubParsersAction) -> None:
+    study = _command(commands, "study", _study, "train and score a grid of variants and seeds")
+    study.add_argument("folder", type=Path, metavar="DIR", help="folder with a study.yaml")
+    study.add_argument("--out", type=Path, metavar="OUT", help="default: runs/<DIR's name>")
+    study.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
+    study.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these instead")
 
 
 def _add_interop_commands(commands: argparse._SubParsersAction) -> None:
@@ -249,6 +278,23 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.suite is not None:
+        from megahybrid.train.suite_command import evaluate_suite
+
+        others = {"--data": arguments.data, "--length": arguments.length}
+        for name, value in (others | {"--max-tokens": arguments.max_tokens}).items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name}={value} is for held-out loss, but a suite was given "
+                    f"({arguments.suite}). Leave one of them out."
+                )
+        return evaluate_suite(
+            arguments.checkpoint,
+            arguments.suite,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            as_json=arguments.json,
+        )
     from megahybrid.train.evaluate_command import evaluate
 
     return evaluate(
@@ -258,6 +304,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         device=arguments.device,
         as_json=arguments.json,
+    )
+
+
+def _analyse(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.analyse_command import analyse
+
+    return analyse(
+        arguments.checkpoint,
+        suite_file=arguments.suite,
+        examples_file=arguments.examples,
+        length=arguments.length,
+        depth=arguments.depth,
+        trials=arguments.trials,
+        threshold=arguments.threshold,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        as_json=arguments.json,
+    )
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.study_command import study
+
+    return study(
+        arguments.folder, out=arguments.out, variants=arguments.variants, seeds=arguments.seeds
     )
 
 

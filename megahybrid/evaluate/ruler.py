@@ -7,6 +7,7 @@ of the reference strings found in greedily generated text (for questions: whethe
 import json
 import string
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ NEEDLES: dict[str, tuple[str, str, str, str]] = {
     "niah_multivalue": ("multi_value", "essay", "words", "numbers"),
     "niah_multiquery": ("multi_query", "essay", "words", "numbers"),
 }
+# (how many items, draws) -> text, question, references
+Build = Callable[[int, np.random.Generator], tuple[str, str, list[str]]]
 NOISE = NoiseHaystack(kind="noise")
 
 
@@ -67,21 +70,31 @@ class RulerMaker:
             maker = self._needles.setdefault(name, self._needle_maker(name))
             depth = float(draw.integers(0, 41)) / 40
             return maker.make(length, depth, draw, generated_tokens(name, length))
-        builders: dict[str, Callable[..., tuple[str, str, list[str]]]] = {
-            "vt": variables,
-            "cwe": common_words,
-            "fwe": frequent_words,
-        }
-        if name in builders:
-            build = builders[name]
-        else:
-            items = self.questions[name]
-            chosen = int(draw.integers(len(items)))
+        seed = int(draw.integers(2**62))
+        for build, least in self._builders(name, draw):
+            found = self._fitted(name, length, build, least, seed)
+            if found is not None:
+                return found
+        raise ConfigError(
+            f"lengths={length} is too short for RULER's {name} "
+            f"({length - generated_tokens(name, length)} tokens beside the generated ones, with "
+            "this tokenizer). Use longer rows."
+        )
 
-            def build(size: int, draw: np.random.Generator) -> tuple[str, str, list[str]]:
-                return question(items, chosen, size, draw)
-
-        return self._fitted(name, length, build, int(draw.integers(2**62)))
+    def _builders(self, name: str, draw: np.random.Generator) -> list[tuple[Build, int]]:
+        """What may make the text, in order of preference, and the least items each must have."""
+        if name == "vt":
+            return [(variables, 1)]
+        if name == "fwe":
+            return [(frequent_words, 1)]
+        if name == "cwe":
+            return [
+                (partial(common_words, times=times), least)
+                for times, least in (((30, 3), 20), ((10, 2), 20), ((4, 1), 1))
+            ]
+        items = self.questions[name]
+        chosen = int(draw.integers(len(items)))
+        return [(lambda size, draw: question(items, chosen, size, draw), 1)]
 
     def _needle_maker(self, name: str) -> NeedleMaker:
         variant, hay, keys, values = NEEDLES[name]
@@ -102,10 +115,14 @@ class RulerMaker:
         self,
         name: str,
         length: int,
-        build: Callable[[int, np.random.Generator], tuple[str, str, list[str]]],
+        build: Build,
+        least: int,
         seed: int,
-    ) -> Example:
-        """The example with the most items that fits: sizes double, then are halved between."""
+    ) -> Example | None:
+        """The example with the most items that fits: sizes double, then are halved between.
+
+        None where not even `least` items fit.
+        """
         budget = length - generated_tokens(name, length)
         encode = self.material.encode
 
@@ -113,20 +130,17 @@ class RulerMaker:
             body, asked, found = build(size, np.random.default_rng(seed))
             return encode(body), encode(asked), found
 
-        low, high = 0, 1
+        low, high = 0, least
         while high <= length and sum(map(len, parts(high)[:2])) <= budget:
             low, high = high, 2 * high
-        while high - low > max(1, low // 64):
+        while low and high - low > max(1, low // 64):
             middle = (low + high) // 2
             if sum(map(len, parts(middle)[:2])) <= budget:
                 low = middle
             else:
                 high = middle
-        if not low:
-            raise ConfigError(
-                f"lengths={length} is too short for RULER's {name} ({budget} tokens beside the "
-                "generated ones, with this tokenizer). Use longer rows."
-            )
+        if low < least:
+            return None
         body, asked, found = parts(low)
         answer = encode(" " + ", ".join(found if name[:2] != "qa" else found[:1]))
         tokens = tuple(body + asked + answer)
@@ -157,10 +171,10 @@ def variables(size: int, draw: np.random.Generator, hops: int = 4) -> tuple[str,
 
 
 def common_words(
-    size: int, draw: np.random.Generator, common: int = 10
+    size: int, draw: np.random.Generator, times: tuple[int, int], common: int = 10
 ) -> tuple[str, str, list[str]]:
-    """cwe: ten words stand 30 times each and `size` others 3 times; 10 and 2 in small texts."""
-    often, seldom = (30, 3) if size > 60 else (10, 2)
+    """cwe: ten words stand often and `size` others seldom, as the two numbers `times` say."""
+    often, seldom = times
     words = _different_words(common + size, draw)
     listed = [word for word in words[:common] for _ in range(often)]
     listed += [word for word in words[common:] for _ in range(seldom)]

@@ -38,7 +38,7 @@ def suite_tables(result: dict[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def attention_tables(figures: dict[str, Any]) -> Iterator[tuple[str, Table]]:
-    """Means by kind of layer and by layer, and the retrieval heads."""
+    """Means by kind of layer and by layer, entropy in bits, and the retrieval heads."""
     by_kind = {f"{kind} ({part['layers']})": part for kind, part in figures["by_kind"].items()}
     yield "By kind of layer", _attention(by_kind | {"all": figures["all"]}, "layers")
     by_layer = {f"{part['layer']} {part['kind']}": part for part in figures["layers"]}
@@ -56,16 +56,16 @@ def attention_tables(figures: dict[str, Any]) -> Iterator[tuple[str, Table]]:
 
 def _attention(parts: dict[str, dict[str, Any]], first: str) -> Table:
     table = _table(first)
-    names = ("begin", "needle", "context", "end", "entropy bits", "nats", "max logit", "distance")
-    for column in (*names, "sink", "retrieval"):
+    table.columns[0].no_wrap = True
+    names = ("begin", "needle", "context", "end", "bits", "max logit", "distance", "sink")
+    for column in (*names, "retrieval"):
         table.add_column(column, justify="right")
     for name, part in parts.items():
         table.add_row(
             name,
             *(f"{value:.4f}" for value in part["mass"].values()),
-            f"{part['entropy_bits']:.3f}",
-            f"{part['entropy_nats']:.3f}",
-            f"{part['max_logit']:.2f}",
+            f"{part['entropy_bits']:.2f}",
+            f"{part['max_logit']:.1f}",
             f"{part['distance']:,.1f}",
             f"{part['sink']:.4f}",
             f"{part['retrieval']:.4f}",

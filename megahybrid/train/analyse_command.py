@@ -140,7 +140,8 @@ def _analysed(
 
 
 def _print(trained: TrainedModel, results: Sequence[dict[str, Any]], kept: Path | None) -> None:
-    console = Console(highlight=False)
+    # Ten columns of figures: where nobody looks at a terminal, rich would assume 80 characters.
+    console = Console(highlight=False, width=max(110, Console().width))
     console.print(f"{trained.checkpoint}\nstep {trained.step:,}", markup=False, soft_wrap=True)
     for result in results:
         depth = f", depth {result['depth']:g}" if "depth" in result else ""
@@ -150,7 +151,7 @@ def _print(trained: TrainedModel, results: Sequence[dict[str, Any]], kept: Path 
             markup=False,
         )
         for title, table in attention_tables(result["attention"]):
-            console.print(title, markup=False)
+            console.print(title, markup=False, soft_wrap=True)
             console.print(table)
     if kept is not None:
         console.print(f"\nkept in {kept}", markup=False, soft_wrap=True)

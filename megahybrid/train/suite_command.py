@@ -56,7 +56,7 @@ def evaluate_suite(
         soft_wrap=True,
     )
     for title, table in suite_tables(result):
-        console.print(f"\n{title}", markup=False)
+        console.print(f"\n{title}", markup=False, soft_wrap=True)
         console.print(table)
     if kept is not None:
         console.print(f"\nkept in {kept}", markup=False, soft_wrap=True)

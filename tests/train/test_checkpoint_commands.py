@@ -267,3 +267,57 @@ def test_run_without_held_out_sets_or_tokenizer_says_what_to_name(
     assert "names no tokenizer" in told and "--tokenizer" in told
     command = ("--prompt", "a", "--tokenizer", trained.tokenizer, "--tokens", 3, "--device", "cpu")
     assert call(capsys, "sample", checkpoint, *command).startswith("a")
+
+
+SUITE = """
+tasks:
+  needles: {{kind: needle, lengths: [300], depths: [0.0, 1.0], trials: 2,
+    haystack: {{kind: held_out}}, keys: [ab, cd, ef], values: [bad, cab, dab],
+    needle: " {{key}} {{value}}", question: " {{key}}", answer: " {{value}}"}}
+  recall: {{kind: recall, lengths: [32, 64], trials: 5, ids: [2, 300]}}
+  {ruler}
+"""
+
+
+def test_suite_is_scored_and_kept_in_the_run(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "small.yaml"
+    ruler = "ruler: {kind: ruler, tasks: [niah_single_1], lengths: [900], trials: 1}"
+    suite.write_text(SUITE.format(ruler=ruler))
+    told = json.loads(call(capsys, "evaluate", trained.run, suite, "--json", "--device", "cpu"))
+    assert set(told["tasks"]) == {"needles", "recall", "ruler"} and told["step"] == 8
+    assert [row["depth"] for row in told["tasks"]["needles"]["rows"]] == [0.0, 1.0]
+    kept = trained.run / "evaluations" / "step-00000008.suite.small.json"
+    assert json.loads(kept.read_text()) == told
+    text = call(capsys, "evaluate", trained.run, suite, "--device", "cpu")
+    assert "exact match by depth and length, 2 trials a cell" in text
+    assert "RULER, share of references found" in text and str(kept) in text
+    told_of = refused(capsys, "evaluate", trained.run, suite, "--length", "5")
+    assert "--length=5 is for held-out loss" in told_of
+    suite.write_text("tasks: {a: {kind: recal, lengths: [32]}}")
+    assert "recall" in refused(capsys, "evaluate", trained.run, suite)
+
+
+def test_analyse_says_where_heads_look_for_a_suite_and_for_own_examples(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "small.yaml"
+    suite.write_text(SUITE.format(ruler=""))
+    text = call(capsys, "analyse", trained.run, suite, "--threshold", "0.0", "--device", "cpu")
+    assert "needles: 300 tokens, depth 1, 2 examples" in text
+    assert "local (1)" in text and "global (1)" in text and "Retrieval heads" in text
+    own = tmp_path / "own.json"
+    tokens = [n % 290 + 2 for n in range(80)]
+    own.write_text(
+        json.dumps([{"tokens": tokens, "question": 60, "answer": 70, "needles": [[20, 25]]}])
+    )
+    command = ("analyse", trained.run, "--device", "cpu", "--examples", own, "--json")
+    told = json.loads(call(capsys, *command))["results"][0]
+    assert (told["task"], told["length"], told["trials"]) == ("own", 80, 1)
+    assert told["attention"]["by_kind"]["local"]["mass"]["needle"] == 0  # a window of 24
+    assert len(told["attention"]["layers"][0]["heads"]) == 4
+    own.write_text('[{"tokens": [1, 2]}]')
+    assert "is not a JSON list of tokens" in refused(capsys, *command)
+    told_of = refused(capsys, "analyse", trained.run, "--depth", "2")
+    assert "--depth=2 is no share" in told_of

@@ -1,0 +1,27 @@
+"""A tokenizer of characters, and material made with it."""
+
+from collections.abc import Sequence
+
+from megahybrid.data.manifest import TokenizerInfo
+from megahybrid.evaluate.haystack import Material
+
+EOD = 1
+FIRST = 30  # characters from here on are ids from 2 on; the newline is id 2
+VOCAB = 128 - FIRST + 2
+
+
+class Characters:
+    """One id per ASCII character."""
+
+    info = TokenizerInfo("characters", "0" * 64, VOCAB, EOD)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[2 if c == "\n" else ord(c) - FIRST + 2 for c in text] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join("\n" if i == 2 else chr(i + FIRST - 2) for i in ids if i > 1)
+
+
+def material() -> Material:
+    """Without held-out sets."""
+    return Material(VOCAB, Characters(), {})
