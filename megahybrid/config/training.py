@@ -7,6 +7,13 @@ from pydantic import Field, model_validator
 from megahybrid.config.base import Frozen
 
 
+class SpikeConfig(Frozen):
+    """Which updates are refused: far above the loss or gradient norm of the last steps."""
+
+    sigmas: float = Field(default=6.0, gt=0, description="standard deviations above the mean")
+    over_steps: int = Field(default=128, ge=4, description="steps that mean and deviation are of")
+
+
 class OptimizerConfig(Frozen):
     """AdamW. The learning rate is not here: it belongs to the stages."""
 
@@ -21,6 +28,9 @@ class OptimizerConfig(Frozen):
     )
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="largest global gradient norm; null: no clipping"
+    )
+    skip_spikes: SpikeConfig | None = Field(
+        default=None, description="updates to refuse, their data passed over; null: none"
     )
     parametrisation: Literal["standard", "mup"] = Field(
         default="standard",

@@ -13,6 +13,8 @@ class TrainState:
     tokens: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     skipped_in_a_row: int = 0
+    # Loss and gradient norm of the last steps, where optimizer.skip_spikes judges by them.
+    recent: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As kept in a checkpoint's manifest."""
@@ -22,4 +24,5 @@ class TrainState:
     def from_json(value: dict[str, Any]) -> "TrainState":
         """The state a manifest holds."""
         known = ("step", "tokens", "data", "skipped_in_a_row")
-        return TrainState(**{name: value[name] for name in known})
+        recent = tuple((loss, norm) for loss, norm in value.get("recent", ()))
+        return TrainState(**{name: value[name] for name in known}, recent=recent)

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from megahybrid.config.stages import StagePlan, StagePoint
+from megahybrid.config.training import SpikeConfig
 from megahybrid.data.batches import Batch
 from megahybrid.data.loader import BatchLoader, StepData, StepShape
 from megahybrid.errors import NoProgressError
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.engine import Engine, MicroBatch, StepResult
+from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
 from megahybrid.train.ledger import StepLine
 from megahybrid.train.listeners import Listeners
 from megahybrid.train.metrics import StepClock, StepFlops, memory_gib, mfu, training_seconds
 from megahybrid.train.profile import Profiler
+from megahybrid.train.spikes import Recent, judge_spike, remember
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopRequest
 
@@ -29,6 +32,7 @@ class Habits:
     evaluate_every_steps: int | None
     audit_every_steps: int | None
     max_skipped_in_a_row: int
+    skip_spikes: SpikeConfig | None = None
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Trainer:
                     [to_micro_batch(batch, self.mesh) for batch in data.micro_batches],
                     point.learning_rate,
                     audit=self._audit_due(state.step, first_step),
+                    judge=self._judge(state),
                 )
             self.clock.add("forward_backward", result.seconds_forward_backward)
             self.clock.add("update", result.seconds_update)
@@ -79,8 +84,9 @@ class Trainer:
             if state.skipped_in_a_row >= self.habits.max_skipped_in_a_row:
                 raise NoProgressError(
                     f"max_skipped_in_a_row={self.habits.max_skipped_in_a_row} updates were skipped "
-                    f"because their gradients were not finite (last at step {state.step}). Lower "
-                    "the learning rate or look at the data, then start from an earlier checkpoint."
+                    f"because {_why_skipped(result, 'their gradients were not finite')} (last at "
+                    f"step {state.step}). Lower the learning rate or look at the data, then start "
+                    "from an earlier checkpoint."
                 )
             if self._after_step(state, until_tokens):
                 return state, True
@@ -95,7 +101,18 @@ class Trainer:
             tokens=state.tokens + point.batch_tokens,
             data=data.state,
             skipped_in_a_row=state.skipped_in_a_row + 1 if result.skipped else 0,
+            recent=self._recent(state, result),
         )
+
+    def _judge(self, state: TrainState) -> Judge | None:
+        rule = self.habits.skip_spikes
+        return None if rule is None else partial(judge_spike, rule, state.recent)
+
+    def _recent(self, state: TrainState, result: StepResult) -> Recent:
+        rule = self.habits.skip_spikes
+        if rule is None or result.skipped:
+            return state.recent
+        return remember(rule, state.recent, result.loss, result.gradient_norm)
 
     def _after_step(self, state: TrainState, until_tokens: int) -> bool:
         """Evaluate and save where due, unless the stage ends here, which does both itself."""
@@ -143,8 +160,8 @@ class Trainer:
         for name, epochs in data.exhausted.items():
             self.listeners.on_event("exhausted", {"source": name, "epochs": round(epochs, 4)})
         if result.skipped:
-            reason = {"reason": "gradient not finite", "in_a_row": state.skipped_in_a_row}
-            self.listeners.on_event("skip", reason)
+            reason = _why_skipped(result, "gradient not finite")
+            self.listeners.on_event("skip", {"reason": reason, "in_a_row": state.skipped_in_a_row})
 
     def _mfu(self, data: StepData, seconds: float) -> float | None:
         """From the exact pairs of every rank's masks; None on devices without a known peak."""
@@ -153,6 +170,10 @@ class Trainer:
         flops = float(sum(self.flops.of(batch.starts) for batch in data.micro_batches))
         (total,) = sum_scalars([flops], self.mesh.data)
         return mfu(total, seconds, self.peak, self.mesh.world_size)
+
+
+def _why_skipped(result: StepResult, otherwise: str) -> str:
+    return result.refused or otherwise
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 class ObservedAdamW(torch.optim.AdamW):
     """torch's AdamW; `observe(flat, gradient)` is called for each flat partition before its update.
+    Where `refuse()` says so, nothing is updated: no weight, no moment, no count.
 
     Parameter groups carry `learning_rate_multiplier` beside torch's own keys.
     """
 
     observe: Callable[[Tensor, Tensor], None] | None = None
+    refuse: Callable[[], bool] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -27,6 +29,8 @@ class ObservedAdamW(torch.optim.AdamW):
                 for flat in group["params"]:
                     if flat.grad is not None:
                         self.observe(flat, flat.grad)
+        if self.refuse is not None and self.refuse():
+            return None
         return super().step(closure)
 
     def set_learning_rate(self, learning_rate: float) -> None:

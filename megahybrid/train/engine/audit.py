@@ -7,13 +7,14 @@ axis. Every rank must call it.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megahybrid.errors import AuditError
-from megahybrid.parallel.collectives import all_reduce
+from megahybrid.parallel.collectives import all_gather, all_reduce
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import ShardSpec
 
@@ -121,3 +122,52 @@ def check_replicas(
                 f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). "
                 "Restart from the checkpoint before it began to differ."
             )
+
+
+def check_data_replicas(
+    parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
+) -> None:
+    """Weights must be the same bits on all data ranks: a wrong one came from memory or a wire.
+
+    Each rank sums the bits of each parameter; sums are compared, and ranks that differ from most
+    are named. With two ranks nobody can say which one is right.
+    """
+    if mesh.data.size == 1:
+        return
+    sums = torch.stack([_bit_sum(parameter) for parameter, _ in parameters.values()])
+    table = all_gather(sums[None], mesh.data).tolist()  # [data, parameters]
+    rows = [tuple(row) for row in table]
+    usual, votes = Counter(rows).most_common(1)[0]
+    if votes == len(rows):
+        return
+    known = 2 * votes > len(rows)
+    reference = usual if known else rows[0]
+    wrong = [index for index, row in enumerate(rows) if row != reference]
+    name = next(
+        name
+        for name, values in zip(parameters, zip(*rows, strict=True), strict=True)
+        if len(set(values)) > 1
+    )
+    ranks = [mesh.data.ranks[index] for index in (wrong if known else range(len(rows)))]
+    told = ", ".join(str(rank) for rank in ranks[:8])
+    raise AuditError(
+        f"audit: the weight {name} is not the same bits on all data ranks: "
+        f"{'rank ' + told + ' differs from the others' if known else 'ranks ' + told + ' differ'}. "
+        "Memory or a wire of that machine is at fault: exclude it, then restart from the "
+        "checkpoint before the last audit that passed."
+    )
+
+
+def _bit_sum(parameter: Tensor) -> Tensor:
+    """Sum of a tensor's bits as integers, weighted so that an exchange of elements is seen too."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    values = parameter.detach().contiguous().view(-1).view(bits)
+    total = torch.zeros((), dtype=torch.int64, device=parameter.device)
+    for begin in range(0, values.numel(), _CHUNK):
+        piece = values[begin : begin + _CHUNK].to(torch.int64)
+        weights = torch.arange(1, piece.numel() + 1, device=piece.device)
+        total += (piece * weights).sum()  # wraps around alike on every rank
+    return total
+
+
+_CHUNK = 1 << 24  # elements at a time: the integers are four times the size of bf16

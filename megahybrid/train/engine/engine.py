@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,13 @@ from megahybrid.parallel.collectives import all_reduce, broadcast
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.mpu import Mpu
 from megahybrid.train.engine.adamw import ObservedAdamW
-from megahybrid.train.engine.audit import audit_gradients, check_audit, check_marks, check_replicas
+from megahybrid.train.engine.audit import (
+    audit_gradients,
+    check_audit,
+    check_data_replicas,
+    check_marks,
+    check_replicas,
+)
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed
 
@@ -40,9 +46,14 @@ class StepResult:
     valid_tokens: int
     gradient_norm: float  # before clipping
     gradient_norm_by_kind: dict[str, float]
-    skipped: bool  # the update was not applied because the gradient was not finite
+    skipped: bool  # the update was not applied: the gradient was not finite, or refused
     seconds_forward_backward: float
     seconds_update: float
+    refused: str | None = None  # why a finite gradient was not applied
+
+
+# Told loss and gradient norm, the same on every rank; says why not to apply the gradient, or None.
+Judge = Callable[[float, float], str | None]
 
 
 class Engine:
@@ -120,14 +131,23 @@ class Engine:
             self._squares[kind] += values[start:stop].to(torch.float64).square().sum().cpu()
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], learning_rate: float, *, audit: bool = False
+        self,
+        micro_batches: Sequence[MicroBatch],
+        learning_rate: float,
+        *,
+        audit: bool = False,
+        judge: Judge | None = None,
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one update.
+        """Forward and backward over this rank's micro-batches, then one update unless `judge`
+        refuses it.
 
         Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all data
         ranks: a mean per micro-batch would be wrong wherever these differ.
         """
         started = time.perf_counter()
+        if audit and self.zero_stage < 3:
+            # Before the update, which gives every rank its owner's copy again.
+            check_data_replicas(self.parameters, self.mesh)
         valid = torch.stack([(batch.targets != -100).sum() for batch in micro_batches]).sum()
         valid_tokens = int(all_reduce(valid.to(torch.int64), self.mesh.data).item())
         # DeepSpeed averages over the data axis; multiplying by its size makes that a sum.
@@ -142,7 +162,7 @@ class Engine:
         loss_value = all_reduce(loss_sum, self.mesh.data).item() / max(valid_tokens, 1)
         updating = time.perf_counter()
         found = audit_gradients(self.parameters, self.mesh) if audit else None
-        norm, by_kind, skipped = self._update(learning_rate)
+        norm, by_kind, skipped, refused = self._update(learning_rate, loss_value, judge)
         if found is not None:
             check_audit(found, None if skipped else norm)
             check_replicas(self.parameters, self.mesh)
@@ -153,24 +173,37 @@ class Engine:
             gradient_norm=norm,
             gradient_norm_by_kind=by_kind,
             skipped=skipped,
+            refused=refused,
             seconds_forward_backward=updating - started,
             seconds_update=finished - updating,
         )
 
-    def _update(self, learning_rate: float) -> tuple[float, dict[str, float], bool]:
+    def _update(
+        self, learning_rate: float, loss: float, judge: Judge | None
+    ) -> tuple[float, dict[str, float], bool, str | None]:
         self.optimizer.set_learning_rate(learning_rate)
         self._squares.zero_()
         norm = self._plain_norm() if self.zero_stage == 0 else None
         if norm is not None and not math.isfinite(norm):
             self.deepspeed.zero_grad()
-            return math.inf, dict.fromkeys(KINDS, math.inf), True
+            return math.inf, dict.fromkeys(KINDS, math.inf), True, None
+        verdict: list[str | None] = []
+
+        def refuse() -> bool:
+            # DeepSpeed asks once per group, when it knows the norm of them all.
+            if not verdict and judge is not None:
+                known = self.deepspeed.optimizer._global_grad_norm if norm is None else norm
+                verdict.append(judge(loss, float(known)))
+            return bool(verdict and verdict[0])
+
+        self.optimizer.refuse = refuse
         self.deepspeed.step()
         squares = self._squares.to(self.mesh.device)
         squares = all_reduce(all_reduce(squares, self.mesh.data), self.mesh.tensor).cpu()
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         clipped_norm = math.sqrt(squares.sum().item())
         if skipped:
-            return math.inf, dict.fromkeys(KINDS, math.inf), True
+            return math.inf, dict.fromkeys(KINDS, math.inf), True, None
         if norm is None:
             norm = float(self.deepspeed.get_global_grad_norm())
         # The optimizer saw clipped gradients; what it is told about is the gradient itself.
@@ -179,7 +212,8 @@ class Engine:
             kind: math.sqrt(square) * unclip
             for kind, square in zip(KINDS, squares.tolist(), strict=True)
         }
-        return norm, by_kind, False
+        refused = verdict[0] if verdict else None
+        return norm, by_kind, refused is not None, refused
 
     def _plain_norm(self) -> float:
         """The norm at stage 0, where DeepSpeed reports none; there is no tensor axis there."""
@@ -228,5 +262,5 @@ class Engine:
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can be built."""
-        self.optimizer.observe = None
+        self.optimizer.observe = self.optimizer.refuse = None
         self.deepspeed.destroy()

@@ -6,7 +6,7 @@ rank owns; everything outside this folder sees only fragments of canonical tenso
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ Box = tuple[tuple[int, int], ...]
 Flat = tuple[int, int]
 
 
+@runtime_checkable
 class ReadFlat(Protocol):
     """Gives the fp32 values of a range of a flattened box, in `out` where that is given."""
 
