@@ -1,19 +1,11 @@
-"""One forking process and one example's data for all tests of this folder."""
+"""One example's data for all tests of this folder."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.train.example import write_example
-from tests.train.forked import Nursery
-
-
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as process:
-        yield process
 
 
 @pytest.fixture(scope="session")

@@ -149,9 +149,9 @@ def test_weights_are_kept_in_every_stage(runs: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_what_does_not_count_is_left_out_of_targets_alone(rows: int, prepared: Path) -> None:
     """A single row's slices of one tensor are contiguous: they must not share its memory."""
-    books = TokenDataset(prepared / "books")
-    plans = [RowPlan("books", ((64 * row, 512),)) for row in range(rows)]
-    batch = make_batch({"books": books}, plans, 512)
+    code = TokenDataset(prepared / "code")
+    plans = [RowPlan("code", ((64 * row, 512),)) for row in range(rows)]
+    batch = make_batch({"code": code}, plans, 512)
     moved = batch.tensors()
     np.testing.assert_array_equal(moved.tokens, batch.tokens)
     np.testing.assert_array_equal(moved.targets, batch.targets)
