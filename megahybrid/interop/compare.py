@@ -4,7 +4,6 @@ A long window is shrunk in both for the comparison, and so is a slow temperature
 is then the same code over the edge of a window, at lengths that a CPU can compute.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.shards import fill
 from megahybrid.config import counting
@@ -157,14 +155,6 @@ def their_model(folder: Path, config: Any, own: bool) -> Any:
     return model.eval()
 
 
-def _forget_copied_code(config: Any) -> None:
-    """Delete transformers' copy of the code of a folder that is about to be renamed or deleted."""
-    parts = Path(str(sys.modules[type(config).__module__].__file__)).parts
-    if "transformers_modules" in parts:
-        end = parts.index("transformers_modules") + 2
-        durable.remove(Path(*parts[:end]))
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the bars and notes of transformers, which mean nothing here."""
@@ -302,9 +292,6 @@ def prove(
             f"the model cannot be run by transformers ({type(error).__name__}: {words}). "
             "Nothing was published."
         ) from error
-    finally:
-        if own:
-            _forget_copied_code(config)
 
 
 def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:

@@ -210,6 +210,18 @@ def _write_weights(
     names = list(tensor_names(model, plan, architecture))
     with Reader(source.folder) as reader:
         write_shards(folder, out_tensors(reader, names, model.head_dim), dtype, shard_bytes)
-    return prove(
-        model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
-    )
+    try:
+        return prove(
+            model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
+        )
+    finally:
+        _forget_copied_code(folder)
+
+
+def _forget_copied_code(folder: Path) -> None:
+    """Delete transformers' copy of the code of a folder that is about to lose its name."""
+    from transformers.utils import HF_MODULES_CACHE
+
+    # The folder's random letters are in the copy's name as well.
+    for path in Path(HF_MODULES_CACHE, "transformers_modules").glob(f"*{folder.stem[-8:]}*"):
+        durable.remove(path)

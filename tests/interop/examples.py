@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megahybrid.checkpoint.fingerprint import model_fingerprint
@@ -15,6 +16,11 @@ from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from tests.config.example import example
 from tests.plain_model import random_tensors
+
+# Every test here compares with it, so every module that imports this one is skipped without it.
+pytest.importorskip(
+    "transformers", reason="transformers is not installed: nothing to export to or import from"
+)
 
 Scheme = dict[str, Any]
 ROPE: Scheme = {"position": {"kind": "rope", "theta": 10000.0}}
