@@ -155,22 +155,15 @@ def _memory(job: Job, run: RunConfig) -> list[str]:
         return []
     from megahybrid.config.describe import describe
 
-    needed = _largest(describe(run, job.world_size).get("memory"))
-    if needed is None:
-        return []
-    line = f"{needed:.1f} GiB per GPU by plan, {job.site.gpu_memory_gib:g} GiB there"
-    return [line if needed <= job.site.gpu_memory_gib else f"warning: {line}"]
-
-
-def _largest(found: object) -> float | None:
-    """The largest total among the memory plans of `describe`."""
-    if isinstance(found, dict):
-        inner = [value for value in map(_largest, found.values()) if value is not None]
-        own = [float(v) for k, v in found.items() if k in ("total_gib", "total") and v]
-        return max([*inner, *own], default=None)
-    if isinstance(found, list):
-        return max((v for v in map(_largest, found) if v is not None), default=None)
-    return None
+    lines = []
+    for stage in describe(run, job.world_size)["stages"]:
+        needed = stage["memory_per_rank"][run.parallel.zero_stage]["total"] / 2**30
+        there = job.site.gpu_memory_gib
+        warning = "" if needed <= there else "warning: "
+        lines.append(
+            f"{warning}stage {stage['name']}: {needed:.1f} GiB per GPU by plan, {there:g} GiB there"
+        )
+    return lines
 
 
 def _refuse_second(job: Job) -> None:

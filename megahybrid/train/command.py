@@ -114,7 +114,7 @@ def _rank(run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequ
             heartbeat.end(code)
             return code
     except Exception as error:
-        message, code = _explain(error, rank, directory)
+        message, code = _explain(error, run, rank, place.world_size if place else 1, directory)
         consequence = _lost_peer(message)
         if code == EXIT_FAILURE:
             _keep_traceback(logs, rank, show=not consequence)
@@ -159,7 +159,9 @@ def _attempt(run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: H
     )
 
 
-def _explain(error: Exception, rank: int, directory: Path) -> tuple[str, int]:
+def _explain(
+    error: Exception, run: RunConfig, rank: int, world_size: int, directory: Path
+) -> tuple[str, int]:
     """What ended a rank in one line, and the exit code for it."""
     if isinstance(error, MegahybridError):
         return str(error), error.exit_code
@@ -170,6 +172,11 @@ def _explain(error: Exception, rank: int, directory: Path) -> tuple[str, int]:
             "Make room there, then give the same command again: it resumes.",
             EXIT_USER_MISTAKE,
         )
+    from megahybrid.train.out_of_memory import explain_out_of_memory, is_out_of_memory
+
+    if is_out_of_memory(error):
+        # Another attempt would meet the same step.
+        return explain_out_of_memory(run, rank, world_size), EXIT_USER_MISTAKE
     name = type(error).__name__
     where = _logs(directory) / f"rank-{rank:04d}.log"
     return f"rank {rank}: {name}: {first_line} (traceback in {where})", EXIT_FAILURE

@@ -1,0 +1,57 @@
+"""Out of memory, in one line: what was measured against what was planned, and what to change."""
+
+import torch
+
+from megahybrid.config import RunConfig
+from megahybrid.config.memory import memory_per_rank
+from megahybrid.train.metrics import memory_gib
+
+# What torch's allocator for the CPU says, as a plain RuntimeError.
+_CPU_WORDS = ("can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device or the machine had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _CPU_WORDS)
+
+
+def explain_out_of_memory(run: RunConfig, rank: int, world_size: int) -> str:
+    """The line for the user. The plan is that of the stage that needs most."""
+    tensor = run.parallel.tensor
+    plans = [
+        memory_per_rank(
+            run.model,
+            stage,
+            tensor=tensor,
+            data_degree=max(1, world_size // tensor),
+            zero_stage=run.parallel.zero_stage,
+            precision=run.precision,
+        )
+        for stage in run.stages
+    ]
+    index = max(range(len(plans)), key=lambda number: plans[number].total)
+    plan, stage = plans[index], run.stages[index]
+    parts = ", ".join(
+        f"{name} {getattr(plan, name) / 2**30:.1f}"
+        for name in ("weights", "gradients", "optimizer", "activations", "logits")
+    )
+    return (
+        f"rank {rank}: out of memory at a peak of {memory_gib(_device()):.1f} GiB{_there()}; stage "
+        f"{stage.name} needs {plan.total / 2**30:.1f} GiB by plan ({parts}). Lower "
+        f"stages.{index}.micro_batch_tokens={stage.micro_batch_tokens}, set stages.{index}."
+        f"recompute: full, or raise parallel.tensor={tensor} or "
+        f"parallel.zero_stage={run.parallel.zero_stage}."
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+
+
+def _there() -> str:
+    if not torch.cuda.is_initialized():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return f" (the device has {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it free)"
