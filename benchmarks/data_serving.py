@@ -3,17 +3,18 @@
     python -m benchmarks.data_serving [--tokens 60000000] [--rounds 5]
 
 All read the same token ids from the page cache, in a random training order, in one process. Ours
-are rows of 8,192 inputs with targets (8,193 tokens) and document boundaries, in batches of 8 through
-`read_step`: order, mixture, checks and all. GPTDataset gives tokens and labels with its cheapest
-settings (no attention mask, no reset positions, so no boundaries). datasets gives 8,193 ids in
-numpy format, and nothing else. Rounds alternate; the medians and their ratios are printed.
+are rows of 8,192 inputs and their targets (8,193 tokens), with document boundaries, in steps of 64
+rows through `read_step`: order, mixture, checks and all; ids keep their width, as on the way to a
+GPU. "widened" adds the int64 arrays of tokens, targets and document starts. GPTDataset gives int64
+tokens and labels with its cheapest settings (no attention mask, no boundaries). datasets gives
+8,193 ids in numpy format and nothing else. Rounds alternate; medians and ratios are printed.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def write_corpus(folder: Path, tokens: int) -> None:
             tokens -= len(ids)
 
 
-def ours(folder: Path) -> Iterator[int]:
+def ours(folder: Path, widen: bool = False) -> Iterator[int]:
     """Yields rows served, a step at a time."""
     mixture = Mixture(
         {"a": TokenDataset(folder)}, {"a": 1}, seed=1, block_tokens=32 * LENGTH, lanes=64
@@ -49,6 +50,9 @@ def ours(folder: Path) -> Iterator[int]:
     while True:
         step = read_step(mixture, state, shape)
         state = step.state
+        if widen:
+            (batch,) = step.micro_batches
+            assert batch.tokens.shape == batch.targets.shape == batch.starts.shape
         yield BATCH
 
 
@@ -141,6 +145,7 @@ def main() -> None:
         write_corpus(folder / "data", args.tokens)
         peers: dict[str, Iterator[int] | None] = {
             "megahybrid": ours(folder / "data"),
+            "megahybrid, widened": ours(folder / "data", widen=True),
             "megatron-core GPTDataset": megatron(folder / "data", folder / "cache", 200_000),
             "datasets, numpy format": hugging_face(folder / "data", folder),
         }
@@ -150,14 +155,11 @@ def main() -> None:
 def report(peers: dict[str, Iterator[int]], args: argparse.Namespace) -> None:
     """Alternates the peers and prints medians and ratios."""
     found: dict[str, list[float]] = {name: [] for name in peers}
-    measure: Callable[[Iterator[int]], float] = lambda rows: rows_per_cpu_second(  # noqa: E731
-        rows, args.seconds
-    )
     for rows in peers.values():
         rows_per_cpu_second(rows, 0.2)
     for _ in range(args.rounds):
         for name, rows in peers.items():
-            found[name].append(measure(rows))
+            found[name].append(rows_per_cpu_second(rows, args.seconds))
     ours_median = statistics.median(found["megahybrid"])
     print(
         f"{'rows of 8,193 tokens per CPU-second':36} {'median':>10} {'lowest':>10} {'ours is':>9}"

@@ -89,7 +89,8 @@ class Batch:
         # A copy also of a single row, whose slice is contiguous as it lies.
         targets = ids[:, 1:].clone(memory_format=torch.contiguous_format)
         targets.view(-1)[move(self.ignored)] = IGNORED
-        return Tensors(ids[:, :-1].contiguous(), targets, move(self.starts))
+        starts = move(self.starts.astype(np.int32)).long()
+        return Tensors(ids[:, :-1].contiguous(), targets, starts)
 
 
 def make_batch(

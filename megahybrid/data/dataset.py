@@ -66,8 +66,7 @@ class TokenDataset:
         if self.plan is not None:
             self._check_plan(self.plan)
         self.shards = [shard for shard in shards if shard.tokens]
-        for shard in shards:
-            _refuse_mask(shard)
+        _refuse_masks(shards)
         if sum(20 * shard.sequences for shard in self.shards) <= CHECKED_INDEX_BYTES:
             for shard in self.shards:
                 shard.check_contents()
@@ -280,10 +279,13 @@ def _fingerprint(shards: list[ShardIndex]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _refuse_mask(shard: ShardIndex) -> None:
-    path = shard.bin_path.with_suffix(".mask")
-    if path.exists():
-        raise DataError(
-            f"{path} marks targets that do not count, which this version does not read. "
-            "Use data without a .mask."
-        )
+def _refuse_masks(shards: list[ShardIndex]) -> None:
+    folders = {shard.bin_path.parent for shard in shards}
+    masks = {path for folder in folders for path in folder.glob("*.mask")}
+    for shard in shards if masks else ():
+        path = shard.bin_path.with_suffix(".mask")
+        if path in masks:
+            raise DataError(
+                f"{path} marks targets that do not count, which this version does not read. "
+                "Use data without a .mask."
+            )

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megahybrid.data.manifest import Manifest
-from megahybrid.data.token_file import Array, ShardIndex
+from megahybrid.data.token_file import Array, ShardIndex, file_facts
 from megahybrid.errors import DataError
 
 TRIED_BLOCKS = 4  # checksums tried at open: 64 MiB, some 50 ms
@@ -24,12 +24,12 @@ class UnchangedFiles:
 
     def __init__(self, shards: Sequence[ShardIndex]) -> None:
         self._paths = [(shard.bin_path, shard.idx_path) for shard in shards]
-        self._facts = [tuple(map(_facts, pair)) for pair in self._paths]
+        self._facts = [shard.facts for shard in shards]
 
     def check(self, number: int) -> None:
         """Raises DataError when a file of shard `number` is another than at open."""
         for path, before in zip(self._paths[number], self._facts[number], strict=True):
-            after = _facts(path)
+            after = file_facts(path)
             if after == before:
                 continue
             if after[0] != before[0]:
@@ -95,14 +95,6 @@ def ends_crc(path: Path) -> int:
         crc = zlib.crc32(file.read(ENDS_BYTES))
         file.seek(max(0, size - ENDS_BYTES))
         return zlib.crc32(file.read(ENDS_BYTES), crc)
-
-
-def _facts(path: Path) -> tuple[int, int, int]:
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). {RESTORE}") from None
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _time(nanoseconds: int) -> str:

@@ -10,6 +10,7 @@ once an epoch, the cursor is one number, nothing depends on ranks, workers or re
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -95,6 +96,27 @@ class PackPlan:
         if found != expected:
             raise _damaged(path, f"has {found} bytes, not {expected} (plan.json)")
         return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)
+
+    def check_contents(self, dataset_tokens: int) -> None:
+        """Compares every byte with the checksums, and every entry with the dataset's size."""
+        for name in FILES:
+            with open(self.folder / name, "rb") as file:
+                crc = 0
+                while data := file.read(2**24):
+                    crc = zlib.crc32(data, crc)
+            if crc != self.info.crc32.get(name):
+                raise _damaged(
+                    self.folder / name, f"has crc32 {crc}, not {self.info.crc32.get(name)}"
+                )
+        for first in range(0, self.info.entries, 2**20):
+            starts = np.asarray(self._starts[first : first + 2**20])
+            lengths = np.asarray(self._lengths[first : first + 2**20])
+            if (
+                (starts < 0).any()
+                or (lengths < 1).any()
+                or (starts + lengths > dataset_tokens).any()
+            ):
+                raise _damaged(self.folder, "has entries beyond its dataset")
 
     def row(self, index: int, dataset_tokens: int) -> tuple[Span, ...]:
         """The spans of one row. Raises DataError when they cannot be of this dataset."""

@@ -7,7 +7,7 @@ document index (sequence numbers, first 0, last the number of sequences).
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from megahybrid.errors import DataError
 
 Array = npt.NDArray[Any]
+Facts = tuple[int, int, int]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -36,6 +37,7 @@ class ShardIndex:
     sequences: int
     documents: int
     tokens: int
+    facts: tuple[Facts, Facts] = ((0, 0, 0), (0, 0, 0))  # of the .bin and the .idx, at open
 
     @classmethod
     def open(cls, bin_path: Path, idx_path: Path) -> "ShardIndex":
@@ -44,9 +46,23 @@ class ShardIndex:
         Costs a few hundred bytes whatever the size of the shard; `check_contents` reads the rest.
         Raises DataError naming the file, what was expected and what was found.
         """
-        bin_bytes, idx_bytes = _size(bin_path), _size(idx_path)
-        with open(idx_path, "rb") as file:
-            raw = file.read(HEADER.size)
+        bin_facts = file_facts(bin_path)
+        bin_bytes = bin_facts[0]
+        # Opened once and read at four places: a corpus may have thousands of shards.
+        file = _open(idx_path)
+        try:
+            idx_facts = file_facts(file)
+            index = cls._parse(file, bin_path, idx_path, bin_bytes, idx_facts[0])
+            index._check_end(file, bin_bytes)
+        finally:
+            os.close(file)
+        return replace(index, facts=(bin_facts, idx_facts))
+
+    @classmethod
+    def _parse(
+        cls, file: int, bin_path: Path, idx_path: Path, bin_bytes: int, idx_bytes: int
+    ) -> "ShardIndex":
+        raw = os.pread(file, HEADER.size, 0)
         if len(raw) < HEADER.size:
             raise _damaged(idx_path, f"has {len(raw)} bytes, fewer than its header's {HEADER.size}")
         magic, version, code, sequences, entries = HEADER.unpack(raw)
@@ -67,35 +83,27 @@ class ShardIndex:
         if entries < 1:
             raise _damaged(idx_path, "has no document index (0 entries, not at least 1)")
         dtype = np.dtype(DTYPES[code]).newbyteorder("<")
-        index = cls(bin_path, idx_path, dtype, sequences, entries - 1, bin_bytes // dtype.itemsize)
-        index._check_end(bin_bytes)
-        return index
+        return cls(bin_path, idx_path, dtype, sequences, entries - 1, bin_bytes // dtype.itemsize)
 
-    def _check_end(self, bin_bytes: int) -> None:
+    def _check_end(self, file: int, bin_bytes: int) -> None:
         """The last sequence must end where the .bin ends."""
         end = 0
         if self.sequences:
-            last_length = self._entry("<i", HEADER.size + 4 * (self.sequences - 1))
+            last_length = _entry(file, "<i", HEADER.size + 4 * (self.sequences - 1))
             pointers = HEADER.size + 4 * self.sequences
-            last_pointer = self._entry("<q", pointers + 8 * (self.sequences - 1))
+            last_pointer = _entry(file, "<q", pointers + 8 * (self.sequences - 1))
             end = last_pointer + last_length * self.dtype.itemsize
         if end != bin_bytes:
             raise DataError(
                 f"{self.bin_path} has {bin_bytes} bytes, not {end} (the last offset in "
                 f"{self.idx_path.name}). Copy or prepare the data again."
             )
-        last_entry = self._entry("<q", HEADER.size + 12 * self.sequences + 8 * self.documents)
+        last_entry = _entry(file, "<q", HEADER.size + 12 * self.sequences + 8 * self.documents)
         if last_entry != self.sequences:
             raise _damaged(
                 self.idx_path,
                 f"ends its document index with {last_entry}, not {self.sequences} (sequences)",
             )
-
-    def _entry(self, form: str, offset: int) -> int:
-        """One number of the .idx, read and not mapped: thousands of shards open in a moment."""
-        with open(self.idx_path, "rb", buffering=0) as file:
-            raw = os.pread(file.fileno(), struct.calcsize(form), offset)
-        return int(struct.unpack(form, raw)[0])
 
     def lengths(self) -> Array:
         """Tokens of each sequence [sequences], mapped."""
@@ -203,13 +211,28 @@ def index_bytes(dtype: str, lengths: Array, document_index: Array) -> list[bytes
     ]
 
 
-def _size(path: Path) -> int:
+def file_facts(path: Path | int) -> Facts:
+    """Bytes, time of change in nanoseconds and inode. Raises DataError."""
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}). Copy or prepare the data again."
-        ) from None
+        raise _unreadable(path, error) from None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _entry(file: int, form: str, offset: int) -> int:
+    return int(struct.unpack(form, os.pread(file, struct.calcsize(form), offset))[0])
+
+
+def _unreadable(path: Path | int, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read ({error.strerror}). Copy or prepare the data again.")
 
 
 def _damaged(path: Path, what: str) -> DataError:

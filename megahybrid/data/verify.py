@@ -1,14 +1,21 @@
 """Reads every byte of a dataset and compares it with what its manifest and indexes say."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.guard import check_block
+from megahybrid.data.manifest import ShardEntry
 from megahybrid.data.token_file import ShardIndex
 from megahybrid.errors import DataError
+
+THREADS = 2
 
 
 def verify_dataset(
@@ -24,26 +31,48 @@ def verify_dataset(
     """
     dataset = TokenDataset(path, vocab_size=vocab_size)
     entries = dataset.manifest.shards if dataset.manifest else ()
-    for number, shard in enumerate(dataset.shards):
-        shard.check_contents()
-        entry = entries[number] if entries else None
-        block_bytes = entry.block_bytes if entry else 2**24
-        ends = _document_ends(shard)
-        done = 0
-        for block, data in enumerate(_blocks(shard.bin_path, block_bytes)):
-            if entry is not None:
-                begin = block * entry.block_bytes
-                check_block(shard.bin_path, block, begin, data, entry.crc32[block])
-            _check_tokens(dataset, shard, done // shard.dtype.itemsize, data, ends)
-            done += len(data)
-            progress(len(data))
+    if dataset.plan is not None:
+        dataset.plan.check_contents(dataset.tokens)
+    # Two blocks at a time: checksums and comparisons run outside of Python's lock.
+    with ThreadPoolExecutor(THREADS) as pool:
+        for number, shard in enumerate(dataset.shards):
+            shard.check_contents()
+            entry = entries[number] if entries else None
+            block_bytes = entry.block_bytes if entry else 2**24
+            ends = _document_ends(shard)
+            waiting: deque[Future[int]] = deque()
+
+            def check(block: int, job: _Job) -> int:
+                begin = block * job.block_bytes
+                data = _read(job.shard.bin_path, begin, job.block_bytes)
+                if job.entry is not None:
+                    check_block(job.shard.bin_path, block, begin, data, job.entry.crc32[block])
+                _check_tokens(dataset, job.shard, begin // job.shard.dtype.itemsize, data, job.ends)
+                return len(data)
+
+            job = _Job(shard, entry, block_bytes, ends)
+            blocks = -(-shard.tokens * shard.dtype.itemsize // block_bytes)
+            for block in range(blocks):
+                waiting.append(pool.submit(check, block, job))
+                if len(waiting) > THREADS:
+                    progress(waiting.popleft().result())
+            while waiting:
+                progress(waiting.popleft().result())
     return dataset
 
 
-def _blocks(path: Path, block_bytes: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while data := file.read(block_bytes):
-            yield data
+class _Job(NamedTuple):
+    """What checking a block of one shard needs."""
+
+    shard: ShardIndex
+    entry: ShardEntry | None
+    block_bytes: int
+    ends: np.ndarray
+
+
+def _read(path: Path, begin: int, size: int) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, begin)
 
 
 def _document_ends(shard: ShardIndex) -> np.ndarray:
@@ -55,9 +84,9 @@ def _check_tokens(
     dataset: TokenDataset, shard: ShardIndex, first: int, data: bytes, ends: np.ndarray
 ) -> None:
     tokens = np.frombuffer(data, shard.dtype)
-    wrong = (tokens.astype(np.int64) < 0) | (tokens >= dataset.vocab_size)
-    if wrong.any():
-        place = int(np.argmax(wrong))
+    unsigned = tokens.view(f"<u{shard.dtype.itemsize}")  # a negative id is a huge one
+    if int(unsigned.max()) >= dataset.vocab_size:
+        place = int(np.argmax(unsigned >= dataset.vocab_size))
         raise DataError(
             f"{shard.bin_path} has token id {tokens[place]} at token {first + place}, not below "
             f"vocab_size={dataset.vocab_size}. Name the tokenizer that made the data."
