@@ -8,6 +8,7 @@ def write_report(directory: Path) -> list[Path]:
 
     Raises MegahybridError when the directory holds no run, or one without a single step.
     """
+    from megahybrid.report.answers import draw_answers
     from megahybrid.report.page import page
     from megahybrid.report.plots import draw_all
     from megahybrid.report.record import read_record
@@ -15,7 +16,7 @@ def write_report(directory: Path) -> list[Path]:
     record = read_record(directory)
     folder = directory / "report"
     folder.mkdir(exist_ok=True)
-    pictures = draw_all(record, folder)
+    pictures = draw_all(record, folder) + draw_answers(directory, folder)
     html = folder / "report.html"
     # The overview repeats two of the others.
     shown = [picture for picture in pictures if picture.path.stem != "overview"]
