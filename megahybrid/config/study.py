@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megahybrid.config.base import Frozen, Name
+from megahybrid.config.suite import IdRange
 
 
 class Puzzles(Frozen):
@@ -37,5 +38,5 @@ class Study(Frozen):
     seeds: Annotated[list[int], Field(min_length=1)]
     suite: str = Field(description="what each run is scored on")
     data: dict[Name, Puzzles] = Field(default={}, description="sources to draw, by name")
-    ids: tuple[int, int] = Field(default=(2, 90), description="ids of puzzles: first, last + 1")
+    ids: IdRange = Field(default=[2, 90], description="ids of puzzles: first, last + 1")
     gate: Gate | None = Field(default=None, description="which runs count")

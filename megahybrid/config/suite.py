@@ -1,6 +1,6 @@
 """A suite: which questions a checkpoint is asked, at which lengths and depths, and how often."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,7 @@ from megahybrid.config.base import Frozen, Name
 
 Lengths = Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=1)]
 Depths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+IdRange = Annotated[list[int], Field(min_length=2, max_length=2)]
 Strings = Annotated[list[str], Field(min_length=2)]
 Draw = Literal["words", "numbers", "uuids"] | Strings
 
@@ -106,14 +107,7 @@ class SyntheticTask(Frozen):
     lengths: Lengths = Field(description="tokens, question and answer included")
     pairs: int = Field(default=4, ge=1, description="recall: pairs in a row, whatever its length")
     trials: int = Field(default=100, ge=1, description="rows per length")
-    ids: tuple[int, int] | None = Field(default=None, description="first id, last id + 1")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _ids_from_list(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("ids"), list):
-            return data | {"ids": tuple(data["ids"])}
-        return data
+    ids: IdRange | None = Field(default=None, description="first id, last id + 1")
 
 
 RULER_TASKS = (

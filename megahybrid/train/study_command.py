@@ -57,7 +57,7 @@ def study(
     return code
 
 
-def _draw_data(folder: Path, puzzles: Puzzles, ids: tuple[int, int]) -> None:
+def _draw_data(folder: Path, puzzles: Puzzles, ids: list[int]) -> None:
     if (folder / MANIFEST_NAME).exists():
         return
     shutil.rmtree(folder, ignore_errors=True)  # left by a draw that was interrupted
