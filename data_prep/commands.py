@@ -47,6 +47,8 @@ def add_arguments(subparsers: Any) -> None:
     pack.add_argument("--max-document-tokens", type=int)
     pack.add_argument("--vocab-size", type=int, help="for files without a manifest")
 
+    _add_rewriting(commands)
+
     verify = commands.add_parser("verify", help="read every byte and compare with the checksums")
     verify.add_argument("path")
     verify.add_argument("--vocab-size", type=int, help="for files without a manifest")
@@ -56,6 +58,38 @@ def add_arguments(subparsers: Any) -> None:
     inspect.add_argument("--vocab-size", type=int, help="for files without a manifest")
     inspect.add_argument("--tokenizer", help="to show documents as text")
     inspect.add_argument("--documents", type=int, default=3, help="how many to show")
+
+
+def _add_rewriting(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="several datasets as one, in order")
+    shuffle = commands.add_parser("shuffle", help="documents of datasets in a keyed random order")
+    split = commands.add_parser("split", help="a dataset in parts, by hash of the documents")
+    for parser, paths in ((merge, "+"), (shuffle, "+"), (split, 1)):
+        parser.add_argument("paths", nargs=paths, help="datasets made with one tokenizer")
+        parser.add_argument("--output", required=True, help="new folder")
+        parser.add_argument("--shard-tokens", type=int, default=2**30)
+    for parser in (shuffle, split):
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--memory-mib", type=int, default=256, help="to work in")
+    split.add_argument("--held-out", type=float, default=0.0, help="fraction of documents")
+    split.add_argument("--longest", type=int, default=0, help="longest documents held out")
+    split.add_argument(
+        "--deduplicate", action="store_true", help="keep only the first of equal documents"
+    )
+
+    imported = commands.add_parser("import", help="a manifest for plain Megatron .bin and .idx")
+    imported.add_argument("path", help="folder, prefix or .bin")
+    imported.add_argument("--output", required=True, help="new folder")
+    imported.add_argument("--tokenizer", help=".model or tokenizer.json that made the ids")
+    imported.add_argument("--eod", help="the token that follows every document")
+    imported.add_argument("--vocab-size", type=int, help="without --tokenizer")
+    imported.add_argument("--eod-id", type=int, help="without --tokenizer")
+    imported.add_argument("--shard-tokens", type=int, default=2**30)
+
+    export = commands.add_parser("export", help="one .bin and .idx that Megatron reads")
+    export.add_argument("path")
+    export.add_argument("prefix", help="PREFIX.bin and PREFIX.idx are written")
+    export.add_argument("--vocab-size", type=int, help="for files without a manifest")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": _tokenizer,
         "tokenize": _tokenize,
         "pack": _pack,
+        "merge": _merge,
+        "shuffle": _shuffle,
+        "split": _shuffle,
+        "import": _import,
+        "export": _export,
         "verify": _verify,
         "inspect": _inspect,
     }[args.data_command]
@@ -155,13 +194,83 @@ def _pack(args: argparse.Namespace) -> None:
         min_document_tokens=args.min_document_tokens,
         max_document_tokens=args.max_document_tokens,
         vocab_size=args.vocab_size,
-        command=shlex.join(["megahybrid", *sys.argv[1:]]),
+        command=_command(),
     )
     print(
         f"{args.output}: {info.rows:,} rows of {info.length:,}, {info.fill:.2%} full, "
         f"{info.documents:,} documents, {info.tokens:,} tokens, "
         f"{info.entries - info.documents:,} cuts"
     )
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from data_prep.rewrite import merge_datasets
+
+    made = merge_datasets(
+        args.paths, Path(args.output), shard_tokens=args.shard_tokens, command=_command()
+    )
+    print(f"{args.output}: {made.documents:,} documents, {made.tokens:,} tokens")
+
+
+def _shuffle(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from data_prep.merge import Split
+    from data_prep.rewrite import shuffle_datasets
+
+    split = None
+    if args.data_command == "split":
+        split = Split(args.held_out, args.longest, args.deduplicate)
+    made = shuffle_datasets(
+        args.paths,
+        Path(args.output),
+        seed=args.seed,
+        split=split,
+        shard_tokens=args.shard_tokens,
+        memory_bytes=args.memory_mib * 2**20,
+        command=_command(),
+    )
+    for part, manifest in made.items():
+        name = args.output if split is None else f"{args.output}/{part}"
+        print(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from data_prep.rewrite import import_dataset
+    from megahybrid.data.manifest import TokenizerInfo
+    from megahybrid.data.tokenizer import load_tokenizer
+    from megahybrid.errors import DataError
+
+    if args.tokenizer:
+        info = load_tokenizer(args.tokenizer, args.eod).info
+    elif args.vocab_size is None or args.eod_id is None:
+        raise DataError(
+            "--tokenizer is missing (or --vocab-size and --eod-id, where the tokenizer is not at "
+            "hand). Name the one that made the ids."
+        )
+    else:
+        info = TokenizerInfo("unknown", "", args.vocab_size, args.eod_id)
+    made = import_dataset(
+        args.path, Path(args.output), info, shard_tokens=args.shard_tokens, command=_command()
+    )
+    print(f"{args.output}: {made.documents:,} documents, {made.tokens:,} tokens")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from data_prep.rewrite import export_dataset
+
+    documents, tokens = export_dataset(args.path, Path(args.prefix), vocab_size=args.vocab_size)
+    print(f"{args.prefix}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+
+
+def _command() -> str:
+    return shlex.join(["megahybrid", *sys.argv[1:]])
 
 
 def _verify(args: argparse.Namespace) -> None:

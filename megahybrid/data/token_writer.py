@@ -164,6 +164,7 @@ class TokenWriter:
             command=self._command,
         )
         write_durably(self.folder / MANIFEST_NAME, manifest.dump().encode())
+        self.manifest = manifest
         return manifest
 
     def __enter__(self) -> "TokenWriter":

@@ -1,0 +1,271 @@
+"""Datasets from datasets: split, merge, shuffle, import from and export to plain Megatron files.
+
+Tokens are copied in pieces of bounded size and checked on the way; the tokenizer stays the same.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.encode_unit import RunWriter, UnitResult, document_hash, document_keys
+from data_prep.merge import Merge, Split, runs_of
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.manifest import Manifest, TokenizerInfo, sync_folder
+from megahybrid.data.token_file import DTYPE_CODES, HEADER, MAGIC, Array
+from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
+from megahybrid.errors import DataError
+
+PIECE_TOKENS = 2**22
+Progress = Callable[[int], None]
+
+
+def nothing(done_bytes: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Whole documents one after another (pieces is None), or one too long to hold."""
+
+    tokens: Array
+    lengths: Array
+    pieces: Iterator[Array] | None = None
+
+
+def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[Part]:
+    """Every document in order, ending with eod; added where a foreign file has none."""
+    for number, shard in enumerate(dataset.shards):
+        origin = dataset.starts[number]
+        for first in range(0, shard.documents, 2**16):
+            starts, lengths = shard.document_spans(first, first + 2**16)
+            keep = lengths > 0
+            yield from _parts(dataset, starts[keep] + origin, lengths[keep], eod_id)
+
+
+def _parts(dataset: TokenDataset, starts: Array, lengths: Array, eod_id: int) -> Iterator[Part]:
+    begin = 0
+    while begin < len(starts):
+        ends = np.cumsum(lengths[begin:])
+        stop = begin + int(np.searchsorted(ends, PIECE_TOKENS, side="right"))
+        if stop == begin:
+            yield _long(dataset, int(starts[begin]), int(lengths[begin]), eod_id)
+            begin += 1
+            continue
+        size = int(ends[stop - begin - 1])
+        tokens = dataset.read(int(starts[begin]), size)
+        yield Part(*_with_eod(tokens, lengths[begin:stop], eod_id))
+        begin = stop
+
+
+def _with_eod(tokens: Array, lengths: Array, eod_id: int) -> tuple[Array, Array]:
+    ends = np.cumsum(lengths)
+    missing = tokens[ends - 1] != eod_id
+    if missing.any():
+        tokens = np.insert(tokens, ends[missing], eod_id)
+        lengths = lengths + missing
+    return tokens, lengths
+
+
+def _long(dataset: TokenDataset, start: int, length: int, eod_id: int) -> Part:
+    missing = int(dataset.read(start + length - 1, 1)[0]) != eod_id
+
+    def pieces() -> Iterator[Array]:
+        for first in range(0, length, PIECE_TOKENS):
+            yield dataset.read(start + first, min(PIECE_TOKENS, length - first))
+        if missing:
+            yield np.asarray([eod_id], dataset.dtype)
+
+    return Part(np.zeros(0, dataset.dtype), np.asarray([length + missing]), pieces())
+
+
+def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], TokenizerInfo]:
+    """The datasets, which must have been made with one tokenizer."""
+    datasets = [TokenDataset(path) for path in paths]
+    infos = []
+    for dataset in datasets:
+        if dataset.manifest is None or dataset.plan is not None:
+            raise DataError(
+                f"{dataset.path} has no manifest of its own. Import it first with "
+                "`megahybrid data import`."
+            )
+        infos.append(dataset.manifest.tokenizer)
+        if infos[-1] != infos[0]:
+            raise DataError(
+                f"{dataset.path} was made with tokenizer {infos[-1].sha256[:12]}, but "
+                f"{datasets[0].path} with {infos[0].sha256[:12]}. Tokenize one of them again."
+            )
+    return datasets, infos[0]
+
+
+def _copy(part: Part, writer: TokenWriter) -> None:
+    if part.pieces is None:
+        writer.add_documents(part.tokens, part.lengths)
+    else:
+        writer.add_long(part.pieces, int(part.lengths[0]))
+
+
+def _sources(datasets: Sequence[TokenDataset]) -> list[dict[str, object]]:
+    return [
+        {"path": str(d.path), "documents": d.documents, "fingerprint": d.fingerprint}
+        for d in datasets
+    ]
+
+
+def merge_datasets(
+    paths: Sequence[str | Path],
+    output: Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    command: str = "",
+    progress: Progress = nothing,
+) -> Manifest:
+    """All documents of several datasets, one dataset after another."""
+    datasets, info = open_alike(paths)
+    writer = TokenWriter(
+        output, info, sources=_sources(datasets), command=command, shard_tokens=shard_tokens
+    )
+    with writer:
+        for dataset in datasets:
+            for part in parts_of(dataset, info.eod_id):
+                _copy(part, writer)
+                progress(int(part.lengths.sum()) * dataset.dtype.itemsize)
+    return writer.manifest
+
+
+def import_dataset(
+    path: str | Path,
+    output: Path,
+    tokenizer: TokenizerInfo,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    command: str = "",
+    progress: Progress = nothing,
+) -> Manifest:
+    """A plain Megatron dataset with a manifest, checksums, and eod after every document."""
+    dataset = TokenDataset(path, vocab_size=tokenizer.vocab_size)
+    writer = TokenWriter(
+        output, tokenizer, sources=_sources([dataset]), command=command, shard_tokens=shard_tokens
+    )
+    with writer:
+        for part in parts_of(dataset, tokenizer.eod_id):
+            _copy(part, writer)
+            progress(int(part.lengths.sum()) * dataset.dtype.itemsize)
+    return writer.manifest
+
+
+def shuffle_datasets(
+    paths: Sequence[str | Path],
+    output: Path,
+    *,
+    seed: int = 0,
+    split: Split | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    memory_bytes: int = 2**28,
+    command: str = "",
+    progress: Progress = nothing,
+) -> dict[str, Manifest]:
+    """All documents in an order keyed by (seed, tokens), external; parts as `tokenize` has them.
+
+    Without a split OUTPUT itself is the dataset; with one, OUTPUT/train and the parts held out.
+    """
+    datasets, info = open_alike(paths)
+    if output.exists() and any(output.iterdir()):
+        raise DataError(f"{output} is not empty. Name a new folder, or remove this one.")
+    work = output.with_name(output.name + ".work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    results = [
+        _keyed(dataset, info, work, number, seed, progress)
+        for number, dataset in enumerate(datasets)
+    ]
+    names = ["train"]
+    if split is not None:
+        names += ["held_out"] * (split.held_out > 0) + ["held_out_long"] * (split.longest > 0)
+    folders = {name: work / "made" / (name if split else ".") for name in names}
+    writers = {
+        name: TokenWriter(
+            folder,
+            info,
+            sources=_sources(datasets),
+            command=command,
+            shard_tokens=shard_tokens,
+        )
+        for name, folder in folders.items()
+    }
+    Merge(runs_of(work, results), split or Split(0, 0), writers, memory_bytes, progress).run()
+    manifests = {name: writer.close() for name, writer in writers.items()}
+    if output.exists():
+        output.rmdir()
+    (work / "made").replace(output)
+    sync_folder(output.parent)
+    shutil.rmtree(work)
+    return manifests
+
+
+def _keyed(
+    dataset: TokenDataset,
+    info: TokenizerInfo,
+    work: Path,
+    number: int,
+    seed: int,
+    progress: Progress,
+) -> UnitResult:
+    """Runs of a dataset's documents, sorted by a hash of their tokens."""
+    dtype = np.dtype(info.dtype)
+    with RunWriter(work, number, dtype) as writer:
+        for part in parts_of(dataset, info.eod_id):
+            if part.pieces is None:
+                for tokens in np.split(part.tokens, np.cumsum(part.lengths)[:-1]):
+                    digest = document_hash(seed)
+                    digest.update(np.ascontiguousarray(tokens).data)
+                    writer.add(tokens, document_keys(digest))
+            else:
+                digest = document_hash(seed)
+                begin = writer.begin_long()
+                for tokens in part.pieces:
+                    digest.update(np.ascontiguousarray(tokens).data)
+                    writer.add_piece(np.ascontiguousarray(tokens))
+                writer.end_long(begin, document_keys(digest))
+            progress(int(part.lengths.sum()) * dtype.itemsize)
+        return writer.finish(dataset.tokens * dtype.itemsize, [])
+
+
+def export_dataset(
+    path: str | Path, prefix: Path, *, vocab_size: int | None = None, progress: Progress = nothing
+) -> tuple[int, int]:
+    """One PREFIX.bin and PREFIX.idx with every shard, as Megatron reads; documents and tokens."""
+    dataset = TokenDataset(path, vocab_size=vocab_size)
+    item = dataset.dtype.itemsize
+    paths = [prefix.with_name(f"{prefix.name}.{end}") for end in ("bin", "idx")]
+    for target in paths:
+        if target.exists():
+            raise DataError(f"{target} exists already. Name another prefix, or remove it.")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with open(paths[0], "wb") as file:
+        for shard in dataset.shards:
+            with open(shard.bin_path, "rb") as source:
+                while data := source.read(2**24):
+                    file.write(data)
+                    progress(len(data))
+    sequences = sum(shard.sequences for shard in dataset.shards)
+    with open(paths[1], "wb") as file:
+        code = DTYPE_CODES[dataset.dtype.name]
+        file.write(HEADER.pack(MAGIC, 1, code, sequences, dataset.documents + 1))
+        for shard in dataset.shards:
+            for first in range(0, shard.sequences, 2**20):
+                file.write(np.ascontiguousarray(shard.lengths()[first : first + 2**20]).data)
+        for number, shard in enumerate(dataset.shards):
+            for first in range(0, shard.sequences, 2**20):
+                pointers = shard.pointers()[first : first + 2**20]
+                file.write((pointers + dataset.starts[number] * item).astype("<i8").data)
+        before = 0
+        for shard in dataset.shards:
+            for first in range(0, shard.documents, 2**20):
+                stop = min(shard.documents, first + 2**20)
+                file.write((shard.document_index()[first:stop] + before).astype("<i8").data)
+            before += shard.sequences
+        file.write(np.asarray([sequences], "<i8").data)
+    return dataset.documents, dataset.tokens
