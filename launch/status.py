@@ -188,7 +188,7 @@ def node_lines(run_directory: Path) -> list[str]:
     beats = read_beats(run_directory)
     costs = [beat.busy_seconds for beat in beats.values() if beat.busy_seconds]
     if costs:
-        lines.append(f"median step of a rank: {statistics.median(costs):.3f} s")
+        lines.append(f"the ranks' timed piece of work: median {statistics.median(costs):.3f} s")
     return lines or [f"{run_directory} has met no node yet"]
 
 

@@ -279,7 +279,7 @@ class Supervisor:
         for beat, times in slow_ranks(beats, self.job.site.watchdog.slow_ratio):
             if beat.rank not in self.told_slow:
                 self.told_slow.add(beat.rank)
-                message = f"rank {beat.rank} on {beat.host} takes {times:.1f}× the median"
+                message = f"rank {beat.rank} on {beat.host} takes {times:.1f}× the median time"
                 self.tell(f"slow: {message}")
                 record(
                     self.run,

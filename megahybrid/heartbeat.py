@@ -38,7 +38,7 @@ class Beat:
     phase: str = "start"
     step: int = 0
     phase_seconds: float = 0.0
-    busy_seconds: float | None = None  # of a typical recent step, without waiting for others
+    busy_seconds: float | None = None  # of a fixed piece of work, without waiting for others
     exit_code: int | None = None  # set once, at the end
     message: str | None = None  # the error that ended the rank, in one line
     consequence: bool = False  # the error only says that another rank is gone
@@ -91,8 +91,8 @@ class Heartbeat:
             self.phase(before)
 
     def busy(self, seconds: float) -> None:
-        """What a step cost this rank alone; the median of the last ones is told."""
-        self._recent = [*self._recent[-15:], seconds]
+        """What a fixed piece of work cost this rank alone; the median of the last is told."""
+        self._recent = [*self._recent[-4:], seconds]
 
     def end(self, exit_code: int, message: str | None = None, *, consequence: bool = False) -> None:
         """The last beat: how the rank ended. Nothing follows."""
@@ -168,7 +168,7 @@ def first_failure(beats: Mapping[int, Beat]) -> Beat | None:
 
 
 def slow_ranks(beats: Mapping[int, Beat], ratio: float) -> list[tuple[Beat, float]]:
-    """Ranks whose own part of a step costs over `ratio` times the median, and how many times."""
+    """Ranks whose fixed piece of work takes over `ratio` times the median, and how many times."""
     costs = {rank: beat.busy_seconds for rank, beat in beats.items() if beat.busy_seconds}
     if len(costs) < 2:
         return []

@@ -16,6 +16,7 @@ from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
 from megahybrid.train.ledger import StepLine
 from megahybrid.train.listeners import Listeners
 from megahybrid.train.metrics import StepClock, StepFlops, memory_gib, mfu, training_seconds
+from megahybrid.train.probe import probe_seconds
 from megahybrid.train.profile import Profiler
 from megahybrid.train.spikes import Recent, judge_spike, remember
 from megahybrid.train.state import TrainState
@@ -88,6 +89,8 @@ class Trainer:
                     f"step {state.step}). Lower the learning rate or look at the data, then start "
                     "from an earlier checkpoint."
                 )
+            if _due(state.step, self.habits.audit_every_steps):
+                self.heartbeat.busy(probe_seconds(self.mesh.device))
             if self._after_step(state, until_tokens):
                 return state, True
         return state, False
