@@ -193,6 +193,23 @@ def test_a_tokenizer_that_is_not_the_datas(
     assert everything(here) == before
 
 
+def test_sources_of_different_tokenizers(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "code" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("0" * 64, "1" * 64))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "run.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "megahybrid: the tokenizer of data.sources.books has sha256 000000000000, but code was "
+        "made with 111111111111. Name the tokenizer that made the data, or tokenize it again.\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def existing(nursery: Nursery, made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of a few steps in `run`."""

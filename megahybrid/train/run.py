@@ -120,6 +120,7 @@ class Attempt:
                 self.evaluate(engine, state, far=True)
             engine.close()
             if stopped:
+                self.profiler.close()
                 self.listeners.on_end("stopped")
                 return EXIT_RESUME
         self.profiler.close()
@@ -351,11 +352,16 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
     data, the tokenizer, and the run that `directory` or `start` already holds."""
     choose_device(run.device, local_rank=0)
     tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
-    for sources in (run.data.sources, run.data.held_out):
-        for source in sources.values():
+    first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
+    if tokenizer is not None:
+        first = ("data.tokenizer", tokenizer.info.sha256)
+    for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
+        for name, source in sources.items():
             dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
-            if tokenizer is not None:
-                dataset.check_tokenizer(tokenizer.info.sha256)
+            if first is not None:
+                dataset.check_tokenizer(first[1], first[0])
+            elif dataset.manifest is not None:
+                first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
     check_beginning(run, directory, allow)
 
 
