@@ -1,0 +1,211 @@
+"""What a person is told: one line per run, from the queue, heartbeats and records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.records import attempts, read_records, record, records_file, stop_lead
+from launch.slurm import Queued
+from launch.status import node_lines, status_line
+from launch.submit import forecast, plan
+from launch.tail import first_error, tail
+from megahybrid.errors import ConfigError, MegahybridError
+from megahybrid.heartbeat import Heartbeat
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    directory = tmp_path / "demo"
+    (directory / "logs" / "7.1").mkdir(parents=True)
+    record(directory, "submit", jobs=["7", "8"], nodes=2)
+    record(directory, "start", job="7", attempt=0, nodes=["n1", "n2"], checkpoint=None)
+    _end(directory, 0, 7, "rank 1: ValueError: x", step=12, checkpoint=10)
+    record(directory, "start", job="7", attempt=1, nodes=["n1", "n3"], checkpoint=10)
+    _ledger(directory, {"kind": "step", "step": 42, "loss": 2.3125, "seconds": {"update": 3.0}})
+    _checkpoint(directory, 40)
+    return directory
+
+
+def _end(directory: Path, attempt: int, code: int, reason: str, **facts) -> None:
+    facts = {"step": None, "checkpoint": None, **facts}
+    record(directory, "end", job="7", attempt=attempt, code=code, reason=reason, **facts)
+
+
+def _ledger(directory: Path, *lines: dict) -> None:
+    with open(directory / "ledger.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _checkpoint(directory: Path, step: int) -> None:
+    folder = directory / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+
+
+def _queue(state: str, reason: str = "None") -> dict[str, Queued]:
+    return {
+        "7": Queued("7", "7", state, reason, "n[1,3]", "3:12:00", "7", "demo"),
+        "8": Queued("8", "8", "PENDING", "Dependency", "", "1:00:00", "8", "demo"),
+        "9": Queued("9", "9", "RUNNING", "None", "n9", "1:00", "9", "another's"),
+    }
+
+
+def test_a_running_run_says_where_it_is(run: Path) -> None:
+    heart = Heartbeat(run, 0).start()
+    heart.phase("step", 42)
+    heart.end(0)
+    line = status_line(run, _queue("RUNNING"))
+    assert line == (
+        "demo: RUNNING job 7 try 2 n[1,3] step age 0s step 42 loss 2.312 ckpt 40 left 3:12:00 "
+        "| 1 failed before | +1 in the chain"
+    )
+
+
+def test_ranks_that_are_slow_or_behind_and_requests_are_shown(run: Path) -> None:
+    for rank, (seconds, step) in enumerate(((1.0, 42), (1.0, 42), (1.8, 40))):
+        heart = Heartbeat(run, rank)
+        heart.busy(seconds)
+        heart.phase("step", step)
+        heart.start().end(0)
+    (run / "stop-now").touch()
+    line = status_line(run, _queue("RUNNING"))
+    assert "| slow: rank 2 on " in line and " 1.8×" in line
+    assert "| rank 2 on " in line and " is at step 40" in line and "| stopping" in line
+
+
+def test_a_waiting_run_says_for_what_and_after_what(run: Path) -> None:
+    _end(run, 1, 75, "stopped and saved", step=42, checkpoint=40)
+    line = status_line(run, _queue("PENDING", "BeginTime"))
+    assert line == (
+        "demo: PENDING job 7 (+1 in the chain) (held back a moment after a requeue) "
+        "after attempt 2: stopped and saved | step 42 loss 2.312 ckpt 40"
+    )
+
+
+def test_runs_that_ended_say_how(run: Path) -> None:
+    record(run, "verdict", job="7", code=7, reason="3 failures in a row")
+    assert "demo: GIVEN UP with code 7: 3 failures in a row |" in status_line(run, {})
+    (run / "slurm" / "DONE").touch()
+    assert status_line(run, {}).startswith("demo: DONE after 2 attempts | step 42")
+
+
+def test_without_slurm_the_runs_files_answer_and_say_so(run: Path) -> None:
+    line = status_line(run, None)
+    assert line.startswith("demo: UNKNOWN (job 7 try 2, no end was written)")
+    assert line.endswith("(Slurm does not answer; this is from the run's files)")
+    assert status_line(run, {}).startswith("demo: NOT IN THE QUEUE")
+
+
+def test_a_run_that_was_never_submitted_says_so(tmp_path: Path) -> None:
+    assert status_line(tmp_path, {}) == f"{tmp_path.name}: NEVER SUBMITTED"
+
+
+def test_an_attempt_nobody_ended_is_lost_and_its_checkpoint_is_what_the_next_found(
+    run: Path,
+) -> None:
+    record(run, "start", job="7", attempt=2, nodes=["n1"], checkpoint=40)
+    lost = attempts(run)[1]
+    assert lost.code is None and lost.failed and lost.progressed
+    assert lost.checkpoint == 40 and lost.reason.startswith("lost: ")
+    record(run, "submit", jobs=["9"], nodes=2)
+    assert attempts(run, since_submit=True) == []
+
+
+def test_a_line_torn_by_a_power_cut_costs_only_itself(run: Path) -> None:
+    with open(records_file(run), "a") as file:
+        file.write('{"event": "end", "jo')
+    record(run, "verdict", job="7", code=0, reason="done")
+    assert read_records(run)[-1]["event"] == "verdict"
+    assert len(attempts(run)) == 2
+
+
+def test_the_lead_is_twice_what_saves_steps_and_validations_took(run: Path) -> None:
+    assert stop_lead(run, 300) == 300
+    _ledger(
+        run,
+        {"kind": "event", "event": "save", "step": 40, "detail": {"seconds": 200.0}},
+        {"kind": "step", "step": 43, "seconds": {"update": 5.0, "evaluate": 30.0}},
+    )
+    assert stop_lead(run, 300) == 60 + 2 * (200 + 5 + 30) + 1
+    assert stop_lead(run / "new", 120) == 120
+
+
+def test_nodes_tell_their_history(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import slurm
+
+    monkeypatch.setattr(slurm, "node_states", lambda nodes: {"n1": "idle"})
+    record(run, "bad_node", job="7", node="n2", reason="GPU 3 has 2 uncorrected ECC errors")
+    lines = node_lines(run)
+    assert lines[0] == "n1: idle | 2 attempts | no failure"
+    assert lines[1].startswith("n2: state unknown | 1 attempt | ")
+    assert lines[1].endswith("GPU 3 has 2 uncorrected ECC errors")
+
+
+def test_the_first_real_error_comes_before_its_consequences(run: Path) -> None:
+    folder = run / "logs" / "7.1"
+    trace = "Traceback (most recent call last):\n  File x\n    y\n"
+    (folder / "rank-0000.log").write_text(
+        f"begin\n{trace}RuntimeError: Connection closed by peer\n"
+    )
+    (folder / "rank-0001.log").write_text(f"begin\n{trace}ValueError: the cause\nafterwards\n")
+    lines = first_error(run, folder)
+    assert lines[0] == "rank 0001 | Traceback (most recent call last):"
+    assert lines[-1] == "rank 0001 | ValueError: the cause"
+    shown = tail(run, 10)
+    assert "rank 0000 (+1) | begin" in shown
+
+
+def test_a_forecast_counts_tokens_per_hour_steps_and_memory(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    arguments = {"site": str(ROOT / "configs/sites/example.yaml"), "nodes": 8}
+    run_file = ROOT / "configs/runs/paper_rnope_swa_8b.yaml"
+    job, resolved = plan(
+        run_file, [f"directory={directory}", "stages.1.batch_tokens=1048576"], **arguments
+    )
+    text = "\n".join(forecast(job, resolved))
+    assert "8 nodes × 8 ranks = 64 ranks: tensor 4, data 16, ZeRO stage 1" in text
+    assert "stage long: 60.1 GiB per GPU by plan, 80 GiB there" in text
+    assert "no rate measured yet" in text
+    _ledger(
+        directory,
+        {"kind": "step", "step": 9, "tokens_per_second": 1e6, "seconds": {"update": 4.0}},
+    )
+    text = "\n".join(forecast(job, resolved))
+    assert "3600.00 M tokens per hour as last measured" in text
+    assert "about 21525 steps and 22 checkpoints within the time limit" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nodes": 0}, "--nodes=0 is too few. Use 1 or more."),
+        ({"nodes": 1, "spares": -1}, "--spares=-1 is too few"),
+        ({"nodes": 3}, "is not a multiple of"),
+    ],
+)
+def test_an_allocation_that_cannot_be_is_refused_before_it_waits(options, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan(ROOT / "configs/runs/paper_rnope_swa_8b.yaml", [], site="example", **options)
+
+
+def test_a_time_limit_too_short_to_stop_in_is_refused(tmp_path: Path) -> None:
+    site = tmp_path / "short.yaml"
+    site.write_text("{name: short, time_limit: '5', gpus_per_node: 0, ranks_per_node: 2}")
+    with pytest.raises(ConfigError, match="leaves no time to train"):
+        plan(ROOT / "configs/runs/demo.yaml", [], site=str(site), nodes=1)
+
+
+def test_without_slurm_a_submission_says_what_to_do(tmp_path, monkeypatch) -> None:
+    from launch.submit import submit
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job, resolved = plan(
+        ROOT / "configs/runs/demo.yaml", [f"directory={tmp_path / 'run'}"],
+        site=str(ROOT / "configs/sites/cpu.yaml"), nodes=1,
+    )  # fmt: skip
+    with pytest.raises(MegahybridError, match="is not installed on this machine"):
+        submit(job, resolved)
