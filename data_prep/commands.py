@@ -53,11 +53,19 @@ def add_arguments(subparsers: Any) -> None:
     verify.add_argument("path")
     verify.add_argument("--vocab-size", type=int, help="for files without a manifest")
 
-    inspect = commands.add_parser("inspect", help="what a dataset holds")
-    inspect.add_argument("path")
+    inspect = commands.add_parser("inspect", help="what a dataset, or one step of a run, holds")
+    inspect.add_argument("path", help="dataset, run file or a run's folder")
     inspect.add_argument("--vocab-size", type=int, help="for files without a manifest")
     inspect.add_argument("--tokenizer", help="to show documents as text")
     inspect.add_argument("--documents", type=int, default=3, help="how many to show")
+    inspect.add_argument("--picture", metavar="FILE.svg", help="lengths and tokens as a picture")
+    inspect.add_argument("--step", type=int, default=1, help="of a run (from 1)")
+    inspect.add_argument("--stage", help="count the step within this stage")
+    inspect.add_argument("--rows", type=int, default=4, help="rows of the step to show")
+
+    audit = commands.add_parser("audit", help="prove from a run's ledger which tokens it has read")
+    audit.add_argument("run_directory", metavar="RUN", help="a run's folder")
+    audit.add_argument("other", metavar="RUN2", nargs="?", help="compare with this run")
 
 
 def _add_rewriting(commands: Any) -> None:
@@ -115,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         "export": _export,
         "verify": _verify,
         "inspect": _inspect,
+        "audit": _audit,
     }[args.data_command]
     try:
         command(args)
@@ -284,6 +293,36 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    path = args.path
+    if path.endswith((".yaml", ".yml")) or os.path.exists(os.path.join(path, "config.yaml")):
+        from data_prep.show_batch import show_batch
+
+        show_batch(path, args.stage, args.step, args.rows, args.tokenizer)
+        return
     from data_prep.inspect_dataset import inspect_dataset
 
-    inspect_dataset(args.path, args.vocab_size, args.tokenizer, args.documents)
+    inspect_dataset(path, args.vocab_size, args.tokenizer, args.documents, args.picture)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from data_prep.trace import audit, first_difference
+
+    audits = [audit(path) for path in (args.run_directory, args.other) if path]
+    for found in audits:
+        print(
+            f"{found.run}: the ledger's {found.steps:,} steps are what config and files give. "
+            f"Rows read: sha256 {found.rows[:16]}"
+        )
+        for name, tokens in found.tokens.items():
+            print(
+                f"  {name}: {tokens:,} tokens, {found.epochs[name]:.4f} epochs, manifest "
+                f"{found.fingerprints[name][:12]}, spans sha256 {found.seen[name][:16]}"
+            )
+    if len(audits) == 2:
+        first, second = audits
+        step = first_difference(first, second)
+        if step is not None:
+            print(f"The two runs differ from step {step} on.")
+        else:
+            steps = min(first.steps, second.steps)
+            print(f"Both runs have read the same tokens in the same order for {steps:,} steps.")

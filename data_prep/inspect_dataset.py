@@ -1,10 +1,15 @@
 """Showing what a dataset holds, on the console."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
 
 SHOWN_CHARACTERS = 400
@@ -12,9 +17,16 @@ BAR = 30
 
 
 def inspect_dataset(
-    path: str, vocab_size: int | None, tokenizer: str | None, documents: int
+    path: str,
+    vocab_size: int | None,
+    tokenizer: str | None,
+    documents: int,
+    picture: str | None = None,
 ) -> None:
-    """Prints counts, the lengths of documents as bars, and the first documents."""
+    """Prints counts, the lengths of documents as bars, and the first documents.
+
+    `picture` is an .svg to write the lengths to.
+    """
     dataset = TokenDataset(path, vocab_size=vocab_size)
     console = Console()
     console.print(
@@ -26,6 +38,16 @@ def inspect_dataset(
     if dataset.manifest is not None:
         console.print(dataset.manifest.command, style="dim", highlight=False, soft_wrap=True)
         console.print(_histogram(dataset))
+        if picture is not None:
+            Path(picture).write_text(length_picture(dataset.manifest.length_histogram, path))
+            console.print(f"{picture} written", highlight=False)
+    if dataset.plan is not None:
+        info = dataset.plan.info
+        console.print(
+            f"plan: {info.rows:,} rows of {info.length:,}, {info.fill:.2%} full, {info.method}, "
+            f"{info.documents:,} documents, {info.tokens:,} tokens",
+            highlight=False,
+        )
     text = load_tokenizer(tokenizer) if tokenizer else None
     if text is not None:
         dataset.check_tokenizer(text.info.sha256, "--tokenizer")
@@ -49,3 +71,42 @@ def _histogram(dataset: TokenDataset) -> Table:
             "█" * round(BAR * share),
         )
     return table
+
+
+def length_picture(histogram: Sequence[LengthBin], title: str) -> str:
+    """An .svg of two rows of bars: share of the documents, and of the tokens, by length."""
+    step, height = 44, 160
+    width = 70 + step * len(histogram)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{2 * height + 110}" '
+        'font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="10" y="20" font-size="13">{escape(title)}</text>',
+    ]
+    rows = (
+        ("share of documents", [entry.documents for entry in histogram], "#4878a8"),
+        ("share of tokens", [entry.tokens for entry in histogram], "#c4742c"),
+    )
+    for row, (name, values, colour) in enumerate(rows):
+        base = 45 + (row + 1) * height + row * 15
+        parts.append(f'<text x="10" y="{base - height + 12}">{name}</text>')
+        for index, value in enumerate(values):
+            share = value / max(1, sum(values))
+            size = share / max(max(values) / max(1, sum(values)), 1e-9) * (height - 40)
+            x = 40 + step * index
+            parts.append(
+                f'<rect x="{x}" y="{base - size:.1f}" width="{step - 8}" height="{size:.1f}" '
+                f'fill="{colour}"/><text x="{x}" y="{base - size - 4:.1f}">{share:.1%}</text>'
+            )
+    for index, entry in enumerate(histogram):
+        x = 40 + step * index
+        parts.append(f'<text x="{x}" y="{2 * height + 78}">{_short(entry.min_tokens)}</text>')
+    parts.append(f'<text x="40" y="{2 * height + 98}">tokens of a document, from (to twice)</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _short(tokens: int) -> str:
+    for power, letter in ((30, "G"), (20, "M"), (10, "k")):
+        if tokens >= 2**power:
+            return f"{tokens >> power}{letter}"
+    return str(tokens)

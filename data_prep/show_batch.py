@@ -1,0 +1,84 @@
+"""Showing one step of a run on the console: where its rows come from, and their documents."""
+
+from collections import Counter
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.trace import find_step, load_run, open_mixture
+from megahybrid.data.batches import Batch, make_batch
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.mixture import RowPlan
+from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+
+WIDTH = 64
+SHADES = "█▓"  # neighbours differ, so that each change is a boundary
+TEXT_TOKENS = 40
+
+
+def show_batch(
+    path: str, stage: str | None, step: int, rows: int, tokenizer: str | None = None
+) -> None:
+    """Prints step `step` (from 1) of the run (or of its stage) and `rows` of its rows.
+
+    Documents are drawn in two shades; the first words of each row's first documents follow.
+    """
+    run = load_run(path)
+    mixture = open_mixture(run)
+    found = find_step(run, mixture, stage, step)
+    console = Console(soft_wrap=True, highlight=False)
+    point = found.point
+    console.print(
+        f"step {found.number} of the run, {point.step_in_stage + 1} of stage {point.stage.name}: "
+        f"{point.rows} rows of {point.length:,} tokens, learning rate {point.learning_rate:.3g}"
+    )
+    _print_mix(console, found.plans, point.length, mixture.epochs(found.state))
+    words = tokenizer or run.data.tokenizer
+    text = load_tokenizer(words) if words else None
+    chosen = found.plans[:rows]
+    batch = make_batch(mixture.datasets, chosen, point.length, run.data.documents)
+    for number, plan in enumerate(chosen):
+        _print_row(console, number, plan, batch, mixture.datasets[plan.source], text)
+
+
+def _print_mix(
+    console: Console, plans: list[RowPlan], length: int, epochs: dict[str, float]
+) -> None:
+    table = Table("source", "rows", "share", "epochs so far", "")
+    for name, count in sorted(Counter(plan.source for plan in plans).items()):
+        share = count / len(plans)
+        table.add_row(
+            name, f"{count}", f"{share:.1%}", f"{epochs[name]:.4f}", "█" * round(30 * share)
+        )
+    console.print(table)
+
+
+def _print_row(
+    console: Console,
+    number: int,
+    plan: RowPlan,
+    batch: Batch,
+    dataset: TokenDataset,
+    text: Tokenizer | None,
+) -> None:
+    starts, targets = batch.starts[number], batch.targets[number]
+    length = len(starts)
+    first = np.unique(starts)
+    places = ", ".join(f"{start:,} + {size:,}" for start, size in plan.spans[:4])
+    more = f" and {len(plan.spans) - 4} more" if len(plan.spans) > 4 else ""
+    console.print(
+        f"\nrow {number}: {plan.source} ({dataset.path}), tokens {places}{more}; {len(first)} "
+        f"documents, {int((targets >= 0).sum()):,} of {length:,} targets count"
+    )
+    # One character stands for length / WIDTH tokens and has the shade of its first one's document.
+    which = np.searchsorted(first, starts[(np.arange(WIDTH) * length) // WIDTH])
+    console.print("".join(SHADES[index % 2] for index in which))
+    for begin in first[:5].tolist():
+        end = next((int(other) for other in first if other > begin), length)
+        ids = batch.tokens[number, begin : min(end, begin + TEXT_TOKENS)].tolist()
+        shown = text.decode(ids) if text else " ".join(map(str, ids[:12]))
+        console.print(Text(f"  {begin:>8,} {end - begin:>8,} tokens  {shown[:100]!r}"))
+    if len(first) > 5:
+        console.print(f"  … and {len(first) - 5} documents more")
