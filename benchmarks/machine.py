@@ -52,7 +52,8 @@ def _installed(name: str) -> str | None:
 
 def heading(facts: dict[str, Any]) -> str:
     """One line for people."""
-    where = facts.get("gpu") or f"{facts['processor']}, {facts['threads']} of {facts['cores']} cores"
+    cores = f"{facts['threads']} of {facts['cores']} cores"
+    where = facts.get("gpu") or f"{facts['processor']}, {cores}"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return f"{where} (load {facts['load_average'][0]:.1f}); python {facts['python']}, {versions}"
 

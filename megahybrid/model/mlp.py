@@ -19,15 +19,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        # d silu(g) / dg = sigmoid(g) * (1 + g * (1 - sigmoid(g)))
-        return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+        # autograd's own kernel for d silu: five passes over memory less than written out.
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)
 
 
 def swiglu(

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# Multiply-adds below which oneDNN's call costs more than its speed gains.
+# Multiply-adds, and sizes of the factors, below which oneDNN's call costs more than it gains.
 SMALLEST = 2**20
+NARROWEST = 16
 
 
 def linear(
@@ -23,7 +24,7 @@ def linear(
 ) -> Float[Tensor, "*rows out_features"]:
     """x weightᵀ in x's dtype, differentiable."""
     weight = weight.to(x.dtype)
-    if prefers_onednn(x, x.numel() * weight.shape[0]):
+    if prefers_onednn(x, weight.t()):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
 
@@ -34,10 +35,16 @@ def product(
     out: Float[Tensor, "*rows columns"] | None = None,
 ) -> Float[Tensor, "*rows columns"]:
     """left @ right without gradients; both may be transposed views."""
-    if not prefers_onednn(left, left.numel() * right.shape[1]):
+    if not prefers_onednn(left, right):
         return torch.matmul(left, right, out=out)
-    result = _onednn(left, right.t())
-    return result if out is None else out.copy_(result)
+    # The first factor is copied unless contiguous, so the smaller one goes first.
+    copied = 0 if left.is_contiguous() else left.numel()
+    copied_swapped = right.numel() + left.shape[0] * right.shape[1]
+    if left.dim() == 2 and left.stride(0) == 1 and copied > copied_swapped:
+        result = _onednn(right.t(), left).t()
+    else:
+        result = _onednn(left, right.t())
+    return result.contiguous() if out is None else out.copy_(result)
 
 
 class _Linear(torch.autograd.Function):
@@ -63,17 +70,20 @@ class _Linear(torch.autograd.Function):
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     """x weightᵀ; the one place that knows torch's private name for it."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    # For a view with gaps oneDNN falls back to a loop that is 300 times slower.
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.t().contiguous().t() if weight.stride(0) == 1 else weight.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
 
 
-def prefers_onednn(left: Tensor, multiply_adds: int) -> bool:
-    """Whether a product with this left factor and this many multiply-adds goes to oneDNN."""
-    return (
-        multiply_adds >= SMALLEST
-        and left.dtype == torch.float32
-        and left.device.type == "cpu"
-        and onednn_serves()
-    )
+def prefers_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether left @ right goes to oneDNN."""
+    if left.dtype != torch.float32 or left.device.type != "cpu" or left.numel() == 0:
+        return False
+    inner, columns = right.shape
+    rows = left.numel() // inner
+    large = rows * inner * columns >= SMALLEST and min(rows, inner, columns) >= NARROWEST
+    return large and onednn_serves()
 
 
 @cache

@@ -183,7 +183,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, flat.shape[0], chunk):
             piece = slice(start, start + chunk)
             per_token[piece], slope = _loss_and_slope(
-                _product_exact(flat[piece], used.t(), exact),
+                flat[piece],
+                used,
                 flat_targets[piece],
                 axis,
                 rows,
@@ -191,7 +192,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 needs_hidden or needs_weight,
             )
             if slope is not None:
-                slope = slope.to(hidden.dtype)
                 if grad_whole is not None:
                     product(slope, used, out=grad_whole[piece])
                 if grad_weight is not None:
@@ -222,18 +222,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _loss_and_slope(
-    logits: Tensor,
+    inputs: Tensor,
+    weight: Tensor,
     targets: Tensor,
     axis: Axis,
     rows: tuple[int, int],
     scale: float,
     needs_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [tokens], and their derivative by this rank's unscaled logits, in the logits' storage.
+    """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype.
 
     One collective per chunk: each rank sends its own maximum, its sum of exponentials relative to
-    it, and the target's logit where it holds the target; all combine them alike.
+    it, and the target's logit where it holds the target; all combine them alike. Written in the
+    logits' storage; in lower precision beside it.
     """
+    logits = _product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
     if scale != 1.0:
         logits.mul_(scale)
     counts = targets != IGNORED
@@ -241,12 +244,13 @@ def _loss_and_slope(
     column = torch.where(mine, targets - rows[0], 0).unsqueeze(1)
     if logits.shape[1] == 0:  # a rank that holds nothing but padding
         peak = logits.new_full(targets.shape, -torch.inf)
-        total = target_logit = torch.zeros_like(peak)
+        total = target_logit = at_target = torch.zeros_like(peak)
     else:
         target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
         peak = logits.amax(dim=1)
         logits.sub_(peak.unsqueeze(1)).exp_()
         total = logits.sum(dim=1)
+        at_target = logits.gather(1, column).squeeze(1)
     peaks, totals, target_logits = all_gather(
         torch.stack([peak, total, target_logit]).unsqueeze(0), axis
     ).unbind(1)  # each [tensor ranks, tokens]
@@ -256,9 +260,15 @@ def _loss_and_slope(
     if not needs_slope:
         return losses, None
     factor = (peak - top).exp() / denominator * counts * scale
-    slope = logits.mul_(factor.unsqueeze(1))
+    if logits.dtype == inputs.dtype:
+        slope = logits.mul_(factor.unsqueeze(1))
+    else:
+        slope = torch.empty_like(logits, dtype=inputs.dtype)
+        torch.mul(logits, factor.unsqueeze(1), out=slope)
     if slope.shape[1]:
-        slope.scatter_add_(1, column, (mine.to(slope.dtype) * -scale).unsqueeze(1))
+        # In full precision: near a certain prediction probability - 1 would lose its digits.
+        at_target = at_target * factor - mine.to(factor.dtype) * scale
+        slope.scatter_(1, column, at_target.to(slope.dtype).unsqueeze(1))
     return losses, slope
 
 
@@ -271,14 +281,15 @@ def _product_exact(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
 
 def _accumulate(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
     """total += slopeᵀ inputs, with the sum in total's dtype."""
-    if slope.dtype == total.dtype and not prefers_onednn(slope, slope.numel() * inputs.shape[1]):
+    if slope.dtype == total.dtype and not prefers_onednn(slope.t(), inputs):
         total.addmm_(slope.t(), inputs)
     elif slope.is_cuda and _adds_to_fp32(slope.device, slope.dtype):
         torch.addmm(total, slope.t(), inputs, out_dtype=total.dtype, out=total)
     else:
-        # By rows: a product of the whole weight's size would stand beside its gradient.
-        for start in range(0, total.shape[0], 8192):
-            piece = slice(start, start + 8192)
+        # By rows: a product of a large weight's size would stand beside its gradient.
+        rows = max(8192, 2**24 // total.shape[1])
+        for start in range(0, total.shape[0], rows):
+            piece = slice(start, start + rows)
             total[piece] += _product_exact(slope[:, piece].t(), inputs, total.dtype)
 
 

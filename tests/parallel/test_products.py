@@ -22,6 +22,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of any size take the fast way, where there is one."""
     monkeypatch.setattr(products, "SMALLEST", 0)
+    monkeypatch.setattr(products, "NARROWEST", 1)
 
 
 @pytest.mark.parametrize("seq, batch, inner, outer", SHAPES)
@@ -56,16 +57,28 @@ def test_products_take_transposed_factors_and_write_where_told() -> None:
     assert relative_error(out, exact) < BOUND
     assert returned.data_ptr() == out.data_ptr()
     assert relative_error(product(left.t(), right), exact) < BOUND
+    assert relative_error(product(left[:, 20:].t(), right), exact[20:]) < BOUND
+    assert relative_error(product(left.t(), right[:, 9:]), exact[:, 9:]) < BOUND
+    assert (
+        relative_error(
+            product(left[::2].t(), right[::2]), left[::2].double().t() @ right[::2].double()
+        )
+        < BOUND
+    )
 
 
 @needs_onednn
 def test_only_fp32_on_a_cpu_and_large_enough_leaves_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert prefers_onednn(torch.ones(2, 2), 4)
-    assert not prefers_onednn(torch.ones(2, 2, dtype=torch.float64), 4)
-    assert not prefers_onednn(torch.ones(2, 2, dtype=torch.bfloat16), 4)
-    assert not prefers_onednn(torch.ones(2, 2, device="meta"), 4)
-    monkeypatch.setattr(products, "SMALLEST", 5)
-    assert not prefers_onednn(torch.ones(2, 2), 4)
+    square = torch.ones(4, 4)
+    assert prefers_onednn(square, square)
+    assert not prefers_onednn(square.double(), square.double())
+    assert not prefers_onednn(square.bfloat16(), square.bfloat16())
+    assert not prefers_onednn(square.to("meta"), square.to("meta"))
+    monkeypatch.setattr(products, "SMALLEST", 65)
+    assert not prefers_onednn(square, square)
+    monkeypatch.setattr(products, "SMALLEST", 64)
+    monkeypatch.setattr(products, "NARROWEST", 5)
+    assert not prefers_onednn(square, square)
 
 
 @needs_onednn
