@@ -21,6 +21,7 @@ from launch.slurm import Queued, SlurmError
 from megahybrid.errors import EXIT_DONE
 from megahybrid.heartbeat import Beat, heartbeat_file, read_beats, slow_ranks
 
+BEHIND_SECONDS = 10.0
 # Reasons of Slurm that say nothing to somebody who waits.
 _REASONS = {
     "BeginTime": "held back a moment after a requeue",
@@ -112,10 +113,11 @@ def _trouble(run: Path, beats: Mapping[int, Beat], waiting: int) -> list[str]:
         ratio = read_job(run / FOLDER / "job.json").site.watchdog.slow_ratio
     for beat, times in slow_ranks(beats, ratio)[:2]:
         parts.append(f"| slow: rank {beat.rank} on {beat.host} {times:.1f}×")
-    steps = [beat.step for beat in beats.values()]
-    if steps and max(steps) - min(steps) > 1:
-        behind = min(beats.values(), key=lambda beat: beat.step)
-        parts.append(f"| rank {behind.rank} on {behind.host} is at step {behind.step}")
+    # Beats are some seconds apart, so a rank counts as behind only when it stays where it is.
+    last = max((beat.step for beat in beats.values()), default=0)
+    stuck = [b for b in beats.values() if b.step < last and b.phase_seconds > BEHIND_SECONDS]
+    for behind in sorted(stuck, key=lambda beat: beat.step)[:1]:
+        parts.append(f"| rank {behind.rank} on {behind.host} stays at step {behind.step}")
     if (run / STOP_NOW).exists():
         parts.append("| stopping")
     if (run / SAVE_NOW).exists():
