@@ -15,13 +15,21 @@ def add_arguments(subparsers: Any) -> None:
     gather = commands.add_parser("gather-stdlib", help="Python's own library as a .jsonl")
     gather.add_argument("output", help=".jsonl to write")
 
-    tokenizer = commands.add_parser("tokenizer", help="train a sentencepiece tokenizer")
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="train a tokenizer, report on one, or adopt one",
+        usage="megahybrid data tokenizer INPUT... --output NEW.model --vocab-size N\n"
+        "       megahybrid data tokenizer report TOKENIZER INPUT... [--against OTHER]\n"
+        "       megahybrid data tokenizer adopt TOKENIZER --output NEW",
+    )
     _add_inputs(tokenizer)
-    tokenizer.add_argument("--output", required=True, help=".model to write")
-    tokenizer.add_argument("--vocab-size", type=int, required=True)
+    tokenizer.add_argument("--output", help=".model to write")
+    tokenizer.add_argument("--vocab-size", type=int)
     tokenizer.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
-    tokenizer.add_argument("--sample-mib", type=int, default=64, help="text to train on")
+    tokenizer.add_argument("--sample-mib", type=int, default=64, help="text to look at")
     tokenizer.add_argument("--special-token", action="append", default=[])
+    tokenizer.add_argument("--against", metavar="OTHER", help="report: compare with this one")
+    tokenizer.add_argument("--eod", help="report, adopt: the token that follows every document")
 
     tokenize = commands.add_parser("tokenize", help="text to shuffled token files")
     _add_inputs(tokenize)
@@ -144,6 +152,15 @@ def _gather(args: argparse.Namespace) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
+    from megahybrid.errors import DataError
+
+    special = {"report": _tokenizer_report, "adopt": _tokenizer_adopt}.get(args.inputs[0])
+    if special is not None and not os.path.exists(args.inputs[0]):
+        special(args)
+        return
+    for name in ("output", "vocab_size"):
+        if getattr(args, name) is None:
+            raise DataError(f"--{name.replace('_', '-')} is missing. See `data tokenizer --help`.")
     from data_prep.vocabulary import train_tokenizer
 
     info = train_tokenizer(
@@ -161,6 +178,41 @@ def _tokenizer(args: argparse.Namespace) -> None:
         f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
         f"sha256 {info.sha256[:12]}"
     )
+
+
+def _tokenizer_report(args: argparse.Namespace) -> None:
+    from data_prep.tokenizer_report import print_report, report
+    from megahybrid.errors import DataError
+
+    _, *inputs = args.inputs
+    if len(inputs) < 2:
+        raise DataError("tokenizer report needs a tokenizer and inputs. Name both.")
+    sources, used = report(
+        inputs[0],
+        inputs[1:],
+        against=args.against,
+        eod=args.eod,
+        sample_bytes=args.sample_mib * 2**20,
+        seed=args.seed,
+        text_field=args.field,
+        pattern=args.glob,
+    )
+    print_report(inputs[0], sources, used, against=args.against, eod=args.eod)
+
+
+def _tokenizer_adopt(args: argparse.Namespace) -> None:
+    from data_prep.tokenizer_report import adopt
+    from megahybrid.errors import DataError
+
+    if len(args.inputs) != 2 or not args.output:
+        raise DataError("tokenizer adopt needs one tokenizer and --output. Name both.")
+    info, changed = adopt(args.inputs[1], args.output, args.eod)
+    print(
+        f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
+        f"sha256 {info.sha256[:12]}"
+    )
+    for text in changed:
+        print(f"not lossless: {text!r} does not come back as it was")
 
 
 def _tokenize(args: argparse.Namespace) -> None:

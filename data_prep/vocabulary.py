@@ -43,9 +43,8 @@ def train_tokenizer(
     if target.suffix != ".model":
         raise DataError(f"output={target} does not end in .model. Name a file like bpe-4k.model.")
     units = list(cut_units(list_files(inputs, pattern)))
-    fraction = min(1.0, sample_bytes / max(1, sum(unit.bytes for unit in units)))
     model = train_sentencepiece(
-        _sampled(units, fraction, seed, text_field),
+        sampled_texts(units, sample_bytes, seed, text_field),
         vocab_size=vocab_size,
         kind=kind,
         special_tokens=special_tokens,
@@ -55,7 +54,11 @@ def train_tokenizer(
     return load_tokenizer(target).info
 
 
-def _sampled(units: Sequence[Unit], fraction: float, seed: int, text_field: str) -> Iterator[str]:
+def sampled_texts(
+    units: Sequence[Unit], sample_bytes: int, seed: int, text_field: str
+) -> Iterator[str]:
+    """About `sample_bytes` of documents, chosen by a hash of their text."""
+    fraction = min(1.0, sample_bytes / max(1, sum(unit.bytes for unit in units)))
     limit = int(fraction * 2**64)
     for unit in units:
         for item in read_unit(unit, text_field):

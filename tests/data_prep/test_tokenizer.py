@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.tokenizer_report import report
 from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.errors import DataError
+from tests.data_prep.test_commands import call
 
 # U+2581 is sentencepiece's own mark for a space, and comes back as one.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\u2581\0"), max_size=60)
@@ -81,3 +83,32 @@ def test_damaged_or_missing_tokenizer_is_refused(tmp_path: Path, name: str) -> N
     (tmp_path / name).write_bytes(b"\x01\x02nonsense")
     with pytest.raises(DataError, match="damaged"):
         load_tokenizer(tmp_path / name)
+
+
+def test_report_counts_bytes_and_tokens_by_source(
+    corpus: Path, model: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.model"
+    train_tokenizer([corpus], other, 300)
+    (tmp_path / "b.txt").write_text("word " * 50)
+    sources, used = report(str(model), [str(corpus), f"{tmp_path}/b.txt"], against=str(other))
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert sources[0].bytes == sum(len(text.encode()) for text in texts)
+    assert sources[0].tokens == sum(map(len, tokenizer.encode(texts)))
+    assert sources[0].tokens_against > sources[0].tokens
+    assert sources[1].documents == 1 and not sources[0].changed
+    assert used.total() == sources[0].tokens + sources[1].tokens
+
+
+def test_commands_report_and_adopt(
+    corpus: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("tokenizer", "report", str(model), str(corpus), "--against", str(model))
+    shown = capsys.readouterr().out
+    assert "of 400 ids are used" in shown and "lossless: every text" in shown
+    call("tokenizer", "adopt", str(model), "--output", f"{tmp_path}/new.model")
+    assert (tmp_path / "new.model").read_bytes() == model.read_bytes()
+    with pytest.raises(DataError, match="does not end in .model as"):
+        call("tokenizer", "adopt", str(model), "--output", f"{tmp_path}/new.json")
+    with pytest.raises(DataError, match="--vocab-size is missing"):
+        call("tokenizer", str(corpus), "--output", f"{tmp_path}/new.model")
