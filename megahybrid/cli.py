@@ -96,6 +96,11 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="needles, puzzles, RULER"
     )
     evaluate.add_argument("--tokenizer", type=Path, help="for a suite, if the run names none")
+    evaluate.add_argument(
+        "--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness instead"
+    )
+    evaluate.add_argument("--include", type=Path, metavar="DIR", help="its task files of your own")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="its documents per task at most")
     evaluate.add_argument("--data", type=Path, metavar="DIR", help="another dataset to score")
     evaluate.add_argument(
         "--length", type=int, metavar="N", help="tokens of a row; loss by position reaches as far"
@@ -278,6 +283,18 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.lm_eval:
+        from megahybrid.train.lm_eval_command import evaluate_lm_eval
+
+        return evaluate_lm_eval(
+            arguments.checkpoint,
+            arguments.lm_eval,
+            include=arguments.include,
+            length=arguments.length,
+            limit=arguments.limit,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+        )
     if arguments.suite is not None:
         from megahybrid.train.suite_command import evaluate_suite
 
