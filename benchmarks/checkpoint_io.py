@@ -133,9 +133,11 @@ def _torch_save(tensors: dict[str, torch.Tensor], path: Path) -> tuple[float, fl
 def _time_torch_save(
     tensors: dict[str, torch.Tensor], folder: Path, note: Callable[[str, float], None]
 ) -> None:
+    cpu = time.process_time()
     saved, safe = _torch_save(tensors, folder / "torch.pt")
     note("torch.save", saved)
     note("torch.save with fsync", safe)
+    note("CPU of torch.save with fsync", time.process_time() - cpu)
 
 
 def _time_save(
@@ -145,20 +147,24 @@ def _time_save(
     step: int,
     note: Callable[[str, float], None],
 ) -> None:
+    cpu = time.process_time()
     result = save(folder / "ours", _snapshot(tensors, count, step), keep_last=1)
     note("save", result.seconds)
     note("save and read back", result.checked_seconds)
+    note("CPU of save and read back", time.process_time() - cpu)
 
 
 def _time_torch_load(
     tensors: dict[str, torch.Tensor], folder: Path, note: Callable[[str, float], None]
 ) -> None:
     _forget(folder / "torch.pt")
+    cpu = time.process_time()
     started = time.perf_counter()
     loaded = torch.load(folder / "torch.pt", weights_only=True)
     for name, tensor in loaded.items():
         tensors[name].copy_(tensor)
     note("torch.load", time.perf_counter() - started)
+    note("CPU of torch.load", time.process_time() - cpu)
 
 
 def _time_load(
@@ -167,6 +173,7 @@ def _time_load(
     path = folder / "ours" / "checkpoints" / f"step-{step:08d}"
     for file in path.iterdir():
         _forget(file)
+    cpu = time.process_time()
     started = time.perf_counter()
     verify(path)
     note("of loading: verification", time.perf_counter() - started)
@@ -176,6 +183,7 @@ def _time_load(
             place = tensor.view(-1).numpy()
             reader.read_flat(parameter, state, whole((ROWS, COLUMNS)), (0, place.size), out=place)
     note("load", time.perf_counter() - started)
+    note("CPU of load", time.process_time() - cpu)
 
 
 def _forget(path: Path) -> None:

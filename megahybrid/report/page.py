@@ -57,6 +57,8 @@ def _facts(record: RunRecord) -> str:
             f"{told.get('world_size', '?')} (tensor {told.get('tensor', '?')} × data "
             f"{told.get('data', '?')}), ZeRO {told.get('zero_stage', '?')}"
         )
+        if isinstance(parent := told.get("parent"), dict):
+            facts["branch of"] = f"{parent['checkpoint']} ({parent['take']})"
         for name in ("device", "precision", "torch"):
             if name in told:
                 facts[name] = str(told[name])
