@@ -15,9 +15,10 @@ from megahybrid.checkpoint import durable
 from megahybrid.checkpoint import manifest as manifest_module
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import _digest, read_manifest
+from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.errors import CheckpointError
-from tests.checkpoint.examples import save_plain, save_together, snapshot
+from tests.checkpoint.examples import save_plain, save_together, snapshot, together
 
 FILE = "fragments-0000.safetensors"
 
@@ -197,6 +198,43 @@ def test_several_ranks_damaged_files_are_all_listed(tmp_path: Path) -> None:
     flip(result.path / "fragments-0002.safetensors", -1)
     with pytest.raises(CheckpointError, match=r"fragments-0000.* is missing .*; fragments-0002"):
         verify(result.path)
+
+
+def test_ranks_that_verify_together_read_each_block_once_and_say_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "BLOCK_BYTES", 64)
+    parts = snapshot(1).fragments
+    (result, *_) = save_together(tmp_path, [snapshot(1, parts[rank::3]) for rank in range(3)])
+    assert result.path is not None
+    folder, read = result.path, []
+    real = durable.damaged_blocks
+
+    def counted(path: Path, record: Any, blocks: range) -> list[int]:
+        read.extend((path.name, block) for block in blocks)
+        return real(path, record, blocks)
+
+    monkeypatch.setattr(durable, "damaged_blocks", counted)
+    for count in (1, 2, 4, 50):
+        read.clear()
+        manifests = together(count, lambda ranks: verify(folder, ranks))
+        assert all(manifest == manifests[0] for manifest in manifests)
+        blocks = [(n, b) for n, f in manifests[0].files.items() for b in range(len(f.crc32))]
+        assert sorted(read) == sorted(blocks) and len(blocks) > 20
+    flip(folder / "fragments-0001.safetensors", -1)
+    (folder / "fragments-0002.safetensors").unlink()
+
+    def told(ranks: Ranks) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            verify(folder, ranks)
+        return str(caught.value)
+
+    (one,) = set(together(4, told))
+    assert "fragments-0002.safetensors is missing" in one
+    assert "fragments-0001.safetensors is damaged in 1 of" in one
+    (folder / "manifest.json").write_text("{")
+    (one,) = set(together(4, told))
+    assert "manifest.json is damaged: it is not JSON" in one
 
 
 def test_with_every_checkpoint_damaged_nothing_begins_anew(tmp_path: Path) -> None:

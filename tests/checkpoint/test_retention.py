@@ -70,3 +70,21 @@ def test_what_is_not_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000009").write_text("a file")
     assert [path.name for path in candidates(tmp_path)] == ["step-00000001"]
     assert reap(tmp_path) == [] and len(names(tmp_path)) == 6
+
+
+def test_every_so_many_steps_and_the_best_stay(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        save_plain(tmp_path, step)
+    scores = {2: 3.0, 5: 2.5, 7: 2.5, 9: 4.0, 100: 0.1}
+    removed = retain(tmp_path, Retention(keep_last=1, keep_every_steps=4, scores=scores))
+    # Of equals the newer one; a score without a checkpoint is no checkpoint.
+    assert names(tmp_path) == [f"step-0000000{step}" for step in (4, 7, 8, 9)]
+    assert removed == [f"step-0000000{step}" for step in (6, 5, 3, 2, 1)]
+
+
+def test_a_damaged_best_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_plain(tmp_path, step)
+    truncate(tmp_path / "checkpoints" / "step-00000001" / FILE)
+    retain(tmp_path, Retention(keep_last=1, scores={1: 1.0, 2: 2.0, 3: 3.0}))
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
