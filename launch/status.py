@@ -18,7 +18,7 @@ from launch.records import (
     read_records,
 )
 from launch.slurm import Queued, SlurmError
-from megahybrid.errors import EXIT_DONE
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME
 from megahybrid.heartbeat import Beat, heartbeat_file, read_beats, slow_ranks
 
 BEHIND_SECONDS = 10.0
@@ -48,7 +48,9 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     if pending:
         first = pending[0]
         why = _REASONS.get(first.reason, first.reason)
-        before = f" after attempt {len(history)}: {last.reason}" if last and last.reason else ""
+        before = ""
+        if last is not None:
+            before = f" after attempt {len(history)}: {last.reason or 'lost, with its batch host'}"
         more = f" (+{len(pending) - 1} in the chain)" if len(pending) > 1 else ""
         return (
             f"{run_directory.name}: PENDING job {first.task}{more} ({why})"
@@ -58,7 +60,8 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
         return f"{run_directory.name}: DONE after {_times(len(history))}{_progress(run_directory)}"
     where = "" if queue is not None else " (Slurm does not answer; this is from the run's files)"
     if verdict is not None:
-        word = "STOPPED" if verdict["code"] == 75 else "GIVEN UP"
+        wanted = verdict["code"] == EXIT_RESUME or verdict["reason"].endswith("on request")
+        word = "STOPPED" if wanted else "GIVEN UP"
         return (
             f"{run_directory.name}: {word} with code {verdict['code']}: {verdict['reason']}"
             f"{_progress(run_directory)}{where}"

@@ -91,7 +91,8 @@ class Heartbeat:
             self.phase(before)
 
     def busy(self, seconds: float) -> None:
-        """What a fixed piece of work cost this rank alone; the median of the last is told."""
+        """What a fixed piece of work cost this rank alone; the median of the last five is told,
+        once there are three: a machine stumbles now and then."""
         self._recent = [*self._recent[-4:], seconds]
 
     def end(self, exit_code: int, message: str | None = None, *, consequence: bool = False) -> None:
@@ -114,7 +115,7 @@ class Heartbeat:
                 phase=phase,
                 step=step,
                 phase_seconds=round(time.monotonic() - since, 2),
-                busy_seconds=round(statistics.median(recent), 4) if recent else None,
+                busy_seconds=round(statistics.median(recent), 4) if len(recent) >= 3 else None,
                 **end,
             )
             temporary = self.path.with_name(f".{self.path.name}.tmp")

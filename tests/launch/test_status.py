@@ -67,7 +67,8 @@ def test_a_running_run_says_where_it_is(run: Path) -> None:
 def test_ranks_that_are_slow_or_behind_and_requests_are_shown(run: Path) -> None:
     for rank, (seconds, step) in enumerate(((1.0, 42), (1.0, 42), (1.8, 40))):
         heart = Heartbeat(run, rank)
-        heart.busy(seconds)
+        for _ in range(3):
+            heart.busy(seconds)
         heart.phase("step", step)
         heart._place = ("step", step, heart._place[2] - 20)
         heart.start().end(0)
