@@ -1,0 +1,163 @@
+"""A run under a random fault every so often: how much was useful, and what a recovery takes.
+
+    python -m benchmarks.soak [--minutes 10] [--every 20] [--seed 1]
+
+Two ranks train tests/train/example.py's model, made longer. Faults: a rank is killed (the launcher
+starts them again), the launcher is killed, the run is asked to stop (both: the same command again).
+Afterwards the losses are compared with those of the same run left alone, bit for bit. Prints JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from megahybrid.heartbeat import read_beats
+from megahybrid.train.ledger import LEDGER_NAME, StepLine, read_every_line, read_ledger
+from tests.train.example import write_example
+
+ROOT = Path(__file__).parents[1]
+KINDS = ("a rank is killed", "the launcher is killed", "asked to stop")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--every", type=float, default=20.0, help="seconds between faults")
+    parser.add_argument("--pause", type=float, default=0.1, help="seconds added to each step")
+    parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="megahybrid-soak-"))
+    try:
+        run_file = write_example(folder)
+        text = run_file.read_text().replace("tokens: 6144", "tokens: 61440000", 1)
+        run_file.write_text(text.replace("every_steps: 5, max", "every_steps: 500, max"))
+        print(json.dumps(soak(folder, asked), indent=2))
+    finally:
+        shutil.rmtree(folder)
+
+
+def soak(folder: Path, asked: argparse.Namespace) -> dict:
+    """The whole of it."""
+    draw = random.Random(asked.seed)
+    run = folder / "run"
+    recoveries: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    end = time.monotonic() + 60 * asked.minutes
+    process = _start(folder, "run", asked)
+    _step_after(run, 0, process)
+    while time.monotonic() < end:
+        time.sleep(draw.uniform(0.5, 1.5) * asked.every)
+        kind = draw.choice(KINDS)
+        began, reached = time.monotonic(), _steps(run)
+        process = _fault(kind, process, draw, run, folder, asked)
+        _step_after(run, reached, process)
+        recoveries[kind].append(time.monotonic() - began)
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    held = read_ledger(run / LEDGER_NAME).steps
+    executed = _steps(run)
+    undisturbed = _undisturbed(folder, held[-1].step, asked)
+    return {
+        "minutes": asked.minutes,
+        "faults": sum(map(len, recoveries.values())),
+        "seconds to the next step, median": {
+            kind: round(statistics.median(times), 1) for kind, times in recoveries.items() if times
+        },
+        "steps that hold": len(held),
+        "steps executed": executed,
+        "useful": round(len(held) / executed, 4),
+        "losses that differ from the undisturbed run": sum(
+            (one.step, one.loss, one.gradient_norm) != (other.step, other.loss, other.gradient_norm)
+            for one, other in zip(held, undisturbed, strict=True)
+        ),
+    }
+
+
+def _start(folder: Path, name: str, asked: argparse.Namespace, *more: str) -> subprocess.Popen:
+    # The launcher starts ranks by `-m megahybrid`; sitecustomize makes each of their steps slower.
+    slow = folder / "slow"
+    slow.mkdir(exist_ok=True)
+    (slow / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'RANK' in os.environ:\n"
+        "    import megahybrid.train.trainer as trainer, time\n"
+        "    advance = trainer.Trainer._advance\n"
+        f"    pause = lambda *a: (time.sleep({asked.pause}), advance(*a))[1]\n"
+        "    trainer.Trainer._advance = pause\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{ROOT}"}
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "megahybrid", "train", "run.yaml", "--processes", "2"),
+            *("--max-restarts", "1000", f"directory={name}", "parallel.tensor=2"),
+            f"checkpoint.every_steps={asked.save_every}",
+            *more,
+        ],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _fault(
+    kind: str,
+    process: subprocess.Popen,
+    draw: random.Random,
+    run: Path,
+    folder: Path,
+    asked: argparse.Namespace,
+) -> subprocess.Popen:
+    """Does it; returns the process that goes on."""
+    if kind == "a rank is killed":
+        beat = draw.choice(list(read_beats(run).values()))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(beat.pid, signal.SIGKILL)
+        return process
+    process.send_signal(signal.SIGTERM if kind == "asked to stop" else signal.SIGKILL)
+    process.wait(120)
+    return _start(folder, "run", asked)
+
+
+def _steps(run: Path) -> int:
+    """Step lines of all attempts."""
+    path = run / LEDGER_NAME
+    if not path.exists():
+        return 0
+    return sum(isinstance(line, StepLine) for line in read_every_line(path))
+
+
+def _step_after(run: Path, reached: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 180
+    # A step may have been on its way when the fault came.
+    while _steps(run) <= reached + 1:
+        assert process.poll() is None, f"the run ended with {process.returncode}"
+        assert time.monotonic() < deadline, "no step in three minutes"
+        time.sleep(0.1)
+
+
+def _undisturbed(folder: Path, steps: int, asked: argparse.Namespace) -> list[StepLine]:
+    """As many steps, in one go."""
+    run = folder / "undisturbed"
+    quick = argparse.Namespace(**{**vars(asked), "pause": 0})
+    process = _start(folder, "undisturbed", quick, "evaluate.every_steps=null")
+    while _steps(run) < steps:
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    return read_ledger(run / LEDGER_NAME).steps[:steps]
+
+
+if __name__ == "__main__":
+    main()
