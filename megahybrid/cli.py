@@ -107,6 +107,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     )
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="tokens scored at most")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _changes(evaluate)
     analyse = _command(commands, "analyse", _analyse, "what the heads look at while they answer")
     _checkpoint(analyse)
     analyse.add_argument(
@@ -121,6 +122,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     )
     analyse.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
     analyse.add_argument("--json", action="store_true", help="print JSON")
+    _changes(analyse)
     sample = _command(commands, "sample", _sample, "continue a prompt")
     _checkpoint(sample)
     sample.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -210,6 +212,16 @@ def _stored(arguments: argparse.Namespace) -> int:
     from megahybrid.checkpoint.commands import run
 
     return run(arguments)
+
+
+def _changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="SCHEME.FIELD=VALUE",
+        help="look at the model with a scheme changed: local.window=null",
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -310,6 +322,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             arguments.suite,
             tokenizer=arguments.tokenizer,
             device=arguments.device,
+            changes=arguments.change,
             as_json=arguments.json,
         )
     from megahybrid.train.evaluate_command import evaluate
@@ -320,6 +333,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         length=arguments.length,
         max_tokens=arguments.max_tokens,
         device=arguments.device,
+        changes=arguments.change,
         as_json=arguments.json,
     )
 
@@ -337,6 +351,7 @@ def _analyse(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
+        changes=arguments.change,
         as_json=arguments.json,
     )
 

@@ -1,6 +1,6 @@
 """A suite: which questions a checkpoint is asked, at which lengths and depths, and how often."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -110,21 +110,6 @@ class SyntheticTask(Frozen):
     ids: IdRange | None = Field(default=None, description="first id, last id + 1")
 
 
-RULER_TASKS = (
-    "niah_single_1",
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-    "niah_multivalue",
-    "niah_multiquery",
-    "vt",
-    "cwe",
-    "fwe",
-    "qa_1",
-    "qa_2",
-)
 RulerName = Literal[
     "niah_single_1",
     "niah_single_2",
@@ -140,6 +125,7 @@ RulerName = Literal[
     "qa_1",
     "qa_2",
 ]
+RULER_TASKS: tuple[str, ...] = get_args(RulerName)
 
 
 class RulerTask(Frozen):

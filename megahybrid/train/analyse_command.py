@@ -32,6 +32,7 @@ def analyse(
     threshold: float = RETRIEVAL,
     tokenizer: Path | None = None,
     device: str = "auto",
+    changes: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
     """Print attention mass, entropy and retrieval heads, and keep them in the run's `evaluations`.
@@ -43,7 +44,7 @@ def analyse(
     """
     if suite_file is not None and examples_file is not None:
         raise ConfigError("--examples and a suite were given (2 sources). Give one of them.")
-    trained = load_trained_model(path, device)
+    trained = load_trained_model(path, device, changes)
     if examples_file is not None:
         groups = _own_examples(examples_file, trained.run.model.vocab_size)
         name = examples_file.stem
@@ -142,7 +143,9 @@ def _analysed(
 def _print(trained: TrainedModel, results: Sequence[dict[str, Any]], kept: Path | None) -> None:
     # Ten columns of figures: where nobody looks at a terminal, rich would assume 80 characters.
     console = Console(highlight=False, width=max(110, Console().width))
-    console.print(f"{trained.checkpoint}\nstep {trained.step:,}", markup=False, soft_wrap=True)
+    changed = f"\nchanged: {', '.join(trained.changes)}" if trained.changes else ""
+    told = f"{trained.checkpoint}\nstep {trained.step:,}{changed}"
+    console.print(told, markup=False, soft_wrap=True)
     for result in results:
         depth = f", depth {result['depth']:g}" if "depth" in result else ""
         console.print(

@@ -1,6 +1,7 @@
 """`megahybrid evaluate`: score a checkpoint on held-out sets, as training does at a stage's end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ def evaluate(
     length: int | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
+    changes: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
     """Print loss and loss by position of the run's held-out sets, or of the dataset `data`.
 
     Rows have `length` tokens (default: the stage's longest) and positions reach as far (default:
-    four times the run's longest). Raises MegahybridError, one line, for whatever the user can
-    mend. Returns the exit code.
+    four times the run's longest). `changes` of schemes as `load_trained_model` takes them. Raises
+    MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
     for name, value in (("--length", length), ("--max-tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} scores nothing. Use 1 or more.")
-    trained = load_trained_model(path, device)
+    trained = load_trained_model(path, device, changes)
     sets = _sets(trained.run, data)
     scored = HeldOutSets(
         trained.run, trained.mesh, sets=sets, longest=length, max_tokens=max_tokens
@@ -93,6 +95,8 @@ def _print(
         f"step {trained.step:,} · {trained.tokens:,} tokens · stage {trained.stage.name} · {place}",
         markup=False,
     )
+    if trained.changes:
+        console.print(f"changed: {', '.join(trained.changes)}", markup=False)
     rows = next(iter(stream.values())).length
     console.print(f"\nHeld-out loss, rows of {rows:,} tokens")
     console.print(loss_table(stream))
@@ -126,5 +130,6 @@ def _json(
         "stage": trained.stage.name,
         "device": trained.mesh.device.type,
         "precision": trained.precision,
+        "changes": list(trained.changes),
         "scores": scores,
     }

@@ -43,14 +43,18 @@ def header(trained: TrainedModel) -> dict[str, Any]:
         "trained_length": trained.length,
         "device": trained.mesh.device.type,
         "precision": trained.precision,
+        "changes": list(trained.changes),
     }
 
 
 def keep(trained: TrainedModel, kind: str, name: str, result: dict[str, Any]) -> Path | None:
     """Writes a result into the run's `evaluations`, for its report: `step-….kind.name.json`.
 
-    None where the checkpoint lies in no run, or the run cannot be written to.
+    None where the checkpoint lies in no run, the run cannot be written to, or schemes were changed:
+    the report is about the model as it was trained.
     """
+    if trained.changes:
+        return None
     checkpoints = trained.checkpoint.resolve().parent
     if checkpoints.name != "checkpoints":
         return None

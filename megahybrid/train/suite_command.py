@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ def evaluate_suite(
     *,
     tokenizer: Path | None = None,
     device: str = "auto",
+    changes: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
     """Print what a checkpoint scores on a suite, and keep it in the run's `evaluations`.
@@ -28,7 +30,7 @@ def evaluate_suite(
     Raises MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
     suite = load(suite_file, type=Suite)
-    trained = load_trained_model(path, device)
+    trained = load_trained_model(path, device, changes)
     material = material_of(trained, suite, tokenizer)
     started = time.monotonic()
     with Console(stderr=True).status("scoring") as status:
@@ -51,7 +53,8 @@ def evaluate_suite(
     console = Console(highlight=False)
     console.print(
         f"{trained.checkpoint}\nstep {trained.step:,} · stage {trained.stage.name} · trained at "
-        f"{trained.length:,} tokens · seed {suite.seed}",
+        f"{trained.length:,} tokens · seed {suite.seed}"
+        + (f"\nchanged: {', '.join(trained.changes)}" if trained.changes else ""),
         markup=False,
         soft_wrap=True,
     )

@@ -1,5 +1,6 @@
 """A model out of a checkpoint, whole in one process, to be looked at rather than trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.shards import fill
 from megahybrid.config import RunConfig
+from megahybrid.config.attention import LayerPlan
 from megahybrid.config.stages import Stage
 from megahybrid.config.training import KernelConfig
+from megahybrid.config.yaml_file import apply_overrides
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.transformer import Transformer
@@ -28,6 +31,7 @@ class TrainedModel:
     tokens: int
     model: Transformer
     mesh: ParallelMesh  # of this process alone
+    changes: tuple[str, ...] = ()  # of schemes, made for looking only: local.window=64
 
     @property
     def length(self) -> int:
@@ -40,11 +44,15 @@ class TrainedModel:
         return "bf16" if self.model.final_norm.weight.dtype == torch.bfloat16 else "fp32"
 
 
-def load_trained_model(path: Path, device: str = "auto") -> TrainedModel:
+def load_trained_model(
+    path: Path, device: str = "auto", changes: Sequence[str] = ()
+) -> TrainedModel:
     """The weights of a checkpoint, or of a run's newest one, of any layout.
 
     fp32 on a CPU, the run's precision on CUDA. The layers are those of the stage it was written
-    in, with its windows and thetas. Raises CheckpointError where it is missing or damaged in any
+    in, with its windows and thetas, but for `changes` such as local.window=null: what a layer kind
+    contributes shows when it is changed. Raises ConfigError for a change that would need other
+    weights, CheckpointError where it is missing or damaged in any
     byte, MeshError where `device` is not there.
     """
     place = choose_device(device, 0)
@@ -58,10 +66,14 @@ def load_trained_model(path: Path, device: str = "auto") -> TrainedModel:
         half = place.type == "cuda" and run.precision == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
         mesh = ParallelMesh.single(place)
-        model = _build(run, point.index, mesh, dtype, dict(manifest.train_state))
+        plan = run.plan_at(point.index)
+        if changes:
+            plan = plan.with_overrides(apply_overrides({}, changes), "--change")
+        model = _build(run, plan, mesh, dtype, dict(manifest.train_state))
         _fill(model, reader)
     model.eval()
-    return TrainedModel(folder, run, point.stage, manifest.step, manifest.tokens, model, mesh)
+    told = (manifest.step, manifest.tokens, model, mesh, tuple(changes))
+    return TrainedModel(folder, run, point.stage, *told)
 
 
 def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
@@ -74,13 +86,12 @@ def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
 
 
 def _build(
-    run: RunConfig, stage: int, mesh: ParallelMesh, dtype: torch.dtype, train_state: dict
+    run: RunConfig, plan: LayerPlan, mesh: ParallelMesh, dtype: torch.dtype, train_state: dict
 ) -> Transformer:
     saved = train_state.get("kernels") or {}
     # Kernels that a run names for its GPUs are no wish for another kind of device.
     wanted = run.kernels if saved.get("device") == mesh.device.type else KernelConfig()
     chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved)
-    plan = run.plan_at(stage)
     kernels = ["full" if scheme.window is None else "windowed" for scheme in plan.expand()]
     model = Transformer(run.model, mesh, plan=plan, kernels=[chosen[kind] for kind in kernels])
     return model.to(dtype)

@@ -321,3 +321,17 @@ def test_analyse_says_where_heads_look_for_a_suite_and_for_own_examples(
     assert "is not a JSON list of tokens" in refused(capsys, *command)
     told_of = refused(capsys, "analyse", trained.run, "--depth", "2")
     assert "--depth=2 is no share" in told_of
+
+
+def test_layers_can_be_changed_for_a_look(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("evaluate", trained.run, "--json", "--device", "cpu")
+    plain = json.loads(call(capsys, *command))
+    wide = json.loads(call(capsys, *command, "--change", "local.window=null"))
+    assert (plain["changes"], wide["changes"]) == ([], ["local.window=null"])
+    assert wide["scores"][0]["loss"] != plain["scores"][0]["loss"]
+    model = load_trained_model(trained.run, "cpu", ["local.window=7"]).model
+    assert [block.attention.scheme.window for block in model.blocks] == [7, None]
+    told = refused(capsys, *command, "--change", "local.qk_norm={kind: none}")
+    assert "--change.local changes which parameters exist" in told
