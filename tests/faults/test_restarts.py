@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 class Training:
     """One `train` in two ranks, in the background."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, code: str | None = None) -> None:
         self.run = folder / "run"
-        command = [sys.executable, "-m", "megahybrid", "train", "run.yaml", "--processes", "2"]
+        command = ["-m", "megahybrid", "train", "run.yaml", "--processes", "2", *options]
+        command += ["directory=run", "parallel.tensor=2"]
         self.process = subprocess.Popen(
-            [*command, *options, "directory=run", "parallel.tensor=2"],
+            [sys.executable, *(["-c", code] if code else command)],
             cwd=folder,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -100,4 +101,29 @@ def test_a_file_asks_for_a_checkpoint_and_another_for_a_stop(
     with Training(example) as training:
         code, output = training.ended()
     assert code == 0, output
+    assert arithmetic_of(training.run) == arithmetic_of(undisturbed)
+
+
+# As --max-restarts=1 does, less patient.
+WATCHED = """
+import sys
+from pathlib import Path
+from megahybrid.config.site import Watchdog
+from megahybrid.train.local import train_local
+command = ["-m", "megahybrid", "train", "run.yaml", "directory=run", "parallel.tensor=2"]
+sys.exit(train_local(command, 2, Path("run"), 1, Watchdog(silent=8)))
+"""
+
+
+def test_a_rank_that_hangs_is_named_its_stack_kept_and_the_run_goes_on(
+    example: Path, undisturbed: Path
+) -> None:
+    with Training(example, code=WATCHED) as training:
+        training.until(lambda: steps_so_far(training.run) >= 3)
+        os.kill(read_beats(training.run)[1].pid, signal.SIGSTOP)
+        code, output = training.ended()
+    assert code == 0, output
+    assert "hang: rank 1 gave no sign for " in output
+    stacks = (training.run / "logs" / "stacks-0001.txt").read_text()
+    assert "megahybrid/train/" in stacks
     assert arithmetic_of(training.run) == arithmetic_of(undisturbed)
