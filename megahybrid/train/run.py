@@ -136,7 +136,8 @@ class Attempt:
         return {
             detail["step"]: detail["loss"]
             for detail in told
-            if (detail["set"], detail["rows"]) == (name, "stream") and detail["loss"] is not None
+            if (detail.get("set"), detail.get("rows")) == (name, "stream")
+            and detail["loss"] is not None
         }
 
     def _owes_evaluation(self, state: TrainState) -> bool:
