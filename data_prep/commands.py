@@ -109,7 +109,9 @@ def _add_rewriting(commands: Any) -> None:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", help=".jsonl, text files, folders or globs")
+    parser.add_argument(
+        "inputs", nargs="+", help=".jsonl, .parquet, text, folders, globs or hf:NAME"
+    )
     parser.add_argument("--glob", default="**/*", help="which files of a folder")
     parser.add_argument("--field", default="text", help="the text's field in .jsonl")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
 """Reading documents: .jsonl (one a line), .parquet (one a row), any other text (one a file).
 
-Text and .jsonl may be packed as .gz or .zst. Inputs are cut into units of work that do not depend
-on the number of workers. What cannot be a document becomes a `BadDocument` with its reason, never
-an exception.
+Text and .jsonl may be packed as .gz or .zst; `hf:NAME` is a Hugging Face dataset. Inputs are cut
+into units of work that do not depend on the number of workers. What cannot be a document becomes a
+`BadDocument` with its reason, never an exception.
 """
 
 import codecs
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep import tables
+from data_prep import hub, tables
 from data_prep.compressed import kind_of, open_stretch, scan
 from megahybrid.errors import DataError
 
@@ -90,10 +90,14 @@ Item = Document | LongDocument | BadDocument
 def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path]:
     """The files that `inputs` (files, folders searched by `pattern`, globs) name, each once.
 
-    Sorted within each input. Raises DataError when an input names nothing, or a kind not read.
+    `hf:NAME` stands for a Hugging Face dataset and is kept as it is. Sorted within each input.
+    Raises DataError when an input names nothing, or a kind not read.
     """
     found: dict[Path, None] = {}
     for given in inputs:
+        if hub.is_hub(given):
+            found[Path(given)] = None
+            continue
         files = _named_files(given, pattern)
         if not files:
             raise DataError(
@@ -141,7 +145,7 @@ def cut_units(files: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> Iterator[U
 
     A packed file cannot be entered in the middle and is one piece.
     """
-    unit_bytes = max(unit_bytes, sum(file.stat().st_size for file in files) // MOST_UNITS)
+    unit_bytes = max(unit_bytes, sum(map(size_of, files)) // MOST_UNITS)
     group: list[Piece] = []
     size = 0
     for file in files:
@@ -155,7 +159,17 @@ def cut_units(files: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> Iterator[U
         yield Unit(tuple(group))
 
 
+def size_of(file: Path) -> int:
+    """Bytes on disk; 0 for what is not on disk."""
+    return 0 if hub.is_hub(file) else file.stat().st_size
+
+
 def _pieces(file: Path, unit_bytes: int) -> Iterator[Piece]:
+    if hub.is_hub(file):
+        for index in range(hub.shards(file)):
+            # Not known before it is read; a shard is a unit of its own.
+            yield Piece(str(file), index, index + 1, unit_bytes)
+        return
     total = file.stat().st_size
     if kind_of(file) is None and _format(file) == "parquet":
         for start, stop, size in tables.row_group_ranges(file, unit_bytes):
@@ -171,10 +185,14 @@ def read_unit(unit: Unit, text_field: str = "text") -> Iterator[Item]:
     """The documents of a unit, in order. A LongDocument's pieces are to be used before the next."""
     for piece in unit.pieces:
         try:
-            if kind_of(piece.path):
+            if hub.is_hub(piece.path):
+                rows = hub.read_shard(piece.path, piece.start, text_field)
+                yield from _read_rows(f"{piece.path}#{piece.start}", rows)
+            elif kind_of(piece.path):
                 yield from _read_packed(piece, text_field)
             elif _format(piece.path) == "parquet":
-                yield from _read_rows(piece, text_field)
+                rows = tables.read_rows(piece.path, piece.start, piece.stop, text_field)
+                yield from _read_rows(piece.path, rows)
             else:
                 with open(piece.path, "rb") as file:
                     if _format(piece.path) == "jsonl":
@@ -287,14 +305,14 @@ def checked(text: str, file: str, offset: int) -> Document | BadDocument:
     return Document(f"{file}:{offset}", text)
 
 
-def _read_rows(piece: Piece, field: str) -> Iterator[Item]:
-    for row, text in tables.read_rows(piece.path, piece.start, piece.stop, field):
+def _read_rows(path: str, rows: Iterator[tuple[int, str | tables.BadRow]]) -> Iterator[Item]:
+    for row, text in rows:
         if isinstance(text, tables.BadRow):
-            yield BadDocument(piece.path, row, text.reason, b"")
+            yield BadDocument(path, row, text.reason, b"")
         elif len(text) > MAX_LINE_BYTES:
-            yield BadDocument(piece.path, row, "line too long", text[:80].encode())
+            yield BadDocument(path, row, "line too long", text[:80].encode())
         else:
-            yield checked(text, piece.path, row)
+            yield checked(text, path, row)
 
 
 def _read_text(file: BinaryIO, path: str, size: int) -> Item:

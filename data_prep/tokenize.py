@@ -24,8 +24,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from data_prep.documents import Unit, cut_units, list_files
+from data_prep.documents import Unit, cut_units, list_files, size_of
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
+from data_prep.hub import is_hub
 from data_prep.merge import Merge, Split, runs_of
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
@@ -229,7 +230,10 @@ def _begin(folder: Path, identity: dict[str, Any]) -> TokenizeReport | None:
 def _identity(
     job: EncodeJob, files: Sequence[Path], info: TokenizerInfo, split: Split, shard_tokens: int
 ) -> dict[str, Any]:
-    listed = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    listed = [
+        [str(file)] if is_hub(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+    ]
     value = asdict(job) | asdict(info) | asdict(split)
     del value["folder"]
     return value | {"files": listed, "shard_tokens": shard_tokens}
@@ -291,7 +295,7 @@ def _source(given: str | Path, pattern: str) -> dict[str, Any]:
     return {
         "path": str(given),
         "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(map(size_of, files)),
     }
 
 
