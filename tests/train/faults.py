@@ -184,8 +184,26 @@ def no_numbers(rank: int) -> None:
         _poison(lambda step: True)
 
 
-def _poison(when: Callable[[int], bool]) -> None:
-    """A loss, and so a gradient, that is no number."""
+def spike_in_ninth_step(rank: int) -> None:
+    """A gradient and a loss that are finite and far too large, once."""
+    _poison(lambda step: step == 9, 1e4)
+
+
+def flipped_bit_after_fifth_step(rank: int) -> None:
+    """A weight of one rank that is not what it was, by its lowest bit."""
+    import torch
+
+    def flip(engine: Any) -> None:
+        with torch.no_grad():
+            bits = next(engine.model.parameters()).view(-1).view(torch.int32)
+            bits[7] ^= 1
+
+    if rank == 1:
+        _at_step(6, flip)
+
+
+def _poison(when: Callable[[int], bool], factor: float = float("nan")) -> None:
+    """A loss, and so a gradient, that is no number, or far too large."""
     from megahybrid.model.transformer import Transformer
     from megahybrid.train.engine import Engine
 
@@ -197,7 +215,7 @@ def _poison(when: Callable[[int], bool]) -> None:
 
     def forward(model: Any, *args: Any) -> Any:
         loss, per_token = original(model, *args)
-        return (loss * float("nan") if model.training and when(step[0]) else loss), per_token
+        return (loss * factor if model.training and when(step[0]) else loss), per_token
 
     _before(Engine, "train_step", count)
     Transformer.forward = forward  # type: ignore[method-assign]
