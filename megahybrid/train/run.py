@@ -11,11 +11,7 @@ import torch
 
 from megahybrid.checkpoint.directory import Owner, check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
-from megahybrid.checkpoint.folders import Retention
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader
-from megahybrid.checkpoint.saver import Saver
-from megahybrid.checkpoint.writer import SaveResult, Snapshot
 from megahybrid.config import RunConfig, dump, dump_yaml
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.explain import show
@@ -23,14 +19,14 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.loader import BatchLoader
 from megahybrid.data.mixture import Mixture
 from megahybrid.data.tokenizer import load_tokenizer
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, CheckpointError, MegahybridError
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.selftest import run_self_test
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.collectives import broadcast_object, gather_objects
+from megahybrid.parallel.collectives import broadcast_object
 from megahybrid.parallel.mesh import ParallelMesh, choose_device
 from megahybrid.train.engine import Engine
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
@@ -39,6 +35,7 @@ from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, StepFlops, peak_flops_per_second
 from megahybrid.train.profile import Profiler
 from megahybrid.train.restore import Beginning, check_beginning, find_beginning, locate
+from megahybrid.train.saving import RunSaver, ranks_of
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopRequest
 from megahybrid.train.trainer import Habits, Trainer, step_shapes
@@ -79,14 +76,6 @@ class Attempt:
         )
         self.held_out = HeldOutSets(run, self.mesh)
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
-        self.saver = Saver(
-            self.directory,
-            ranks_of(self.mesh),
-            report=self._tell_save,
-            check=None if self.owner is None else self.owner.check,
-        )
-        self.parent: dict[str, Any] | None = None
-        self.scores: dict[int, float] = {}  # held-out loss by step, for checkpoint.keep_best
 
     def go(self, beginning: Beginning) -> int:
         """Train from `beginning` to the end of the plan. Returns the exit code."""
@@ -99,7 +88,14 @@ class Attempt:
             beginning.kernels,
         )
         source, take = beginning.checkpoint, beginning.take
-        self.parent, self.scores = beginning.parent, self._scores()
+        self.saver = RunSaver(
+            self.run,
+            self.directory,
+            self.mesh,
+            self.listeners,
+            self.owner,
+            {"kernels": self.kernels} | _told(parent=beginning.parent),
+        )
         owes = beginning.resumes and self._owes_evaluation(state)
         self.listeners.on_start(self._info(state, beginning))
         for path, old, new in beginning.changes:
@@ -114,8 +110,7 @@ class Attempt:
             engine = self._engine(index, source, take)
             state, stopped = self._stage(engine, index, state)
             with self.heartbeat.during("save"):
-                result = self.saver.save(*self._snapshot(engine, state))
-            source, take = self._published(result), "all"
+                source, take = self.saver.save_and_wait(engine, state), "all"
             if not stopped:
                 self.evaluate(engine, state, far=True)
             engine.close()
@@ -126,19 +121,6 @@ class Attempt:
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
-
-    def _scores(self) -> dict[int, float]:
-        """What earlier attempts scored on the set of checkpoint.keep_best; on rank 0."""
-        path, name = self.directory / LEDGER_NAME, self.run.checkpoint.keep_best
-        if self.mesh.rank != 0 or name is None or not path.exists():
-            return {}
-        told = [line.detail for line in read_ledger(path).named("evaluate")]
-        return {
-            detail["step"]: detail["loss"]
-            for detail in told
-            if (detail.get("set"), detail.get("rows")) == (name, "stream")
-            and detail["loss"] is not None
-        }
 
     def _owes_evaluation(self, state: TrainState) -> bool:
         """Whether a stage ended here and nobody scored it: a stop or a kill came first."""
@@ -233,54 +215,9 @@ class Attempt:
             return trainer.run(state, until)
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Begin a checkpoint, or write it where saving is not asynchronous; collective.
-
-        A failure is told and the run goes on.
-        """
+        """Begin a checkpoint; collective. A failure is told and the run goes on."""
         with self.heartbeat.during("save"):
-            if self.run.checkpoint.asynchronous:
-                self.saver.start(*self._snapshot(engine, state))
-            else:
-                self.saver.save(*self._snapshot(engine, state))
-
-    def _snapshot(self, engine: Engine, state: TrainState) -> tuple[Snapshot, Retention]:
-        engine.align_replicas()
-        snapshot = Snapshot(
-            step=state.step,
-            tokens=state.tokens,
-            optimizer_step=engine.optimizer_step,
-            model_fingerprint=self.fingerprint,
-            tensors=engine.tensors,
-            fragments=list(engine.fragments()),
-            train_state={**state.to_json(), "kernels": self.kernels} | _told(parent=self.parent),
-            config=_json(dump(self.run)),
-        )
-        keep = self.run.checkpoint
-        return snapshot, Retention(keep.keep_last, keep.keep_every_steps, dict(self.scores))
-
-    def _tell_save(self, result: SaveResult) -> None:
-        detail: dict[str, Any] = {
-            "ok": result.ok,
-            "saved_step": result.step,
-            "bytes": result.bytes,
-            "seconds": result.seconds,
-            "checked_seconds": result.checked_seconds,
-            "stall_seconds": result.stall_seconds,
-        }
-        path = None if result.path is None else str(result.path)
-        removed = list(result.removed) or None
-        self.listeners.on_event(
-            "save",
-            detail | _told(path=path, removed=removed, error=result.error, warning=result.warning),
-        )
-
-    def _published(self, result: SaveResult) -> Path:
-        if result.path is None:
-            raise CheckpointError(
-                f"directory={self.directory} could not take the checkpoint of step {result.step} "
-                f"({result.error}). Make room there, then give the same command again: it resumes."
-            )
-        return result.path
+            self.saver.save(engine, state)
 
     def evaluate(self, engine: Engine, state: TrainState, *, far: bool = False) -> None:
         """Score every held-out set at the stage's longest length; `far`: by position as well."""
@@ -289,8 +226,7 @@ class Attempt:
         def tell(name: str, score: HeldOutLoss, rows: str) -> None:
             detail = {"set": name, "stage": stage.name, "step": state.step, "rows": rows}
             self.listeners.on_event("evaluate", detail | score.to_json())
-            if (name, rows) == (self.run.checkpoint.keep_best, "stream") and score.loss is not None:
-                self.scores[state.step] = score.loss
+            self.saver.scored(state.step, name, rows, score.loss)
 
         token_loss = evaluation_loss(engine.model)
         with self.heartbeat.during("evaluate"):
@@ -330,22 +266,8 @@ class Attempt:
         )
 
 
-def ranks_of(mesh: ParallelMesh) -> Ranks:
-    """All ranks of a mesh, as the checkpoints know them."""
-    world = mesh.world
-    return Ranks(world.rank, world.size, lambda value: gather_objects(value, world))
-
-
 def _told(**facts: Any) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact is not None}
-
-
-def _json(plain: Any) -> Any:
-    if isinstance(plain, dict):
-        return {str(key): _json(value) for key, value in plain.items()}
-    if isinstance(plain, list | tuple):
-        return [_json(value) for value in plain]
-    return plain
 
 
 def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
