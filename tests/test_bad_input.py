@@ -131,8 +131,8 @@ TYPED = {
     TRAIN + "start={checkpoint:lost}": "lost does not exist. Name a checkpoint's folder or a "
     "run's.",
     "evaluate lost": "lost does not exist. Name a checkpoint's folder or a run's.",
-    "sample books --prompt a": "books is no checkpoint and holds none (looked for "
-    "manifest.json and checkpoints/). Name a checkpoint's folder or a run's.",
+    "sample books --prompt a": "books/manifest.json: format='megahybrid-tokens' is not "
+    "'megahybrid-checkpoint'. It is not a checkpoint of megahybrid.",
     "report lost": "lost/ledger.jsonl could not be read (No such file or directory). Name the "
     "directory of a run.",
     "data verify lost": "lost is no dataset: no manifest.json and no .idx. Prepare the data with "

@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class RankFailure:
     rank: int
     exit_code: int  # as a shell reports it: 128 + n for signal n
     message: str
+    stop_asked: bool = False  # a signal had asked the launcher to stop
 
 
 def failure_file(log_directory: Path, rank: int) -> Path:
@@ -108,44 +110,86 @@ def launch_local(
     environments = {
         rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
     }
-    # Held back until somebody can act on them, here and (they inherit it) in the ranks: a signal
-    # that comes while Python still imports must neither be lost nor end a rank unasked.
+    forwarder = _Forwarder()
+    forwarder.install()
+    # Held back, here and (they inherit it) in the ranks: a signal that comes while a rank's Python
+    # still imports must not end it unasked.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    context: Any = start_processes(
-        name="megahybrid",
-        entrypoint=sys.executable,
-        args={rank: tuple(command) for rank in range(processes)},
-        envs=environments,
-        logs_specs=_Terminal(log_dir=os.devnull),
-    )
-    told = False
-
-    def forward(number: int, _frame: object) -> None:
-        nonlocal told
-        with contextlib.suppress(OSError):  # a handler must not print, and the terminal may be gone
-            if not told:
-                name = signal.Signals(number).name
-                os.write(2, f"megahybrid: {name}: stopping at the end of this step.\n".encode())
-            told = True
-        for handler in context.subprocess_handlers.values():
-            if handler.proc.poll() is None:
-                handler.proc.send_signal(number)
-
-    for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, forward)
+    with _without_torchs_handlers():
+        context: Any = start_processes(
+            name="megahybrid",
+            entrypoint=sys.executable,
+            args={rank: tuple(command) for rank in range(processes)},
+            envs=environments,
+            logs_specs=_Terminal(log_dir=os.devnull),
+        )
+    forwarder.install()
+    forwarder.begin([handler.proc for handler in context.subprocess_handlers.values()])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         codes, hang = _wait_for_first_failure(context.subprocess_handlers, hung)
         if hang is not None:
             _kill(context.subprocess_handlers, stacks_signal)
-            return RankFailure(hang[0], 128 + signal.SIGKILL, f"hang: {hang[1]}")
+            return RankFailure(
+                hang[0], 128 + signal.SIGKILL, f"hang: {hang[1]}", bool(forwarder.asked)
+            )
         ended_first = {rank: code for rank, code in codes.items() if code}
     finally:
         context.close(signal.SIGTERM, timeout=SURVIVOR_SECONDS)
     if not ended_first:
         return None
-    return _first_failure(ended_first, log_directory, processes)
+    failure = _first_failure(ended_first, log_directory, processes)
+    return replace(failure, stop_asked=bool(forwarder.asked))
+
+
+class _Forwarder:
+    """Handles stop signals: sends each on to every rank, those also that came before there were
+    ranks. Python runs it on the main thread whichever thread the system interrupted."""
+
+    def __init__(self) -> None:
+        self.ranks: list[subprocess.Popen] | None = None
+        before = signal.getsignal(signal.SIGTERM)
+        # Of an earlier launch: what came since it ended is for this one.
+        self.asked: list[int] = list(before.asked) if isinstance(before, _Forwarder) else []
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            # Under nohup a closed terminal is no reason to stop.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self)
+
+    def begin(self, ranks: list[subprocess.Popen]) -> None:
+        self.ranks = ranks
+        for number in self.asked:
+            self._send(number)
+
+    def __call__(self, number: int, _frame: object) -> None:
+        with contextlib.suppress(OSError):  # a handler must not print, and the terminal may be gone
+            if not self.asked:
+                name = signal.Signals(number).name
+                os.write(2, f"megahybrid: {name}: stopping at the end of this step.\n".encode())
+        self.asked.append(number)
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        for process in self.ranks or ():
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+@contextlib.contextmanager
+def _without_torchs_handlers() -> Iterator[None]:
+    """torch's launcher would take the signals while it starts and raise in the midst of it."""
+    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _kill(handlers: dict, stacks_signal: int | None) -> None:

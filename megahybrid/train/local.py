@@ -49,7 +49,7 @@ def train_local(
             return EXIT_DONE
         for line in failure.message.splitlines():
             print(f"megahybrid: {line}", file=sys.stderr)
-        if failure.exit_code in FINAL or restart == max_restarts:
+        if failure.exit_code in FINAL or failure.stop_asked or restart == max_restarts:
             return failure.exit_code
         print(
             f"megahybrid: starting again ({restart + 1} of --max-restarts={max_restarts}).",

@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megahybrid.parallel import local_launch
 from megahybrid.parallel.local_launch import STOP_SIGNALS, launch_local
 from tests.train.example import arithmetic_of, steps_of, steps_so_far
 from tests.train.forked import ROOT, Nursery, Ranks
@@ -77,6 +79,31 @@ def test_ranks_that_all_end_well_are_no_failure(tmp_path: Path, handlers: None) 
 
 
 LONGER = "stages.2.tokens=30720"  # so that a run goes on while a test looks
+
+
+def test_a_signal_before_there_are_ranks_reaches_them(
+    tmp_path: Path, handlers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a thread that does not hold it back: the system may choose any."""
+    started = local_launch.start_processes
+
+    def interrupted(**details: Any) -> Any:
+        context = started(**details)
+        # What the system's choice of another thread comes to: the handler runs at once.
+        handler = signal.getsignal(signal.SIGTERM)
+        assert callable(handler)
+        handler(signal.SIGTERM, None)
+        return context
+
+    monkeypatch.setattr(local_launch, "start_processes", interrupted)
+    script = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        "time.sleep(20)\n"
+    )
+    failure = launch_local(["-c", script], 2, tmp_path)
+    assert failure is not None and failure.exit_code == 75 and failure.stop_asked
 
 
 class Launch:
@@ -147,7 +174,7 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
     launch = Launch(example, "directory=launched")
     launch.until(lambda: len(launch.children()) == 2)
     launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == 75
+    assert launch.wait() == 75, launch.output.read_text()
     assert steps_of(run)[-1].step == 1
     assert launch.last_line() == (
         "megahybrid: run launched stopped early and saved; the same command goes on with it."
@@ -159,7 +186,7 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
     children = launch.children()
     began = time.monotonic()
     os.kill(children[1], signal.SIGKILL)
-    assert launch.wait() == 128 + signal.SIGKILL
+    assert launch.wait() == 128 + signal.SIGKILL, launch.output.read_text()
     assert time.monotonic() - began < 10 and gone(children, 0)
     assert launch.last_line() == "megahybrid: rank 1 of 2 was ended by SIGKILL."
 
