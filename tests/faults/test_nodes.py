@@ -1,11 +1,14 @@
 """What only a cluster can do to a run: nodes that go, jobs sent away. Ranks pretend to train."""
 
 import contextlib
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from launch.records import attempts
+from megahybrid.heartbeat import read_beats
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import Run, cluster, slurm, until
 
@@ -52,3 +55,16 @@ def test_a_preempted_run_saves_in_the_grace_time_and_comes_back(
     run.until("DONE after 2 attempts", 90)
     first, second = attempts(run.directory)
     assert first.code == 75 and second.checkpoint_before == first.step
+
+
+def test_a_stopped_rank_is_noticed_named_and_replaced(tmp_path: Path, cluster: Cluster) -> None:
+    run = Run(tmp_path, nodes=1, steps=40)
+    run.until("RUNNING .* step 1[0-9]")
+    os.kill(read_beats(run.directory)[1].pid, signal.SIGSTOP)
+    run.start_now()
+    run.until("DONE after 2 attempts", 90)
+    first, second = attempts(run.directory)
+    assert first.code == 137 and first.reason.startswith("hang: rank 1 gave no sign for ")
+    assert second.checkpoint_before == first.checkpoint >= 10
+    stacks = run.directory / "logs" / f"{run.numbers[0]}.0" / "stacks-0001.txt"
+    assert "pretend.py" in stacks.read_text()

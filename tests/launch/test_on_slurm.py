@@ -1,9 +1,7 @@
 """The launcher on a real Slurm, with ranks that only pretend to train: what Slurm does to a job,
 and what comes after. Nodes lost, preemption and real training are in tests/faults/."""
 
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -91,21 +89,6 @@ def test_a_chain_ends_when_the_run_is_done(tmp_path: Path) -> None:
     run = Run(tmp_path, steps=12, chain=3, array=True)
     run.until("DONE after 1 attempt")
     until(lambda: "PENDING" not in run.status, "end of the array", 20)
-
-
-def test_a_stopped_rank_is_noticed_named_and_replaced(tmp_path: Path, cluster: Cluster) -> None:
-    run = Run(tmp_path, nodes=1, steps=40)
-    run.until("RUNNING .* step 1[0-9]")
-    from megahybrid.heartbeat import read_beats
-
-    os.kill(read_beats(run.directory)[1].pid, signal.SIGSTOP)
-    run.start_now()
-    run.until("DONE after 2 attempts", 90)
-    first, second = attempts(run.directory)
-    assert first.code == 137 and first.reason.startswith("hang: rank 1 gave no sign for ")
-    assert second.checkpoint_before == first.checkpoint >= 10
-    stacks = run.directory / "logs" / f"{run.numbers[0]}.0" / "stacks-0001.txt"
-    assert "pretend.py" in stacks.read_text()
 
 
 def test_a_bad_node_is_named_and_a_spare_takes_its_place(tmp_path: Path, cluster: Cluster) -> None:
