@@ -13,10 +13,10 @@ from benchmarks.cohere2 import cohere2, take_weights
 from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.run import RunConfig
-from megahybrid.config.training import OptimizerConfig
-from megahybrid.model.init import initialise
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.sharding import mark, shard_spec
+from megahybrid.parallel.vocab import VocabParallelHead
 
 Step = Callable[[], float]
 LEARNING_RATE = 1e-4
@@ -56,27 +56,40 @@ def our_model(
     recompute: list[str] | None = None,
 ) -> Transformer:
     """Our model with its first weights, the same ones for the same shape."""
-    # Drawn in fp32 on the host, like a run's first weights.
     model = Transformer(config, ParallelMesh.single(device), recompute=recompute)
-    initialise(model, 1, OptimizerConfig())
+    # Drawn on the device: the run's own keyed draws take the host a minute at a billion weights.
+    generator = torch.Generator(device).manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=config.initial_std, generator=generator)
     return model.to(dtype)
 
 
-def our_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss over counting targets; a mask per batch is not needed: rows are one document."""
+def our_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss over counting targets; rows are one document each."""
     total, _ = model(tokens, targets)
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
-def our_step(model: Transformer, tokens: Tensor, targets: Tensor) -> Step:
-    """Our model and AdamW without DeepSpeed."""
+def our_step(model: Transformer, tokens: Tensor, targets: Tensor, micro_rows: int = 0) -> Step:
+    """Our model and AdamW without DeepSpeed, `micro_rows` rows at a time (0: all)."""
+    rows = micro_rows or len(tokens)
+    pieces = list(zip(tokens.split(rows), targets.split(rows), strict=True))
+    return _step(model, [lambda piece=piece: our_loss(model, *piece) for piece in pieces])
+
+
+def _step(model: nn.Module, losses: list[Callable[[], Tensor]]) -> Step:
+    """Backward of the mean of `losses`, one after the other, then the update."""
     optimizer = MasterAdamW(model.parameters())
 
     def step() -> float:
-        loss = our_loss(model, tokens, targets)
-        loss.backward()
+        total = 0.0
+        for make in losses:
+            loss = make() / len(losses)
+            loss.backward()
+            total = total + loss.detach()
         optimizer.step()
-        return loss.item()
+        return float(total)
 
     return step
 
@@ -119,27 +132,54 @@ def engine_step(model: Transformer, tokens: Tensor, targets: Tensor, precision: 
 
 
 def peer_model(
-    ours: Transformer, longest: int, attention: str, *, compiled: bool, checkpointing: bool = False
+    ours: Transformer,
+    longest: int,
+    attention: str,
+    *,
+    compiled: bool = False,
+    checkpointing: bool = False,
+    loss_apart: bool = False,
 ) -> nn.Module:
-    """Cohere2 with our weights, device and dtype, in the given setting."""
+    """Cohere2 with our weights, device and dtype, in the given setting; compiled whole, or without
+    its loss."""
     weight = ours.embedding.weight
     peer = cohere2(ours.config, longest, attention, weight.device, weight.dtype)
     take_weights(peer, ours)
     if checkpointing:
         peer.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
-        peer.compile()
+        (peer.model if loss_apart else peer).compile()
     return peer
 
 
-def peer_step(peer: nn.Module, tokens: Tensor) -> Step:
-    """Cohere2's own loss and AdamW. It shifts the labels itself."""
-    optimizer = MasterAdamW(peer.parameters())
+def peer_loss(peer: nn.Module, tokens: Tensor) -> Tensor:
+    """Cohere2's own loss. It shifts the labels itself."""
+    return peer(input_ids=tokens, labels=tokens).loss
 
-    def step() -> float:
-        loss = peer(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        return loss.item()
 
-    return step
+def peer_step(
+    peer: nn.Module, tokens: Tensor, micro_rows: int = 0, head: VocabParallelHead | None = None
+) -> Step:
+    """Cohere2 with its own loss, or with ours lent to it (`head`, on its own weight)."""
+
+    def loss(piece: Tensor) -> Tensor:
+        if head is None:
+            return peer_loss(peer, piece)
+        hidden = peer.model(input_ids=piece).last_hidden_state
+        targets = torch.full_like(piece, -100)
+        targets[:, :-1] = piece[:, 1:]
+        total, _ = head(hidden.transpose(0, 1), targets, peer.logit_scale)
+        return total / targets[:, :-1].numel()
+
+    pieces = tokens.split(micro_rows or len(tokens))
+    return _step(peer, [lambda piece=piece: loss(piece) for piece in pieces])
+
+
+def lent_head(peer: nn.Module, ours: Transformer) -> VocabParallelHead:
+    """Our chunked loss on the peer's own embedding: Cohere2's loss holds all logits, which is the
+    first thing not to fit."""
+    weight = peer.model.embed_tokens.weight
+    mark(weight, shard_spec(ours.embedding.weight))
+    config = ours.config
+    name = "embedding.weight"
+    return VocabParallelHead(config.vocab_size, config.hidden_size, name, ours.mesh, weight=weight)

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 where the two sides do not compute the same thing."""
     options = parse_options(arguments)
     quiet()
-    if options.device == "cuda":
+    if options.device == "cuda" or options.rehearse:
         from benchmarks.gpu import run_plan
 
         return run_plan(options)
@@ -76,13 +76,17 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours (cuda)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (cpu)")
     parser.add_argument("--compile", action="store_true", help="compile our blocks too (cuda)")
+    parser.add_argument("--rehearse", action="store_true", help="the cuda plan, on cpu, tiny")
     parser.add_argument("--budget-seconds", type=float, help="when to stop starting new parts")
     options = parser.parse_args(arguments)
-    gpu = options.device == "cuda"
+    gpu = options.device == "cuda" or options.rehearse
     options.shape = options.shape or ("1b" if gpu else "25m")
     options.lengths = options.lengths or ([8192, 32768, 131072] if gpu else [2048, 8192])
+    options.rehearsed_peers = options.peers or ["sdpa", "sdpa+chunked"]
     options.peers = options.peers or (
-        ["sdpa", "flex_attention+compile"] if gpu else ["sdpa", "eager", "sdpa+compile"]
+        ["sdpa+compile", "flex_attention+compile+chunked", "sdpa+chunked"]
+        if gpu
+        else ["sdpa", "eager", "sdpa+compile"]
     )
     options.budget_seconds = options.budget_seconds or (510.0 if gpu else 480.0)
     return options
