@@ -133,7 +133,11 @@ def _analysed(
                 status.update(f"{labels}: {number + 1} of {len(examples)}")
                 attention, logits = attention_of(trained.model, example)
                 parts.append(attention)
-                right += logits.argmax(dim=-1).tolist() == list(example.expected)
+                likeliest = logits.argmax(dim=-1).tolist()
+                right += all(
+                    likeliest[place - example.answer] == example.tokens[place]
+                    for place in example.counted
+                )
             figures = to_json(Attention.mean(parts), kinds, threshold)
             told = {"trials": len(examples), "exact": right / len(examples)}
             results.append({**json.loads(labels), **told, "attention": figures})
