@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import MANIFEST_NAME, read_manifest
+from megahybrid.data.packing import PLAN_NAME, PlanInfo
+from megahybrid.data.token_file import HEADER, MAGIC
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.verify import verify_dataset
 from megahybrid.errors import DataError
@@ -244,6 +247,51 @@ def test_any_manifest_is_read_or_refused(
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(DataError):
         read_manifest(folder)
+
+
+@settings(max_examples=150)
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([0, 1, 4, 8, 9]),
+    st.integers(0, 8),
+    st.integers(0, 8),
+    st.integers(0, 60),
+)
+def test_any_index_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    body: bytes,
+    code: int,
+    sequences: int,
+    entries: int,
+    bin_bytes: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    expected = 12 * sequences + 8 * entries
+    body = (body * (expected // max(1, len(body)) + 1))[:expected] if body else bytes(expected)
+    (folder / "a.idx").write_bytes(HEADER.pack(MAGIC, 1, code, sequences, entries) + body)
+    (folder / "a.bin").write_bytes(bytes(bin_bytes))
+    try:
+        dataset = TokenDataset(folder, vocab_size=10)
+        spans = list(dataset.document_spans())
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    assert sum(size for _, size in spans) == dataset.tokens
+    assert dataset.read(0, dataset.tokens).tolist() == [0] * dataset.tokens if spans else True
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), st.lists), st.data())
+def test_any_plan_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, content: object, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    known = [field.name for field in fields(PlanInfo)]
+    value = {"format": "megahybrid-plan", "version": 1} | dict.fromkeys(known, 1)
+    value[data.draw(st.sampled_from(list(value)))] = content
+    (folder / PLAN_NAME).write_text(json.dumps(value))
+    with pytest.raises(DataError) as caught:
+        TokenDataset(folder)
+    assert "\n" not in str(caught.value)
 
 
 @settings(max_examples=25)

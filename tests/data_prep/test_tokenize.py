@@ -146,6 +146,44 @@ def test_bad_lines_are_counted_and_listed(corpus: Path, model: Path, tmp_path: P
         run(path, model, tmp_path / "strict", max_bad_fraction=0.001)
 
 
+BAD_LINES = [
+    *(b"{", b"}", b"[", b"nul", b'{"text"', b'{"text":', b'{"text": "a', b'{"text": "a"}}'),
+    *(b'{"text": "a",}', b"{'text': 'a'}", b'{text: "a"}', b'{"text": "\t"}', b"\xef\xbb\xbf\x00"),
+    *(b"[" * 5000, b'{"a":' * 5000, b'{"text": "\xff"}', b'{"text": "\xc3"}', b"\xfe\xff\x00{"),
+    *(b'{"text": "\xed\xa0\x80"}', b'{"text": "\\ud800"}', b'{"text": "\\udc00a"}', b"\x00"),
+    *(b'{"text": "a\\u0000"}', b'{"text": ""}', b'{"text": "  "}', b'{"text": null}', b"null"),
+    *(
+        b'{"text": ["a"]}',
+        b'{"text": {"a": 1}}',
+        b'{"Text": "a"}',
+        b"5",
+        b'"a"',
+        b'{"text": 1e999}',
+    ),
+    *(b'{"text": "\xc0\xaf"}', b"\x1f\x8b\x08\x00", b'{"text": "x"} {"text": "y"}'),
+]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_kinds_of_bad_line_cost_themselves_alone(
+    model: Path, tokenizer: Tokenizer, tmp_path: Path, workers: int
+) -> None:
+    assert len(BAD_LINES) >= 30
+    path = tmp_path / "bad.jsonl"
+    good = [json.dumps({"text": f"good {number}"}).encode() for number in range(len(BAD_LINES))]
+    path.write_bytes(b"\n".join(chain(*zip(good, BAD_LINES, strict=True))) + b"\n")
+    report = run(
+        path, model, tmp_path / "out", held_out=0, longest=0, max_bad_fraction=0.6, workers=workers
+    )
+    found = texts_of(tmp_path / "out/train", tokenizer)
+    assert sorted(found) == sorted(f"good {number}" for number in range(len(good)))
+    assert sum(report.bad.values()) == len(BAD_LINES)
+    raw = path.read_bytes()
+    for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        assert raw[item["offset"] :].split(b"\n")[0] in BAD_LINES, item
+
+
 def test_inputs_without_documents_are_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(DataError, match="the inputs hold no document \\(1 no text field 'text'"):
@@ -269,7 +307,9 @@ def test_job_killed_at_any_moment_ends_with_the_same_bytes(
         assert code == 0
         if kills >= 20:
             break
+        # It was through before it could be killed: begin again, and strike earlier.
         shutil.rmtree(tmp_path / "killed")
+        whole_seconds = max(1.0, 0.8 * whole_seconds)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
