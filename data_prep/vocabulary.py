@@ -21,6 +21,7 @@ from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError
 
 SAMPLE_BYTES = 64 * 2**20
+SMALLEST_VOCABULARY = 260  # 256 bytes, unknown, begin and end of a document, and one piece
 
 
 def train_tokenizer(
@@ -42,6 +43,11 @@ def train_tokenizer(
     target = Path(output)
     if target.suffix != ".model":
         raise DataError(f"output={target} does not end in .model. Name a file like bpe-4k.model.")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"--vocab-size={vocab_size} has no room for the bytes and special tokens "
+            f"({SMALLEST_VOCABULARY} at least). Use more, for example 4096."
+        )
     units = list(cut_units(list_files(inputs, pattern)))
     model = train_sentencepiece(
         sampled_texts(units, sample_bytes, seed, text_field),

@@ -11,11 +11,11 @@ from tests.train.example import STEPS, steps_of
 from tests.train.forked import Nursery, Ranks
 
 BROKEN: dict[str, tuple[str, list[str], str]] = {
-    "the wrap of norm weights": ("no_wrap_of_norms", [], "norm.key_weight through copy_to_tensor"),
+    "the wrap of norm weights": ("no_wrap_of_norms", [], "_norm.weight through copy_to_tensor"),
     "the wrap of key and value heads that ranks share": (
         "no_wrap_of_shared_heads",
         ["model.num_kv_heads=1"],
-        "query_key_value.replicated_0 through copy_to_tensor",
+        "Read attention.key.weight through copy_to_tensor",
     ),
     "the mark, on every parameter": ("marks_on_all", [], "is marked but not sharded"),
     "the mark, on none": ("marks_on_none", [], "is sharded but not marked"),

@@ -50,7 +50,8 @@ def audit_gradients(
 
     squares = torch.zeros((), dtype=torch.float64)
     worst_replica, worst_difference = "", 0.0
-    for name, (parameter, spec) in parameters.items():
+    for parameter, spec in parameters.values():
+        name = canonical_name(spec)
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise AuditError(f"audit: {name} has no gradient after the backward pass.")
@@ -63,6 +64,11 @@ def audit_gradients(
                 worst_replica, worst_difference = name, difference
         squares += square
     return Audit(squares.sqrt().item(), worst_replica, worst_difference)
+
+
+def canonical_name(spec: ShardSpec) -> str:
+    """A parameter by the name it has in checkpoints; of several in one matrix, the first."""
+    return spec.segments[0].name
 
 
 def parameter_class(name: str) -> str:
@@ -93,7 +99,8 @@ def check_audit(audit: Audit, engine_norm: float | None) -> None:
 
 def check_marks(parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh) -> None:
     """Every parameter's mark must say what its ShardSpec says."""
-    for name, (parameter, spec) in parameters.items():
+    for parameter, spec in parameters.values():
+        name = canonical_name(spec)
         marked = bool(getattr(parameter, "tensor_model_parallel", False))
         if mesh.tensor.size > 1 and marked != spec.sharded:
             raise AuditError(
@@ -111,9 +118,10 @@ def check_replicas(
 
     if mesh.tensor.size == 1:
         return
-    for name, (parameter, spec) in parameters.items():
+    for parameter, spec in parameters.values():
         if spec.sharded:
             continue
+        name = canonical_name(spec)
         whole = safe_get_full_fp32_param(parameter)
         difference = _disagreement(parameter if whole is None else whole, mesh)
         if difference > REPLICA_TOLERANCE:
@@ -144,8 +152,8 @@ def check_data_replicas(
     reference = usual if known else rows[0]
     wrong = [index for index, row in enumerate(rows) if row != reference]
     name = next(
-        name
-        for name, values in zip(parameters, zip(*rows, strict=True), strict=True)
+        canonical_name(spec)
+        for (_, spec), values in zip(parameters.values(), zip(*rows, strict=True), strict=True)
         if len(set(values)) > 1
     )
     ranks = [mesh.data.ranks[index] for index in (wrong if known else range(len(rows)))]
