@@ -22,10 +22,13 @@ class rederived(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, tensor: Tensor, derive: Callable[..., Tensor], *sources: Tensor) -> None:
+        # Autograd keeps both hooks as long as the graph: what they close over is not freed.
+        address, count = tensor.data_ptr(), tensor.numel()
+
         def pack(kept: Tensor) -> Any:
             # Linear layers may keep a flattened view of the same memory.
-            same = kept.data_ptr() == tensor.data_ptr() and kept.numel() == tensor.numel()
-            return kept.shape if same and kept.numel() and kept.is_contiguous() else kept
+            same = kept.data_ptr() == address and kept.numel() == count
+            return kept.shape if same and count and kept.is_contiguous() else kept
 
         def unpack(packed: Any) -> Tensor:
             if isinstance(packed, Tensor):
