@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from megahybrid.errors import MegahybridError
 from megahybrid.report.plots import Picture
 from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save
-from megahybrid.train.material import EVALUATIONS
+from megahybrid.train.ledger import EVALUATIONS
 
 # Begin, needle, context, end: the needle stands out, the rest recedes.
 SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#d9d9d9", "end": "#009E73"}

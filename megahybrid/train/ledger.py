@@ -17,6 +17,7 @@ from typing import Any
 from megahybrid.errors import MegahybridError
 
 LEDGER_NAME = "ledger.jsonl"
+EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
 # Events that say from which step an attempt went on; what earlier attempts did beyond it is void.
 BEGINNINGS = ("start", "resume")
 

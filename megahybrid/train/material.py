@@ -9,10 +9,9 @@ from megahybrid.config.suite import HeldOutHaystack, NeedleTask, RulerTask, Suit
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.evaluate.haystack import Material
 from megahybrid.train.held_out import open_held_out
+from megahybrid.train.ledger import EVALUATIONS
 from megahybrid.train.sample_command import tokenizer_of
 from megahybrid.train.trained_model import TrainedModel
-
-EVALUATIONS = "evaluations"  # folder within a run
 
 
 def material_of(trained: TrainedModel, suite: Suite, tokenizer: Path | None) -> Material:
