@@ -107,11 +107,12 @@ format: $(DEVELOPMENT) ## rewrite the sources as `check` wants them
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(DEVELOPMENT) ## our model step against Hugging Face's Cohere2, on CPU
-	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+bench: $(DEVELOPMENT) ## our step against Hugging Face's Cohere2, growth with length, memory; CPU, 10 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train_step $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
 
 bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU
-	@$(BIN)/python benchmarks/train_step.py --device cuda $(ARGS)
+	@$(BIN)/python -m benchmarks.train_step --device cuda $(ARGS)
 
 # PYTHON is the other machine's version here, so this one needs its environment already.
 wheelhouse: ## wheels for an offline GPU machine (PYTHON=3.12: that machine's); make install-dev first

@@ -21,6 +21,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers": 4,
         "window": 32,
     },
+    # 1.4 M parameters, for lengths up to 32k on one core: one period of layers.
+    "growth": {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "layers": 4,
+        "window": 512,
+    },
     # 25.2 M parameters.
     "25m": {
         "vocab_size": 20480,
