@@ -21,7 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers": 4,
         "window": 32,
     },
-    # 1.4 M parameters, for lengths up to 32k on one core: one period of layers.
+    # 1.3 M parameters, for lengths up to 32k on one core: one period of layers.
     "growth": {
         "vocab_size": 4096,
         "hidden_size": 128,

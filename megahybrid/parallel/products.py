@@ -6,7 +6,6 @@ products with AVX-512: 226 instead of 106 GFLOP/s on one core of an AMD EPYC. Ev
 (float64, bf16, accelerators, small products) is torch's own.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +16,13 @@ from torch import Tensor
 # Multiply-adds, and sizes of the factors, below which oneDNN's call costs more than it gains.
 SMALLEST = 2**20
 NARROWEST = 16
+# Whether this torch has the routine and this processor the instructions; known at import, because
+# torch.compile does not trace the questions.
+ONEDNN_SERVES = (
+    hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+)
 
 
 def linear(
@@ -83,14 +89,4 @@ def prefers_onednn(left: Tensor, right: Tensor) -> bool:
     inner, columns = right.shape
     rows = left.numel() // inner
     large = rows * inner * columns >= SMALLEST and min(rows, inner, columns) >= NARROWEST
-    return large and onednn_serves()
-
-
-@cache
-def onednn_serves() -> bool:
-    """Whether this torch has the routine and this processor the instructions."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-        return False
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return large and ONEDNN_SERVES

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from megahybrid.parallel import products
-from megahybrid.parallel.products import linear, onednn_serves, prefers_onednn, product
+from megahybrid.parallel.products import ONEDNN_SERVES, linear, prefers_onednn, product
 
 needs_onednn = pytest.mark.skipif(
-    not onednn_serves(), reason="no AVX-512, or a torch without oneDNN: torch's own products serve"
+    not ONEDNN_SERVES, reason="no AVX-512, or a torch without oneDNN: torch's own products serve"
 )
 SHAPES = [(5, 3, 8, 4), (64, 2, 96, 128), (257, 1, 384, 200), (1, 1, 700, 2000)]
 BOUND = 2e-6
