@@ -35,8 +35,18 @@ class Part:
     pieces: Iterator[Array] | None = None
 
 
+def refuse_masks(dataset: TokenDataset) -> None:
+    """Raises DataError where some targets do not count: a copy would count them all."""
+    if dataset.masks:
+        raise DataError(
+            f"{dataset.path} marks targets that do not count ({dataset.masks[0].path.name}), which "
+            "a copy would lose. Prepare the other dataset from the texts."
+        )
+
+
 def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[Part]:
     """Every document in order, ending with eod; added where a foreign file has none."""
+    refuse_masks(dataset)
     for number, shard in enumerate(dataset.shards):
         origin = dataset.starts[number]
         for first in range(0, shard.documents, 2**16):
@@ -238,6 +248,7 @@ def export_dataset(
 ) -> tuple[int, int]:
     """One PREFIX.bin and PREFIX.idx with every shard, as Megatron reads; documents and tokens."""
     dataset = TokenDataset(path, vocab_size=vocab_size)
+    refuse_masks(dataset)
     item = dataset.dtype.itemsize
     paths = [prefix.with_name(f"{prefix.name}.{end}") for end in ("bin", "idx")]
     for target in paths:

@@ -102,7 +102,8 @@ def make_batch(
     """Reads the planned rows and marks their documents.
 
     documents=masked: a document ends at eod (or where the index of a file without eod says) and at
-    joins. joined: only at joins. The target after eod does not count in either.
+    joins. joined: only at joins. The target after eod does not count in either, nor does one that
+    the data's own mask leaves out.
     A plan shorter than `length` is filled with id 0 that nothing counts and nothing sees.
     """
     used = {plan.source for plan in plans if plan.spans}
@@ -114,7 +115,7 @@ def make_batch(
     eod = eods.pop() if len(eods) == 1 else None
     ends: list[Array] = []  # flat index of each document's last token
     breaks: list[int] = []  # the same, of joins alone
-    filled: list[Array] = []
+    filled: list[Array] = []  # and what else does not count
     for row, plan in enumerate(plans):
         place = written = 0
         flat = row * length
@@ -125,6 +126,9 @@ def make_batch(
             ids[row, place:written] = tokens
             if eod is None:
                 ends.append(dataset.document_ends(start, tokens[:size]) + (flat + place))
+            # The token in column n is the target of column n - 1.
+            unasked = dataset.uncounted(start, len(tokens)) + place
+            filled.append(unasked[(unasked > 0) & (unasked <= length)] - 1 + flat)
             place += size
             if place < length or written == place:
                 breaks.append(flat + place - 1)

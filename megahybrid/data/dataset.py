@@ -13,6 +13,7 @@ import numpy as np
 from megahybrid.data.guard import RESTORE, BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megahybrid.data.packing import PLAN_NAME, PackPlan
+from megahybrid.data.target_mask import TargetMask, mask_path
 from megahybrid.data.token_file import Array, ShardIndex
 from megahybrid.errors import DataError
 
@@ -66,10 +67,10 @@ class TokenDataset:
         if self.plan is not None:
             self._check_plan(self.plan)
         self.shards = [shard for shard in shards if shard.tokens]
-        _refuse_masks(shards)
         if sum(20 * shard.sequences for shard in self.shards) <= CHECKED_INDEX_BYTES:
             for shard in self.shards:
                 shard.check_contents()
+        self._masks = _open_masks(self.shards, self.manifest)
         self.documents = sum(shard.documents for shard in self.shards)
         self.starts = [0]
         for shard in self.shards:
@@ -188,6 +189,24 @@ class TokenDataset:
             self._refuse_id(start, tokens)
         return tokens
 
+    @property
+    def masks(self) -> list[TargetMask]:
+        """Of the shards that say which of their targets count."""
+        return [mask for mask in self._masks if mask is not None]
+
+    def uncounted(self, start: int, length: int) -> Array:
+        """Offsets from `start` of tokens, of `length`, that do not count as targets."""
+        found, done = [np.zeros(0, np.int64)], 0
+        while done < length and any(self._masks):
+            number = bisect_right(self.starts, start + done) - 1
+            first = start + done - self.starts[number]
+            size = min(length - done, self.shards[number].tokens - first)
+            mask = self._masks[number]
+            if mask is not None:
+                found.append(mask.uncounted(first, size) + done)
+            done += size
+        return np.concatenate(found)
+
     def check_unchanged(self, spans: Iterable[tuple[int, int]]) -> None:
         """Raises DataError when a file that holds one of the spans changed since the open.
 
@@ -279,13 +298,16 @@ def _fingerprint(shards: list[ShardIndex]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _refuse_masks(shards: list[ShardIndex]) -> None:
-    folders = {shard.bin_path.parent for shard in shards}
-    masks = {path for folder in folders for path in folder.glob("*.mask")}
-    for shard in shards if masks else ():
-        path = shard.bin_path.with_suffix(".mask")
-        if path in masks:
+def _open_masks(shards: list[ShardIndex], manifest: Manifest | None) -> list[TargetMask | None]:
+    listed = {} if manifest is None else {shard.bin: shard.mask_crc32 for shard in manifest.shards}
+    masks: list[TargetMask | None] = []
+    for shard in shards:
+        crc32 = listed.get(shard.bin_path.name)
+        path = mask_path(shard)
+        if crc32 is None and path.exists():
             raise DataError(
-                f"{path} marks targets that do not count, which this version does not read. "
-                "Use data without a .mask."
+                f"{path} marks targets that do not count, but no {MANIFEST_NAME} lists it. "
+                "Remove it, or prepare the data again."
             )
+        masks.append(None if crc32 is None else TargetMask(shard, crc32))
+    return masks

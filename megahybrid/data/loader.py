@@ -114,6 +114,9 @@ class BatchLoader:
         self._prefetch = prefetch
         self._ahead: deque[StepShape] = deque()  # shapes taken whose steps are not delivered
         self._replaced = 0
+        self._held: list[StepData | BaseException | None] = []  # taken from the queue by `ready`
+        self._waits_since: float | None = None
+        self._told = False
         self._thread: threading.Thread | None = None
         if prefetch:
             self._start()
@@ -171,8 +174,9 @@ class BatchLoader:
         return self
 
     def __next__(self) -> StepData:
-        began = time.perf_counter()
-        item = self._next(began)
+        began = self._waits_since or time.perf_counter()
+        item = self._next()
+        self._waits_since, self._told = None, False
         if isinstance(item, StepData):
             self._state = item.state
             self._ahead.popleft()
@@ -182,35 +186,47 @@ class BatchLoader:
             raise StopIteration
         raise item
 
-    def _next(self, began: float) -> StepData | BaseException | None:
+    def _next(self) -> StepData | BaseException | None:
         if self._stop.is_set():
             return None
         if self._thread is None:
             shape = next(self._new_shapes(), None)
             return None if shape is None else self._read(self._state, shape)
-        told = False
-        while True:
-            try:
-                return self._queue.get(timeout=min(1.0, self._stall_seconds))
-            except queue.Empty:
-                pass
-            if not self._thread.is_alive() and self._queue.empty():
-                self._replace()
-            waited = time.perf_counter() - began
-            if waited >= self._stall_seconds and not told:
-                told = True
-                shape = self._ahead[0] if self._ahead else None
-                sources = ", ".join(
-                    f"{name} ({self._mixture.datasets[name].path})"
-                    for name in self._mixture.weights
-                )
-                LOG.warning(
-                    "data: the next step (%s) has been waited for %.0f s. Slow or stalled storage "
-                    "under one of %s?",
-                    f"{shape.rows} rows of {shape.length}" if shape else "its shape is not known",
-                    waited,
-                    sources,
-                )
+        while not self.ready(min(1.0, self._stall_seconds)):
+            pass
+        return self._held.pop()
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the next step, an error or the end is there, waited for so long at most. What is
+        not read ahead counts as there."""
+        if self._thread is None or self._held or self._stop.is_set():
+            return True
+        self._waits_since = self._waits_since or time.perf_counter()
+        try:
+            self._held.append(self._queue.get(timeout=seconds))
+            return True
+        except queue.Empty:
+            pass
+        if not self._thread.is_alive() and self._queue.empty():
+            self._replace()
+        if not self._told and time.perf_counter() - self._waits_since >= self._stall_seconds:
+            self._told = True
+            self._tell_stall()
+        return False
+
+    def _tell_stall(self) -> None:
+        assert self._waits_since is not None
+        shape = self._ahead[0] if self._ahead else None
+        sources = ", ".join(
+            f"{name} ({self._mixture.datasets[name].path})" for name in self._mixture.weights
+        )
+        LOG.warning(
+            "data: the next step (%s) has been waited for %.0f s. Slow or stalled storage under "
+            "one of %s?",
+            f"{shape.rows} rows of {shape.length}" if shape else "its shape is not known",
+            time.perf_counter() - self._waits_since,
+            sources,
+        )
 
     def _replace(self) -> None:
         """A thread killed from outside leaves nothing behind: begin after what was delivered."""

@@ -47,7 +47,10 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One pair of files. `bytes` and the checksums are of the .bin; the .idx follows from it."""
+    """One pair of files. `bytes` and the checksums are of the .bin; the .idx follows from it.
+
+    `mask_crc32` is of the .mask that says which targets count; None where there is none.
+    """
 
     bin: str
     idx: str
@@ -56,6 +59,7 @@ class ShardEntry:
     bytes: int
     block_bytes: int
     crc32: tuple[int, ...]
+    mask_crc32: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Manifest:
     def dump(self) -> str:
         """The file's text."""
         value = {"format": FORMAT, "version": VERSION} | asdict(self)
+        for shard in value["shards"]:
+            if shard["mask_crc32"] is None:
+                del shard["mask_crc32"]
         return json.dumps(value, indent=1) + "\n"
 
 
@@ -209,6 +216,7 @@ class _Fields:
             bytes=self.whole("bytes", 1),
             block_bytes=self.whole("block_bytes", 1),
             crc32=self.checksums(),
+            mask_crc32=self.whole("mask_crc32") if "mask_crc32" in self.value else None,
         )
         self.expect("bytes", entry.tokens * ITEM_BYTES[dtype], f"{entry.tokens} {dtype} tokens")
         if entry.block_bytes % ITEM_BYTES[dtype]:

@@ -20,6 +20,7 @@ from megahybrid.data.manifest import (
     sync_folder,
     write_durably,
 )
+from megahybrid.data.target_mask import mask_bytes
 from megahybrid.data.token_file import Array, index_bytes
 from megahybrid.errors import DataError
 
@@ -60,17 +61,23 @@ class TokenWriter:
         self._histogram = np.zeros((64, 2), np.int64)
         self._shard: _Shard | None = None
 
-    def add(self, tokens: Array | Sequence[int]) -> None:
-        """Appends one document; eod is added here and must not be in `tokens`."""
+    def add(self, tokens: Array | Sequence[int], counts: Array | None = None) -> None:
+        """Appends one document; eod is added here and must not be in `tokens`.
+
+        `counts` as `add_documents` takes it, eod left out, which then does not count.
+        """
         body = np.asarray(tokens, dtype=np.int64)
         self.add_documents(
-            np.append(body, self.tokenizer.eod_id), np.asarray([len(body) + 1], np.int64)
+            np.append(body, self.tokenizer.eod_id),
+            np.asarray([len(body) + 1], np.int64),
+            None if counts is None else np.append(counts, False),
         )
 
-    def add_documents(self, tokens: Array, lengths: Array) -> None:
+    def add_documents(self, tokens: Array, lengths: Array, counts: Array | None = None) -> None:
         """Appends documents that lie one after another in `tokens`, each ending with eod.
 
-        Raises DataError when an id is beyond the vocabulary or eod is anywhere but at the ends.
+        `counts` says of each token whether it counts as a target; without it all do. Raises
+        DataError when an id is beyond the vocabulary or eod is anywhere but at the ends.
         """
         lengths = np.asarray(lengths, np.int64)
         if len(lengths) == 0:
@@ -94,6 +101,7 @@ class TokenWriter:
             shard = self._shard = self._shard or _Shard(self, len(self._shards))
             end = int(ends[stop - 1])
             shard.append(tokens[begin:end], lengths[first:stop])
+            shard.count(end - begin, None if counts is None else counts[begin:end])
             first, begin = stop, end
 
     def add_long(self, pieces: Iterable[Array], length: int) -> None:
@@ -113,6 +121,7 @@ class TokenWriter:
             self._check_ids(tokens)
             self._check_eod(tokens, np.asarray([len(tokens)][: int(last)], np.int64))
             shard.write(tokens)
+            shard.count(len(tokens), None)
         if done != length:
             raise DataError(f"document lengths sum to {length}, not {done} (tokens).")
         shard.enter(np.asarray([length], np.int64))
@@ -194,6 +203,8 @@ class _Shard:
         self.lengths, self.document_index = array("i"), array("q", [0])
         self.checksums: list[int] = []
         self.crc, self.crc_bytes = 0, 0
+        # Tokens written at a time and which of them count; None: all. Held until the shard ends.
+        self.counts: list[tuple[int, Array | None]] = []
 
     def append(self, tokens: Array, lengths: Array) -> None:
         self.write(tokens)
@@ -205,6 +216,14 @@ class _Shard:
         self.file.write(data)
         self._checksum(data)
         self.tokens += len(tokens)
+
+    def count(self, tokens: int, counts: Array | None) -> None:
+        """Which of the tokens just written count as targets; None: all."""
+        if counts is not None and len(counts) != tokens:
+            raise DataError(f"counts has {len(counts)} entries, not one per token ({tokens}).")
+        if counts is None and self.counts and self.counts[-1][1] is None:
+            tokens += self.counts.pop()[0]
+        self.counts.append((tokens, None if counts is None else np.asarray(counts, bool)))
 
     def enter(self, lengths: Array) -> None:
         """Enters documents, whose tokens are written, into the index."""
@@ -250,7 +269,16 @@ class _Shard:
             bytes=self.tokens * self.dtype.itemsize,
             block_bytes=self.block_bytes,
             crc32=tuple(self.checksums),
+            mask_crc32=self._finish_mask(),
         )
+
+    def _finish_mask(self) -> int | None:
+        if all(counts is None for _, counts in self.counts):
+            return None
+        whole = [np.ones(size, bool) if told is None else told for size, told in self.counts]
+        data = mask_bytes(np.concatenate(whole))
+        write_durably(self.folder / f"{self.name}.mask", data)
+        return zlib.crc32(data)
 
     def _publish(self, file: BinaryIO, name: str) -> None:
         file.flush()

@@ -33,6 +33,8 @@ def verify_dataset(
     entries = dataset.manifest.shards if dataset.manifest else ()
     if dataset.plan is not None:
         dataset.plan.check_contents(dataset.tokens)
+    for mask in dataset.masks:
+        mask.verify()
     # Two blocks at a time: checksums and comparisons run outside of Python's lock.
     with ThreadPoolExecutor(THREADS) as pool:
         for number, shard in enumerate(dataset.shards):

@@ -1,0 +1,90 @@
+"""Targets that a dataset's own mask leaves out do not count; everything is still seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.rewrite import merge_datasets
+from megahybrid.data.batches import IGNORED, make_batch
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.manifest import TokenizerInfo
+from megahybrid.data.mixture import RowPlan
+from megahybrid.data.token_writer import TokenWriter
+from megahybrid.data.verify import verify_dataset
+from megahybrid.errors import DataError
+
+INFO = TokenizerInfo("test", "0" * 64, 50, eod_id=1)
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> tuple[TokenDataset, np.ndarray]:
+    """Documents over several shards, some with a mask, and which tokens count."""
+    draw = np.random.default_rng(0)
+    counts: list[np.ndarray] = []
+    with TokenWriter(tmp_path / "data", INFO, shard_tokens=40) as writer:
+        for number in range(20):
+            size = int(draw.integers(3, 12))
+            told = draw.random(size) < 0.4 if number % 3 else None
+            writer.add(draw.integers(2, 50, size), told)
+            asked = np.ones(size + 1, bool) if told is None else np.append(told, False)
+            counts.append(asked)
+    return TokenDataset(tmp_path / "data"), np.concatenate(counts)
+
+
+def test_uncounted_tokens_are_those_written_so_over_shards_and_bytes(
+    drawn: tuple[TokenDataset, np.ndarray],
+) -> None:
+    dataset, counts = drawn
+    assert len(dataset.shards) > 2 and len(counts) == dataset.tokens
+    for start in range(0, dataset.tokens - 1, 3):
+        for size in (1, 9, min(50, dataset.tokens - start)):
+            expected = np.flatnonzero(~counts[start : start + size])
+            found = dataset.uncounted(start, min(size, dataset.tokens - start))
+            assert np.array_equal(found, expected)
+
+
+def test_batches_leave_out_masked_targets_and_keep_every_input(
+    drawn: tuple[TokenDataset, np.ndarray],
+) -> None:
+    dataset, counts = drawn
+    plain = np.concatenate([dataset.document(n) for n in range(dataset.documents)])
+    plans = [RowPlan("a", ((3, 16),)), RowPlan("a", ((60, 10), (20, 6))), RowPlan("a", ((90, 4),))]
+    batch = make_batch({"a": dataset}, plans, 16)
+    assert np.array_equal(batch.tokens[0], plain[3:19])
+    for row, places in enumerate([range(3, 19), range(60, 69), range(90, 94)]):
+        for column, place in enumerate(places):
+            follows = plain[place] != INFO.eod_id and counts[place + 1]
+            wanted = plain[place + 1] if follows else IGNORED
+            assert batch.targets[row, column] == wanted
+    # The last token before a join has no target, whatever the token behind it on disk says.
+    assert batch.targets[1, 9] == IGNORED
+    assert (batch.targets[0] == IGNORED).sum() > 4
+
+
+def test_damaged_and_foreign_masks_are_refused(
+    drawn: tuple[TokenDataset, np.ndarray], tmp_path: Path
+) -> None:
+    dataset, _ = drawn
+    verify_dataset(dataset.path)
+    with pytest.raises(DataError, match="which a copy would lose"):
+        merge_datasets([dataset.path], tmp_path / "out")
+    path = dataset.masks[0].path
+    kept = path.read_bytes()
+    path.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+    with pytest.raises(DataError, match=r"mask has crc32 \d+, not \d+"):
+        verify_dataset(dataset.path)
+    path.write_bytes(kept[:-1])
+    with pytest.raises(DataError, match=r"mask has \d bytes, not \d \(a bit for each of"):
+        TokenDataset(dataset.path)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        TokenDataset(dataset.path)
+
+
+def test_counts_of_another_length_are_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match="counts has 2 entries, not one per token"),
+        TokenWriter(tmp_path / "data", INFO) as writer,
+    ):
+        writer.add([2, 3, 4], np.ones(1, bool))
