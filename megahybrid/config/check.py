@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean
 from megahybrid.config.model import rotation_problems
 from megahybrid.config.stages import BatchRamp, Stage
@@ -136,4 +137,25 @@ def _scheme_overrides(run: "RunConfig") -> list[str]:
                 lines += str(error).splitlines()
         changed = {name: plan.schemes[name] for name in stage.schemes if name in plan.schemes}
         lines += rotation_problems(changed, run.model.head_dim, where)
+        try:
+            parts = stretches(stage.anneal, plan, stage.tokens, f"stages.{index}.anneal")
+        except ConfigError as error:
+            lines += str(error).splitlines()
+        else:
+            lines += _anneal_steps(run, index, parts)
+            plan = parts[-1].plan
     return lines
+
+
+def _anneal_steps(run: "RunConfig", index: int, parts: tuple[PlanStretch, ...]) -> Iterator[str]:
+    """Every value on the way is trained with, the last one too."""
+    total, anneal = run.stage_plan.stage_steps[index], run.stages[index].anneal
+    begins = [run.stage_plan.first_step(index, part.tokens) for part in parts] + [total]
+    for part, begin, end in zip(parts, begins[:-1], begins[1:], strict=True):
+        if begin == end and anneal is not None:
+            yield (
+                f"stages.{index}.anneal.steps={anneal.steps} leaves what holds from token "
+                f"{part.tokens} of the stage without a step of training (the stage has {total} "
+                "steps). Use fewer steps, or smaller batches."
+            )
+            return

@@ -100,9 +100,10 @@ def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
             }
             for length, ratio in stage.lengths.items()
         ],
-        "flops": _stage_flops(run, stage, plan, run.stage_plan.stage_tokens[index]),
+        "flops": stage_flops(run, index),
         "recompute": stage.recompute,
         "schemes": stage.schemes,
+        "anneal": anneal_steps(run, index),
         "memory_per_rank": {
             zero: _memory(run, stage, tensor, world_size // tensor, zero) for zero in range(4)
         },
@@ -123,18 +124,46 @@ def _memory(
     return {**asdict(memory), "total": memory.total}
 
 
-def _stage_flops(run: RunConfig, stage: Stage, plan: LayerPlan, tokens: int) -> float:
+def stage_flops(run: RunConfig, index: int) -> float:
+    """Training FLOPs of a whole stage when every row is one document."""
+    stage, parts = run.stages[index], run.plans[index]
     shares = {length: length * ratio for length, ratio in stage.lengths.items()}
-    return tokens * sum(
-        counting.flops_per_token(run.model, length, plan) * share / sum(shares.values())
+    ends = [*(part.tokens for part in parts[1:]), run.stage_plan.stage_tokens[index]]
+    return sum(
+        (end - part.tokens)
+        * counting.flops_per_token(run.model, length, part.plan)
+        * (share / sum(shares.values()))
+        for part, end in zip(parts, ends, strict=True)
         for length, share in shares.items()
     )
 
 
-def stage_flops(run: RunConfig, index: int) -> float:
-    """Training FLOPs of a whole stage when every row is one document."""
-    tokens = run.stage_plan.stage_tokens[index]
-    return _stage_flops(run, run.stages[index], run.plan_at(index), tokens)
+def anneal_steps(run: RunConfig, index: int) -> list[dict[str, Any]]:
+    """Where the layers of a stage change while it runs: from which step and tokens of the stage
+    what holds, the values it begins with first. Empty where nothing is annealed."""
+    anneal, stage = run.stages[index].anneal, run.stages[index]
+    if anneal is None:
+        return []
+    rows = []
+    for part in run.plans[index]:
+        values: dict[str, float | int | None] = {}
+        for name, end in anneal.schemes.items():
+            scheme = part.plan.schemes[name]
+            if end.window is not None:
+                values[f"{name}.window"] = scheme.window
+            if end.position is not None and isinstance(scheme.position, Rope):
+                values[f"{name}.position.theta"] = scheme.position.theta
+        rows.append(
+            {
+                "step": run.stage_plan.first_step(index, part.tokens),
+                "tokens": part.tokens,
+                "values": values,
+                "flops_per_token": counting.flops_per_token(
+                    run.model, max(stage.lengths), part.plan
+                ),
+            }
+        )
+    return rows
 
 
 def render(description: dict[str, Any], width: int = 110) -> str:
@@ -154,6 +183,9 @@ def render(description: dict[str, Any], width: int = 110) -> str:
     console.print(_stage_table(description))
     for changes in filter(None, map(_changes, description["stages"])):
         console.print(changes)
+    for stage in description["stages"]:
+        if stage["anneal"]:
+            console.print(_anneal_table(stage))
     console.print(_memory_table(description))
     console.print(_huggingface_table(description))
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
@@ -233,6 +265,25 @@ def _changes(stage: dict[str, Any]) -> str:
 
     changes = [line for name, fields in stage["schemes"].items() for line in walk(fields, name)]
     return f"  from {stage['name']} on: {', '.join(changes)}" if changes else ""
+
+
+def _anneal_table(stage: dict[str, Any]) -> Any:
+    rows = stage["anneal"]
+    length = max(row["length"] for row in stage["lengths"])
+    names = tuple(rows[0]["values"])
+    table = _table(
+        f"Annealed in {stage['name']}, from these steps and tokens of the stage on",
+        (),
+        ("step", "tokens", *names, f"GFLOP/token at {length:,}"),
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['step']:,}",
+            _count(row["tokens"]),
+            *(f"{row['values'][name]:,.10g}" for name in names),
+            f"{row['flops_per_token'] / 1e9:.4g}",
+        )
+    return table
 
 
 def _memory_table(description: dict[str, Any]) -> Any:

@@ -116,6 +116,7 @@ def _bounds(metadata: Any) -> str:
             (annotated_types.Ge, "ge", "≥"),
             (annotated_types.Lt, "lt", "<"),
             (annotated_types.Le, "le", "≤"),
+            (annotated_types.MultipleOf, "multiple_of", "a multiple of"),
         ):
             if isinstance(item, kind):
                 words.append(f"{sign} {getattr(item, name)}")

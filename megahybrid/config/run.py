@@ -1,11 +1,13 @@
 """`RunConfig`: everything a run is, and the checks that span its parts."""
 
+import bisect
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import Frozen
 from megahybrid.config.data import DataConfig
@@ -76,12 +78,28 @@ class RunConfig(Frozen):
         """The steps of the run."""
         return StagePlan(self.stages)
 
-    def plan_at(self, stage_index: int) -> LayerPlan:
-        """The layer plan in stage `stage_index`: each stage's overrides hold from it on."""
-        plan = self.model.layer_plan
-        for index, stage in enumerate(self.stages[: stage_index + 1]):
+    @cached_property
+    def plans(self) -> tuple[tuple[PlanStretch, ...], ...]:
+        """The layer plans of each stage, by the tokens of the stage from which they hold; what a
+        stage changes holds in those after it. Raises ConfigError, one line per mistake."""
+        plan, found = self.model.layer_plan, []
+        for index, stage in enumerate(self.stages):
             plan = plan.with_overrides(stage.schemes, where=f"stages.{index}.schemes")
-        return plan
+            found.append(stretches(stage.anneal, plan, stage.tokens, f"stages.{index}.anneal"))
+            plan = found[-1][-1].plan
+        return tuple(found)
+
+    def plan_at(self, stage_index: int) -> LayerPlan:
+        """The layer plan that stage `stage_index` ends with; it has no other unless it anneals."""
+        return self.plans[stage_index][-1].plan
+
+    def plan_in_force(self, tokens: int) -> LayerPlan:
+        """The layer plan of the step that comes when `tokens` have been seen (or that token
+        `tokens` lies in). A function of tokens alone, and the same object while nothing changes."""
+        point = self.stage_plan.at(tokens)
+        plans = self.plans[point.index]
+        here = bisect.bisect_right(plans, point.tokens_in_stage, key=lambda part: part.tokens)
+        return plans[here - 1].plan
 
     def run_directory(self, run_file: str | Path) -> Path:
         """Where the run lives: `directory`, or runs/<name of the run file>."""

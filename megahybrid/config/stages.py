@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from megahybrid.config.anneal import Anneal
 from megahybrid.config.base import Frozen, Name
 from megahybrid.config.learning_rate import LearningRate
 
@@ -75,6 +76,9 @@ class Stage(Frozen):
     )
     schemes: dict[Name, dict[str, Any]] = Field(
         default={}, description="fields of attention schemes that change from this stage on"
+    )
+    anneal: Anneal | None = Field(
+        default=None, description="fields of attention schemes that change while the stage runs"
     )
     recompute: Annotated[
         Annotated[Recompute, Tag("all")] | Annotated[list[Recompute], Tag("per_layer")],
@@ -188,6 +192,15 @@ class StagePlan:
     def finished(self, tokens: int) -> bool:
         """Whether no step is left after `tokens`."""
         return tokens >= self.total_tokens
+
+    def first_step(self, index: int, tokens_in_stage: int) -> int:
+        """The first step of stage `index`, counted from its own 0, that begins with at least
+        `tokens_in_stage` seen; the stage's steps when none does."""
+        for run in self._runs[index]:
+            steps = max(0, -(-(tokens_in_stage - run.tokens) // run.batch_tokens))
+            if steps < run.count:
+                return run.step + steps
+        return self.stage_steps[index]
 
     def at(self, tokens: int) -> StagePoint:
         """The step that comes when `tokens` have been seen (or that token `tokens` lies in).

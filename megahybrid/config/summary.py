@@ -1,6 +1,7 @@
 """What `check` prints when nothing is wrong: the run in a few lines."""
 
 from megahybrid.config.counting import parameters
+from megahybrid.config.describe import anneal_steps
 from megahybrid.config.run import RunConfig
 
 
@@ -19,8 +20,24 @@ def summary(run: RunConfig, world_size: int | None = None) -> str:
             f"stage {stage.name}: {plan.stage_steps[index]:,} steps, "
             f"{plan.stage_tokens[index]:,} tokens, {lengths_in_words(stage.lengths)}"
         )
+        lines += _anneal_in_words(run, index)
     lines.append(f"in all {plan.total_steps:,} steps, {plan.total_tokens:,} tokens")
     return "\n".join(lines)
+
+
+def _anneal_in_words(run: RunConfig, index: int) -> list[str]:
+    """ "  local.window 512, 640 from step 3, 768 from step 7", one line per field."""
+    rows = anneal_steps(run, index)
+    lines = []
+    for name in rows[0]["values"] if rows else ():
+        words, before = [], None
+        for row in rows:
+            value = row["values"][name]
+            if value != before:
+                words.append(f"{value:g}" + (f" from step {row['step']:,}" if words else ""))
+            before = value
+        lines.append(f"  {name} {', '.join(words)}")
+    return lines
 
 
 def lengths_in_words(lengths: dict[int, int]) -> str:
