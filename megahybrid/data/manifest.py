@@ -77,7 +77,7 @@ class Manifest:
 
     def dump(self) -> str:
         """The file's text."""
-        value = {"format": FORMAT, "version": VERSION} | asdict(self)
+        value: dict[str, Any] = {"format": FORMAT, "version": VERSION} | asdict(self)
         for shard in value["shards"]:
             if shard["mask_crc32"] is None:
                 del shard["mask_crc32"]

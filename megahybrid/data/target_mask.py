@@ -40,7 +40,7 @@ class TargetMask:
 
     def verify(self) -> None:
         """Raises DataError unless every byte is as it was written."""
-        found = zlib.crc32(self._bytes)
+        found = zlib.crc32(self._bytes.data)
         if found != self.crc32:
             raise DataError(
                 f"{self.path} has crc32 {found}, not {self.crc32}. Copy this file again."
