@@ -138,6 +138,8 @@ def _show(arguments: argparse.Namespace) -> int:
     for item in facts["averaged"] or ():
         shown.setdefault("mean of", "")
         shown["mean of"] += f"{item['share']:.3g} × {item['checkpoint']}  "
+    if facts["schemes"]:
+        shown["layers"] = "; ".join(f"{k}: {_scheme(v)}" for k, v in facts["schemes"].items())
     for name, text in shown.items():
         print(f"{name + ':':<12} {text.strip()}")
     print()
@@ -241,7 +243,16 @@ def _summary(manifest: Any) -> dict[str, Any]:
         "version": manifest.version,
         "parent": manifest.train_state.get("parent"),
         "averaged": manifest.train_state.get("averaged"),
+        "schemes": manifest.train_state.get("schemes"),
     }
+
+
+def _scheme(scheme: dict[str, Any]) -> str:
+    """ "rope theta 10000, window 640"."""
+    position = scheme["position"]
+    theta = f" theta {position['theta']:g}" if "theta" in position else ""
+    window = "all keys" if scheme["window"] is None else f"window {scheme['window']}"
+    return f"{position['kind']}{theta}, {window}"
 
 
 def _finite(value: float) -> float | None:

@@ -25,7 +25,7 @@ from megahybrid.interop.names import OWN, tensor_names
 from megahybrid.interop.said import MODEL_TYPES, config_fields, inexact_rotations
 from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
 from megahybrid.interop.tokenizer import write_tokenizer
-from megahybrid.train.restore import checkpoint_of, run_of
+from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
 # Where several classes can say a model: the one that the most programs read. GraniteSWA has sinks
 # to be switched off, so it is the last.
@@ -57,7 +57,7 @@ def open_source(path: Path) -> Source:
     with Reader(folder) as reader:
         run, manifest = run_of(reader), reader.manifest
     point = run.stage_plan.at(max(0, manifest.tokens - 1))
-    return Source(folder, manifest, run, run.plan_at(point.index), point.stage.name)
+    return Source(folder, manifest, run, plan_of(run, manifest, folder), point.stage.name)
 
 
 def export(

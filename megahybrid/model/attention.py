@@ -63,6 +63,15 @@ class Attention(nn.Module):
             config.num_heads * config.head_dim, config.hidden_size, f"{name}.output.weight", mesh
         )
 
+    def adopt(self, scheme: AttentionScheme, kernel: str) -> None:
+        """See as `scheme` says from the next forward on; its learned parameters are the same."""
+        assert scheme.learned() == self.scheme.learned()
+        self.scheme, self.kernel = scheme, kernel
+        if self.query_scale is not None:
+            assert type(scheme.logit_scale) is type(self.query_scale.scale)
+            self.query_scale.scale = scheme.logit_scale
+            self.query_scale.window = scheme.window
+
     def forward(
         self,
         query: Float[Tensor, "seq batch query_features_local"],

@@ -96,6 +96,12 @@ class Transformer(nn.Module):
         logits = self.head.logits(self.hidden(tokens, starts), self.config.logit_scale)
         return logits.transpose(0, 1)
 
+    def adopt(self, plan: LayerPlan, kernels: Sequence[str]) -> None:
+        """Have the layers see as `plan` says from the next forward on: other windows, thetas and
+        scales for the same parameters. `kernels` has one entry per layer."""
+        for block, scheme, kernel in zip(self.blocks, plan.expand(), kernels, strict=True):
+            block.attention.adopt(scheme, kernel)
+
     def sharded_parameters(self) -> dict[str, tuple[nn.Parameter, ShardSpec]]:
         """Every parameter once, by module name, with the one description of how it lies."""
         return {

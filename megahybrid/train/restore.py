@@ -15,6 +15,8 @@ from megahybrid.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifes
 from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.base import dump
 from megahybrid.config.explain import show
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import CheckpointError
@@ -165,6 +167,21 @@ def checkpoint_of(path: Path) -> Path:
 def run_of(reader: Reader) -> RunConfig:
     """The resolved run file that a checkpoint was written under."""
     return _config_of(reader.manifest, reader.path)
+
+
+def plan_of(run: RunConfig, manifest: Manifest, path: Path) -> LayerPlan:
+    """The layer plan of the step that wrote a checkpoint: the stage's, and where it anneals, that
+    of its last token. Raises CheckpointError where the checkpoint says another."""
+    plan = run.plan_in_force(max(0, manifest.tokens - 1))
+    for name, kept in manifest.train_state.get("schemes", {}).items():
+        found = dump(plan.schemes[name]) if name in plan.schemes else None
+        if found != kept:
+            raise CheckpointError(
+                f"{path}: scheme '{name}' was {show(kept)} when it was written, and this version "
+                f"makes {show(found)} of its config. Use the version that wrote it "
+                f"({manifest.written_by.get('megahybrid', 'unknown')})."
+            )
+    return plan
 
 
 def _config_of(manifest: Manifest, path: Path) -> RunConfig:

@@ -13,7 +13,6 @@ from megahybrid.checkpoint.directory import Owner, check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import RunConfig, dump, dump_yaml
-from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.explain import show
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.loader import BatchLoader
@@ -24,15 +23,14 @@ from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
-from megahybrid.model.selftest import run_self_test
-from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import broadcast_object
 from megahybrid.parallel.mesh import ParallelMesh, choose_device
 from megahybrid.train.engine import Engine
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
+from megahybrid.train.layers import DTYPES, Layers
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
-from megahybrid.train.metrics import StepClock, StepFlops, peak_flops_per_second
+from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
 from megahybrid.train.restore import Beginning, check_beginning, find_beginning, locate
 from megahybrid.train.saving import RunSaver, ranks_of
@@ -41,7 +39,6 @@ from megahybrid.train.stop import StopRequest
 from megahybrid.train.trainer import Habits, Trainer, step_shapes
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -102,13 +99,15 @@ class Attempt:
             change = {"field": path, "before": show(old), "now": show(new)}
             self.listeners.on_event("config_change", change)
         if owes:
-            engine = self._engine(self.plan.stage_ends.index(state.tokens), source, take)
+            # Scored as it was trained, not as the next stage begins.
+            ended = self.plan.stage_ends.index(state.tokens)
+            engine, _ = self._engine(ended, state.tokens - 1, source, take)
             self.evaluate(engine, state, far=True)
             engine.close()
         while not self.plan.finished(state.tokens):
             index = self.plan.at(state.tokens).index
-            engine = self._engine(index, source, take)
-            state, stopped = self._stage(engine, index, state)
+            engine, layers = self._engine(index, state.tokens, source, take)
+            state, stopped = self._stage(engine, layers, index, state)
             with self.heartbeat.during("save"):
                 source, take = self.saver.save_and_wait(engine, state), "all"
             if not stopped:
@@ -135,35 +134,22 @@ class Attempt:
             owes = not scored.issuperset(self.run.data.held_out)
         return broadcast_object(owes, self.mesh.world)
 
-    def _engine(self, index: int, source: Path | None, take: str) -> Engine:
-        """The stage's model inside an engine, filled from `source` or drawn from the seed."""
+    def _engine(
+        self, index: int, tokens: int, source: Path | None, take: str
+    ) -> tuple[Engine, Layers]:
+        """The stage's model, its layers as after `tokens`, inside an engine; filled from `source`
+        or drawn from the seed."""
         run = self.run
-        plan = run.plan_at(index)
-        schemes = plan.expand()
-        tested = run_self_test(
-            dict(plan.schemes),
-            head_dim=run.model.head_dim,
-            dtype=DTYPES[run.precision],
-            device=self.mesh.device,
-            kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
-            rank=self.mesh.rank,
-        )
+        layers = Layers(run, self.mesh, self.kernels, self.listeners.on_event)
+        model = layers.build(index, tokens)
         self.listeners.on_event(
             "stage",
             {
                 "index": index,
                 "kernels": self.kernels,
-                "self_test_seconds": round(sum(s for *_, s in tested), 3),
+                "self_test_seconds": layers.self_test_seconds,
             },
             stage=run.stages[index].name,
-        )
-        model = Transformer(
-            run.model,
-            self.mesh,
-            plan=plan,
-            kernels=[self._kernel(scheme) for scheme in schemes],
-            recompute=[run.stages[index].recompute_of_layer(n) for n in range(len(schemes))],
-            norm=run.kernels.norm,
         )
         initialise(model, run.seed, run.optimizer)
         engine = Engine(model, run, self.mesh)
@@ -171,16 +157,14 @@ class Attempt:
             with Reader(source) as reader:
                 step = reader.manifest.optimizer_step if take == "all" else None
                 engine.load(reader.read_flat, step)
-        return engine
+        return engine, layers
 
-    def _kernel(self, scheme: AttentionScheme) -> str:
-        return self.kernels["full" if scheme.window is None else "windowed"]
-
-    def _stage(self, engine: Engine, index: int, state: TrainState) -> tuple[TrainState, bool]:
+    def _stage(
+        self, engine: Engine, layers: Layers, index: int, state: TrainState
+    ) -> tuple[TrainState, bool]:
         run, until = self.run, self.plan.stage_ends[index]
         data = self.mixture.restore(state.data) if state.data else self.mixture.start()
         data = self.mixture.reweight(data, run.stages[index].weights)
-        windows = [scheme.window for scheme in run.plan_at(index).expand()]
         with BatchLoader(
             self.mixture,
             data,
@@ -194,7 +178,7 @@ class Attempt:
                 loader=loader,
                 plan=self.plan,
                 mesh=self.mesh,
-                flops=StepFlops.from_model(run.model, windows),
+                layers=layers,
                 peak=self._peak(),
                 habits=Habits(
                     run.checkpoint.every_steps,

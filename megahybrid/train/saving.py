@@ -28,7 +28,8 @@ def ranks_of(mesh: ParallelMesh) -> Ranks:
 class RunSaver:
     """The checkpoints of one attempt at a run. Its methods are collective.
 
-    `train_state` is kept in each beside the state: the kernels chosen, the parent of a branch.
+    `train_state` is kept in each beside the state and the schemes of its last step: the kernels
+    chosen, the parent of a branch.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class RunSaver:
             model_fingerprint=model_fingerprint(self._run.model),
             tensors=engine.tensors,
             fragments=list(engine.fragments()),
-            train_state=state.to_json() | self._train_state,
+            train_state=state.to_json() | self._train_state | schemes_of(self._run, state.tokens),
             config=_json(dump(self._run)),
         )
         keep = self._run.checkpoint
@@ -106,6 +107,12 @@ class RunSaver:
         }
         detail |= {name: fact for name, fact in told.items() if fact is not None}
         self._listeners.on_event("save", detail)
+
+
+def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:
+    """What a checkpoint says of the layers of the step that wrote it: {"schemes": by name}."""
+    plan = run.plan_in_force(max(0, tokens - 1))
+    return {"schemes": {name: dump(scheme) for name, scheme in plan.schemes.items()}}
 
 
 def _scores(run: RunConfig, directory: Path) -> dict[int, float]:

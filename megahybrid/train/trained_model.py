@@ -17,7 +17,7 @@ from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh, choose_device
-from megahybrid.train.restore import checkpoint_of, run_of
+from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def load_trained_model(
         half = place.type == "cuda" and run.precision == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
         mesh = ParallelMesh.single(place)
-        plan = run.plan_at(point.index)
+        plan = plan_of(run, manifest, folder)
         if changes:
             plan = plan.with_overrides(apply_overrides({}, changes), "--change")
         model = _build(run, plan, mesh, dtype, dict(manifest.train_state))

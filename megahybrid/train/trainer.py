@@ -13,9 +13,10 @@ from megahybrid.heartbeat import Heartbeat
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
+from megahybrid.train.layers import Layers
 from megahybrid.train.ledger import StepLine
 from megahybrid.train.listeners import Listeners
-from megahybrid.train.metrics import StepClock, StepFlops, memory_gib, mfu, training_seconds
+from megahybrid.train.metrics import StepClock, memory_gib, mfu, training_seconds
 from megahybrid.train.probe import probe_seconds
 from megahybrid.train.profile import Profiler
 from megahybrid.train.spikes import Recent, judge_spike, remember
@@ -45,7 +46,7 @@ class Trainer:
     loader: BatchLoader
     plan: StagePlan
     mesh: ParallelMesh
-    flops: StepFlops
+    layers: Layers
     peak: float | None  # FLOP/s of one device, for MFU
     habits: Habits
     listeners: Listeners
@@ -60,7 +61,8 @@ class Trainer:
     def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, bool]:
         """Steps until `until_tokens` are seen. Returns the state and whether a stop was asked for.
 
-        The first step is always audited: what is wrong in the code is wrong from the start.
+        The first step is always audited, and the first with other layers: what is wrong in the code
+        is wrong from the start.
         """
         first_step = state.step
         self.clock.lap()  # building the stage is no part of its first step
@@ -69,13 +71,15 @@ class Trainer:
             self.heartbeat.phase("data", state.step)
             with self.clock.phase("data"):
                 data = next(self.loader)
-            # Kernels are compiled in a stage's first step.
-            self.heartbeat.phase("compile" if state.step == first_step else "step")
+            changed = self.layers.follow(state.tokens)
+            # Kernels are compiled in a stage's first step, and for a new window.
+            fresh = changed or state.step == first_step
+            self.heartbeat.phase("compile" if fresh else "step")
             with self.profiler.step(state.step):
                 result = self.engine.train_step(
                     [to_micro_batch(batch, self.mesh) for batch in data.micro_batches],
                     point.learning_rate,
-                    audit=self._audit_due(state.step, first_step),
+                    audit=fresh or _due(state.step, self.habits.audit_every_steps),
                     judge=self._judge(state),
                 )
             self.clock.add("forward_backward", result.seconds_forward_backward)
@@ -134,9 +138,6 @@ class Trainer:
                 self.save(state)
         return False
 
-    def _audit_due(self, step: int, first_step: int) -> bool:
-        return step == first_step or _due(step, self.habits.audit_every_steps)
-
     def _tell(
         self, state: TrainState, point: StagePoint, data: StepData, result: StepResult
     ) -> None:
@@ -170,7 +171,7 @@ class Trainer:
         """From the exact pairs of every rank's masks; None on devices without a known peak."""
         if self.peak is None:
             return None
-        flops = float(sum(self.flops.of(batch.starts) for batch in data.micro_batches))
+        flops = float(sum(self.layers.flops.of(batch.starts) for batch in data.micro_batches))
         (total,) = sum_scalars([flops], self.mesh.data)
         return mfu(total, seconds, self.peak, self.mesh.world_size)
 
