@@ -41,6 +41,9 @@ class ModelConfig(Frozen):
     initial_std: float = Field(
         default=0.02, gt=0, description="standard deviation of the initial weights"
     )
+    embedding_std: float | None = Field(
+        default=None, gt=0, description="the same of the embedding; null: initial_std"
+    )
     layer_plan: LayerPlan = Field(description="which attention scheme each layer has")
 
     @model_validator(mode="before")

@@ -1,12 +1,12 @@
 """What each parameter is by name: first values, weight decay, learning-rate multiplier, kind.
 
-One table, two parametrisations. `standard`: normal with `initial_std`, projections back to the
-residual stream divided by sqrt(2 * layers). `mup` (arXiv 2203.03466, table 8, Adam): hidden
-matrices have their variance and learning rate divided by the width ratio m = hidden / base_hidden,
-an untied head is drawn with std / m and learns at rate / m; decay is multiplied by m where the
-rate is divided by it, so that rate * decay does not depend on the width. With tied embeddings muP
-wants the logits divided by m: that is a factor of the function itself and is written as
-model.logit_scale.
+One table, two parametrisations. `standard`: normal with `initial_std` (the embedding:
+`embedding_std`), projections back to the residual stream divided by sqrt(2 * layers). `mup` (arXiv
+2203.03466, table 8, Adam): hidden matrices have their variance and learning rate divided by the
+width ratio m = hidden / base_hidden, an untied head is drawn with std / m and learns at rate / m;
+decay is multiplied by m where the rate is divided by it, so that rate * decay does not depend on
+the width. With tied embeddings muP wants the logits divided by m: that is a factor of the function
+itself and is written as model.logit_scale.
 """
 
 import math
@@ -45,7 +45,7 @@ def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) ->
         initial = getattr(schemes[int(name.split(".")[1])].logit_scale, "initial", 1.0)
         return ParameterRule("attention", None, initial, 0.0, 1.0)
     if name.startswith("embedding."):
-        return ParameterRule("embedding", model.initial_std, 0.0, 1.0, 1.0)
+        return ParameterRule("embedding", model.embedding_std or model.initial_std, 0.0, 1.0, 1.0)
     if name.startswith("head."):
         std = model.initial_std / width_ratio
         return ParameterRule("head", std, 0.0, width_ratio, 1 / width_ratio)

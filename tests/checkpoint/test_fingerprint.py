@@ -45,6 +45,7 @@ PLAIN = model_fingerprint(ModelConfig.model_validate(BASE))
         ("layer_plan.schemes.global.logit_scale", {"kind": "log", "base": 8.0}),
         ("layer_plan.pattern", ["global", "local"]),
         ("initial_std", 0.5),
+        ("embedding_std", 0.5),
         ("head_dim", 8),
     ],
 )
@@ -78,4 +79,4 @@ def test_the_sizes_can_be_read() -> None:
 
 
 def test_every_field_of_a_model_is_decided_upon() -> None:
-    assert set(FACTS) | {"layer_plan", "initial_std"} == set(ModelConfig.model_fields)
+    assert set(FACTS) | {"layer_plan", "initial_std", "embedding_std"} == set(ModelConfig.model_fields)

@@ -66,6 +66,12 @@ def test_the_standard_table_says_this(name, kind, std, decay, rate):
     assert rule.std == (None if std is None else pytest.approx(std))
 
 
+def test_the_embedding_may_be_drawn_wider_than_the_rest():
+    wide = config(embedding_std=1.0)
+    assert parameter_rule("embedding.weight", wide, STANDARD).std == 1.0
+    assert parameter_rule("head.weight", wide, STANDARD).std == 0.02
+
+
 @pytest.mark.parametrize(
     ("name", "std", "decay", "rate"),
     [
