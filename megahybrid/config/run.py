@@ -101,6 +101,11 @@ class RunConfig(Frozen):
         here = bisect.bisect_right(plans, point.tokens_in_stage, key=lambda part: part.tokens)
         return plans[here - 1].plan
 
+    def longest_rows(self, tokens: int) -> int:
+        """The longest sequences of the stages that have begun when `tokens` have been seen."""
+        index = self.stage_plan.at(max(0, tokens - 1)).index
+        return max(length for stage in self.stages[: index + 1] for length in stage.lengths)
+
     def run_directory(self, run_file: str | Path) -> Path:
         """Where the run lives: `directory`, or runs/<name of the run file>."""
         return Path(self.directory or f"runs/{Path(run_file).stem}")

@@ -45,8 +45,8 @@ class Source:
 
     @property
     def max_length(self) -> int:
-        """The longest rows of the run, in tokens."""
-        return max(length for stage in self.run.stages for length in stage.lengths)
+        """The longest rows that the model was trained on, in tokens."""
+        return self.run.longest_rows(self.manifest.tokens)
 
 
 def open_source(path: Path) -> Source:

@@ -23,8 +23,8 @@ def evaluate_lm_eval(
     """Print the harness's table of `tasks` and keep its figures in the run's `evaluations`.
 
     `include` is a folder of task files of one's own, for example over local data. The model sees
-    `length` tokens (default: the stage's longest). Raises MegahybridError, one line, for whatever
-    the user can mend. Returns the exit code.
+    `length` tokens (default: the longest it was trained on, as an export says). Raises
+    MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
     try:
         import lm_eval
@@ -39,7 +39,7 @@ def evaluate_lm_eval(
         ) from None
     trained = load_trained_model(path, device)
     words, eod_id = tokenizer_of(trained.run, tokenizer)
-    adapter = HybridLM(trained.model, words, eod_id=eod_id, max_length=length or trained.length)
+    adapter = HybridLM(trained.model, words, eod_id=eod_id, max_length=length or trained.longest)
     manager = TaskManager(include_path=None if include is None else str(include))
     found = lm_eval.simple_evaluate(
         model=adapter, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000

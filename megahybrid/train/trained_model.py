@@ -39,6 +39,11 @@ class TrainedModel:
         return max(self.stage.lengths)
 
     @property
+    def longest(self) -> int:
+        """The longest rows of its stage and those before, in tokens."""
+        return self.run.longest_rows(self.tokens)
+
+    @property
     def precision(self) -> str:
         """Of weights and activations here: fp32 or bf16."""
         return "bf16" if self.model.final_norm.weight.dtype == torch.bfloat16 else "fp32"

@@ -288,4 +288,4 @@ def test_the_card_tells_the_plan_and_the_proof(tmp_path: Path) -> None:
     assert config["use_sliding_window"] is True
     assert config["sliding_window"] == 5
     assert config["no_rope_layers"] == [1, 1, 1, 0]
-    assert config["max_position_embeddings"] == 4096
+    assert config["max_position_embeddings"] == 256  # of the stages begun, not of the run's
