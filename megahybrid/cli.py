@@ -144,6 +144,8 @@ def _add_study_command(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--out", type=Path, metavar="OUT", help="default: runs/<DIR's name>")
     study.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
     study.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these instead")
+    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core)")
+    study.add_argument("--table", action="store_true", help="only print what has come out so far")
 
 
 def _add_interop_commands(commands: argparse._SubParsersAction) -> None:
@@ -357,10 +359,15 @@ def _analyse(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from megahybrid.train.study_command import study
+    from megahybrid.study.grid import study
 
     return study(
-        arguments.folder, out=arguments.out, variants=arguments.variants, seeds=arguments.seeds
+        arguments.folder,
+        out=arguments.out,
+        variants=arguments.variants,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        tabulate_only=arguments.table,
     )
 
 

@@ -1,11 +1,15 @@
-"""A study: one recipe, several variants, several seeds, and what each is scored on."""
+"""A study: one recipe, several variants, several seeds, what each is scored on, and what should
+come out."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megahybrid.config.base import Frozen, Name
-from megahybrid.config.suite import IdRange
+from megahybrid.config.base import Frozen, Name, did_you_mean
+from megahybrid.config.suite import IdRange, NeedleTask
+
+RULE = re.compile(r"(\S+):(\S+) (>=|<=|>|<) (?:(\S+):(\S+)|(-?[0-9.]+))")
 
 
 class Puzzles(Frozen):
@@ -15,28 +19,102 @@ class Puzzles(Frozen):
     length: int = Field(ge=8, description="tokens of a puzzle, without what ends the document")
     rows: int = Field(ge=1, description="puzzles")
     pairs: int = Field(default=4, ge=1, description="recall: pairs in a puzzle")
+    targets: Literal["answers", "all"] = Field(
+        default="answers", description="answers: nothing else counts in the loss"
+    )
     seed: int = Field(default=0, description="of the draws; scoring uses others")
 
 
+class NeedleDocuments(Frozen):
+    """Documents with needles, question and answer, drawn as a suite's needle task draws them.
+
+    Lengths and depths are drawn anew for each; hay: held_out means the dataset `hay`.
+    """
+
+    kind: Literal["needles"]
+    task: NeedleTask = Field(description="what a document is; `trials` are not used")
+    rows: int = Field(ge=1, description="documents")
+    hay: str | None = Field(default=None, description="dataset of which a held_out haystack is")
+    tokenizer: str = Field(description="tokenizer file")
+    targets: Literal["answers", "all"] = Field(
+        default="answers", description="answers: nothing else counts in the loss"
+    )
+    seed: int = Field(default=0, description="of the draws; scoring uses others")
+
+
+Drawn = Annotated[Puzzles | NeedleDocuments, Field(discriminator="kind")]
+
+
 class Gate(Frozen):
-    """What a run must score to count: others are excluded from medians, and counted."""
+    """What a run must score to count: others are excluded from the figures, and counted."""
 
     task: Name
     length: int
     least: float = Field(ge=0, le=1, description="token accuracy")
 
 
+class HeldOut(Frozen):
+    """Held-out loss by position, as `megahybrid evaluate` gives it."""
+
+    length: int = Field(ge=1, description="tokens of a row; positions reach as far")
+    max_tokens: int | None = Field(default=None, ge=1, description="of each set at most")
+
+
 class Study(Frozen):
-    """A grid of runs. Files are relative to the study's folder."""
+    """A grid of runs. Files are relative to the study's folder, data to where it is run from.
+
+    In `prepare`, overrides and paths {out} stands for the study's own output folder.
+    """
 
     hypothesis: str = Field(description="written before the first run")
     pass_rule: str = Field(description="what must come out, in words")
+    rules: list[str] = Field(
+        default=[],
+        description="the same for the machine: 'variant:figure > variant:figure' or '>= number', "
+        "of medians over the runs that count",
+    )
     run: str = Field(description="the run file that all share")
     variants: dict[Name, list[str]] = Field(
         min_length=1, description="overrides of the run file, key=value, by name"
     )
     seeds: Annotated[list[int], Field(min_length=1)]
-    suite: str = Field(description="what each run is scored on")
-    data: dict[Name, Puzzles] = Field(default={}, description="sources to draw, by name")
+    prepare: list[str] = Field(
+        default=[], description="megahybrid data commands, each given once before anything else"
+    )
+    data: dict[Name, Drawn] = Field(default={}, description="sources to draw, by name")
     ids: IdRange = Field(default=[2, 90], description="ids of puzzles: first, last + 1")
+    suite: str | None = Field(default=None, description="what each run is scored on")
+    analyse: str | None = Field(default=None, description="suite on which attention is looked at")
+    held_out: HeldOut | None = Field(default=None, description="loss by position")
     gate: Gate | None = Field(default=None, description="which runs count")
+    columns: list[str] = Field(
+        default=[], description="figures of the printed table; empty: each task at each length"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Study":
+        if self.suite is None and self.analyse is None and self.held_out is None:
+            raise ValueError("names no suite, analyse or held_out (0 figures). Name one.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} names one twice. Name each once.")
+        for rule in self.rules:
+            for variant, _ in rule_parts(rule)[0::2]:
+                if variant is not None and variant not in self.variants:
+                    hint = did_you_mean(variant, self.variants)
+                    raise ValueError(f"rules names variant '{variant}', which is not there.{hint}")
+        return self
+
+
+Side = tuple[str | None, str]  # variant and figure; None and a number
+
+
+def rule_parts(rule: str) -> tuple[Side, Side, Side]:
+    """Left, (None, comparison), right. Raises ValueError for what is no rule."""
+    found = RULE.fullmatch(rule)
+    if found is None:
+        raise ValueError(
+            f"rules has {rule!r}, which is none. Write 'variant:figure > variant:figure' or "
+            "'variant:figure >= number'."
+        )
+    left, figure, comparison, right, other, number = found.groups()
+    return (left, figure), (None, comparison), (right, other) if right else (None, number)

@@ -1,0 +1,202 @@
+"""`megahybrid study DIR`: run what is missing of a grid, several at a time, and tabulate it."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from megahybrid.config import load
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.study import Study
+from megahybrid.config.suite import Suite
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ConfigError, DataError
+from megahybrid.study.figures import judge, tabulate
+from megahybrid.study.material import prepare
+from megahybrid.study.one_run import OneRun
+from megahybrid.study.tables import rules_table, runs_table
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def study(
+    folder: Path,
+    *,
+    out: Path | None = None,
+    variants: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    jobs: int | None = None,
+    tabulate_only: bool = False,
+) -> int:
+    """Run what is missing of the grid in `folder`/study.yaml and print its table.
+
+    Everything is kept under `out` (default: runs/<folder's name>): results as JSON in `out`/results
+    (a run that has one is not repeated), checkpoints, from which an interrupted run goes on, and
+    what each run said in `out`/logs. `jobs` runs go on at a time (default: one per core on a CPU,
+    one on a GPU). Returns the exit code: that of the first run that failed, after the others were
+    tried. Raises MegahybridError, one line, for whatever the user can mend, before any run.
+    """
+    plan = _load(folder)
+    out = (out or Path("runs") / folder.resolve().name).resolve()
+    asked = _asked(plan, variants, seeds)
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"--jobs={jobs} runs nothing. Use 1 or more.")
+    code = EXIT_DONE
+    grid = [OneRun(plan, folder, out, *one) for one in asked]
+    if not tabulate_only:
+        _check(plan, folder, grid)
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            missing = [run for run in grid if not run.result.exists()]
+            if missing:
+                prepare(plan, out)
+                code = _run_all(missing, jobs or _cores(missing[0]))
+    results = read_results(out, plan, grid)
+    if not results:
+        if tabulate_only:
+            raise DataError(f"{out / 'results'} holds no result of this study. Run it first.")
+        return code
+    tell(plan, results, out)
+    return code
+
+
+def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
+    """Print the table and how the rules fare, and keep both as `out`/table.json."""
+    rows = tabulate(plan, results)
+    rules = judge(plan, rows)
+    table = {"rows": rows, "rules": rules}
+    (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    console = Console(highlight=False, width=max(110, Console().width))
+    console.print(runs_table(plan, rows))
+    if rules:
+        console.print(rules_table(rules))
+    console.print(f"kept in {out / 'table.json'}", markup=False, soft_wrap=True)
+
+
+def read_results(out: Path, plan: Study, grid: Sequence[OneRun]) -> list[dict[str, Any]]:
+    """The results kept so far of the grid's runs. Raises DataError for one that is damaged."""
+    found = []
+    for run in grid:
+        if run.result.exists():
+            try:
+                found.append(json.loads(run.result.read_text(encoding="utf-8")))
+            except ValueError:
+                raise DataError(
+                    f"{run.result} is not JSON (damaged). Remove it, and the run is scored again."
+                ) from None
+    return found
+
+
+def _load(folder: Path) -> Study:
+    file = folder / "study.yaml"
+    if not file.exists():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/study.yaml"))
+        hint = f" There are: {', '.join(known)}." if known else ""
+        raise ConfigError(
+            f"{folder} is no study: it has no study.yaml. Name a folder with one.{hint}"
+        )
+    return load(file, type=Study)
+
+
+def _asked(
+    plan: Study, variants: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[tuple[str, int]]:
+    """Variants and seeds, seed by seed: the first seed of all is there soonest."""
+    for name in variants or []:
+        if name not in plan.variants:
+            raise ConfigError(
+                f"--variants={name} is not one of {', '.join(plan.variants)}. Name one of them."
+            )
+    for seed in seeds or []:
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"--seeds={seed} is no seed. Use 0 or more.")
+    chosen = list(dict.fromkeys(seeds or plan.seeds))
+    return [(name, seed) for seed in chosen for name in dict.fromkeys(variants or plan.variants)]
+
+
+def _check(plan: Study, folder: Path, grid: Sequence[OneRun]) -> None:
+    """Every run file, suite and path that is needed, before the first run."""
+    for name in (plan.suite, plan.analyse):
+        if name is not None:
+            load(folder / name, type=Suite)
+    models: dict[str, LayerPlan] = {}
+    for run in grid:
+        if run.variant not in models:
+            config = load(folder / plan.run, run.overrides())
+            config.check(1)
+            models[run.variant] = config.model.layer_plan
+
+
+def _cores(run: OneRun) -> int:
+    config = load(run.folder / run.plan.run, run.overrides())
+    if config.device == "cpu":
+        return len(os.sched_getaffinity(0))
+    import torch
+
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other study works in `out` meanwhile; a killed one leaves nothing behind."""
+    with open(out / "study.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{out} is being worked on by another study. Wait for it.") from None
+        yield
+
+
+def _run_all(missing: Sequence[OneRun], jobs: int) -> int:
+    """Forked processes, `jobs` at a time. A stop signal is handed to them: they save and end."""
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import megahybrid.train.analyse_command
+    import megahybrid.train.evaluate_command
+    import megahybrid.train.run  # noqa: F401 (all of torch and DeepSpeed once, for all runs)
+
+    waiting, running, code = list(missing), {}, EXIT_DONE
+    began: dict[int, float] = {}
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        for child in running:
+            os.kill(child, signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        while running or (waiting and not stopping):
+            while waiting and len(running) < jobs and not stopping:
+                run = waiting.pop(0)
+                child = run.start()
+                running[child], began[child] = run, time.monotonic()
+            child, status = os.wait()
+            if child not in running:
+                continue
+            run, ended = running.pop(child), os.waitstatus_to_exitcode(status)
+            done = len(missing) - len(waiting) - len(running)
+            _say(f"{done} of {len(missing)}", run, ended, time.monotonic() - began[child])
+            code = code or (ended if ended >= 0 else 128 - ended)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return EXIT_RESUME if stopping else code
+
+
+def _say(done: str, run: OneRun, ended: int, seconds: float) -> None:
+    if ended == EXIT_DONE:
+        print(f"{done}: {run.name} ({seconds:.0f} s)", flush=True)
+        return
+    last = [line for line in run.log.read_text().splitlines() if line.strip()][-1:] or ["no word"]
+    what = "stopped" if ended == EXIT_RESUME else f"failed with code {ended}"
+    print(f"{done}: {run.name} {what}: {last[0]} (log: {run.log})", file=sys.stderr, flush=True)

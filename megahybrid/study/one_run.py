@@ -1,0 +1,159 @@
+"""One run of a study, in a process of its own: train, then score, then keep the result."""
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megahybrid.config.study import Study
+from megahybrid.data.manifest import write_durably
+from megahybrid.errors import EXIT_DONE, MegahybridError
+
+EXIT_FAILURE = 1
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """A variant with a seed. `folder` is the study's, `out` where everything is kept."""
+
+    plan: Study
+    folder: Path
+    out: Path
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As files are called."""
+        return f"{self.variant}-seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        """Where the result is kept; a run that has one is not repeated."""
+        return self.out / "results" / f"{self.name}.json"
+
+    @property
+    def log(self) -> Path:
+        """What its commands said."""
+        return self.out / "logs" / f"{self.name}.log"
+
+    def overrides(self) -> list[str]:
+        """What differs from the study's run file."""
+        paths = [f"data.sources.{name}.path={self.out / 'data' / name}" for name in self.plan.data]
+        own = [word.replace("{out}", str(self.out)) for word in self.plan.variants[self.variant]]
+        return [*paths, *own, f"seed={self.seed}", f"directory={self.out / 'runs' / self.name}"]
+
+    def start(self) -> int:
+        """Forks a process that does the work; returns its id. Call it before any computing: what
+        was imported is shared, threads are not."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        parent = os.getpid()
+        child = os.fork()
+        if child:
+            return child
+        code = EXIT_FAILURE
+        try:
+            _end_with(parent)
+            with open(self.log, "a", buffering=1) as log:
+                os.dup2(log.fileno(), sys.stdout.fileno())
+                os.dup2(log.fileno(), sys.stderr.fileno())
+            code = self.work()
+        except MegahybridError as error:
+            print(f"megahybrid: {error}", file=sys.stderr)
+            code = error.exit_code
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def work(self) -> int:
+        """Trains where that is not done, scores, keeps the result. Returns the exit code."""
+        from megahybrid.train.analyse_command import analyse
+        from megahybrid.train.command import train
+        from megahybrid.train.evaluate_command import evaluate
+        from megahybrid.train.suite_command import evaluate_suite
+
+        plan, run = self.plan, self.out / "runs" / self.name
+        began = time.monotonic()
+        code = train(self.folder / plan.run, self.overrides(), processes=1)
+        if code != EXIT_DONE:
+            return code
+        trained = time.monotonic()
+        result: dict[str, Any] = {"variant": self.variant, "seed": self.seed}
+        result["overrides"] = plan.variants[self.variant]
+        if plan.suite is not None:
+            suite = self.folder / plan.suite
+            result["suite"] = _said(lambda: evaluate_suite(run, suite, as_json=True))
+        if plan.analyse is not None:
+            looked_at = self.folder / plan.analyse
+            told = _said(lambda: analyse(run, suite_file=looked_at, as_json=True))
+            result["attention"] = without_curves(told)
+        if plan.held_out is not None:
+            length, most = plan.held_out.length, plan.held_out.max_tokens
+            result["held_out"] = _said(
+                lambda: evaluate(run, length=length, max_tokens=most, as_json=True)
+            )
+        spent = os.times()
+        result["seconds"] = {
+            "train": round(trained - began, 2),
+            "score": round(time.monotonic() - trained, 2),
+            "cpu": round(spent.user + spent.system, 2),
+        }
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(self.result, (json.dumps(result, indent=1) + "\n").encode())
+        return EXIT_DONE
+
+
+def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
+    """An analysis without its long lists (attention by position, logits by lag, heads): those stay
+    in the run's `evaluations`."""
+    kept = ("mass", "entropy_bits", "max_logit", "distance", "sink", "retrieval", "layers")
+
+    def short(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: part[name] for name in kept if name in part}
+
+    groups = []
+    for group in attention["results"]:
+        told = group["attention"]
+        looked = {
+            "all": short(told["all"]),
+            "by_kind": {kind: short(part) for kind, part in told["by_kind"].items()},
+            "layers": [
+                {"layer": part["layer"], "kind": part["kind"], **short(part)}
+                for part in told["layers"]
+            ],
+            "retrieval_heads": told["retrieval_heads"],
+        }
+        groups.append(group | {"attention": looked})
+    return attention | {"results": groups}
+
+
+def _said(command: Callable[[], int]) -> dict[str, Any]:
+    """The JSON that a command prints."""
+    heard = io.StringIO()
+    with contextlib.redirect_stdout(heard):
+        command()
+    return dict(json.loads(heard.getvalue()))
+
+
+def _end_with(parent: int) -> None:
+    """Ask the kernel to end this process when the study dies, however it dies (Linux): two studies
+    after one another must not train the same run."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)

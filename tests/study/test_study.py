@@ -1,0 +1,246 @@
+"""A study runs what is missing of its grid, once, in processes that share their imports; it goes on
+where a kill left it, and tabulates what counts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megahybrid.config import load
+from megahybrid.config.study import Study
+from megahybrid.config.suite import Suite
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.errors import ConfigError, DataError
+from megahybrid.study.figures import figures_of, interval, judge, tabulate
+from megahybrid.study.grid import study
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+STUDIES = sorted(path.parent for path in EXPERIMENTS.glob("*/study.yaml"))
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_every_variant_of_a_shipped_study_is_a_run_that_can_be_meant(folder: Path) -> None:
+    plan = load(folder / "study.yaml", type=Study)
+    assert plan.hypothesis and plan.rules
+    plans = []
+    for overrides in plan.variants.values():
+        run = load(folder / plan.run, overrides)
+        run.check(1)
+        plans.append(run.model_dump(exclude={"directory"}))
+        assert set(plan.data) <= set(run.data.sources)
+    assert all(one != other for n, one in enumerate(plans) for other in plans[:n])
+    for name in (plan.suite, plan.analyse):
+        if name is not None:
+            load(folder / name, type=Suite)
+    if plan.gate is not None:
+        suite = load(folder / str(plan.suite), type=Suite)
+        assert plan.gate.length in suite.tasks[plan.gate.task].lengths
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_what_is_published_of_a_study_is_what_its_results_say(folder: Path) -> None:
+    plan = load(folder / "study.yaml", type=Study)
+    results = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
+    if results:
+        table = json.loads((folder / "table.json").read_text())
+        rows = tabulate(plan, results)
+        assert table == json.loads(json.dumps({"rows": rows, "rules": judge(plan, rows)}))
+
+
+RUN = """
+precision: fp32
+device: cpu
+model:
+  vocab_size: 43
+  hidden_size: 16
+  intermediate_size: 32
+  num_heads: 2
+  layer_plan:
+    num_layers: 1
+    pattern: [full]
+    schemes: {full: {position: {kind: nope}}}
+data:
+  sources: {puzzles: {path: elsewhere}}
+  block_tokens: 128
+  lanes: 1
+stages:
+  - name: only
+    tokens: 256
+    lengths: {16: 1}
+    batch_tokens: 64
+    micro_batch_tokens: 64
+    weights: {puzzles: 1}
+    learning_rate: {kind: linear, start: 1e-3, end: 1e-3}
+checkpoint: {every_steps: 1}
+"""
+STUDY: dict[str, Any] = {
+    "hypothesis": "none",
+    "pass_rule": "none",
+    "rules": ["nope:recall.16 >= 0", "rope:recall.16.full.needle > nope:recall.16.full.needle"],
+    "run": "run.yaml",
+    "seeds": [1],
+    "ids": [2, 43],
+    "data": {"puzzles": {"kind": "recall", "length": 15, "pairs": 2, "rows": 40}},
+    "suite": "suite.yaml",
+    "analyse": "suite.yaml",
+    "variants": {
+        "nope": [],
+        "rope": ["model.layer_plan.schemes.full.position={kind: rope, theta: 100}"],
+    },
+}
+SUITE = {"tasks": {"recall": {"kind": "recall", "lengths": [16], "pairs": 2, "trials": 3}}}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return written(tmp_path / "small")
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "run.yaml").write_text(RUN)
+    (folder / "study.yaml").write_text(json.dumps(STUDY | changes))
+    (folder / "suite.yaml").write_text(json.dumps(SUITE))
+    return folder
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "megahybrid", "study", *map(str, words)]
+
+
+def test_study_trains_scores_and_goes_on_after_a_kill(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results = out / "results"
+    (small / "run.yaml").write_text(RUN.replace("256", "25600000"))
+    with subprocess.Popen(command(small, "--out", out, "--jobs", "2")) as running:
+        try:
+            until = time.monotonic() + 60
+            folders = [out / "runs" / f"{name}-seed1" / "checkpoints" for name in ("nope", "rope")]
+            while not all(any(folder.glob("step-*")) for folder in folders):
+                assert time.monotonic() < until and running.poll() is None
+                time.sleep(0.05)
+        finally:
+            running.send_signal(signal.SIGKILL)
+    assert not results.exists()
+    data = TokenDataset(out / "data" / "puzzles")
+    assert (data.documents, data.tokens) == (40, 40 * 16)
+    assert len(data.uncounted(0, 16)) == 14  # two answers of a puzzle count
+    # What a kill left is gone on with: the same run, to its first checkpoints at least.
+    ledgers = [out / "runs" / f"{name}-seed1" / "ledger.jsonl" for name in ("nope", "rope")]
+    again = subprocess.Popen(command(small, "--out", out, "--jobs", "2"), stdout=-3, stderr=-1)
+    until = time.monotonic() + 60
+    while not all('"resume"' in ledger.read_text() for ledger in ledgers):
+        assert time.monotonic() < until and again.poll() is None
+        time.sleep(0.05)
+    again.send_signal(signal.SIGTERM)
+    _, said = again.communicate(timeout=30)
+    assert again.returncode == 75 and said.count(b"-seed1 stopped:") == 2
+
+
+def test_study_keeps_each_result_once_and_judges_its_rules(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert subprocess.run(command(small, "--out", out)).returncode == 0
+    kept = sorted((out / "results").glob("*.json"))
+    assert [path.stem for path in kept] == ["nope-seed1", "rope-seed1"]
+    before = [path.stat().st_mtime_ns for path in kept]
+    told = capfd.readouterr().out
+    assert "1 of 1" in told and "nope:recall.16 >= 0" in told and "yes" in told
+    table = json.loads((out / "table.json").read_text())
+    assert [rule["holds"] is None for rule in table["rules"]] == [False, False]
+    assert abs(sum(figures_of(json.loads(kept[0].read_text()))[f"recall.16.full.{part}"]
+                   for part in ("begin", "needle", "context", "end")) - 1) < 1e-6  # fmt: skip
+    assert study(small, out=out) == 0  # nothing is left to do
+    assert before == [path.stat().st_mtime_ns for path in kept]
+    kept[0].write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        study(small, out=out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({}, {"variants": ["alibi"]}, "--variants=alibi is not one of nope, rope"),
+        ({}, {"seeds": [-1]}, "--seeds=-1 is no seed"),
+        ({}, {"jobs": 0}, "--jobs=0 runs nothing"),
+        ({}, {"tabulate_only": True}, "holds no result of this study"),
+        ({"rules": ["nope:recall.16 is good"]}, {}, "which is none. Write"),
+        ({"rules": ["nop:recall.16 > 1"]}, {}, "variant 'nop', which is not there. Did you mean"),
+        ({"suite": None, "analyse": None}, {}, "names no suite, analyse or held_out"),
+        ({"seeds": [1, 1]}, {}, "names one twice"),
+        ({"suite": "missing.yaml"}, {}, "missing.yaml"),
+        ({"variants": {"a": ["model.hidden_sise=3"]}, "rules": []}, {}, "hidden_size"),
+        ({"prepare": ["data nonsense"]}, {}, "was refused"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line_before_any_run(
+    tmp_path: Path, changes: dict[str, Any], words: dict[str, Any], message: str
+) -> None:
+    folder = written(tmp_path / "small", **changes)
+    with pytest.raises((ConfigError, DataError), match=message) as found:
+        study(folder, out=tmp_path / "out", **words)
+    assert "\n" not in str(found.value)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_folder_without_a_study_is_named_with_its_neighbours(small: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no study.yaml.*There are: small\."):
+        study(small.parent / "big")
+
+
+def test_two_studies_do_not_share_an_output(small: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / "study.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is being worked on by another study"):
+            study(small, out=out)
+
+
+def result(seed: int, near: float, far: float, variant: str = "rope") -> dict[str, Any]:
+    rows = [
+        {"length": length, "token_accuracy": value, "exact": value}
+        for length, value in ((32, near), (4096, far))
+    ]
+    tasks = {"recall": {"kind": "recall", "by_length": rows}}
+    return {"variant": variant, "seed": seed, "suite": {"tasks": tasks}}
+
+
+def test_runs_below_the_gate_are_counted_apart_and_rules_compare_medians() -> None:
+    plan = load(EXPERIMENTS / "length_extrapolation" / "study.yaml", type=Study)
+    found = [result(1, 1.0, 0.2), result(2, 0.9, 0.8), result(3, 0.95, 0.1), result(4, 1.0, 0.6)]
+    found += [result(1, 1.0, 1.0, "rnope_swa"), result(1, 0.5, 1.0, "nope")]
+    rows = tabulate(plan, found)
+    row = next(row for row in rows if row["variant"] == "rope")
+    assert (row["seeds"], row["counted"]) == ([1, 2, 3, 4], [1, 3, 4])
+    told = row["figures"]["recall.4096"]
+    assert (told["median"], told["least"], told["most"]) == (0.2, 0.1, 0.6)
+    assert told["mean"] == pytest.approx(0.3)
+    assert told["interval"] == pytest.approx(4.303 * 0.264575 / 3**0.5, rel=1e-4)
+    judged = {rule["rule"]: rule["holds"] for rule in judge(plan, rows)}
+    assert judged["rnope_swa:recall.4096 > rope:recall.4096"] is True
+    assert judged["rnope_swa:recall.4096 > nope:recall.4096"] is None  # nope has no run that counts
+
+
+def test_the_interval_is_students() -> None:
+    scipy = pytest.importorskip("scipy.stats")
+    for size in (2, 5, 26):
+        values = [float(n % 7) for n in range(size)]
+        low, high = scipy.t.interval(0.95, size - 1, scipy.tmean(values), scipy.sem(values))
+        assert interval(values) == pytest.approx((high - low) / 2, rel=1e-3)
+    assert interval([1.0]) is None
+
+
+def test_forked_runs_leave_no_process_behind() -> None:
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    names = [Path(f"/proc/{child}/cmdline").read_text() for child in children]
+    assert not [name for name in names if "megahybrid\0study" in name]
