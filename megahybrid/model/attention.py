@@ -3,14 +3,17 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.logit_scale import QueryScale
-from megahybrid.model.mixing import mix
+from megahybrid.model.mixing import attended, mix
 from megahybrid.model.norm import QKNormModule
+from megahybrid.model.rotary import RotaryTable, rotate
 from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
+
+Places = tuple[RotaryTable | None, Tensor | None]  # the rotation, and a factor of each query
 
 
 def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
@@ -72,21 +75,29 @@ class Attention(nn.Module):
             self.query_scale.scale = scheme.logit_scale
             self.query_scale.window = scheme.window
 
-    def forward(
+    def heads(
         self,
         query: Float[Tensor, "seq batch query_features_local"],
         key: Float[Tensor, "seq batch kv_features_local"],
         value: Float[Tensor, "seq batch kv_features_local"],
-        context: SequenceContext,
-        reduce: bool = True,
-    ) -> Float[Tensor, "seq_out batch hidden"]:
-        """The shard of the result, or with reduce=False this rank's part of the sum."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [seq, batch, heads, head_dim], normalised where the scheme says so."""
         q = query.unflatten(-1, (-1, self.head_dim))  # [seq, batch, heads_local, head_dim]
         k = key.unflatten(-1, (-1, self.head_dim))  # [seq, batch, kv_heads_local, head_dim]
         v = value.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        mixed = (context.mixing or mix)(
+        return q, k, v
+
+    def forward(
+        self,
+        q: Float[Tensor, "seq batch heads_local head_dim"],
+        k: Float[Tensor, "seq batch kv_heads_local head_dim"],
+        v: Float[Tensor, "seq batch kv_heads_local head_dim"],
+        context: SequenceContext,
+    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
+        """The mixed values of heads that are normalised but not yet placed."""
+        return (context.mixing or mix)(
             q,
             k,
             v,
@@ -95,7 +106,33 @@ class Attention(nn.Module):
             context=context,
             query_scale=self.query_scale,
         )
-        return self.output(mixed.flatten(-2), reduce=reduce)
+
+    def places(self, context: SequenceContext) -> Places:
+        """What `placed` turns and scales this batch's heads by."""
+        position = self.scheme.position
+        table = None
+        if isinstance(position, Rope):
+            table = context.rotary_table(position, self.head_dim)
+        factor = None
+        if self.query_scale is not None:
+            factor = self.query_scale.factor(context.documents, context.length, context.device)
+        return table, factor
+
+    def placed(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """q and k turned to their positions and q scaled, from what is made already: a compiled
+        region can make no table. `mix` does the same from a context."""
+        table, factor = places
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        if self.query_scale is not None and factor is not None:
+            q = self.query_scale.scaled(q, factor)
+        return q, k
+
+    def attended(
+        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
+    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
+        """The mixed values of heads that are placed already."""
+        return attended(q, k, v, scheme=self.scheme, kernel=self.kernel, context=context)
 
 
 def query_key_value(name: str, config: ModelConfig, mesh: ParallelMesh) -> ColumnParallelLinear:

@@ -3,7 +3,13 @@
 pre_norm   x += attention(norm(x));  x += mlp(norm(x))
 post_norm  x += norm(attention(x));  x += norm(mlp(x))
 parallel   u = norm(x);  x += attention(u) + mlp(u), gathered once and scattered once
+
+Each is two stretches with the attention kernel between them: `enter`, from the residual stream to
+heads, and `leave`, from mixed values back to it. A compiler gets these two, whole.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,33 +17,75 @@ from torch import Tensor, nn
 
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
-from megahybrid.model.attention import Attention, attention_outputs, query_key_value
+from megahybrid.model.attention import Attention, Places, attention_outputs, query_key_value
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs
 from megahybrid.model.norm import make_norm
-from megahybrid.model.recompute import rederived
+from megahybrid.model.recompute import keeping_products, rederived
 from megahybrid.parallel.collectives import scatter_sequence
 from megahybrid.parallel.linear import ColumnParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh
 
 Hidden = Float[Tensor, "seq_local batch hidden"]
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v: [seq, batch, heads_local, head_dim]
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """One layer. `enter` gives q, k, v and what `leave` needs beside the mixed values."""
+
+    attention: Attention
+
     def __init__(self, selective: bool) -> None:
         super().__init__()
         self.selective = selective
+        self._regions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
+        """From the residual stream to heads, not yet placed."""
+        raise NotImplementedError
+
+    def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
+        """The residual stream behind this layer."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
+        """One layer on this rank's part of the sequence."""
+        if self._regions is not None and context.mixing is None and torch.is_grad_enabled():
+            enter, leave = self._regions
+            # Made out here, once per batch: a compiled region sees tensors alone.
+            (q, k, v), rest = enter(hidden, self.attention.places(context))
+            return leave(hidden, self.attention.attended(q, k, v, context), *rest)
+        (q, k, v), rest = self.enter(hidden)
+        return self.leave(hidden, self.attention(q, k, v, context), *rest)
+
+    def compile_regions(self, backend: str) -> None:
+        """Have `enter` (with the rotation) and `leave` compiled when gradients are wanted.
+
+        fullgraph: what cannot be traced whole is an error, never a slower program. The attention
+        kernel stays outside: it is one call, and what it needs of a batch's documents is made on
+        the host.
+        """
+        enter, leave = self._enter_placed, self.leave
+        if self.selective:
+            enter, leave = keeping_products(enter), keeping_products(leave)
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+        self._regions = torch.compile(enter, **options), torch.compile(leave, **options)
+
+    def _enter_placed(self, hidden: Tensor, places: Places) -> tuple[Heads, tuple[Tensor, ...]]:
+        (q, k, v), rest = self.enter(hidden)
+        q, k = self.attention.placed(q, k, places)
+        return (q, k, v), rest
 
     def _normed(self, norm: nn.Module, projection: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
         """projection(norm(hidden)); under selective recompute the norm's output is not kept."""
         normed = norm(hidden)
-        if not (self.selective and torch.is_grad_enabled()):
+        if not (self.selective and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return projection(normed)
         with rederived(normed, norm, hidden.detach()):
             return projection(normed)
 
 
-class PreNormBlock(_Block):
+class PreNormBlock(Block):
     """Norm, then function, then add: Llama's order."""
 
     def __init__(
@@ -61,15 +109,19 @@ class PreNormBlock(_Block):
         )
         self.mlp = GatedProduct(f"{name}.mlp", config, mesh, selective)
 
-    def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
-        """One layer on this rank's part of the sequence."""
+    def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
+        """Heads of the normed stream."""
         query, key, value = self._normed(self.attention_norm, self.query_key_value, hidden)
-        hidden = hidden + self.attention(query, key, value, context)
+        return self.attention.heads(query, key, value), ()
+
+    def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
+        """Adds attention, then the MLP of the normed sum."""
+        hidden = hidden + self.attention.output(mixed.flatten(-2))
         gate, up = self._normed(self.mlp_norm, self.gate_up, hidden)
         return hidden + self.mlp(gate, up)
 
 
-class PostNormBlock(_Block):
+class PostNormBlock(Block):
     """Function, then norm of its output, then add: Olmo 3's and Exaone 4's order."""
 
     def __init__(
@@ -90,14 +142,17 @@ class PostNormBlock(_Block):
         self.mlp = MLP(f"{name}.mlp", config, mesh, selective)
         self.mlp_norm = make_norm(config, f"{name}.mlp_norm", mesh, norm)
 
-    def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
-        """One layer on this rank's part of the sequence."""
-        query, key, value = self.query_key_value(hidden)
-        hidden = hidden + self.attention_norm(self.attention(query, key, value, context))
+    def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
+        """Heads of the stream as it is."""
+        return self.attention.heads(*self.query_key_value(hidden)), ()
+
+    def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
+        """Adds the normed attention, then the normed MLP."""
+        hidden = hidden + self.attention_norm(self.attention.output(mixed.flatten(-2)))
         return hidden + self.mlp_norm(self.mlp(hidden))
 
 
-class ParallelBlock(_Block):
+class ParallelBlock(Block):
     """Attention and MLP read one norm and are added together: Cohere's block."""
 
     def __init__(
@@ -123,11 +178,15 @@ class ParallelBlock(_Block):
         self.attention = Attention(f"{name}.attention", config, scheme, mesh, kernel)
         self.mlp = GatedProduct(f"{name}.mlp", config, mesh, selective)
 
-    def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
-        """One layer on this rank's part of the sequence."""
+    def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
+        """Heads, gate and up from one product."""
         query, key, value, gate, up = self._normed(self.norm, self.input, hidden)
-        branch = self.attention(query, key, value, context, reduce=False)
-        branch = branch + self.mlp(gate, up, reduce=False)
+        return self.attention.heads(query, key, value), (gate, up)
+
+    def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
+        """Adds attention and MLP, scattered together."""
+        branch = self.attention.output(mixed.flatten(-2), reduce=False)
+        branch = branch + self.mlp(*rest, reduce=False)
         return hidden + scatter_sequence(branch, self.tensor)
 
 

@@ -1,5 +1,7 @@
 """Scales of the logits that depend on the query: factors that multiply q before attend()."""
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,6 +40,14 @@ def query_factor(
     return torch.log(keys.float())
 
 
+@lru_cache(maxsize=8)
+def _plain_factor(
+    scale: PositionScale, window: int | None, length: int, device: torch.device
+) -> Tensor:
+    """That of rows of one document: the same for every batch."""
+    return query_factor(scale, window, None, length, device)
+
+
 class QueryScale(nn.Module):
     """Multiplies queries by `query_factor`, and for ssmax by a learned s per head."""
 
@@ -70,6 +80,17 @@ class QueryScale(nn.Module):
             return cls(scheme.logit_scale, scheme.window, num_heads, name, mesh)
         return None
 
+    def factor(
+        self, documents: Documents | None, length: int, device: torch.device
+    ) -> Float[Tensor, "seq batch"]:
+        """`query_factor` of a batch, made once for all layers of the same scale and window."""
+        if documents is None:
+            return _plain_factor(self.scale, self.window, length, device)
+        return documents.keep(
+            ("query_factor", self.scale, self.window),
+            lambda: query_factor(self.scale, self.window, documents, length, device),
+        )
+
     def forward(
         self,
         q: Float[Tensor, "seq batch heads_local head_dim"],
@@ -77,12 +98,15 @@ class QueryScale(nn.Module):
         length: int,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The scaled queries."""
+        return self.scaled(q, self.factor(documents, length, q.device))
 
-        def make() -> Tensor:
-            return query_factor(self.scale, self.window, documents, length, q.device)
-
-        key = ("query_factor", self.scale, self.window)
-        factor = (make() if documents is None else documents.keep(key, make))[..., None, None]
+    def scaled(
+        self,
+        q: Float[Tensor, "seq batch heads_local head_dim"],
+        factor: Float[Tensor, "seq batch_or_1"],
+    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
+        """q times the factor of each query, and for ssmax times the learned s of each head."""
+        factor = factor[..., None, None]
         if self.logit_scale is not None:
             factor = factor * self.logit_scale[:, None]
         return q * factor.to(q.dtype)

@@ -30,6 +30,19 @@ def mix(
     q, k = positioned(q, k, scheme.position, context)
     if query_scale is not None:
         q = query_scale(q, context.documents, context.length)
+    return attended(q, k, v, scheme=scheme, kernel=kernel, context=context)
+
+
+def attended(
+    q: Heads,
+    k: KVHeads,
+    v: KVHeads,
+    *,
+    scheme: AttentionScheme,
+    kernel: str,
+    context: SequenceContext,
+) -> Heads:
+    """`attend` as the scheme says it, of heads that are placed already."""
     return attend(
         q,
         k,

@@ -33,6 +33,8 @@ def swiglu(
     gate: Float[Tensor, "seq batch features_local"], up: Float[Tensor, "seq batch features_local"]
 ) -> Float[Tensor, "seq batch features_local"]:
     """silu(gate) * up, element by element."""
+    if torch.compiler.is_compiling():
+        return F.silu(gate) * up  # the compiler keeps the two inputs and makes one kernel of it
     return _SwiGLU.apply(gate, up)
 
 
@@ -62,7 +64,7 @@ class GatedProduct(nn.Module):
     ) -> Float[Tensor, "seq_out batch hidden"]:
         """The shard of the result, or with reduce=False this rank's part of the sum."""
         product = swiglu(gate, up)
-        if not (self.selective and torch.is_grad_enabled()):
+        if not (self.selective and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return self.down(product, reduce=reduce)
         with rederived(product, swiglu, gate.detach(), up.detach()):
             return self.down(product, reduce=reduce)

@@ -7,11 +7,18 @@ full       only the layer's input is kept (arXiv 1604.06174)
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 class rederived(torch.autograd.graph.saved_tensors_hooks):
@@ -37,6 +44,26 @@ class rederived(torch.autograd.graph.saved_tensors_hooks):
                 return derive(*sources).view(packed)
 
         super().__init__(pack, unpack)
+
+
+def keeping_products(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under selective recompute as a compiler knows it: outputs of matrix products are
+    kept, whatever lies between them is computed again."""
+
+    def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operator in PRODUCTS
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(*args: Any) -> Any:
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(create_selective_checkpoint_contexts, policy),
+        )
+
+    return run
 
 
 def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy: str) -> Tensor:

@@ -55,6 +55,8 @@ def rotate(
     x: Float[Tensor, "seq batch heads head_dim"], table: RotaryTable
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """x with its first 2 * pairs dimensions turned: halves a, b -> a cos - b sin, b cos + a sin."""
+    if torch.compiler.is_compiling():
+        return _turned(x, table.cos, table.sin)
     return _Rotation.apply(x, table.cos, table.sin)
 
 
@@ -70,6 +72,14 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(grads[0], cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same without writing in place: a compiler makes one kernel of it and of its backward."""
+    pairs = sin.shape[-1]
+    first, second, still = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    turn = cos[..., :pairs]
+    return torch.cat((first * turn - second * sin, second * turn + first * sin, still), dim=-1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
+from megahybrid.errors import ConfigError
 from megahybrid.model.block import BLOCKS
+from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.norm import make_norm
@@ -23,7 +25,8 @@ class Transformer(nn.Module):
 
     Each rank of the tensor axis holds its share of every matrix and of the sequence between
     blocks. `plan` is config.layer_plan or a stage's changed copy of it; `kernels` and `recompute`
-    have one entry per layer; `norm` names the implementation of RMSNorm.
+    have one entry per layer; `norm` names the implementation of RMSNorm. With `compiler`, torch's
+    name of one (inductor), training goes through blocks compiled by it.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Transformer(nn.Module):
         kernels: Sequence[str] | None = None,
         recompute: Sequence[str] | None = None,
         norm: str = "torch",
+        compiler: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -52,12 +56,29 @@ class Transformer(nn.Module):
                 zip(schemes, kernels, self.recompute, strict=True)
             )
         )
+        if compiler is not None:
+            self.compile_blocks(compiler)
         self.final_norm = make_norm(config, "final_norm", mesh, norm)
         self.head = (
             VocabParallelHead.tied(self.embedding, mesh)
             if config.tie_embeddings
             else VocabParallelHead(config.vocab_size, config.hidden_size, "head.weight", mesh)
         )
+
+    def compile_blocks(self, compiler: str) -> None:
+        """Have every block's regions compiled at its first use, by layer kind and input shape.
+
+        Layers of a kind share their programs. Blocks cut over ranks stay as they are: their
+        collectives cannot be traced.
+        """
+        if self.mesh.tensor.size > 1:
+            raise ConfigError(
+                f"kernels.blocks=compiled needs parallel.tensor=1 (it is {self.mesh.tensor.size}): "
+                "collectives inside of a block cannot be compiled. Use auto or plain."
+            )
+        prepare_compiler()
+        for block in self.blocks:
+            block.compile_regions(compiler)
 
     def forward(
         self,

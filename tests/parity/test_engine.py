@@ -38,6 +38,7 @@ class Case:
     recompute: str = "none"
     precision: str = "fp32"
     seed: int = 0
+    compiler: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -145,7 +146,12 @@ def build(ranks: distributed.Ranks, case: Case, engine_type: Any, module: Any) -
     from megahybrid.model.transformer import Transformer
 
     layers = case.config.layer_plan.num_layers
-    ours = Transformer(case.config, ranks.mesh(case.tensor), recompute=(case.recompute,) * layers)
+    ours = Transformer(
+        case.config,
+        ranks.mesh(case.tensor),
+        recompute=(case.recompute,) * layers,
+        compiler=case.compiler,
+    )
     ours.load_canonical(case.first_tensors())
     settings = module.engine_settings
 
