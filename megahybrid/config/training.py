@@ -10,6 +10,11 @@ from megahybrid.config.base import Frozen
 class SpikeConfig(Frozen):
     """Which updates are refused: far above the loss or gradient norm of the last steps."""
 
+    action: Literal["skip", "rewind"] = Field(
+        default="skip",
+        description="skip: this update's data is passed over; rewind: back to the newest "
+        "checkpoint, and all data since then is passed over",
+    )
     sigmas: float = Field(default=6.0, gt=0, description="standard deviations above the mean")
     over_steps: int = Field(default=128, ge=4, description="steps that mean and deviation are of")
 
@@ -30,7 +35,7 @@ class OptimizerConfig(Frozen):
         default=1.0, gt=0, description="largest global gradient norm; null: no clipping"
     )
     skip_spikes: SpikeConfig | None = Field(
-        default=None, description="updates to refuse, their data passed over; null: none"
+        default=None, description="updates to refuse, and what then; null: none"
     )
     parametrisation: Literal["standard", "mup"] = Field(
         default="standard",

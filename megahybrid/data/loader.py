@@ -17,6 +17,7 @@ from megahybrid.errors import DataError
 
 LOG = logging.getLogger(__name__)
 MOST_REPLACED = 3
+CLOSE_SECONDS = 2.0  # a small read takes less
 
 
 @dataclass(frozen=True)
@@ -240,10 +241,11 @@ class BatchLoader:
         self._start()
 
     def close(self) -> None:
-        """Ends the reading thread; what it had read ahead is dropped."""
+        """Ends the reading thread; what it had read ahead is dropped. One that a disk holds is left
+        behind: it ends with the process."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
 
     def __enter__(self) -> "BatchLoader":
         return self

@@ -21,7 +21,8 @@ class HeldOutSets:
     """Sets open for scoring: those that data.held_out names, or `sets`. Collective over the mesh.
 
     `longest` is how far loss by position reaches (default: FAR times the run's longest length);
-    `max_tokens` of each set are used (default: evaluate.max_tokens).
+    `max_tokens` of each set are used (default: evaluate.max_tokens). `poll` is called before each
+    batch, on every rank; what it raises ends the scoring.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class HeldOutSets:
         sets: dict[str, TokenDataset] | None = None,
         longest: int | None = None,
         max_tokens: int | None = None,
+        poll: Callable[[], object] = bool,
     ) -> None:
         self.run = run
+        self.poll = poll
         self.mesh = mesh
         self.sets = open_held_out(run) if sets is None else sets
         lengths = [length for stage in run.stages for length in stage.lengths]
@@ -76,6 +79,7 @@ class HeldOutSets:
             documents=self.run.data.documents,
             multiple=self.mesh.tensor.size,
         ):
+            self.poll()
             moved = batch.tensors(self.mesh.device)
             yield moved.tokens, moved.targets, moved.starts
 

@@ -20,6 +20,8 @@ LEDGER_NAME = "ledger.jsonl"
 EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
 # Events that say from which step an attempt went on; what earlier attempts did beyond it is void.
 BEGINNINGS = ("start", "resume")
+# Says to which step the same attempt went back; what was done beyond it is void too.
+REWIND = "rewind"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class StepLine:
 
 @dataclass(frozen=True, kw_only=True)
 class EventLine:
-    """Anything else worth keeping: start, resume, stage, evaluate, save, skip, audit, end, …"""
+    """Anything else worth keeping: start, resume, rewind, stage, evaluate, save, skip, end, …"""
 
     event: str
     step: int
@@ -148,13 +150,16 @@ class Ledger:
 def read_ledger(path: Path) -> Ledger:
     """The lines of a ledger, without what a resume made void.
 
-    Lines of earlier attempts beyond the step of a later start or resume are dropped. A torn last
-    line is ignored; a torn line elsewhere raises MegahybridError with its number.
+    Lines of earlier attempts beyond the step of a later start or resume are dropped, and all lines
+    beyond the step of a later rewind. A torn last line is ignored; a torn line elsewhere raises
+    MegahybridError with its number.
     """
     kept: list[Line] = []
     for line in read_every_line(path):
         if isinstance(line, EventLine) and line.event in BEGINNINGS:
             kept = [old for old in kept if old.attempt >= line.attempt or old.step <= line.step]
+        elif isinstance(line, EventLine) and line.event == REWIND:
+            kept = [old for old in kept if old.step <= line.step]
         kept.append(line)
     return Ledger(tuple(kept))
 

@@ -15,6 +15,7 @@ from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import RunConfig, dump, dump_yaml
 from megahybrid.config.explain import show
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.held_out import Rows
 from megahybrid.data.loader import BatchLoader
 from megahybrid.data.mixture import Mixture
 from megahybrid.data.tokenizer import load_tokenizer
@@ -33,10 +34,11 @@ from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
 from megahybrid.train.restore import Beginning, check_beginning, find_beginning, locate
+from megahybrid.train.rewind import go_back, past_spikes
 from megahybrid.train.saving import RunSaver, ranks_of
 from megahybrid.train.state import TrainState
-from megahybrid.train.stop import StopRequest
-from megahybrid.train.trainer import Habits, Trainer, step_shapes
+from megahybrid.train.stop import StopAsked, StopRequest
+from megahybrid.train.trainer import Ending, Habits, Trainer, step_shapes
 
 T = TypeVar("T")
 
@@ -52,6 +54,7 @@ class Attempt:
     stop: StopRequest
     owner: Owner | None  # on rank 0
     heartbeat: Heartbeat
+    allow: Sequence[str] = ()  # fields that may differ from those the run began with
     clock: StepClock = field(default_factory=StepClock)
     kernels: dict[str, str] = field(default_factory=dict)
 
@@ -71,7 +74,7 @@ class Attempt:
             lanes=run.data.lanes,
             exhausted=run.data.exhausted,
         )
-        self.held_out = HeldOutSets(run, self.mesh)
+        self.held_out = HeldOutSets(run, self.mesh, poll=lambda: self.stop.poll(self.mesh))
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
 
     def go(self, beginning: Beginning) -> int:
@@ -92,47 +95,82 @@ class Attempt:
             self.listeners,
             self.owner,
             {"kernels": self.kernels} | _told(parent=beginning.parent),
+            held=(state.step, source) if beginning.resumes and source is not None else None,
         )
-        owes = beginning.resumes and self._owes_evaluation(state)
+        owed = self._owed_evaluation(state) if beginning.resumes else None
         self.listeners.on_start(self._info(state, beginning))
         for path, old, new in beginning.changes:
             change = {"field": path, "before": show(old), "now": show(new)}
             self.listeners.on_event("config_change", change)
-        if owes:
+        if owed is not None:
             # Scored as it was trained, not as the next stage begins.
-            ended = self.plan.stage_ends.index(state.tokens)
+            ended = self.plan.at(state.tokens - 1).index
             engine, _ = self._engine(ended, state.tokens - 1, source, take)
-            self.evaluate(engine, state, far=True)
+            scored = self._scored(engine, state, far=owed == "documents")
             engine.close()
+            if not scored:
+                return self._end_stopped()
         while not self.plan.finished(state.tokens):
             index = self.plan.at(state.tokens).index
             engine, layers = self._engine(index, state.tokens, source, take)
-            state, stopped = self._stage(engine, layers, index, state)
+            state, ending = self._stage(engine, layers, index, state)
+            if ending.kind == "spike":
+                engine.close()
+                beginning = self._go_back(state, ending.reason)
+                source, take, state = beginning.checkpoint, beginning.take, beginning.state
+                continue
             with self.heartbeat.during("save"):
                 source, take = self.saver.save_and_wait(engine, state), "all"
-            if not stopped:
-                self.evaluate(engine, state, far=True)
+            done = ending.kind == "complete" and self._scored(engine, state, far=True)
             engine.close()
-            if stopped:
-                self.profiler.close()
-                self.listeners.on_end("stopped")
-                return EXIT_RESUME
+            if not done:
+                return self._end_stopped()
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
 
-    def _owes_evaluation(self, state: TrainState) -> bool:
-        """Whether a stage ended here and nobody scored it: a stop or a kill came first."""
-        owes = False
-        path = self.directory / LEDGER_NAME
-        if self.mesh.rank == 0 and state.tokens in self.plan.stage_ends and path.exists():
+    def _end_stopped(self) -> int:
+        self.profiler.close()
+        self.listeners.on_end("stopped")
+        return EXIT_RESUME
+
+    def _go_back(self, spike: TrainState, reason: str) -> Beginning:
+        """To the newest checkpoint, with the data after the spike. Collective."""
+        self.saver.finish()
+        located = locate(self.run, self.directory, self._warn, ranks_of(self.mesh))
+        beginning, detail = _on_first(
+            self.mesh,
+            lambda: go_back(
+                self.directory,
+                find_beginning(self.run, self.directory, located, self.allow),
+                spike,
+                reason,
+                self.run.max_skipped_in_a_row,
+            ),
+        )
+        state = beginning.state
+        self.listeners.on_rewind(state.step, self._stage_name(state), state.tokens, detail)
+        return beginning
+
+    def _warn(self, message: str) -> None:
+        self.listeners.on_event("warning", {"message": message})
+
+    def _owed_evaluation(self, state: TrainState) -> Rows | None:
+        """Rows of the validation that was due here and not finished: a stop or a kill came."""
+        owed: Rows | None = None
+        path, every = self.directory / LEDGER_NAME, self.run.evaluate.every_steps
+        if self.mesh.rank == 0 and state.step and path.exists():
+            if state.tokens in self.plan.stage_ends:
+                owed = "documents"
+            elif every is not None and state.step % every == 0:
+                owed = "stream"
             scored = {
                 line.detail["set"]
                 for line in read_ledger(path).named("evaluate")
-                if line.step == state.step and line.detail.get("rows") == "documents"
+                if line.step == state.step and line.detail.get("rows") == owed
             }
-            owes = not scored.issuperset(self.run.data.held_out)
-        return broadcast_object(owes, self.mesh.world)
+            owed = None if scored.issuperset(self.run.data.held_out) else owed
+        return broadcast_object(owed, self.mesh.world)
 
     def _engine(
         self, index: int, tokens: int, source: Path | None, take: str
@@ -161,7 +199,7 @@ class Attempt:
 
     def _stage(
         self, engine: Engine, layers: Layers, index: int, state: TrainState
-    ) -> tuple[TrainState, bool]:
+    ) -> tuple[TrainState, Ending]:
         run, until = self.run, self.plan.stage_ends[index]
         data = self.mixture.restore(state.data) if state.data else self.mixture.start()
         data = self.mixture.reweight(data, run.stages[index].weights)
@@ -218,20 +256,30 @@ class Attempt:
             if far:
                 self.held_out.score_far(token_loss, tell)
 
+    def _scored(self, engine: Engine, state: TrainState, *, far: bool) -> bool:
+        """Whether the validation was done; a stop interrupts it, and the next attempt does it."""
+        try:
+            self.evaluate(engine, state, far=far)
+        except StopAsked:
+            return False
+        return True
+
     def _peak(self) -> float | None:
         if self.mesh.device.type != "cuda":
             return None
         return peak_flops_per_second(torch.cuda.get_device_name(), self.run.precision)
 
+    def _stage_name(self, state: TrainState) -> str:
+        return self.plan.at(min(state.tokens, self.plan.total_tokens - 1)).stage.name
+
     def _info(self, state: TrainState, beginning: Beginning) -> RunInfo:
         names = [stage.name for stage in self.run.stages]
-        last = min(state.tokens, self.plan.total_tokens - 1)
         return RunInfo(
             name=self.directory.name,
             directory=self.directory,
             config=dump(self.run),
             step=state.step,
-            stage=self.plan.at(last).stage.name,
+            stage=self._stage_name(state),
             tokens=state.tokens,
             stages=tuple(zip(names, self.plan.stage_ends, strict=True)),
             facts={
@@ -293,11 +341,14 @@ def run_attempt(
         _on_first(mesh, lambda: _claim(run, directory, allow))
         located = locate(run, directory, warnings.append, ranks_of(mesh))
         # One rank looks, so that all begin from the same checkpoint.
-        beginning = _on_first(mesh, lambda: find_beginning(run, directory, located, allow))
+        beginning = _on_first(
+            mesh,
+            lambda: past_spikes(directory, find_beginning(run, directory, located, allow)),
+        )
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])
         if mesh.rank == 0:
             (directory / "config.yaml").write_text(dump_yaml(run))
-        attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat)
+        attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat, allow)
         for warning in warnings:
             listeners.on_event("warning", {"message": warning})
         try:

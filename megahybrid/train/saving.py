@@ -29,7 +29,7 @@ class RunSaver:
     """The checkpoints of one attempt at a run. Its methods are collective.
 
     `train_state` is kept in each beside the state and the schemes of its last step: the kernels
-    chosen, the parent of a branch.
+    chosen, the parent of a branch. `held` is the step and folder of a checkpoint that is there.
     """
 
     def __init__(
@@ -40,11 +40,13 @@ class RunSaver:
         listeners: Listeners,
         owner: Owner | None,
         train_state: dict[str, Any],
+        held: tuple[int, Path] | None = None,
     ) -> None:
         self._run = run
         self._directory = directory
         self._listeners = listeners
         self._train_state = train_state
+        self._held = held
         self._scores = _scores(run, directory) if mesh.rank == 0 else {}
         check = None if owner is None else owner.check
         self._saver = Saver(directory, ranks_of(mesh), self._tell, check)
@@ -57,7 +59,11 @@ class RunSaver:
             self._saver.save(*self._snapshot(engine, state))
 
     def save_and_wait(self, engine: Engine, state: TrainState) -> Path:
-        """Write a checkpoint that the run cannot go on without. Raises CheckpointError."""
+        """Write a checkpoint that the run cannot go on without, unless this step's is there
+        already. Raises CheckpointError."""
+        self.finish()
+        if self._held is not None and self._held[0] == state.step:
+            return self._held[1]
         result = self._saver.save(*self._snapshot(engine, state))
         if result.path is None:
             raise CheckpointError(
@@ -65,6 +71,10 @@ class RunSaver:
                 f"({result.error}). Make room there, then give the same command again: it resumes."
             )
         return result.path
+
+    def finish(self) -> None:
+        """Wait until no save is under way."""
+        self._saver.finish()
 
     def poll(self) -> None:
         """To be called at each step boundary: moves on what is being written."""
@@ -91,6 +101,8 @@ class RunSaver:
         return snapshot, Retention(keep.keep_last, keep.keep_every_steps, dict(self._scores))
 
     def _tell(self, result: SaveResult) -> None:
+        if result.path is not None:
+            self._held = result.step, result.path
         detail: dict[str, Any] = {
             "ok": result.ok,
             "saved_step": result.step,

@@ -5,8 +5,10 @@ ranks agree at a step's end, save, and leave. Files in the run's folder reach a 
 cannot be signalled from where one sits.
 """
 
+import contextlib
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +29,21 @@ class Asked:
 
     stop: bool
     save: bool
+    waits: bool  # some rank has no batch for the next step yet
+
+
+class StopAsked(Exception):
+    """Raised on every rank alike where a stop interrupts what would take long."""
 
 
 class StopRequest:
     """Set by a signal (or by `request`) or by a file in `directory`, which rank 0 looks for; read
-    by `agreed` at step boundaries."""
+    by `agreed` at step boundaries, and by `poll` within what takes longer than a step."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
         self._looked = float("-inf")
+        self._save = False
         # A plain value: an Event takes a lock, on which a second signal would wait for ever.
         self._asked = False
 
@@ -52,23 +60,37 @@ class StopRequest:
         """Ask for a stop without a signal."""
         self._asked = True
 
-    def agreed(self, mesh: ParallelMesh) -> Asked:
+    def agreed(self, mesh: ParallelMesh, *, waits: bool = False) -> Asked:
         """What any rank was asked for, alike on every rank. Every rank must call it."""
-        save = self._look() if mesh.rank == 0 else False
-        flags = torch.tensor([float(self._asked), float(save)], device=mesh.device)
-        stop, save = (all_reduce(all_reduce(flags, mesh.data), mesh.tensor) > 0).tolist()
-        return Asked(stop, save)
+        self._look(mesh)
+        save, self._save = self._save, False
+        stop, save, waits = _any([self._asked, save, waits], mesh)
+        return Asked(stop, save, waits)
 
-    def _look(self) -> bool:
-        """Reads the files; returns whether a checkpoint is wanted."""
+    def poll(self, mesh: ParallelMesh, *, waits: bool = False) -> bool:
+        """Between the batches of a validation, the micro-batches of a long first step, or two looks
+        for a batch: raises StopAsked where any rank was asked to stop; else whether any rank
+        `waits`. Every rank must call it. A save that is wanted stays so."""
+        self._look(mesh)
+        stop, waits = _any([self._asked, waits], mesh)
+        if stop:
+            raise StopAsked
+        return waits
+
+    def _look(self, mesh: ParallelMesh) -> None:
+        """Reads the files, on rank 0."""
         now = time.monotonic()
-        if self._directory is None or now - self._looked < LOOK_SECONDS:
-            return False
+        if mesh.rank or self._directory is None or now - self._looked < LOOK_SECONDS:
+            return
         self._looked = now
         if (self._directory / STOP_NOW).exists():
             self.request()
-        try:
+        with contextlib.suppress(OSError):
             (self._directory / SAVE_NOW).unlink()
-        except OSError:
-            return False
-        return True
+            self._save = True
+
+
+def _any(flags: Sequence[bool], mesh: ParallelMesh) -> list[bool]:
+    """Of each flag, whether it is set on any rank."""
+    counts = torch.tensor([float(flag) for flag in flags], device=mesh.device)
+    return (all_reduce(all_reduce(counts, mesh.data), mesh.tensor) > 0).tolist()

@@ -1,8 +1,10 @@
 """The loop: one step after another until a stage's tokens are seen or somebody asks to stop."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from megahybrid.config.stages import StagePlan, StagePoint
 from megahybrid.config.training import SpikeConfig
@@ -21,9 +23,19 @@ from megahybrid.train.probe import probe_seconds
 from megahybrid.train.profile import Profiler
 from megahybrid.train.spikes import Recent, judge_spike, remember
 from megahybrid.train.state import TrainState
-from megahybrid.train.stop import StopRequest
+from megahybrid.train.stop import StopAsked, StopRequest
 
 SaveOrEvaluate = Callable[[TrainState], object]
+WAIT_SECONDS = 0.5  # for a batch, before the ranks ask one another whether to stop
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a stage ended: all its tokens seen, a stop asked for, or a spike after which to go back,
+    with its reason."""
+
+    kind: Literal["complete", "stopped", "spike"]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,8 @@ class Habits:
 @dataclass
 class Trainer:
     """Advances a `TrainState` through one stage. `save`, `poll_save` and `evaluate` are collective;
-    `poll_save` moves on a save that is being written beside the training."""
+    `poll_save` moves on a save that is being written beside the training; `evaluate` may raise
+    StopAsked."""
 
     engine: Engine
     loader: BatchLoader
@@ -58,18 +71,31 @@ class Trainer:
     clock: StepClock
     heartbeat: Heartbeat
 
-    def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, bool]:
-        """Steps until `until_tokens` are seen. Returns the state and whether a stop was asked for.
+    def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, Ending]:
+        """Steps until `until_tokens` are seen. Returns the state, and how that ended.
 
         The first step is always audited, and the first with other layers: what is wrong in the code
         is wrong from the start.
         """
+        with contextlib.suppress(StopAsked):
+            ending: Ending | None
+            for state, ending in self._steps(state, until_tokens):  # noqa: B020 (the newest counts)
+                if ending is not None:
+                    return state, ending
+        return state, Ending("stopped")
+
+    def _steps(
+        self, state: TrainState, until_tokens: int
+    ) -> Iterator[tuple[TrainState, Ending | None]]:
+        """The state after each step, before what may raise StopAsked."""
         first_step = state.step
+        waits = True  # a stop that came while the stage was built is seen here
         self.clock.lap()  # building the stage is no part of its first step
         while state.tokens < until_tokens:
             point = self.plan.at(state.tokens)
             self.heartbeat.phase("data", state.step)
             with self.clock.phase("data"):
+                self._wait_for_data(waits)
                 data = next(self.loader)
             changed = self.layers.follow(state.tokens)
             # Kernels are compiled in a stage's first step, and for a new window.
@@ -81,6 +107,7 @@ class Trainer:
                     point.learning_rate,
                     audit=fresh or _due(state.step, self.habits.audit_every_steps),
                     judge=self._judge(state),
+                    between=partial(self.stop.poll, self.mesh) if fresh else None,
                 )
             self.clock.add("forward_backward", result.seconds_forward_backward)
             self.clock.add("update", result.seconds_update)
@@ -93,11 +120,36 @@ class Trainer:
                     f"step {state.step}). Lower the learning rate or look at the data, then start "
                     "from an earlier checkpoint."
                 )
+            if result.refused and self._rewinds:
+                yield state, Ending("spike", result.refused)
+                return
             if _due(state.step, self.habits.audit_every_steps):
                 self.heartbeat.busy(probe_seconds(self.mesh.device))
-            if self._after_step(state, until_tokens):
-                return state, True
-        return state, False
+            with self.clock.phase("save"):
+                self.poll_save()
+            more = state.tokens < until_tokens
+            asked = self.stop.agreed(self.mesh, waits=more and not self.loader.ready(0))
+            if asked.stop:
+                yield state, Ending("stopped")
+                return
+            yield state, None
+            if more:
+                self._evaluate_and_save(state, asked.save)
+            waits = asked.waits
+        yield state, Ending("complete")
+
+    def _wait_for_data(self, waits: bool) -> None:
+        """Until every rank has its batch: a disk that stands still must not keep a stop away."""
+        while waits:
+            there = self.loader.ready(WAIT_SECONDS)
+            if there:
+                self.heartbeat.phase("step")  # those that stand in `data` are the ones waited for
+            waits = self.stop.poll(self.mesh, waits=not there)
+
+    @property
+    def _rewinds(self) -> bool:
+        rule = self.habits.skip_spikes
+        return rule is not None and rule.action == "rewind"
 
     def _advance(
         self, state: TrainState, point: StagePoint, data: StepData, result: StepResult
@@ -121,22 +173,16 @@ class Trainer:
             return state.recent
         return remember(rule, state.recent, result.loss, result.gradient_norm)
 
-    def _after_step(self, state: TrainState, until_tokens: int) -> bool:
-        """Evaluate and save where due, unless the stage ends here, which does both itself."""
-        with self.clock.phase("save"):
-            self.poll_save()
-        asked = self.stop.agreed(self.mesh)
-        if asked.stop:
-            return True
-        if state.tokens >= until_tokens:
-            return False
+    def _evaluate_and_save(self, state: TrainState, save_asked: bool) -> None:
+        """Where due; at a stage's end the run does both itself."""
         if _due(state.step, self.habits.evaluate_every_steps):
             with self.clock.phase("evaluate"):
                 self.evaluate(state)
-        if asked.save or _due(state.step, self.habits.save_every_steps):
+        if save_asked or _due(state.step, self.habits.save_every_steps):
             with self.clock.phase("save"):
                 self.save(state)
-        return False
+            # It may have taken long, and what is saved need not be saved again after a step more.
+            self.stop.poll(self.mesh)
 
     def _tell(
         self, state: TrainState, point: StagePoint, data: StepData, result: StepResult

@@ -22,24 +22,61 @@ def _before(owner: Any, name: str, action: Callable[..., None]) -> None:
     setattr(owner, name, replaced)
 
 
-def _announce(file: str) -> Callable[..., None]:
+def _announce(file: str, seconds: float) -> Callable[..., None]:
     def announce(attempt: Any, *_: Any, **__: Any) -> None:
         (Path(attempt.directory) / file).touch()
-        time.sleep(0.5)
+        time.sleep(seconds)
 
     return announce
 
 
 def slow_validation(rank: int) -> None:
+    """Half a second for each batch of it, and it says when it begins."""
+    from megahybrid.evaluate import loss
     from megahybrid.train.run import Attempt
 
-    _before(Attempt, "evaluate", _announce("validating"))
+    _before(Attempt, "evaluate", _announce("begun", 0))
+    _before(loss.torch, "bucketize", lambda *_, **__: time.sleep(0.5))
 
 
 def slow_save(rank: int) -> None:
     from megahybrid.train.run import Attempt
 
-    _before(Attempt, "save", _announce("saving"))
+    _before(Attempt, "save", _announce("begun", 0.5))
+
+
+def no_data_on_one_rank(rank: int) -> None:
+    """From the third step on a disk does not answer."""
+    from megahybrid.data import loader
+
+    read, done = loader.read_step, [0]
+
+    def stalled(*args: Any, **kwargs: Any) -> Any:
+        done[0] += 1
+        if done[0] > 3 and rank == 1:
+            Path("run/begun").touch()
+            time.sleep(3600)
+        return read(*args, **kwargs)
+
+    loader.read_step = stalled
+
+
+def slow_first_step(rank: int) -> None:
+    """As when kernels are compiled, before each micro-batch."""
+    from megahybrid.model.transformer import Transformer
+
+    def wait(model: Any, *_: Any) -> None:
+        if model.training:
+            Path("run/begun").touch()
+            time.sleep(1.0)
+
+    _before(Transformer, "forward", wait)
+
+
+def slow_start(rank: int) -> None:
+    from megahybrid.train.run import Attempt
+
+    _before(Attempt, "_engine", _announce("begun", 1.0))
 
 
 def stop_in_last_step(rank: int) -> None:
@@ -187,6 +224,17 @@ def no_numbers(rank: int) -> None:
 def spike_in_ninth_step(rank: int) -> None:
     """A gradient and a loss that are finite and far too large, once."""
     _poison(lambda step: step == 9, 1e4)
+
+
+def spikes_from_the_ninth_step(rank: int) -> None:
+    _poison(lambda step: step >= 9, 1e4)
+
+
+def spike_and_kill(rank: int) -> None:
+    """The same, and one rank killed two steps later."""
+    spike_in_ninth_step(rank)
+    if rank == 1:
+        _at_step(11, lambda _engine: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def flipped_bit_after_fifth_step(rank: int) -> None:

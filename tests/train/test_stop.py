@@ -1,7 +1,6 @@
 """Asked to stop, a run saves at the end of its step and says 75; the same command goes on."""
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,30 +61,52 @@ def test_ranks_stop_when_one_or_all_are_told_and_the_run_is_the_same(
     assert ends == [(4, "documents"), (10, "documents"), (STEPS, "documents")]
 
 
-WHILE: dict[str, tuple[list[str], str, Callable[[Path], bool]]] = {
-    "validation": (
-        ["evaluate.every_steps=2"],
-        "slow_validation",
-        lambda run: (run / "validating").exists(),
+# The fault that makes it long, options that bring it about, and the steps done when it is left.
+WHILE: dict[str, tuple[str, list[str], int]] = {
+    "start": ("slow_start", [], 0),
+    "compilation": ("slow_first_step", ["stages.0.micro_batch_tokens=64"], 0),
+    "waiting for data": ("no_data_on_one_rank", [], 3),
+    "validation": ("slow_validation", ["evaluate.every_steps=2"], 2),
+    "a save": (
+        "slow_save",
+        ["checkpoint.every_steps=2", "checkpoint.asynchronous=false"],
+        2,
     ),
-    "a save": (["checkpoint.every_steps=2"], "slow_save", lambda run: (run / "saving").exists()),
 }
 
 
 @pytest.mark.parametrize("what", WHILE)
 def test_a_stop_asked_during(what: str, nursery: Nursery, example: Path) -> None:
-    """acts at the next step's end at the latest, and what went on is finished first."""
-    overrides, fault, begun = WHILE[what]
+    """leaves it at once, with every step saved and none lost or done twice."""
+    fault, overrides, steps = WHILE[what]
     run = example / "run"
     run.mkdir()
-    arguments = [*TENSOR, "directory=run", *overrides]
+    arguments = [*TENSOR, "directory=run", "evaluate.max_tokens=8192", *overrides]
     ranks = Ranks(nursery, arguments, 2, example, fault=fault)
-    assert ranks.until(lambda: begun(run)), ranks.text()
-    ranks.send(signal.SIGTERM)
-    assert ranks.wait(20) == [75, 75], ranks.text()
-    assert [line.step for line in steps_of(run)] == [1, 2, 3]
-    assert told(run, {"validation": "evaluate", "a save": "save"}[what]) >= 1
-    assert (run / "checkpoints" / "step-00000003" / "manifest.json").exists()
+    begun = ranks.until(lambda: (run / "begun").exists() and steps_so_far(run) >= steps)
+    assert begun, ranks.text()
+    ranks.send(signal.SIGTERM, 1)
+    # A step of that compilation takes 8 s, that validation longer, and the disk never answers.
+    assert ranks.wait(7) == [75, 75], ranks.text()
+    assert [line.step for line in steps_of(run)] == list(range(1, steps + 1))
+    assert (run / "checkpoints" / f"step-{steps:08d}" / "manifest.json").exists()
+    assert told(run, "save") == 1
+    again = Ranks(nursery, arguments, 2, example)
+    assert again.wait() == [0, 0], again.text()
+    whole = Ranks(nursery, [*arguments, "directory=whole"], 2, example)
+    assert whole.wait() == [0, 0], whole.text()
+    assert arithmetic_of(run) == arithmetic_of(example / "whole")
+    # What was left of a validation is done by the attempt that goes on.
+    assert validations(run) == validations(example / "whole")
+
+
+def validations(run: Path) -> set[tuple[int, str, float]]:
+    """Every score: step, rows and loss."""
+    return {
+        (line.step, line.detail["rows"], line.detail["loss"])
+        for line in read_every_line(run / "ledger.jsonl")
+        if isinstance(line, EventLine) and line.event == "evaluate"
+    }
 
 
 def test_a_stop_at_the_very_end_leaves_nothing_to_train(nursery: Nursery, example: Path) -> None:

@@ -137,9 +137,13 @@ class Engine:
         *,
         audit: bool = False,
         judge: Judge | None = None,
+        between: Callable[[], object] | None = None,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update unless `judge`
         refuses it.
+
+        `between` is called between two micro-batches, on every rank; what it raises leaves weights
+        and moments as they were, and then the engine is good for saving alone.
 
         Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all data
         ranks: a mean per micro-batch would be wrong wherever these differ.
@@ -159,6 +163,8 @@ class Engine:
             loss, _ = self.deepspeed(batch.tokens, batch.targets, batch.starts)
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
+            if between is not None and index < len(micro_batches) - 1:
+                between()
         loss_value = all_reduce(loss_sum, self.mesh.data).item() / max(valid_tokens, 1)
         updating = time.perf_counter()
         found = audit_gradients(self.parameters, self.mesh) if audit else None

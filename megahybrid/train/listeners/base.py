@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.train.ledger import REWIND, EventLine, StepLine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,11 @@ class Listeners:
         )
         for listener in self._each():
             self._tell(listener, listener.on_event, line)
+
+    def on_rewind(self, step: int, stage: str, tokens: int, detail: dict[str, Any]) -> None:
+        """Tells everyone that the run went back to `step`."""
+        self._step, self._stage, self._tokens = step, stage, tokens
+        self.on_event(REWIND, detail)
 
     def on_end(self, outcome: str, detail: dict[str, Any] | None = None) -> None:
         """Ends the attempt: "done", "stopped" or "failed". The essential listeners end last, so

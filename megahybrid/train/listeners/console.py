@@ -134,6 +134,11 @@ def describe_event(line: EventLine) -> str | None:
             f"saved {detail.get('path')} ({(detail.get('bytes') or 0) / 1e6:,.1f} MB, "
             f"{detail.get('seconds') or 0:.1f} s)"
         )
+    if line.event == "rewind":
+        return (
+            f"back to step {line.step}; the data up to step {detail.get('from_step')} is passed "
+            f"over ({detail.get('reason')})"
+        )
     if line.event == "end":
         rest = _details({key: value for key, value in detail.items() if key != "outcome"})
         return (

@@ -1,0 +1,49 @@
+"""Back before a spike: the newest checkpoint again, at the data that follows the spike.
+
+What made a spike began before it showed, so PaLM (arXiv 2204.02311, sec. 5.1) went back to an
+earlier checkpoint and passed over the data in between. The checkpoint stays as it is; the new
+position stands in the ledger's event, where an attempt that begins at that step finds it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megahybrid.errors import NoProgressError
+from megahybrid.train.ledger import LEDGER_NAME, REWIND, EventLine, read_ledger
+from megahybrid.train.restore import Beginning
+from megahybrid.train.state import TrainState
+
+
+def past_spikes(directory: Path, beginning: Beginning) -> Beginning:
+    """A beginning at the data where the last rewind to its step stood."""
+    rewinds = _rewinds_to(directory, beginning.state.step)
+    if not rewinds:
+        return beginning
+    state = replace(beginning.state, data=rewinds[-1].detail["data"])
+    return replace(beginning, state=state)
+
+
+def go_back(
+    directory: Path, beginning: Beginning, spike: TrainState, reason: str, most: int
+) -> tuple[Beginning, dict[str, Any]]:
+    """`beginning` at the data after `spike`, and what the ledger is to say of it.
+
+    Raises NoProgressError where the run has gone back to the same step `most` times.
+    """
+    step, times = beginning.state.step, len(_rewinds_to(directory, beginning.state.step))
+    if times >= most:
+        raise NoProgressError(
+            f"max_skipped_in_a_row={most} times the run went back to step {step} because of a "
+            f"{reason} (last at step {spike.step}). Lower the learning rate or look at the data, "
+            "then start from an earlier checkpoint."
+        )
+    detail = {"from_step": spike.step, "reason": reason, "times": times + 1, "data": spike.data}
+    return replace(beginning, state=replace(beginning.state, data=spike.data)), detail
+
+
+def _rewinds_to(directory: Path, step: int) -> list[EventLine]:
+    path = directory / LEDGER_NAME
+    if not path.exists():
+        return []
+    return [line for line in read_ledger(path).named(REWIND) if line.step == step]
