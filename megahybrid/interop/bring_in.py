@@ -24,10 +24,11 @@ from megahybrid.evaluate.table import position_table
 from megahybrid.interop import surgery
 from megahybrid.interop.card import scheme_in_words
 from megahybrid.interop.compare import our_model, proof_in_words, prove, quiet
-from megahybrid.interop.export import published, require_transformers
+from megahybrid.interop.export import require_transformers
 from megahybrid.interop.foreign import Band, ForeignWeights, check_tensors
 from megahybrid.interop.heard import hear
 from megahybrid.interop.names import TensorName
+from megahybrid.interop.publish import published
 from megahybrid.interop.shards import BAND_BYTES
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss

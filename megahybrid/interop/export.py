@@ -1,10 +1,6 @@
 """`megahybrid export`: a checkpoint as a folder for transformers, run before it counts."""
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +18,7 @@ from megahybrid.errors import EXIT_DONE, ConfigError, InteropError
 from megahybrid.interop.card import evaluations_of, model_card
 from megahybrid.interop.compare import Row, proof_in_words, prove
 from megahybrid.interop.names import OWN, tensor_names
+from megahybrid.interop.publish import published
 from megahybrid.interop.said import MODEL_TYPES, config_fields, inexact_rotations
 from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
 from megahybrid.interop.tokenizer import write_tokenizer
@@ -30,7 +27,6 @@ from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 # Where several classes can say a model: the one that the most programs read. GraniteSWA has sinks
 # to be switched off, so it is the last.
 PREFERRED = ("Cohere", "Cohere2", "Llama", "SmolLM3", "Qwen3", "Exaone4", "Olmo3", "GraniteSWA")
-SPARE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -141,33 +137,6 @@ def choose(model: ModelConfig, plan: LayerPlan, wanted: str | None) -> str:
     return name
 
 
-@contextmanager
-def published(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends well, and else is gone."""
-    if out.exists():
-        raise InteropError(f"{out} exists. Name another folder, or remove it.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed_bytes + SPARE_BYTES:
-            raise InteropError(
-                f"{out.parent} has {free / 2**30:.2f} GiB free, less than the "
-                f"{(needed_bytes + SPARE_BYTES) / 2**30:.2f} GiB that are needed. Free some."
-            )
-        folder = out.parent / f".{out.name}-{uuid.uuid4().hex[:8]}.tmp"
-        folder.mkdir()
-    except OSError as error:
-        raise InteropError(f"{out} cannot be written ({error.strerror}).") from None
-    try:
-        yield folder
-        durable.sync_directory(folder)
-        durable.rename(folder, out)
-    except OSError as error:
-        raise InteropError(f"{out} cannot be written ({error.strerror or error}).") from None
-    finally:
-        durable.remove(folder)
-
-
 def _bytes(source: Source, dtype: str) -> int:
     return counting.parameters(source.run.model) * DTYPES[dtype][2]
 
@@ -210,18 +179,6 @@ def _write_weights(
     names = list(tensor_names(model, plan, architecture))
     with Reader(source.folder) as reader:
         write_shards(folder, out_tensors(reader, names, model.head_dim), dtype, shard_bytes)
-    try:
-        return prove(
-            model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
-        )
-    finally:
-        _forget_copied_code(folder)
-
-
-def _forget_copied_code(folder: Path) -> None:
-    """Delete transformers' copy of the code of a folder that is about to lose its name."""
-    from transformers.utils import HF_MODULES_CACHE
-
-    # The folder's random letters are in the copy's name as well.
-    for path in Path(HF_MODULES_CACHE, "transformers_modules").glob(f"*{folder.stem[-8:]}*"):
-        durable.remove(path)
+    return prove(
+        model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
+    )
