@@ -84,7 +84,18 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("first", type=Path, metavar="A.yaml")
     compare.add_argument("second", type=Path, metavar="B.yaml")
     report = _command(commands, "report", _report, "plots and one page about a run")
-    report.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--html", action="store_true", help="the page alone; several runs stand side by side on it"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="of --html: where to write it")
+    watch = _command(commands, "watch", _watch, "serve a run's page while the run goes on")
+    watch.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    watch.add_argument("--port", type=int, default=8800, help="0 takes any that is free")
+    watch.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    watch.add_argument(
+        "--allow-others", action="store_true", help="let --host be one that others can reach"
+    )
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
@@ -277,11 +288,28 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megahybrid.report import write_report
+    from megahybrid.report import write_page, write_report
 
-    for path in write_report(arguments.run_directory):
-        print(path)
+    if arguments.html:
+        print(write_page(arguments.runs, arguments.out))
+        return EXIT_DONE
+    if arguments.out is not None:
+        raise ConfigError(f"--out={arguments.out} is for the page alone. Add --html.")
+    for run in arguments.runs:
+        for path in write_report(run):
+            print(path)
     return EXIT_DONE
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from megahybrid.report.watch import watch
+
+    return watch(
+        arguments.runs,
+        host=arguments.host,
+        port=arguments.port,
+        allow_others=arguments.allow_others,
+    )
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -1,49 +1,17 @@
 """Pictures of what `evaluate SUITE` and `analyse` kept in a run: needles, RULER, attention."""
 
-import json
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from megahybrid.errors import MegahybridError
+from megahybrid.report.kept import Kept, newest
 from megahybrid.report.plots import Picture
 from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save
-from megahybrid.train.ledger import EVALUATIONS
 
 # Begin, needle, context, end: the needle stands out, the rest recedes.
 SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#d9d9d9", "end": "#009E73"}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One result file of a run."""
-
-    kind: str  # suite or attention
-    name: str
-    step: int
-    result: dict[str, Any]
-
-
-def newest(directory: Path) -> list[Kept]:
-    """The newest result of each kind and name in the run's `evaluations`, by kind and name.
-
-    Raises MegahybridError where a file is damaged.
-    """
-    found: dict[tuple[str, str], Kept] = {}
-    for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
-        parts = re.fullmatch(r"step-(\d+)\.(suite|attention)\.(.+)\.json", path.name)
-        if parts is None:
-            continue
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MegahybridError(f"{path} is damaged ({error}). Remove it.") from None
-        found[parts[2], parts[3]] = Kept(parts[2], parts[3], int(parts[1]), result)
-    return [found[key] for key in sorted(found)]
 
 
 def draw_answers(directory: Path, folder: Path) -> list[Picture]:
@@ -53,7 +21,7 @@ def draw_answers(directory: Path, folder: Path) -> list[Picture]:
         for kept in newest(directory):
             if kept.kind == "suite":
                 drawn += _of_suite(kept)
-            else:
+            elif kept.kind == "attention":
                 drawn += _of_attention(kept)
         pictures = []
         for name, caption, figure in drawn:

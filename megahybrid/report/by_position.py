@@ -1,17 +1,13 @@
 """Loss by position: what a longer context is worth, and where a model stops to use it."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from megahybrid.report.buckets import joined_buckets
 from megahybrid.report.record import Evaluation, RunRecord
 from megahybrid.report.style import MARKERS, new_figure, ordered_colours
-
-LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that the plot is about
 
 
 def loss_by_position(record: RunRecord) -> Figure | None:
@@ -57,7 +53,10 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
               label="length trained to")  # fmt: skip
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("held-out loss (nats per token)")
-    legend = axes.legend(title="after stage", loc="best", alignment="left")
+    # Room above the curves, because no corner is free of them in every run.
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.4 * (high - low))
+    legend = axes.legend(title="after stage", loc="upper left", ncols=2, alignment="left")
     legend.get_title().set_fontweight("bold")
 
 
@@ -67,47 +66,6 @@ def _curve(one: Evaluation) -> tuple[list[float], list[float]]:
     centres = [((b["start"] + 1) * b["stop"]) ** 0.5 for b in buckets]
     losses = [float("nan") if b["loss"] is None else b["loss"] for b in buckets]
     return centres, losses
-
-
-def joined_buckets(
-    buckets: Sequence[dict[str, Any]], least_tokens: int = LEAST_TOKENS
-) -> list[dict[str, Any]]:
-    """Neighbouring buckets joined until each has `least_tokens` targets; empty ones stay empty.
-
-    The mean of a handful of targets says nothing, and the first buckets of a few documents hold no
-    more than that. What is left over before an empty bucket joins the one before it.
-    """
-    joined: list[dict[str, Any]] = []
-    for bucket in buckets:
-        last = joined[-1] if joined else None
-        if last and last["loss"] is not None and bucket["loss"] is not None:
-            if last["tokens"] < least_tokens:
-                joined[-1] = _together(last, bucket)
-                continue
-        elif last and bucket["loss"] is None:
-            _join_left_over(joined, least_tokens)
-        joined.append(bucket)
-    _join_left_over(joined, least_tokens)
-    return joined
-
-
-def _join_left_over(joined: list[dict[str, Any]], least_tokens: int) -> None:
-    if len(joined) < 2 or joined[-1]["loss"] is None or joined[-2]["loss"] is None:
-        return
-    if joined[-1]["tokens"] < least_tokens:
-        left_over = joined.pop()
-        joined[-1] = _together(joined[-1], left_over)
-
-
-def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    tokens = first["tokens"] + second["tokens"]
-    total = first["loss"] * first["tokens"] + second["loss"] * second["tokens"]
-    return {
-        "start": first["start"],
-        "stop": second["stop"],
-        "tokens": tokens,
-        "loss": total / tokens,
-    }
 
 
 def _hatch_empty(axes: Axes, evaluations: list[Evaluation]) -> None:

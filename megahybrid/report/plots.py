@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from megahybrid.report.by_position import draw_by_position, loss_by_position
+from megahybrid.report.figures import running_mean
 from megahybrid.report.record import RunRecord
 from megahybrid.report.style import (
     FAINT,
@@ -189,18 +190,6 @@ def _per_stage(axes: Axes, record: RunRecord, values: np.ndarray) -> None:
     finite = values[~np.isnan(values)]
     axes.set_ylim(0, 1.25 * float(np.quantile(finite, 0.98)))
     axes.legend(loc="lower right", markerscale=3)
-
-
-def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over 2 % of the steps around each one; gaps (nan) are left out of it."""
-    half = len(values) // 100
-    known = ~np.isnan(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    steps = np.arange(len(values))
-    begin, end = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
-    with np.errstate(invalid="ignore"):
-        return (sums[end] - sums[begin]) / (counts[end] - counts[begin])
 
 
 def _farthest(record: RunRecord, held_out: str) -> int:

@@ -1,5 +1,6 @@
 """A run's directory as the report sees it: the ledger cut into stages, and the evaluations."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,22 @@ class RunRecord:
     samples: str | None
     stages: tuple[StageRecord, ...]
     evaluations: tuple[Evaluation, ...]
+    label: str | None = None  # what it is called where two runs would share a name
 
     @property
     def name(self) -> str:
-        """The directory's name."""
-        return self.directory.resolve().name
+        """The directory's name, or its label."""
+        return self.label or self.directory.resolve().name
+
+    @property
+    def slug(self) -> str:
+        """The name as an identifier of HTML."""
+        return re.sub(r"[^A-Za-z0-9_-]+", "-", self.name)
+
+    @property
+    def ledger_path(self) -> Path:
+        """Where every line lies, of every attempt."""
+        return self.directory / LEDGER_NAME
 
     @property
     def steps(self) -> list[StepLine]:
@@ -92,7 +104,7 @@ class RunRecord:
         return []
 
 
-def read_record(directory: Path) -> RunRecord:
+def read_record(directory: Path, label: str | None = None) -> RunRecord:
     """Reads `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
     ledger = read_ledger(directory / LEDGER_NAME)
     if not ledger.steps:
@@ -107,6 +119,7 @@ def read_record(directory: Path) -> RunRecord:
         samples=samples.read_text(encoding="utf-8") if samples.exists() else None,
         stages=_stages(ledger.steps),
         evaluations=tuple(_evaluation(line) for line in ledger.named("evaluate")),
+        label=label,
     )
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
+from megahybrid.report.parts import short_number
 from megahybrid.report.record import StageRecord
 
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is too light on white.
@@ -69,14 +70,6 @@ def ordered_colours(count: int) -> list[str]:
     """Colours for things that have an order, such as stages: dark to light, no pale yellow."""
     viridis = matplotlib.colormaps["viridis"]
     return [to_hex(viridis(0.08 + 0.70 * i / max(1, count - 1))) for i in range(count)]
-
-
-def short_number(value: float) -> str:
-    """1_500_000 → "1.5M"; 0.25 → "0.25"."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size * 0.9999:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def token_axis(axes: Axes, stages: Sequence[StageRecord]) -> None:

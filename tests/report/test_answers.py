@@ -1,87 +1,34 @@
 """Pictures of needles, RULER and attention out of what the commands kept."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from megahybrid.errors import MegahybridError
-from megahybrid.evaluate.attention import Attention, to_json
 from megahybrid.report import write_report
-from megahybrid.report.answers import by_length, head_map, mass_bars, needle_map, newest
+from megahybrid.report.answers import by_length, head_map, mass_bars, needle_map
+from megahybrid.report.kept import newest
+from tests.report.synthetic_answers import DEPTHS, figures, needle_rows, write_answers
 from tests.report.synthetic_run import write_run
-
-LENGTHS, DEPTHS = (1024, 4096, 16_384), (0.0, 0.5, 1.0)
-
-
-def needle_rows() -> list[dict[str, Any]]:
-    return [
-        {"length": length, "depth": depth, "exact": 1 / (1 + n * depth)}
-        for n, length in enumerate(LENGTHS)
-        for depth in DEPTHS
-    ]
-
-
-def figures() -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(0)
-    mass = torch.rand(8, 4, 4, generator=draw)
-    heads = torch.rand(8, 4, generator=draw)
-    attention = Attention(
-        mass / mass.sum(-1, keepdim=True), 4 * heads, heads, heads, heads, heads / 4,
-        torch.rand(8, 4, 3), (10, 20, 30, 40), torch.rand(8, 4, 2), (0, 1, 2),
-    )  # fmt: skip
-    return to_json(attention, ["local", "local", "local", "global"] * 2, 0.1)
-
-
-def keep(run: Path, name: str, result: dict[str, Any]) -> None:
-    (run / "evaluations").mkdir(exist_ok=True)
-    (run / "evaluations" / name).write_text(json.dumps(result))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    run = write_run(tmp_path / "demo")
-    ruler = [
-        {"task": task, "length": length, "score": 0.5, "standard_error": 0.1, "trials": 5}
-        for task in ("vt", "cwe")
-        for length in LENGTHS
-    ]
-    recall = [{"length": length, "token_accuracy": 0.7} for length in LENGTHS]
-    tasks = {
-        "single": {
-            "kind": "needle", "variant": "single", "haystack": "noise", "trials": 4,
-            "rows": needle_rows(),
-        },
-        "ruler": {"kind": "ruler", "trials": 5, "rows": ruler},
-        "pairs": {"kind": "recall", "trials": 5, "rows": recall, "by_length": recall},
-    }  # fmt: skip
-    keep(run, "step-00000150.suite.long.json", {"tasks": {}})
-    keep(run, "step-00000196.suite.long.json", {"trained_length": 4096, "tasks": tasks})
-    told = {"task": "needle", "length": 4096, "depth": 0.5, "trials": 8, "exact": 0.25}
-    keep(run, "step-00000196.attention.needle.json", {"results": [told | {"attention": figures()}]})
-    return run
+    return write_answers(write_run(tmp_path / "demo"))
 
 
 def test_report_shows_the_newest_needles_ruler_puzzles_and_attention(run: Path) -> None:
     assert [(one.kind, one.step) for one in newest(run)] == [("attention", 196), ("suite", 196)]
     written = write_report(run)
-    html = written[0].read_text()
-    expected = {
-        "needle_long_single": "Needle in a haystack (single, hay: noise), step 196",
-        "ruler_long_ruler": "RULER at step 196",
-        "puzzle_long_pairs": "pairs (recall) at step 196",
-        "attention_needle_0": "needle at 50% depth, 8 examples (25% answered)",
-        "heads_needle_0": "while answering",
-    }
-    for name, caption in expected.items():
+    for name in (
+        "needle_long_single", "ruler_long_ruler", "puzzle_long_pairs", "attention_needle_0",
+        "heads_needle_0",
+    ):  # fmt: skip
         picture = next(path for path in written if path.stem == name)
         image = Image.open(picture)
         assert image.width == 1350 and len(image.convert("RGB").getcolors(1 << 20) or ()) > 10
-        assert caption in html
 
 
 def test_needle_map_has_each_rate_in_its_cell_and_marks_the_trained_length() -> None:

@@ -1,7 +1,5 @@
 """The report: pictures and a page from nothing but a run's directory."""
 
-import base64
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +10,13 @@ from PIL import Image
 
 from megahybrid.errors import MegahybridError
 from megahybrid.report import write_report
-from megahybrid.report.by_position import joined_buckets, loss_by_position
-from megahybrid.report.plots import loss, running_mean, throughput
+from megahybrid.report.buckets import joined_buckets
+from megahybrid.report.by_position import loss_by_position
+from megahybrid.report.figures import running_mean
+from megahybrid.report.parts import short_number
+from megahybrid.report.plots import loss, throughput
 from megahybrid.report.record import read_record
-from megahybrid.report.style import house_style, short_number
+from megahybrid.report.style import house_style
 from megahybrid.train.ledger import EventLine, LedgerWriter
 from tests.report.synthetic_run import BATCH, STAGES, write_run
 from tests.train.listeners.example import step_line
@@ -41,34 +42,6 @@ def test_the_pictures_are_all_drawn_small_and_not_blank(written: list[Path]) -> 
         assert image.width == 1350
         assert path.stat().st_size < 200_000
         assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 10
-
-
-def test_the_page_is_one_small_file_that_needs_no_other(written: list[Path]) -> None:
-    html = written[0].read_text()
-    assert written[0].name == "report.html"
-    assert written[0].stat().st_size < 1_000_000
-    sources = re.findall(r'src="([^"]*)"', html)
-    assert len(sources) == 5
-    for source in sources:
-        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(
-            b"\x89PNG"
-        )
-    assert not re.search(r"https?://", re.sub(r'src="[^"]*"', "", html))
-    assert html.count("<figcaption>") == html.count('<img alt="') == 5
-
-
-def test_the_page_says_what_the_run_was_and_how_it_went(written: list[Path]) -> None:
-    html = written[0].read_text()
-    for expected in (
-        "done, 2 attempts",
-        "3,211,264 in 196 steps",
-        "<td>medium</td><td>1,024</td>",
-        "tensor 2 × data 1",
-        "64 keys",
-        "return self &amp; size",
-        "&lt;size&gt;",
-    ):
-        assert expected in html
 
 
 def test_steps_that_a_resume_made_void_are_not_drawn(run: Path) -> None:
@@ -147,7 +120,7 @@ def test_a_run_of_one_step_and_no_evaluation_still_has_a_report(tmp_path: Path) 
     assert {path.stem for path in written} == PICTURES - {"overview", "loss_by_position"} | {
         "report"
     }
-    assert "running, or cut short" in written[0].read_text()
+    assert "running, or was cut short" in written[0].read_text()
 
 
 def test_a_run_whose_every_number_is_missing_still_has_a_report(tmp_path: Path) -> None:
@@ -168,7 +141,7 @@ def test_names_from_the_ledger_cannot_inject_markup(tmp_path: Path) -> None:
             EventLine(event="warning", step=1, stage="s", tokens=1, detail={"m": "<b>$name</b>"})
         )
     html = write_report(tmp_path)[0].read_text()
-    assert "<script>" not in html and "<b>" not in html
+    assert "<script>x" not in html and "<b>$name" not in html
     assert "&lt;b&gt;$name&lt;/b&gt;" in html
 
 

@@ -1,0 +1,43 @@
+"""What commands and training kept in a run's `evaluations`, as JSON files."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megahybrid.errors import MegahybridError
+from megahybrid.train.ledger import EVALUATIONS
+
+KINDS = ("attention", "lm_eval", "loss", "suite")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One result file of a run."""
+
+    kind: str  # one of KINDS
+    name: str
+    step: int
+    result: dict[str, Any]
+
+
+def every(directory: Path) -> list[Kept]:
+    """Every result of the run, by step. Raises MegahybridError where a file is damaged."""
+    found = []
+    for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
+        parts = re.fullmatch(rf"step-(\d+)\.({'|'.join(KINDS)})\.(.+)\.json", path.name)
+        if parts is None:
+            continue
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MegahybridError(f"{path} is damaged ({error}). Remove it.") from None
+        found.append(Kept(parts[2], parts[3], int(parts[1]), result))
+    return sorted(found, key=lambda one: one.step)
+
+
+def newest(directory: Path) -> list[Kept]:
+    """The newest result of each kind and name, by kind and name."""
+    found = {(one.kind, one.name): one for one in every(directory)}
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,69 @@
+"""The plan of a model as a coloured strip of layers, and what each kind of layer sees."""
+
+from html import escape
+
+from megahybrid.config import RunConfig
+from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.describe import position_in_words
+from megahybrid.report.attention_charts import kind_colours
+from megahybrid.report.parts import Cell, Html, Missing, Part, Table, short_number
+from megahybrid.report.record import RunRecord
+
+NUMBERED = 48  # with more layers the cells are too narrow for numbers
+
+
+def strip_part(record: RunRecord, several: bool) -> list[Part]:
+    """The strip and the table of kinds, as the last stage has them."""
+    run = record.config
+    if run is None:
+        why = "the run's folder has no config.yaml"
+        return [Missing(f"the plan of layers ({record.name})", why)]
+    plan = run.plan_at(len(run.stages) - 1)
+    names = plan.names()
+    colours = kind_colours(names)
+    cells = "".join(
+        f'<li style="--kind:{colours[name]}" title="layer {index}: {escape(name)}, '
+        f'{escape(scheme_in_words(plan.schemes[name]))}">'
+        f"{index if len(names) <= NUMBERED else ''}</li>"
+        for index, name in enumerate(names)
+    )
+    legend = "".join(
+        f'<li><span class="swatch" style="--kind:{ink}"></span><b>{escape(name)}</b> × '
+        f"{names.count(name)}: {escape(scheme_in_words(plan.schemes[name]))}</li>"
+        for name, ink in colours.items()
+    )
+    heading = f"<h3>{escape(record.name)}</h3>" if several else ""
+    spoken = ", ".join(f"{index} {name}" for index, name in enumerate(names))
+    strip = (
+        f'{heading}<ol class="strip" role="img" aria-label="Layers from first to last: '
+        f'{escape(spoken)}">{cells}</ol><p class="ends"><span>first layer</span>'
+        f'<span>last layer</span></p><ul class="legend">{legend}</ul>'
+    )
+    return [Html(strip), _kinds_table(run, plan)]
+
+
+def scheme_in_words(scheme: AttentionScheme) -> str:
+    """ "sees the last 64 tokens, with rotary positions (theta 10k)" and the like."""
+    span = "sees every earlier token"
+    if scheme.window is not None:
+        span = f"sees the last {scheme.window:,} tokens"
+    theta = getattr(scheme.position, "theta", None)
+    if theta is None:
+        return f"{span}, without positions (NoPE)"
+    return f"{span}, with rotary positions (RoPE, theta {short_number(theta)})"
+
+
+def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
+    names = plan.names()
+    rows: list[list[Cell]] = []
+    for index, stage in enumerate(run.stages):
+        schemes = run.plan_at(index).schemes
+        for name in dict.fromkeys(names):
+            scheme = schemes[name]
+            theta = getattr(scheme.position, "theta", None)
+            rows.append([
+                stage.name, name, names.count(name), position_in_words(scheme), theta,
+                scheme.window or "all", scheme.qk_norm.kind, scheme.logit_scale.kind,
+            ])  # fmt: skip
+    head = ("stage", "kind", "layers", "position", "theta", "window", "QK-norm", "logit scale")
+    return Table(head, rows, "Kinds of layers in each stage")

@@ -1,0 +1,64 @@
+"""Results that `evaluate SUITE` and `analyse` would have kept in a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megahybrid.evaluate.attention import Attention, to_json
+from tests.report.synthetic_run import BATCH
+
+LENGTHS, DEPTHS = (1024, 4096, 16_384), (0.0, 0.5, 1.0)
+
+
+def needle_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "length": length, "depth": depth, "exact": 1 / (1 + n * depth), "trials": 4,
+            "exact_low": 0.1, "exact_high": 0.9, "token_accuracy": 0.8,
+            "log_likelihood": -9.0, "log_likelihood_per_token": -1.5,
+        }
+        for n, length in enumerate(LENGTHS)
+        for depth in DEPTHS
+    ]  # fmt: skip
+
+
+def figures() -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(0)
+    mass = torch.rand(8, 4, 4, generator=draw)
+    heads = torch.rand(8, 4, generator=draw)
+    attention = Attention(
+        mass / mass.sum(-1, keepdim=True), 4 * heads, heads, heads, heads, heads / 4,
+        torch.rand(8, 4, 3), (10, 20, 30, 40), torch.rand(8, 4, 2), (0, 1, 2),
+    )  # fmt: skip
+    return to_json(attention, ["local", "local", "local", "global"] * 2, 0.1)
+
+
+def keep(run: Path, name: str, result: dict[str, Any]) -> None:
+    (run / "evaluations").mkdir(exist_ok=True)
+    (run / "evaluations" / name).write_text(json.dumps(result))
+
+
+def write_answers(run: Path) -> Path:
+    """Puts a suite at two steps and an analysis into the run's `evaluations`."""
+    ruler = [
+        {"task": task, "length": length, "score": 0.5, "standard_error": 0.1, "trials": 5}
+        for task in ("vt", "cwe")
+        for length in LENGTHS
+    ]
+    recall = [{"length": length, "token_accuracy": 0.7} for length in LENGTHS]
+    tasks = {
+        "single": {
+            "kind": "needle", "variant": "single", "haystack": "noise", "trials": 4,
+            "rows": needle_rows(), "by_length": needle_rows()[::3],
+        },
+        "ruler": {"kind": "ruler", "trials": 5, "rows": ruler},
+        "pairs": {"kind": "recall", "trials": 5, "rows": recall, "by_length": recall},
+    }  # fmt: skip
+    told = {"trained_length": 4096, "tokens": 150 * BATCH, "tasks": tasks}
+    keep(run, "step-00000150.suite.long.json", told)
+    keep(run, "step-00000196.suite.long.json", told | {"tokens": 196 * BATCH})
+    told = {"task": "needle", "length": 4096, "depth": 0.5, "trials": 8, "exact": 0.25}
+    keep(run, "step-00000196.attention.needle.json", {"results": [told | {"attention": figures()}]})
+    return run

@@ -1,0 +1,226 @@
+"""The one page: opened in a real browser, from a file, as a colleague would."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+
+from megahybrid.errors import ConfigError
+from megahybrid.report import write_page
+from megahybrid.report.figures import thinned
+from megahybrid.report.markup import number_text
+from megahybrid.report.page import content, read_runs
+from megahybrid.report.position_charts import loss_at
+from megahybrid.report.record import Evaluation
+from tests.report.browser import requests, show, wait
+from tests.report.synthetic_answers import write_answers
+from tests.report.synthetic_run import write_run
+
+CHARTS = {
+    "loss", "learning-rate", "throughput", "gradient-norm", "seconds", "progress",
+    *(f"position-demo-{name}-{n}" for name in ("sample", "longest") for n in range(3)),
+    "needle-demo-long-single", "by-length-demo-long-ruler", "by-length-demo-long-puzzles",
+    "suite-demo-long", "data-sources", "data-lengths",
+    *(f"{name}-demo-needle-0" for name in ("mass", "entropy", "heads", "keys", "lags")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    whole = write_answers(write_run(folder / "demo", crash_at=80))
+    return [whole, write_run(folder / "plain", mfu=0.4)]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path]) -> Path:
+    return write_page(runs[:1])
+
+
+def test_the_page_is_one_file_without_links_to_elsewhere(page: Path, runs: list[Path]) -> None:
+    assert page == runs[0] / "report" / "report.html"
+    assert page.stat().st_size < 3_000_000
+    html = page.read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", html)
+    assert not re.search(r"https?://", html)
+
+
+def test_every_figure_is_what_plotly_expects(runs: list[Path]) -> None:
+    for several in (runs[:1], runs):
+        figures = content(read_runs(several))[1]
+        assert figures.keys() >= (CHARTS if several == runs[:1] else {"loss"})
+        for figure in figures.values():
+            go.Figure(figure)  # raises for a property that plotly does not know
+
+
+def test_the_page_says_what_the_run_was_and_how_it_went(page: Path) -> None:
+    html = page.read_text()
+    for expected in (
+        "eight layers: six (local) see the last 64 tokens, with rotary positions",
+        "3.21M tokens in three stages",
+        "from 256 to 4,096 tokens: 196 steps",
+        "It is done, in two attempts",
+        "return self &amp; size",
+        "&lt;size&gt;",
+    ):
+        assert expected in html
+
+
+def test_what_was_not_measured_is_said_with_the_command_for_it(runs: list[Path]) -> None:
+    main = content(read_runs(runs[1:]))[0]
+    for command in (
+        f"megahybrid evaluate {runs[1]} configs/suites/needles.yaml",
+        f"megahybrid evaluate {runs[1]} configs/suites/ruler.yaml",
+        f"megahybrid analyse {runs[1]}",
+        "evaluate.attention_every_steps=100",
+    ):
+        assert main.count(command) == 2  # where it is missing, and in the list at the end
+
+
+def test_a_browser_draws_every_chart_without_an_error_or_a_request(
+    browser: Any, page: Path
+) -> None:
+    show(browser, page.as_uri())
+    drawn = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].map(box => [box.dataset.figure,"
+        " box.querySelectorAll('.trace, .heatmaplayer image').length,"
+        " box.data.filter(one => one.visible !== false).length])"
+    )
+    assert {name for name, *_ in drawn} == CHARTS
+    for name, marks, traces in drawn:
+        assert marks >= traces > 0, name
+    assert browser.get_log("browser") == []
+    assert requests(browser) == [page.as_uri()]
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, False)], ids=["dark", "phone"])
+def test_the_page_fits_a_phone_and_the_dark(
+    browser: Any, page: Path, width: int, dark: bool
+) -> None:
+    show(browser, page.as_uri(), width, dark)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    paper, ink, axis = browser.execute_script(
+        "const of = (element, name) => getComputedStyle(element)[name];"
+        "return [of(document.body, 'backgroundColor'), of(document.body, 'color'),"
+        " of(document.querySelector('.xtick text'), 'fill')]"
+    )
+    assert contrast(paper, ink) > 12
+    assert contrast(paper, axis) > 4.5
+    assert (luminance(paper) < 0.1) == dark
+
+
+def test_tables_sort_by_a_click_and_by_the_keyboard(browser: Any, page: Path) -> None:
+    show(browser, page.as_uri())
+    heads = browser.find_elements("css selector", "#training > .parts > .part > .scroll th button")
+    steps = next(head for head in heads if head.text.startswith("steps"))
+
+    def column() -> list[str]:
+        rows = steps.find_elements("xpath", "ancestor::table/tbody/tr")
+        return [row.find_elements("tag name", "td")[3].text for row in rows]
+
+    assert column() == ["122", "49", "25"]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", steps)
+    steps.click()
+    assert column() == ["25", "49", "122"]  # as numbers: as texts 122 would come first
+    assert steps.find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
+    steps.send_keys("\ue007")  # Enter
+    assert column() == ["122", "49", "25"]
+
+
+def test_hovering_shows_values_and_the_data_can_be_saved(browser: Any, page: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    show(browser, page.as_uri())
+    box = browser.find_element("css selector", "[data-figure=loss] .nsewdrag")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    ActionChains(browser).move_to_element(box).perform()
+    words = wait(
+        browser, "return document.querySelector('[data-figure=loss] .hoverlayer').textContent"
+    )
+    assert re.search(r"training : \d\.\d{4}", words), words
+    saved = browser.execute_async_script(
+        "const done = arguments[0];"
+        "const make = URL.createObjectURL.bind(URL);"
+        "URL.createObjectURL = blob => { blob.text().then(done); return make(blob); };"
+        "document.getElementById('save').click();"
+    )
+    assert '"steps_every": 1' in saved and '"learning_rate"' in saved
+
+
+def test_several_runs_stand_side_by_side(browser: Any, runs: list[Path], tmp_path: Path) -> None:
+    show(browser, write_page(runs, tmp_path / "both.html").as_uri())
+    names = browser.execute_script(
+        "return document.querySelector('[data-figure=loss]').data.map(one => one.name)"
+    )
+    assert {"demo: training", "plain: training", "plain: held out: sample"} <= set(names)
+    assert browser.get_log("browser") == []
+    table = browser.find_element("css selector", "#model .scroll").text
+    assert "demo" in table and "plain" in table
+
+
+def test_the_same_run_twice_is_refused(runs: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="named twice"):
+        read_runs([runs[0], runs[0]])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    both = [write_run(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [record.name for record in read_runs(both)] == ["a/run", "b/run"]
+
+
+def test_a_page_that_cannot_be_written_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_page(runs[1:], tmp_path / "file" / "page.html")
+
+
+def test_long_lines_are_thinned_to_means_and_keep_their_ends() -> None:
+    import numpy as np
+
+    tokens = np.arange(1, 5001, dtype=float)
+    values = np.where(tokens % 1000 == 0, np.nan, 2 * tokens)
+    x, y, together = thinned(tokens, values, most=1000)
+    assert (len(x), together, x[-1]) == (1000, 5, 5000)
+    assert y[0] == 6 and y[-1] == pytest.approx(2 * np.mean([4996, 4997, 4998, 4999]))
+
+
+def test_loss_at_a_length_is_the_mean_of_the_farther_half() -> None:
+    buckets = tuple(
+        {"start": start, "stop": stop, "tokens": stop - start, "loss": loss}
+        for start, stop, loss in (
+            (0, 256, 9.0),
+            (256, 512, 4.0),
+            (512, 1024, 3.0),
+            (1024, 2048, None),
+        )
+    )
+    one = Evaluation("a", "documents", "s", 1, 1, 2048, 4.0, 1, buckets)
+    assert (loss_at(one, 512), loss_at(one, 1024), loss_at(one, 2048)) == (4.0, 3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567, "1,234,567"),
+        (0.00012, "1.20e-04"),
+        (4.56789, "4.568"),
+        (0.0, "0"),
+        (6543.2, "6,543"),
+    ],
+)
+def test_numbers_in_tables_are_readable(value: float, text: str) -> None:
+    assert number_text(value) == text
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of rgb(r, g, b), as WCAG 2.1 defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
