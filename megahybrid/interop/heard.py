@@ -8,7 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megahybrid.config.attention import LayerPlan
+import numpy as np
+import torch
+
+from megahybrid.config.attention import LayerPlan, Rope
 from megahybrid.config.base import dump, parse
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
@@ -45,7 +48,7 @@ def hear(config: Any) -> tuple[str, ModelConfig]:
     if getattr(config, "quantization_config", None) is not None:
         raise InteropError("config.json: its weights are quantized. Ask for unquantized ones.")
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_dim_of(config)
     layers = _LAYERS[name](config)
     model: Plain = {
         "vocab_size": config.vocab_size,
@@ -66,6 +69,12 @@ def hear(config: Any) -> tuple[str, ModelConfig]:
     if name == "GraniteSWA":
         model["logit_scale"] = 1.0 / config.logits_scaling
     return name, parse(ModelConfig, model, where="model")
+
+
+def head_dim_of(config: Any) -> int:
+    """Dimensions of a head, which some configs leave to be worked out."""
+    named = getattr(config, "head_dim", None)
+    return named or config.hidden_size // config.num_attention_heads
 
 
 _BLOCKS = {
@@ -102,12 +111,7 @@ def rope_position(parameters: Plain, config: Any) -> Plain:
     theta = float(parameters["rope_theta"])
     part = parameters.get("partial_rotary_factor")
     if kind == "proportional":
-        if part == 0:
-            return NOPE
-        raise InteropError(
-            f"rope_type=proportional with partial_rotary_factor={part} reaches its frequencies by "
-            "another theta than ours, so they would not be the same bits."
-        )
+        return _proportional(parameters, theta, head_dim_of(config))
     position: Plain = {"kind": "rope", "theta": theta}
     if kind == "default":
         return position  # it ignores a partial_rotary_factor
@@ -130,6 +134,36 @@ def rope_position(parameters: Plain, config: Any) -> Plain:
             f"rope_type={kind} has no word in our model (default, linear, yarn, llama3)."
         )
     return position | {"scaling": scaling}
+
+
+def _proportional(parameters: Plain, theta: float, head_dim: int) -> Plain:
+    """A rotation of part of a head. The class reaches its frequencies by the theta that a whole
+    head would have; ours is the one near its root that gives the same fp32 bits, if there is one.
+    """
+    part = float(parameters.get("partial_rotary_factor", 1.0))
+    pairs = int(part * head_dim // 2)
+    if pairs == 0:
+        return NOPE
+    theirs = 1.0 / theta ** (torch.arange(0, 2 * pairs, 2, dtype=torch.float) / head_dim)
+    root = theta ** (2 * pairs / head_dim)
+    beside = [root]
+    for away in (math.inf, 0.0):
+        near = np.float32(root)
+        for _ in range(4):
+            near = np.nextafter(near, np.float32(away))
+            beside.append(float(near))
+    fraction = 1.0 if 2 * pairs == head_dim else (2 * pairs + 0.5) / head_dim
+    for found in (float(f"{root:.9g}"), *beside):
+        position = Rope(kind="rope", theta=found, rotary_fraction=fraction)
+        if torch.equal(position.frequencies(head_dim, torch, torch.float32), theirs):
+            if parameters.get("factor", 1.0) == 1.0:
+                return dump(position)
+            break
+    raise InteropError(
+        f"rope_type=proportional with rope_theta={theta:g}, partial_rotary_factor={part:g} and "
+        f"factor={parameters.get('factor', 1.0)} has frequencies that no theta of ours gives to "
+        "the same fp32 bits."
+    )
 
 
 def _yarn(parameters: Plain, config: Any) -> Plain:

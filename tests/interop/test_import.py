@@ -159,6 +159,35 @@ def test_a_model_goes_in_and_out_again_to_the_bit(
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Cohere2", "Olmo3"])
+def test_a_partial_rotation_goes_in_and_out_again_to_the_bit(name: str, tmp_path: Path) -> None:
+    part = {"rope_type": "proportional", "rope_theta": 1e8, "partial_rotary_factor": 0.5}
+    fields = LLAMA | {"rope_parameters": part}
+    if name == "Olmo3":
+        whole = {"rope_type": "default", "rope_theta": 1e4}
+        fields |= {"rope_parameters": {SLIDING: part, FULL: whole}, "sliding_window": 5}
+        fields |= {"layer_types": [SLIDING, FULL]}
+    if name == "Cohere2":
+        fields |= {"layer_types": [SLIDING] * 2, "sliding_window": 5, "tie_word_embeddings": True}
+    written(tmp_path / "theirs", name, fields)
+    import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    scheme = load(tmp_path / "run.yaml").model.layer_plan.expand()[0]
+    assert (scheme.position.theta, scheme.position.rotary_dim(8)) == (1e4, 4)
+    export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture=name)
+    before, after = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back")
+    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys()
+
+
+def test_a_partial_rotation_without_a_theta_of_the_same_bits_is_refused(tmp_path: Path) -> None:
+    part = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.3}
+    written(tmp_path / "theirs", "Llama", LLAMA | {"head_dim": 96, "rope_parameters": part})
+    with pytest.raises(InteropError, match="no theta of ours gives to the same fp32 bits"):
+        import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+
+
 def test_a_run_file_is_written_that_starts_from_the_import(tmp_path: Path) -> None:
     written(tmp_path / "theirs", "Llama", LLAMA)
     import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
