@@ -30,6 +30,7 @@ LONGEST = 2048
 LARGE = 50_000_000  # parameters from which windows are shrunk more
 SMALL_WINDOW, LARGE_WINDOW = 32, 128
 WHOLE_BYTES = 3 * 2**30
+STEPS, FEW_STEPS = 4, 2  # tokens that go through the cache one by one
 FLOOR = 16  # of a shrunk llama4 temperature
 NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layers
 
@@ -179,30 +180,38 @@ def compare(
     plan: LayerPlan,
     *,
     seed: int = 1,
-    cached: bool = True,
-    batch: int = 2,
+    few_passes: bool = False,
 ) -> list[Row]:
     """The rows of a proof. Raises InteropError, naming the first differing layer, where one fails.
 
-    `plan` is the one that both run. With `cached` the last tokens also go through the cache of
-    keys and values, one by one.
+    `plan` is the one that both run. The last tokens also go through the cache of keys and values,
+    one by one; with `few_passes` (every pass reads all weights) only those of the longer input,
+    which then goes through the class once, its beginning filling the cache.
     """
     check_frequencies(theirs, plan, ours.config.head_dim)
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for length in lengths(plan):
-        tokens = torch.randint(ours.config.vocab_size, (batch, length), generator=generator)
+    short, long = lengths(plan)
+    for length in (short, long):
+        size = (1 if few_passes else 2, length)
+        tokens = torch.randint(ours.config.vocab_size, size, generator=generator)
         mine = ours.logits(tokens)
-        rows.append(_row("whole", length, mine, theirs(input_ids=tokens, use_cache=False).logits))
-        if not rows[-1].equal:
-            raise InteropError(_verdict(rows[-1], *first_difference(ours, theirs, tokens)))
-        if cached:
-            tail = max(1, min(4, length - 1))
-            rows.append(
-                _row("cached", length, mine[:, -tail:], _step_by_step(theirs, tokens, tail))
-            )
-            if not rows[-1].equal:
-                raise InteropError(_verdict(rows[-1], None, ""))
+
+        def add(what: str, tail: int, other: Tensor, mine: Tensor = mine) -> Row:
+            rows.append(_row(what, mine.shape[1], mine[:, -tail:], other))
+            return rows[-1]
+
+        if few_passes and length == long:
+            row = add("cached", length, _step_by_step(theirs, tokens, FEW_STEPS, whole=True))
+        else:
+            row = add("whole", length, theirs(input_ids=tokens, use_cache=False).logits)
+        if not row.equal:
+            raise InteropError(_verdict(row, *first_difference(ours, theirs, tokens)))
+        if not few_passes:
+            tail = max(1, min(STEPS, length - 1))
+            row = add("cached", tail, _step_by_step(theirs, tokens, tail))
+            if not row.equal:
+                raise InteropError(_verdict(row, None, ""))
     return rows
 
 
@@ -211,9 +220,11 @@ def _row(what: str, length: int, mine: Tensor, other: Tensor) -> Row:
     return Row(what, length, difference, mine.abs().max().item())
 
 
-def _step_by_step(theirs: Any, tokens: Tensor, tail: int) -> Tensor:
+def _step_by_step(theirs: Any, tokens: Tensor, tail: int, whole: bool = False) -> Tensor:
+    """Logits of the last `tail` tokens, each seen alone with a cache of those before; with `whole`
+    of the others too, as they filled it."""
     out = theirs(input_ids=tokens[:, :-tail], use_cache=True)
-    logits = []
+    logits = [out.logits] if whole else []
     for index in range(tokens.shape[1] - tail, tokens.shape[1]):
         step = tokens[:, index : index + 1]
         out = theirs(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
@@ -271,8 +282,8 @@ def prove(
 ) -> list[Row]:
     """Compare a checkpoint of ours (its weights rounded to `dtype`) with a folder of theirs.
 
-    Models whose two fp32 copies are larger than `whole_bytes` are run a layer at a time, and
-    without the cache. Raises InteropError.
+    Models whose two fp32 copies are larger than `whole_bytes` are run a layer at a time. Raises
+    InteropError.
     """
     parameters = counting.parameters(model)
     small = shrunk(plan, parameters)
@@ -285,7 +296,7 @@ def prove(
             with ForeignWeights(folder) as weights, quiet():
                 few = StreamedOurs(model, small, reader, dtype)
                 theirs = StreamedTheirs(folder, config, weights, own)
-                return compare(few, theirs, small, cached=False, batch=1)
+                return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
         raise InteropError(

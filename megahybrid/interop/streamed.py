@@ -119,12 +119,16 @@ class StreamedTheirs:
         return self.whole.named_buffers()
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:
-        """The class's output for tokens [batch, seq]."""
+    def __call__(
+        self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None
+    ) -> Any:
+        """The class's output for tokens [batch, seq], which may go on from a cache."""
         name = "model.embed_tokens.weight"
         rows = [self._rows(name, int(t), int(t) + 1) for t in input_ids.flatten()]
         embedded = torch.cat(rows).unflatten(0, tuple(input_ids.shape))
-        found = self.model(inputs_embeds=embedded, use_cache=False)
+        found = self.model(
+            inputs_embeds=embedded, use_cache=use_cache, past_key_values=past_key_values
+        )
         # The class's own head and scale, on bands of the vocabulary, over the states it just made.
         self.whole.model = _Said(found)
         tied = self.config.tie_word_embeddings

@@ -1,6 +1,7 @@
 """Models that do not fit are proved a layer at a time: the same verdicts as in one piece."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from megahybrid.errors import InteropError
 from megahybrid.interop import streamed
 from megahybrid.interop.compare import prove
 from megahybrid.interop.export import choose, export
-from tests.interop.examples import checkpoint_of_model, model_of
+from tests.interop.examples import LOCAL, NOPE, checkpoint_of_model, model_of
 from tests.interop.test_export import CASES
 
 SOME = (
@@ -47,7 +48,7 @@ def test_a_layer_at_a_time_is_the_same_proof(
             dtype=torch.bfloat16,
             whole_bytes=0,
         )
-        assert [row.what for row in rows] == ["whole", "whole"]
+        assert [row.what for row in rows] == ["whole", "cached"]
         assert all(row.equal for row in rows)
 
     again()
@@ -56,6 +57,26 @@ def test_a_layer_at_a_time_is_the_same_proof(
     save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
     with pytest.raises(InteropError, match="layer 1 is the first that differs"):
         again()
+
+
+def test_a_cache_that_keeps_too_little_is_seen_a_layer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    model = model_of([LOCAL, NOPE])
+    checkpoint_of_model(tmp_path / "run", model)
+    export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+    right = DynamicSlidingWindowLayer.__init__
+
+    def wrong(self: Any, *given: Any, **named: Any) -> None:
+        right(self, *given, **named)
+        self.sliding_window -= 1
+
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "__init__", wrong)
+    step = tmp_path / "run/checkpoints/step-00000007"
+    with pytest.raises(InteropError, match="tokens, cached"):
+        prove(model, model.layer_plan, step, tmp_path / "out", own=False, whole_bytes=0)
 
 
 def test_a_layer_has_its_weights_only_while_it_runs() -> None:
