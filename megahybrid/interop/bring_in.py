@@ -53,14 +53,15 @@ def import_model(
     field has no word, a tensor is missing or the logits differ.
     """
     require_transformers()
-    architecture, model = hear(_config(folder))
+    config = _config(folder)
+    architecture, model = hear(config)
     target = model
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
         changed = surgery.changes(model.layer_plan, plan)
         target = model.model_copy(update={"layer_plan": plan})
     is_new = not run_file.exists()
-    run = _new_run(folder, target) if is_new else _known_run(run_file, model, target)
+    run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
     print(f"{folder}: {architecture}ForCausalLM, {counting.parameters(model):,} parameters")
     print("\n".join(_plan_in_words(model.layer_plan)))
     needed = counting.parameters(model) * 4
@@ -133,9 +134,9 @@ def _plan_difference(said: tuple[Any, ...], plan: LayerPlan, run_file: Path) -> 
     )
 
 
-def _new_run(folder: Path, model: ModelConfig) -> RunConfig:
+def _new_run(folder: Path, model: ModelConfig, config: Any) -> RunConfig:
     """A run that could train the model on, with places for the user's data."""
-    length = NEW_LENGTH
+    length = min(NEW_LENGTH, config.max_position_embeddings)
     data: dict[str, Any] = {"sources": {"text": {"path": "data/text"}}, "block_tokens": 2**20}
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).exists():
@@ -220,9 +221,13 @@ def _print_losses(
 ) -> None:
     """Loss by position of the same weights under both plans."""
     mesh = ParallelMesh.single("cpu")
-    sets = {data.name: TokenDataset(data, vocab_size=run.model.vocab_size)}
-    longest = max(length for stage in run.stages for length in stage.lengths)
-    scored = HeldOutSets(run, mesh, sets=sets, longest=longest)
+    dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
+    rows = max(length for stage in run.stages for length in stage.lengths)
+    there = max((size for _, size in dataset.document_spans()), default=1)
+    longest = min(rows, there)
+    scored = HeldOutSets(run, mesh, sets={data.name: dataset}, longest=longest)
+    # Both columns are of the same documents, so short ones may count as well.
+    scored.min_tokens = 1
     found: dict[str, HeldOutLoss] = {}
     with Reader(checkpoint) as reader:
         for when, plan in (("before", before), ("after", after)):

@@ -17,7 +17,9 @@ from megahybrid.errors import ConfigError, InteropError
 from megahybrid.interop import foreign
 from megahybrid.interop.bring_in import import_model
 from megahybrid.interop.export import export
+from megahybrid.train.trained_model import load_trained_model
 from tests.interop.examples import HEAD, NOPE, ROPE, model_of, run_of_model
+from tests.train.example import write_data
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = ("Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA")
@@ -240,6 +242,32 @@ def test_surgery_says_what_is_exact_and_what_must_be_learned(
     manifest = verify(tmp_path / "ours/checkpoints/step-00000000")
     assert manifest.config["model"]["layer_plan"]["num_layers"] == 4
     assert manifest.config["model"]["layer_plan"]["schemes"]["layer1"]["window"] == 128
+
+
+@torch.no_grad()
+def test_what_surgery_calls_exact_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows alone change nothing before the first key falls out; and losses say where they do."""
+    folder = written(tmp_path / "theirs", "Llama", LLAMA | {"vocab_size": 97})
+    sizes = {"eps": 1e-6, "tie_embeddings": False, "intermediate_size": 40, "vocab_size": 97}
+    run = run_of_model(model_of([ROPE | {"window": 20}, ROPE | {"window": 30}], **sizes))
+    (tmp_path / "plan.yaml").write_text(dump_yaml(run))
+    write_data(tmp_path)
+    import_model(
+        folder, tmp_path / "run.yaml", tmp_path / "ours", plan_file=tmp_path / "plan.yaml",
+        data=tmp_path / "held",
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "window 20: exact up to 20 tokens" in said
+    rows = [line.split() for line in said.splitlines() if "–" in line and line.count(".") == 2]
+    assert [row[3] == row[5] for row in rows if row[0] in ("8", "16", "64")] == [True, False, False]
+    ours = load_trained_model(tmp_path / "ours", "cpu").model
+    tokens = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(4))
+    from transformers import AutoModelForCausalLM
+
+    wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    error = (ours.logits(tokens) - wanted).abs().amax((0, 2)) / max(1, wanted.abs().max())
+    assert error[:20].max() <= 1e-5 < 1e-3 < error[20]
+    assert max(load(tmp_path / "run.yaml").stages[0].lengths) == 512  # as far as it was trained
 
 
 def test_surgery_adds_no_parameters(tmp_path: Path) -> None:
