@@ -77,6 +77,7 @@ class Study(Frozen):
     variants: dict[Name, list[str]] = Field(
         min_length=1, description="overrides of the run file, key=value, by name"
     )
+    common: list[str] = Field(default=[], description="overrides that all variants share")
     seeds: Annotated[list[int], Field(min_length=1)]
     prepare: list[str] = Field(
         default=[], description="megahybrid data commands, each given once before anything else"

@@ -48,7 +48,8 @@ class OneRun:
     def overrides(self) -> list[str]:
         """What differs from the study's run file."""
         paths = [f"data.sources.{name}.path={self.out / 'data' / name}" for name in self.plan.data]
-        own = [word.replace("{out}", str(self.out)) for word in self.plan.variants[self.variant]]
+        said = [*self.plan.common, *self.plan.variants[self.variant]]
+        own = [word.replace("{out}", str(self.out)) for word in said]
         return [*paths, *own, f"seed={self.seed}", f"directory={self.out / 'runs' / self.name}"]
 
     def start(self) -> int:

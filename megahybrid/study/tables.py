@@ -16,12 +16,14 @@ def runs_table(plan: Study, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each variant: median (least – most), and the mean with its 95 % interval."""
     columns = plan.columns or _scored(rows)
     table = Table(
-        box=box.HORIZONTALS, title="median (least – most) of runs that count, mean ± 95 % below"
+        box=box.HORIZONTALS,
+        show_lines=True,
+        title="runs that count: median, least – most, mean ± 95 %",
     )
     table.add_column("variant")
-    table.add_column("seeds that count", justify="right")
+    table.add_column("seeds", justify="right")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column.replace(".", "\n"), justify="right")
     for row in rows:
         if row["seeds"]:
             table.add_row(
@@ -52,9 +54,8 @@ def _scored(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _cell(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return NOTHING
-    values = f"{told['median']:.3f} ({told['least']:.3f} – {told['most']:.3f})"
     spread = "" if told["interval"] is None else f" ± {told['interval']:.3f}"
-    return f"{values}\n{told['mean']:.3f}{spread}"
+    return f"{told['median']:.3f}\n{told['least']:.3f} – {told['most']:.3f}\n{told['mean']:.3f}{spread}"
 
 
 def _number(value: float | None) -> str:
