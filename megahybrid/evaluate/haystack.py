@@ -23,7 +23,17 @@ LAST = (
     *("anchor", "bridge", "candle", "desert", "engine", "forest"),
     *("garden", "harbor", "island", "jacket", "kettle", "lantern"),
 )
-WORDS = [f"{first}-{last}" for first in FIRST for last in LAST]
+COMMON_WORDS = len(FIRST) * len(LAST)
+
+
+def word(number: int) -> str:
+    """The word of a number, from 0 on, endlessly: amber-anchor, …, amber1-anchor, …
+
+    None is part of another: answers are looked for in generated text.
+    """
+    again, place = divmod(number, COMMON_WORDS)
+    first, last = divmod(place, len(LAST))
+    return f"{FIRST[first]}{again or ''}-{LAST[last]}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,17 @@ class Material:
                 "--tokenizer, or ask for recall, copy, induction or phonebook."
             )
         return self.tokenizer.encode([text])[0]
+
+    def check_written(self, answers: Sequence[str]) -> None:
+        """Raises ConfigError for an answer that the tokenizer cannot write: scores of it would say
+        nothing."""
+        for answer in answers if self.tokenizer is not None else ():
+            found = self.tokenizer.decode(self.encode(" " + answer)).strip()
+            if found != answer.strip():
+                raise ConfigError(
+                    f"the tokenizer cannot write {answer!r} (it reads back as {found!r}). Ask for "
+                    "keys and values that it knows."
+                )
 
 
 def make_hay(source: HeldOutHaystack | TextHaystack | NoiseHaystack, material: Material) -> Hay:
@@ -96,9 +117,9 @@ def draw_strings(kind: str | list[str], count: int, draw: np.random.Generator) -
         return [str(n) for n in 1_000_000 + draw.choice(9_000_000, count, replace=False)]
     if kind == "uuids":
         return [str(UUID(bytes=draw.bytes(16), version=4)) for _ in range(count)]
-    known = WORDS if kind == "words" else list(kind)
-    if kind == "words" and count > len(known):
-        return [f"{known[n % len(known)]}-{n // len(known)}" for n in draw.permutation(count)]
+    if kind == "words":
+        return [word(int(n)) for n in draw.permutation(max(count, COMMON_WORDS))[:count]]
+    known = list(kind)
     if count > len(known):
         raise ConfigError(
             f"{count} different strings are needed but the list has {len(known)}. Add some, or use "

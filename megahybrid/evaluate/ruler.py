@@ -16,7 +16,7 @@ import numpy as np
 from megahybrid.config.suite import KeysHaystack, NeedleTask, NoiseHaystack, RulerTask
 from megahybrid.errors import ConfigError, DataError
 from megahybrid.evaluate.example import Example
-from megahybrid.evaluate.haystack import WORDS, Material
+from megahybrid.evaluate.haystack import Material, draw_strings
 from megahybrid.evaluate.needle import NeedleMaker
 
 # Tokens that may be generated, as RULER's own settings have them.
@@ -142,6 +142,7 @@ class RulerMaker:
         if low < least:
             return None
         body, asked, found = parts(low)
+        self.material.check_written(found)
         answer = encode(" " + ", ".join(found if name[:2] != "qa" else found[:1]))
         tokens = tuple(body + asked + answer)
         start = len(body)
@@ -175,7 +176,7 @@ def common_words(
 ) -> tuple[str, str, list[str]]:
     """cwe: ten words stand often and `size` others seldom, as the two numbers `times` say."""
     often, seldom = times
-    words = _different_words(common + size, draw)
+    words = draw_strings("words", common + size, draw)
     listed = [word for word in words[:common] for _ in range(often)]
     listed += [word for word in words[common:] for _ in range(seldom)]
     shuffled = [listed[n] for n in draw.permutation(len(listed))]
@@ -219,13 +220,6 @@ def question(
     body = "Answer the question from these documents.\n"
     body += "\n".join(f"Document {n + 1}: {text}" for n, text in enumerate(listed))
     return body, f"\nQuestion: {item['question']}\nAnswer:", list(item["answers"])
-
-
-def _different_words(count: int, draw: np.random.Generator) -> list[str]:
-    order = draw.permutation(max(count, len(WORDS)))[:count]
-    return [
-        WORDS[n % len(WORDS)] + (f"-{n // len(WORDS)}" if n >= len(WORDS) else "") for n in order
-    ]
 
 
 def _read_questions(path: Path, name: str) -> list[dict[str, Any]]:

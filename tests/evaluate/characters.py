@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.evaluate.haystack import Material
 
@@ -17,6 +19,9 @@ class Characters:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[2 if c == "\n" else ord(c) - FIRST + 2 for c in text] for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, self.info.dtype) for ids in self.encode(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join("\n" if i == 2 else chr(i + FIRST - 2) for i in ids if i > 1)
