@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from megahybrid.errors import DataError
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-KINDS = {".gz": "gzip", ".zst": "zstd"}
+KINDS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd"}
 INPUT_BYTES = 2**16
 ZSTD_INPUT_BYTES = 2**11  # a zstd block of 4 bytes can mean 128 KiB: more input, more memory
 OUTPUT_BYTES = 2**20
@@ -47,13 +47,16 @@ def kind_of(path: str | Path) -> str | None:
     return KINDS.get(Path(path).suffix.lower())
 
 
-def scan(path: str | Path) -> list[Stretch]:
-    """The usable stretches of a compressed file, in order; one with a problem ends at it."""
+def scan(path: str | Path, content: bytes | None = None) -> list[Stretch]:
+    """The usable stretches of a compressed file, in order; one with a problem ends at it.
+
+    `content` is that of a file within an archive, where `path` is only its name.
+    """
     kind = kind_of(path)
     assert kind is not None
     found: list[Stretch] = []
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
+    size = Path(path).stat().st_size if content is None else len(content)
+    with _open(path, content) as file:
         start = begin = offset = begin_offset = 0
         while begin < size:
             try:
@@ -77,11 +80,15 @@ def scan(path: str | Path) -> list[Stretch]:
     return found
 
 
-def open_stretch(path: str | Path, stretch: Stretch) -> BinaryIO:
+def open_stretch(path: str | Path, stretch: Stretch, content: bytes | None = None) -> BinaryIO:
     """The text of a stretch as a file to read forwards."""
     kind = kind_of(path)
     assert kind is not None
-    return io.BufferedReader(_Unpacked(open(path, "rb"), kind, stretch), OUTPUT_BYTES)
+    return io.BufferedReader(_Unpacked(_open(path, content), kind, stretch), OUTPUT_BYTES)
+
+
+def _open(path: str | Path, content: bytes | None) -> BinaryIO:
+    return open(path, "rb") if content is None else io.BytesIO(content)
 
 
 class _Unpacked(io.RawIOBase):

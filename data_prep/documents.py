@@ -1,28 +1,25 @@
 """Reading documents: .jsonl (one a line), .parquet (one a row), any other text (one a file).
 
-Text and .jsonl may be packed as .gz or .zst; `hf:NAME` is a Hugging Face dataset. Inputs are cut
-into units of work that do not depend on the number of workers. What cannot be a document becomes a
-`BadDocument` with its reason, never an exception.
+Text and .jsonl may be packed as .gz or .zst, and all of them may lie in a .tar or .zip; `hf:NAME`
+is a Hugging Face dataset. What cannot be a document becomes a `BadDocument` with its reason, never
+an exception.
 """
 
 import codecs
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep import hub, tables
+from data_prep.archives import Member, Truncated, is_archive, members
 from data_prep.compressed import kind_of, open_stretch, scan
-from megahybrid.errors import DataError
+from data_prep.inputs import Piece, Unit, format_of
 
-UNIT_BYTES = 8 * 2**20
-MOST_UNITS = 100_000  # beyond it units grow: each is a handful of files
 MAX_LINE_BYTES = 2**28  # of .jsonl and .parquet; text files are streamed and have no limit
 LONG_BYTES = 4 * 2**20  # a text file from this size on is a LongDocument
 CHUNK_BYTES = 2**20
-JSON_LINES = (".jsonl", ".ndjson")
-UNREAD = (".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".feather", ".orc")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -59,126 +56,7 @@ class BadText(Exception):
     """Text that cannot be used; the message is the reason."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Lines of a .jsonl file that begin in [start, stop), row groups of a table, or a whole file.
-
-    `size`: bytes on disk, to share out the work and to show progress.
-    """
-
-    path: str
-    start: int
-    stop: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one worker does at a time."""
-
-    pieces: tuple[Piece, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of its input."""
-        return sum(piece.size for piece in self.pieces)
-
-
 Item = Document | LongDocument | BadDocument
-
-
-def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path]:
-    """The files that `inputs` (files, folders searched by `pattern`, globs) name, each once.
-
-    `hf:NAME` stands for a Hugging Face dataset and is kept as it is. Sorted within each input.
-    Raises DataError when an input names nothing, or a kind not read.
-    """
-    found: dict[Path, None] = {}
-    for given in inputs:
-        if hub.is_hub(given):
-            found[Path(given)] = None
-            continue
-        files = _named_files(given, pattern)
-        if not files:
-            raise DataError(
-                f"input {given} names no file (pattern {pattern}). Correct the path or --glob."
-            )
-        for file in files:
-            if file.suffix.lower() in UNREAD:
-                raise DataError(
-                    f"input {file} is {file.suffix}, which is not read (.jsonl, text, both also as "
-                    ".gz or .zst, and .parquet are). Unpack it first, or narrow --glob."
-                )
-            found[file] = None
-    return list(found)
-
-
-def _named_files(given: str | Path, pattern: str) -> list[Path]:
-    path = Path(given)
-    if path.is_dir():
-        return sorted(
-            entry
-            for entry in path.glob(pattern)
-            if entry.is_file() and not _hidden(entry.relative_to(path))
-        )
-    if path.exists():
-        return [path]
-    anchor = Path(path.anchor)
-    relative = str(path.relative_to(anchor)) if path.anchor else str(path)
-    globbed = anchor.glob(relative) if any(c in relative for c in "*?[") else ()
-    return sorted(entry for entry in globbed if entry.is_file())
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-
-
-def _format(path: str | Path) -> str:
-    """jsonl, parquet or text, whatever it is packed in."""
-    name = Path(path)
-    suffix = (Path(name.stem) if kind_of(name) else name).suffix.lower()
-    return {".parquet": "parquet"}.get(suffix, "jsonl" if suffix in JSON_LINES else "text")
-
-
-def cut_units(files: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
-    """Units of about `unit_bytes`: ranges of long files, groups of small ones.
-
-    A packed file cannot be entered in the middle and is one piece.
-    """
-    unit_bytes = max(unit_bytes, sum(map(size_of, files)) // MOST_UNITS)
-    group: list[Piece] = []
-    size = 0
-    for file in files:
-        for piece in _pieces(file, unit_bytes):
-            if group and size + piece.size > unit_bytes:
-                yield Unit(tuple(group))
-                group, size = [], 0
-            group.append(piece)
-            size += piece.size
-    if group:
-        yield Unit(tuple(group))
-
-
-def size_of(file: Path) -> int:
-    """Bytes on disk; 0 for what is not on disk."""
-    return 0 if hub.is_hub(file) else file.stat().st_size
-
-
-def _pieces(file: Path, unit_bytes: int) -> Iterator[Piece]:
-    if hub.is_hub(file):
-        for index in range(hub.shards(file)):
-            # Not known before it is read; a shard is a unit of its own.
-            yield Piece(str(file), index, index + 1, unit_bytes)
-        return
-    total = file.stat().st_size
-    if kind_of(file) is None and _format(file) == "parquet":
-        for start, stop, size in tables.row_group_ranges(file, unit_bytes):
-            yield Piece(str(file), start, stop, size)
-        return
-    step = unit_bytes if kind_of(file) is None and _format(file) == "jsonl" else max(total, 1)
-    for start in range(0, total, step):
-        stop = min(total, start + step)
-        yield Piece(str(file), start, stop, stop - start)
 
 
 def read_unit(unit: Unit, text_field: str = "text") -> Iterator[Item]:
@@ -188,14 +66,16 @@ def read_unit(unit: Unit, text_field: str = "text") -> Iterator[Item]:
             if hub.is_hub(piece.path):
                 rows = hub.read_shard(piece.path, piece.start, text_field)
                 yield from _read_rows(f"{piece.path}#{piece.start}", rows)
+            elif is_archive(piece.path):
+                yield from _read_archive(piece, text_field)
             elif kind_of(piece.path):
-                yield from _read_packed(piece, text_field)
-            elif _format(piece.path) == "parquet":
+                yield from _read_packed(piece.path, piece.path, text_field)
+            elif format_of(piece.path) == "parquet":
                 rows = tables.read_rows(piece.path, piece.start, piece.stop, text_field)
                 yield from _read_rows(piece.path, rows)
             else:
                 with open(piece.path, "rb") as file:
-                    if _format(piece.path) == "jsonl":
+                    if format_of(piece.path) == "jsonl":
                         yield from _read_lines(file, piece, text_field)
                     else:
                         yield _read_text(file, piece.path, piece.size)
@@ -204,25 +84,58 @@ def read_unit(unit: Unit, text_field: str = "text") -> Iterator[Item]:
             yield BadDocument(piece.path, piece.start, reason, b"")
 
 
-def _read_packed(piece: Piece, field: str) -> Iterator[Item]:
-    if _format(piece.path) == "parquet":
-        yield BadDocument(piece.path, 0, "packed parquet", b"")
+def _read_archive(piece: Piece, field: str) -> Iterator[Item]:
+    for member in members(piece.path, piece.start, piece.stop):
+        name = f"{piece.path}!{member.name}" if member.name else piece.path
+        if member.problem:
+            yield BadDocument(name, member.offset, member.problem, b"")
+            continue
+        try:
+            yield from _read_member(member, name, field)
+        except Truncated as error:
+            yield BadDocument(name, 0, str(error), b"")
+
+
+def _read_member(member: Member, name: str, field: str) -> Iterator[Item]:
+    form, packed = format_of(member.name), kind_of(member.name)
+    if is_archive(member.name):
+        yield BadDocument(name, 0, "archive within an archive", b"")
+    elif packed or form == "parquet":
+        # These are read twice or out of order, for which an archive has no second pass.
+        if member.size > MAX_LINE_BYTES:
+            yield BadDocument(name, 0, "packed member too long", b"")
+            return
+        content = member.file.read()
+        if packed:
+            yield from _read_packed(member.name, name, field, content)
+        else:
+            yield from _read_rows(name, tables.read_rows(io.BytesIO(content), 0, 2**62, field))
+    elif form == "jsonl":
+        yield from _stream_lines(member.file, name, 0, field, True)
+    else:
+        yield _read_text(member.file, name, member.size)
+
+
+def _read_packed(path: str, name: str, field: str, content: bytes | None = None) -> Iterator[Item]:
+    """A .gz or .zst; `content` where it is a member of an archive, called `name` in all."""
+    if format_of(path) == "parquet":
+        yield BadDocument(name, 0, "packed parquet", b"")
         return
-    stretches = scan(piece.path)
-    if _format(piece.path) == "text":
+    stretches = scan(path, content)
+    if format_of(path) == "text":
         problems = [stretch.problem for stretch in stretches if stretch.problem]
         if problems:
-            yield BadDocument(piece.path, stretches[0].bytes, problems[0], b"")
+            yield BadDocument(name, stretches[0].bytes, problems[0], b"")
         for stretch in stretches if not problems else ():
-            with open_stretch(piece.path, stretch) as file:
-                yield _read_text(file, piece.path, stretch.bytes)
+            with open_stretch(path, stretch, content) as file:
+                yield _read_text(file, name, stretch.bytes)
         return
     for stretch in stretches:
-        with open_stretch(piece.path, stretch) as file:
+        with open_stretch(path, stretch, content) as file:
             whole = not stretch.problem.startswith("truncated")
-            yield from _stream_lines(file, piece.path, stretch.offset, field, whole)
+            yield from _stream_lines(file, name, stretch.offset, field, whole)
         if stretch.problem:
-            yield BadDocument(piece.path, stretch.offset + stretch.bytes, stretch.problem, b"")
+            yield BadDocument(name, stretch.offset + stretch.bytes, stretch.problem, b"")
 
 
 def _stream_lines(
@@ -328,11 +241,16 @@ def _read_text(file: BinaryIO, path: str, size: int) -> Item:
 def _text_pieces(file: BinaryIO) -> Iterator[str]:
     decode = codecs.getincrementaldecoder("utf-8-sig")()
     blank = True
-    for raw in iter(lambda: file.read(CHUNK_BYTES), b""):
+    while True:
         try:
+            raw = file.read(CHUNK_BYTES)
             text = decode.decode(raw)
         except UnicodeDecodeError:
             raise BadText("broken utf-8") from None
+        except Truncated as error:
+            raise BadText(str(error)) from None
+        if not raw:
+            break
         if "\0" in text:
             raise BadText("NUL character")
         blank = blank and (not text or text.isspace())

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.documents import BadDocument, BadText, Document, LongDocument, Unit, read_unit
+from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
+from data_prep.inputs import Unit
 from data_prep.long_text import encode_pieces, slices
 from megahybrid.data.manifest import sync_folder, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,13 +32,14 @@ Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What every unit needs."""
+    """What every unit needs. threads: of the tokenizer, where one unit is all the work."""
 
     tokenizer: str
     eod: str | None
     text_field: str
     seed: int
     folder: str
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
     """Encodes a unit into `.tokens`, `.records` and `.bad`; one already done is not done again."""
     if (done := read_result(job.folder, number)) is not None:
         return done
-    tokenizer = _tokenizer(job.tokenizer, job.eod)
+    tokenizer = _tokenizer(job.tokenizer, job.eod, job.threads)
     bad: list[BadDocument] = []
     with RunWriter(job.folder, number, np.dtype(tokenizer.info.dtype)) as writer:
         encoder = _Encoder(job.seed, tokenizer, writer, bad)
@@ -94,6 +96,7 @@ class _Encoder:
     ) -> None:
         self.seed, self.tokenizer, self.writer, self.bad = seed, tokenizer, writer, bad
         self.eod = tokenizer.info.eod_id
+        self.end = np.asarray([self.eod], writer.dtype)
         self.waiting: list[Document] = []
         self.characters = 0
 
@@ -108,15 +111,14 @@ class _Encoder:
         if not waiting:
             return
         for document, ids in zip(
-            waiting, self.tokenizer.encode([item.text for item in waiting]), strict=True
+            waiting, self.tokenizer.encode_arrays([item.text for item in waiting]), strict=True
         ):
-            if self.eod in ids:
+            if (ids == self.eod).any():
                 self.bad.append(_bad(document.name, "eod inside", document.text[:80]))
                 continue
-            ids.append(self.eod)
             digest = document_hash(self.seed)
             digest.update(document.text.encode())
-            self.writer.add(np.asarray(ids, self.writer.dtype), document_keys(digest))
+            self.writer.add(np.append(ids, self.end), document_keys(digest))
 
     def add_long(self, name: str, pieces: Iterable[str]) -> None:
         """Encodes a document piece by piece, straight to disk; takes it back if it is bad."""
@@ -131,15 +133,15 @@ class _Encoder:
         begin = self.writer.begin_long()
         try:
             for ids in encode_pieces(self.tokenizer, hashed()):
-                if self.eod in ids:
+                if (ids == self.eod).any():
                     raise BadText("eod inside")
-                self.writer.add_piece(np.asarray(ids, self.writer.dtype))
+                self.writer.add_piece(ids)
         except (BadText, UnicodeEncodeError) as error:
             reason = str(error) if isinstance(error, BadText) else "lone surrogate"
             self.writer.drop_long(begin)
             self.bad.append(_bad(name, reason, ""))
             return
-        self.writer.add_piece(np.asarray([self.eod], self.writer.dtype))
+        self.writer.add_piece(self.end)
         self.writer.end_long(begin, document_keys(digest))
 
 
@@ -229,8 +231,8 @@ class RunWriter:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, eod: str | None) -> Tokenizer:
-    return load_tokenizer(path, eod)
+def _tokenizer(path: str, eod: str | None, threads: int) -> Tokenizer:
+    return load_tokenizer(path, eod, threads)
 
 
 def document_hash(seed: int) -> hashlib.blake2b:

@@ -4,9 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from megahybrid.data.token_file import Array
 from megahybrid.data.tokenizer import Tokenizer
 
-PIECE_CHARACTERS = 2**20
+PIECE_CHARACTERS = 2**16  # sentencepiece needs twice as long per character at a million
+SLICE_CHARACTERS = 2**20
+PIECES = 16  # encoded in one call
 WINDOW = 256  # characters on both sides of a cut that must encode to the same ids cut and uncut
 CANDIDATES = 64
 
@@ -19,33 +22,40 @@ class _Cut:
     resume: int
 
 
-def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
-    """Ids of the text that `pieces` are together, a piece of about PIECE_CHARACTERS at a time.
+def encode_pieces(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Array]:
+    """Ids of the text that `texts` are together, a piece of about PIECE_CHARACTERS at a time.
 
     It is cut where the ids around the cut are the same with and without it: before a word where
     there are any (no token of the usual tokenizers reaches across), else where CANDIDATES tries
     find such a place. Only a text without any (one letter a million times) is cut all the same: it
     still decodes to itself.
     """
-    text = ""
-    for piece in pieces:
-        text += piece
-        while len(text) >= 2 * PIECE_CHARACTERS:
-            cut = _find_cut(tokenizer, text, PIECE_CHARACTERS)
-            yield tokenizer.encode([text[: cut.stop]])[0]
-            text = text[cut.resume :]
-    if text:
-        yield tokenizer.encode([text])[0]
+    pieces = cut_text(tokenizer, texts)
+    while some := list(islice(pieces, PIECES)):
+        yield from tokenizer.encode_arrays(some)
+
+
+def cut_text(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[str]:
+    """The pieces that a long text is encoded in. What is held does not grow with the text."""
+    held, begin = "", 0
+    for text in texts:
+        held, begin = held[begin:] + text, 0
+        while len(held) - begin >= 2 * PIECE_CHARACTERS:
+            cut = _find_cut(tokenizer, held, begin + PIECE_CHARACTERS)
+            yield held[begin : cut.stop]
+            begin = cut.resume
+    if begin < len(held):
+        yield held[begin:]
 
 
 def slices(text: str) -> Iterator[str]:
-    """A text in pieces of PIECE_CHARACTERS."""
-    for start in range(0, len(text), PIECE_CHARACTERS):
-        yield text[start : start + PIECE_CHARACTERS]
+    """A text in slices of SLICE_CHARACTERS."""
+    for start in range(0, len(text), SLICE_CHARACTERS):
+        yield text[start : start + SLICE_CHARACTERS]
 
 
 def _find_cut(tokenizer: Tokenizer, text: str, near: int) -> _Cut:
-    stop = min(len(text) - WINDOW, near + 2**16)
+    stop = min(len(text) - WINDOW, near + PIECE_CHARACTERS // 2)
     words = (
         place
         for place in range(near, stop)

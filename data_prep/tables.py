@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megahybrid.errors import DataError
 
@@ -44,7 +44,9 @@ def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, in
         yield start, groups, held
 
 
-def read_rows(path: str, start: int, stop: int, field: str) -> Iterator[tuple[int, str | BadRow]]:
+def read_rows(
+    path: str | BinaryIO, start: int, stop: int, field: str
+) -> Iterator[tuple[int, str | BadRow]]:
     """Number of the row within the file and its text, of row groups start … stop - 1.
 
     One BadRow for a row without text, and one for the rest of a row group that is damaged.

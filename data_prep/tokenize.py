@@ -24,9 +24,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from data_prep.documents import Unit, cut_units, list_files, size_of
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
 from data_prep.hub import is_hub
+from data_prep.inputs import Unit, cut_units, list_files, size_of
 from data_prep.merge import Merge, Split, runs_of
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
@@ -85,9 +85,10 @@ def tokenize(
     files = list_files(inputs, pattern)
     info = load_tokenizer(tokenizer, eod).info
     folder = Path(output)
-    job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK))
-    split = Split(held_out, longest, deduplicate)
     units = list(cut_units(files))
+    threads = workers if len(units) == 1 else 1
+    job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads)
+    split = Split(held_out, longest, deduplicate)
     identity = _identity(job, files, info, split, shard_tokens)
     if (report := _begin(folder, identity)) is not None:
         return report
@@ -235,7 +236,7 @@ def _identity(
         for file in files
     ]
     value = asdict(job) | asdict(info) | asdict(split)
-    del value["folder"]
+    del value["folder"], value["threads"]
     return value | {"files": listed, "shard_tokens": shard_tokens}
 
 

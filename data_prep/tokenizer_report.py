@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.documents import cut_units, list_files
+from data_prep.inputs import cut_units, list_files
 from data_prep.vocabulary import sampled_texts
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer

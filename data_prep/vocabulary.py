@@ -6,16 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from data_prep.documents import (
-    BadText,
-    Document,
-    Item,
-    LongDocument,
-    Unit,
-    cut_units,
-    list_files,
-    read_unit,
-)
+from data_prep.documents import BadText, Document, Item, LongDocument, read_unit
+from data_prep.inputs import Unit, cut_units, list_files
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError

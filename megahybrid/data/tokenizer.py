@@ -2,11 +2,22 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from megahybrid.data.manifest import TokenizerInfo
+from megahybrid.data.token_file import Array
+from megahybrid.data.words import (
+    SEPARATORS,
+    SPACE_SIGN,
+    WordCache,
+    hugging_face_words,
+    sentencepiece_words,
+)
 from megahybrid.errors import DataError
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|END_OF_TURN_TOKEN|>", "<eos>", "</s>", "<eod>")
@@ -24,17 +35,43 @@ class Tokenizer(Protocol):
         """Ids of each text."""
         ...
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
+        """The same ids in the dtype of `info`; the fast way for much text."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; eod and other control tokens give none."""
         ...
 
 
-class SentencePieceTokenizer:
+class _Arrays:
+    """`encode_arrays` of what has `encode` and `info`."""
+
+    info: TokenizerInfo
+    _words: WordCache | None = None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        raise NotImplementedError
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
+        """Ids of each text in the dtype of `info`, word by word where that gives the same."""
+        if self._words is not None:
+            return self._words.encode(texts)
+        return [np.asarray(ids, self.info.dtype) for ids in self.encode(texts)]
+
+    def _use_words(self, find: re.Pattern[str] | None, whole: re.Pattern[str]) -> None:
+        if find is not None:
+            self._words = WordCache(self.encode, np.dtype(self.info.dtype), find, whole)
+
+
+class SentencePieceTokenizer(_Arrays):
     """A sentencepiece model file; eod is its end-of-sentence piece."""
 
-    def __init__(self, path: Path, eod: str | None = None) -> None:
+    def __init__(self, path: Path, eod: str | None = None, threads: int = 1) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        self._threads = threads
         raw = _read(path)
         try:
             self._processor = SentencePieceProcessor(model_proto=raw)
@@ -49,17 +86,19 @@ class SentencePieceTokenizer:
                 f"{path} has no piece {eod or 'for the end of a sentence'}. Name one with --eod."
             )
         self.info = TokenizerInfo("sentencepiece", _sha256(raw), piece.vocab_size(), eod_id)
+        names = [piece.id_to_piece(token) for token in range(piece.vocab_size())]
+        self._use_words(sentencepiece_words(raw, names), re.compile(SPACE_SIGN))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
-        return self._processor.encode(list(texts), num_threads=1)
+        return self._processor.encode(list(texts), num_threads=self._threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         return self._processor.decode([int(token) for token in ids])
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_Arrays):
     """A `tokenizer.json`; eod is the token named, or the first of EOD_NAMES that it has."""
 
     def __init__(self, path: Path, eod: str | None = None) -> None:
@@ -86,6 +125,7 @@ class HuggingFaceTokenizer:
         size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._backend = backend
         self.info = TokenizerInfo("huggingface", _sha256(raw), size, eod_id)
+        self._use_words(hugging_face_words(backend.to_str()), SEPARATORS)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -97,10 +137,11 @@ class HuggingFaceTokenizer:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
 
-def load_tokenizer(path: str | Path, eod: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, eod: str | None = None, threads: int = 1) -> Tokenizer:
     """A `.model` or a `tokenizer.json` (or a folder that holds one of either).
 
     `eod` names the token that follows every document, where the file's own end-of-text is not it.
+    `threads` is for sentencepiece; the other library has TOKENIZERS_PARALLELISM.
     """
     file = Path(path)
     if file.is_dir():
@@ -108,7 +149,7 @@ def load_tokenizer(path: str | Path, eod: str | None = None) -> Tokenizer:
         file = next((entry for entry in found if entry.exists()), found[0])
     if file.suffix == ".json":
         return HuggingFaceTokenizer(file, eod)
-    return SentencePieceTokenizer(file, eod)
+    return SentencePieceTokenizer(file, eod, threads)
 
 
 def train_sentencepiece(

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import documents
-from data_prep.documents import BadDocument, Document, cut_units, list_files, read_unit
+from data_prep.documents import BadDocument, Document, read_unit
+from data_prep.inputs import cut_units, list_files
 from megahybrid.errors import DataError
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.documents import BadDocument, Document, cut_units, list_files, read_unit
+from data_prep.documents import BadDocument, Document, read_unit
+from data_prep.inputs import cut_units, list_files
 from data_prep.tokenize import tokenize
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.verify import verify_dataset

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from data_prep import compressed, documents
 from data_prep.compressed import open_stretch, scan
-from data_prep.documents import BadDocument, Document, LongDocument, cut_units, read_unit
+from data_prep.documents import BadDocument, Document, LongDocument, read_unit
+from data_prep.inputs import cut_units
 
 
 def read_all(path: Path, unit_bytes: int = 2**20) -> list[Document | LongDocument | BadDocument]:

@@ -18,7 +18,7 @@ from data_prep import encode_unit as encode_module
 from data_prep import long_text as long_module
 from data_prep import merge as merge_module
 from data_prep import tokenize as tokenize_module
-from data_prep.documents import UNIT_BYTES, cut_units
+from data_prep.inputs import UNIT_BYTES, cut_units
 from data_prep.tokenize import TokenizeReport, tokenize
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import Tokenizer
