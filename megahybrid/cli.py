@@ -80,9 +80,9 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
     _run_file(describe)
     describe.add_argument("--json", action="store_true", help="the same figures as JSON")
     describe.add_argument("--world-size", type=int, metavar="N", help="ranks for memory per rank")
-    compare = _command(commands, "compare", _compare, "what differs between two run files")
-    compare.add_argument("first", type=Path, metavar="A.yaml")
-    compare.add_argument("second", type=Path, metavar="B.yaml")
+    compare = _command(commands, "compare", _compare, "what differs between two runs")
+    compare.add_argument("first", type=Path, metavar="A", help="a run file, or a run's folder")
+    compare.add_argument("second", type=Path, metavar="B")
     report = _command(commands, "report", _report, "plots and one page about a run")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     report.add_argument(
@@ -279,12 +279,9 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from megahybrid.config import load
-    from megahybrid.config.compare import compare, render_comparison
+    from megahybrid.train.compare_command import compare_runs
 
-    rows = compare(load(arguments.first), load(arguments.second))
-    print(render_comparison(rows, str(arguments.first), str(arguments.second)), end="")
-    return EXIT_DONE
+    return compare_runs(arguments.first, arguments.second)
 
 
 def _report(arguments: argparse.Namespace) -> int:
