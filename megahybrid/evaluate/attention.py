@@ -16,6 +16,7 @@ from torch import Tensor
 from megahybrid.evaluate.cache import by_layers
 from megahybrid.evaluate.example import BEGIN_TOKENS, SEGMENTS, Example
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import all_gather
 
 ROW_BYTES = 64 * 2**20  # of one piece of softmax rows; four such pieces are held at most
 LAST_DROPPED = 0.03  # of the keys, from curves against key position
@@ -65,7 +66,8 @@ class Tally:
     ) -> None:
         length, device = len(example.tokens), model.embedding.weight.device
         self.example, self.starts = example, starts.to(device)[0]
-        shape = (len(model.blocks), model.config.num_heads)
+        self.tensor = model.mesh.tensor
+        shape = (len(model.blocks), model.config.num_heads // self.tensor.size)  # this rank's heads
         segments = example.segments(begin).to(device)
         self.one_hot = torch.nn.functional.one_hot(segments, len(SEGMENTS)).double()
         self.position_edges = position_edges(length, position_bins, begin)
@@ -145,7 +147,7 @@ class Tally:
         self.lag_count[layer].index_add_(1, bucket, ones)
 
     def result(self) -> Attention:
-        """Means over the end rows."""
+        """Means over the end rows, of all heads. Every rank of the tensor axis calls it."""
         length = len(self.example.tokens)
         rows, answers = length - self.example.question, length - self.example.answer
         widths = torch.tensor(self.position_edges, device=self.bin.device).diff()
@@ -160,10 +162,13 @@ class Tally:
             "logit_by_lag": (self.lag_sum / self.lag_count)[..., :-1],
         }
         return Attention(
-            **{name: value.cpu() for name, value in parts.items()},
+            **{name: self._all_heads(value).cpu() for name, value in parts.items()},
             position_edges=self.position_edges,
             lag_edges=self.lag_edges,
         )
+
+    def _all_heads(self, value: Tensor) -> Tensor:
+        return all_gather(value.movedim(1, 0), self.tensor).movedim(0, 1)
 
 
 def position_edges(length: int, bins: int, begin: int = BEGIN_TOKENS) -> tuple[int, ...]:
@@ -193,7 +198,9 @@ def attention_of(
     tally = Tally(model, example, starts, position_bins=position_bins)
     hidden = by_layers(model, tokens, starts, observe=tally, chunk_tokens=chunk_tokens)
     asked = hidden[example.answer - 1 : -1]
-    return tally.result(), model.head.logits(asked, model.config.logit_scale)[:, 0]
+    # The head joins what the ranks hold along the sequence: here the same rows from each.
+    logits = model.head.logits(asked, model.config.logit_scale)[: len(asked), 0]
+    return tally.result(), logits
 
 
 def retrieval_heads(attention: Attention, threshold: float) -> list[dict[str, Any]]:

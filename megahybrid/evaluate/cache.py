@@ -12,13 +12,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme
-from megahybrid.errors import ConfigError
 from megahybrid.model.attention import Attention
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents, additive
 from megahybrid.model.logit_scale import QueryScale
 from megahybrid.model.mixing import positioned, score_scale
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import gather_sequence, local_slice
+from megahybrid.parallel.mesh import Axis
 
 # (layer, queries [seq batch heads head_dim] as they meet keys, keys [batch kv_heads keys head_dim],
 #  columns of the queries, of the keys, which keys each query sees [batch queries keys], scale)
@@ -85,8 +86,9 @@ class Cache:
     """One `LayerCache` per layer, and the columns of `starts` passed so far.
 
     `starts` [batch, capacity] is the column at which each column's document begins. `observe` is
-    told of every layer's queries and keys. For a model in one process: on a tensor axis, single
-    tokens cannot be cut along the sequence.
+    told of every layer's queries and keys. On a tensor axis each rank keeps its own heads' keys,
+    and every rank calls everything alike: columns that do not cut evenly along the sequence are
+    filled up with some that are never kept (`filled`).
     """
 
     def __init__(
@@ -97,15 +99,12 @@ class Cache:
         layers: range | None = None,
         observe: Observer | None = None,
     ) -> None:
-        if model.mesh.tensor.size > 1:
-            raise ConfigError(
-                f"parallel.tensor={model.mesh.tensor.size} cannot pass single tokens. "
-                "Load the checkpoint in one process."
-            )
-        weight = model.embedding.weight
+        weight, self.tensor = model.embedding.weight, model.mesh.tensor
         self.starts, self.observe = starts.to(weight.device), observe
         batch, capacity = starts.shape
-        shape = (batch, model.config.num_kv_heads, model.config.head_dim)
+        # More tensor ranks than heads of keys: each holds the one that its queries share.
+        kv_heads = max(1, model.config.num_kv_heads // self.tensor.size)
+        shape = (batch, kv_heads, model.config.head_dim)
         self.layers = {
             index: LayerCache(scheme, shape, capacity, weight.dtype, weight.device)
             for index, scheme in enumerate(schemes_of(model))
@@ -118,14 +117,19 @@ class Cache:
         """Memory of all keys and values held, in bytes."""
         return sum(layer.bytes for layer in self.layers.values())
 
-    def context(self, layers: Iterator[int], first: int, hidden: Tensor) -> SequenceContext:
-        """What blocks need to go on at column `first` with as many columns as `hidden` has.
+    def context(
+        self, layers: Iterator[int], first: int, columns: int, hidden: Tensor
+    ) -> SequenceContext:
+        """What blocks need to go on at column `first` with `columns` more, as `filled` made them.
 
-        `layers` gives the index of each layer that will ask, in order.
+        `layers` gives the index of each layer that will ask, in order; `hidden` tells device and
+        dtype.
         """
-        length = hidden.shape[0]
+        length = columns + -columns % self.tensor.size
+        starts = self.starts[:, first : first + columns]
+        starts = torch.cat((starts, starts[:, -1:].expand(-1, length - columns)), dim=1)
         # Counted from the chunk's own first column, so that positions go on where they were.
-        documents = Documents(self.starts[:, first : first + length] - first)
+        documents = Documents(starts - first)
         self.masks = {}
 
         def mixing(
@@ -141,7 +145,9 @@ class Cache:
             q, k = positioned(q, k, scheme.position, context)
             if query_scale is not None:
                 q = query_scale(q, documents, length)
-            return self._mix(next(layers), q, k, v, first, score_scale(scheme, q.shape[-1]))
+            scale = score_scale(scheme, q.shape[-1])
+            real = (one[:columns] for one in (q, k, v))
+            return filled(self._mix(next(layers), *real, first, scale), self.tensor)
 
         return SequenceContext(length, documents, hidden.device, hidden.dtype, mixing=mixing)
 
@@ -159,6 +165,11 @@ class Cache:
         if self.observe is not None:
             self.observe(index, q, keys, queries, columns, allowed, scale)
         return _attend(q, keys, values, allowed, scale)
+
+
+def filled(x: Float[Tensor, "seq *rest"], tensor: Axis) -> Float[Tensor, "seq_filled *rest"]:
+    """Rows of zeros added until the tensor axis divides the sequence."""
+    return torch.cat((x, x.new_zeros(-len(x) % tensor.size, *x.shape[1:])))
 
 
 def schemes_of(model: Transformer) -> list[AttentionScheme]:
@@ -212,13 +223,18 @@ def by_layers(
 
     Memory beyond the weights: seq × batch × hidden once (changed in place), keys and values of one
     layer, and what one chunk needs: no term grows with the square of the length, nor with layers.
+    On a tensor axis every rank calls it alike and has the whole result.
     """
-    hidden = model.embedding(tokens)
+    tensor, length = model.mesh.tensor, tokens.shape[1]
+    embedded = model.embedding(F.pad(tokens, (0, -length % tensor.size)))
+    hidden = gather_sequence(embedded, tensor)[:length]
     for index, block in enumerate(model.blocks):
         cache = Cache(model, starts, layers=range(index, index + 1), observe=observe)
-        for first in range(0, len(hidden), chunk_tokens):
+        for first in range(0, length, chunk_tokens):
             chunk = hidden[first : first + chunk_tokens]
-            chunk.copy_(block(chunk, cache.context(iter((index,)), first, chunk)))
+            context = cache.context(iter((index,)), first, len(chunk), chunk)
+            mine = local_slice(filled(chunk, tensor), tensor)
+            chunk.copy_(gather_sequence(block(mine, context), tensor)[: len(chunk)])
     for first in range(0, len(hidden), chunk_tokens):
         chunk = hidden[first : first + chunk_tokens]
         chunk.copy_(model.final_norm(chunk))

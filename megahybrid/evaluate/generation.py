@@ -3,19 +3,22 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
 from megahybrid.evaluate.cache import Cache
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import gather_sequence
 
 
 class Decoder:
     """A batch of prompts and what follows them, token by token.
 
     The prompts may differ in length. At most `tokens` tokens can follow. Memory of keys and values
-    is exactly `config.counting.kv_cache_bytes` of the longest prompt + `tokens`, per row.
+    is exactly `config.counting.kv_cache_bytes` of the longest prompt + `tokens`, per row, shared
+    out over a tensor axis, whose ranks all call alike and all get the same.
     """
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], tokens: int) -> None:
@@ -54,15 +57,19 @@ class Decoder:
         return self._logits(self._pass(tokens[:, None].to(self.starts.device)))
 
     def _pass(self, tokens: Tensor) -> Tensor:
-        hidden = self.model.embedding(tokens)
-        context = self.cache.context(iter(range(len(self.model.blocks))), self.columns, hidden)
+        """The last layer's output of new columns, [seq, batch, hidden], whole on every rank."""
+        tensor, count = self.model.mesh.tensor, tokens.shape[1]
+        hidden = self.model.embedding(F.pad(tokens, (0, -count % tensor.size)))
+        layers = iter(range(len(self.model.blocks)))
+        context = self.cache.context(layers, self.columns, count, hidden)
         for block in self.model.blocks:
             hidden = block(hidden, context)
-        self.columns += tokens.shape[1]
-        return hidden
+        self.columns += count
+        return gather_sequence(hidden, tensor)[:count]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         last = self.model.final_norm(hidden[-1:])
+        # The head joins what the ranks hold along the sequence: here the same row from each.
         return self.model.head.logits(last, self.model.config.logit_scale)[0]
 
 

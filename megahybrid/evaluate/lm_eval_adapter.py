@@ -24,8 +24,8 @@ GENERATED = 256  # tokens, where a task names no number, as in the harness
 class HybridLM(TemplateLM):
     """Log-likelihoods in batches, rolling ones, and greedy generation with a cache of keys.
 
-    On a tensor axis every rank calls the likelihoods alike and gets the same; generation is for
-    one process. Batches hold at most `batch_tokens` tokens.
+    On a tensor axis every rank calls everything alike and gets the same. Batches hold at most
+    `batch_tokens` tokens.
     """
 
     def __init__(

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from megahybrid.errors import MegahybridError
 from megahybrid.evaluate.generation import Decoder
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import gather_sequence
 from megahybrid.parallel.random import key
 
 
@@ -21,11 +23,12 @@ from megahybrid.parallel.random import key
 def next_token_logits(
     model: Transformer, tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of the token that follows each row, without vocabulary padding.
-
-    For a model in one process: on a tensor axis the last position is one rank's alone.
-    """
-    last = model.hidden(tokens)[-1:]  # [1, batch, hidden]
+    """Logits of the token that follows each row, without vocabulary padding. Every rank of a tensor
+    axis calls it alike."""
+    tensor, length = model.mesh.tensor, tokens.shape[1]
+    # Later tokens are not seen by earlier ones: what fills a row up changes nothing.
+    hidden = model.hidden(F.pad(tokens, (0, -length % tensor.size)))
+    last = gather_sequence(hidden, tensor)[length - 1 : length]  # [1, batch, hidden]
     return model.head.logits(last, model.config.logit_scale)[0]
 
 
