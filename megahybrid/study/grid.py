@@ -69,7 +69,7 @@ def study(
 
 
 def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Print the table and how the rules fare, and keep both as `out`/table.json."""
+    """Print the table and how the rules fare; keep both as `out`/table.json, and pictures there."""
     rows = tabulate(plan, results)
     rules = judge(plan, rows)
     table = {"rows": rows, "rules": rules}
@@ -78,7 +78,11 @@ def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
     console.print(runs_table(plan, rows))
     if rules:
         console.print(rules_table(rules))
-    console.print(f"kept in {out / 'table.json'}", markup=False, soft_wrap=True)
+    from megahybrid.report.study_pictures import draw_study
+
+    pictures = draw_study(rows, plan.columns, out)
+    for path in (out / "table.json", *pictures):
+        console.print(str(path), markup=False, soft_wrap=True)
 
 
 def read_results(out: Path, plan: Study, grid: Sequence[OneRun]) -> list[dict[str, Any]]:

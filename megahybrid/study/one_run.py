@@ -114,7 +114,9 @@ class OneRun:
             "cpu": round(spent.user + spent.system, 2),
         }
         self.result.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self.result, (json.dumps(result, indent=1) + "\n").encode())
+        # Paths within the study's output: results are sent to others and published.
+        text = json.dumps(result, indent=1).replace(f"{self.out}/", "")
+        write_durably(self.result, (text + "\n").encode())
         return EXIT_DONE
 
 

@@ -55,7 +55,8 @@ def _cell(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return NOTHING
     spread = "" if told["interval"] is None else f" ± {told['interval']:.3f}"
-    return f"{told['median']:.3f}\n{told['least']:.3f} – {told['most']:.3f}\n{told['mean']:.3f}{spread}"
+    reach = f"{told['least']:.3f} – {told['most']:.3f}"
+    return f"{told['median']:.3f}\n{reach}\n{told['mean']:.3f}{spread}"
 
 
 def _number(value: float | None) -> str:

@@ -22,10 +22,10 @@ from megahybrid.study.grid import study
 from megahybrid.study.one_run import OneRun
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-STUDIES = sorted(path.parent for path in EXPERIMENTS.glob("*/study.yaml"))
+STUDIES = sorted(path.parent for path in EXPERIMENTS.rglob("study.yaml"))
 
 
-@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: str(folder.relative_to(EXPERIMENTS)))
 def test_every_variant_of_a_shipped_study_is_a_run_that_can_be_meant(folder: Path) -> None:
     plan = load(folder / "study.yaml", type=Study)
     assert plan.hypothesis and plan.rules
@@ -45,7 +45,7 @@ def test_every_variant_of_a_shipped_study_is_a_run_that_can_be_meant(folder: Pat
         assert plan.gate.length in suite.tasks[plan.gate.task].lengths
 
 
-@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: str(folder.relative_to(EXPERIMENTS)))
 def test_what_is_published_of_a_study_is_what_its_results_say(folder: Path) -> None:
     plan = load(folder / "study.yaml", type=Study)
     results = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
