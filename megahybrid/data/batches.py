@@ -72,7 +72,8 @@ class Batch:
     def tensors(self, device: Any = "cpu") -> Tensors:
         """The rows as torch tensors on `device` (the only place where data meets torch).
 
-        Narrow ids travel to a GPU and are widened there.
+        Narrow ids travel to a GPU and are widened there. `starts` stays on the host: there the
+        model finds where documents begin, and sends on what its kernels need.
         """
         import torch
 
@@ -89,7 +90,7 @@ class Batch:
         # A copy also of a single row, whose slice is contiguous as it lies.
         targets = ids[:, 1:].clone(memory_format=torch.contiguous_format)
         targets.view(-1)[move(self.ignored)] = IGNORED
-        starts = move(self.starts.astype(np.int32)).long()
+        starts = torch.from_numpy(self.starts)
         return Tensors(ids[:, :-1].contiguous(), targets, starts)
 
 
@@ -121,14 +122,18 @@ def make_batch(
         flat = row * length
         for start, size in plan.spans:
             dataset = datasets[plan.source]
-            tokens = dataset.read(start, size + (start + size < dataset.tokens), False)
-            written = place + len(tokens)
-            ids[row, place:written] = tokens
+            written = place + size + (start + size < dataset.tokens)
+            tokens = ids[row, place:written]
+            if dataset.dtype == dtype:
+                dataset.read_into(start, tokens)
+            else:
+                tokens[:] = dataset.read(start, written - place, False)
             if eod is None:
                 ends.append(dataset.document_ends(start, tokens[:size]) + (flat + place))
-            # The token in column n is the target of column n - 1.
-            unasked = dataset.uncounted(start, len(tokens)) + place
-            filled.append(unasked[(unasked > 0) & (unasked <= length)] - 1 + flat)
+            if dataset.masked:
+                # The token in column n is the target of column n - 1.
+                unasked = dataset.uncounted(start, len(tokens)) + place
+                filled.append(unasked[(unasked > 0) & (unasked <= length)] - 1 + flat)
             place += size
             if place < length or written == place:
                 breaks.append(flat + place - 1)

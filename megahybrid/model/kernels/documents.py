@@ -68,7 +68,7 @@ class Documents:
         accelerator wait for its own boundaries.
         """
         spans = self.spans()
-        moved = Documents(self.starts.to(device, non_blocking=True))
+        moved = Documents(sent(self.starts, torch.device(device)))
         moved._kept["spans"] = spans
         return moved
 
@@ -108,6 +108,13 @@ class Documents:
             return [Span(*span) for span in zip(row, begin, ends, strict=True)]
 
         return self.keep("spans", find)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on `device`, without either waiting for the other."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def visible(

@@ -1,7 +1,7 @@
 """torch's bundled FlashAttention over packed documents: window, documents and GQA in one kernel."""
 
 import inspect
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels.documents import Documents, Span
+from megahybrid.model.kernels.documents import Documents, Span, sent
 
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
@@ -45,8 +45,7 @@ def attend_varlen(
 
     seq, batch, heads = q.shape[:3]
     if documents is None:
-        boundaries = torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=q.device)
-        longest = seq
+        boundaries, longest = plain_boundaries(batch, seq, q.device), seq
     else:
         boundaries, longest = documents.keep("varlen", lambda: packed_boundaries(documents))
     packed_q, packed_k, packed_v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
@@ -73,13 +72,19 @@ def attend_varlen(
     return out.unflatten(0, (batch, seq)).transpose(0, 1)
 
 
+@lru_cache(maxsize=16)
+def plain_boundaries(batch: int, seq: int, device: torch.device) -> Tensor:
+    """Those of rows of one document each, int32 [batch + 1]: the same for every batch."""
+    return torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=device)
+
+
 def packed_boundaries(documents: Documents) -> tuple[Tensor, int]:
     """Cumulative document lengths, int32 [documents + 1], rows one behind the other; and the
     longest document."""
     spans: list[Span] = documents.spans()
     ends = [span.row * documents.seq + span.stop for span in spans]
     boundaries = torch.tensor([0, *ends], dtype=torch.int32)
-    return boundaries.to(documents.device), max(span.stop - span.start for span in spans)
+    return sent(boundaries, documents.device), max(span.stop - span.start for span in spans)
 
 
 @cache

@@ -3,9 +3,9 @@
 import contextlib
 import io
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +25,20 @@ from megahybrid.train.engine.audit import (
     check_marks,
     check_replicas,
 )
+from megahybrid.train.engine.marks import Marks
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward on one rank, on the mesh's device."""
+    """One forward and backward on one rank: on the mesh's device, but for `starts`."""
 
     tokens: Tensor  # [batch, seq] int64
     targets: Tensor  # [batch, seq] int64, -100 where a target does not count
-    starts: Tensor | None  # [batch, seq] int64, or None: every row is one document
+    # [batch, seq] int64, on the host, where kernels' boundaries are found; None: every row is one
+    # document.
+    starts: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,23 @@ class StepResult:
     seconds_forward_backward: float
     seconds_update: float
     refused: str | None = None  # why a finite gradient was not applied
+
+
+class _Update(NamedTuple):
+    """The part of a `StepResult` that the update makes known."""
+
+    loss: float
+    valid_tokens: int
+    gradient_norm: float
+    gradient_norm_by_kind: dict[str, float]
+    skipped: bool
+    refused: str | None
+
+    @classmethod
+    def skip(cls, loss: float, valid_tokens: float) -> "_Update":
+        """Of a gradient that was not finite."""
+        by_kind = dict.fromkeys(KINDS, math.inf)
+        return cls(loss, int(valid_tokens), math.inf, by_kind, True, None)
 
 
 # Told loss and gradient norm, the same on every rank; says why not to apply the gradient, or None.
@@ -92,7 +112,7 @@ class Engine:
         )
         self.optimizer.observe = self._observe
         self._kind_pieces = self._pieces_by_flat(run)
-        self._squares = torch.zeros(len(KINDS), dtype=torch.float64)
+        self._squares = torch.zeros(len(KINDS), dtype=torch.float64, device=mesh.device)
 
     def _groups(self, run: RunConfig) -> list[dict]:
         """Parameter groups by (weight decay, learning rate) of the table in model/init.py."""
@@ -128,7 +148,8 @@ class Engine:
     def _observe(self, flat: Tensor, gradient: Tensor) -> None:
         values = gradient.detach().reshape(-1)
         for kind, start, stop in self._kind_pieces.get(id(flat), ()):
-            self._squares[kind] += values[start:stop].to(torch.float64).square().sum().cpu()
+            norm = torch.linalg.vector_norm(values[start:stop], dtype=torch.float64)
+            self._squares[kind] += norm.square()
 
     def train_step(
         self,
@@ -148,78 +169,82 @@ class Engine:
         Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all data
         ranks: a mean per micro-batch would be wrong wherever these differ.
         """
-        started = time.perf_counter()
+        marks = Marks(self.mesh.device)
         if audit and self.zero_stage < 3:
             # Before the update, which gives every rank its owner's copy again.
             check_data_replicas(self.parameters, self.mesh)
+        # Counts and sums stay where they are made until the step is done: reading one would have
+        # the device wait for the host, and then the host for the device.
         valid = torch.stack([(batch.targets != -100).sum() for batch in micro_batches]).sum()
-        valid_tokens = int(all_reduce(valid.to(torch.int64), self.mesh.data).item())
+        valid = all_reduce(valid.to(torch.float64), self.mesh.data)
         # DeepSpeed averages over the data axis; multiplying by its size makes that a sum.
-        scale = self.mesh.data.size / max(valid_tokens, 1)
+        scale = self.mesh.data.size / valid.clamp(min=1)
         self.deepspeed.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss, _ = self.deepspeed(batch.tokens, batch.targets, batch.starts)
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            self.deepspeed.backward(loss * scale.to(loss.dtype), scale_wrt_gas=False)
             loss_sum += loss.detach()
             if between is not None and index < len(micro_batches) - 1:
                 between()
-        loss_value = all_reduce(loss_sum, self.mesh.data).item() / max(valid_tokens, 1)
-        updating = time.perf_counter()
+        loss_mean = all_reduce(loss_sum, self.mesh.data) / valid.clamp(min=1)
+        marks.mark()
         found = audit_gradients(self.parameters, self.mesh) if audit else None
-        norm, by_kind, skipped, refused = self._update(learning_rate, loss_value, judge)
+        update = self._update(learning_rate, loss_mean, valid, judge)
         if found is not None:
-            check_audit(found, None if skipped else norm)
+            check_audit(found, None if update.skipped else update.gradient_norm)
             check_replicas(self.parameters, self.mesh)
-        finished = time.perf_counter()
+        forward_backward, updating = marks.seconds()
         return StepResult(
-            loss=loss_value,
-            valid_tokens=valid_tokens,
-            gradient_norm=norm,
-            gradient_norm_by_kind=by_kind,
-            skipped=skipped,
-            refused=refused,
-            seconds_forward_backward=updating - started,
-            seconds_update=finished - updating,
+            **update._asdict(),
+            seconds_forward_backward=forward_backward,
+            seconds_update=updating,
         )
 
     def _update(
-        self, learning_rate: float, loss: float, judge: Judge | None
-    ) -> tuple[float, dict[str, float], bool, str | None]:
+        self, learning_rate: float, loss: Tensor, valid: Tensor, judge: Judge | None
+    ) -> "_Update":
+        """The update, and the one reading of what the step computed."""
         self.optimizer.set_learning_rate(learning_rate)
         self._squares.zero_()
-        norm = self._plain_norm() if self.zero_stage == 0 else None
-        if norm is not None and not math.isfinite(norm):
+        plain = self._plain_norm() if self.zero_stage == 0 else None
+        if plain is not None and not math.isfinite(plain):
             self.deepspeed.zero_grad()
-            return math.inf, dict.fromkeys(KINDS, math.inf), True, None
+            return _Update.skip(*torch.stack([loss, valid]).tolist())
         verdict: list[str | None] = []
 
         def refuse() -> bool:
             # DeepSpeed asks once per group, when it knows the norm of them all.
             if not verdict and judge is not None:
-                known = self.deepspeed.optimizer._global_grad_norm if norm is None else norm
-                verdict.append(judge(loss, float(known)))
+                known = self.deepspeed.optimizer._global_grad_norm if plain is None else plain
+                verdict.append(judge(float(loss), float(known)))
             return bool(verdict and verdict[0])
 
         self.optimizer.refuse = refuse
         self.deepspeed.step()
-        squares = self._squares.to(self.mesh.device)
-        squares = all_reduce(all_reduce(squares, self.mesh.data), self.mesh.tensor).cpu()
-        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        clipped_norm = math.sqrt(squares.sum().item())
-        if skipped:
-            return math.inf, dict.fromkeys(KINDS, math.inf), True, None
-        if norm is None:
-            norm = float(self.deepspeed.get_global_grad_norm())
+        squares = all_reduce(all_reduce(self._squares, self.mesh.data), self.mesh.tensor)
+        known = self.deepspeed.get_global_grad_norm() if plain is None else plain
+        on_device = isinstance(known, Tensor)
+        read = [*squares, loss, valid, *([known.double()] if on_device else [])]
+        numbers = torch.stack(read).tolist()  # the one moment when the host waits
+        by_kind, (loss_value, valid_tokens) = numbers[: len(KINDS)], numbers[len(KINDS) :][:2]
+        if getattr(self.deepspeed.optimizer, "overflow", False):
+            return _Update.skip(loss_value, valid_tokens)
+        norm = numbers[-1] if on_device else float(known)
         # The optimizer saw clipped gradients; what it is told about is the gradient itself.
+        clipped_norm = math.sqrt(sum(by_kind))
         unclip = norm / clipped_norm if clipped_norm > 0 else 1.0
-        by_kind = {
-            kind: math.sqrt(square) * unclip
-            for kind, square in zip(KINDS, squares.tolist(), strict=True)
-        }
+        norms = [math.sqrt(square) * unclip for square in by_kind]
         refused = verdict[0] if verdict else None
-        return norm, by_kind, refused is not None, refused
+        return _Update(
+            loss_value,
+            int(valid_tokens),
+            norm,
+            dict(zip(KINDS, norms, strict=True)),
+            refused is not None,
+            refused,
+        )
 
     def _plain_norm(self) -> float:
         """The norm at stage 0, where DeepSpeed reports none; there is no tensor axis there."""
