@@ -1,23 +1,21 @@
-"""`TokenDataset`: all shards of one source as one long row of tokens, mapped and never loaded."""
+"""`TokenDataset`: all shards of one source as one long row of tokens, never loaded whole."""
 
 import hashlib
-import mmap
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megahybrid.data.guard import RESTORE, BlockChecks, UnchangedFiles, ends_crc
+from megahybrid.data.guard import BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megahybrid.data.packing import PLAN_NAME, PackPlan
+from megahybrid.data.shard_files import ShardFiles
 from megahybrid.data.target_mask import TargetMask, mask_path
 from megahybrid.data.token_file import Array, ShardIndex
 from megahybrid.errors import DataError
 
-MAPPED_SHARDS = 128  # open maps kept: each costs a file descriptor, of which 1024 are usual
 CHECKED_INDEX_BYTES = 2**28  # indexes up to this size in sum are read and checked at open (0.3 s)
 
 
@@ -71,19 +69,20 @@ class TokenDataset:
             for shard in self.shards:
                 shard.check_contents()
         self._masks = _open_masks(self.shards, self.manifest)
+        self.masked = any(self._masks)  # whether a shard says which of its targets count
         self.documents = sum(shard.documents for shard in self.shards)
         self.starts = [0]
         for shard in self.shards:
             self.starts.append(self.starts[-1] + shard.tokens)
         self.tokens = self.starts[-1]
-        self._maps: OrderedDict[int, Array] = OrderedDict()
         dtype = self.dtype = self.shards[0].dtype if self.shards else np.dtype("<u2")
         # Read as unsigned, a negative id is a huge one: a single maximum checks both ends.
         self._unsigned = np.dtype(f"<u{dtype.itemsize}")
         self._check_ids = self.vocab_size <= np.iinfo(self._unsigned).max
         self._unchanged = UnchangedFiles(self.shards)
-        self._checks = BlockChecks(self.shards, self.manifest)
-        self._checks.try_some(self._mapped)
+        self._files = ShardFiles(self.shards)
+        self._checks = BlockChecks(self.shards, self.manifest, self._files.read)
+        self._checks.try_some()
 
     def _check_plan(self, plan: PackPlan) -> None:
         if plan.info.dataset_fingerprint != self.fingerprint:
@@ -147,39 +146,13 @@ class TokenDataset:
                 )
         return shards
 
-    def _mapped(self, number: int) -> Array:
-        found = self._maps.get(number)
-        if found is not None:
-            self._maps.move_to_end(number)
-            return found
-        shard = self.shards[number]
-        with open(shard.bin_path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != shard.tokens * shard.dtype.itemsize:
-            raise DataError(
-                f"{shard.bin_path} has {len(mapped)} bytes, not "
-                f"{shard.tokens * shard.dtype.itemsize} as when it was opened. {RESTORE}"
-            )
-        tokens = np.frombuffer(mapped, shard.dtype)
-        self._maps[number] = tokens
-        if len(self._maps) > MAPPED_SHARDS:
-            self._maps.popitem(last=False)  # unmapped when the last view of it is gone
-        return tokens
-
     def read(self, start: int, length: int, check_ids: bool = True) -> Array:
-        """Tokens start … start + length - 1 in the file's dtype, as a view where one shard has all.
+        """Tokens start … start + length - 1 in the file's dtype.
 
         Raises DataError when an id is not below vocab_size, unless the caller checks that.
         """
-        number = bisect_right(self.starts, start) - 1
-        first = start - self.starts[number]
-        self._checks.owed -= length
-        if self._checks.owed < 0:
-            self._checks.check(number, first, self._mapped(number))
-        if first + length <= self.shards[number].tokens:
-            tokens = self._mapped(number)[first : first + length]
-        else:
-            tokens = np.concatenate(list(self._pieces(start, length)))
+        tokens = np.empty(length, self.dtype)
+        self.read_into(start, tokens)
         if (
             check_ids
             and self._check_ids
@@ -189,6 +162,19 @@ class TokenDataset:
             self._refuse_id(start, tokens)
         return tokens
 
+    def read_into(self, start: int, tokens: Array) -> None:
+        """Fills `tokens`, of the dataset's dtype, with those from `start` on; ids unchecked."""
+        number = bisect_right(self.starts, start) - 1
+        first = start - self.starts[number]
+        self._checks.owed -= len(tokens)
+        if self._checks.owed < 0:
+            self._checks.check(number, first)
+        data, item = tokens.data.cast("B"), self.dtype.itemsize
+        while (size := (self.shards[number].tokens - first) * item) < len(data):
+            self._files.read_into(number, first * item, data[:size])
+            data, number, first = data[size:], number + 1, 0
+        self._files.read_into(number, first * item, data)
+
     @property
     def masks(self) -> list[TargetMask]:
         """Of the shards that say which of their targets count."""
@@ -197,7 +183,7 @@ class TokenDataset:
     def uncounted(self, start: int, length: int) -> Array:
         """Offsets from `start` of tokens, of `length`, that do not count as targets."""
         found, done = [np.zeros(0, np.int64)], 0
-        while done < length and any(self._masks):
+        while done < length and self.masked:
             number = bisect_right(self.starts, start + done) - 1
             first = start + done - self.starts[number]
             size = min(length - done, self.shards[number].tokens - first)
@@ -210,8 +196,7 @@ class TokenDataset:
     def check_unchanged(self, spans: Iterable[tuple[int, int]]) -> None:
         """Raises DataError when a file that holds one of the spans changed since the open.
 
-        Size, time of change and inode are compared: a shortened file that is mapped would
-        otherwise end the process without a word.
+        Size, time of change and inode are compared.
         """
         numbers: set[int] = set()
         for start, length in spans:
@@ -221,14 +206,6 @@ class TokenDataset:
                 numbers.update(range(first + 1, bisect_right(self.starts, start + length - 1)))
         for number in numbers:
             self._unchanged.check(number)
-
-    def _pieces(self, start: int, length: int) -> Iterator[Array]:
-        while length:
-            number = bisect_right(self.starts, start) - 1
-            first = start - self.starts[number]
-            piece = self._mapped(number)[first : first + length]
-            yield piece
-            start, length = start + len(piece), length - len(piece)
 
     def _refuse_id(self, start: int, tokens: Array) -> None:
         place = int(np.argmax(tokens.view(self._unsigned) >= self.vocab_size))

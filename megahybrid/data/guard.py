@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megahybrid.data.manifest import Manifest
-from megahybrid.data.token_file import Array, ShardIndex, file_facts
+from megahybrid.data.shard_files import RESTORE
+from megahybrid.data.token_file import ShardIndex, file_facts
 from megahybrid.errors import DataError
 
 TRIED_BLOCKS = 4  # checksums tried at open: 64 MiB, some 50 ms
@@ -16,7 +17,6 @@ TRIED_BLOCKS = 4  # checksums tried at open: 64 MiB, some 50 ms
 # served: about a tenth of the time that serving takes, which happens on a thread of its own.
 CHECKED_SHARE = 16
 ENDS_BYTES = 2**16
-RESTORE = "Restore the file; data must not change under a run."
 
 
 class UnchangedFiles:
@@ -47,8 +47,14 @@ class BlockChecks:
     Which blocks are tried is drawn anew each time, so that many opens see many blocks.
     """
 
-    def __init__(self, shards: Sequence[ShardIndex], manifest: Manifest | None) -> None:
-        self._shards = shards
+    def __init__(
+        self,
+        shards: Sequence[ShardIndex],
+        manifest: Manifest | None,
+        read: Callable[[int, int, int], bytearray],
+    ) -> None:
+        """`read` gives bytes of a shard by its number, the first byte and how many."""
+        self._shards, self._read = shards, read
         self._entries = manifest.shards if manifest else ()
         self._seen: set[tuple[int, int]] = set()
         self._every = 0
@@ -58,14 +64,14 @@ class BlockChecks:
             self._every = CHECKED_SHARE * entry.block_bytes // shards[0].dtype.itemsize
             self.owed = self._every
 
-    def try_some(self, mapped: Callable[[int], Array]) -> None:
+    def try_some(self) -> None:
         """Checks TRIED_BLOCKS blocks, drawn by chance."""
         draw = random.SystemRandom()
         for _ in range(TRIED_BLOCKS if self._entries else 0):
             number = draw.randrange(len(self._entries))
-            self.check(number, draw.randrange(self._shards[number].tokens), mapped(number))
+            self.check(number, draw.randrange(self._shards[number].tokens))
 
-    def check(self, number: int, token: int, tokens: Array) -> None:
+    def check(self, number: int, token: int) -> None:
         """Checks the block of shard `number` that holds `token`, once. Raises DataError."""
         self.owed = self._every
         entry = self._entries[number]
@@ -73,12 +79,12 @@ class BlockChecks:
         if (number, block) in self._seen:
             return
         begin = block * entry.block_bytes
-        data = tokens.data.cast("B")[begin : begin + entry.block_bytes]
+        data = self._read(number, begin, entry.block_bytes)
         check_block(self._shards[number].bin_path, block, begin, data, entry.crc32[block])
         self._seen.add((number, block))
 
 
-def check_block(path: Path, block: int, begin: int, data: bytes | memoryview, crc32: int) -> None:
+def check_block(path: Path, block: int, begin: int, data: bytes | bytearray, crc32: int) -> None:
     """Raises DataError unless the block's bytes have this checksum."""
     found = zlib.crc32(data)
     if found != crc32:

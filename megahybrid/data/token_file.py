@@ -120,7 +120,10 @@ class ShardIndex:
     def _map(self, dtype: str, offset: int, count: int) -> Array:
         if count == 0:
             return np.zeros(0, dtype)
-        return np.memmap(self.idx_path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+        try:
+            return np.memmap(self.idx_path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+        except ValueError:
+            raise _damaged(self.idx_path, "is shorter than when it was opened") from None
 
     def document_spans(self, first: int = 0, stop: int | None = None) -> tuple[Array, Array]:
         """First token within the shard and length in tokens of documents first … stop - 1."""

@@ -1,6 +1,5 @@
 """Reads every byte of a dataset and compares it with what its manifest and indexes say."""
 
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.guard import check_block
 from megahybrid.data.manifest import ShardEntry
+from megahybrid.data.shard_files import ShardFiles
 from megahybrid.data.token_file import ShardIndex
 from megahybrid.errors import DataError
 
@@ -35,6 +35,7 @@ def verify_dataset(
         dataset.plan.check_contents(dataset.tokens)
     for mask in dataset.masks:
         mask.verify()
+    files = ShardFiles(dataset.shards)
     # Two blocks at a time: checksums and comparisons run outside of Python's lock.
     with ThreadPoolExecutor(THREADS) as pool:
         for number, shard in enumerate(dataset.shards):
@@ -46,13 +47,13 @@ def verify_dataset(
 
             def check(block: int, job: _Job) -> int:
                 begin = block * job.block_bytes
-                data = _read(job.shard.bin_path, begin, job.block_bytes)
+                data = files.read(job.number, begin, job.block_bytes)
                 if job.entry is not None:
                     check_block(job.shard.bin_path, block, begin, data, job.entry.crc32[block])
                 _check_tokens(dataset, job.shard, begin // job.shard.dtype.itemsize, data, job.ends)
                 return len(data)
 
-            job = _Job(shard, entry, block_bytes, ends)
+            job = _Job(number, shard, entry, block_bytes, ends)
             blocks = -(-shard.tokens * shard.dtype.itemsize // block_bytes)
             for block in range(blocks):
                 waiting.append(pool.submit(check, block, job))
@@ -66,15 +67,11 @@ def verify_dataset(
 class _Job(NamedTuple):
     """What checking a block of one shard needs."""
 
+    number: int
     shard: ShardIndex
     entry: ShardEntry | None
     block_bytes: int
     ends: np.ndarray
-
-
-def _read(path: Path, begin: int, size: int) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, begin)
 
 
 def _document_ends(shard: ShardIndex) -> np.ndarray:
@@ -83,7 +80,7 @@ def _document_ends(shard: ShardIndex) -> np.ndarray:
 
 
 def _check_tokens(
-    dataset: TokenDataset, shard: ShardIndex, first: int, data: bytes, ends: np.ndarray
+    dataset: TokenDataset, shard: ShardIndex, first: int, data: bytearray, ends: np.ndarray
 ) -> None:
     tokens = np.frombuffer(data, shard.dtype)
     unsigned = tokens.view(f"<u{shard.dtype.itemsize}")  # a negative id is a huge one

@@ -94,3 +94,16 @@ def test_foreign_file_of_the_same_size_is_another(tmp_path: Path) -> None:
     raw[5] ^= 1
     raw.flush()
     assert TokenDataset(tmp_path, vocab_size=1000).fingerprint != before
+
+
+def test_file_shortened_between_the_look_and_the_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_corpus(tmp_path / "web", [60, 7, 40])
+    runs = Mixture({"web": dataset}, {"web": 1}, seed=0, block_tokens=32, lanes=2)
+    state = read_step(runs, runs.start(), StepShape(16, 2, 2)).state
+    monkeypatch.setattr(dataset, "check_unchanged", lambda spans: None)
+    shorten(tmp_path / "web/shard-00000.bin")
+    with pytest.raises(DataError, match=r"shard-00000.bin ends at byte 107, not 214 as when it"):
+        for _ in range(4):
+            state = read_step(runs, state, StepShape(16, 2, 2)).state
