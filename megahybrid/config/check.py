@@ -52,8 +52,18 @@ def _precision(run: "RunConfig") -> Iterator[str]:
         yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
 
 
-_CUDA = ("varlen", "flex")
+_CUDA = ("cudnn", "varlen", "flex", "fa3", "fa4")
 
+    if run.kernels.blocks == "compiled" and run.parallel.tensor > 1:
+        yield (
+            f"kernels.blocks=compiled does not go with parallel.tensor={run.parallel.tensor}: "
+            "collectives inside of a layer cannot be compiled. Use auto, or parallel.tensor: 1."
+        )
+    if run.kernels.blocks == "compiled" and run.parallel.zero_stage == 3:
+        yield (
+            "kernels.blocks=compiled does not go with parallel.zero_stage=3, which gathers weights "
+            "inside of a layer. Use auto, or zero_stage: 2."
+        )
 
 def _lengths(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
     tensor = run.parallel.tensor

@@ -128,14 +128,20 @@ class StartConfig(Frozen):
 
 
 class KernelConfig(Frozen):
-    """Kernels; for attention auto takes the fastest that can do what the layer needs."""
+    """Kernels. auto takes the fastest that passes its self-test, by a short measurement at a
+    stage's start where a device has several; a checkpoint keeps the choice."""
 
-    full: Literal["auto", "reference", "sdpa", "varlen", "flex"] = Field(
+    full: Literal["auto", "reference", "sdpa", "cudnn", "varlen", "flex", "fa3", "fa4"] = Field(
         default="auto", description="kernel of the layers without a window"
     )
-    windowed: Literal["auto", "reference", "blocked", "varlen", "flex"] = Field(
+    windowed: Literal["auto", "reference", "blocked", "varlen", "flex", "fa3", "fa4"] = Field(
         default="auto", description="kernel of the layers with a window"
     )
     norm: Literal["torch", "apex"] = Field(
         default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"
+    )
+    blocks: Literal["auto", "plain", "compiled"] = Field(
+        default="auto",
+        description="what surrounds attention in a layer: as written, or through torch.compile; "
+        "auto: plain on a CPU, measured on CUDA",
     )

@@ -48,6 +48,7 @@ class Layers:
                 run.stages[index].recompute_of_layer(n) for n in range(self.plan.num_layers)
             ],
             norm=run.kernels.norm,
+            compiler="inductor" if self._kernels.get("blocks") == "compiled" else None,
         )
         return self.model
 

@@ -22,6 +22,7 @@ from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat
+from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.parallel.collectives import broadcast_object
@@ -29,6 +30,7 @@ from megahybrid.parallel.mesh import ParallelMesh, choose_device
 from megahybrid.train.engine import Engine
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
 from megahybrid.train.layers import DTYPES, Layers
+from megahybrid.train.kernels import choose_kernels
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
@@ -191,6 +193,11 @@ class Attempt:
         )
         initialise(model, run.seed, run.optimizer)
         engine = Engine(model, run, self.mesh)
+        keep_programs(self.directory / "programs")
+        # In place: what a checkpoint says of kernels is this very dictionary.
+        self.kernels.update(
+            choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
+        )
         if source is not None:
             with Reader(source) as reader:
                 step = reader.manifest.optimizer_step if take == "all" else None

@@ -12,7 +12,9 @@ from torch import Tensor
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels import flex, varlen
 from megahybrid.model.kernels.blocked import attend_blocked
+from megahybrid.model.kernels.cudnn import attend_cudnn
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.flash import attend_flash
 from megahybrid.model.kernels.flex import attend_flex
 from megahybrid.model.kernels.reference import attend_reference
 from megahybrid.model.kernels.sdpa import attend_sdpa
@@ -20,8 +22,8 @@ from megahybrid.model.kernels.varlen import attend_varlen
 
 __all__ = ["KERNELS", "Documents", "attend", "choose"]
 
-KERNELS = ("reference", "blocked", "sdpa", "varlen", "flex")
-Kernel = Literal["auto", "reference", "blocked", "sdpa", "varlen", "flex"]
+KERNELS = ("reference", "blocked", "sdpa", "cudnn", "varlen", "flex", "fa3", "fa4")
+Kernel = Literal["auto", "reference", "blocked", "sdpa", "cudnn", "varlen", "flex", "fa3", "fa4"]
 
 
 def attend(
@@ -61,10 +63,13 @@ def attend(
         if window is None:
             return attend_sdpa(q, k, v, documents=documents, scale=scale)  # one block: no bands
         return attend_blocked(q, k, v, window=window, documents=documents, scale=scale)
-    if kernel == "sdpa":
+    if kernel in ("sdpa", "cudnn"):
         if window is not None:
-            raise ConfigError(f"kernels=sdpa has no window (window={window}). Use blocked.")
-        return attend_sdpa(q, k, v, documents=documents, scale=scale)
+            raise ConfigError(f"kernels={kernel} has no window (window={window}). Use blocked.")
+        run = attend_sdpa if kernel == "sdpa" else attend_cudnn
+        return run(q, k, v, documents=documents, scale=scale)
+    if kernel in ("fa3", "fa4"):
+        return attend_flash(kernel, q, k, v, window=window, documents=documents, scale=scale)
     if kernel == "varlen":
         return attend_varlen(q, k, v, window=window, documents=documents, scale=scale)
     if kernel == "flex":

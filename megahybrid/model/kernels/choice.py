@@ -1,12 +1,34 @@
-"""Which kernel each kind of layer has: resolved once, told, kept in checkpoints, pinned."""
+"""Which kernel each kind of layer has: named, kept from a checkpoint, or the fastest by measure."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megahybrid.config.training import KernelConfig
-from megahybrid.model.kernels import choose
+from megahybrid.model.kernels import attend, choose, cudnn, flash, flex, varlen
 from megahybrid.model.kernels.documents import Documents
 
 KINDS = ("full", "windowed")
+REPEATS = 3
+# Rows of a measurement with documents are cut into pieces of about this many tokens.
+DOCUMENT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a layer's attention is given: the shape of one micro batch."""
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    documents: bool  # rows may hold several
 
 
 def resolve_kernels(
@@ -16,16 +38,112 @@ def resolve_kernels(
     head_dim: int,
     pinned: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """{"device", "full", "windowed"}: what the run file names, else what the checkpoint had on the
-    same kind of device (so that a resume repeats its bits), else the fastest."""
+    """{"device", "full", "windowed", "blocks"}: what the run file names, else what the checkpoint
+    had on the same kind of device (so that a resume repeats its bits), else a choice without a
+    measurement. "length" is there where the checkpoint's choice was measured at that length."""
     same_device = pinned is not None and pinned.get("device") == device.type
     kept = pinned if pinned is not None and same_device else {}
-    # The general case, with documents and a window shorter than the row: it serves every batch.
-    documents = Documents(torch.zeros(1, 2, dtype=torch.int64))
+    # A window shorter than the row: it serves every batch.
+    several = Documents(torch.zeros(1, 2, dtype=torch.int64))
     chosen = {"device": device.type}
     for kind, window in zip(KINDS, (None, 1), strict=True):
         name = getattr(wanted, kind)
         if name == "auto":
-            name = kept.get(kind) or choose(window, 2, documents, device, dtype, head_dim)
+            name = kept.get(kind) or choose(window, 2, several, device, dtype, head_dim)
         chosen[kind] = name
+    chosen["blocks"] = kept.get("blocks", "plain") if wanted.blocks == "auto" else wanted.blocks
+    if "length" in kept:
+        chosen["length"] = kept["length"]
     return chosen
+
+
+def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """The exact kernels with a backward that a kind of layer can have there, the usual one first.
+    `blocked` is for where there is nothing else: on a GPU its masks cost more than its products."""
+    there = {
+        "varlen": varlen.refusal(device, dtype, head_dim),
+        "flex": flex.refusal(device, dtype, head_dim),
+        "fa3": flash.refusal("fa3", device, dtype, head_dim),
+        "fa4": flash.refusal("fa4", device, dtype, head_dim),
+    }
+    if kind == "full":
+        there = {"sdpa": None, "cudnn": cudnn.refusal(device, dtype, head_dim)} | there
+    serving = [name for name, refusal in there.items() if refusal is None]
+    return serving or ["blocked"]
+
+
+def measure(
+    names: Sequence[str],
+    window: int | None,
+    work: Workload,
+    seconds_of: Callable[[Callable[[], object], torch.device], float] | None = None,
+) -> dict[str, float | str]:
+    """Seconds of one forward and backward of each kernel, or why it has none.
+
+    Rows are one document; where they may hold several, the time of rows cut into pieces is added.
+    """
+    clock = seconds_of or least_seconds
+    found: dict[str, float | str] = {}
+    for name in names:
+        try:
+            found[name] = sum(
+                clock(_both(name, window, work, documents), work.device)
+                for documents in _situations(work)
+            )
+        except Exception as error:  # a kernel may fail in any way: then it is not chosen
+            lines = str(error).splitlines()
+            found[name] = f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+    return found
+
+
+def fastest(found: dict[str, float | str]) -> str | None:
+    """The name with the fewest seconds; None where nothing ran."""
+    ran = {name: value for name, value in found.items() if isinstance(value, float)}
+    return min(ran, key=lambda name: ran[name]) if ran else None
+
+
+def _situations(work: Workload) -> list[Documents | None]:
+    pieces = work.length // DOCUMENT_TOKENS
+    if not work.documents or pieces < 2:
+        return [None]
+    lengths = [DOCUMENT_TOKENS] * (pieces - 1)
+    lengths.append(work.length - sum(lengths))
+    return [None, Documents.from_lengths([lengths] * work.rows).to(work.device)]
+
+
+def _both(
+    name: str, window: int | None, work: Workload, documents: Documents | None
+) -> Callable[[], object]:
+    generator = torch.Generator(work.device).manual_seed(1)
+
+    def draw(heads: int) -> Tensor:
+        shape = (work.length, work.rows, heads, work.head_dim)
+        drawn = torch.randn(shape, generator=generator, device=work.device, dtype=work.dtype)
+        return drawn.requires_grad_()
+
+    q, k, v = draw(work.heads), draw(work.kv_heads), draw(work.kv_heads)
+    slope = torch.ones_like(q)
+
+    def run() -> object:
+        out = attend(
+            q, k, v, window=window, documents=documents, scale=work.head_dim**-0.5, kernel=name
+        )
+        return torch.autograd.grad(out, (q, k, v), slope)
+
+    return run
+
+
+def least_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The least of a few runs: neighbours and clocks only ever add."""
+
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    once()
+    return min(once() for _ in range(REPEATS))

@@ -120,7 +120,14 @@ def describe_event(line: EventLine) -> str | None:
     if line.event in ("start", "resume"):
         return None
     if line.event == "stage":
-        return f"stage {line.stage} begins at step {line.step} ({tokens_text(line.tokens)} tokens)"
+        begins = (
+            f"stage {line.stage} begins at step {line.step} ({tokens_text(line.tokens)} tokens)"
+        )
+        chosen = detail.get("kernels") or {}
+        kinds = [
+            f"{kind} {chosen[kind]}" for kind in ("full", "windowed", "blocks") if kind in chosen
+        ]
+        return begins + (f"; kernels: {', '.join(kinds)}" if kinds else "")
     if line.event == "evaluate":
         loss = detail.get("loss")
         rows = "documents up to" if detail.get("rows") == "documents" else "at"

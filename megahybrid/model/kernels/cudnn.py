@@ -1,0 +1,43 @@
+"""SDPA held to cuDNN's kernel: on Hopper it is faster than the one SDPA takes by itself."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megahybrid.errors import ConfigError
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.sdpa import attend_sdpa
+
+DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = 128
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel cannot run there, or None if it can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device (device={device.type})"
+    if dtype not in DTYPES:
+        return f"computes in bf16 or fp16 only (dtype={dtype})"
+    if head_dim > LARGEST_HEAD_DIM or head_dim % 8:
+        return f"needs head_dim a multiple of 8 up to {LARGEST_HEAD_DIM} (head_dim={head_dim})"
+    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cudnn.is_available():
+        return "needs cuDNN and an Ampere device or newer"
+    return None
+
+
+def attend_cudnn(
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "seq batch kv_heads head_dim"],
+    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    *,
+    documents: Documents | None,
+    scale: float,
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """`attend_sdpa` by cuDNN alone; torch raises where cuDNN has no kernel for the shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    why_not = refusal(q.device, q.dtype, q.shape[-1])
+    if why_not:
+        raise ConfigError(f"kernels=cudnn {why_not}. Use sdpa.")
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attend_sdpa(q, k, v, documents=documents, scale=scale)

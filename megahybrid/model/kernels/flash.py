@@ -1,0 +1,81 @@
+"""FlashAttention 3 and 4 where their packages are installed: the same call as torch's varlen."""
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megahybrid.errors import ConfigError
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.varlen import packed_boundaries, plain_boundaries
+
+# Built from its repository; from a wheel of flash-attn-4.
+MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}
+DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_HEAD_DIM = {"fa3": 256, "fa4": 128}
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel cannot run there, or None if it can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device (device={device.type})"
+    if dtype not in DTYPES:
+        return f"computes in bf16 or fp16 only (dtype={dtype})"
+    if head_dim > LARGEST_HEAD_DIM[name] or head_dim % 8:
+        return (
+            f"needs head_dim a multiple of 8 up to {LARGEST_HEAD_DIM[name]} (head_dim={head_dim})"
+        )
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs a Hopper device or newer"
+    return None if _function(name) is not None else f"needs the package of {MODULES[name]}"
+
+
+def attend_flash(
+    name: str,
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "seq batch kv_heads head_dim"],
+    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    *,
+    window: int | None,
+    documents: Documents | None,
+    scale: float,
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """Attention over the documents of all rows as one packed batch."""
+    why_not = refusal(name, q.device, q.dtype, q.shape[-1])
+    function = _function(name)
+    if why_not or function is None:
+        raise ConfigError(f"kernels={name} {why_not}. Use varlen or auto.")
+    seq, batch = q.shape[:2]
+    if documents is None:
+        boundaries, longest = plain_boundaries(batch, seq, q.device), seq
+    else:
+        boundaries, longest = documents.keep("varlen", lambda: packed_boundaries(documents))
+    none = None if name == "fa4" else -1
+    out: Any = function(
+        *(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)),
+        cu_seqlens_q=boundaries,
+        cu_seqlens_k=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+        # Counts keys before the query's own.
+        window_size=(none, none) if window is None else (window - 1, 0),
+    )
+    out = out[0] if isinstance(out, tuple) else out
+    return out.unflatten(0, (batch, seq)).transpose(0, 1)
+
+
+@cache
+def _function(name: str) -> Any:
+    """The package's flash_attn_varlen_func; None where it cannot be had."""
+    try:
+        if importlib.util.find_spec(MODULES[name].split(".")[0]) is None:
+            return None
+        return importlib.import_module(MODULES[name]).flash_attn_varlen_func
+    except (ImportError, AttributeError, OSError):
+        return None

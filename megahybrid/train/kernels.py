@@ -1,0 +1,151 @@
+"""What a stage computes with: attention kernels and compiled blocks, chosen by measurement."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megahybrid.config import RunConfig
+from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.errors import AuditError
+from megahybrid.model.block import BLOCKS
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels.choice import (
+    KINDS,
+    Workload,
+    candidates,
+    fastest,
+    least_seconds,
+    measure,
+)
+from megahybrid.model.selftest import run_self_test
+from megahybrid.parallel.collectives import broadcast_object
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.layers import DTYPES
+
+Tell = Callable[[str, dict[str, Any]], object]
+
+
+def choose_kernels(
+    run: RunConfig, index: int, mesh: ParallelMesh, chosen: dict[str, str], tell: Tell
+) -> dict[str, str]:
+    """`chosen` (see `resolve_kernels`) with what stage `index` has by measurement; collective.
+
+    Nothing is measured where the run file names a kernel, where a checkpoint's choice was measured
+    at this length, or where a device has one kernel. Rank 0 measures for all: ranks with different
+    kernels would not be replicas of each other.
+    """
+    length = max(run.stages[index].lengths)
+    if chosen.get("length") == str(length) or mesh.device.type != "cuda":
+        return chosen
+    found: dict[str, Any] = {}
+    if mesh.rank == 0:
+        found = _measured(run, index, length, mesh)
+    found = broadcast_object(found, mesh.world)
+    result = chosen | found["chosen"] | {"length": str(length)}
+    if found["seconds"]:
+        tell("kernels", {"length": length, "chosen": found["chosen"], **found["seconds"]})
+    return result
+
+
+def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> dict[str, Any]:
+    work = workload(run, index, length, mesh)
+    schemes = run.plan_at(index).schemes
+    chosen: dict[str, str] = {}
+    seconds: dict[str, Any] = {}
+    for kind in KINDS:
+        these = {n: s for n, s in schemes.items() if (s.window is None) == (kind == "full")}
+        if not these or getattr(run.kernels, kind) != "auto":
+            continue
+        names = candidates(kind, work.device, work.dtype, work.head_dim)
+        if len(names) > 1:
+            times = measure_tested(names, these, work)
+            seconds[kind] = {name: _told(value) for name, value in times.items()}
+            chosen[kind] = fastest(times) or names[0]
+    if run.kernels.blocks == "auto" and mesh.tensor.size == 1 and run.parallel.zero_stage < 3:
+        kernels = {kind: chosen.get(kind, getattr(run.kernels, kind)) for kind in KINDS}
+        times = measure_blocks(run, run.plan_at(index), work, kernels)
+        seconds["blocks"] = {name: _told(value) for name, value in times.items()}
+        chosen["blocks"] = fastest(times) or "plain"
+    return {"chosen": chosen, "seconds": seconds}
+
+
+def workload(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> Workload:
+    """One rank's micro batch of the stage at this length."""
+    model, tensor = run.model, mesh.tensor.size
+    return Workload(
+        rows=max(1, run.stages[index].micro_batch_tokens // length),
+        length=length,
+        heads=model.num_heads // tensor,
+        kv_heads=max(1, model.num_kv_heads // tensor),
+        head_dim=model.head_dim,
+        dtype=DTYPES[run.precision],
+        device=mesh.device,
+        documents=run.data.documents == "masked",
+    )
+
+
+def measure_tested(
+    names: list[str], schemes: dict[str, AttentionScheme], work: Workload, **clock: Any
+) -> dict[str, float | str]:
+    """`measure` of the kernels that every scheme of the kind passes its self-test on, at the widest
+    window; of the others, what they violate."""
+    widest = max((scheme.window or 0 for scheme in schemes.values()), default=0)
+    passed, found = [], {}
+    for name in names:
+        try:
+            run_self_test(
+                schemes,
+                head_dim=work.head_dim,
+                dtype=work.dtype,
+                device=work.device,
+                kernels=dict.fromkeys(schemes, name),
+                rank=0,
+            )
+        except AuditError as error:
+            found[name] = str(error)
+        except Exception as error:  # it does not run there
+            found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        else:
+            passed.append(name)
+    return found | measure(passed, widest or None, work, **clock)
+
+
+def measure_blocks(
+    run: RunConfig, plan: LayerPlan, work: Workload, kernels: dict[str, str]
+) -> dict[str, float | str]:
+    """Seconds of forward and backward of one layer as written and compiled."""
+    scheme = plan.expand()[0]
+    kernel = kernels["full" if scheme.window is None else "windowed"]
+    mesh = ParallelMesh.single(work.device)
+    found: dict[str, float | str] = {}
+    block = BLOCKS[run.model.block](
+        0, run.model, scheme, mesh, kernel, False, norm=run.kernels.norm
+    ).to(work.dtype)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=run.model.initial_std)
+    shape = (work.length, work.rows, run.model.hidden_size)
+    hidden = torch.randn(shape, device=work.device, dtype=work.dtype).requires_grad_()
+    slope = torch.ones_like(hidden)
+    context = SequenceContext(work.length, None, work.device, work.dtype)
+    inputs = (hidden, *block.parameters())
+
+    def step() -> object:
+        return torch.autograd.grad(block(hidden, context), inputs, slope)
+
+    for name in ("plain", "compiled"):
+        try:
+            if name == "compiled":
+                from megahybrid.model.compiled import prepare_compiler
+
+                prepare_compiler()
+                block.compile_regions("inductor")
+            found[name] = least_seconds(step, work.device)
+        except Exception as error:  # no compiler there, or one that cannot: then it is not chosen
+            found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    return found
+
+
+def _told(value: float | str) -> float | str:
+    """Milliseconds, or the reason."""
+    return round(value * 1e3, 3) if isinstance(value, float) else value

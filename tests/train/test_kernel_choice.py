@@ -1,0 +1,147 @@
+"""Kernels are measured among those that pass their self-test, told, kept, pinned and overruled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.training import KernelConfig
+from megahybrid.model.kernels import choice, flash
+from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train import kernels
+from tests.parity.cases import model
+from tests.train.test_synchronisation import run_config
+
+CPU = torch.device("cpu")
+WORK = Workload(1, 96, 4, 2, 16, torch.float32, CPU, documents=False)
+SCHEME = AttentionScheme.model_validate(
+    {"position": {"kind": "rope", "theta": 10000.0}, "window": 24}
+)
+
+
+def test_the_fastest_of_those_that_run_is_taken() -> None:
+    seconds = iter((0.5, 0.2))
+    found = measure(
+        ["reference", "varlen", "blocked"], 24, WORK, lambda run, device: run() and next(seconds)
+    )
+    assert found["reference"] == 0.5 and found["blocked"] == 0.2
+    assert "needs a CUDA device" in str(found["varlen"])
+    assert fastest(found) == "blocked"
+    assert fastest({"flex": "RuntimeError: no"}) is None
+
+
+def test_a_kernel_that_fails_its_self_test_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megahybrid.model.kernels import attend
+
+    def off_by_one(*args: Any, window: int | None, kernel: str, **more: Any) -> Any:
+        wrong = kernel == "reference" and window is not None
+        return attend(*args, window=window + 1 if wrong else window, kernel=kernel, **more)  # type: ignore[operator]
+
+    monkeypatch.setattr("megahybrid.model.mixing.attend", off_by_one)
+    clock = {"seconds_of": lambda run, device: 1.0}
+    found = kernels.measure_tested(["reference", "blocked"], {"local": SCHEME}, WORK, **clock)
+    assert "does not see exactly window=24 keys" in str(found["reference"])
+    assert fastest(found) == "blocked"
+
+
+def test_rows_of_several_documents_are_measured_too() -> None:
+    several = Workload(1, 3 * choice.DOCUMENT_TOKENS, 1, 1, 8, torch.float32, CPU, documents=True)
+    assert [d is None for d in choice._situations(several)] == [True, False]
+    assert measure(["blocked"], 24, several, lambda run, device: 1.5) == {"blocked": 3.0}
+    assert choice._situations(WORK) == [None]
+
+
+def test_a_cpu_has_one_kernel_and_measures_nothing() -> None:
+    assert candidates("full", CPU, torch.float32, 64) == ["sdpa"]
+    assert candidates("windowed", CPU, torch.float32, 64) == ["blocked"]
+    run = run_config(model("rnope_swa"), "fp32", 1)
+    chosen = resolve_kernels(KernelConfig(), CPU, torch.float32, 64)
+    assert chosen == {"device": "cpu", "full": "sdpa", "windowed": "blocked", "blocks": "plain"}
+    single = ParallelMesh.single()
+    assert kernels.choose_kernels(run, 0, single, chosen, _never) is chosen
+
+
+def _never(*_: Any) -> None:
+    raise AssertionError("nothing was to be told")
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, Any]]]:
+    """Chooses as on a device with two kernels for windows, of which `reference` is the faster."""
+
+    def choose(chosen: dict[str, str], **wanted: str) -> Any:
+        run = run_config(model("rnope_swa"), "fp32", 1)
+        run = run.model_copy(update={"kernels": KernelConfig.model_validate(wanted)})
+        mesh = ParallelMesh.single()
+        monkeypatch.setattr(
+            kernels,
+            "candidates",
+            lambda kind, *_: ["sdpa"] if kind == "full" else ["blocked", "reference"],
+        )
+        times = {"blocked": 2.0, "reference": 1.0, "plain": 3.0, "compiled": 2.5}
+        monkeypatch.setattr(
+            kernels, "measure", lambda names, *_, **__: {name: times[name] for name in names}
+        )
+        monkeypatch.setattr(
+            kernels, "measure_blocks", lambda *_: {n: times[n] for n in ("plain", "compiled")}
+        )
+        measured = kernels._measured(run, 0, 700, mesh)
+        return measured
+
+    return choose
+
+
+def test_the_measured_choice_is_told_with_its_milliseconds(several: Any) -> None:
+    measured = several({})
+    assert measured["chosen"] == {"windowed": "reference", "blocks": "compiled"}
+    assert measured["seconds"]["windowed"] == {"blocked": 2000.0, "reference": 1000.0}
+    assert measured["seconds"]["blocks"] == {"plain": 3000.0, "compiled": 2500.0}
+
+
+def test_what_the_run_file_names_is_not_measured(several: Any) -> None:
+    measured = several({}, windowed="blocked", blocks="plain")
+    assert measured == {"chosen": {}, "seconds": {}}
+
+
+def test_a_resume_keeps_what_was_measured_at_its_length() -> None:
+    saved = {
+        "device": "cpu",
+        "full": "sdpa",
+        "windowed": "reference",
+        "blocks": "compiled",
+        "length": "700",
+    }
+    assert resolve_kernels(KernelConfig(), CPU, torch.float32, 64, saved) == saved
+    named = KernelConfig(windowed="blocked", blocks="plain")
+    over = resolve_kernels(named, CPU, torch.float32, 64, saved)
+    assert (over["windowed"], over["blocks"]) == ("blocked", "plain")
+    elsewhere = resolve_kernels(KernelConfig(), CPU, torch.float32, 64, saved | {"device": "cuda"})
+    assert elsewhere["windowed"] == "blocked" and "length" not in elsewhere
+
+
+def test_a_layer_is_timed_as_written_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "least_seconds", lambda run, device: run() and 1.0)
+    run = run_config(model("rnope_swa", "parallel"), "fp32", 1)
+    chosen = {"full": "sdpa", "windowed": "blocked"}
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("megahybrid.model.block.Block.compile_regions", refused)
+    work = kernels.workload(run, 0, 96, ParallelMesh.single())
+    found = kernels.measure_blocks(run, run.plan_at(0), work, chosen)
+    assert found == {"plain": 1.0, "compiled": "RuntimeError: no compiler here"}
+
+
+@pytest.mark.parametrize("name", flash.MODULES)
+def test_a_package_that_is_not_there_is_no_candidate(name: str) -> None:
+    assert flash.refusal(name, CPU, torch.bfloat16, 128) == "needs a CUDA device (device=cpu)"
+    if flash._function(name) is None:
+        device = torch.device("cuda:0")
+        if torch.cuda.is_available():
+            assert name not in candidates("full", device, torch.bfloat16, 128)
