@@ -1,6 +1,7 @@
 """`megahybrid launch …`: the arguments, and what each command prints."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.errors import EXIT_DONE, ConfigError
@@ -78,8 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    from launch.forecast import forecast
     from launch.script import batch_script
-    from launch.submit import forecast, plan, submit
+    from launch.submit import plan, submit
 
     job, resolved = plan(
         arguments.run_file,
@@ -100,6 +102,18 @@ def _submit(arguments: argparse.Namespace) -> int:
         print(line)
     numbers = submit(job, resolved)
     print(f"job {', '.join(numbers)} submitted; see: megahybrid launch status {job.run_directory}")
+    return EXIT_DONE
+
+
+def check(run_file: Path, overrides: Sequence[str], site: str, nodes: int) -> int:
+    """`megahybrid check RUN.yaml --site SITE --nodes N`: the run and what is known of it there."""
+    from launch.forecast import forecast
+    from launch.submit import plan
+    from megahybrid.config.summary import summary
+
+    job, run = plan(run_file, overrides, site=site, nodes=nodes)
+    print(summary(run, job.world_size))
+    print("\n".join(forecast(job, run)))
     return EXIT_DONE
 
 

@@ -17,6 +17,7 @@ class Outcome:
 
     code: int
     reason: str
+    node: str | None = None  # where it began, if that is known
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def outcome(beats: Mapping[int, Beat], world_size: int, srun_code: int) -> Outco
     if cause is not None and (not cause.consequence or not killed):
         assert cause.exit_code is not None
         told = cause.message or f"code {cause.exit_code}"
-        return Outcome(cause.exit_code, told if told.startswith("rank") else _of(cause) + told)
+        told = told if told.startswith("rank") else _of(cause) + told
+        return Outcome(cause.exit_code, told, cause.host)
     if killed:
         names = ", ".join(f"{rank} on {beats[rank].host}" for rank in killed[:4])
         phase = beats[killed[0]]
@@ -52,6 +54,7 @@ def outcome(beats: Mapping[int, Beat], world_size: int, srun_code: int) -> Outco
             _failure(srun_code),
             f"{'rank' if len(killed) == 1 else 'ranks'} {names} ended from outside "
             f"(phase {phase.phase}, step {phase.step})",
+            phase.host,
         )
     if len(ended) == world_size:
         return Outcome(_failure(srun_code), f"srun ended with {srun_code}")

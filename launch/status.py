@@ -18,10 +18,12 @@ from launch.records import (
     read_records,
 )
 from launch.slurm import Queued, SlurmError
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
 from megahybrid.heartbeat import Beat, heartbeat_file, read_beats, slow_ranks
 
 BEHIND_SECONDS = 10.0
+# Codes that say nothing against a node: its ranks ended in order, or met a mistake of the user's.
+_ORDERLY = (EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE)
 # Reasons of Slurm that say nothing to somebody who waits.
 _REASONS = {
     "BeginTime": "held back a moment after a requeue",
@@ -178,7 +180,9 @@ def node_lines(run_directory: Path) -> list[str]:
             met.setdefault(node, [])
             attempts_on[node] += 1
     for line in read_records(run_directory):
-        if line.get("event") in ("bad_node", "slow_rank"):
+        if line.get("event") == "end" and line.get("node") and line.get("code") not in _ORDERLY:
+            met.setdefault(line["node"], []).append(f"{_day(line['time_unix'])} {line['reason']}")
+        if line.get("event") in ("bad_node", "hang", "slow_rank"):
             what = line.get("reason") or f"rank {line.get('rank')} slow {line.get('times')}×"
             met.setdefault(line["node"], []).append(f"{_day(line['time_unix'])} {what}")
     try:

@@ -30,6 +30,7 @@ def step_environment(
     return kept | {
         "MASTER_ADDR": environment.get("MASTER_ADDR") or nodes[0],
         "MASTER_PORT": str(20000 + (13 * number + 101 * attempt) % 10000),
+        **({"PAIR_ADDRESS": environment["MASTER_ADDR"]} if environment.get("MASTER_ADDR") else {}),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         LOGS: str(logs),
@@ -74,6 +75,22 @@ def check_step(job: Job, nodes: Sequence[str], folder: Path, now: float) -> list
         f"--clock-skew-seconds={check.clock_skew_seconds}",
         f"--now={now}",
         *([f"--command={check.command}"] if check.command else []),
+    ]
+
+
+def pair_step(job: Job, nodes: Sequence[str], folder: Path) -> list[str]:
+    """The command in which nodes talk to each other in pairs, one task each, with the ranks' own
+    libraries."""
+    return [
+        *_srun(job, nodes, 1),
+        "--kill-on-bad-exit=0",
+        "--wait=0",
+        *_container(job),
+        *job.site.python,
+        "-m",
+        "megahybrid.parallel.pair_check",
+        f"--folder={folder}",
+        f"--seconds={job.site.node_check.pair_seconds}",
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch import slurm
 from launch.job import DONE, FOLDER, STOP_NOW, Job
-from launch.records import attempts, jobs, measured, read_records, record, stop_lead
+from launch.records import jobs, read_records, record, stop_lead
 from launch.script import batch_script
 from megahybrid.config import RunConfig, dump_yaml, load
 from megahybrid.config.site import load_site
@@ -103,67 +103,6 @@ def write(job: Job, run: RunConfig) -> Path:
         temporary.write_text(text)
         temporary.replace(path)
     return folder / "batch.sh"
-
-
-def forecast(job: Job, run: RunConfig) -> list[str]:
-    """What `check` and `submit` say of the allocation, one fact a line."""
-    site, seconds = job.site, job.site.job_seconds
-    tensor = run.parallel.tensor
-    lines = [
-        f"{job.nodes} nodes × {site.ranks} ranks = {job.world_size} ranks: tensor {tensor}, data "
-        f"{job.world_size // tensor}, ZeRO stage {run.parallel.zero_stage}",
-    ]
-    if site.ranks % tensor:
-        lines.append(
-            f"warning: parallel.tensor={tensor} does not divide the {site.ranks} ranks of a node: "
-            "tensor groups will span nodes, over the slower network."
-        )
-    lines += _memory(job, run)
-    lines.append(
-        f"time limit {site.time_limit}: stops {job.lead_seconds} s before it"
-        + (
-            f", up to {job.array or job.chain} jobs in a row"
-            if (job.array or job.chain) > 1
-            else ""
-        )
-    )
-    known = measured(job.directory)
-    rate = known["tokens_per_hour"]
-    plan = run.stage_plan
-    if rate is None:
-        lines.append(f"{plan.total_tokens:,} tokens; no rate measured yet")
-        return lines
-    done = next((a.step for a in reversed(attempts(job.directory)) if a.step), None)
-    lines.append(
-        f"{rate / 1e6:.2f} M tokens per hour as last measured: "
-        f"{plan.total_tokens / rate:.1f} h for all {plan.total_tokens:,} tokens"
-        + (f", at step {done}" if done else "")
-    )
-    for stage, end in zip(run.stages, plan.stage_ends, strict=True):
-        lines.append(f"  stage {stage.name} ends at {end:,} tokens, {end / rate:.1f} h")
-    if known["step_seconds"]:
-        steps = (seconds - job.lead_seconds) / known["step_seconds"]
-        lines.append(
-            f"about {steps:.0f} steps and {steps / run.checkpoint.every_steps:.0f} checkpoints "
-            "within the time limit"
-        )
-    return lines
-
-
-def _memory(job: Job, run: RunConfig) -> list[str]:
-    if job.site.gpu_memory_gib is None:
-        return []
-    from megahybrid.config.describe import describe
-
-    lines = []
-    for stage in describe(run, job.world_size)["stages"]:
-        needed = stage["memory_per_rank"][run.parallel.zero_stage]["total"] / 2**30
-        there = job.site.gpu_memory_gib
-        warning = "" if needed <= there else "warning: "
-        lines.append(
-            f"{warning}stage {stage['name']}: {needed:.1f} GiB per GPU by plan, {there:g} GiB there"
-        )
-    return lines
 
 
 def _refuse_second(job: Job) -> None:

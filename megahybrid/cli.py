@@ -76,6 +76,8 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
     check = _command(commands, "check", _check, "everything the config alone can tell, in a second")
     _run_file(check)
     check.add_argument("--world-size", type=int, metavar="N", help="ranks the run will have")
+    check.add_argument("--site", metavar="SITE", help="on a cluster: memory, hours, checkpoints")
+    check.add_argument("--nodes", type=int, metavar="N", help="of the site")
     describe = _command(commands, "describe", _describe, "layers, parameters, FLOPs and memory")
     _run_file(describe)
     describe.add_argument("--json", action="store_true", help="the same figures as JSON")
@@ -250,6 +252,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.site is not None or arguments.nodes is not None:
+        if arguments.site is None or arguments.nodes is None or arguments.world_size is not None:
+            raise ConfigError(
+                f"--site={arguments.site} and --nodes={arguments.nodes} go together and without "
+                "--world-size (it is nodes times the site's ranks per node). Give both."
+            )
+        from launch.commands import check
+
+        return check(arguments.run_file, arguments.overrides, arguments.site, arguments.nodes)
     from megahybrid.config import load
     from megahybrid.config.summary import summary
 

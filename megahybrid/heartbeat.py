@@ -59,7 +59,8 @@ class Heartbeat:
         self, run_directory: Path, rank: int, *, beat_seconds: float = BEAT_SECONDS
     ) -> None:
         self.path = heartbeat_file(run_directory, rank)
-        self._beat = Beat(rank, socket.gethostname(), os.getpid())
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._beat = Beat(rank, host, os.getpid())
         # One value, replaced whole: the loop writes it while the thread reads.
         self._place = ("start", 0, time.monotonic())
         self._recent: list[float] = []

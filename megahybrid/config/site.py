@@ -59,6 +59,15 @@ class NodeCheck(Frozen):
     command: Line | None = Field(
         default=None, description="the site's own check, a shell line; where it fails is a bad node"
     )
+    pairs: bool = Field(
+        default=True, description="neighbouring nodes reduce a tensor with each other; false: no"
+    )
+    pair_seconds: float = Field(
+        default=90, gt=0, description="for that and for importing torch; longer is a failure"
+    )
+    pair_ratio: float = Field(
+        default=4, gt=1, description="times slower than the median pair: a bad node"
+    )
     nvidia_smi: bool = Field(default=True, description="ask it about the GPUs; false: do not")
 
 

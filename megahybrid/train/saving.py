@@ -48,8 +48,8 @@ class RunSaver:
         self._train_state = train_state
         self._held = held
         self._scores = _scores(run, directory) if mesh.rank == 0 else {}
-        check = None if owner is None else owner.check
-        self._saver = Saver(directory, ranks_of(mesh), self._tell, check)
+        self._check = None if owner is None else owner.check
+        self._saver = Saver(directory, ranks_of(mesh), self._tell, self._check)
 
     def save(self, engine: Engine, state: TrainState) -> None:
         """Begin a checkpoint, or write it where saving is not asynchronous. A failure is told."""
@@ -77,7 +77,10 @@ class RunSaver:
         self._saver.finish()
 
     def poll(self) -> None:
-        """To be called at each step boundary: moves on what is being written."""
+        """To be called at each step boundary: moves on what is being written. Raises
+        CheckpointError where the directory is another's by now: its ledger is too."""
+        if self._check is not None:
+            self._check()
         self._saver.poll()
 
     def scored(self, step: int, name: str, rows: str, loss: float | None) -> None:

@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launch.records import attempts
+from launch import slurm as slurm_commands
+from launch.control import cancel
+from launch.records import attempts, ledger_tail
+from launch.status import node_lines
 from megahybrid.heartbeat import read_beats
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import Run, cluster, slurm, until
@@ -20,26 +25,96 @@ pytestmark = [
 ]
 
 
-def test_a_lost_node_is_survived_on_the_others(tmp_path: Path, cluster: Cluster) -> None:
-    run = Run(tmp_path, nodes=2, steps=120)
-    run.until("RUNNING .* step [1-9]")
-    # t1 runs the batch script; t2 only ranks.
-    cluster.power_off("t2")
+@contextlib.contextmanager
+def _healed(cluster: Cluster, node: str) -> Iterator[None]:
+    """Whatever the test did to a node, it is there again afterwards."""
     try:
-        run.until("PENDING|try 2", 90)
+        yield
+    finally:
+        cluster.plug(node)
+        if not cluster.is_on(node):
+            cluster.power_on(node)
+        cluster.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        until(lambda: "idle" in cluster.state(node) or "alloc" in cluster.state(node), node, 60)
+
+
+def _goes_on_elsewhere(run: Run, nodes: str) -> None:
+    """Slurm notices in half a minute; then the run is where its last checkpoint was."""
+    run.until("PENDING .* after attempt 1: |try 2", 90)
+    with contextlib.suppress(AssertionError):
+        run.start_now()
+    run.until(f"RUNNING .*try [2-9] {nodes} step", 90)
+    run.until("DONE after 2 attempts", 60)
+    first, second = attempts(run.directory)
+    assert first.failed and second.checkpoint_before == first.checkpoint >= 10
+    assert second.code == 0
+
+
+# t1 runs the batch script and ranks; t2 only ranks.
+@pytest.mark.parametrize("node", ["t2", "t1"], ids=["worker", "batch-host"])
+def test_a_node_without_power_is_survived_on_the_others(
+    node: str, tmp_path: Path, cluster: Cluster
+) -> None:
+    run = Run(tmp_path, nodes=2, steps=120)
+    run.until("RUNNING .* step 1[1-9]")
+    with _healed(cluster, node):
+        cluster.power_off(node)
+        _goes_on_elsewhere(run, "t\[1,3\]" if node == "t2" else "t\[2-3\]")
+        assert node in "".join(line for line in node_lines(run.directory) if "down" in line)
+
+
+@pytest.mark.parametrize("node", ["t2", "t1"], ids=["worker", "batch-host"])
+def test_a_silent_node_is_survived_and_does_no_harm_when_it_is_back(
+    node: str, tmp_path: Path, cluster: Cluster
+) -> None:
+    run = Run(tmp_path, nodes=2, steps=120)
+    run.until("RUNNING .* step 1[1-9]")
+    with _healed(cluster, node):
+        cluster.unplug(node)
+        # With a silent peer the ranks that are left hang too: the watchdog or Slurm, who is first.
+        run.until("PENDING .* after attempt 1: |try 2", 90)
         with contextlib.suppress(AssertionError):
             run.start_now()
-        run.until("RUNNING .*try [2-9] t\\[1,3\\]", 90)
-        run.until("DONE", 60)
-    finally:
-        cluster.power_on("t2")
-        cluster.call("scontrol", "update", "NodeName=t2", "State=RESUME", check=False)
-        until(
-            lambda: "idle" in cluster.call("sinfo", "-h", "-n", "t2", "-p", "main", "-o", "%T"),
-            "t2 back",
-            60,
-        )
-    assert attempts(run.directory)[0].code != 0
+        run.until("RUNNING .*try [2-9] .* step", 120)
+        cluster.plug(node)
+        run.until("DONE", 120)
+    steps = [line["step"] for line in ledger_tail(run.directory) if line["kind"] == "step"]
+    assert steps[0] == 120 and attempts(run.directory)[-1].code == 0
+
+
+def test_the_time_limit_is_met_by_what_a_save_was_measured_to_take(tmp_path: Path) -> None:
+    run = Run(tmp_path, nodes=1, steps=700, limit="0:04:00", save=25)
+    # A minute, and twice save and step: Slurm's own warning was fixed before anything was known.
+    line = run.until("RUNNING .*\| stopping", 240)
+    left = re.search(r"left (\d+):(\d+)", line)
+    assert left and 100 <= 60 * int(left[1]) + int(left[2]) <= 111, line
+    assert "PENDING" in run.until("PENDING .* after attempt 1: stopped and saved", 30)
+    run.start_now()
+    run.until("DONE after 2 attempts", 150)
+    assert run.codes() == [75, 0]
+    log = (run.directory / "logs" / f"{run.numbers[0]}.batch.log").read_text()
+    assert "asking the ranks to stop (the time limit is 11" in log
+
+
+def test_at_the_time_limit_the_next_job_of_the_chain_goes_on(tmp_path: Path) -> None:
+    run = Run(tmp_path, nodes=1, steps=60, chain=3)
+    run.until(r"RUNNING .* step [1-9].* \| \+2 in the chain")
+    slurm_commands.warn(run.numbers[0])
+    run.until(f"RUNNING job {run.numbers[1]} try 1 .* step", 60)
+    run.until("DONE after 2 attempts", 60)
+    assert [(one.job, one.code) for one in attempts(run.directory)] == [
+        (run.numbers[0], 75),
+        (run.numbers[1], 0),
+    ]
+    until(lambda: not slurm_commands.queue(), "the end of the chain", 30)
+
+
+def test_a_cancelled_chain_is_gone(tmp_path: Path) -> None:
+    run = Run(tmp_path, nodes=1, steps=60, chain=3)
+    run.until(r"RUNNING .* step [1-9].* \| \+2 in the chain")
+    cancel(run.directory)
+    assert "STOPPED with code 75: cancelled on request" in run.until("STOPPED", 60)
+    until(lambda: not slurm_commands.queue(), "an empty queue", 30)
 
 
 def test_a_preempted_run_saves_in_the_grace_time_and_comes_back(

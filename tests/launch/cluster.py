@@ -80,14 +80,41 @@ class Cluster:
         """Boots a node."""
         self._start(node, "slurmd", "-D", "-N", node)
 
+    def is_on(self, node: str) -> bool:
+        """Whether a node's daemon runs."""
+        return self._processes[node].poll() is None
+
+    def state(self, node: str) -> str:
+        """A node's state in sinfo's words."""
+        return self.call("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip()
+
     def power_off(self, node: str) -> None:
         """Takes a node's daemon and every process of the jobs on it away in one stroke."""
         slurmd = self._processes[node]
-        members = [slurmd.pid, *_descendants(slurmd.pid), *self._steps(node)]
-        for pid in members:
+        for pid in self._of(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         slurmd.wait(10)
+
+    def unplug(self, node: str) -> None:
+        """Nothing of a node is heard any more, though all of it is there."""
+        for pid in self._of(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def plug(self, node: str) -> None:
+        """What was silent goes on as if nothing had been."""
+        for pid in self._of(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _of(self, node: str) -> list[int]:
+        slurmd = self._processes[node].pid
+        return [slurmd, *_descendants(slurmd), *self._steps(node)]
+
+    def jobs_processes(self) -> list[int]:
+        """Every process of a job on any node."""
+        return [pid for node in self.nodes for pid in self._steps(node)]
 
     def _steps(self, node: str) -> list[int]:
         """Every process of the jobs on a node. slurmstepd leaves slurmd's tree; the environment of

@@ -17,6 +17,7 @@ from pathlib import Path
 from megahybrid.heartbeat import Heartbeat, write_stacks_on_signal
 
 STEP_SECONDS = 0.25
+SAVE_SECONDS = float(os.environ.get("PRETEND_SAVE", "0.1"))
 
 
 def main(words: list[str]) -> int:
@@ -94,7 +95,9 @@ def _save(run: Path, step: int) -> None:
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text("{}")
-    _ledger(run, {"kind": "event", "event": "save", "step": step, "detail": {"seconds": 0.1}})
+    _ledger(
+        run, {"kind": "event", "event": "save", "step": step, "detail": {"seconds": SAVE_SECONDS}}
+    )
 
 
 def _ledger(run: Path, line: dict) -> None:

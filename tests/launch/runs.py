@@ -21,15 +21,15 @@ from tests.launch.cluster import Cluster
 ROOT = Path(__file__).parents[2]
 SITE = """
 name: pretend
-time_limit: "0:30:00"
+time_limit: "{limit}"
 gpus_per_node: 0
 ranks_per_node: 2
 exclusive: false
 memory: null
 stop_lead_seconds: 60
 python: [{python}]
-environment: {{MASTER_ADDR: 127.0.0.1, PRETEND_STEPS: "{steps}"}}
-node_check: {{free_disk_gib: 0, free_memory_gib: 0{check}}}
+environment: {{MASTER_ADDR: 127.0.0.1, PRETEND_STEPS: "{steps}", PRETEND_SAVE: "{save}"}}
+node_check: {{free_disk_gib: 0, free_memory_gib: 0, {check}}}
 watchdog:
   every: 0.5
   silent: 8
@@ -50,6 +50,21 @@ stages:
 """
 
 
+_PROGRESS = r"( \| (step \d+ loss [\d.]+)? ?(ckpt \d+)?)?"
+STATUS = re.compile(
+    r"run[^:]*: (?:"
+    r"(RUNNING|COMPLETING|CONFIGURING|SUSPENDED) job [\d_]+( try \d+)? t\S* "
+    r"(preparing|(start|compile|data|step|evaluate|save) age \d+s)( step \d+ loss [\d.]+)? "
+    r"(no ckpt|ckpt \d+) left [\d:-]+( \| .*)?"
+    r"|PENDING job \S+( \(\+\d+ in the chain\))? \([^()]+\)( after attempt \d+: .+)?"
+    + _PROGRESS
+    + "|"
+    r"DONE after \d+ attempts?" + _PROGRESS + "|"
+    r"(STOPPED|GIVEN UP) with code \d+: .+" + _PROGRESS + "|"
+    r"NOT IN THE QUEUE \(job .+\)" + _PROGRESS + ")"
+)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster(3) as one:
@@ -64,6 +79,7 @@ def slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     cluster.call("scancel", "-u", "root", check=False)
     until(lambda: not cluster.call("squeue", "-h", check=False), "an empty queue", 40)
+    until(lambda: not cluster.jobs_processes(), lambda: f"end of {cluster.jobs_processes()}", 30)
 
 
 class Submitted:
@@ -76,7 +92,10 @@ class Submitted:
 
     @property
     def status(self) -> str:
-        return status_line(self.directory, read_queue())
+        """The line a person reads. Whatever happens to the run, it has one of these forms."""
+        line = status_line(self.directory, read_queue())
+        assert STATUS.fullmatch(line), line
+        return line
 
     def until(self, words: str, seconds: float = 60) -> str:
         """The first status line with these words (a regular expression)."""
@@ -105,13 +124,16 @@ class Run(Submitted):
         *faults: str,
         nodes: int = 2,
         steps: int = 30,
+        save: float = 0.1,  # seconds that a save is said to have taken
+        limit: str = "0:30:00",
         more: str = "",
-        check: str = "",
+        check: str = "pairs: false",
         **options: Any,
     ) -> None:
         directory = folder / "run; $(touch pwned)"
         site = folder / "site.yaml"
-        site.write_text(SITE.format(python=sys.executable, steps=steps, more=more, check=check))
+        facts = {"steps": steps, "save": save, "limit": limit, "more": more, "check": check}
+        site.write_text(SITE.format(python=sys.executable, **facts))
         (folder / "run.yaml").write_text(RUN)
         # As the command line would, except for what a rank runs.
         job, resolved = plan(

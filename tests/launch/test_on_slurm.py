@@ -99,7 +99,7 @@ def test_a_bad_node_is_named_and_a_spare_takes_its_place(tmp_path: Path, cluster
         nodes=2,
         steps=10,
         spares=1,
-        check=", command: 'echo said to be bad; test $SLURMD_NODENAME != t2'",
+        check="pairs: false, command: 'echo said to be bad; test $SLURMD_NODENAME != t2'",
     )
     run.until("DONE after 1 attempt")
     bad = [line for line in read_records(run.directory) if line["event"] == "bad_node"]

@@ -82,7 +82,7 @@ def test_all_ranks_stopped_is_75_and_all_done_is_0() -> None:
 
 def test_the_cause_wins_over_its_consequences_and_over_srun() -> None:
     beats = {0: _beat(0, 1, "Connection closed by peer", True), 1: _beat(1, 93, "rank 1: audit")}
-    assert outcome(beats, 2, 143) == Outcome(93, "rank 1: audit")
+    assert outcome(beats, 2, 143) == Outcome(93, "rank 1: audit", "n1")
 
 
 def test_a_rank_that_ended_without_a_word_was_killed() -> None:

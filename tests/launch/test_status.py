@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.forecast import forecast
 from launch.records import attempts, read_records, record, records_file, stop_lead
 from launch.slurm import Queued
 from launch.status import node_lines, status_line
-from launch.submit import forecast, plan
+from launch.submit import plan
 from launch.tail import first_error, tail
 from megahybrid.errors import ConfigError, MegahybridError
 from megahybrid.heartbeat import Heartbeat
@@ -169,16 +170,39 @@ def test_a_forecast_counts_tokens_per_hour_steps_and_memory(tmp_path: Path) -> N
         run_file, [f"directory={directory}", "stages.1.batch_tokens=1048576"], **arguments
     )
     text = "\n".join(forecast(job, resolved))
-    assert "8 nodes × 8 ranks = 64 ranks: tensor 4, data 16, ZeRO stage 1" in text
+    assert "8 nodes × 8 GPUs = 64 ranks: tensor 4, data 16, ZeRO stage 1" in text
     assert "stage long: 60.1 GiB per GPU by plan, 80 GiB there" in text
     assert "no rate measured yet" in text
+    assert "stage long ends at 752,877,568,000 tokens" in text
     _ledger(
         directory,
-        {"kind": "step", "step": 9, "tokens_per_second": 1e6, "seconds": {"update": 4.0}},
+        {
+            "kind": "step",
+            "step": 9,
+            "tokens": 2_877_568_000,
+            "tokens_per_second": 1e6,
+            "seconds": {"update": 4.0},
+        },
     )
     text = "\n".join(forecast(job, resolved))
-    assert "3600.00 M tokens per hour as last measured" in text
+    assert (
+        "3600.00 M tokens per hour as last measured: 208.3 h for 750,000,000,000 of "
+        "752,877,568,000 tokens, 9 jobs of this length" in text
+    )
+    assert "stage long ends at 752,877,568,000 tokens, in 208.3 h" in text
     assert "about 21525 steps and 22 checkpoints within the time limit" in text
+
+
+def test_check_on_a_site_says_what_the_dry_run_says(capsys) -> None:
+    from megahybrid.cli import main
+
+    run_file = str(ROOT / "configs/runs/paper_rnope_swa_8b.yaml")
+    site = str(ROOT / "configs/sites/example.yaml")
+    assert main(["check", run_file, "--site", site, "--nodes", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "2 nodes × 8 GPUs = 16 ranks" in said and "GiB per GPU by plan" in said
+    assert main(["check", run_file, "--site", site]) == 2
+    assert "go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,26 @@ def test_one_wrong_bit_on_one_data_rank_stops_all_of_them() -> None:
             assert "ranks 0, 1 differ" in message
 
 
+def odd_copy(ranks: distributed.Ranks, odd: int, tensor: int) -> str:
+    """What the audit says of one copy of a replicated weight that is another."""
+    import torch
+
+    from megahybrid.train.engine.audit import _far_from_most, _in_words
+
+    mesh = ranks.mesh(tensor)
+    value = torch.linspace(-1, 1, 7)
+    if mesh.tensor.rank == odd:
+        value[3] += 1e-3
+    return _in_words(_far_from_most(value, mesh), mesh.tensor)
+
+
+def test_of_several_tensor_ranks_the_one_that_differs_is_named() -> None:
+    assert distributed.run(4, odd_copy, 2, 4) == ["rank 2 differs from the others"] * 4
+    # With two nobody can say which of them is right: world ranks, by tensor group.
+    said = distributed.run(4, odd_copy, 1, 2)
+    assert said == ["ranks 0, 1 differ"] * 2 + ["ranks 2, 3 differ"] * 2
+
+
 def test_a_spike_is_six_deviations_above_the_last_steps() -> None:
     rule, recent = SpikeConfig(), ()
     for index in range(300):

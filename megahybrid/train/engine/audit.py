@@ -8,6 +8,7 @@ axis. Every rank must call it.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from megahybrid.errors import AuditError
 from megahybrid.parallel.collectives import all_gather, all_reduce
-from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.mesh import Axis, ParallelMesh
 from megahybrid.parallel.sharding import ShardSpec
 
 NORM_TOLERANCE = 1e-4  # relative; bf16 gradients are summed in another order than the engine's
@@ -123,13 +124,33 @@ def check_replicas(
             continue
         name = canonical_name(spec)
         whole = safe_get_full_fp32_param(parameter)
-        difference = _disagreement(parameter if whole is None else whole, mesh)
+        value = parameter if whole is None else whole
+        difference = _disagreement(value, mesh)
         if difference > REPLICA_TOLERANCE:
             raise AuditError(
                 f"audit: the replicated weight {name} ({parameter_class(name)}) differs across "
-                f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}). "
+                f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}): "
+                f"{_in_words(_far_from_most(value, mesh), mesh.tensor)}. "
                 "Restart from the checkpoint before it began to differ."
             )
+
+
+def _far_from_most(value: Tensor, mesh: ParallelMesh) -> list[int]:
+    """World ranks whose copy is not the middle one of each element."""
+    copies = all_gather(value.detach().to(torch.float64).reshape(1, -1), mesh.tensor)
+    middle = copies.median(dim=0).values
+    limit = REPLICA_TOLERANCE * middle.norm()
+    far = ((copies - middle).norm(dim=1) > limit).tolist()
+    return [rank for rank, wrong in zip(mesh.tensor.ranks, far, strict=True) if wrong]
+
+
+def _in_words(odd: Sequence[int], axis: Axis) -> str:
+    """Who is at fault; where no majority says, everybody who may be."""
+    known = axis.size > 2 and 2 * len(odd) < axis.size
+    named = ", ".join(str(rank) for rank in (odd if known else axis.ranks)[:8])
+    if not known:
+        return f"ranks {named} differ"
+    return f"rank{'s' * (len(odd) > 1)} {named} differ{'s' * (len(odd) == 1)} from the others"
 
 
 def check_data_replicas(
@@ -156,11 +177,10 @@ def check_data_replicas(
         for (_, spec), values in zip(parameters.values(), zip(*rows, strict=True), strict=True)
         if len(set(values)) > 1
     )
-    ranks = [mesh.data.ranks[index] for index in (wrong if known else range(len(rows)))]
-    told = ", ".join(str(rank) for rank in ranks[:8])
+    odd = [mesh.data.ranks[index] for index in wrong] if known else mesh.data.ranks
     raise AuditError(
         f"audit: the weight {name} is not the same bits on all data ranks: "
-        f"{'rank ' + told + ' differs from the others' if known else 'ranks ' + told + ' differ'}. "
+        f"{_in_words(odd, mesh.data)}. "
         "Memory or a wire of that machine is at fault: exclude it, then restart from the "
         "checkpoint before the last audit that passed."
     )

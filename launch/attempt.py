@@ -1,0 +1,71 @@
+"""`Attempt`: one start of a job's ranks, as its batch process knows it."""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import slurm
+from launch.job import Job
+from launch.records import record
+from launch.slurm import SlurmError
+from launch.step import step_environment
+
+KILL_SECONDS = 60.0  # what srun may take to end after its ranks were killed
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A job, its number, how often it was started before, and what Slurm put into the
+    environment."""
+
+    job: Job
+    number: str
+    restart: int
+    environment: Mapping[str, str]
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.job.directory
+
+    @property
+    def logs(self) -> Path:
+        """Where this attempt's logs are."""
+        return self.run / "logs" / f"{self.number}.{self.restart}"
+
+    def tell(self, message: str) -> None:
+        """One line in the batch log."""
+        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
+
+    def record(self, event: str, **facts: Any) -> None:
+        """One line in the run's records, with the job's number."""
+        record(self.run, event, job=self.number, **facts)
+
+    def step(self, nodes: Sequence[str]) -> dict[str, str]:
+        """The environment of a step on `nodes`."""
+        return step_environment(self.job, self.environment, nodes, self.restart, self.logs)
+
+    def start(self, command: Sequence[str], nodes: Sequence[str], log: str) -> subprocess.Popen:
+        """A step on `nodes`; what srun itself says goes to the log of that name."""
+        with open(self.logs / log, "a") as file:
+            return subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                env=self.step(nodes),
+            )
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """Ends the job's steps, and the srun that waits for them."""
+        with contextlib.suppress(SlurmError):
+            slurm.cancel(slurm.steps(self.number), signal="KILL")
+        try:
+            process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,76 @@
+"""Which of a job's nodes are fit: each is looked at by itself, then they talk in pairs."""
+
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+
+from launch.attempt import Attempt
+from launch.pairs import judge, read_answers, rounds
+from launch.slurm import SlurmError
+from launch.step import check_step, pair_step
+
+
+def fit_nodes(attempt: Attempt, nodes: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The nodes that are fit, and what is wrong with the others; those are told and recorded."""
+    check = attempt.job.site.node_check
+    if not check.enabled:
+        return list(nodes), {}
+    bad = _alone(attempt, nodes)
+    good = [node for node in nodes if node not in bad]
+    if check.pairs and len(good) > 1:
+        bad |= _in_pairs(attempt, good)
+    for node, reason in bad.items():
+        attempt.tell(f"bad node {node}: {reason}")
+        attempt.record("bad_node", node=node, reason=reason)
+    return [node for node in nodes if node not in bad], bad
+
+
+def _alone(attempt: Attempt, nodes: Sequence[str]) -> dict[str, str]:
+    seconds = attempt.job.site.node_check.seconds
+    folder = attempt.logs / "nodes"
+    command = check_step(attempt.job, nodes, folder, time.time())
+    _wait(attempt, attempt.start(command, nodes, "node-check.log"), seconds)
+    bad: dict[str, str] = {}
+    for node in nodes:
+        try:
+            problems = json.loads((folder / f"{node}.json").read_text())["problems"]
+        except (OSError, ValueError, KeyError):
+            problems = [f"gave no answer in {seconds:.0f} s"]
+        if problems:
+            bad[node] = "; ".join(problems)
+    if len(bad) == len(nodes) and not any(folder.glob("*.json")):
+        raise SlurmError(f"no node could be checked ({_last_line(attempt, 'node-check.log')})")
+    return bad
+
+
+def _in_pairs(attempt: Attempt, nodes: Sequence[str]) -> dict[str, str]:
+    check = attempt.job.site.node_check
+    folder = attempt.logs / "pairs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rounds.json").write_text(json.dumps(rounds(nodes)))
+    command = pair_step(attempt.job, nodes, folder)
+    # Each round may take its time, and torch is imported on nodes that see its files for the first
+    # time.
+    _wait(attempt, attempt.start(command, nodes, "pair-check.log"), 3 * check.pair_seconds + 60)
+    answers = read_answers(folder)
+    if not answers:
+        raise SlurmError(f"no pair of nodes answered ({_last_line(attempt, 'pair-check.log')})")
+    verdict = judge(nodes, answers, check.pair_ratio)
+    for line in verdict.told:
+        attempt.tell(line)
+    return verdict.bad
+
+
+def _last_line(attempt: Attempt, log: str) -> str:
+    lines = (attempt.logs / log).read_text().strip().splitlines()[-1:]
+    return " ".join(lines) or "srun said nothing"
+
+
+def _wait(attempt: Attempt, process: subprocess.Popen, seconds: float) -> None:
+    """Until a short step ends, at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if process.poll() is None:
+        attempt.kill(process)

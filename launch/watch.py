@@ -1,0 +1,133 @@
+"""From the ranks' start to their end: ask them to stop in time, and end them where they hang."""
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+
+from launch import slurm
+from launch.attempt import Attempt
+from launch.job import STOP_NOW
+from launch.records import stop_lead
+from launch.slurm import SlurmError
+from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, read_beats, slow_ranks
+
+POLL_SECONDS = 0.5
+STACKS_SECONDS = 3.0  # what writing the stacks may take before the ranks are killed
+
+
+class RankWatch:
+    """Watches one srun. `signals` are names of signals that the batch process gets meanwhile."""
+
+    def __init__(self, attempt: Attempt, signals: list[str]) -> None:
+        self.attempt = attempt
+        self.signals = signals
+        self.asked: str | None = None  # why the ranks were asked to stop
+        self.ended_by_slurm = False
+        self.time_is_up = False
+        self.time_limit: float | None = None  # by our monotonic clock
+        self._told_slow: set[int] = set()
+
+    def until_end(self, process: subprocess.Popen) -> str | None:
+        """Until srun ends. Returns why the ranks were killed, if they were."""
+        limits = self.attempt.job.site.watchdog
+        watch = Watch(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
+        self.time_limit = _time_limit(self.attempt.number)
+        look_at = stop_by = 0.0
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            if self.signals and self.asked is None:
+                self._on_signal(self.signals[0])
+            if now < look_at:
+                continue
+            look_at = now + limits.every
+            self._stop_in_time(now)
+            beats = read_beats(self.attempt.run)
+            self._tell_slow(beats)
+            hang = watch.judge(beats, now)
+            if self.asked is not None:
+                stop_by = stop_by or now + limits.after_stop
+                if hang is None and now > stop_by:
+                    hang = Hang((), f"not stopped {limits.after_stop:.0f} s after being asked")
+            # Ranks that still end by themselves tell more than a kill.
+            if hang is not None and process.poll() is None:
+                self._end_hung(process, hang, beats)
+                return f"hang: {hang.message}"
+        return None
+
+    def _stop_in_time(self, now: float) -> None:
+        if self.asked is None and self.time_limit is not None:
+            lead = stop_lead(self.attempt.run, self.attempt.job.lead_seconds)
+            if now > self.time_limit - lead:
+                self.time_is_up = True
+                self._ask(f"the time limit is {self.time_limit - now:.0f} s away")
+
+    def _on_signal(self, name: str) -> None:
+        if name == "SIGUSR1":
+            self.time_is_up = not user_stop(self.attempt)
+            self._ask("SIGUSR1: stop in time")
+        else:
+            # Slurm gave the ranks this signal too.
+            self.ended_by_slurm = True
+            self.attempt.record("signal", attempt=self.attempt.restart, signal=name)
+            self._ask(f"{name}: Slurm ends this attempt")
+
+    def _ask(self, why: str) -> None:
+        """Ask the ranks to save and leave: by a file that every step's end looks for, and by a
+        signal, which a long evaluation hears too. A signal alone can come before there is a
+        handler; torchrun's agents would die of it."""
+        self.asked = why
+        attempt = self.attempt
+        attempt.tell(f"asking the ranks to stop ({why})")
+        path = attempt.run / STOP_NOW
+        if not path.exists():
+            path.write_text(f"supervisor of job {attempt.number}: {why}\n")
+        started = len(read_beats(attempt.run)) == attempt.job.world_size
+        if attempt.job.site.launcher == "srun" and started and not self.ended_by_slurm:
+            with contextlib.suppress(SlurmError):
+                slurm.cancel(slurm.steps(attempt.number), signal="USR1")
+
+    def _tell_slow(self, beats: Mapping[int, Beat]) -> None:
+        for beat, times in slow_ranks(beats, self.attempt.job.site.watchdog.slow_ratio):
+            if beat.rank not in self._told_slow:
+                self._told_slow.add(beat.rank)
+                message = f"rank {beat.rank} on {beat.host} takes {times:.1f}× the median time"
+                self.attempt.tell(f"slow: {message}")
+                self.attempt.record(
+                    "slow_rank", rank=beat.rank, node=beat.host, times=round(times, 2)
+                )
+
+    def _end_hung(self, process: subprocess.Popen, hang: Hang, beats: Mapping[int, Beat]) -> None:
+        attempt = self.attempt
+        attempt.tell(
+            f"hang: {hang.message}; stacks of all ranks are in {attempt.logs}/stacks-*.txt"
+        )
+        for host in {beats[rank].host for rank in hang.ranks if rank in beats}:
+            attempt.record("hang", node=host, reason=f"hang: {hang.message}")
+        with contextlib.suppress(SlurmError):
+            running = slurm.steps(attempt.number)
+            # A stopped process must run again to say where it stood.
+            slurm.cancel(running, signal="CONT")
+            slurm.cancel(running, signal=signal.Signals(STACKS_SIGNAL).name.removeprefix("SIG"))
+        time.sleep(STACKS_SECONDS)
+        attempt.kill(process)
+
+
+def user_stop(attempt: Attempt) -> bool:
+    """Whether a person wants the run to stop; our own request is of one attempt alone."""
+    try:
+        text = (attempt.run / STOP_NOW).read_text()
+    except OSError:
+        return False
+    return not text.startswith("supervisor")
+
+
+def _time_limit(number: str) -> float | None:
+    """When the job's time is up, on our own clock."""
+    with contextlib.suppress(SlurmError, ValueError, KeyError):
+        end = slurm.job_fields(number)["EndTime"]
+        left = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) - time.time()
+        return time.monotonic() + left
+    return None

@@ -1,0 +1,92 @@
+"""Nodes that reduce a tensor in pairs: who is at fault, and the processes that do it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.pairs import Answer, judge, read_answers, rounds
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+def test_every_node_is_in_two_pairs_and_in_one_at_a_time(count: int) -> None:
+    nodes = [f"n{number}" for number in range(count)]
+    plan = rounds(nodes)
+    for part in plan:
+        met = [node for pair in part for node in pair]
+        assert len(met) == len(set(met))
+    met = [node for part in plan for pair in part for node in pair]
+    assert {met.count(node) for node in nodes} == {1 if count == 2 else 2}
+    assert len(plan) <= 3
+
+
+def _answers(nodes: list[str], bad: set[str], slow: str = "") -> list[Answer]:
+    found = []
+    for part in rounds(nodes):
+        for pair in part:
+            works = not bad & set(pair)
+            speed = 1.0 if slow in pair else 20.0
+            for node in pair:
+                if node not in bad:
+                    found.append(Answer(pair, speed if works else None, "" if works else "timeout"))
+    return found
+
+
+@pytest.mark.parametrize("bad", [{"n0"}, {"n3"}, {"n1", "n2"}, {"n0", "n4"}, set()])
+def test_who_reaches_nobody_is_named_and_nobody_else(bad: set[str]) -> None:
+    nodes = [f"n{number}" for number in range(6)]
+    verdict = judge(nodes, _answers(nodes, bad), 4)
+    assert set(verdict.bad) == bad
+    if bad == {"n3"}:
+        assert verdict.bad == {"n3": "does not reach n2 (timeout)"}
+        assert verdict.told == ["pairs: 4 of 6 reach each other, at 20 to 20 GiB/s"]
+
+
+def test_of_three_nodes_the_bad_one_is_known_and_of_two_both_are_in_doubt() -> None:
+    assert set(judge(["a", "b", "c"], _answers(["a", "b", "c"], {"b"}), 4).bad) == {"b"}
+    verdict = judge(["a", "b"], [], 4)
+    assert verdict.bad["a"] == "does not reach b, or that one is at fault (no answer)"
+    assert set(verdict.bad) == {"a", "b"}
+
+
+def test_a_broken_link_between_good_nodes_costs_one_of_them() -> None:
+    nodes = ["a", "b", "c", "d"]
+    answers = [a for a in _answers(nodes, set()) if a.pair != ("b", "c")]
+    assert set(judge(nodes, answers, 4).bad) == {"c"}
+
+
+def test_a_node_that_is_slow_with_everyone_is_named() -> None:
+    nodes = [f"n{number}" for number in range(6)]
+    verdict = judge(nodes, _answers(nodes, set(), slow="n2"), 4)
+    assert verdict.bad == {"n2": "all-reduce at 1 GiB/s (20 between others)"}
+    # Of three pairs two are slow: nobody can say which node it is.
+    assert judge(nodes[:3], _answers(nodes[:3], set(), slow="n2"), 4).bad == {}
+
+
+@pytest.mark.slow
+def test_processes_of_a_node_without_a_network_fail_in_time_and_the_others_meet(
+    tmp_path: Path,
+) -> None:
+    nodes = ["a", "b", "c"]
+    (tmp_path / "rounds.json").write_text(json.dumps(rounds(nodes)))
+    from tests.launch.cluster import _free_ports
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PAIR_ADDRESS": "127.0.0.1", "MASTER_PORT": str(_free_ports(8))}
+    started = []
+    for node in nodes:
+        more = {"GLOO_SOCKET_IFNAME": "none0"} if node == "b" else {}
+        command = [sys.executable, "-m", "megahybrid.parallel.pair_check", "--node", node]
+        command += ["--folder", str(tmp_path), "--seconds", "25"]
+        started.append(subprocess.Popen(command, env=environment | more, cwd=tmp_path))
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    answers = read_answers(tmp_path)
+    assert len(answers) == 6
+    verdict = judge(nodes, answers, 4)
+    assert set(verdict.bad) == {"b"}
+    assert verdict.told[0].startswith("pairs: 1 of 3 reach each other, at ")
