@@ -249,16 +249,19 @@ def _tokenize(args: argparse.Namespace) -> None:
 def _pack(args: argparse.Namespace) -> None:
     from data_prep.pack import pack
 
-    info = pack(
-        args.path,
-        args.output,
-        args.length,
-        method=args.method,
-        min_document_tokens=args.min_document_tokens,
-        max_document_tokens=args.max_document_tokens,
-        vocab_size=args.vocab_size,
-        command=_command(),
-    )
+    passes = 2 if args.method == "best_fit" else 1
+    with _bar("pack", [args.path], passes, args.vocab_size) as progress:
+        info = pack(
+            args.path,
+            args.output,
+            args.length,
+            method=args.method,
+            min_document_tokens=args.min_document_tokens,
+            max_document_tokens=args.max_document_tokens,
+            vocab_size=args.vocab_size,
+            command=_command(),
+            progress=progress,
+        )
     print(
         f"{args.output}: {info.rows:,} rows of {info.length:,}, {info.fill:.2%} full, "
         f"{info.documents:,} documents, {info.tokens:,} tokens, "
@@ -271,9 +274,14 @@ def _merge(args: argparse.Namespace) -> None:
 
     from data_prep.rewrite import merge_datasets
 
-    made = merge_datasets(
-        args.paths, Path(args.output), shard_tokens=args.shard_tokens, command=_command()
-    )
+    with _bar("merge", args.paths) as progress:
+        made = merge_datasets(
+            args.paths,
+            Path(args.output),
+            shard_tokens=args.shard_tokens,
+            command=_command(),
+            progress=progress,
+        )
     print(f"{args.output}: {made.documents:,} documents, {made.tokens:,} tokens")
 
 
@@ -286,15 +294,17 @@ def _shuffle(args: argparse.Namespace) -> None:
     split = None
     if args.data_command == "split":
         split = Split(args.held_out, args.longest, args.deduplicate)
-    made = shuffle_datasets(
-        args.paths,
-        Path(args.output),
-        seed=args.seed,
-        split=split,
-        shard_tokens=args.shard_tokens,
-        memory_bytes=args.memory_mib * 2**20,
-        command=_command(),
-    )
+    with _bar(args.data_command, args.paths, 2) as progress:
+        made = shuffle_datasets(
+            args.paths,
+            Path(args.output),
+            seed=args.seed,
+            split=split,
+            shard_tokens=args.shard_tokens,
+            memory_bytes=args.memory_mib * 2**20,
+            command=_command(),
+            progress=progress,
+        )
     for part, manifest in made.items():
         name = args.output if split is None else f"{args.output}/{part}"
         print(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
@@ -317,9 +327,15 @@ def _import(args: argparse.Namespace) -> None:
         )
     else:
         info = TokenizerInfo("unknown", "", args.vocab_size, args.eod_id)
-    made = import_dataset(
-        args.path, Path(args.output), info, shard_tokens=args.shard_tokens, command=_command()
-    )
+    with _bar("import", [args.path], 1, info.vocab_size) as progress:
+        made = import_dataset(
+            args.path,
+            Path(args.output),
+            info,
+            shard_tokens=args.shard_tokens,
+            command=_command(),
+            progress=progress,
+        )
     print(f"{args.output}: {made.documents:,} documents, {made.tokens:,} tokens")
 
 
@@ -328,8 +344,21 @@ def _export(args: argparse.Namespace) -> None:
 
     from data_prep.rewrite import export_dataset
 
-    documents, tokens = export_dataset(args.path, Path(args.prefix), vocab_size=args.vocab_size)
+    with _bar("export", [args.path], 1, args.vocab_size) as progress:
+        documents, tokens = export_dataset(
+            args.path, Path(args.prefix), vocab_size=args.vocab_size, progress=progress
+        )
     print(f"{args.prefix}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+
+
+def _bar(name: str, paths: list[str], passes: int = 1, vocab_size: int | None = None) -> Any:
+    """A progress bar over so many passes through the tokens of datasets."""
+    from data_prep.progress import token_bar
+    from megahybrid.data.dataset import TokenDataset
+
+    datasets = [TokenDataset(path, vocab_size=vocab_size) for path in paths]
+    tokens = passes * sum(dataset.tokens for dataset in datasets)
+    return token_bar(name, tokens, datasets[0].dtype.itemsize)
 
 
 def _command() -> str:
@@ -339,7 +368,8 @@ def _command() -> str:
 def _verify(args: argparse.Namespace) -> None:
     from megahybrid.data.verify import verify_dataset
 
-    dataset = verify_dataset(args.path, vocab_size=args.vocab_size)
+    with _bar("verify", [args.path], 1, args.vocab_size) as progress:
+        dataset = verify_dataset(args.path, vocab_size=args.vocab_size, progress=progress)
     print(
         f"{args.path}: good. {len(dataset.shards)} shards, {dataset.documents:,} documents, "
         f"{dataset.tokens:,} tokens"

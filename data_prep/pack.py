@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.fresh import fresh_folder
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import write_durably
 from megahybrid.data.packing import FILES, PLAN_NAME, Method, PlanInfo
@@ -99,7 +100,7 @@ def pack(
     max_document_tokens: int | None = None,
     vocab_size: int | None = None,
     command: str = "",
-    progress: Callable[[int], None] = lambda documents: None,
+    progress: Callable[[int], None] = lambda done_bytes: None,
 ) -> PlanInfo:
     """Writes a plan into the new folder `output`. Document lengths count eod.
 
@@ -107,40 +108,38 @@ def pack(
     puts the documents one after another and cuts every `length` tokens.
     Raises DataError when no document is within the limits.
     """
-    folder = Path(output)
+    target = Path(output)
     dataset = TokenDataset(dataset_path, vocab_size=vocab_size)
     if length < 1:
         raise DataError(f"--length={length} is no number of tokens. Use the stage's length.")
-    if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} is not empty. Name a new folder, or remove this one.")
-    folder.mkdir(parents=True, exist_ok=True)
     limits = (min_document_tokens, max_document_tokens or 2**62)
     source = _Source(dataset, limits, progress)
-    with _Writer(folder) as writer:
-        if method == "best_fit":
-            _write_best_fit(source, length, writer, folder)
-        else:
-            _write_stream(source, length, writer)
-        if not writer.entries:
-            raise DataError(
-                f"{dataset_path} has no document of {min_document_tokens} to "
-                f"{max_document_tokens or 'any number of'} tokens. Widen the limits."
+    with fresh_folder(target) as folder:
+        with _Writer(folder) as writer:
+            if method == "best_fit":
+                _write_best_fit(source, length, writer, folder)
+            else:
+                _write_stream(source, length, writer)
+            if not writer.entries:
+                raise DataError(
+                    f"{dataset_path} has no document of {min_document_tokens} to "
+                    f"{max_document_tokens or 'any number of'} tokens. Widen the limits."
+                )
+            info = PlanInfo(
+                dataset=str(_relative(dataset.path, target)),
+                dataset_fingerprint=dataset.fingerprint,
+                method=method,
+                length=length,
+                min_document_tokens=min_document_tokens,
+                max_document_tokens=max_document_tokens,
+                rows=writer.rows,
+                entries=writer.entries,
+                documents=source.documents,
+                tokens=writer.tokens,
+                crc32=writer.crc32(),
+                command=command,
             )
-        info = PlanInfo(
-            dataset=str(_relative(dataset.path, folder)),
-            dataset_fingerprint=dataset.fingerprint,
-            method=method,
-            length=length,
-            min_document_tokens=min_document_tokens,
-            max_document_tokens=max_document_tokens,
-            rows=writer.rows,
-            entries=writer.entries,
-            documents=source.documents,
-            tokens=writer.tokens,
-            crc32=writer.crc32(),
-            command=command,
-        )
-    write_durably(folder / PLAN_NAME, info.dump().encode())
+        write_durably(folder / PLAN_NAME, info.dump().encode())
     return info
 
 
@@ -162,7 +161,7 @@ class _Source:
                 keep = (lengths >= max(1, self.limits[0])) & (lengths <= self.limits[1])
                 self.documents += int(keep.sum())
                 yield starts[keep] + self.dataset.starts[number], lengths[keep]
-                self.progress(len(starts))
+                self.progress(int(lengths.sum()) * self.dataset.dtype.itemsize)
 
     def items(self, length: int) -> Iterator[tuple[Array, Array]]:
         """The same, with documents beyond `length` cut into full rows and a rest."""

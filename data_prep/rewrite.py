@@ -3,17 +3,19 @@
 Tokens are copied in pieces of bounded size and checked on the way; the tokenizer stays the same.
 """
 
-import shutil
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.encode_unit import RunWriter, UnitResult, document_hash, document_keys
+from data_prep.fresh import fresh_folder, scratch_folder
 from data_prep.merge import Merge, Split, runs_of
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.manifest import Manifest, TokenizerInfo, sync_folder
+from megahybrid.data.manifest import Manifest, TokenizerInfo
 from megahybrid.data.token_file import DTYPE_CODES, HEADER, MAGIC, Array
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
 from megahybrid.errors import DataError
@@ -96,6 +98,7 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
     datasets = [TokenDataset(path) for path in paths]
     infos = []
     for dataset in datasets:
+        _refuse_mask(dataset)
         if dataset.manifest is None or dataset.plan is not None:
             raise DataError(
                 f"{dataset.path} has no manifest of its own. Import it first with "
@@ -108,6 +111,14 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
                 f"{datasets[0].path} with {infos[0].sha256[:12]}. Tokenize one of them again."
             )
     return datasets, infos[0]
+
+
+def _refuse_mask(dataset: TokenDataset) -> None:
+    if dataset.masked:
+        raise DataError(
+            f"{dataset.path} has a .mask of targets that count, which would be lost here. Mix such "
+            "data as a source of its own in the run."
+        )
 
 
 def _copy(part: Part, writer: TokenWriter) -> None:
@@ -134,10 +145,12 @@ def merge_datasets(
 ) -> Manifest:
     """All documents of several datasets, one dataset after another."""
     datasets, info = open_alike(paths)
-    writer = TokenWriter(
-        output, info, sources=_sources(datasets), command=command, shard_tokens=shard_tokens
-    )
-    with writer:
+    options: dict[str, Any] = {
+        "sources": _sources(datasets),
+        "command": command,
+        "shard_tokens": shard_tokens,
+    }
+    with fresh_folder(output) as folder, TokenWriter(folder, info, **options) as writer:
         for dataset in datasets:
             for part in parts_of(dataset, info.eod_id):
                 _copy(part, writer)
@@ -156,10 +169,13 @@ def import_dataset(
 ) -> Manifest:
     """A plain Megatron dataset with a manifest, checksums, and eod after every document."""
     dataset = TokenDataset(path, vocab_size=tokenizer.vocab_size)
-    writer = TokenWriter(
-        output, tokenizer, sources=_sources([dataset]), command=command, shard_tokens=shard_tokens
-    )
-    with writer:
+    _refuse_mask(dataset)
+    options: dict[str, Any] = {
+        "sources": _sources([dataset]),
+        "command": command,
+        "shard_tokens": shard_tokens,
+    }
+    with fresh_folder(output) as folder, TokenWriter(folder, tokenizer, **options) as writer:
         for part in parts_of(dataset, tokenizer.eod_id):
             _copy(part, writer)
             progress(int(part.lengths.sum()) * dataset.dtype.itemsize)
@@ -182,37 +198,27 @@ def shuffle_datasets(
     Without a split OUTPUT itself is the dataset; with one, OUTPUT/train and the parts held out.
     """
     datasets, info = open_alike(paths)
-    if output.exists() and any(output.iterdir()):
-        raise DataError(f"{output} is not empty. Name a new folder, or remove this one.")
-    work = output.with_name(output.name + ".work")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    results = [
-        _keyed(dataset, info, work, number, seed, progress)
-        for number, dataset in enumerate(datasets)
-    ]
     names = ["train"]
     if split is not None:
         names += ["held_out"] * (split.held_out > 0) + ["held_out_long"] * (split.longest > 0)
-    folders = {name: work / "made" / (name if split else ".") for name in names}
-    writers = {
-        name: TokenWriter(
-            folder,
-            info,
-            sources=_sources(datasets),
-            command=command,
-            shard_tokens=shard_tokens,
-        )
-        for name, folder in folders.items()
+    options: dict[str, Any] = {
+        "sources": _sources(datasets),
+        "command": command,
+        "shard_tokens": shard_tokens,
     }
-    Merge(runs_of(work, results), split or Split(0, 0), writers, memory_bytes, progress).run()
-    manifests = {name: writer.close() for name, writer in writers.items()}
-    if output.exists():
-        output.rmdir()
-    (work / "made").replace(output)
-    sync_folder(output.parent)
-    shutil.rmtree(work)
-    return manifests
+    with (
+        fresh_folder(output) as folder,
+        scratch_folder(output.with_name(output.name + ".runs")) as work,
+    ):
+        results = [
+            _keyed(dataset, info, work, number, seed, progress)
+            for number, dataset in enumerate(datasets)
+        ]
+        writers = {
+            name: TokenWriter(folder / name if split else folder, info, **options) for name in names
+        }
+        Merge(runs_of(work, results), split or Split(0, 0), writers, memory_bytes, progress).run()
+        return {name: writer.close() for name, writer in writers.items()}
 
 
 def _keyed(
@@ -255,14 +261,16 @@ def export_dataset(
         if target.exists():
             raise DataError(f"{target} exists already. Name another prefix, or remove it.")
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with open(paths[0], "wb") as file:
+    # The .idx appears last: Megatron looks for both, and a killed export leaves none of it.
+    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    with open(temporary[0], "wb") as file:
         for shard in dataset.shards:
             with open(shard.bin_path, "rb") as source:
                 while data := source.read(2**24):
                     file.write(data)
                     progress(len(data))
     sequences = sum(shard.sequences for shard in dataset.shards)
-    with open(paths[1], "wb") as file:
+    with open(temporary[1], "wb") as file:
         code = DTYPE_CODES[dataset.dtype.name]
         file.write(HEADER.pack(MAGIC, 1, code, sequences, dataset.documents + 1))
         for shard in dataset.shards:
@@ -279,4 +287,8 @@ def export_dataset(
                 file.write((shard.document_index()[first:stop] + before).astype("<i8").data)
             before += shard.sequences
         file.write(np.asarray([sequences], "<i8").data)
+    for made, target in zip(temporary, paths, strict=True):
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(made, target)
     return dataset.documents, dataset.tokens

@@ -15,19 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import Progress
 
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
 from data_prep.hub import is_hub
 from data_prep.inputs import Unit, cut_units, list_files, size_of
 from data_prep.merge import Merge, Split, runs_of
+from data_prep.progress import byte_bars
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
 from megahybrid.data.tokenizer import load_tokenizer
@@ -92,7 +86,7 @@ def tokenize(
     identity = _identity(job, files, info, split, shard_tokens)
     if (report := _begin(folder, identity)) is not None:
         return report
-    with _progress(quiet) as progress:
+    with byte_bars(quiet) as progress:
         results = _encode_all(job, units, workers, progress, max_bad_fraction)
         bad = _quarantine(folder, len(units))
         documents = sum(result.documents for result in results)
@@ -298,15 +292,3 @@ def _source(given: str | Path, pattern: str) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(map(size_of, files)),
     }
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:10}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[tokens]}"),
-        TimeRemainingColumn(),
-        disable=quiet,
-    )

@@ -1,5 +1,8 @@
 """Datasets from datasets: the same documents, whatever is done to them."""
 
+import shutil
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -109,3 +112,63 @@ def test_datasets_of_two_tokenizers_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "b/manifest.json").unlink()
     with pytest.raises(DataError, match="its vocabulary is unknown"):
         merge_datasets([tmp_path / "b"], tmp_path / "out")
+
+
+WORDS = {
+    "shuffle": ["a", "b", "--output", "out"],
+    "import": ["plain", "--output", "out", "--vocab-size", "100", "--eod-id", "0"],
+    "export": ["a", "out/x"],
+    "pack": ["a", "--output", "out", "--length", "64"],
+}
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+from data_prep import commands
+import argparse
+calls, left = 0, int(sys.argv[1])
+def count(frame, event, argument):
+    global left
+    left -= event == "call" and "data_prep" in frame.f_code.co_filename
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+parser = argparse.ArgumentParser()
+commands.add_arguments(parser.add_subparsers())
+sys.argv = ["megahybrid", "data", *sys.argv[2:]]
+args = parser.parse_args(sys.argv[1:])
+sys.setprofile(count)
+commands.run(args)
+sys.setprofile(None)
+print(left)
+"""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_killed_anywhere_the_same_command_ends_the_same(tmp_path: Path, name: str) -> None:
+    for part in ("a", "b"):
+        write_corpus(tmp_path / part, LENGTHS * 3, seed=ord(part), vocab_size=100)
+    export_dataset(tmp_path / "a", tmp_path / "plain")
+
+    def call(kill_after: int) -> str:
+        words = [sys.executable, "-c", KILLED, str(kill_after), name, *WORDS[name]]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    def outside() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()} - {"out"}
+
+    before, most = outside(), 10_000
+    calls = most - int(call(most).split()[-1])
+    expected = content(tmp_path / "out")
+    assert len(expected) > 1 and outside() == before
+    for part in (0.5, 0.95):
+        shutil.rmtree(tmp_path / "out")
+        assert not call(int(part * calls)) and content(tmp_path / "out") != expected
+        call(most)
+        assert content(tmp_path / "out") == expected and outside() == before
