@@ -92,6 +92,11 @@ class Study(Frozen):
         default=[], description="figures of the printed table; empty: each task at each length"
     )
 
+    def figures(self) -> list[str]:
+        """Every figure that rules and columns name."""
+        sides = [side for rule in self.rules for side in rule_parts(rule)[0::2]]
+        return [*self.columns, *(figure for variant, figure in sides if variant is not None)]
+
     @model_validator(mode="after")
     def _check(self) -> "Study":
         if self.suite is None and self.analyse is None and self.held_out is None:

@@ -56,7 +56,9 @@ class Material:
     def check_written(self, answers: Sequence[str]) -> None:
         """Raises ConfigError for an answer that the tokenizer cannot write: scores of it would say
         nothing."""
-        for answer in answers if self.tokenizer is not None else ():
+        if self.tokenizer is None:
+            return
+        for answer in answers:
             found = self.tokenizer.decode(self.encode(" " + answer)).strip()
             if found != answer.strip():
                 raise ConfigError(

@@ -113,12 +113,14 @@ def judge(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
                 raise ConfigError(
                     f"rules names {name}, which is no figure ({_some(known)}). Correct it."
                 )
-        sides = [
+        here, there = (
             float(name) if variant is None else medians.get((variant, name))
             for variant, name in (left, right)
-        ]
-        holds = None if None in sides else COMPARISONS[comparison](*sides)
-        judged.append({"rule": rule, "left": sides[0], "right": sides[1], "holds": holds})
+        )
+        holds = None
+        if here is not None and there is not None:
+            holds = bool(COMPARISONS[comparison](here, there))
+        judged.append({"rule": rule, "left": here, "right": there, "holds": holds})
     return judged
 
 

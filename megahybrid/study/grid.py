@@ -15,10 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from megahybrid.config import load
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.study import Study
-from megahybrid.config.suite import Suite
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ConfigError, DataError
+from megahybrid.config.suite import RulerTask, Suite
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, ConfigError, DataError
 from megahybrid.study.figures import judge, tabulate
 from megahybrid.study.material import prepare
 from megahybrid.study.one_run import OneRun
@@ -42,7 +41,8 @@ def study(
     (a run that has one is not repeated), checkpoints, from which an interrupted run goes on, and
     what each run said in `out`/logs. `jobs` runs go on at a time (default: one per core on a CPU,
     one on a GPU). Returns the exit code: that of the first run that failed, after the others were
-    tried. Raises MegahybridError, one line, for whatever the user can mend, before any run.
+    tried; a user's mistake ends the study with the runs under way. Raises MegahybridError, one
+    line, for whatever can be told before any run.
     """
     plan = _load(folder)
     out = (out or Path("runs") / folder.resolve().name).resolve()
@@ -53,12 +53,13 @@ def study(
     grid = [OneRun(plan, folder, out, *one) for one in asked]
     if not tabulate_only:
         _check(plan, folder, grid)
-        out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
             missing = [run for run in grid if not run.result.exists()]
             if missing:
                 prepare(plan, out)
-                code = _run_all(missing, jobs or _cores(missing[0]))
+                fork = not _on_gpu(missing[0])
+                cores = len(os.sched_getaffinity(0)) if fork else 1
+                code = _run_all(missing, jobs or cores, fork)
     results = read_results(out, plan, grid)
     if not results:
         if tabulate_only:
@@ -127,31 +128,43 @@ def _asked(
 
 
 def _check(plan: Study, folder: Path, grid: Sequence[OneRun]) -> None:
-    """Every run file, suite and path that is needed, before the first run."""
-    for name in (plan.suite, plan.analyse):
-        if name is not None:
-            load(folder / name, type=Suite)
-    models: dict[str, LayerPlan] = {}
-    for run in grid:
-        if run.variant not in models:
-            config = load(folder / plan.run, run.overrides())
-            config.check(1)
-            models[run.variant] = config.model.layer_plan
+    """Every run file, suite and figure that is named, before the first run."""
+    known = {"loss"} if plan.held_out is not None else set()
+    for file in (plan.suite, plan.analyse):
+        if file is not None:
+            for name, task in load(folder / file, type=Suite).tasks.items():
+                heads = task.tasks if isinstance(task, RulerTask) else [name]
+                known |= {f"{head}.{length}" for head in heads for length in task.lengths}
+    for figure in plan.figures():
+        head = ".".join(figure.split(".")[:2])
+        if head not in known and not ("loss" in known and figure.startswith("loss.")):
+            raise ConfigError(
+                f"rules or columns name {figure}, but no task is {head} (there are "
+                f"{', '.join(sorted(known))}). Correct it."
+            )
+    for variant in dict.fromkeys(run.variant for run in grid):
+        run = next(run for run in grid if run.variant == variant)
+        load(folder / plan.run, run.overrides()).check(1)
 
 
-def _cores(run: OneRun) -> int:
+def _on_gpu(run: OneRun) -> bool:
+    """Whether runs will use a GPU. Asked of the system, not of torch: CUDA, once looked at, cannot
+    be used after a fork."""
     config = load(run.folder / run.plan.run, run.overrides())
-    if config.device == "cpu":
-        return len(os.sched_getaffinity(0))
-    import torch
-
-    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    return config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidia0").exists())
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """No other study works in `out` meanwhile; a killed one leaves nothing behind."""
-    with open(out / "study.lock", "w") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "study.lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(
+            f"--out={out} cannot be written to ({error.strerror}). Name a folder that can be."
+        ) from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -159,17 +172,20 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _run_all(missing: Sequence[OneRun], jobs: int) -> int:
-    """Forked processes, `jobs` at a time. A stop signal is handed to them: they save and end."""
-    if jobs > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import megahybrid.train.analyse_command
-    import megahybrid.train.evaluate_command
-    import megahybrid.train.run  # noqa: F401 (all of torch and DeepSpeed once, for all runs)
+def _run_all(missing: Sequence[OneRun], jobs: int, fork: bool) -> int:
+    """Processes, `jobs` at a time, until all are done or one met a mistake of the user's. A stop
+    signal is handed to them: they save and end."""
+    if fork:
+        if jobs > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+        import megahybrid.train.analyse_command
+        import megahybrid.train.evaluate_command
+        import megahybrid.train.run  # noqa: F401 (all of torch and DeepSpeed once, for all runs)
 
-    waiting, running, code = list(missing), {}, EXIT_DONE
+    waiting, code = list(missing), EXIT_DONE
+    running: dict[int, OneRun] = {}
     began: dict[int, float] = {}
-    stopping = False
+    stopping, done = False, 0
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
@@ -179,18 +195,20 @@ def _run_all(missing: Sequence[OneRun], jobs: int) -> int:
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
-        while running or (waiting and not stopping):
-            while waiting and len(running) < jobs and not stopping:
+        while running or (waiting and not stopping and code != EXIT_USER_MISTAKE):
+            while waiting and len(running) < jobs and not stopping and code != EXIT_USER_MISTAKE:
                 run = waiting.pop(0)
-                child = run.start()
+                child = run.start(fork)
                 running[child], began[child] = run, time.monotonic()
             child, status = os.wait()
             if child not in running:
                 continue
             run, ended = running.pop(child), os.waitstatus_to_exitcode(status)
-            done = len(missing) - len(waiting) - len(running)
+            done += ended == EXIT_DONE
             _say(f"{done} of {len(missing)}", run, ended, time.monotonic() - began[child])
-            code = code or (ended if ended >= 0 else 128 - ended)
+            # A mistake of the user's outweighs a failure: other runs would only repeat it.
+            failed = ended if ended >= 0 else 128 - ended
+            code = EXIT_USER_MISTAKE if EXIT_USER_MISTAKE in (code, failed) else code or failed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -52,9 +52,12 @@ class OneRun:
         own = [word.replace("{out}", str(self.out)) for word in said]
         return [*paths, *own, f"seed={self.seed}", f"directory={self.out / 'runs' / self.name}"]
 
-    def start(self) -> int:
-        """Forks a process that does the work; returns its id. Call it before any computing: what
-        was imported is shared, threads are not."""
+    def start(self, fork: bool = True) -> int:
+        """Starts a process that does the work; returns its id.
+
+        Forked, it shares what was imported here; call it before any computing, because threads are
+        not shared. Otherwise it is a new Python.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         parent = os.getpid()
         child = os.fork()
@@ -66,6 +69,10 @@ class OneRun:
             with open(self.log, "a", buffering=1) as log:
                 os.dup2(log.fileno(), sys.stdout.fileno())
                 os.dup2(log.fileno(), sys.stderr.fileno())
+            if not fork:
+                words = [self.folder, self.out, self.variant, self.seed]
+                command = [sys.executable, "-m", __name__, *map(str, words)]
+                os.execv(sys.executable, command)
             code = self.work()
         except MegahybridError as error:
             print(f"megahybrid: {error}", file=sys.stderr)
@@ -160,3 +167,15 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    from megahybrid.config import load
+
+    FOLDER, OUT, VARIANT, SEED = sys.argv[1:]
+    PLAN = load(Path(FOLDER) / "study.yaml", type=Study)
+    try:
+        sys.exit(OneRun(PLAN, Path(FOLDER), Path(OUT), VARIANT, int(SEED)).work())
+    except MegahybridError as mistake:
+        print(f"megahybrid: {mistake}", file=sys.stderr)
+        sys.exit(mistake.exit_code)

@@ -161,6 +161,13 @@ def test_study_keeps_each_result_once_and_judges_its_rules(
                    for part in ("begin", "needle", "context", "end")) - 1) < 1e-6  # fmt: skip
     assert study(small, out=out) == 0  # nothing is left to do
     assert before == [path.stat().st_mtime_ns for path in kept]
+    # A run in a Python of its own, as on a GPU, finds its training done and scores the same.
+    first = json.loads(kept[0].read_text())
+    kept[0].unlink()
+    plan = load(small / "study.yaml", type=Study)
+    alone = OneRun(plan, small, out, "nope", 1).start(fork=False)
+    assert os.waitstatus_to_exitcode(os.waitpid(alone, 0)[1]) == 0
+    assert figures_of(json.loads(kept[0].read_text())) == figures_of(first)
     kept[0].write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
         study(small, out=out)
@@ -178,6 +185,9 @@ def test_study_keeps_each_result_once_and_judges_its_rules(
         ({"suite": None, "analyse": None}, {}, "names no suite, analyse or held_out"),
         ({"seeds": [1, 1]}, {}, "names one twice"),
         ({"suite": "missing.yaml"}, {}, "missing.yaml"),
+        ({"rules": ["nope:recal.16 > 0.5"]}, {}, "name recal.16, but no task is recal.16"),
+        ({"columns": ["recall.17"]}, {}, r"no task is recall.17 \(there are recall.16\)"),
+        ({}, {"out": Path("/proc/nowhere")}, "--out=/proc/nowhere cannot be written to"),
         ({"variants": {"a": ["model.hidden_sise=3"]}, "rules": []}, {}, "hidden_size"),
         ({"prepare": ["data nonsense"]}, {}, "was refused"),
     ],
@@ -187,9 +197,22 @@ def test_wrong_input_is_refused_in_one_line_before_any_run(
 ) -> None:
     folder = written(tmp_path / "small", **changes)
     with pytest.raises((ConfigError, DataError), match=message) as found:
-        study(folder, out=tmp_path / "out", **words)
+        study(folder, **({"out": tmp_path / "out"} | words))
     assert "\n" not in str(found.value)
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_mistake_that_only_a_run_can_tell_ends_the_study(small: Path, tmp_path: Path) -> None:
+    text = (small / "run.yaml").read_text()
+    (small / "run.yaml").write_text(text.replace("model:", "start: {checkpoint: nowhere}\nmodel:"))
+    told = subprocess.run(
+        command(small, "--out", tmp_path / "out", "--seeds", "1", "2", "3", "--jobs", "1"),
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 2
+    assert len(told.stderr.splitlines()) == 1 and "nope-seed1 failed with code 2" in told.stderr
+    assert not (tmp_path / "out" / "runs" / "nope-seed2").exists()
 
 
 def test_a_folder_without_a_study_is_named_with_its_neighbours(small: Path) -> None:
