@@ -394,8 +394,9 @@ def _audit(args: argparse.Namespace) -> None:
     audits = [audit(path) for path in (args.run_directory, args.other) if path]
     for found in audits:
         print(
-            f"{found.run}: the ledger's {found.steps:,} steps are what config and files give. "
-            f"Rows read: sha256 {found.rows[:16]}"
+            f"{found.run}: the ledger's {found.steps:,} steps"
+            + (f" from step {found.first_step:,} on" if found.first_step > 1 else "")
+            + f" are what config and files give. Rows read: sha256 {found.rows[:16]}"
         )
         for name, tokens in found.tokens.items():
             print(
@@ -405,8 +406,13 @@ def _audit(args: argparse.Namespace) -> None:
     if len(audits) == 2:
         first, second = audits
         step = first_difference(first, second)
+        common = first.by_step.keys() & second.by_step.keys()
         if step is not None:
             print(f"The two runs differ from step {step} on.")
+        elif not common:
+            print("The two runs have no step in common.")
         else:
-            steps = min(first.steps, second.steps)
-            print(f"Both runs have read the same tokens in the same order for {steps:,} steps.")
+            print(
+                "Both runs have read the same tokens in the same order in steps "
+                f"{min(common):,} to {max(common):,}."
+            )

@@ -1,6 +1,7 @@
 """Showing one step of a run on the console: where its rows come from, and their documents."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +28,8 @@ def show_batch(
     """
     run = load_run(path)
     mixture = open_mixture(run)
-    found = find_step(run, mixture, stage, step)
+    directory = Path(path) if Path(path).is_dir() else None
+    found = find_step(run, mixture, stage, step, directory)
     console = Console(soft_wrap=True, highlight=False)
     point = found.point
     console.print(

@@ -7,7 +7,7 @@ ledger is what the recomputed order is compared with.
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from megahybrid.config.stages import StagePoint
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import Mixture, RowPlan, State, cursor_crc
 from megahybrid.errors import DataError
-
-LEDGER = "ledger.jsonl"
-BEGINNINGS = ("start", "resume")
+from megahybrid.train.ledger import BEGINNINGS, LEDGER_NAME, REWIND, Ledger, read_ledger
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a run has seen. rows: sha256 over source, first token and length of every span served,
-    in order; seen: the same per source; after: `rows` up to each step."""
+    """What a run has seen, from `first_step` on. seen: sha256 over first token and length of every
+    span served of a source, in order; by_step: the same for a step, with its sources; rows: of
+    all steps together."""
 
     run: str
     steps: int
+    first_step: int
     tokens: dict[str, int]
     epochs: dict[str, float]
     fingerprints: dict[str, str]
     seen: dict[str, str]
     rows: str
-    after: list[str]
+    by_step: dict[int, bytes]
 
 
 def load_run(path: str | Path) -> RunConfig:
@@ -73,87 +73,169 @@ def open_mixture(run: RunConfig) -> Mixture:
     )
 
 
-def steps_of(run: RunConfig, mixture: Mixture) -> Iterator[Step]:
-    """Every step from the beginning, planned and not read."""
-    if run.start is not None and run.start.take == "all":
+@dataclass(frozen=True)
+class Place:
+    """Where a run stood after `step` steps: what a checkpoint or its beginning knows of it."""
+
+    step: int
+    tokens: int
+    state: State
+
+
+def places_of(run: RunConfig, mixture: Mixture, directory: Path | None) -> list[Place]:
+    """Places that need no recomputing, ascending: the run's beginning, and its checkpoints.
+
+    Without its beginning where that is another run's checkpoint which is gone. Raises DataError
+    when there is none at all.
+    """
+    found: dict[int, Place] = {}
+    for path in sorted(directory.glob("checkpoints/step-*/manifest.json")) if directory else ():
+        if (saved := _train_state(path)) is not None and saved["data"]:
+            state = mixture.restore(saved["data"])
+            found[saved["step"]] = Place(saved["step"], saved["tokens"], state)
+    if run.start is None or run.start.take == "weights":
+        found[0] = Place(0, 0, mixture.start())
+    elif parent := _train_state(_parent(run, directory) / "manifest.json"):
+        state = mixture.carried(parent["data"])
+        found[parent["step"]] = Place(parent["step"], parent["tokens"], state)
+    if not found:
         raise DataError(
-            f"start.checkpoint={run.start.checkpoint} gave this run its cursors, so its order does "
-            "not begin at the beginning. Look at the run it branched off."
+            f"start.checkpoint={run.start.checkpoint if run.start else None} gave this run its "
+            "cursors and is gone, and the run has no checkpoint of its own. Look at the run it "
+            "branched off."
         )
-    plan = run.stage_plan
-    state = mixture.start()
-    tokens = 0
-    number = 0
+    return [found[step] for step in sorted(found)]
+
+
+def _parent(run: RunConfig, directory: Path | None) -> Path:
+    """The checkpoint that a branch began from: the one its ledger names, else its config's."""
+    assert run.start is not None
+    if directory is not None and (directory / LEDGER_NAME).exists():
+        for line in read_ledger(directory / LEDGER_NAME).events:
+            if line.event in BEGINNINGS and line.detail.get("parent"):
+                return Path(line.detail["parent"]["checkpoint"])
+    given = Path(run.start.checkpoint)
+    own = sorted(given.glob("checkpoints/step-*/manifest.json"))
+    return own[-1].parent if own else given
+
+
+def _train_state(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint's manifest keeps of training; None where there is none to read."""
+    try:
+        saved = json.loads(path.read_bytes())["train_state"]
+        return {name: saved[name] for name in ("step", "tokens", "data")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def steps_of(
+    run: RunConfig,
+    mixture: Mixture,
+    place: Place | None = None,
+    rewinds: Mapping[int, State] | None = None,
+) -> Iterator[Step]:
+    """Every step after `place` (default: the beginning), planned and not read.
+
+    rewinds: cursors that the run went on from instead of its own, after the step they stand at.
+    """
+    place = place or Place(0, 0, mixture.start())
+    plan, tokens, number, state = run.stage_plan, place.tokens, place.step, place.state
     while not plan.finished(tokens):
+        if rewinds and number in rewinds:
+            state = mixture.restore(rewinds[number])
         point = plan.at(tokens)
-        if point.step_in_stage == 0:
-            state = mixture.reweight(state, point.stage.weights)
+        state = mixture.reweight(state, point.stage.weights)
         plans, state = mixture.plan_step(state, point.length, point.rows)
         tokens += point.batch_tokens
         number += 1
         yield Step(number, point, plans, state)
 
 
-def find_step(run: RunConfig, mixture: Mixture, stage: str | None, step: int) -> Step:
-    """Step `step` (from 1) of a stage by name, or of the run."""
+def rewinds_of(ledger: Ledger) -> dict[int, State]:
+    """The cursors that a run went on from after a spike, by the step it went back to."""
+    return {line.step: line.detail["data"] for line in ledger.named(REWIND)}
+
+
+def find_step(
+    run: RunConfig, mixture: Mixture, stage: str | None, step: int, directory: Path | None = None
+) -> Step:
+    """Step `step` (from 1) of a stage by name, or of the run; from the nearest place before it."""
     names = [item.name for item in run.stages]
     if stage is not None and stage not in names:
         raise DataError(f"--stage={stage} is not a stage of the run ({', '.join(names)}).")
-    last = 0
-    for found in steps_of(run, mixture):
-        if stage is not None and found.point.stage.name != stage:
-            continue
-        last = found.number if stage is None else found.point.step_in_stage + 1
-        if last == step:
-            return found
-    raise DataError(
-        f"--step={step} is not a step of {'the run' if stage is None else stage} (1 to {last})."
-    )
+    places = places_of(run, mixture, directory)
+    number, tokens = places[0].step, places[0].tokens
+    first = last = 0
+    plan = run.stage_plan
+    while not plan.finished(tokens):
+        point = plan.at(tokens)
+        tokens += point.batch_tokens
+        number += 1
+        if stage is None or point.stage.name == stage:
+            last = number if stage is None else point.step_in_stage + 1
+            first = first or last
+            if last == step:
+                break
+    else:
+        raise DataError(
+            f"--step={step} is not a step of {'the run' if stage is None else stage} "
+            f"({first} to {last})."
+        )
+    ledger = directory / LEDGER_NAME if directory else None
+    rewinds = rewinds_of(read_ledger(ledger)) if ledger and ledger.exists() else {}
+    place = max((item for item in places if item.step < number), key=lambda item: item.step)
+    return next(item for item in steps_of(run, mixture, place, rewinds) if item.number == number)
 
 
 def audit(directory: str | Path) -> Audit:
     """Recomputes what the ledger's steps have read; raises DataError at the first disagreement."""
     run = load_run(directory)
-    ledger = read_steps(Path(directory) / LEDGER)
+    ledger = read_ledger(Path(directory) / LEDGER_NAME)
+    lines = {line.step: line for line in ledger.steps}
     mixture = open_mixture(run)
     _check_files(Path(directory), mixture)
-    state = mixture.start()
+    place = places_of(run, mixture, Path(directory))[0]
+    state = place.state
     rows = hashlib.sha256()
     seen = {name: hashlib.sha256() for name in mixture.datasets}
-    after: list[str] = []
-    for step in steps_of(run, mixture) if ledger else ():
-        line = ledger.get(step.number)
+    by_step: dict[int, bytes] = {}
+    for step in steps_of(run, mixture, place, rewinds_of(ledger)) if lines else ():
+        if step.number > max(lines):
+            break
+        line = lines.get(step.number)
         if line is None:
-            raise DataError(f"{directory}/{LEDGER} has no step {step.number} (of {max(ledger)}).")
+            raise DataError(f"{directory}/{LEDGER_NAME} has no step {step.number}.")
         state = step.state
         crc = cursor_crc(state)
         for what, found, expected in (
-            ("cursor_crc", line.get("cursor_crc"), crc),
-            ("source_tokens", line.get("source_tokens"), mixture.source_tokens(state)),
-            ("length", line.get("length"), step.point.length),
+            ("cursor_crc", line.cursor_crc, crc),
+            ("source_tokens", line.source_tokens, mixture.source_tokens(state)),
+            ("length", line.length, step.point.length),
         ):
             if found != expected:
                 raise DataError(
-                    f"{directory}/{LEDGER} step {step.number}: {what}={found} is not what this "
-                    f"config and these files give ({expected}). The data or the config changed."
+                    f"{directory}/{LEDGER_NAME} step {step.number}: {what}={found} is not what "
+                    f"this config and these files give ({expected}). The data or the config "
+                    "changed."
                 )
+        whole = hashlib.blake2b(digest_size=16)
         for plan in step.plans:
             for start, size in plan.spans:
                 raw = struct.pack("<qq", start, size)
-                rows.update(plan.source.encode() + b"\0" + raw)
+                whole.update(plan.source.encode() + b"\0" + raw)
                 seen[plan.source].update(raw)
-        after.append(rows.hexdigest())
-        if step.number == max(ledger):
-            break
+        by_step[step.number] = whole.digest()
+        rows.update(whole.digest())
     return Audit(
         run=str(directory),
-        steps=len(after),
-        tokens=mixture.source_tokens(state) if after else {},
-        epochs=mixture.epochs(state) if after else {},
+        steps=len(by_step),
+        first_step=place.step + 1,
+        tokens=mixture.source_tokens(state) if by_step else {},
+        epochs=mixture.epochs(state) if by_step else {},
         fingerprints={name: data.fingerprint for name, data in mixture.datasets.items()},
         seen={name: digest.hexdigest() for name, digest in seen.items()},
         rows=rows.hexdigest(),
-        after=after,
+        by_step=by_step,
     )
 
 
@@ -176,32 +258,10 @@ def _check_files(directory: Path, mixture: Mixture) -> None:
 
 
 def first_difference(first: Audit, second: Audit) -> int | None:
-    """The first step after which two runs have not read the same; None while both go on alike."""
-    if {n: first.fingerprints[n] for n in first.tokens} != {
+    """The first step that two runs both have and have not read the same in; None for none."""
+    common = sorted(first.by_step.keys() & second.by_step.keys())
+    if common and {n: first.fingerprints[n] for n in first.tokens} != {
         n: second.fingerprints.get(n) for n in second.tokens
     }:
-        return 1
-    for number, (ours, theirs) in enumerate(zip(first.after, second.after, strict=False), 1):
-        if ours != theirs:
-            return number
-    return None
-
-
-def read_steps(path: Path) -> dict[int, dict[str, Any]]:
-    """The ledger's steps by number, as the last attempt left them."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Name a run's folder.") from None
-    steps: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            value = json.loads(line)
-            step = int(value["step"])
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path} line {number} is no line of a ledger (damaged).") from None
-        if value.get("kind") == "step":
-            steps[step] = value
-        elif value.get("event") in BEGINNINGS:
-            steps = {done: kept for done, kept in steps.items() if done <= step}
-    return steps
+        return common[0]
+    return next((n for n in common if first.by_step[n] != second.by_step[n]), None)

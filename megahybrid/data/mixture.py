@@ -154,6 +154,22 @@ class Mixture:
             sources[name] = source | {"cursor": self.order(name).check(source["cursor"])}
         return state | {"sources": sources}
 
+    def carried(self, state: Any) -> State:
+        """What this mixture can go on from of a state that another plan saved: all of it where the
+        order is made from the same numbers, source by source where the files are the same; what is
+        left begins anew."""
+        now = {"seed": self.seed, "block_tokens": self.block_tokens, "lanes": self.lanes}
+        if not state or any(state[name] != value for name, value in now.items()):
+            return self.start()
+        sources = {
+            name: source
+            for name, source in state["sources"].items()
+            if name in self.datasets and self.datasets[name].fingerprint == source["fingerprint"]
+        }
+        if len(sources) < len(state["sources"]):
+            state = state | {"sources": sources, "weights": {}, "since": {}}
+        return self.restore(state)
+
     def plan_step(self, state: State, length: int, rows: int) -> tuple[list[RowPlan], State]:
         """The next `rows` rows of `length` tokens and the state after them; `state` is unchanged.
 

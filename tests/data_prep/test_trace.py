@@ -1,16 +1,28 @@
 """What a run has read, recomputed and compared with its ledger; one step shown."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.show_batch import show_batch
-from data_prep.trace import audit, find_step, first_difference, load_run, open_mixture, steps_of
+from data_prep.trace import (
+    Step,
+    audit,
+    find_step,
+    first_difference,
+    load_run,
+    open_mixture,
+    places_of,
+    steps_of,
+)
 from megahybrid.data.mixture import cursor_crc
-from megahybrid.errors import DataError
+from megahybrid.errors import DataError, MegahybridError
+from megahybrid.train.ledger import LEDGER_NAME, EventLine, LedgerWriter, StepLine
 from tests.data.corpus import write_corpus
 
 MODELS = Path(__file__).parents[2] / "configs/models"
@@ -25,7 +37,14 @@ def run_directory(tmp_path: Path) -> Path:
     return make_run(tmp_path, "run")
 
 
-def make_run(folder: Path, name: str, seed: int = 1) -> Path:
+def make_run(
+    folder: Path,
+    name: str,
+    seed: int = 1,
+    start: Path | None = None,
+    rewind: int | None = None,
+) -> Path:
+    """rewind: the step after which the run goes three steps back, with the data that follows."""
     stage = {
         "tokens": 2048,
         "lengths": {32: 1},
@@ -34,7 +53,7 @@ def make_run(folder: Path, name: str, seed: int = 1) -> Path:
         "weights": {"a": 2, "b": 1},
         "learning_rate": {"kind": "linear", "start": 1e-3, "end": 1e-4},
     }
-    config = {
+    config: dict[str, object] = {
         "include": [str(MODELS / "rope_tiny.yaml")],
         "seed": seed,
         "data": {
@@ -49,35 +68,64 @@ def make_run(folder: Path, name: str, seed: int = 1) -> Path:
     }
     directory = folder / name
     directory.mkdir()
+    if start is not None:
+        config["start"] = {"checkpoint": str(start), "take": "all"}
     # JSON is YAML, but for keys that are numbers.
     text = json.dumps(config).replace('"32":', "32:").replace('"64":', "64:")
     (directory / "config.yaml").write_text(text)
     run = load_run(directory)
-    lines: list[dict[str, object]] = [{"kind": "event", "event": "start", "step": 0}]
     mixture = open_mixture(run)
-    for step in steps_of(run, mixture):
-        line = {
-            "kind": "step",
-            "step": step.number,
-            "length": step.point.length,
-            "source_tokens": mixture.source_tokens(step.state),
-            "cursor_crc": cursor_crc(step.state),
-        }
-        lines.append(line)
-        if step.number == 9:  # an attempt that was lost, and one that went on from step 7
-            again = lines[-2:]
-            lines.append({"kind": "step", "step": 10, "cursor_crc": 5})
-            lines.append({"kind": "event", "event": "resume", "step": 7})
-            lines += again
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (directory / "ledger.jsonl").write_text(text + '{"kind": "st')
+    place = places_of(run, mixture, directory)[0]
+    with LedgerWriter(directory / LEDGER_NAME) as writer:
+
+        def event(name: str, step: int, **detail: object) -> None:
+            writer.write(EventLine(event=name, step=step, stage="", tokens=0, detail=detail))
+
+        def write(steps: Iterable[Step]) -> None:
+            for step in steps:
+                tokens = 256 * step.number
+                writer.write(
+                    StepLine(
+                        step=step.number,
+                        stage=step.point.stage.name,
+                        tokens=tokens,
+                        length=step.point.length,
+                        source_tokens=mixture.source_tokens(step.state),
+                        cursor_crc=cursor_crc(step.state),
+                        learning_rate=0.0,
+                        loss=1.0,
+                        gradient_norm=1.0,
+                    )
+                )
+                if step.number == 10:
+                    save(directory, step.number, tokens, step.state)
+
+        steps = list(steps_of(run, mixture, place))
+        event("start", place.step, **({"parent": {"checkpoint": str(start)}} if start else {}))
+        if rewind is None:
+            write(steps)
+        else:
+            write(steps[:rewind])
+            event("rewind", rewind - 3, data=steps[rewind - 1].state)
+            again = {rewind - 3: steps[rewind - 1].state}
+            write(islice(steps_of(run, mixture, place, again), rewind - 3, None))
+    with open(directory / LEDGER_NAME, "a") as file:
+        file.write('{"kind": "st')
     return directory
+
+
+def save(directory: Path, step: int, tokens: int, data: object) -> None:
+    folder = directory / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True)
+    kept = {"train_state": {"step": step, "tokens": tokens, "data": data}}
+    (folder / "manifest.json").write_text(json.dumps(kept))
 
 
 def test_ledger_of_a_run_is_what_its_config_gives(run_directory: Path) -> None:
     found = audit(run_directory)
     assert found.steps == 16 and sum(found.tokens.values()) == 4096
     other = make_run(run_directory.parent, "again")
+    assert found.first_step == 1
     assert first_difference(found, audit(other)) is None
     assert audit(other).rows == found.rows
     assert first_difference(found, audit(make_run(run_directory.parent, "seed", seed=2))) == 1
@@ -86,38 +134,73 @@ def test_ledger_of_a_run_is_what_its_config_gives(run_directory: Path) -> None:
 def spoil_crc(directory: Path) -> None:
     path = directory / "ledger.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    lines[3] = lines[3].replace('"cursor_crc": ', '"cursor_crc": 1')
+    lines[3] = lines[3].replace('"cursor_crc":', '"cursor_crc":1')
     path.write_text("".join(lines))
 
 
 def spoil_line(directory: Path) -> None:
     path = directory / "ledger.jsonl"
-    path.write_text(path.read_text().replace('{"kind"', "{", 1).replace(":", "", 1))
+    path.write_text(path.read_text().replace(":", "", 1))
 
 
 def change_files(directory: Path) -> None:
-    saved = directory / "checkpoints/step-00000010"
-    saved.mkdir(parents=True)
-    state = {"data": {"sources": {"a": {"fingerprint": "f" * 64}}}}
-    (saved / "manifest.json").write_text(json.dumps({"train_state": state}))
+    save(directory, 12, 0, {"sources": {"a": {"fingerprint": "f" * 64}}})
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
         (spoil_crc, r"step 3: cursor_crc=\d+ is not what this config and these files give"),
-        (spoil_line, "line 1 is no line of a ledger"),
+        (spoil_line, "ledger.jsonl:1 is not a ledger line"),
         (change_files, r"data.sources.a .* has manifest \w{12}, not ffffffffffff as"),
         (lambda d: (d / "config.yaml").unlink(), "is no run: it has no config.yaml"),
-        (lambda d: (d / "ledger.jsonl").unlink(), "ledger.jsonl cannot be read"),
+        (lambda d: (d / "ledger.jsonl").unlink(), "ledger.jsonl could not be read"),
     ],
 )
 def test_ledger_that_disagrees_is_named(
     run_directory: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     spoil(run_directory)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(MegahybridError, match=message):
         audit(run_directory)
+
+
+def test_branch_is_audited_from_where_it_began(run_directory: Path) -> None:
+    saved = run_directory / "checkpoints/step-00000010"
+    branch = make_run(run_directory.parent, "branch", start=saved)
+    whole, found = audit(run_directory), audit(branch)
+    assert (found.first_step, found.steps) == (11, 6) and found.tokens == whole.tokens
+    assert first_difference(whole, found) is None
+    run = load_run(branch)
+    shown = find_step(run, open_mixture(run), "long", 5, branch)
+    other = load_run(run_directory)
+    assert shown.plans == find_step(other, open_mixture(other), None, 13).plans
+    with pytest.raises(DataError, match=r"--step=3 is not a step of the run \(11 to 16\)"):
+        find_step(run, open_mixture(run), None, 3, branch)
+    # The parent is gone: what there is begins at the branch's own checkpoint, or nowhere.
+    shutil.rmtree(run_directory)
+    with pytest.raises(DataError, match="gave this run its cursors and is gone"):
+        audit(branch)
+    save(branch, 12, 256 * 12, find_step(other, open_mixture(other), None, 12).state)
+    assert audit(branch).first_step == 13
+
+
+def test_run_that_went_back_before_a_spike_is_audited(run_directory: Path) -> None:
+    found = audit(make_run(run_directory.parent, "spiked", rewind=7))
+    assert found.steps == 16 and first_difference(audit(run_directory), found) == 5
+
+
+def test_step_is_found_from_the_nearest_checkpoint(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(run_directory)
+    expected = find_step(run, open_mixture(run), None, 15)
+    mixture, planned = open_mixture(run), []
+    plan_step = mixture.plan_step
+    monkeypatch.setattr(
+        mixture, "plan_step", lambda *args: planned.append(args) or plan_step(*args)
+    )
+    assert find_step(run, mixture, None, 15, run_directory) == expected and len(planned) == 5
 
 
 def test_step_is_found_by_stage(run_directory: Path) -> None:
