@@ -76,7 +76,7 @@ class Attempt:
             lanes=run.data.lanes,
             exhausted=run.data.exhausted,
         )
-        self.held_out = HeldOutSets(run, self.mesh, poll=lambda: self.stop.poll(self.mesh))
+        self.held_out = HeldOutSets(run, self.mesh, poll=self._meanwhile)
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
 
     def go(self, beginning: Beginning) -> int:
@@ -130,6 +130,12 @@ class Attempt:
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
+
+    def _meanwhile(self) -> None:
+        """Between two batches of a validation, which may take long: publish what is written, and
+        look for a stop. Collective."""
+        self.saver.poll()
+        self.stop.poll(self.mesh)
 
     def _end_stopped(self) -> int:
         self.profiler.close()
