@@ -53,3 +53,8 @@ class NoProgressError(MegahybridError):
     """The run cannot go on by itself, for example after too many skipped updates in a row."""
 
     exit_code = EXIT_DO_NOT_RESTART
+
+
+class ExhaustedError(NoProgressError):
+    """The data have come to their end. Training saves and ends as done where the run file says
+    data.exhausted=stop."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
 from megahybrid.data.packing import PackedOrder
-from megahybrid.errors import DataError, NoProgressError
+from megahybrid.errors import DataError, ExhaustedError
 
 State = dict[str, Any]
 Exhausted = Literal["repeat", "stop", "renormalise"]
@@ -33,7 +33,7 @@ class Mixture:
     Sources that were dropped stay in it, so that they continue when they are named again.
 
     exhausted: what happens when a source has been served once. repeat: it begins again in another
-    order. stop: NoProgressError. renormalise: the others share its part from the next row on (this
+    order. stop: ExhaustedError. renormalise: the others share its part from the next row on (this
     counts as a reweighting; `gone` in the state names it until the weights change).
     """
 
@@ -173,7 +173,7 @@ class Mixture:
     def plan_step(self, state: State, length: int, rows: int) -> tuple[list[RowPlan], State]:
         """The next `rows` rows of `length` tokens and the state after them; `state` is unchanged.
 
-        Raises DataError when a row is longer than a block, and NoProgressError when a source is
+        Raises DataError when a row is longer than a block, and ExhaustedError when a source is
         exhausted that may not repeat.
         """
         if length > self.block_tokens:
@@ -239,13 +239,13 @@ class Mixture:
         gone = sorted([*state.get("gone", ()), name])
         served, tokens = state["sources"][name]["tokens"], self.order(name).tokens
         if self.exhausted == "stop":
-            raise NoProgressError(
+            raise ExhaustedError(
                 f"data.sources.{name} is exhausted ({served:,} of its {tokens:,} tokens served, no "
                 f"further row of {length}; data.exhausted=stop). Add data, change the stage's "
                 "weights, or allow data.exhausted=repeat in a new run."
             )
         if set(gone) >= set(state["weights"]):
-            raise NoProgressError(
+            raise ExhaustedError(
                 f"every source of the stage is exhausted (last data.sources.{name}, {served:,} of "
                 f"{tokens:,} tokens; data.exhausted=renormalise). Add data or shorten the stage."
             )

@@ -1,6 +1,5 @@
 """The loop: one step after another until a stage's tokens are seen or somebody asks to stop."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +9,7 @@ from megahybrid.config.stages import StagePlan, StagePoint
 from megahybrid.config.training import SpikeConfig
 from megahybrid.data.batches import Batch
 from megahybrid.data.loader import BatchLoader, StepData, StepShape
-from megahybrid.errors import NoProgressError
+from megahybrid.errors import ExhaustedError, NoProgressError
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
@@ -31,10 +30,10 @@ WAIT_SECONDS = 0.5  # for a batch, before the ranks ask one another whether to s
 
 @dataclass(frozen=True)
 class Ending:
-    """How a stage ended: all its tokens seen, a stop asked for, or a spike after which to go back,
-    with its reason."""
+    """How a stage ended: all its tokens seen, a stop asked for, no data left, or a spike after
+    which to go back; with its reason."""
 
-    kind: Literal["complete", "stopped", "spike"]
+    kind: Literal["complete", "stopped", "spike", "exhausted"]
     reason: str = ""
 
 
@@ -77,11 +76,17 @@ class Trainer:
         The first step is always audited, and the first with other layers: what is wrong in the code
         is wrong from the start.
         """
-        with contextlib.suppress(StopAsked):
+        try:
             ending: Ending | None
             for state, ending in self._steps(state, until_tokens):  # noqa: B020 (the newest counts)
                 if ending is not None:
                     return state, ending
+        except StopAsked:
+            pass
+        except ExhaustedError as error:  # of the order, so all ranks meet it at the same step
+            if state.step == 0:
+                raise
+            return state, Ending("exhausted", str(error))
         return state, Ending("stopped")
 
     def _steps(
