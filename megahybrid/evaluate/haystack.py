@@ -60,7 +60,7 @@ class Material:
             return
         for answer in answers:
             found = self.tokenizer.decode(self.encode(" " + answer)).strip()
-            if found != answer.strip():
+            if found.lower() != answer.strip().lower():
                 raise ConfigError(
                     f"the tokenizer cannot write {answer!r} (it reads back as {found!r}). Ask for "
                     "keys and values that it knows."

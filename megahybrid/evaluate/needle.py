@@ -42,7 +42,7 @@ class NeedleMaker:
         named = list(dict.fromkeys(keys[n] for n in asked))
         question = encode(task.question.format(key=task.joint.join(named)))
         found = [values[n] for n in wanted]
-        self.material.check_written(found)
+        self.material.check_written([*keys, *found])
         answer = encode(task.answer.format(value=task.joint.join(found)))
         fixed = sum(map(len, needles)) + len(question)
         fixed += len(answer) if generated_tokens is None else generated_tokens

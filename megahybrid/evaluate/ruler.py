@@ -16,11 +16,13 @@ import numpy as np
 from megahybrid.config.suite import KeysHaystack, NeedleTask, NoiseHaystack, RulerTask
 from megahybrid.errors import ConfigError, DataError
 from megahybrid.evaluate.example import Example
-from megahybrid.evaluate.haystack import Material, draw_strings
+from megahybrid.evaluate.haystack import Hay, Material, draw_strings, make_hay
 from megahybrid.evaluate.needle import NeedleMaker
 
 # Tokens that may be generated, as RULER's own settings have them.
 GENERATED = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+
+FILLER_TOKENS = 100  # of a passage made of essays
 
 # name: (variant, hay, keys, values)
 NEEDLES: dict[str, tuple[str, str, str, str]] = {
@@ -55,6 +57,7 @@ class RulerMaker:
     def __init__(self, task: RulerTask, material: Material) -> None:
         self.task, self.material = task, material
         self._needles: dict[str, NeedleMaker] = {}
+        self._essay: Hay | None = None
         self.questions: dict[str, list[dict[str, Any]]] = {
             str(name): _read_questions(Path(file), str(name))
             for name, file in task.passages.items()
@@ -94,7 +97,15 @@ class RulerMaker:
             ]
         items = self.questions[name]
         chosen = int(draw.integers(len(items)))
-        return [(lambda size, draw: question(items, chosen, size, draw), 1)]
+        return [(lambda size, draw: question(items, chosen, size, draw, self._filler), 1)]
+
+    def _filler(self, draw: np.random.Generator) -> str:
+        """A passage cut out of the essays, for rows longer than all passages."""
+        assert self.material.tokenizer is not None  # questions were encoded with it
+        if self._essay is None:
+            self._essay = make_hay(self.task.essay, self.material)
+        text = self.material.tokenizer.decode(self._essay(FILLER_TOKENS, draw)[0])
+        return " ".join(text.split())
 
     def _needle_maker(self, name: str) -> NeedleMaker:
         variant, hay, keys, values = NEEDLES[name]
@@ -205,18 +216,21 @@ def frequent_words(
 
 
 def question(
-    items: Sequence[dict[str, Any]], chosen: int, size: int, draw: np.random.Generator
+    items: Sequence[dict[str, Any]],
+    chosen: int,
+    size: int,
+    draw: np.random.Generator,
+    filler: Callable[[np.random.Generator], str],
 ) -> tuple[str, str, list[str]]:
-    """qa: the passages of one question among those of others, in drawn order, `size` in all."""
+    """qa: the passages of one question among `size` - 1 others in drawn order: those of other
+    questions, then, where there are no more, pieces of essays."""
     item = items[chosen]
     gold = list(item["passages"])
     known = dict.fromkeys(text for other in items for text in other["passages"])
     others = [text for text in known if text not in gold]
     few = [others[n] for n in draw.permutation(len(others))[: max(0, size - 1)]]
-    texts = gold + few
-    if size - 1 > len(few):  # no more passages: longer texts cannot be made of these
-        texts += [""] * (size - 1 - len(few))
-    listed = [texts[n] for n in draw.permutation(len(texts)) if texts[n]]
+    texts = gold + few + [filler(draw) for _ in range(size - 1 - len(few))]
+    listed = [texts[n] for n in draw.permutation(len(texts))]
     body = "Answer the question from these documents.\n"
     body += "\n".join(f"Document {n + 1}: {text}" for n, text in enumerate(listed))
     return body, f"\nQuestion: {item['question']}\nAnswer:", list(item["answers"])

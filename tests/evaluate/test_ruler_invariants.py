@@ -211,6 +211,15 @@ def test_the_gold_passages_of_a_question_are_among_others_once(passages: str) ->
     assert len(set(texts)) == len(texts) > 20
 
 
+def test_rows_longer_than_all_passages_are_filled_from_essays(passages: str) -> None:
+    for length in (12_000, 30_000):
+        one = made(maker("characters", passages), "qa_2", length)
+        assert one is not None
+        assert 0.97 * length < len(one.prompt) + generated_tokens("qa_2", length) <= length
+        text = Characters().decode(one.prompt)
+        assert text.count(f"{one.references[0]}.") == 1 and "The sky is blue." in text
+
+
 def test_words_are_endless_and_none_is_part_of_another() -> None:
     words = [word(n) for n in range(4 * COMMON_WORDS)]
     joined = " ".join(words)

@@ -1,3 +1,6 @@
+"""Suites that are shipped can be read, and hold what they say."""
+
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,19 @@ def test_shipped_suite_can_be_read(file: Path) -> None:
     assert load(file, type=Suite).tasks
 
 
-def test_ruler_ships_all_tasks_that_need_no_passages() -> None:
+def test_ruler_ships_all_thirteen_tasks_with_questions_that_their_passages_answer() -> None:
     task = load(FOLDER / "ruler.yaml", type=Suite).tasks["ruler"]
     assert isinstance(task, RulerTask)
-    assert tuple(task.tasks) == RULER_TASKS[:11]
+    assert tuple(task.tasks) == RULER_TASKS
+    for name, needed in (("one", 1), ("two", 2)):
+        assert f"configs/suites/questions_{name}.json" in task.passages.values()
+        items = json.loads((FOLDER / f"questions_{name}.json").read_text())
+        passages = [text for item in items for text in item["passages"]]
+        assert len(set(passages)) == len(passages) >= 24
+        for item in items:
+            (answer,) = item["answers"]
+            assert len(item["passages"]) == needed
+            # Only the question's own passages hold its answer together with what it asks about.
+            assert answer in item["passages"][-1]
+            asked = item["question"].split(" of ")[-1].rstrip("?")
+            assert asked in item["passages"][0]
