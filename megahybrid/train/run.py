@@ -19,7 +19,7 @@ from megahybrid.data.held_out import Rows
 from megahybrid.data.loader import BatchLoader
 from megahybrid.data.mixture import Mixture
 from megahybrid.data.tokenizer import load_tokenizer
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, MegahybridError
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.model.compiled import keep_programs
@@ -123,10 +123,12 @@ class Attempt:
                 continue
             with self.heartbeat.during("save"):
                 source, take = self.saver.save_and_wait(engine, state), "all"
-            done = ending.kind == "complete" and self._scored(engine, state, far=True)
+            done = ending.kind != "stopped" and self._scored(engine, state, far=True)
             engine.close()
             if not done:
                 return self._end_stopped()
+            if ending.kind == "exhausted":
+                return self._end_exhausted(ending.reason)
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
@@ -141,6 +143,15 @@ class Attempt:
         self.profiler.close()
         self.listeners.on_end("stopped")
         return EXIT_RESUME
+
+    def _end_exhausted(self, reason: str) -> int:
+        """As the run file asked, and then it is done; where it hoped for more data, not."""
+        self.profiler.close()
+        if self.run.data.exhausted != "stop":
+            raise ExhaustedError(reason)
+        self._warn(f"{reason} The run is saved and ends here.")
+        self.listeners.on_end("done")
+        return EXIT_DONE
 
     def _go_back(self, spike: TrainState, reason: str) -> Beginning:
         """To the newest checkpoint, with the data after the spike. Collective."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from megahybrid.evaluate.loss import HeldOutLoss, PositionBucket, held_out_loss, position_edges
+from megahybrid.evaluate.loss import HeldOutLoss, PositionBucket, held_out_loss, position_edges, sliding
 from megahybrid.evaluate.table import loss_table, position_table
 from megahybrid.parallel.mesh import Axis
 
@@ -114,3 +114,25 @@ def test_tables_show_empty_buckets_and_where_training_ended() -> None:
     assert ["2", "–", "3", "–", "0", "–", "0"] in lines
     rule = lines.index(["1", "2.2500", "4", "2.2500", "4"]) + 1
     assert set("".join(lines[rule])) == {"─"}
+
+
+@pytest.mark.parametrize("length", [5, 8, 13, 16, 17])
+def test_a_sliding_window_shows_each_token_once_with_the_context_it_should(length: int) -> None:
+    window, stride = 8, 3
+
+    def context(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """In place of a loss: 100 times the token, and how many tokens stood before it."""
+        before = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return torch.where(targets == -100, 0, 100 * tokens + before).double()
+
+    tokens = torch.arange(2 * length).view(2, length)
+    targets = tokens + 1
+    targets[1, -1] = -100
+    found = sliding(context, window, stride)(tokens, targets, torch.zeros_like(tokens))
+    for place in range(length):
+        # The first window is read from its beginning, later ones end where the next stride does.
+        end = min(length, window + -(-max(0, place + 1 - window) // stride) * stride)
+        before = place - max(0, end - window)
+        assert found[0, place] == 100 * place + before
+        assert before >= min(place, window - stride)
+    assert found[1, -1] == 0
