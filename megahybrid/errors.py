@@ -58,3 +58,10 @@ class NoProgressError(MegahybridError):
 class ExhaustedError(NoProgressError):
     """The data have come to their end. Training saves and ends as done where the run file says
     data.exhausted=stop."""
+
+
+class GateError(MegahybridError):
+    """A model did not reach at a stage's end what the run file asks of it: another attempt would
+    not either."""
+
+    exit_code = EXIT_DO_NOT_RESTART

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean
+from megahybrid.config.gates import LossGate
 from megahybrid.config.model import rotation_problems
 from megahybrid.config.stages import BatchRamp, Stage
 from megahybrid.errors import ConfigError
@@ -24,6 +25,7 @@ def problems(run: "RunConfig", world_size: int | None) -> list[str]:
         lines += _lengths(run, stage, f"stages.{index}")
         lines += _batches(stage, f"stages.{index}", data_degree)
         lines += _sources(run, stage, f"stages.{index}")
+        lines += _gates(run, stage, f"stages.{index}.gates")
         if not isinstance(stage.recompute, str) and len(stage.recompute) != (
             layers := run.model.layer_plan.num_layers
         ):
@@ -31,6 +33,11 @@ def problems(run: "RunConfig", world_size: int | None) -> list[str]:
                 f"stages.{index}.recompute has {len(stage.recompute)} entries "
                 f"(model.layer_plan.num_layers={layers}). Give one per layer, or one word for all."
             )
+    if run.evaluate.suites and run.parallel.zero_stage == 3:
+        lines.append(
+            "evaluate.suites asks a model that keeps its weights, but parallel.zero_stage=3 cuts "
+            "them up. Use zero_stage: 2, or ask checkpoints: megahybrid evaluate RUN SUITE.yaml."
+        )
     lines += _scheme_overrides(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
         lines.append(
@@ -47,13 +54,6 @@ def _precision(run: "RunConfig") -> Iterator[str]:
             f"(precision={run.precision}, parallel.tensor={run.parallel.tensor}): DeepSpeed's "
             "stage 0 reports a wrong gradient norm otherwise. Use zero_stage: 1."
         )
-    if run.device == "cpu" and (run.kernels.full in _CUDA or run.kernels.windowed in _CUDA):
-        name = "full" if run.kernels.full in _CUDA else "windowed"
-        yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
-
-
-_CUDA = ("cudnn", "varlen", "flex", "fa3", "fa4")
-
     if run.kernels.blocks == "compiled" and run.parallel.tensor > 1:
         yield (
             f"kernels.blocks=compiled does not go with parallel.tensor={run.parallel.tensor}: "
@@ -64,6 +64,13 @@ _CUDA = ("cudnn", "varlen", "flex", "fa3", "fa4")
             "kernels.blocks=compiled does not go with parallel.zero_stage=3, which gathers weights "
             "inside of a layer. Use auto, or zero_stage: 2."
         )
+    if run.device == "cpu" and (run.kernels.full in _CUDA or run.kernels.windowed in _CUDA):
+        name = "full" if run.kernels.full in _CUDA else "windowed"
+        yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
+
+
+_CUDA = ("cudnn", "varlen", "flex", "fa3", "fa4")
+
 
 def _lengths(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
     tensor = run.parallel.tensor
@@ -118,6 +125,21 @@ def _batches(stage: Stage, where: str, data_degree: int | None) -> Iterator[str]
             f"{where}.tokens={stage.tokens} is less than one batch "
             f"({where}.batch_tokens={first}). Use at least {first}."
         )
+
+
+def _gates(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
+    for index, gate in enumerate(stage.gates):
+        if isinstance(gate, LossGate):
+            name, known, field = gate.set, list(run.data.held_out), "set"
+            place = "data.held_out"
+        else:
+            name, known, field = gate.suite, list(run.evaluate.suites), "suite"
+            place = "evaluate.suites"
+        if name not in known:
+            yield (
+                f"{where}.{index}.{field} names '{name}', which {place} does not define."
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def _multiple(value: int, of: int) -> str:

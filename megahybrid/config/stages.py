@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from megahybrid.config.anneal import Anneal
 from megahybrid.config.base import Frozen, Name
+from megahybrid.config.gates import Gate
 from megahybrid.config.learning_rate import LearningRate
 
 Recompute = Literal["none", "selective", "full"]
@@ -87,6 +88,9 @@ class Stage(Frozen):
         default="none", description="activations computed again in backward, or one per layer"
     )
     learning_rate: LearningRate = Field(description="the stage's segment of the learning rate")
+    gates: list[Gate] = Field(
+        default=[], description="what must be reached at the stage's end, or the run stops there"
+    )
 
     @model_validator(mode="after")
     def _check_learning_rate(self) -> "Stage":

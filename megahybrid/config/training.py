@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megahybrid.config.base import Frozen
+from megahybrid.config.base import Frozen, Name
 
 
 class SpikeConfig(Frozen):
@@ -79,6 +79,15 @@ class CheckpointConfig(Frozen):
     )
 
 
+class TrainingSuite(Frozen):
+    """A suite that is asked while the model trains, besides the end of every stage."""
+
+    path: str = Field(description="the suite's file, as `megahybrid evaluate` takes it")
+    every_steps: int | None = Field(
+        default=None, gt=0, description="steps between two times; null: stage ends only"
+    )
+
+
 class EvaluateConfig(Frozen):
     """Validation on every held-out set, besides the end of every stage."""
 
@@ -87,6 +96,14 @@ class EvaluateConfig(Frozen):
     )
     max_tokens: int = Field(
         default=1_000_000, gt=0, description="tokens of each held-out set that are used"
+    )
+    suites: dict[Name, TrainingSuite] = Field(
+        default={}, description="needles, puzzles and RULER, by a name for each file"
+    )
+    attention_every_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="steps between two samples of what the heads look at; null: none",
     )
 
 
@@ -137,11 +154,11 @@ class KernelConfig(Frozen):
     windowed: Literal["auto", "reference", "blocked", "varlen", "flex", "fa3", "fa4"] = Field(
         default="auto", description="kernel of the layers with a window"
     )
-    norm: Literal["torch", "apex"] = Field(
-        default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"
-    )
     blocks: Literal["auto", "plain", "compiled"] = Field(
         default="auto",
         description="what surrounds attention in a layer: as written, or through torch.compile; "
         "auto: plain on a CPU, measured on CUDA",
+    )
+    norm: Literal["torch", "apex"] = Field(
+        default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"
     )

@@ -146,8 +146,8 @@ class Cache:
             if query_scale is not None:
                 q = query_scale(q, documents, length)
             scale = score_scale(scheme, q.shape[-1])
-            real = (one[:columns] for one in (q, k, v))
-            return filled(self._mix(next(layers), *real, first, scale), self.tensor)
+            q, k, v = q[:columns], k[:columns], v[:columns]
+            return filled(self._mix(next(layers), q, k, v, first, scale), self.tensor)
 
         return SequenceContext(length, documents, hidden.device, hidden.dtype, mixing=mixing)
 

@@ -103,3 +103,28 @@ def held_out_loss(
     tokens_scored = int(sum(counts))
     mean = sum(losses_by_bucket) / tokens_scored if tokens_scored else None
     return HeldOutLoss(mean, tokens_scored, length, buckets)
+
+
+def sliding(token_loss: TokenLoss, window: int, stride: int) -> TokenLoss:
+    """Each token's loss as a model sees it that is shown `window` tokens at a time.
+
+    Windows begin every `stride` tokens of a row; a token counts in the first that holds it, so all
+    but those of the first window have at least `window` - `stride` tokens of context. Rows must be
+    single documents.
+    """
+
+    def by_window(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        losses = token_loss(tokens[:, :window], targets[:, :window], starts[:, :window])
+        done = min(window, tokens.shape[1])
+        parts = [losses[:, :done]]
+        while done < tokens.shape[1]:
+            stop = min(done + stride, tokens.shape[1])
+            shown = slice(stop - window, stop)
+            counted = targets[:, shown].clone()
+            counted[:, : window - (stop - done)] = -100
+            seen = token_loss(tokens[:, shown], counted, torch.zeros_like(tokens[:, shown]))
+            parts.append(seen[:, window - (stop - done) :])
+            done = stop
+        return torch.cat(parts, dim=1)
+
+    return by_window

@@ -26,6 +26,30 @@ def loss_table(scores: Mapping[str, HeldOutLoss]) -> Table:
     return table
 
 
+def reach_table(
+    rows: Mapping[int, Mapping[str, HeldOutLoss]],
+    sliding: Mapping[str, HeldOutLoss],
+    trained_length: int,
+) -> Table:
+    """A row for each length of rows, by multiples of the trained one, and one for a sliding window;
+    loss and perplexity of each set."""
+    table = _table("rows")
+    for name in sliding:
+        table.add_column(name, justify="right")
+        table.add_column("perplexity", justify="right")
+    named = {
+        f"{length:,} ({length / trained_length:g}×)": scores for length, scores in rows.items()
+    }
+    for label, scores in (*named.items(), (f"sliding window of {trained_length:,}", sliding)):
+        cells = [
+            text
+            for score in scores.values()
+            for text in (_number(score.loss, ".4f"), _number(score.perplexity, ",.2f"))
+        ]
+        table.add_row(label, *cells)
+    return table
+
+
 def position_table(scores: Mapping[str, HeldOutLoss], trained_length: int) -> Table:
     """A row for each range of positions within documents; one without a token shows no loss.
 

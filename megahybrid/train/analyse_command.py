@@ -51,7 +51,7 @@ def analyse(
     else:
         suite = _suite(trained, suite_file, length, depth, trials)
         name = "needle" if suite_file is None else suite_file.stem
-        material = material_of(trained, suite, tokenizer)
+        material = material_of(trained.run, suite, tokenizer)
         groups = {}
         for task_name, task in suite.tasks.items():
             if isinstance(task, RulerTask):

@@ -1,7 +1,8 @@
 """`megahybrid evaluate`: score a checkpoint on held-out sets, as training does at a stage's end."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.loss import HeldOutLoss
-from megahybrid.evaluate.table import loss_table, position_table
+from megahybrid.evaluate.table import loss_table, position_table, reach_table
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss, open_held_out
+from megahybrid.train.material import keep
 from megahybrid.train.trained_model import TrainedModel, known_tokenizer, load_trained_model
+
+TIMES = (1, 2, 4, 8)  # of the trained length
 
 
 def evaluate(
@@ -24,24 +28,35 @@ def evaluate(
     max_tokens: int | None = None,
     device: str = "auto",
     changes: Sequence[str] = (),
+    beyond: bool = False,
     as_json: bool = False,
 ) -> int:
     """Print loss and loss by position of the run's held-out sets, or of the dataset `data`.
 
     Rows have `length` tokens (default: the stage's longest) and positions reach as far (default:
-    four times the run's longest). `changes` of schemes as `load_trained_model` takes them. Raises
+    four times the run's longest). `beyond` scores rows of 1, 2, 4 and 8 times the stage's length as
+    well, positions to 8 times, and what a model sees through a window of the stage's length that
+    slides over each document. `changes` of schemes as `load_trained_model` takes them. Raises
     MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
     for name, value in (("--length", length), ("--max-tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} scores nothing. Use 1 or more.")
     trained = load_trained_model(path, device, changes)
+    if beyond:
+        if length is not None:
+            raise ConfigError(
+                f"--length={length} and --beyond both say how long rows are (2 answers). "
+                "Leave one of them out."
+            )
+        length = TIMES[-1] * trained.length
     sets = _sets(trained.run, data)
     scored = HeldOutSets(
         trained.run, trained.mesh, sets=sets, longest=length, max_tokens=max_tokens
     )
     stream: dict[str, HeldOutLoss] = {}
     far: dict[str, HeldOutLoss] = {}
+    reach: Reach | None = None
     token_loss = evaluation_loss(trained.model)
     with Console(stderr=True).status("scoring") as status:
 
@@ -49,13 +64,62 @@ def evaluate(
             (stream if rows == "stream" else far)[name] = score
             status.update(f"scored {name} ({rows}, {score.tokens:,} tokens)")
 
-        scored.score(token_loss, length or trained.length, tell)
+        scored.score(token_loss, trained.length if beyond else length or trained.length, tell)
         scored.score_far(token_loss, tell)
+        if beyond:
+            reach = _reach(trained, scored, stream, status.update)
+    result = _json(trained, stream, far) | (reach.to_json() if reach else {})
+    kept = keep(trained, "loss", "held_out", result) if beyond and data is None else None
     if as_json:
-        print(json.dumps(_json(trained, stream, far), indent=2))
+        print(json.dumps(result, indent=2))
     else:
-        _print(trained, stream, far)
+        _print(trained, stream, far, reach, kept)
     return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Held-out loss in rows of multiples of the trained length, and through a sliding window."""
+
+    rows: dict[int, dict[str, HeldOutLoss]]
+    sliding: dict[str, HeldOutLoss]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `evaluations` keep it."""
+        return {
+            "rows": {
+                str(length): {name: _brief(score) for name, score in scores.items()}
+                for length, scores in self.rows.items()
+            },
+            "sliding": {name: _brief(score) for name, score in self.sliding.items()},
+        }
+
+
+def _brief(score: HeldOutLoss) -> dict[str, Any]:
+    return {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+
+
+def _reach(
+    trained: TrainedModel,
+    scored: HeldOutSets,
+    stream: dict[str, HeldOutLoss],
+    say: Callable[[str], None],
+) -> Reach:
+    token_loss = evaluation_loss(trained.model)
+    rows = {trained.length: dict(stream)}
+    sliding: dict[str, HeldOutLoss] = {}
+    for times in TIMES[1:]:
+        found = rows.setdefault(times * trained.length, {})
+
+        def tell(name: str, score: HeldOutLoss, _: str, found: dict = found) -> None:
+            found[name] = score
+            say(f"scored {name} in rows of {score.length:,} tokens")
+
+        scored.score(token_loss, times * trained.length, tell)
+    scored.score_sliding(
+        token_loss, trained.length, lambda name, score, _: sliding.update({name: score})
+    )
+    return Reach(rows, sliding)
 
 
 def _sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
@@ -86,7 +150,11 @@ def _check_vocabulary(run: RunConfig, data: Path, dataset: TokenDataset) -> None
 
 
 def _print(
-    trained: TrainedModel, stream: dict[str, HeldOutLoss], far: dict[str, HeldOutLoss]
+    trained: TrainedModel,
+    stream: dict[str, HeldOutLoss],
+    far: dict[str, HeldOutLoss],
+    reach: Reach | None,
+    kept: Path | None,
 ) -> None:
     console = Console(highlight=False)
     place = f"{trained.mesh.device.type}, {trained.precision}"
@@ -105,6 +173,11 @@ def _print(
         beyond = f" (below the line: beyond the stage's {trained.length:,} tokens)"
     console.print(f"\nLoss by position in the document{beyond}")
     console.print(position_table(far, trained.length))
+    if reach is not None:
+        console.print("\nRows of multiples of the stage's length, and through a sliding window")
+        console.print(reach_table(reach.rows, reach.sliding, trained.length))
+    if kept is not None:
+        console.print(f"\nkept in {kept}", markup=False, soft_wrap=True)
 
 
 def _json(

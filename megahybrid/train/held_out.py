@@ -8,7 +8,7 @@ from torch import Tensor
 from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows, evaluation_batches
-from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss
+from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
 from megahybrid.parallel.mesh import ParallelMesh
 
 FAR = 4  # loss by position is measured up to this many times the longest trained length
@@ -54,6 +54,12 @@ class HeldOutSets:
         """Loss by position within single documents, to `longest` tokens."""
         for name in self.sets:
             tell(name, self._score(token_loss, name, self.longest, "documents"), "documents")
+
+    def score_sliding(self, token_loss: TokenLoss, window: int, tell: Tell) -> None:
+        """Within single documents, to `longest` tokens, by a model that sees the last `window`
+        tokens, moved on by half of that."""
+        stride = max(self.mesh.tensor.size, window // 2)
+        self.score_far(sliding(token_loss, window, stride), tell)
 
     def _score(self, token_loss: TokenLoss, name: str, length: int, rows: Rows) -> HeldOutLoss:
         return held_out_loss(

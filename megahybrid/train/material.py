@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config import RunConfig
 from megahybrid.config.suite import HeldOutHaystack, NeedleTask, RulerTask, Suite, SyntheticTask
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.evaluate.haystack import Material
@@ -14,21 +15,21 @@ from megahybrid.train.sample_command import tokenizer_of
 from megahybrid.train.trained_model import TrainedModel
 
 
-def material_of(trained: TrainedModel, suite: Suite, tokenizer: Path | None) -> Material:
+def material_of(run: RunConfig, suite: Suite, tokenizer: Path | None = None) -> Material:
     """The tokenizer and held-out sets that the suite's tasks ask for, and no other."""
     tasks = list(suite.tasks.values())
     words: Tokenizer | None = None
     if not all(isinstance(task, SyntheticTask) for task in tasks) and (
-        tokenizer is not None or trained.run.data.tokenizer is not None
+        tokenizer is not None or run.data.tokenizer is not None
     ):
-        words = tokenizer_of(trained.run, tokenizer)[0]
+        words = tokenizer_of(run, tokenizer)[0]
     hays = [task.haystack for task in tasks if isinstance(task, NeedleTask)]
     hays += [task.essay for task in tasks if isinstance(task, RulerTask)]
     needs_sets = any(isinstance(hay, HeldOutHaystack) for hay in hays)
     return Material(
-        vocab_size=trained.run.model.vocab_size if words is None else words.info.vocab_size,
+        vocab_size=run.model.vocab_size if words is None else words.info.vocab_size,
         tokenizer=words,
-        held_out=open_held_out(trained.run) if needs_sets else {},
+        held_out=open_held_out(run) if needs_sets else {},
     )
 
 
@@ -57,13 +58,22 @@ def keep(trained: TrainedModel, kind: str, name: str, result: dict[str, Any]) ->
     checkpoints = trained.checkpoint.resolve().parent
     if checkpoints.name != "checkpoints":
         return None
-    folder = checkpoints.parent / EVALUATIONS
-    path = folder / f"step-{trained.step:08d}.{kind}.{name}.json"
     try:
-        folder.mkdir(exist_ok=True)
-        part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        part.replace(path)
+        return write_result(checkpoints.parent, trained.step, kind, name, result)
     except OSError:
         return None
+
+
+def result_path(run: Path, step: int, kind: str, name: str) -> Path:
+    """Where a run keeps a result of one step."""
+    return run / EVALUATIONS / f"step-{step:08d}.{kind}.{name}.json"
+
+
+def write_result(run: Path, step: int, kind: str, name: str, result: dict[str, Any]) -> Path:
+    """Puts a result into the run's `evaluations`, whole or not at all."""
+    path = result_path(run, step, kind, name)
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    part.replace(path)
     return path

@@ -25,7 +25,7 @@ from megahybrid.train.state import TrainState
 # What may change while a run goes on: how fast, how often, and what is written beside it.
 FREE = ("parallel", "checkpoint", "evaluate", "log", "kernels", "device", "directory", "start")
 FREE_IN_DATA = ("tokenizer", "held_out", "sources")
-FREE_IN_STAGES = ("micro_batch_tokens", "recompute")
+FREE_IN_STAGES = ("micro_batch_tokens", "recompute", "gates")
 
 
 @dataclass(frozen=True)

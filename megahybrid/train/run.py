@@ -16,7 +16,7 @@ from megahybrid.config import RunConfig, dump, dump_yaml
 from megahybrid.config.explain import show
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows
-from megahybrid.data.loader import BatchLoader
+from megahybrid.data.loader import BatchLoader, StepData
 from megahybrid.data.mixture import Mixture
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError, MegahybridError
@@ -28,9 +28,10 @@ from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.parallel.collectives import broadcast_object
 from megahybrid.parallel.mesh import ParallelMesh, choose_device
 from megahybrid.train.engine import Engine
+from megahybrid.train.examine import Examiner, check_suites
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
-from megahybrid.train.layers import DTYPES, Layers
 from megahybrid.train.kernels import choose_kernels
+from megahybrid.train.layers import DTYPES, Layers
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
@@ -77,6 +78,13 @@ class Attempt:
             exhausted=run.data.exhausted,
         )
         self.held_out = HeldOutSets(run, self.mesh, poll=self._meanwhile)
+        self.examiner = Examiner(
+            run,
+            self.directory,
+            self.mesh,
+            self.listeners.on_event,
+            self._meanwhile,
+        )
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
 
     def go(self, beginning: Beginning) -> int:
@@ -112,6 +120,8 @@ class Attempt:
             engine.close()
             if not scored:
                 return self._end_stopped()
+        if beginning.resumes and state.tokens in self.plan.stage_ends:
+            self.examiner.judge(self.plan.stage_ends.index(state.tokens), state.step)
         while not self.plan.finished(state.tokens):
             index = self.plan.at(state.tokens).index
             engine, layers = self._engine(index, state.tokens, source, take)
@@ -129,6 +139,7 @@ class Attempt:
                 return self._end_stopped()
             if ending.kind == "exhausted":
                 return self._end_exhausted(ending.reason)
+            self.examiner.judge(index, state.step)
         self.profiler.close()
         self.listeners.on_end("done")
         return EXIT_DONE
@@ -189,6 +200,8 @@ class Attempt:
                 if line.step == state.step and line.detail.get("rows") == owed
             }
             owed = None if scored.issuperset(self.run.data.held_out) else owed
+        if state.tokens in self.plan.stage_ends and self.examiner.missing(state.step):
+            owed = "documents"
         return broadcast_object(owed, self.mesh.world)
 
     def _engine(
@@ -197,6 +210,11 @@ class Attempt:
         """The stage's model, its layers as after `tokens`, inside an engine; filled from `source`
         or drawn from the seed."""
         run = self.run
+        keep_programs(self.directory / "programs")
+        # In place: what a checkpoint says of kernels is this very dictionary.
+        self.kernels.update(
+            choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
+        )
         layers = Layers(run, self.mesh, self.kernels, self.listeners.on_event)
         model = layers.build(index, tokens)
         self.listeners.on_event(
@@ -210,11 +228,6 @@ class Attempt:
         )
         initialise(model, run.seed, run.optimizer)
         engine = Engine(model, run, self.mesh)
-        keep_programs(self.directory / "programs")
-        # In place: what a checkpoint says of kernels is this very dictionary.
-        self.kernels.update(
-            choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
-        )
         if source is not None:
             with Reader(source) as reader:
                 step = reader.manifest.optimizer_step if take == "all" else None
@@ -255,6 +268,7 @@ class Attempt:
                 save=lambda state: self.save(engine, state),
                 poll_save=self.saver.poll,
                 evaluate=lambda state: self.evaluate(engine, state),
+                examine=lambda state, data: self.examine(engine, state, data),
                 clock=self.clock,
                 heartbeat=self.heartbeat,
             )
@@ -279,6 +293,19 @@ class Attempt:
             self.held_out.score(token_loss, max(stage.lengths), tell)
             if far:
                 self.held_out.score_far(token_loss, tell)
+                missing = self.examiner.missing(state.step)
+                self.examiner.ask(engine.model, state, stage, missing)
+
+    def examine(self, engine: Engine, state: TrainState, data: StepData) -> None:
+        """Ask the suites and sample the attention that are due within a stage; collective."""
+        point = self.plan.at(state.tokens - 1)
+        if names := self.examiner.due(state.step):
+            with self.heartbeat.during("evaluate"):
+                self.examiner.ask(engine.model, state, point.stage, names)
+        if self.examiner.samples(state.step):
+            rows = data.micro_batches[0].tensors()
+            kinds = list(self.run.plan_at(point.index).names())
+            self.examiner.sample(engine.model, rows.tokens[0], rows.starts[0], kinds)
 
     def _scored(self, engine: Engine, state: TrainState, *, far: bool) -> bool:
         """Whether the validation was done; a stop interrupts it, and the next attempt does it."""
@@ -341,6 +368,7 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
                 dataset.check_tokenizer(first[1], first[0])
             elif dataset.manifest is not None:
                 first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
+    check_suites(run)
     check_beginning(run, directory, allow)
 
 

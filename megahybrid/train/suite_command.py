@@ -31,7 +31,7 @@ def evaluate_suite(
     """
     suite = load(suite_file, type=Suite)
     trained = load_trained_model(path, device, changes)
-    material = material_of(trained, suite, tokenizer)
+    material = material_of(trained.run, suite, tokenizer)
     started = time.monotonic()
     with Console(stderr=True).status("scoring") as status:
 

@@ -67,6 +67,7 @@ class Trainer:
     save: SaveOrEvaluate
     poll_save: Callable[[], None]
     evaluate: SaveOrEvaluate
+    examine: Callable[[TrainState, StepData], object]  # suites and samples of attention, where due
     clock: StepClock
     heartbeat: Heartbeat
 
@@ -139,7 +140,7 @@ class Trainer:
                 return
             yield state, None
             if more:
-                self._evaluate_and_save(state, asked.save)
+                self._evaluate_and_save(state, data, asked.save)
             waits = asked.waits
         yield state, Ending("complete")
 
@@ -178,11 +179,12 @@ class Trainer:
             return state.recent
         return remember(rule, state.recent, result.loss, result.gradient_norm)
 
-    def _evaluate_and_save(self, state: TrainState, save_asked: bool) -> None:
+    def _evaluate_and_save(self, state: TrainState, data: StepData, save_asked: bool) -> None:
         """Where due; at a stage's end the run does both itself."""
-        if _due(state.step, self.habits.evaluate_every_steps):
-            with self.clock.phase("evaluate"):
+        with self.clock.phase("evaluate"):
+            if _due(state.step, self.habits.evaluate_every_steps):
                 self.evaluate(state)
+            self.examine(state, data)
         if save_asked or _due(state.step, self.habits.save_every_steps):
             with self.clock.phase("save"):
                 self.save(state)

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from megahybrid.evaluate.loss import HeldOutLoss, PositionBucket, held_out_loss, position_edges, sliding
+from megahybrid.evaluate.loss import (
+    HeldOutLoss,
+    PositionBucket,
+    held_out_loss,
+    position_edges,
+    sliding,
+)
 from megahybrid.evaluate.table import loss_table, position_table
 from megahybrid.parallel.mesh import Axis
 
