@@ -18,7 +18,7 @@ from megahybrid.config.base import dump, dump_yaml
 from megahybrid.config.explain import show
 from megahybrid.config.model import ModelConfig
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.errors import EXIT_DONE, ConfigError, InteropError
+from megahybrid.errors import EXIT_DONE, ConfigError, InteropError, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.table import position_table
 from megahybrid.interop import surgery
@@ -54,7 +54,7 @@ def import_model(
     """
     require_transformers()
     config = _config(folder)
-    architecture, model = hear(config)
+    architecture, model = _heard(folder, config)
     target = model
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
@@ -98,6 +98,18 @@ def _config(folder: Path) -> Any:
     except Exception as error:  # whatever a foreign file makes the library raise
         words = " ".join(str(error).split())[:200]
         raise InteropError(f"{folder}/config.json cannot be read ({words}).") from None
+
+
+def _heard(folder: Path, config: Any) -> tuple[str, ModelConfig]:
+    try:
+        return hear(config)
+    except MegahybridError:
+        raise
+    except Exception as error:  # a foreign file may say anything where a number is wanted
+        words = " ".join(str(error).split())[:200]
+        raise InteropError(
+            f"{folder}/config.json does not say a model ({type(error).__name__}: {words})."
+        ) from None
 
 
 def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunConfig:

@@ -334,6 +334,7 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
         ),
         ("SmolLM3", {"layer_types": [SLIDING] * 2, "sliding_window": 4}, "use_sliding_window"),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 1}, "windows below 2 keys"),
+        ("Llama", {"num_hidden_layers": 0}, "config.json does not say a model"),
         ("Phi3", {}, "model_type=phi3 is none that can be imported"),
     ],
 )
