@@ -65,8 +65,8 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For each variant: its seeds, those past the gate, and every figure of these: median, least,
-    most, mean, and half of the mean's 95 % interval."""
+    """For each variant: its seeds, those past the gate, the processor's time for all, and every
+    figure of those that count: median, least, most, mean, and half of the mean's 95 % interval."""
     rows = []
     for variant in plan.variants:
         mine = [result for result in results if result["variant"] == variant]
@@ -80,6 +80,7 @@ def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
                 "variant": variant,
                 "seeds": sorted(result["seed"] for result in mine),
                 "counted": sorted(result["seed"] for result in counted),
+                "cpu_seconds": round(sum(result["seconds"]["cpu"] for result in mine), 1),
                 "figures": {
                     name: {
                         "median": statistics.median(found),

@@ -82,6 +82,8 @@ def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
     from megahybrid.report.study_pictures import draw_study
 
     pictures = draw_study(rows, plan.columns, out)
+    runs, spent = sum(len(row["seeds"]) for row in rows), sum(row["cpu_seconds"] for row in rows)
+    console.print(f"{runs} runs, {spent:,.0f} seconds of processor time")
     for path in (out / "table.json", *pictures):
         console.print(str(path), markup=False, soft_wrap=True)
 

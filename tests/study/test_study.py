@@ -237,7 +237,8 @@ def result(seed: int, near: float, far: float, variant: str = "rope") -> dict[st
         for length, value in ((32, near), (4096, far))
     ]
     tasks = {"recall": {"kind": "recall", "by_length": rows}}
-    return {"variant": variant, "seed": seed, "suite": {"tasks": tasks}}
+    seconds = {"train": 2.0, "score": 1.0, "cpu": 2.5}
+    return {"variant": variant, "seed": seed, "seconds": seconds, "suite": {"tasks": tasks}}
 
 
 def test_runs_below_the_gate_are_counted_apart_and_rules_compare_medians() -> None:
@@ -247,6 +248,7 @@ def test_runs_below_the_gate_are_counted_apart_and_rules_compare_medians() -> No
     rows = tabulate(plan, found)
     row = next(row for row in rows if row["variant"] == "rope")
     assert (row["seeds"], row["counted"]) == ([1, 2, 3, 4], [1, 3, 4])
+    assert row["cpu_seconds"] == 10.0
     told = row["figures"]["recall.4096"]
     assert (told["median"], told["least"], told["most"]) == (0.2, 0.1, 0.6)
     assert told["mean"] == pytest.approx(0.3)
