@@ -28,6 +28,13 @@ def add_arguments(subparsers: Any) -> None:
     tokenizer.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
     tokenizer.add_argument("--sample-mib", type=int, default=64, help="text to look at")
     tokenizer.add_argument("--special-token", action="append", default=[])
+    tokenizer.add_argument(
+        "--weight", type=float, action="append", help="share of the text, once for each input"
+    )
+    tokenizer.add_argument("--digits", choices=("apart", "together"), default="apart")
+    tokenizer.add_argument(
+        "--spaces", choices=("runs", "single"), default="runs", help="whether runs may be a token"
+    )
     tokenizer.add_argument("--against", metavar="OTHER", help="report: compare with this one")
     tokenizer.add_argument("--eod", help="report, adopt: the token that follows every document")
 
@@ -175,6 +182,9 @@ def _tokenizer(args: argparse.Namespace) -> None:
         text_field=args.field,
         pattern=args.glob,
         special_tokens=args.special_token,
+        weights=args.weight,
+        digits_apart=args.digits == "apart",
+        space_runs=args.spaces == "runs",
     )
     print(
         f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "

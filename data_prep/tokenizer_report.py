@@ -59,7 +59,7 @@ def report(
     for given in inputs:
         units = list(cut_units(list_files([given], pattern)))
         source = SourceReport(str(given))
-        texts = sampled_texts(units, sample_bytes, seed, text_field)
+        texts = sampled_texts([units], None, sample_bytes, seed, text_field)
         for batch in _batches(texts):
             _count(source, batch, tokenizer, other, used)
         found.append(source)

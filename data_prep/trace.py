@@ -200,8 +200,6 @@ def audit(directory: str | Path) -> Audit:
     seen = {name: hashlib.sha256() for name in mixture.datasets}
     by_step: dict[int, bytes] = {}
     for step in steps_of(run, mixture, place, rewinds_of(ledger)) if lines else ():
-        if step.number > max(lines):
-            break
         line = lines.get(step.number)
         if line is None:
             raise DataError(f"{directory}/{LEDGER_NAME} has no step {step.number}.")
@@ -226,6 +224,8 @@ def audit(directory: str | Path) -> Audit:
                 seen[plan.source].update(raw)
         by_step[step.number] = whole.digest()
         rows.update(whole.digest())
+        if step.number >= max(lines):
+            break
     return Audit(
         run=str(directory),
         steps=len(by_step),

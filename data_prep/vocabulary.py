@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,8 @@ from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError
 
 SAMPLE_BYTES = 64 * 2**20
+LOOK_SHARE, LOOK_BYTES = 8, 2**29
+SPARE = 1.5  # files hold more than text; what is drawn beyond the share is not used
 SMALLEST_VOCABULARY = 260  # 256 bytes, unknown, begin and end of a document, and one piece
 
 
@@ -27,8 +30,13 @@ def train_tokenizer(
     text_field: str = "text",
     pattern: str = "**/*",
     special_tokens: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    digits_apart: bool = True,
+    space_runs: bool = True,
 ) -> TokenizerInfo:
     """Trains on about `sample_bytes` of documents chosen by keyed hash; writes the model file.
+
+    `weights`: the inputs' shares of that text; without them as large as the inputs are.
 
     The same inputs and options give the same bytes.
     """
@@ -40,12 +48,19 @@ def train_tokenizer(
             f"--vocab-size={vocab_size} has no room for the bytes and special tokens "
             f"({SMALLEST_VOCABULARY} at least). Use more, for example 4096."
         )
-    units = list(cut_units(list_files(inputs, pattern)))
+    if weights is not None and (len(weights) != len(inputs) or min(weights) <= 0):
+        raise DataError(
+            f"--weight is given {len(weights)} times with {len(inputs)} inputs. Give each input a "
+            "positive one, in their order, or none."
+        )
+    sources = [list(cut_units(list_files([given], pattern))) for given in inputs]
     model = train_sentencepiece(
-        sampled_texts(units, sample_bytes, seed, text_field),
+        sampled_texts(sources, weights, sample_bytes, seed, text_field),
         vocab_size=vocab_size,
         kind=kind,
         special_tokens=special_tokens,
+        digits_apart=digits_apart,
+        space_runs=space_runs,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     write_durably(target, model)
@@ -53,16 +68,32 @@ def train_tokenizer(
 
 
 def sampled_texts(
-    units: Sequence[Unit], sample_bytes: int, seed: int, text_field: str
+    sources: Sequence[Sequence[Unit]],
+    weights: Sequence[float] | None,
+    sample_bytes: int,
+    seed: int,
+    text_field: str,
 ) -> Iterator[str]:
-    """About `sample_bytes` of documents, chosen by a hash of their text."""
-    fraction = min(1.0, sample_bytes / max(1, sum(unit.bytes for unit in units)))
-    limit = int(fraction * 2**64)
-    for unit in units:
-        for item in read_unit(unit, text_field):
+    """About `sample_bytes` of documents, shared among the sources by weight (default: by size).
+
+    A source with less than its share gives all it has. Where a source has much more, units of it
+    are looked at in an order keyed by the seed until its share is full, LOOK_SHARE times as much
+    text or LOOK_BYTES: a corpus is not read whole for a sample.
+    """
+    shares = weights or [sum(unit.bytes for unit in units) for units in sources]
+    for number, (units, share) in enumerate(zip(sources, shares, strict=True)):
+        quota = sample_bytes * share / max(1e-300, sum(shares))
+        looked = min(sum(unit.bytes for unit in units), max(LOOK_SHARE * quota, LOOK_BYTES))
+        limit = int(min(1.0, SPARE * quota / max(1, looked)) * 2**64)
+        order = sorted(range(len(units)), key=lambda index: _draw(seed, f"{number} {index}"))
+        left = quota
+        for item in chain.from_iterable(read_unit(units[index], text_field) for index in order):
             for text in _texts(item):
-                if _draw(seed, text) < limit:
+                if left > 0 and _draw(seed, text) < limit:
+                    left -= len(text.encode())
                     yield text
+            if left <= 0:
+                break
 
 
 def _texts(item: Item) -> Iterator[str]:

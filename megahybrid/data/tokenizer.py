@@ -158,11 +158,13 @@ def train_sentencepiece(
     vocab_size: int,
     kind: Literal["bpe", "unigram"] = "bpe",
     special_tokens: Sequence[str] = (),
+    digits_apart: bool = True,
+    space_runs: bool = True,
 ) -> bytes:
     """The model file trained on `texts`: lossless on any text, the same bytes for the same texts.
 
-    Identity normalisation, spaces kept, runs of spaces and newlines may be pieces, digits apart,
-    bytes for characters it does not know. Id 0 is <unk> (never produced), 1 is </s> (eod).
+    Identity normalisation, spaces kept, runs of spaces and newlines may be pieces (space_runs),
+    digits apart (digits_apart), bytes for characters it does not know. Id 0 is <unk> (never produced), 1 is </s> (eod).
     Raises DataError when the texts cannot fill the vocabulary.
     """
     import sentencepiece
@@ -180,8 +182,8 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
+            allow_whitespace_only_pieces=space_runs,
+            split_digits=digits_apart,
             user_defined_symbols=list(special_tokens),
             max_sentence_length=8 * SENTENCE_BYTES,
             num_threads=TRAINER_THREADS,

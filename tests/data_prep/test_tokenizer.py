@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import vocabulary
+from data_prep.inputs import cut_units
 from data_prep.tokenizer_report import report
 from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -112,3 +114,33 @@ def test_commands_report_and_adopt(
         call("tokenizer", "adopt", str(model), "--output", f"{tmp_path}/new.json")
     with pytest.raises(DataError, match="--vocab-size is missing"):
         call("tokenizer", str(corpus), "--output", f"{tmp_path}/new.model")
+
+
+def test_sample_is_shared_by_weight_and_not_all_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "LOOK_BYTES", 40_000)
+    for name, count in (("a", 4000), ("b", 400)):
+        lines = (json.dumps({"text": f"{name} {n} " + "x" * 90}) for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = [list(cut_units([tmp_path / f"{name}.jsonl"], 4000)) for name in "ab"]
+    met = []
+    read = vocabulary.read_unit
+    monkeypatch.setattr(vocabulary, "read_unit", lambda *args: met.append(args) or read(*args))
+
+    def sample(weights: list[float] | None, seed: int = 0) -> list[str]:
+        met.clear()
+        return list(vocabulary.sampled_texts(sources, weights, 20_000, seed, "text"))
+
+    texts = sample([1, 3])
+    size = {name: sum(len(t) for t in texts if t[0] == name) for name in "ab"}
+    assert 4900 <= size["a"] <= 5200 and 14_900 <= size["b"] <= 15_200
+    assert len(met) < sum(map(len, sources)) / 2
+    assert texts == sample([1, 3]) != sample([1, 3], seed=1)
+    by_size = sample(None)
+    assert 0.85 < sum(t[0] == "a" for t in by_size) / len(by_size) < 0.95
+
+
+def test_weights_must_be_one_for_each_input(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--weight is given 1 times with 2 inputs"):
+        train_tokenizer([corpus, corpus], tmp_path / "a.model", 400, weights=[1.0])

@@ -156,3 +156,13 @@ def test_what_does_not_count_is_left_out_of_targets_alone(rows: int, prepared: P
     np.testing.assert_array_equal(moved.tokens, batch.tokens)
     np.testing.assert_array_equal(moved.targets, batch.targets)
     assert (moved.tokens >= 0).all() and (moved.targets == -100).any()
+
+
+def test_run_whose_data_end_saves_and_is_done(nursery: Nursery, example: Path) -> None:
+    arguments = ["train", "run.yaml", "directory=out", "data.exhausted=stop"]
+    for _ in range(2):  # again, it finds itself done
+        ranks = Ranks(nursery, arguments, 1, example)
+        assert ranks.wait() == [0], ranks.text()
+    assert "data.sources.books is exhausted (" in ranks.text()
+    assert [line.step for line in steps_of(example / "out")] == [1, 2, 3]
+    assert (example / "out/checkpoints/step-00000003").exists()
