@@ -16,9 +16,10 @@ from data_prep import hub, tables
 from data_prep.archives import Member, Truncated, is_archive, members
 from data_prep.compressed import kind_of, open_stretch, scan
 from data_prep.inputs import Piece, Unit, format_of
+from data_prep.long_line import MARK, parse_long, pieces_of
 
 MAX_LINE_BYTES = 2**28  # of .jsonl and .parquet; text files are streamed and have no limit
-LONG_BYTES = 4 * 2**20  # a text file from this size on is a LongDocument
+LONG_BYTES = 4 * 2**20  # a text file or line from this size on is a LongDocument
 CHUNK_BYTES = 2**20
 BOM = b"\xef\xbb\xbf"
 
@@ -164,9 +165,10 @@ def _read_lines(file: BinaryIO, piece: Piece, field: str) -> Iterator[Item]:
         offset += size
 
 
-def _document_of_line(
-    line: bytes, size: int, path: str, offset: int, field: str
-) -> Iterator[Document | BadDocument]:
+def _document_of_line(line: bytes, size: int, path: str, offset: int, field: str) -> Iterator[Item]:
+    if LONG_BYTES <= len(line) == size:
+        yield _parse_long(line, path, offset, field)
+        return
     raw = line.removeprefix(BOM) if offset == 0 else line
     if len(line) < size:
         yield BadDocument(path, offset, "line too long", line[:80])
@@ -186,6 +188,40 @@ def _line(file: BinaryIO) -> tuple[bytes, int]:
         if rest.endswith(b"\n"):
             break
     return beginning, size
+
+
+def _parse_long(line: bytes, file: str, offset: int, field: str) -> Item:
+    """As `_parse`, without a second copy of the text."""
+    try:
+        value, long = parse_long(line.removeprefix(BOM) if offset == 0 else line)
+    except UnicodeDecodeError:
+        return BadDocument(file, offset, "broken utf-8", line[:80])
+    except (ValueError, RecursionError):
+        return BadDocument(file, offset, "broken json", line[:80])
+    text = value.get(field) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        return BadDocument(file, offset, f"no text field '{field}'", line[:80])
+    if not text.startswith(MARK):
+        found = checked(text, file, offset)
+        return replace(found, beginning=line[:80]) if isinstance(found, BadDocument) else found
+    start, stop = long[int(text.removeprefix(MARK))]
+    return LongDocument(f"{file}:{offset}", _long_pieces(line, start, stop))
+
+
+def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
+    blank = True
+    try:
+        for text in pieces_of(line, start, stop):
+            if "\0" in text:
+                raise BadText("NUL character")
+            blank = blank and text.isspace()
+            yield text
+    except UnicodeDecodeError:
+        raise BadText("broken utf-8") from None
+    except ValueError:
+        raise BadText("broken json") from None
+    if blank:
+        raise BadText("empty")
 
 
 def _parse(line: bytes, file: str, offset: int, field: str) -> Document | BadDocument:
