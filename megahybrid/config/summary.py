@@ -30,7 +30,8 @@ def _anneal_in_words(run: RunConfig, index: int) -> list[str]:
     rows = anneal_steps(run, index)
     lines = []
     for name in rows[0]["values"] if rows else ():
-        words, before = [], None
+        words: list[str] = []
+        before = None
         for row in rows:
             value = row["values"][name]
             if value != before:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError
+from megahybrid.model.attention import Attention
 from megahybrid.model.block import BLOCKS
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
@@ -121,7 +122,9 @@ class Transformer(nn.Module):
         """Have the layers see as `plan` says from the next forward on: other windows, thetas and
         scales for the same parameters. `kernels` has one entry per layer."""
         for block, scheme, kernel in zip(self.blocks, plan.expand(), kernels, strict=True):
-            block.attention.adopt(scheme, kernel)
+            attention = block.get_submodule("attention")
+            assert isinstance(attention, Attention)
+            attention.adopt(scheme, kernel)
 
     def sharded_parameters(self) -> dict[str, tuple[nn.Parameter, ShardSpec]]:
         """Every parameter once, by module name, with the one description of how it lies."""
