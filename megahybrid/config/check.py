@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean
 from megahybrid.config.gates import LossGate
+from megahybrid.config.memory import policies_of
 from megahybrid.config.model import rotation_problems
-from megahybrid.config.stages import BatchRamp, Stage
+from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ def problems(run: "RunConfig", world_size: int | None) -> list[str]:
         lines += _lengths(run, stage, f"stages.{index}")
         lines += _batches(stage, f"stages.{index}", data_degree)
         lines += _sources(run, stage, f"stages.{index}")
+        lines += _budget(run, index, data_degree)
         lines += _gates(run, stage, f"stages.{index}.gates")
-        if not isinstance(stage.recompute, str) and len(stage.recompute) != (
+        if isinstance(stage.recompute, list) and len(stage.recompute) != (
             layers := run.model.layer_plan.num_layers
         ):
             lines.append(
@@ -140,6 +142,16 @@ def _gates(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
                 f"{where}.{index}.{field} names '{name}', which {place} does not define."
                 f"{did_you_mean(name, known)}"
             )
+
+
+def _budget(run: "RunConfig", index: int, data_degree: int | None) -> Iterator[str]:
+    """A budget that no recomputation meets; only the number of ranks can tell."""
+    if not isinstance(run.stages[index].recompute, RecomputeBudget) or data_degree is None:
+        return
+    try:
+        policies_of(run, index, data_degree)
+    except ConfigError as error:
+        yield str(error)
 
 
 def _multiple(value: int, of: int) -> str:

@@ -101,7 +101,9 @@ def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
             for length, ratio in stage.lengths.items()
         ],
         "flops": stage_flops(run, index),
-        "recompute": stage.recompute,
+        "recompute": stage.recompute
+        if isinstance(stage.recompute, str | list)
+        else stage.recompute.model_dump(),
         "schemes": stage.schemes,
         "anneal": anneal_steps(run, index),
         "memory_per_rank": {
@@ -291,7 +293,7 @@ def _memory_table(description: dict[str, Any]) -> Any:
         f"Memory per rank, tensor {description['tensor']} x data {description['data_degree']}, "
         f"{description['precision']} (this run: ZeRO {description['zero_stage']})",
         ("stage", "ZeRO"),
-        ("weights", "gradients", "optimizer", "activations", "logits", "total"),
+        ("weights", "gradients", "optimizer", "activations", "working", "total"),
     )
     for stage in description["stages"]:
         for zero, memory in stage["memory_per_rank"].items():
@@ -299,7 +301,7 @@ def _memory_table(description: dict[str, Any]) -> Any:
                 stage["name"] if zero == 0 else "",
                 str(zero),
                 *(_bytes(memory[name]) for name in ("weights", "gradients", "optimizer")),
-                *(_bytes(memory[name]) for name in ("activations", "logits", "total")),
+                *(_bytes(memory[name]) for name in ("activations", "working", "total")),
             )
     return table
 

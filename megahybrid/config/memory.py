@@ -1,20 +1,34 @@
 """Memory of one rank by ZeRO stage: an estimate from formulas, in bytes.
 
 States per parameter, bf16 (N data ranks): weights 2, gradients accumulated in fp32 (4 where they
-are whole, 2 / N where they are cut), fp32 master and two moments 12 / N. Activations per token and
-layer in bf16: 8 d + 4 dq + 4 dkv + 6 f kept; selective recomputation drops the MLP's product and
-the norm outputs, 2 f + 4 d; full keeps the layer's input, 2 d. The tensor degree divides them all.
+are whole, 2 / N where they are cut), fp32 master and two moments 12 / N.
+
+Activations per token and layer, in values: norm inputs and outputs 2 d each norm (the parallel
+block has one); q, k, v, gate and up as the product wrote them, dq + 2 dkv + 2 f, all alive while
+one of them is; rotated q and k, dq + dkv; attention's output and its copy in the other layout,
+2 dq; the MLP's product f. Selective recomputation drops f and the outputs of norms that are read by
+a product; full keeps the layer's input, d. The tensor degree divides them all.
+
+Beside what all layers keep stands the larger of two things: the loss with a chunk of logits, at the
+end of the forward pass, and one layer's backward.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from megahybrid.config.counting import Shape, parameter_shapes
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.counting import Shape, layer_flops_per_token, parameter_shapes
 from megahybrid.config.model import ModelConfig
-from megahybrid.config.stages import Stage
+from megahybrid.config.stages import RecomputeBudget, Stage
+from megahybrid.errors import ConfigError
 
-# The loss holds fp32 logits of about this many bytes at a time, and their gradient.
-LOSS_CHUNK_BYTES = 256 * 2**20
+if TYPE_CHECKING:
+    from megahybrid.config.run import RunConfig
+
+# The loss holds fp32 logits of about this many bytes at a time.
+LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 # The vocabulary is padded to a multiple of this and the tensor degree.
 VOCABULARY_MULTIPLE = 8
 
@@ -26,13 +40,13 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
-    logits: int  # of one chunk, their gradient, and the fp32 gradient of the head's weight
+    activations: int  # kept between forward and backward
+    working: int  # the loss or one layer's backward, whichever needs more
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def local_parameters(model: ModelConfig, tensor: int) -> int:
@@ -71,27 +85,80 @@ def states_per_parameter(precision: str, zero_stage: int, data_degree: int) -> t
     )
 
 
-def activation_bytes_per_token(model: ModelConfig, policy: str, bytes_per_value: int = 2) -> int:
+def activation_bytes_per_token(
+    model: ModelConfig, policy: str, bytes_per_value: int = 2, device: str = "cuda"
+) -> int:
     """Bytes of one layer that are kept for backward, per token, at tensor degree 1."""
     hidden, inner = model.hidden_size, model.intermediate_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    kept = {
-        "none": 4 * hidden + 2 * queries + 2 * keys + 3 * inner,
-        "selective": 2 * hidden + 2 * queries + 2 * keys + 2 * inner,
-        "full": hidden,
-    }
+    norms = 1 if model.block == "parallel" else 2
+    whole = 2 * norms * hidden + 4 * queries + 3 * keys + 3 * inner
+    if device == "cpu":
+        schemes = model.layer_plan.expand()
+        windowed = sum(scheme.window is not None for scheme in schemes)
+        # Blocks of queries and keys are copies; RMSNorm has no kernel there and keeps one value
+        # more.
+        whole += (queries + 2 * keys) * windowed // len(schemes)
+        whole += norms * hidden if model.norm == "rms" else 0
+    # In the post-norm block no product reads a norm's output.
+    dropped = inner + (0 if model.block == "post_norm" else norms * hidden)
+    kept = {"none": whole, "selective": whole - dropped, "full": hidden, "offload": 0}
     return kept[policy] * bytes_per_value
 
 
-def activations(model: ModelConfig, stage: Stage, tensor: int, precision: str) -> int:
-    """Activations of one micro batch on one rank: what all layers keep, and the one layer under
-    full recomputation that backward holds whole at a time."""
-    width = 4 if precision == "fp32" else 2
-    policies = [stage.recompute_of_layer(layer) for layer in range(model.layer_plan.num_layers)]
-    per_token = sum(activation_bytes_per_token(model, policy, width) for policy in policies)
-    if "full" in policies:
-        per_token += activation_bytes_per_token(model, "none", width)
-    return per_token * stage.micro_batch_tokens // tensor
+def activations(
+    model: ModelConfig,
+    policies: Sequence[str],
+    tokens: int,
+    tensor: int,
+    precision: str,
+    device: str,
+) -> int:
+    """What all layers keep of one micro batch of `tokens`, on one rank."""
+    width = _width(precision)
+    per_token = sum(activation_bytes_per_token(model, policy, width, device) for policy in policies)
+    return per_token * tokens // tensor
+
+
+def working(
+    model: ModelConfig,
+    policies: Sequence[str],
+    tokens: int,
+    tensor: int,
+    precision: str,
+    device: str,
+) -> int:
+    """The most that stands beside the kept activations: in the loss, or in one layer's backward."""
+    width, hidden = _width(precision), model.hidden_size
+    local_vocab = -(-model.vocab_size // tensor)
+    head = local_vocab * hidden
+    chunk = min(LOSS_CHUNK_BYTES[device], 4 * local_vocab * tokens)
+    # fp32 logits, and in lower precision their derivative beside them; the head's fp32 gradient,
+    # which a CPU adds to by way of a product and a copy of it; the final norm's input and output
+    # and the gradient of the gathered input.
+    logits = chunk + (0 if precision == "fp32" else chunk // 2)
+    loss = logits + 4 * head * (3 if device == "cpu" else 1)
+    loss += width * tokens * hidden * 3
+    # In backward a layer's own memory goes when it is done. Beside what the layers up to it keep
+    # stand the layer anew under full recomputation, the gradients of the stream, of gate and up
+    # and of the heads, and a tied head's gradient, which waits for the embedding's.
+    kept = [activation_bytes_per_token(model, policy, width, device) for policy in policies]
+    whole = activation_bytes_per_token(model, "none", width, device)
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    gate_up = 2 * model.intermediate_size
+    # Only the parallel block has those of both branches at a time.
+    both = gate_up + heads if model.block == "parallel" else max(gate_up, heads)
+    gradients = width * (hidden + both)
+    most = max(
+        sum(kept[: layer + 1]) - sum(kept) + whole * (policy in ("full", "offload"))
+        for layer, policy in enumerate(policies)
+    )
+    layer = width * head * model.tie_embeddings + (most + gradients) * tokens // tensor
+    return max(loss, layer)
+
+
+def _width(precision: str) -> int:
+    return 4 if precision == "fp32" else 2
 
 
 def memory_per_rank(
@@ -102,16 +169,93 @@ def memory_per_rank(
     data_degree: int,
     zero_stage: int,
     precision: str,
+    device: str = "cuda",
+    policies: Sequence[str] | None = None,
 ) -> Memory:
-    """What one rank holds at the fullest moment of a step."""
+    """What one rank holds at the fullest moment of a step. `policies` has the recompute policy of
+    each layer; the stage's own when left out, where it names them."""
     local = local_parameters(model, tensor)
     weights, gradients, optimizer = states_per_parameter(precision, zero_stage, data_degree)
-    local_vocab = -(-model.vocab_size // tensor)
-    chunk = min(LOSS_CHUNK_BYTES, 4 * local_vocab * stage.micro_batch_tokens)
+    if policies is None and isinstance(stage.recompute, RecomputeBudget):
+        policies = _within(
+            model,
+            stage,
+            model.layer_plan,
+            int(stage.recompute.budget_gib * 2**30),
+            tensor=tensor,
+            data_degree=data_degree,
+            zero_stage=zero_stage,
+            precision=precision,
+            device=device,
+        )
+    if policies is None:
+        policies = [stage.recompute_of_layer(n) for n in range(model.layer_plan.num_layers)]
+    batch = (policies, stage.micro_batch_tokens, tensor, precision, device)
     return Memory(
         weights=int(local * weights),
         gradients=int(local * gradients),
         optimizer=int(local * optimizer),
-        activations=activations(model, stage, tensor, precision),
-        logits=2 * chunk + 4 * local_vocab * model.hidden_size,
+        activations=activations(model, *batch),
+        working=working(model, *batch),
     )
+
+
+def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
+    """The recompute policy of each layer in stage `index`: as named, or solved for its budget.
+
+    Raises ConfigError where a budget cannot be met.
+    """
+    stage, plan = run.stages[index], run.plan_at(index)
+    if not isinstance(stage.recompute, RecomputeBudget):
+        return [stage.recompute_of_layer(layer) for layer in range(plan.num_layers)]
+    budget = stage.recompute.budget_gib
+    where: dict[str, Any] = {
+        "tensor": run.parallel.tensor,
+        "data_degree": data_degree,
+        "zero_stage": run.parallel.zero_stage,
+        "precision": run.precision,
+        "device": "cpu" if run.device == "cpu" else "cuda",
+    }
+    policies = _within(run.model, stage, plan, int(budget * 2**30), **where)
+    needed = memory_per_rank(run.model, stage, policies=policies, **where).total / 2**30
+    if needed > budget:
+        raise ConfigError(
+            f"stages.{index}.recompute.budget_gib={budget:g} is less than a step takes with every "
+            f"layer recomputed and off-loaded ({needed:.1f} GiB). Lower "
+            f"stages.{index}.micro_batch_tokens={stage.micro_batch_tokens}, or raise "
+            f"parallel.tensor={run.parallel.tensor} or "
+            f"parallel.zero_stage={run.parallel.zero_stage}."
+        )
+    return policies
+
+
+def _within(
+    model: ModelConfig, stage: Stage, plan: LayerPlan, budget_bytes: int, **where: Any
+) -> list[str]:
+    """The policies that fit at the fewest extra FLOPs: none where it fits; else selective, which
+    repeats no product, on as many layers as it takes; else full on as few as it takes, those with
+    the fewest FLOPs first; then off-loaded as well, where even that does not fit."""
+
+    def fits(policies: list[str]) -> bool:
+        needed = memory_per_rank(model, stage, policies=policies, **where).total
+        return needed <= budget_bytes
+
+    length = max(stage.lengths)
+    flops = [layer_flops_per_token(model, scheme, length) for scheme in plan.expand()]
+    cheapest = sorted(range(len(flops)), key=lambda layer: (flops[layer], layer))
+    policies = ["none"] * len(flops)
+    for policy in ("selective", "full", "offload"):
+        for layer in cheapest:
+            if fits(policies):
+                return _relaxed(policies, fits)
+            policies[layer] = policy
+    return policies
+
+
+def _relaxed(policies: list[str], fits: Callable[[list[str]], bool]) -> list[str]:
+    """Selective taken back where what was done after it left the room."""
+    for layer, policy in enumerate(policies):
+        if policy == "selective":
+            tried = [*policies[:layer], "none", *policies[layer + 1 :]]
+            policies = tried if fits(tried) else policies
+    return policies

@@ -15,7 +15,7 @@ from megahybrid.config.base import Frozen, Name
 from megahybrid.config.gates import Gate
 from megahybrid.config.learning_rate import LearningRate
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -52,7 +52,17 @@ def _batch_form(value: Any) -> str:
     return "ramp" if isinstance(value, dict | BatchRamp) else "constant"
 
 
+class RecomputeBudget(Frozen):
+    """A policy per layer that fits: as little is computed again as the memory formulas allow."""
+
+    budget_gib: Annotated[float, Field(gt=0)] = Field(
+        description="GiB that a step may take on one rank, weights and optimizer included"
+    )
+
+
 def _recompute_form(value: Any) -> str:
+    if isinstance(value, dict | RecomputeBudget):
+        return "budget"
     return "per_layer" if isinstance(value, list | tuple) else "all"
 
 
@@ -82,10 +92,14 @@ class Stage(Frozen):
         default=None, description="fields of attention schemes that change while the stage runs"
     )
     recompute: Annotated[
-        Annotated[Recompute, Tag("all")] | Annotated[list[Recompute], Tag("per_layer")],
+        Annotated[Recompute, Tag("all")]
+        | Annotated[list[Recompute], Tag("per_layer")]
+        | Annotated[RecomputeBudget, Tag("budget")],
         Discriminator(_recompute_form),
     ] = Field(
-        default="none", description="activations computed again in backward, or one per layer"
+        default="none",
+        description="activations computed again in backward, one word for all or per layer, or a "
+        "budget that decides; offload: full, with layers' inputs in host memory",
     )
     learning_rate: LearningRate = Field(description="the stage's segment of the learning rate")
     gates: list[Gate] = Field(
@@ -114,7 +128,9 @@ class Stage(Frozen):
         return [(0, self.batch_tokens)]
 
     def recompute_of_layer(self, layer: int) -> Recompute:
-        """The recompute policy of one layer."""
+        """The recompute policy of one layer, where the stage names it: a budget is solved by
+        `memory.policies_of`."""
+        assert not isinstance(self.recompute, RecomputeBudget)
         return self.recompute if isinstance(self.recompute, str) else self.recompute[layer]
 
 

@@ -4,6 +4,7 @@ none       everything autograd asks for is kept
 selective  norm outputs and the SwiGLU product are dropped and computed again from tensors that are
            kept anyway: no matrix product, no attention and no communication is repeated
 full       only the layer's input is kept (arXiv 1604.06174)
+offload    as full, and that input waits in host memory
 """
 
 from collections.abc import Callable
@@ -71,4 +72,31 @@ def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy
     if policy == "full" and torch.is_grad_enabled():
         # The blocks draw nothing at random, so no generator state needs to be put back.
         return checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
+    if policy == "offload" and torch.is_grad_enabled():
+        return _Offloaded.apply(hidden, block, context)
     return block(hidden, context)
+
+
+class _Offloaded(torch.autograd.Function):
+    """A block whose input waits in host memory, and which runs again in backward.
+
+    Copies go along the computation's own stream: at 128k tokens of 2,048 values they are 10 ms
+    beside a layer's 300.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, block: Callable[..., Tensor], context: Any) -> Tensor:
+        ctx.block, ctx.context, ctx.device = block, context, hidden.device
+        ctx.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+        ctx.host.copy_(hidden, non_blocking=True)
+        with torch.no_grad():
+            return block(hidden, context)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        hidden = ctx.host.to(ctx.device, non_blocking=True).detach().requires_grad_()
+        ctx.host = None
+        with torch.enable_grad():
+            out = ctx.block(hidden, ctx.context)
+        torch.autograd.backward(out, grads[0])
+        return hidden.grad, None, None

@@ -44,13 +44,19 @@ class Layers:
             self._mesh,
             plan=self.plan,
             kernels=self._kernel_names(self.plan),
-            recompute=[
-                run.stages[index].recompute_of_layer(n) for n in range(self.plan.num_layers)
-            ],
+            recompute=self._policies(index),
             norm=run.kernels.norm,
             compiler="inductor" if self._kernels.get("blocks") == "compiled" else None,
         )
         return self.model
+
+    def _policies(self, index: int) -> list[str]:
+        """The recompute policy of each layer; what a budget came to is told."""
+        policies = policies_of(self._run, index, self._mesh.data.size)
+        if isinstance(self._run.stages[index].recompute, RecomputeBudget):
+            tally = {name: policies.count(name) for name in dict.fromkeys(policies)}
+            self._tell("recompute", {"layers": tally, "policies": policies})
+        return policies
 
     def follow(self, tokens: int) -> bool:
         """Before the step that begins with `tokens` seen: have the layers be its. Whether they

@@ -35,7 +35,7 @@ def explain_out_of_memory(run: RunConfig, rank: int, world_size: int) -> str:
     plan, stage = plans[index], run.stages[index]
     parts = ", ".join(
         f"{name} {getattr(plan, name) / 2**30:.1f}"
-        for name in ("weights", "gradients", "optimizer", "activations", "logits")
+        for name in ("weights", "gradients", "optimizer", "activations", "working")
     )
     return (
         f"rank {rank}: out of memory at a peak of {memory_gib(_device()):.1f} GiB{_there()}; stage "

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.model.recompute import rederived
+from megahybrid.model.recompute import rederived, run_block
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.products import linear
+from tests.parity.cases import model
+from tests.plain_model import random_tensors
 
 
 class Sine(torch.autograd.Function):
@@ -52,3 +56,34 @@ def test_only_the_tensor_itself_is_rederived() -> None:
         y = F.linear(other, weight)
     (grad,) = torch.autograd.grad(y.sum(), weight)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["selective", "full", "offload"])
+@pytest.mark.parametrize("block", ["pre_norm", "parallel"])
+def test_every_policy_gives_the_gradients_of_none(policy: str, block: str) -> None:
+    config = model("rnope_swa", block)
+    tokens = torch.randint(config.vocab_size, (2, 40))
+    results = []
+    for each in ("none", policy):
+        built = Transformer(config, ParallelMesh.single(), recompute=[each] * 2)
+        built.load_canonical(random_tensors(config, 0, torch.float32))
+        loss, _ = built(tokens, tokens)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in built.parameters())])
+    for kept, again in zip(*results, strict=True):
+        assert torch.equal(kept, again)
+
+
+def test_an_offloaded_layer_leaves_nothing_on_the_device_but_its_output() -> None:
+    waiting = torch.randn(64, 1, 16, requires_grad=True)
+    hidden = waiting * 2
+    alive = weakref.ref(hidden)
+    out = run_block(lambda x, _: x.sin().cos(), hidden, None, "offload")
+    del hidden
+    gc.collect()
+    assert alive() is None
+    out.sum().backward()
+    plain = (waiting.detach() * 2).requires_grad_()
+    plain.sin().cos().sum().backward()
+    assert waiting.grad is not None and plain.grad is not None
+    assert torch.equal(waiting.grad, 2 * plain.grad)

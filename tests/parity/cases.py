@@ -107,7 +107,7 @@ def model(
 # each family, and over families each block, each norm and each other value.
 TURNS: dict[str, tuple[Any, ...]] = {
     "kv_heads": (1, 1, 2, 2, 4, 4),
-    "recompute": ("none", "none", "selective", "selective", "full", "full"),
+    "recompute": ("none", "none", "selective", "selective", "full", "offload"),
     "tied": (True, True, True, False, False, False),
     "logit_scale": (1.0, 1.0, 1.0, 0.25, 0.25, 0.25),
     "documents": (True, True, True, True, False, False),
