@@ -2,13 +2,13 @@
 
     python -m benchmarks.soak [--minutes 10] [--every 20] [--seed 1]
 
-Two ranks train tests/train/example.py's model, made longer. Faults: a rank is killed (the launcher
-starts them again), the launcher is killed, the run is asked to stop (both: the same command again).
-Afterwards the losses are compared with those of the same run left alone, bit for bit. Prints JSON.
+Two ranks train tests/train/example.py's model, made longer. Faults: a rank is killed, a rank hangs
+(the launcher starts them again), the launcher is killed, the run is asked to stop (both: the same
+command again). Afterwards the losses are compared with those of the same run left alone, bit for
+bit. Prints JSON.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -26,7 +26,17 @@ from megahybrid.train.ledger import LEDGER_NAME, StepLine, read_every_line, read
 from tests.train.example import write_example
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("a rank is killed", "the launcher is killed", "asked to stop")
+KINDS = ("a rank is killed", "a rank hangs", "the launcher is killed", "asked to stop")
+# As `train --max-restarts` does, less patient with a rank that gives no sign.
+LAUNCHER = """
+import sys
+from pathlib import Path
+from megahybrid.config.site import Watchdog
+from megahybrid.train.local import train_local
+name, *words = sys.argv[1:]
+command = ["-m", "megahybrid", "train", "run.yaml", f"directory={name}", *words]
+sys.exit(train_local(command, 2, Path(name), 1000, Watchdog(silent=6)))
+"""
 
 
 def main() -> None:
@@ -70,8 +80,14 @@ def soak(folder: Path, asked: argparse.Namespace) -> dict:
     return {
         "minutes": asked.minutes,
         "faults": sum(map(len, recoveries.values())),
-        "seconds to the next step, median": {
-            kind: round(statistics.median(times), 1) for kind, times in recoveries.items() if times
+        "seconds from fault to next step": {
+            kind: {
+                "times": len(times),
+                "median": round(statistics.median(times), 1),
+                "longest": round(max(times), 1),
+            }
+            for kind, times in recoveries.items()
+            if times
         },
         "steps that hold": len(held),
         "steps executed": executed,
@@ -98,8 +114,7 @@ def _start(folder: Path, name: str, asked: argparse.Namespace, *more: str) -> su
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{ROOT}"}
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "megahybrid", "train", "run.yaml", "--processes", "2"),
-            *("--max-restarts", "1000", f"directory={name}", "parallel.tensor=2"),
+            *(sys.executable, "-c", LAUNCHER, name, "parallel.tensor=2"),
             f"checkpoint.every_steps={asked.save_every}",
             *more,
         ],
@@ -119,10 +134,10 @@ def _fault(
     asked: argparse.Namespace,
 ) -> subprocess.Popen:
     """Does it; returns the process that goes on."""
-    if kind == "a rank is killed":
-        beat = draw.choice(list(read_beats(run).values()))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(beat.pid, signal.SIGKILL)
+    if kind in ("a rank is killed", "a rank hangs"):
+        beats = read_beats(run).values()
+        beat = draw.choice([beat for beat in beats if Path(f"/proc/{beat.pid}").exists()])
+        os.kill(beat.pid, signal.SIGKILL if kind == "a rank is killed" else signal.SIGSTOP)
         return process
     process.send_signal(signal.SIGTERM if kind == "asked to stop" else signal.SIGKILL)
     process.wait(120)

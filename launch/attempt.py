@@ -10,9 +10,10 @@ from typing import Any
 
 from launch import slurm
 from launch.job import Job
-from launch.records import record
+from launch.records import attempts, record
 from launch.slurm import SlurmError
 from launch.step import step_environment
+from megahybrid.heartbeat import Beat, read_beats
 
 KILL_SECONDS = 60.0  # what srun may take to end after its ranks were killed
 
@@ -33,9 +34,25 @@ class Attempt:
         return self.job.directory
 
     @property
+    def name(self) -> str:
+        """As its logs and its ranks' heartbeats know it."""
+        return f"{self.number}.{self.restart}"
+
+    @property
     def logs(self) -> Path:
         """Where this attempt's logs are."""
-        return self.run / "logs" / f"{self.number}.{self.restart}"
+        return self.run / "logs" / self.name
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a later one has begun: this node was silent for long, Slurm took it for dead and
+        went on elsewhere. Then the run's files and the job's steps are that one's."""
+        newest = attempts(self.run)[-1:]
+        return any((one.job, one.attempt) != (self.number, self.restart) for one in newest)
+
+    def beats(self) -> dict[int, Beat]:
+        """The heartbeats of this attempt's ranks."""
+        return read_beats(self.run, self.name)
 
     def tell(self, message: str) -> None:
         """One line in the batch log."""
@@ -62,8 +79,11 @@ class Attempt:
 
     def kill(self, process: subprocess.Popen) -> None:
         """Ends the job's steps, and the srun that waits for them."""
-        with contextlib.suppress(SlurmError):
-            slurm.cancel(slurm.steps(self.number), signal="KILL")
+        if self.superseded:
+            process.kill()
+        else:
+            with contextlib.suppress(SlurmError):
+                slurm.cancel(slurm.steps(self.number), signal="KILL")
         try:
             process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:

@@ -44,7 +44,7 @@ def _memory(job: Job, run: RunConfig) -> list[str]:
         warning = "warning: " if there is not None and needed > there else ""
         what = "GPU" if job.site.gpus_per_node else "rank"
         has = "" if there is None else f", {there:g} GiB there"
-        lines.append(f"{warning}stage {stage['name']}: {needed:.1f} GiB per {what} by plan{has}")
+        lines.append(f"{warning}stage {stage['name']}: {needed:.3g} GiB per {what} by plan{has}")
     return lines
 
 

@@ -1,5 +1,6 @@
 """What comes after an attempt: pure functions of how it ended and of what happened before."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,22 @@ from megahybrid.config.site import Caps
 from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
 from megahybrid.heartbeat import Beat, first_failure
 
-EXIT_KILLED = 137
+# What srun calls the end of a task by a signal, and the code a shell would give it.
+SIGNALS = {
+    "Killed": 137,
+    "Segmentation fault": 139,
+    "Bus error": 135,
+    "Aborted": 134,
+    "Terminated": 143,
+}
+_TASK_ENDED = re.compile(r"^srun: error: \S+: tasks? (\d+)[\d,-]*: ([A-Z][A-Za-z ]+)", re.MULTILINE)
+
+
+def first_ended(srun_log: str) -> tuple[int, str] | None:
+    """The rank that srun saw end badly before all others, and how. Those after it were ended by
+    srun because of it."""
+    found = _TASK_ENDED.search(srun_log)
+    return (int(found[1]), found[2].strip()) if found else None
 
 
 @dataclass(frozen=True)
@@ -30,9 +46,14 @@ class Decision:
     reason: str
 
 
-def outcome(beats: Mapping[int, Beat], world_size: int, srun_code: int) -> Outcome:
+def outcome(
+    beats: Mapping[int, Beat],
+    world_size: int,
+    srun_code: int,
+    first: tuple[int, str] | None = None,
+) -> Outcome:
     """The training code, from what the ranks wrote at their ends; srun's own code shows a signal
-    where one rank's failure made it kill the others."""
+    where one rank's failure made it kill the others. `first` is what `first_ended` says."""
     ended = {rank: beat for rank, beat in beats.items() if beat.exit_code is not None}
     codes = {beat.exit_code for beat in ended.values()}
     if len(ended) == world_size and codes <= {EXIT_DONE, EXIT_RESUME}:
@@ -47,6 +68,15 @@ def outcome(beats: Mapping[int, Beat], world_size: int, srun_code: int) -> Outco
         told = cause.message or f"code {cause.exit_code}"
         told = told if told.startswith("rank") else _of(cause) + told
         return Outcome(cause.exit_code, told, cause.host)
+    if first is not None and first[0] in killed and first[1] in SIGNALS:
+        rank, how = first
+        beat = beats[rank]
+        return Outcome(
+            SIGNALS[how],
+            f"rank {rank} on {beat.host} was ended from outside: {how} "
+            f"(phase {beat.phase}, step {beat.step})",
+            beat.host,
+        )
     if killed:
         names = ", ".join(f"{rank} on {beats[rank].host}" for rank in killed[:4])
         phase = beats[killed[0]]
@@ -75,15 +105,16 @@ def decide(
     history: Sequence[AttemptRecord],
     caps: Caps,
     *,
-    stopped_by_user: bool = False,
+    by_user: str | None = None,
     ended_by_slurm: bool = False,
     time_is_up: bool = False,
     next_waits: bool = False,
 ) -> Decision:
     """What comes after `ended`; `history` holds this submission's attempts, this one the last.
 
-    `next_waits`: another job of the chain takes over. An attempt that left a newer checkpoint is
-    never counted against a run: over weeks every run has many failures.
+    `by_user`: "stopped" or "cancelled", where a person wanted that. `next_waits`: another job of
+    the chain takes over. An attempt that left a newer checkpoint is never counted against a run:
+    over weeks every run has many failures.
     """
     code = ended.code
     if code == EXIT_DONE:
@@ -92,8 +123,8 @@ def decide(
         return Decision(False, True, code, f"not tried again: {ended.reason}")
     if code == EXIT_DO_NOT_RESTART:
         return Decision(False, True, code, f"not to be restarted: {ended.reason}")
-    if stopped_by_user:
-        return Decision(False, True, code, "stopped on request")
+    if by_user:
+        return Decision(False, True, code, f"{by_user} on request")
     idle = _in_a_row(history, lambda attempt: True)
     if idle >= caps.without_checkpoint:
         return Decision(

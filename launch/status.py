@@ -77,10 +77,11 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
 
 def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -> str:
     parts = [f"{run.name}: {job.state} job {job.task}"]
-    if last is not None and last.job == job.job:
+    if last is not None and last.job == job.job and not last.ended:
         parts.append(f"try {last.attempt + 1}")
     parts.append(job.nodes)
-    beats = read_beats(run) if last is not None and last.job == job.job and not last.ended else {}
+    going = last is not None and last.job == job.job and not last.ended
+    beats = read_beats(run, f"{last.job}.{last.attempt}") if last and going else {}
     line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
     parts += _phase(run, beats)
     if line is not None:
@@ -100,15 +101,16 @@ def _phase(run: Path, beats: Mapping[int, Beat]) -> list[str]:
         return ["preparing"]
     phases = Counter(beat.phase for beat in beats.values())
     (phase, _), *_ = phases.most_common(1)
-    now = time.time()
-    ages = []
+    return [phase, f"age {max(_ages(run, beats).values(), default=0.0):.0f}s"]
+
+
+def _ages(run: Path, beats: Mapping[int, Beat]) -> dict[int, float]:
+    """Seconds since each rank's last sign of life."""
+    now, ages = time.time(), {}
     for rank in beats:
-        try:
-            ages.append(now - heartbeat_file(run, rank).stat().st_mtime)
-        except OSError:
-            continue
-    age = max(0.0, max(ages, default=0.0))
-    return [phase, f"age {age:.0f}s"]
+        with contextlib.suppress(OSError):
+            ages[rank] = max(0.0, now - heartbeat_file(run, rank).stat().st_mtime)
+    return ages
 
 
 def _trouble(run: Path, beats: Mapping[int, Beat], waiting: int) -> list[str]:
@@ -118,16 +120,22 @@ def _trouble(run: Path, beats: Mapping[int, Beat], waiting: int) -> list[str]:
         ratio = read_job(run / FOLDER / "job.json").site.watchdog.slow_ratio
     for beat, times in slow_ranks(beats, ratio)[:2]:
         parts.append(f"| slow: rank {beat.rank} on {beat.host} {times:.1f}×")
+    ages = _ages(run, beats)
+    silent = [rank for rank, age in ages.items() if age > BEHIND_SECONDS]
+    for host in sorted({beats[rank].host for rank in silent if beats[rank].exit_code is None})[:3]:
+        names = ", ".join(str(rank) for rank in silent if beats[rank].host == host)
+        parts.append(f"| no sign of rank {names} on {host}")
     # Beats are some seconds apart, so a rank counts as behind only when it stays where it is.
-    last = max((beat.step for beat in beats.values()), default=0)
-    stuck = [b for b in beats.values() if b.step < last and b.phase_seconds > BEHIND_SECONDS]
+    begun = [beat for beat in beats.values() if beat.phase != "start"]
+    last = max((beat.step for beat in begun), default=0)
+    stuck = [b for b in begun if b.step < last and b.phase_seconds > BEHIND_SECONDS]
     for behind in sorted(stuck, key=lambda beat: beat.step)[:1]:
         parts.append(f"| rank {behind.rank} on {behind.host} stays at step {behind.step}")
     if (run / STOP_NOW).exists():
         parts.append("| stopping")
     if (run / SAVE_NOW).exists():
         parts.append("| a save is asked for")
-    failures = sum(attempt.failed and attempt.ended is not None for attempt in attempts(run))
+    failures = sum(attempt.failed for attempt in attempts(run)[:-1])
     if failures:
         parts.append(f"| {failures} failed before")
     if waiting:

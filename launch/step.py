@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.job import Job
+from megahybrid.heartbeat import LOGS
 
-LOGS = "MEGAHYBRID_LOGS"  # tells the ranks where their logs are arranged
 # The batch script's own: a step of another shape must not inherit them.
 _OF_THE_JOB = (
     "SLURM_NTASKS",

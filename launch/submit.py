@@ -67,6 +67,7 @@ def submit(job: Job, run: RunConfig) -> list[str]:
     """Writes script, resolved run file and job into the run's folder, then submits. Returns the
     numbers of the jobs."""
     _refuse_second(job)
+    _refuse_missing(run)
     script = write(job, run)
     for path in (job.directory / STOP_NOW, job.directory / FOLDER / DONE):
         path.unlink(missing_ok=True)
@@ -113,6 +114,18 @@ def _refuse_second(job: Job) -> None:
             "Two jobs must not write to one run: `megahybrid launch cancel` it first, or use "
             "another directory."
         )
+
+
+def _refuse_missing(run: RunConfig) -> None:
+    """The data must be there: nodes see the same disks, and nobody should wait to hear of it."""
+    for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
+        for name, source in sources.items():
+            if not Path(source.path).exists():
+                raise ConfigError(
+                    f"data.{part}.{name}.path={source.path} does not exist (seen from "
+                    f"{os.getcwd()}). Prepare the data, correct the path, or submit from the "
+                    "folder it is relative to."
+                )
 
 
 def _commit() -> str:

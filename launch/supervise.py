@@ -19,13 +19,13 @@ from launch import slurm
 from launch.attempt import Attempt
 from launch.fit_nodes import fit_nodes
 from launch.job import DONE, FOLDER, STOP_NOW, Job, read_job
-from launch.policy import Decision, Outcome, decide, outcome
+from launch.policy import Decision, Outcome, decide, first_ended, outcome
 from launch.records import attempts, jobs, ledger_tail, newest_checkpoint
 from launch.slurm import SlurmError
 from launch.step import hostfile, hostfile_text, train_step
 from launch.watch import RankWatch, user_stop
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, MegahybridError
-from megahybrid.heartbeat import clear, read_beats, remove_empty_stacks
+from megahybrid.heartbeat import clear, remove_empty_stacks
 
 LOCK = "owner.lock"
 
@@ -58,6 +58,7 @@ class Supervisor:
         self._explain_lost()
         self._release_lock()
         (self.run / STOP_NOW).unlink(missing_ok=True)
+        clear(self.run)
         self.attempt.record(
             "start",
             attempt=self.attempt.restart,
@@ -121,7 +122,6 @@ class Supervisor:
         return self._requeue(Decision(True, False, 1, ended.reason), exclude=excluded)
 
     def _train(self, nodes: Sequence[str]) -> Outcome:
-        clear(self.run)
         environment = self.attempt.step(nodes)
         if self.job.site.launcher == "deepspeed":
             Path(hostfile(environment)).write_text(hostfile_text(self.job, nodes))
@@ -130,8 +130,9 @@ class Supervisor:
         remove_empty_stacks(self.attempt.logs)
         if hang is not None:
             return Outcome(137, hang)
-        beats = read_beats(self.run)
-        return outcome(beats, self.job.world_size, _shell_code(process.returncode))
+        first = first_ended((self.attempt.logs / "srun.log").read_text(errors="replace"))
+        code = _shell_code(process.returncode)
+        return outcome(self.attempt.beats(), self.job.world_size, code, first)
 
     def _record_end(self, ended: Outcome) -> None:
         step = next((line["step"] for line in ledger_tail(self.run) if "step" in line), None)
@@ -146,12 +147,12 @@ class Supervisor:
         )
 
     def _after(self, ended: Outcome) -> int:
-        newest = attempts(self.run)[-1]
-        if (newest.job, newest.attempt) != (self.number, self.attempt.restart):
-            # A node that was silent for long: Slurm took it for dead and went on elsewhere.
-            self.tell(f"job {newest.job} has gone on with this run: nothing more is done here")
+        if self.attempt.superseded:
+            self.tell("another attempt has gone on with this run: nothing more is done here")
             return ended.code
         user = user_stop(self.attempt)
+        if ended.code == EXIT_RESUME and (why := self._why_stopped()):
+            ended = Outcome(ended.code, f"{ended.reason}: {why}", ended.node)
         self._record_end(ended)
         if not user:
             (self.run / STOP_NOW).unlink(missing_ok=True)
@@ -159,7 +160,7 @@ class Supervisor:
             ended,
             attempts(self.run, since_submit=True),
             self.job.site.caps,
-            stopped_by_user=user,
+            by_user=user,
             ended_by_slurm=self.watch.ended_by_slurm,
             time_is_up=self.watch.time_is_up,
             next_waits=self._next_waits(),
@@ -174,6 +175,14 @@ class Supervisor:
             self._end_chain()
         return decision.exit_code
 
+    def _why_stopped(self) -> str | None:
+        if self.watch.asked is not None:
+            return self.watch.asked
+        with contextlib.suppress(SlurmError):
+            if slurm.job_fields(self.number).get("PreemptTime", "None") != "None":
+                return "preempted"
+        return None
+
     def _requeue(self, decision: Decision, exclude: Sequence[str] = ()) -> int:
         """Back into the queue. Slurm answers by ending this very process, which must live until it
         has also said which nodes it does not want: a running job's list cannot be changed."""
@@ -181,6 +190,9 @@ class Supervisor:
         if self.watch.ended_by_slurm and self._leaving():
             # Cancelled, or put back by Slurm itself: neither is ours to undo.
             self.tell(f"ended by Slurm ({decision.reason})")
+            return decision.exit_code
+        if self._waits():
+            self.tell(f"Slurm has put the job back into the queue itself ({decision.reason})")
             return decision.exit_code
         self.tell(f"back into the queue ({decision.reason})")
         _often(lambda: slurm.requeue(self.number), self.tell)
@@ -195,6 +207,11 @@ class Supervisor:
             return False
         with contextlib.suppress(SlurmError):
             return slurm.job_fields(self.number).get("JobState") != "RUNNING"
+        return False
+
+    def _waits(self) -> bool:
+        with contextlib.suppress(SlurmError):
+            return slurm.job_fields(self.number).get("JobState") == "PENDING"
         return False
 
     def _next_waits(self) -> bool:

@@ -11,7 +11,7 @@ from launch.attempt import Attempt
 from launch.job import STOP_NOW
 from launch.records import stop_lead
 from launch.slurm import SlurmError
-from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, read_beats, slow_ranks
+from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, slow_ranks
 
 POLL_SECONDS = 0.5
 STACKS_SECONDS = 3.0  # what writing the stacks may take before the ranks are killed
@@ -38,13 +38,16 @@ class RankWatch:
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
-            if self.signals and self.asked is None:
+            if self.signals and self.asked is None and not self.attempt.superseded:
                 self._on_signal(self.signals[0])
             if now < look_at:
                 continue
             look_at = now + limits.every
+            if self.attempt.superseded:
+                self.attempt.kill(process)
+                return "another attempt has gone on with this run"
             self._stop_in_time(now)
-            beats = read_beats(self.attempt.run)
+            beats = self.attempt.beats()
             self._tell_slow(beats)
             hang = watch.judge(beats, now)
             if self.asked is not None:
@@ -66,8 +69,8 @@ class RankWatch:
 
     def _on_signal(self, name: str) -> None:
         if name == "SIGUSR1":
-            self.time_is_up = not user_stop(self.attempt)
-            self._ask("SIGUSR1: stop in time")
+            self.time_is_up = user_stop(self.attempt) is None
+            self._ask("on request" if user_stop(self.attempt) else "warned by USR1")
         else:
             # Slurm gave the ranks this signal too.
             self.ended_by_slurm = True
@@ -84,7 +87,7 @@ class RankWatch:
         path = attempt.run / STOP_NOW
         if not path.exists():
             path.write_text(f"supervisor of job {attempt.number}: {why}\n")
-        started = len(read_beats(attempt.run)) == attempt.job.world_size
+        started = len(attempt.beats()) == attempt.job.world_size
         if attempt.job.site.launcher == "srun" and started and not self.ended_by_slurm:
             with contextlib.suppress(SlurmError):
                 slurm.cancel(slurm.steps(attempt.number), signal="USR1")
@@ -115,13 +118,16 @@ class RankWatch:
         attempt.kill(process)
 
 
-def user_stop(attempt: Attempt) -> bool:
-    """Whether a person wants the run to stop; our own request is of one attempt alone."""
+def user_stop(attempt: Attempt) -> str | None:
+    """What a person wants of the run: that it is "stopped" or "cancelled". Our own request is of
+    one attempt alone."""
     try:
         text = (attempt.run / STOP_NOW).read_text()
     except OSError:
-        return False
-    return not text.startswith("supervisor")
+        return None
+    if text.startswith("supervisor"):
+        return None
+    return "cancelled" if text.startswith("cancel") else "stopped"
 
 
 def _time_limit(number: str) -> float | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = "heartbeats"
+LOGS = "MEGAHYBRID_LOGS"  # set by our batch job: …/JOB.RESTART, where it arranges the ranks' logs
 PHASES = ("start", "compile", "data", "step", "evaluate", "save")
 BEAT_SECONDS = 2.0
 STACKS_SIGNAL = signal.SIGUSR2
@@ -42,6 +43,7 @@ class Beat:
     exit_code: int | None = None  # set once, at the end
     message: str | None = None  # the error that ended the rank, in one line
     consequence: bool = False  # the error only says that another rank is gone
+    attempt: str = ""  # JOB.RESTART, where a batch job started the ranks
 
 
 _FIELDS = {field.name for field in fields(Beat)}
@@ -60,7 +62,8 @@ class Heartbeat:
     ) -> None:
         self.path = heartbeat_file(run_directory, rank)
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self._beat = Beat(rank, host, os.getpid())
+        attempt = Path(os.environ.get(LOGS, "")).name
+        self._beat = Beat(rank, host, os.getpid(), attempt=attempt)
         # One value, replaced whole: the loop writes it while the thread reads.
         self._place = ("start", 0, time.monotonic())
         self._recent: list[float] = []
@@ -108,6 +111,9 @@ class Heartbeat:
     def _write(self, **end: Any) -> None:
         # A full or absent disk must not end a rank that computes; the silence will be noticed.
         with self._writing, contextlib.suppress(OSError):
+            if self._superseded():
+                self._stop.set()
+                return
             phase, step, since = self._place
             recent = self._recent
             self._beat = replace(
@@ -122,6 +128,16 @@ class Heartbeat:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_text(json.dumps(asdict(self._beat)))
             os.replace(temporary, self.path)
+
+    def _superseded(self) -> bool:
+        """Whether a later attempt beats here: this node was silent, and the run went on."""
+        found = _read_beat(self.path)
+        return found is not None and _order(found.attempt) > _order(self._beat.attempt)
+
+
+def _order(attempt: str) -> tuple[int, ...]:
+    parts = attempt.split(".")
+    return tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
 
 
 def write_stacks_on_signal(path: Path) -> None:
@@ -149,17 +165,24 @@ def clear(run_directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_beats(run_directory: Path) -> dict[int, Beat]:
-    """The newest beat of every rank that has begun."""
+def read_beats(run_directory: Path, attempt: str = "") -> dict[int, Beat]:
+    """The newest beat of every rank that has begun; with `attempt` (JOB.RESTART) of that one's."""
     found: dict[int, Beat] = {}
     with contextlib.suppress(FileNotFoundError):
         for path in (run_directory / FOLDER).glob("rank-*.json"):
-            # Another node may be replacing the file as we read.
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                known = json.loads(path.read_text())
-                beat = Beat(**{key: known[key] for key in known.keys() & _FIELDS})
+            beat = _read_beat(path)
+            # DeepSpeed's own runner does not hand the name on.
+            if beat is not None and (not attempt or beat.attempt in ("", attempt)):
                 found[beat.rank] = beat
     return dict(sorted(found.items()))
+
+
+def _read_beat(path: Path) -> Beat | None:
+    # Another node may be replacing the file as we read.
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = json.loads(path.read_text())
+        return Beat(**{key: known[key] for key in known.keys() & _FIELDS})
+    return None
 
 
 def first_failure(beats: Mapping[int, Beat]) -> Beat | None:

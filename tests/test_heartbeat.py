@@ -153,3 +153,20 @@ def test_stacks_are_written_while_the_process_hangs(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_an_earlier_attempt_that_comes_back_leaves_the_later_ones_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hearts = []
+    for attempt in ("9.2", "9.10", "10.0"):
+        monkeypatch.setenv("MEGAHYBRID_LOGS", f"/logs/{attempt}")
+        hearts.append(Heartbeat(tmp_path, 0, beat_seconds=0.01).start())
+        assert read_beats(tmp_path, attempt)[0].attempt == attempt
+        assert read_beats(tmp_path, "9.9") == {}
+    time.sleep(0.1)
+    assert read_beats(tmp_path)[0].attempt == "10.0"
+    for heart in hearts[:2]:
+        heart.end(1, "late")
+    assert read_beats(tmp_path)[0].exit_code is None
+    hearts[2].end(0)

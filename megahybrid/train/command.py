@@ -12,11 +12,10 @@ from typing import Any
 
 from megahybrid.config import RunConfig, load
 from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, ConfigError, MegahybridError
-from megahybrid.heartbeat import Heartbeat, write_stacks_on_signal
+from megahybrid.heartbeat import LOGS, Heartbeat, write_stacks_on_signal
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 
 EXIT_FAILURE = 1
-LOGS = "MEGAHYBRID_LOGS"  # set by our batch job: where it arranges the ranks' logs
 
 
 def train(
@@ -25,11 +24,12 @@ def train(
     processes: int | None,
     allow: Sequence[str] = (),
     max_restarts: int = 0,
+    track: Any = None,
 ) -> int:
     """Train as one rank if a launcher started us, else start `processes` ranks here and wait.
 
     `allow` names fields that may differ from those the run began with; `max_restarts` is how often
-    ranks that failed or hang are started again.
+    ranks that failed or hang are started again; `track` makes tables and pictures for wandb.
     """
     run = load(run_file, overrides)
     directory = run.run_directory(run_file)
@@ -40,7 +40,7 @@ def train(
                 f"--processes={processes} starts ranks on this machine, but {place.source} has "
                 f"started {place.world_size} already. Leave --processes out."
             )
-        return _rank(run, directory, place, allow)
+        return _rank(run, directory, place, allow, track)
     if max_restarts < 0:
         raise ConfigError(f"--max-restarts={max_restarts} is no number of restarts. Use 0 or more.")
     if processes is not None and processes < 1:
@@ -57,7 +57,7 @@ def train(
 
     if processes == 1 and not max_restarts:
         forget_requests(directory)
-        return _rank(run, directory, None, allow)
+        return _rank(run, directory, None, allow, track)
     named = [word for name in allow for word in ("--allow", name)]
     command = ["-m", "megahybrid", "train", str(run_file), *overrides, *named]
     return train_local(command, processes, directory, max_restarts)
@@ -86,7 +86,9 @@ def _default_processes(run: RunConfig) -> int:
     return run.parallel.tensor
 
 
-def _rank(run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequence[str]) -> int:
+def _rank(
+    run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequence[str], track: Any
+) -> int:
     """One rank from rendezvous to the end; every failure is told in one line, last of all."""
     from megahybrid.parallel.local_launch import (
         end_with_launcher,
@@ -108,7 +110,7 @@ def _rank(run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequ
     terminal = os.fdopen(os.dup(2), "w") if rank else sys.stderr
     consequence = False
     try:
-        code, message = _attempt(run, directory, allow, heartbeat), _stopped(directory)
+        code, message = _attempt(run, directory, allow, heartbeat, track), _stopped(directory)
         shutdown_distributed(ok=True)
         if code == EXIT_DONE:
             heartbeat.end(code)
@@ -141,7 +143,9 @@ def _logs(directory: Path) -> Path:
     return Path(os.environ.get(LOGS) or directory / "logs")
 
 
-def _attempt(run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: Heartbeat) -> int:
+def _attempt(
+    run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: Heartbeat, track: Any
+) -> int:
     from megahybrid.parallel.mesh import ParallelMesh, initialise_distributed
     from megahybrid.train.run import run_attempt
     from megahybrid.train.stop import StopRequest
@@ -155,7 +159,7 @@ def _attempt(run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: H
         _open_log(directory / "logs", world.rank)
     mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)
     return run_attempt(
-        run, directory, mesh, lambda: _listeners(run, directory), stop, heartbeat, allow
+        run, directory, mesh, lambda: _listeners(run, directory, track), stop, heartbeat, allow
     )
 
 
@@ -227,7 +231,7 @@ def _open_log(logs: Path, rank: int) -> None:
     os.close(descriptor)
 
 
-def _listeners(run: RunConfig, directory: Path) -> Any:
+def _listeners(run: RunConfig, directory: Path, track: Any) -> Any:
     from rich.console import Console as RichConsole
 
     from megahybrid.config.counting import flops_per_token
@@ -248,7 +252,7 @@ def _listeners(run: RunConfig, directory: Path) -> Any:
         log = open(directory / "logs" / "rank-0000.log", "a", buffering=1)  # noqa: SIM115 (held for the run)
         listeners.append(Console(RichConsole(file=log, width=160), cost_per_token=cost))
     if run.log.wandb != "off":
-        listeners.append(WandbListener(run.log.wandb, run.log.wandb_project))
+        listeners.append(WandbListener(run.log.wandb, run.log.wandb_project, track=track))
     if run.log.tensorboard:
         listeners.append(TensorBoardListener())
     return Listeners(listeners)

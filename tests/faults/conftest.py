@@ -1,8 +1,12 @@
 """The example run of tests/train, and the run that nobody disturbed."""
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,29 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     write_example(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    """After each test: no process that works in its folder, no lock, no half-written file."""
+    yield
+    deadline = time.monotonic() + 20
+    while left := _processes_in(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    assert not list(tmp_path.rglob("owner.lock"))
+    assert not [path for path in tmp_path.rglob("*.tmp") if "checkpoints" not in path.parts]
+
+
+def _processes_in(folder: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            here = str(folder) in words or (path / "cwd").readlink().is_relative_to(folder)
+            if here and int(path.name) != os.getpid():
+                found.append(f"{path.name}: {words}")
+    return found
 
 
 @pytest.fixture
@@ -48,6 +75,4 @@ def undisturbed(prepared: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """Of a command run in another folder."""
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

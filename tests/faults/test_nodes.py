@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,21 +62,21 @@ def test_a_node_without_power_is_survived_on_the_others(
         assert node in "".join(line for line in node_lines(run.directory) if "down" in line)
 
 
-@pytest.mark.parametrize("node", ["t2", "t1"], ids=["worker", "batch-host"])
 def test_a_silent_node_is_survived_and_does_no_harm_when_it_is_back(
-    node: str, tmp_path: Path, cluster: Cluster
+    tmp_path: Path, cluster: Cluster
 ) -> None:
     run = Run(tmp_path, nodes=2, steps=120)
     run.until("RUNNING .* step 1[1-9]")
-    with _healed(cluster, node):
-        cluster.unplug(node)
-        # With a silent peer the ranks that are left hang too: the watchdog or Slurm, who is first.
+    with _healed(cluster, "t2"):
+        cluster.unplug("t2")
+        # Slurm or the watchdog, who is first: with a silent peer the other ranks stand still.
+        run.until("RUNNING .* no sign of rank 2|PENDING", 60)
         run.until("PENDING .* after attempt 1: |try 2", 90)
         with contextlib.suppress(AssertionError):
             run.start_now()
-        run.until("RUNNING .*try [2-9] .* step", 120)
-        cluster.plug(node)
-        run.until("DONE", 120)
+        run.until("RUNNING .*try 2 .* step", 120)
+        cluster.plug("t2")
+        run.until("DONE after 2 attempts", 120)
     steps = [line["step"] for line in ledger_tail(run.directory) if line["kind"] == "step"]
     assert steps[0] == 120 and attempts(run.directory)[-1].code == 0
 
@@ -85,15 +84,12 @@ def test_a_silent_node_is_survived_and_does_no_harm_when_it_is_back(
 def test_the_time_limit_is_met_by_what_a_save_was_measured_to_take(tmp_path: Path) -> None:
     run = Run(tmp_path, nodes=1, steps=700, limit="0:04:00", save=25)
     # A minute, and twice save and step: Slurm's own warning was fixed before anything was known.
-    line = run.until("RUNNING .*\| stopping", 240)
-    left = re.search(r"left (\d+):(\d+)", line)
-    assert left and 100 <= 60 * int(left[1]) + int(left[2]) <= 111, line
-    assert "PENDING" in run.until("PENDING .* after attempt 1: stopped and saved", 30)
+    run.until(
+        "PENDING .* after attempt 1: stopped and saved: the time limit is 1(0[5-9]|10) s away", 240
+    )
     run.start_now()
     run.until("DONE after 2 attempts", 150)
     assert run.codes() == [75, 0]
-    log = (run.directory / "logs" / f"{run.numbers[0]}.batch.log").read_text()
-    assert "asking the ranks to stop (the time limit is 11" in log
 
 
 def test_at_the_time_limit_the_next_job_of_the_chain_goes_on(tmp_path: Path) -> None:

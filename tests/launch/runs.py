@@ -38,7 +38,7 @@ watchdog:
 """
 RUN = f"""
 include: [{ROOT}/configs/models/rnope_swa_tiny.yaml]
-data: {{sources: {{text: {{path: nowhere}}}}, documents: masked, block_tokens: 4096}}
+data: {{sources: {{text: {{path: .}}}}, documents: masked, block_tokens: 4096}}
 stages:
   - name: short
     tokens: 122880

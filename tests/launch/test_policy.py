@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.policy import Outcome, decide, outcome
+from launch.policy import Outcome, decide, first_ended, outcome
 from launch.records import AttemptRecord
 from megahybrid.config.site import Caps
 from megahybrid.heartbeat import Beat
@@ -41,7 +41,7 @@ def test_a_stop_and_a_failure_come_back(code: int) -> None:
 
 
 def test_a_stop_that_a_person_wanted_stays_one() -> None:
-    decision = _decide(75, stopped_by_user=True)
+    decision = _decide(75, by_user="stopped")
     assert (decision.again, decision.end_chain) == (False, True)
 
 
@@ -97,3 +97,24 @@ def test_ranks_that_never_began_are_a_failure_whatever_srun_says(srun: int) -> N
 
 def test_a_stop_is_none_where_a_rank_did_not_get_there() -> None:
     assert outcome({0: _beat(0, 75), 1: _beat(1)}, 2, 137).code == 137
+
+
+SRUN_LOG = """srun: Job 5 step creation temporarily disabled, retrying (Requested nodes are busy)
+srun: error: n2: task 3: Killed
+srun: launch/slurm: _step_signal: Terminating StepId=5.2
+srun: error: n2: task 2: Terminated
+srun: error: n1: tasks 0-1: Killed
+"""
+
+
+def test_of_ranks_that_all_ended_from_outside_the_first_is_named() -> None:
+    assert first_ended(SRUN_LOG) == (3, "Killed")
+    assert first_ended("srun: error: n1: tasks 0-3: Exited with exit code 1\n") == (
+        0,
+        "Exited with exit code",
+    )
+    assert first_ended("") is None
+    beats = {rank: _beat(rank) for rank in range(4)}
+    found = outcome(beats, 4, 143, (3, "Killed"))
+    assert (found.code, found.node) == (137, "n3")
+    assert found.reason == "rank 3 on n3 was ended from outside: Killed (phase start, step 0)"
