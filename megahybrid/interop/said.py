@@ -240,7 +240,8 @@ def _granite_swa(model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fiel
     return {
         "mlp_bias": False,
         "layer_types": _types([s.window is not None for s in schemes]),
-        "sliding_window": _window(schemes),
+        # It makes the mask of a window for any input, whether a layer uses it or not.
+        "sliding_window": _window(schemes) or ENDLESS,
         "layer_rope_theta": ropes,
         "rope_parameters": {
             "rope_type": "default",

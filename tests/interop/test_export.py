@@ -67,6 +67,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         {"block": "post_norm"},
     ),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
+    "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "fixed scale": (
         "GraniteSWA",
         [LOCAL | {"logit_scale": {"kind": "fixed", "scale": 0.3}}] * 2,
