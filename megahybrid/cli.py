@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
 
@@ -90,6 +91,9 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
     report.add_argument(
         "--html", action="store_true", help="the page alone; several runs stand side by side on it"
     )
+    report.add_argument(
+        "--wandb", choices=("offline", "online"), help="add its tables and pictures to wandb's run"
+    )
     report.add_argument("--out", type=Path, metavar="FILE", help="of --html: where to write it")
     watch = _command(commands, "watch", _watch, "serve a run's page while the run goes on")
     watch.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
@@ -119,6 +123,11 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         "--length", type=int, metavar="N", help="tokens of a row; loss by position reaches as far"
     )
     evaluate.add_argument("--max-tokens", type=int, metavar="N", help="tokens scored at most")
+    evaluate.add_argument(
+        "--beyond",
+        action="store_true",
+        help="also rows of 2, 4 and 8 times the trained length, and a sliding window",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _changes(evaluate)
     analyse = _command(commands, "analyse", _analyse, "what the heads look at while they answer")
@@ -248,7 +257,15 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.processes,
         arguments.allow,
         arguments.max_restarts,
+        _track,
     )
+
+
+def _track(directory: Path, suite: str | None, step: int) -> Any:
+    """Training knows nothing of the report, which draws what its trackers show."""
+    from megahybrid.report.tracked import tracked
+
+    return tracked(directory, suite, step)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -298,14 +315,17 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from megahybrid.report import write_page, write_report
 
+    if arguments.out is not None and not arguments.html:
+        raise ConfigError(f"--out={arguments.out} is for the page alone. Add --html.")
     if arguments.html:
         print(write_page(arguments.runs, arguments.out))
-        return EXIT_DONE
-    if arguments.out is not None:
-        raise ConfigError(f"--out={arguments.out} is for the page alone. Add --html.")
     for run in arguments.runs:
-        for path in write_report(run):
+        for path in [] if arguments.html else write_report(run):
             print(path)
+        if arguments.wandb:
+            from megahybrid.report.tracked import send_report
+
+            send_report(run, arguments.wandb)
     return EXIT_DONE
 
 
@@ -349,6 +369,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         from megahybrid.train.suite_command import evaluate_suite
 
         others = {"--data": arguments.data, "--length": arguments.length}
+        others |= {"--beyond": arguments.beyond or None}
         for name, value in (others | {"--max-tokens": arguments.max_tokens}).items():
             if value is not None:
                 raise ConfigError(
@@ -372,6 +393,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         max_tokens=arguments.max_tokens,
         device=arguments.device,
         changes=arguments.change,
+        beyond=arguments.beyond,
         as_json=arguments.json,
     )
 

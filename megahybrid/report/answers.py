@@ -1,5 +1,6 @@
 """Pictures of what `evaluate SUITE` and `analyse` kept in a run: needles, RULER, attention."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#d9d9d9"
 
 def draw_answers(directory: Path, folder: Path) -> list[Picture]:
     """Draws every needle map, RULER curve and attention picture into `folder`, as PNG."""
+    return draw_kept(newest(directory), folder)
+
+
+def draw_kept(results: Sequence[Kept], folder: Path) -> list[Picture]:
+    """The same of some results."""
     drawn: list[tuple[str, str, Figure]] = []
     with house_style():
-        for kept in newest(directory):
+        for kept in results:
             if kept.kind == "suite":
                 drawn += _of_suite(kept)
             elif kept.kind == "attention":

@@ -16,13 +16,14 @@ from megahybrid.report.figures import (
     line,
     short_tokens,
 )
+from megahybrid.report.kept import Kept
 from megahybrid.report.parts import Chart, Missing, Part, Table
 from megahybrid.report.record import Evaluation, RunRecord
 
 TIMES = (1, 2, 4, 8)
 
 
-def position_parts(records: Sequence[RunRecord]) -> list[Part]:
+def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> list[Part]:
     """Curves for each stage of each run and set, then the loss at multiples of its length."""
     parts: list[Part] = []
     for record in records:
@@ -41,7 +42,38 @@ def position_parts(records: Sequence[RunRecord]) -> list[Part]:
         parts += _compared(records)
     if any(record.evaluations for record in records):
         parts.append(_multiples(records))
+    rows: list[list[Any]] = []
+    for record, mine in zip(records, kept, strict=True):
+        reaches = [one for one in mine if one.kind == "loss"]
+        for one in reaches:
+            rows += _reach_rows(record, one)
+        if not reaches:
+            parts.append(
+                Missing(
+                    f"rows of up to 8 times the trained length, and a sliding window "
+                    f"({record.name})",
+                    "the checkpoint was not scored beyond its length",
+                    f"megahybrid evaluate {record.directory} --beyond",
+                )
+            )
+    if rows:
+        head = ("run", "held-out set", "shown at once", "tokens", "loss", "perplexity")
+        parts.append(Table(head, rows, "Loss by how much is shown at once"))
     return parts
+
+
+def _reach_rows(record: RunRecord, kept: Kept) -> list[list[Any]]:
+    trained = kept.result["trained_length"]
+    shown = {
+        f"rows of {int(length):,} ({int(length) / trained:g}×)": scores
+        for length, scores in kept.result["rows"].items()
+    }
+    shown[f"a sliding window of {trained:,}"] = kept.result["sliding"]
+    return [
+        [record.name, name, words, score["tokens"], score["loss"], score["perplexity"]]
+        for words, scores in shown.items()
+        for name, score in scores.items()
+    ]
 
 
 def _before_and_after(record: RunRecord, held_out: str, several: bool) -> list[Part]:

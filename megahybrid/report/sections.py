@@ -47,7 +47,7 @@ def sections(
             "position", "How far it sees",
             "If a model uses what stands far back, tokens deep in a document are easier to "
             "predict. A curve that turns up shows where its view ends.",
-            position_parts(records),
+            position_parts(records, kept),
         ),
         Section(
             "retrieval", "What it finds",

@@ -201,6 +201,7 @@ def _json(
         "step": trained.step,
         "tokens": trained.tokens,
         "stage": trained.stage.name,
+        "trained_length": trained.length,
         "device": trained.mesh.device.type,
         "precision": trained.precision,
         "changes": list(trained.changes),

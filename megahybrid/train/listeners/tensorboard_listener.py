@@ -4,7 +4,7 @@ from typing import Any
 
 from megahybrid.train.ledger import EventLine, StepLine
 from megahybrid.train.listeners.base import ListenerFailed, RunInfo
-from megahybrid.train.listeners.scalars import evaluation_scalars, step_scalars
+from megahybrid.train.listeners.scalars import event_scalars, step_scalars
 
 
 class TensorBoardListener:
@@ -33,8 +33,8 @@ class TensorBoardListener:
         self._write(step_scalars(line), line.tokens)
 
     def on_event(self, line: EventLine) -> None:
-        """The numbers of an evaluation."""
-        self._write(evaluation_scalars(line), line.tokens)
+        """The numbers of an evaluation, of a suite or of a sample of attention."""
+        self._write(event_scalars(line), line.tokens)
 
     def on_end(self, outcome: str) -> None:
         """Flushes and closes."""

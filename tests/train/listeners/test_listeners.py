@@ -6,7 +6,7 @@ import pytest
 
 from megahybrid.train.ledger import EventLine, read_ledger
 from megahybrid.train.listeners import LedgerListener, Listeners, TensorBoardListener
-from megahybrid.train.listeners.scalars import evaluation_scalars
+from megahybrid.train.listeners.scalars import event_scalars
 from tests.train.listeners.example import EVALUATION, Memory, run_info, step_line
 
 
@@ -104,7 +104,7 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path: Path) -> None:
 def test_both_kinds_of_rows_of_a_held_out_set_keep_names_of_their_own() -> None:
     def scalars(rows: str) -> dict[str, float]:
         detail = EVALUATION | {"rows": rows}
-        return evaluation_scalars(
+        return event_scalars(
             EventLine(event="evaluate", step=1, stage="short", tokens=100, detail=detail)
         )
 

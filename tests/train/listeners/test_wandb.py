@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from megahybrid.report.tracked import tracked
+from megahybrid.train.ledger import EventLine
 from megahybrid.train.listeners import Listeners, WandbListener
+from megahybrid.train.listeners.scalars import event_scalars
 from megahybrid.train.listeners.wandb_listener import stable_id
+from tests.report.synthetic_answers import write_answers
+from tests.report.synthetic_run import write_run
 from tests.train.listeners.example import EVALUATION, Memory, run_info, step_line
 
 BLOCK, HEADER = 32768, 7
@@ -45,9 +50,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     rows = []
     for record in read_records(path):
         if record.WhichOneof("record_type") == "history":
-            row = {}
+            row: dict[str, Any] = {}
             for item in record.history.item:
-                row[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+                name, *inner = [item.key] if item.key else item.nested_key
+                value = json.loads(item.value_json)
+                if inner:  # tables and pictures are mappings
+                    row.setdefault(name, {})["/".join(inner)] = value
+                else:
+                    row[name] = value
             rows.append(row)
     return rows
 
@@ -205,3 +215,77 @@ def test_a_missing_wandb_is_reported_and_the_run_goes_on(
     memory, _ = train_with(None, tmp_path, monkeypatch)  # type: ignore[arg-type]
     assert "wandb cannot be imported" in failures(memory)[0]
     assert len(memory.steps) == 20
+
+
+SUITE: dict = {"suite": "needles", "seconds": 1.0, "tasks": {
+    "single": {"kind": "needle", "exact": {"64": 0.5}, "token_accuracy": {"64": 0.75}},
+    "ruler": {"kind": "ruler", "score": {"vt/64": 0.25}},
+}}  # fmt: skip
+SAMPLE: dict = {"by_kind": {"global": {
+    "mass": {"begin": 0.25, "end": 0.75}, "entropy_bits": 3.0, "sink": 0.125,
+    "logit_by_lag": [1.0, None],
+}}}  # fmt: skip
+
+
+def test_suites_and_samples_are_numbers_by_name() -> None:
+    def scalars(event: str, detail: dict) -> dict[str, float]:
+        line = EventLine(event=event, step=1, stage="short", tokens=100, detail=detail)
+        return event_scalars(line)
+
+    assert scalars("suite", SUITE) == {
+        "suite/needles/single/exact/64": 0.5,
+        "suite/needles/single/token_accuracy/64": 0.75,
+        "suite/needles/ruler/score/vt/64": 0.25,
+    }
+    assert scalars("attention", SAMPLE) == {
+        "attention/global/entropy_bits": 3.0,
+        "attention/global/sink": 0.125,
+        "attention/global/mass_begin": 0.25,
+        "attention/global/mass_end": 0.75,
+    }
+    assert scalars("gate", {"ok": True}) == {}
+
+
+def test_an_offline_run_holds_the_reports_tables_and_pictures(tmp_path: Path) -> None:
+    run = write_answers(write_run(tmp_path / "demo"))
+    memory = Memory()
+    wandb = WandbListener("offline", "megahybrid-tests", finish_seconds=240, track=tracked)
+    listeners = Listeners([memory, wandb])
+    listeners.on_start(run_info(run))
+    listeners.on_step(step_line(196))
+    listeners.on_event("suite", SUITE | {"suite": "long"})
+    listeners.on_end("done")
+    assert failures(memory) == []
+    rows = [row for path in run.glob("wandb/offline-run-*/run-*.wandb") for row in rows_of(path)]
+    (during,) = [row for row in rows if any(name.startswith("suite/needle") for name in row)]
+    (final,) = [row for row in rows if any(name.startswith("report/") for name in row)]
+    assert final["tokens"] == 19600
+    assert {kind_of(value) for value in final.values()} >= {"table-file", "image-file"}, final
+    tables = {name for name, value in (during | final).items() if kind_of(value) == "table-file"}
+    pictures = {name for name, value in (during | final).items() if kind_of(value) == "image-file"}
+    assert {"suite/needle-demo-long-single", "report/training/loss"} <= tables
+    assert {"suite/needle_long_single", "report/loss", "report/heads_needle_0"} <= pictures
+    table = final["report/retrieval/needle-demo-long-single"]
+    (written,) = run.glob(f"wandb/offline-run-*/files/{table['path']}")
+    kept = json.loads(written.read_text())
+    assert kept["columns"][:4] == ["length", "depth %", "trials", "exact"]
+    assert kept["data"][0][:4] == [1024, 0, 4, 1]
+    image = final["report/loss"]
+    assert next(run.glob(f"wandb/offline-run-*/files/{image['path']}")).stat().st_size > 10_000
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("no ink")
+
+    stub = Stub()
+    memory, _ = train_with(stub, tmp_path, monkeypatch, track=fails, finish_seconds=20)
+    assert [row["step"] for row in stub.rows if "step" in row] == list(range(1, 21))
+    assert stub.exit_code == 0
+    assert "not all tables and pictures: no ink. Send them with" in failures(memory)[0]
+
+
+def kind_of(value: Any) -> Any:
+    return value.get("_type") if isinstance(value, dict) else None
