@@ -180,7 +180,10 @@ def _add_interop_commands(commands: argparse._SubParsersAction) -> None:
     bring_in = _command(commands, "import", _import, "a Hugging Face folder as a checkpoint")
     bring_in.add_argument("folder", type=Path, metavar="HF_DIR", help="folder on this disk")
     bring_in.add_argument("run_file", type=Path, metavar="RUN.yaml", help="written if missing")
-    bring_in.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    bring_in.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT",
+        help="folder to make (default: what RUN.yaml starts from, or runs/NAME-imported)",
+    )  # fmt: skip
     bring_in.add_argument("--plan", type=Path, metavar="FILE", help="another layer plan for it")
     bring_in.add_argument("--data", type=Path, metavar="DIR", help="loss before and after --plan")
 

@@ -40,12 +40,13 @@ NEW_LENGTH = 4096  # of the rows of a run file that is written here, at most
 def import_model(
     folder: Path,
     run_file: Path,
-    out: Path,
+    out: Path | None = None,
     *,
     plan_file: Path | None = None,
     data: Path | None = None,
 ) -> int:
-    """Write `out`, a run's folder with one checkpoint of step 0, and print what it holds.
+    """Write `out`, a run's folder with one checkpoint of step 0, and print what it holds. Left out,
+    it is what `run_file` starts from, or a folder beside the run's own.
 
     `run_file` must describe the same model; where it does not exist it is written. `plan_file`
     names another layer plan for the same weights; with `data`, a dataset, loss by position is
@@ -61,6 +62,7 @@ def import_model(
         changed = surgery.changes(model.layer_plan, plan)
         target = model.model_copy(update={"layer_plan": plan})
     is_new = not run_file.exists()
+    out = out or _place(run_file)
     run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
     print(f"{folder}: {architecture}ForCausalLM, {counting.parameters(model):,} parameters")
     print("\n".join(_plan_in_words(model.layer_plan)))
@@ -98,6 +100,12 @@ def _config(folder: Path) -> Any:
     except Exception as error:  # whatever a foreign file makes the library raise
         words = " ".join(str(error).split())[:200]
         raise InteropError(f"{folder}/config.json cannot be read ({words}).") from None
+
+
+def _place(run_file: Path) -> Path:
+    """Where an import goes that nobody named."""
+    start = load(run_file).start if run_file.exists() else None
+    return Path(start.checkpoint if start is not None else f"runs/{run_file.stem}-imported")
 
 
 def _heard(folder: Path, config: Any) -> tuple[str, ModelConfig]:

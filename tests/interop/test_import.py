@@ -202,6 +202,18 @@ def test_a_run_file_is_written_that_starts_from_the_import(tmp_path: Path) -> No
     assert run.model.tie_embeddings is False
 
 
+def test_an_import_without_a_place_goes_where_the_run_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "theirs", "Llama", LLAMA)
+    import_model(Path("theirs"), Path("run.yaml"))
+    assert load(Path("run.yaml")).start.checkpoint == "runs/run-imported"
+    (tmp_path / "runs/run-imported").rename(tmp_path / "before")
+    import_model(Path("theirs"), Path("run.yaml"))
+    verify(tmp_path / "runs/run-imported/checkpoints/step-00000000")
+
+
 def test_a_run_file_of_another_model_is_refused_field_by_field(tmp_path: Path) -> None:
     written(tmp_path / "theirs", "Llama", LLAMA)
     model = model_of([ROPE, NOPE], eps=1e-6, tie_embeddings=False, vocab_size=62)
