@@ -196,7 +196,7 @@ def _add_stored_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
-    from data_prep.commands import add_arguments
+    from data_prep.arguments import add_arguments
 
     add_arguments(commands)
     commands.choices["data"].set_defaults(run=_data)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.commands import add_arguments, run
+from data_prep.arguments import add_arguments
+from data_prep.commands import run
 from data_prep.gather_stdlib import stdlib_documents
 from megahybrid.errors import DataError
 
@@ -49,7 +50,7 @@ def test_library_of_this_python_is_gathered_in_order(tmp_path: Path) -> None:
 
 def test_arguments_need_nothing_heavy() -> None:
     script = (
-        "import sys, data_prep.commands\n"
+        "import sys, data_prep.arguments, data_prep.commands\n"
         "heavy = {'torch', 'numpy', 'sentencepiece', 'tokenizers', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

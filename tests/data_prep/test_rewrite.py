@@ -123,7 +123,7 @@ WORDS = {
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from data_prep import commands
+from data_prep import arguments, commands
 import argparse
 calls, left = 0, int(sys.argv[1])
 def count(frame, event, argument):
@@ -132,7 +132,7 @@ def count(frame, event, argument):
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
 parser = argparse.ArgumentParser()
-commands.add_arguments(parser.add_subparsers())
+arguments.add_arguments(parser.add_subparsers())
 sys.argv = ["megahybrid", "data", *sys.argv[2:]]
 args = parser.parse_args(sys.argv[1:])
 sys.setprofile(count)
