@@ -60,6 +60,8 @@ def stop(run_directory: Path) -> str:
 def save(run_directory: Path) -> str:
     """Write a checkpoint at the end of this step and go on."""
     job_of(run_directory)
+    if not any(one.state == "RUNNING" for one in queued(run_directory)):
+        return f"no job of {run_directory} is running: nothing is there to be saved"
     (run_directory / SAVE_NOW).write_text("save\n")
     return (
         f"a checkpoint will be written at the end of the step; {run_directory / SAVE_NOW} goes then"

@@ -21,10 +21,14 @@ def batch_script(job: Job) -> str:
         + (f", {job.spares} spare" if job.spares else "")
         + f". Written by `megahybrid launch submit`, site {site.name}, commit {job.commit}.",
         "# What comes after a stop, a failure or a hang is decided by launch/supervise.py.",
-        "set -euo pipefail",
+        # Without -u: modules and conda read variables that are not set.
+        "set -eo pipefail",
         'ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"',
         "ulimit -c 0",
     ]
+    if site.modules:
+        # A batch shell is no login shell and may not know them yet.
+        lines.append("type module >/dev/null 2>&1 || . /etc/profile || true")
     lines += [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += [

@@ -58,7 +58,7 @@ def test_a_node_without_power_is_survived_on_the_others(
     run.until("RUNNING .* step 1[1-9]")
     with _healed(cluster, node):
         cluster.power_off(node)
-        _goes_on_elsewhere(run, "t\[1,3\]" if node == "t2" else "t\[2-3\]")
+        _goes_on_elsewhere(run, r"t\[1,3\]" if node == "t2" else r"t\[2-3\]")
         assert node in "".join(line for line in node_lines(run.directory) if "down" in line)
 
 
@@ -85,7 +85,8 @@ def test_the_time_limit_is_met_by_what_a_save_was_measured_to_take(tmp_path: Pat
     run = Run(tmp_path, nodes=1, steps=700, limit="0:04:00", save=25)
     # A minute, and twice save and step: Slurm's own warning was fixed before anything was known.
     run.until(
-        "PENDING .* after attempt 1: stopped and saved: the time limit is 1(0[5-9]|10) s away", 240
+        "PENDING .* after attempt 1: stopped and saved: the time limit is 1(0[5-9]|1[01]) s away",
+        240,
     )
     run.start_now()
     run.until("DONE after 2 attempts", 150)
@@ -105,6 +106,7 @@ def test_at_the_time_limit_the_next_job_of_the_chain_goes_on(tmp_path: Path) -> 
     until(lambda: not slurm_commands.queue(), "the end of the chain", 30)
 
 
+@pytest.mark.quick
 def test_a_cancelled_chain_is_gone(tmp_path: Path) -> None:
     run = Run(tmp_path, nodes=1, steps=60, chain=3)
     run.until(r"RUNNING .* step [1-9].* \| \+2 in the chain")
@@ -113,6 +115,7 @@ def test_a_cancelled_chain_is_gone(tmp_path: Path) -> None:
     until(lambda: not slurm_commands.queue(), "an empty queue", 30)
 
 
+@pytest.mark.quick
 def test_a_preempted_run_saves_in_the_grace_time_and_comes_back(
     tmp_path: Path, cluster: Cluster
 ) -> None:
@@ -128,6 +131,7 @@ def test_a_preempted_run_saves_in_the_grace_time_and_comes_back(
     assert first.code == 75 and second.checkpoint_before == first.step
 
 
+@pytest.mark.quick
 def test_a_stopped_rank_is_noticed_named_and_replaced(tmp_path: Path, cluster: Cluster) -> None:
     run = Run(tmp_path, nodes=1, steps=40)
     run.until("RUNNING .* step 1[0-9]")

@@ -68,6 +68,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
+@pytest.mark.quick
 def test_a_killed_rank_costs_steps_but_changes_nothing(example: Path, undisturbed: Path) -> None:
     with Training(example, "--max-restarts", "2") as training:
         training.until(lambda: steps_so_far(training.run) >= 5)

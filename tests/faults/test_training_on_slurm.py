@@ -74,6 +74,7 @@ def run(example: Path, monkeypatch: pytest.MonkeyPatch) -> Submitted:
     return Submitted(job, submit(job, resolved))
 
 
+@pytest.mark.quick
 def test_warned_of_its_time_limit_it_saves_and_is_the_same_run(
     run: Submitted, oracle: Path
 ) -> None:

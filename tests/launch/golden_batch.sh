@@ -19,9 +19,10 @@
 
 # /data/my runs/100%/demo: 4 × 8 ranks, 1 spare. Written by `megahybrid launch submit`, site big, commit 0123456789ab.
 # What comes after a stop, a failure or a hang is decided by launch/supervise.py.
-set -euo pipefail
+set -eo pipefail
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 ulimit -c 0
+type module >/dev/null 2>&1 || . /etc/profile || true
 module load cuda/12.8
 module load 'x; touch pwned'
 export NCCL_SOCKET_IFNAME=ib0

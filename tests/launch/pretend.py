@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
         asked = _agree(run, rank, step, bool(stop) or (run / "stop-now").exists())
         step += 1
         if rank == 0:
-            _ledger(run, {"kind": "step", "step": step, "loss": 5 - step / 100, "seconds": {}})
+            _ledger(run, {"kind": "step", "step": step, "loss": 2 + 3 / step, "seconds": {}})
         if asked:
             return _leave(run, rank, step, heart)
         if step % 10 == 0 and rank == 0:
