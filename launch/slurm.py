@@ -1,5 +1,6 @@
 """Slurm's own commands, as functions. Arguments are lists: no shell reads them."""
 
+import contextlib
 import getpass
 import subprocess
 from collections.abc import Sequence
@@ -99,6 +100,21 @@ def job_fields(job: str) -> dict[str, str]:
     """Everything `scontrol show job` says, by its own names."""
     words = call("scontrol", "-o", "show", "job", job).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def fate(job: str) -> str | None:
+    """How Slurm says that an ended job ended: for some minutes it still knows, and with an
+    accounting database for ever."""
+    with contextlib.suppress(SlurmError, KeyError):
+        known = job_fields(job)
+        return f"{known['JobState']}, code {known['ExitCode']}"
+    with contextlib.suppress(SlurmError, ValueError):
+        # -D: also the attempts before a requeue.
+        rows = call("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "State,ExitCode", timeout=10)
+        for row in reversed(rows.splitlines()):
+            state, code = row.split("|")
+            return f"{state}, code {code}"
+    return None
 
 
 def node_states(nodes: Sequence[str]) -> dict[str, str]:

@@ -72,6 +72,8 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     if last is not None:
         ended = f"job {last.job} try {last.attempt + 1}, {last.reason or 'no end was written'}"
     state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
+    if queue is not None and (fate := slurm.fate(ours[-1])):
+        ended += f"; Slurm says {fate}"
     return f"{run_directory.name}: {state} ({ended}){_progress(run_directory)}{where}"
 
 

@@ -103,6 +103,27 @@ def test_without_slurm_the_runs_files_answer_and_say_so(run: Path) -> None:
     assert status_line(run, {}).startswith("demo: NOT IN THE QUEUE")
 
 
+def test_what_slurm_still_knows_of_a_lost_job_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the controller for some minutes, from the accounting database for ever, or not."""
+
+    def program(name: str, text: str) -> None:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    program("scontrol", "exit 1")
+    program("sacct", "echo accounting is disabled >&2; exit 1")
+    assert "(job 7 try 2, no end was written) |" in status_line(run, {})
+    program("sacct", "echo 'NODE_FAIL|0:0'; echo 'OUT_OF_MEMORY|0:125'")
+    assert "no end was written; Slurm says OUT_OF_MEMORY, code 0:125) |" in status_line(run, {})
+    program("scontrol", "echo JobId=8 JobState=FAILED Reason=NonZeroExitCode ExitCode=0:9")
+    assert "Slurm says FAILED, code 0:9)" in status_line(run, {})
+
+
 def test_a_run_that_was_never_submitted_says_so(tmp_path: Path) -> None:
     assert status_line(tmp_path, {}) == f"{tmp_path.name}: NEVER SUBMITTED"
 
