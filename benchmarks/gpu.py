@@ -6,100 +6,46 @@ which no time is left is told too. `--rehearse` runs all of it on the CPU with t
 """
 
 import argparse
-import gc
-import os
+import random
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import kernels, recompute
-from benchmarks.cohere2 import gradient_errors
+from benchmarks.gate import gate
 from benchmarks.machine import heading, machine, write
-from benchmarks.shapes import full, hybrid, random_batch
+from benchmarks.plan import Plan, fits
+from benchmarks.shapes import full, hybrid
 from benchmarks.steps import (
     Step,
     engine_step,
     lent_head,
-    our_loss,
     our_model,
     our_step,
-    peer_loss,
     peer_model,
     peer_step,
 )
 from benchmarks.timing import in_turns, synchronise, timed
-from megahybrid.config.counting import flops_per_token, full_attention, ideal_speedup
+from megahybrid.config.counting import (
+    flops_per_token,
+    full_attention,
+    ideal_speedup,
+    training_flops,
+)
 from megahybrid.config.model import ModelConfig
+from megahybrid.model.kernels import Documents
+from megahybrid.model.kernels.choice import Workload, candidates, fastest
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.allocator import expandable_segments
 from megahybrid.parallel.mesh import initialise_distributed, shutdown_distributed
+from megahybrid.train.kernels import measure_tested
 
 PEAK, REACHABLE = 989e12, 790e12  # the data sheet's dense bf16, and what large products reach
-TOKENS_PER_STEP = 32768
 MUST, GOAL = {8192: 0.42, 32768: 0.38, 131072: 0.34}, {8192: 0.50, 32768: 0.47, 131072: 0.42}
-MEMORY_SHARE = 0.86  # of the card, for the policy: the rest is fragments and work space
-
-
-class Plan:
-    """What is measured, where, and until when."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = torch.device("cpu" if options.rehearse else "cuda:0")
-        self.deadline = time.monotonic() + options.budget_seconds
-        self.memory = (
-            8 * 2**30
-            if options.rehearse
-            else torch.cuda.get_device_properties(self.device).total_memory
-        )
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-
-    def left(self) -> float:
-        """Seconds until the plan should end."""
-        return self.deadline - time.monotonic()
-
-    def part(self, name: str, seconds: float, run: Callable[[], Any]) -> Any:
-        """`run()`, unless less than `seconds` are left; a failure is a note."""
-        if self.left() < seconds:
-            self.note(f"{name}: not run, {self.left():.0f} s were left and it wants {seconds:.0f}")
-            return None
-        started = time.monotonic()
-        try:
-            return run()
-        except Exception as error:  # a peer may fail in any way; the other parts still count
-            lines = str(error).splitlines()
-            self.note(f"{name}: {type(error).__name__}: {lines[0][:160] if lines else ''}")
-            return None
-        finally:
-            self.free()
-            print(f"  [{time.monotonic() - started:5.1f} s] {name}", flush=True)
-
-    def note(self, text: str) -> None:
-        """Something for the end of the table."""
-        self.notes.append(text)
-        print(f"  {text}", flush=True)
-
-    def free(self) -> None:
-        """Give memory of the last part back."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_gib(self) -> float:
-        """The most that tensors took since the last `free`."""
-        if self.device.type != "cuda":
-            return 0.0
-        return torch.cuda.max_memory_allocated(self.device) / 2**30
-
-    def batch(self, config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step's rows: at least one, else TOKENS_PER_STEP tokens (two in a rehearsal)."""
-        rows = 2 if self.options.rehearse else max(1, TOKENS_PER_STEP // length)
-        return random_batch(config, rows, length, self.device)
+# Of the card, for the policy: the rest is fragments and work space. Less where it did not fit.
+MEMORY_SHARES = (0.86, 0.74, 0.6, 0.4)
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -110,24 +56,36 @@ def run_plan(options: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no CUDA device. Use --rehearse to try the plan on CPU.")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    expandable_segments()
     plan = Plan(options)
     facts = machine(plan.device)
     print(heading(facts), flush=True)
     held = gate(plan)
     plan.free()
-    for length in options.lengths:
-        ours(plan, "hybrid", hybrid(options.shape), length, options.steps)
+    config, first = hybrid(options.shape), options.lengths[0]
+    chosen = [
+        row
+        for length in options.lengths
+        for row in plan.part(f"kernels at {length}", 15, lambda n=length: pick(plan, n)) or []
+    ]
+    ours(plan, "hybrid", config, first, options.steps)
+    plan.compiled = True
+    ours(plan, "hybrid, compiled", config, first, options.steps)
+    prefer_faster_blocks(plan)
+    for length in options.lengths[1:]:
+        ours(plan, "hybrid", config, length, options.steps)
     for length in options.lengths:
         ours(plan, "full", full(options.shape), length, max(options.steps // 2, 5))
     for length in options.lengths:
         for name in options.peers:
             label = f"transformers {name} at {length}"
             plan.part(label, 40, lambda name=name, length=length: against(plan, name, length))
-    first = options.lengths[0]
+    longest = 2 * options.lengths[-1]
+    ours(plan, "hybrid", config, longest, 3)
     plan.part("engine", 25, lambda: through_engine(plan, first))
-    compiled = f"hybrid at {first}, blocks compiled"
-    plan.part(compiled, 60, lambda: one(plan, "hybrid, compiled", hybrid(options.shape), first, 10))
+    plan.part("packed documents", 20, lambda: packed(plan, config, first, 10))
+    sequential = config.model_copy(update={"block": "pre_norm"})
+    ours(plan, "hybrid, sequential block", sequential, first, 10)
     table = plan.part("kernels", 30, lambda: kernel_rows(plan)) or []
     path = write(
         "train_step_rehearsal" if options.rehearse else "train_step_cuda",
@@ -137,61 +95,66 @@ def run_plan(options: argparse.Namespace) -> int:
             "gate": held,
             "rows": plan.rows,
             "kernels": table,
+            "kernels_chosen": plan.kernels,
+            "kernels_measured": chosen,
+            "blocks_compiled": plan.compiled,
             "notes": plan.notes,
         },
     )
     if table:
         print(kernels.table(table))
+    print(f"kernels chosen: {plan.kernels}; blocks {'compiled' if plan.compiled else 'plain'}")
     print(summary(plan))
     print(f"all times: {path}")
     return 0
 
 
-def gate(plan: Plan) -> dict[str, float]:
-    """One period of layers in bf16, ours and theirs, against theirs in fp32: our error may be at
-    most twice theirs, in the loss and in the gradients together."""
-    shape, rehearse = plan.options.shape, plan.options.rehearse
-    length = 64 if rehearse else 2048
-    config = hybrid(shape, window=16 if rehearse else 512)
-    layers = config.layer_plan.model_copy(update={"num_layers": 4})
-    config = config.model_copy(update={"layer_plan": layers})
-    tokens, targets = random_batch(config, 1, length, plan.device)
-    model = our_model(config, plan.device, torch.bfloat16)
-    exact = our_model(config, plan.device, torch.float32)
-    for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
-        parameter.data.copy_(rounded.data)
-    truth, peer = (peer_model(each, length, "sdpa") for each in (exact, model))
-    losses = {
-        "ours": our_loss(model, tokens, targets),
-        "theirs": peer_loss(peer, tokens),
-        "truth": peer_loss(truth, tokens),
-    }
-    for loss in losses.values():
-        loss.backward()
-    mine = gradient_errors(model, truth)
-    named = dict(truth.named_parameters())
-    theirs = {
-        name: ((p.grad.double() - named[name].grad.double()).norm() / named[name].grad.norm())
-        for name, p in peer.named_parameters()
-    }
-    result = {
-        "loss_error": abs(float(losses["ours"] / losses["truth"]) - 1),
-        "their_loss_error": abs(float(losses["theirs"] / losses["truth"]) - 1),
-        "gradient_error": statistics.fmean(mine.values()),
-        "their_gradient_error": statistics.fmean(float(value) for value in theirs.values()),
-    }
-    print(
-        f"gate, bf16 against Cohere2 in fp32: loss off by {result['loss_error']:.1e} (theirs "
-        f"{result['their_loss_error']:.1e}), gradients by {result['gradient_error']:.2e} (theirs "
-        f"{result['their_gradient_error']:.2e})",
-        flush=True,
+def prefer_faster_blocks(plan: Plan) -> None:
+    """Of the same step with plain and with compiled blocks the faster is ours from here on."""
+    plain, compiled = (
+        next((row for row in plan.rows if row["kind"] == kind), None)
+        for kind in ("hybrid", "hybrid, compiled")
     )
-    # The loss of a mean over thousands of tokens can be right by luck: a floor for theirs.
-    if result["loss_error"] > 2 * max(result["their_loss_error"], 1e-4):
-        sys.exit("Our loss is further off than twice theirs. The two do not compute the same.")
-    if result["gradient_error"] > 2 * result["their_gradient_error"]:
-        sys.exit("Our gradients are further off than twice theirs. They do not compute the same.")
-    return result
+    plan.compiled = bool(
+        compiled and (plain is None or compiled["tokens_per_second"] > plain["tokens_per_second"])
+    )
+    if compiled and plan.compiled:
+        compiled["kind"] = "hybrid"
+        if plain:
+            plain["kind"] = "hybrid, plain blocks"
+    elif compiled:
+        compiled["kind"] = "hybrid, compiled blocks"
+
+
+def pick(plan: Plan, length: int) -> list[dict[str, Any]]:
+    """The fastest attention kernel of each kind at this length, among those that pass their
+    self-test: what a run chooses at its start."""
+    config = hybrid(plan.options.shape)
+    schemes = config.layer_plan.schemes
+    rows = plan.rows_of(length)
+    work = Workload(
+        rows,
+        length,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        plan.dtype,
+        plan.device,
+        documents=False,
+    )
+    told = []
+    for kind in ("full", "windowed"):
+        these = {n: s for n, s in schemes.items() if (s.window is None) == (kind == "full")}
+        names = candidates(kind, plan.device, plan.dtype, config.head_dim)
+        found = measure_tested(names, these, work)
+        plan.kernels.setdefault(length, {})[kind] = fastest(found) or names[0]
+        told.append({"length": length, "kind": kind, "seconds": found})
+        words = ", ".join(
+            f"{name} {value * 1e3:.1f} ms" if isinstance(value, float) else f"{name}: {value[:60]}"
+            for name, value in found.items()
+        )
+        print(f"  {length} {kind}: {words}", flush=True)
+    return told
 
 
 def ours(plan: Plan, kind: str, config: ModelConfig, length: int, steps: int) -> None:
@@ -200,27 +163,61 @@ def ours(plan: Plan, kind: str, config: ModelConfig, length: int, steps: int) ->
 
 
 def one(plan: Plan, kind: str, config: ModelConfig, length: int, steps: int) -> None:
-    """Warm-up, then timed steps: as many as asked for, fewer if the time would run out."""
+    """Warm-up, then timed steps: as many as asked for, fewer if they would take over a minute."""
     tokens, targets = plan.batch(config, length)
-    model, policies = build(plan, config, length, tokens.numel())
-    if plan.options.compile or kind.endswith("compiled"):
-        for block in model.blocks:
-            block.compile()
-    step = our_step(model, tokens, targets)
-    for _ in range(2):
-        step()
+    for share in MEMORY_SHARES:
+        model, policies = build(plan, config, length, tokens.numel(), share)
+        step = our_step(model, tokens, targets)
+        if fits(lambda step=step: [step(), step()]):
+            break
+        plan.note(f"{kind} at {length}: {tally(policies)} did not fit")
+        del model, step
+        plan.free()
+    else:
+        return
     once, _ = timed(step, plan.device)
-    affordable = int((plan.left() - 60) / max(once, 1e-6))
+    affordable = int(min(60.0, plan.left() - 60) / max(once, 1e-6))
     walls = [timed(step, plan.device)[0] for _ in range(max(3, min(steps, affordable)))]
     keep(plan, kind, config, length, tokens.numel(), walls, recompute=tally(policies))
 
 
+def packed(plan: Plan, config: ModelConfig, length: int, steps: int) -> None:
+    """Rows of many documents of log-normal lengths, as a corpus has them."""
+    tokens, targets = plan.batch(config, length)
+    lengths = [document_lengths(length, seed) for seed in range(len(tokens))]
+    starts = Documents.from_lengths(lengths).starts
+    model = our_model(config, plan.device, plan.dtype)
+    step = our_step(model, tokens, targets, starts=starts)
+    for _ in range(2):
+        step()
+    walls = [timed(step, plan.device)[0] for _ in range(steps)]
+    flops = training_flops(config, [n for row in lengths for n in row]) / tokens.numel()
+    keep(plan, "hybrid, packed documents", config, length, tokens.numel(), walls, flops=flops)
+
+
+def document_lengths(length: int, seed: int) -> list[int]:
+    """Documents that fill a row: log-normal with a mean near 800 tokens; the last is cut."""
+    draw, found = random.Random(seed), []
+    while sum(found) < length:
+        found.append(max(1, min(int(draw.lognormvariate(6.0, 1.2)), length - sum(found))))
+    return found
+
+
 def build(
-    plan: Plan, config: ModelConfig, length: int, tokens: int
+    plan: Plan, config: ModelConfig, length: int, tokens: int, share: float = MEMORY_SHARES[0]
 ) -> tuple[Transformer, list[str]]:
-    """Our model in bf16 under the cheapest recompute policy that fits the card."""
-    policies = recompute.solve(config, tokens, MEMORY_SHARE * plan.memory, length)
-    return our_model(config, plan.device, torch.bfloat16, policies), policies
+    """Our model under the cheapest recompute policy that fits a share of the card, on the kernels
+    that were measured at this length."""
+    policies = recompute.solve(config, tokens, share * plan.memory, length)
+    chosen = plan.kernels.get(length) or plan.kernels.get(plan.options.lengths[-1], {})
+    kernels = [
+        chosen.get("full" if scheme.window is None else "windowed", "auto")
+        for scheme in config.layer_plan.expand()
+    ]
+    model = our_model(config, plan.device, plan.dtype, policies, kernels)
+    if plan.compiled:
+        model.compile_blocks("aot_eager" if plan.options.rehearse else "inductor")
+    return model, policies
 
 
 def tally(policies: list[str]) -> str:
@@ -239,7 +236,7 @@ def keep(
 ) -> None:
     """Add a row: speed, causal MFU by the exact pairs of the mask, memory."""
     speed = tokens / statistics.median(walls)
-    flops = flops_per_token(config, length)
+    flops = more.pop("flops", None) or flops_per_token(config, length)
     plan.rows.append(
         {
             "kind": kind,
@@ -302,16 +299,6 @@ def against(plan: Plan, name: str, length: int) -> None:
         recompute=tally(policies),
     )
     plan.rows[-1]["peak_gib"] = peak
-
-
-def fits(run: Callable[[], Any]) -> bool:
-    """Whether `run` stays within the card's memory. Its frames are gone on return, so that what
-    they held can be freed."""
-    try:
-        run()
-    except torch.OutOfMemoryError:
-        return False
-    return True
 
 
 def peer_of(

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.shapes import hybrid, random_batch
 from benchmarks.steps import our_loss, our_model
-from megahybrid.config.memory import activation_bytes_per_token
+from megahybrid.config.memory import activations, working
 
 SHAPE, TOKENS = "25m", 4096
 POLICIES = ("none", "selective", "full")
@@ -25,18 +25,15 @@ def measure() -> dict[str, Any]:
     """Bytes by case, and what the formulas say of the differences."""
     grown = {case: _growth_of(case) for case in (*POLICIES, "loss-chunked", "loss-plain")}
     config = hybrid(SHAPE)
-    layers = config.layer_plan.num_layers
-    kept = {
-        policy: activation_bytes_per_token(config, policy, 4) * layers * TOKENS
-        for policy in POLICIES
-    }
-    # Under full recomputation backward holds one layer whole.
-    kept["full"] += activation_bytes_per_token(config, "none", 4) * TOKENS
+    foretold = {}
+    for policy in POLICIES:
+        batch = ([policy] * config.layer_plan.num_layers, TOKENS, 1, "fp32", "cpu")
+        foretold[policy] = activations(config, *batch) + working(config, *batch)
     return {
         "shape": SHAPE,
         "tokens": TOKENS,
         "grown": grown,
-        "kept_by_formula": kept,
+        "by_formula": foretold,
         "logits_bytes": 4 * LOSS_TOKENS * LOSS_VOCAB,
         "loss_shape": [LOSS_TOKENS, LOSS_VOCAB],
     }
@@ -98,26 +95,24 @@ def _peak() -> int:
 
 def table(result: dict[str, Any]) -> str:
     """Differences of peaks beside the formulas' differences."""
-    grown, kept = result["grown"], result["kept_by_formula"]
+    grown, foretold = result["grown"], result["by_formula"]
     lines = [
-        f"| {result['shape']}, fp32, {result['tokens']} tokens | peak grows by | saved "
-        "| by formula | measured / formula |",
-        "|---|---|---|---|---|",
-        f"| recompute none | {_mib(grown['none'])} | | | |",
+        f"| {result['shape']}, fp32, {result['tokens']} tokens | peak grows by | by formula "
+        "| measured / formula |",
+        "|---|---|---|---|",
     ]
-    for policy in POLICIES[1:]:
-        saved, foretold = grown["none"] - grown[policy], kept["none"] - kept[policy]
+    for policy in POLICIES:
         lines.append(
-            f"| recompute {policy} | {_mib(grown[policy])} | {_mib(saved)} | {_mib(foretold)} "
-            f"| {saved / foretold:.2f} |"
+            f"| recompute {policy} | {_mib(grown[policy])} | {_mib(foretold[policy])} "
+            f"| {grown[policy] / foretold[policy]:.2f} |"
         )
     tokens, vocab = result["loss_shape"]
     logits = result["logits_bytes"]
     lines += [
-        f"| loss of {tokens} tokens, {vocab} words: plain | {_mib(grown['loss-plain'])} | | "
-        f"| {grown['loss-plain'] / logits:.2f} × the logits |",
-        f"| the same in chunks | {_mib(grown['loss-chunked'])} | | "
-        f"| {grown['loss-chunked'] / logits:.2f} × the logits |",
+        f"| loss of {tokens} tokens, {vocab} words: plain | {_mib(grown['loss-plain'])} "
+        f"| | {grown['loss-plain'] / logits:.2f} × the logits |",
+        f"| the same in chunks | {_mib(grown['loss-chunked'])} "
+        f"| | {grown['loss-chunked'] / logits:.2f} × the logits |",
     ]
     return "\n".join(lines)
 

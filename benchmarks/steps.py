@@ -54,9 +54,10 @@ def our_model(
     device: torch.device,
     dtype: torch.dtype,
     recompute: list[str] | None = None,
+    kernels: list[str] | None = None,
 ) -> Transformer:
     """Our model with its first weights, the same ones for the same shape."""
-    model = Transformer(config, ParallelMesh.single(device), recompute=recompute)
+    model = Transformer(config, ParallelMesh.single(device), recompute=recompute, kernels=kernels)
     # Drawn on the device: the run's own keyed draws take the host a minute at a billion weights.
     generator = torch.Generator(device).manual_seed(1)
     for parameter in model.parameters():
@@ -65,16 +66,25 @@ def our_model(
     return model.to(dtype)
 
 
-def our_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss over counting targets; rows are one document each."""
-    total, _ = model(tokens, targets)
+def our_loss(
+    model: nn.Module, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
+) -> Tensor:
+    """Mean loss over counting targets; rows are one document each unless `starts` says more."""
+    total, _ = model(tokens, targets, starts)
     return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
-def our_step(model: Transformer, tokens: Tensor, targets: Tensor, micro_rows: int = 0) -> Step:
+def our_step(
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    micro_rows: int = 0,
+    starts: Tensor | None = None,
+) -> Step:
     """Our model and AdamW without DeepSpeed, `micro_rows` rows at a time (0: all)."""
     rows = micro_rows or len(tokens)
-    pieces = list(zip(tokens.split(rows), targets.split(rows), strict=True))
+    begins = [None] * len(tokens) if starts is None else starts.split(rows)
+    pieces = list(zip(tokens.split(rows), targets.split(rows), begins, strict=False))
     return _step(model, [lambda piece=piece: our_loss(model, *piece) for piece in pieces])
 
 

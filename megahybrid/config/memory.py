@@ -177,7 +177,7 @@ def memory_per_rank(
     local = local_parameters(model, tensor)
     weights, gradients, optimizer = states_per_parameter(precision, zero_stage, data_degree)
     if policies is None and isinstance(stage.recompute, RecomputeBudget):
-        policies = _within(
+        policies = policies_within(
             model,
             stage,
             model.layer_plan,
@@ -216,7 +216,7 @@ def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
         "precision": run.precision,
         "device": "cpu" if run.device == "cpu" else "cuda",
     }
-    policies = _within(run.model, stage, plan, int(budget * 2**30), **where)
+    policies = policies_within(run.model, stage, plan, int(budget * 2**30), **where)
     needed = memory_per_rank(run.model, stage, policies=policies, **where).total / 2**30
     if needed > budget:
         raise ConfigError(
@@ -229,7 +229,7 @@ def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
     return policies
 
 
-def _within(
+def policies_within(
     model: ModelConfig, stage: Stage, plan: LayerPlan, budget_bytes: int, **where: Any
 ) -> list[str]:
     """The policies that fit at the fewest extra FLOPs: none where it fits; else selective, which

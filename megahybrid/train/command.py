@@ -146,12 +146,14 @@ def _logs(directory: Path) -> Path:
 def _attempt(
     run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: Heartbeat, track: Any
 ) -> int:
+    from megahybrid.parallel.allocator import expandable_segments
     from megahybrid.parallel.mesh import ParallelMesh, initialise_distributed
     from megahybrid.train.run import run_attempt
     from megahybrid.train.stop import StopRequest
 
     stop = StopRequest(directory)
     stop.install()
+    expandable_segments()
     _limit_threads()
     world = initialise_distributed(run.device)
     run.check(world.world_size)

@@ -86,3 +86,26 @@ def test_the_comparison_runs_and_keeps_its_figures(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "build/bench/train_step_cpu.json").read_text())
     assert kept["lengths"][0]["gate"]["sdpa"]["gradient_error"] < 1e-5
     assert len(kept["lengths"][0]["times"]["megahybrid"]["wall"]) == 1
+
+
+def test_the_plan_for_one_gpu_runs_here_and_outlives_a_peer_that_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.train_step", "--rehearse", "--steps", "1"]
+    done = subprocess.run(
+        [*command, "--peers", "nonsense"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "build/bench/train_step_rehearsal.json").read_text())
+    kinds = {(row["kind"], row["length"]) for row in kept["rows"]}
+    assert {("hybrid", 64), ("hybrid", 128), ("hybrid", 256), ("full", 128)} <= kinds
+    assert {"hybrid through DeepSpeed", "hybrid, packed documents"} <= {kind for kind, _ in kinds}
+    assert kept["kernels_chosen"] == {
+        n: {"full": "sdpa", "windowed": "blocked"} for n in ("64", "128")
+    }
+    notes = " ".join(kept["notes"])
+    assert "transformers nonsense at 64: " in notes and "128: " in notes
+    assert done.stdout.splitlines()[-1].startswith("all times: ")

@@ -1,0 +1,58 @@
+"""Before any time counts: ours and the peer compute the same thing, in the precision timed."""
+
+import statistics
+import sys
+
+import torch
+
+from benchmarks.cohere2 import gradient_errors
+from benchmarks.plan import Plan
+from benchmarks.shapes import hybrid, random_batch
+from benchmarks.steps import our_loss, our_model, peer_loss, peer_model
+
+
+def gate(plan: Plan) -> dict[str, float]:
+    """One period of layers in bf16, ours and theirs, against theirs in fp32: our error may be at
+    most twice theirs, in the loss and in the gradients together."""
+    shape, rehearse = plan.options.shape, plan.options.rehearse
+    length = 64 if rehearse else 2048
+    config = hybrid(shape, window=16 if rehearse else 512)
+    layers = config.layer_plan.model_copy(update={"num_layers": 4})
+    config = config.model_copy(update={"layer_plan": layers})
+    tokens, targets = random_batch(config, 1, length, plan.device)
+    model = our_model(config, plan.device, torch.bfloat16)
+    exact = our_model(config, plan.device, torch.float32)
+    for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
+        parameter.data.copy_(rounded.data)
+    truth, peer = (peer_model(each, length, "sdpa") for each in (exact, model))
+    losses = {
+        "ours": our_loss(model, tokens, targets),
+        "theirs": peer_loss(peer, tokens),
+        "truth": peer_loss(truth, tokens),
+    }
+    for loss in losses.values():
+        loss.backward()
+    mine = gradient_errors(model, truth)
+    named = dict(truth.named_parameters())
+    theirs = {
+        name: ((p.grad.double() - named[name].grad.double()).norm() / named[name].grad.norm())
+        for name, p in peer.named_parameters()
+    }
+    result = {
+        "loss_error": abs(float(losses["ours"] / losses["truth"]) - 1),
+        "their_loss_error": abs(float(losses["theirs"] / losses["truth"]) - 1),
+        "gradient_error": statistics.fmean(mine.values()),
+        "their_gradient_error": statistics.fmean(float(value) for value in theirs.values()),
+    }
+    print(
+        f"gate, bf16 against Cohere2 in fp32: loss off by {result['loss_error']:.1e} (theirs "
+        f"{result['their_loss_error']:.1e}), gradients by {result['gradient_error']:.2e} (theirs "
+        f"{result['their_gradient_error']:.2e})",
+        flush=True,
+    )
+    # The loss of a mean over thousands of tokens can be right by luck: a floor for theirs.
+    if result["loss_error"] > 2 * max(result["their_loss_error"], 1e-4):
+        sys.exit("Our loss is further off than twice theirs. The two do not compute the same.")
+    if result["gradient_error"] > 2 * result["their_gradient_error"]:
+        sys.exit("Our gradients are further off than twice theirs. They do not compute the same.")
+    return result
