@@ -8,6 +8,8 @@ import torch
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.memory import policies_of
+from megahybrid.config.stages import RecomputeBudget
 from megahybrid.model.selftest import run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
