@@ -55,15 +55,20 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
 
 def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
     names = plan.names()
-    rows: list[list[Cell]] = []
+    found: dict[tuple[Cell, ...], list[str]] = {}  # the stages in which a kind is so
     for index, stage in enumerate(run.stages):
         schemes = run.plan_at(index).schemes
         for name in dict.fromkeys(names):
             scheme = schemes[name]
             theta = getattr(scheme.position, "theta", None)
-            rows.append([
-                stage.name, name, names.count(name), position_in_words(scheme), theta,
-                scheme.window or "all", scheme.qk_norm.kind, scheme.logit_scale.kind,
-            ])  # fmt: skip
-    head = ("stage", "kind", "layers", "position", "theta", "window", "QK-norm", "logit scale")
-    return Table(head, rows, "Kinds of layers in each stage")
+            row = (
+                name, names.count(name), position_in_words(scheme), theta, scheme.window or "all",
+                scheme.qk_norm.kind, scheme.logit_scale.kind,
+            )  # fmt: skip
+            found.setdefault(row, []).append(stage.name)
+    rows: list[list[Cell]] = [
+        [*row, "all" if len(stages) == len(run.stages) else ", ".join(stages)]
+        for row, stages in sorted(found.items(), key=lambda one: str(one[0][0]))
+    ]
+    head = ("kind", "layers", "position", "theta", "window", "QK-norm", "logit scale", "in stages")
+    return Table(head, rows, "Kinds of layers")

@@ -15,11 +15,11 @@ from typing import Any
 from megahybrid.config import dump
 from megahybrid.errors import ConfigError, MegahybridError
 from megahybrid.report.kept import Kept, every
-from megahybrid.report.markup import section_html
+from megahybrid.report.markup import section_html, table_html
 from megahybrid.report.parts import Missing, Section, listed
 from megahybrid.report.record import RunRecord, read_record
 from megahybrid.report.sections import not_measured, sections
-from megahybrid.report.summary import key_figures, sentences
+from megahybrid.report.summary import comparison, key_figures, sentences
 
 MOST_STEPS = 20_000  # of each run in the page's data; the ledger has them all
 
@@ -115,9 +115,10 @@ def _head(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> str:
             for figure in key_figures(record, mine)
         )
         blocks.append(f'<div class="about"><div class="told">{told}</div><dl>{tiles}</dl></div>')
+    side = table_html(comparison(records, kept)) if len(records) > 1 else ""
     return (
-        f'<header id="top" class="part" data-is="head"><p class="eyebrow">megahybrid run report'
-        f"</p><h1>{escape(title)}</h1>{''.join(blocks)}</header>"
+        f'<header id="top"><p class="eyebrow">megahybrid run report</p><h1>{escape(title)}</h1>'
+        f"{side}{''.join(blocks)}</header>"
     )
 
 

@@ -1,7 +1,9 @@
 """A run's directory as the report sees it: the ledger cut into stages, and the evaluations."""
 
+import itertools
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,15 @@ import numpy as np
 
 from megahybrid.config import RunConfig, load
 from megahybrid.errors import MegahybridError
-from megahybrid.train.ledger import LEDGER_NAME, EventLine, Ledger, StepLine, read_ledger
+from megahybrid.train.ledger import (
+    LEDGER_NAME,
+    EventLine,
+    Ledger,
+    Line,
+    StepLine,
+    read_every_line,
+    read_ledger,
+)
 
 CONFIG_NAME = "config.yaml"
 SAMPLES_NAME = "samples.txt"
@@ -24,7 +34,7 @@ class StageRecord:
     end: int
     steps: tuple[StepLine, ...]
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """The sequence lengths its steps had, shortest first."""
         return tuple(sorted({line.length for line in self.steps}))
@@ -72,12 +82,12 @@ class RunRecord:
         """The name as an identifier of HTML."""
         return re.sub(r"[^A-Za-z0-9_-]+", "-", self.name)
 
-    @property
-    def ledger_path(self) -> Path:
-        """Where every line lies, of every attempt."""
-        return self.directory / LEDGER_NAME
+    @cached_property
+    def every_line(self) -> list[Line]:
+        """The lines of every attempt, also those that a resume made void."""
+        return list(read_every_line(self.directory / LEDGER_NAME))
 
-    @property
+    @cached_property
     def steps(self) -> list[StepLine]:
         """All step lines, in order."""
         return self.ledger.steps
@@ -125,13 +135,10 @@ def read_record(directory: Path, label: str | None = None) -> RunRecord:
 
 def _stages(steps: list[StepLine]) -> tuple[StageRecord, ...]:
     stages: list[StageRecord] = []
-    for line in steps:
-        if stages and stages[-1].name == line.stage:
-            last = stages.pop()
-            stages.append(StageRecord(last.name, last.begin, line.tokens, (*last.steps, line)))
-        else:
-            begin = stages[-1].end if stages else _tokens_before(steps)
-            stages.append(StageRecord(line.stage, begin, line.tokens, (line,)))
+    for name, lines in itertools.groupby(steps, key=lambda line: line.stage):
+        mine = tuple(lines)
+        begin = stages[-1].end if stages else _tokens_before(steps)
+        stages.append(StageRecord(name, begin, mine[-1].tokens, mine))
     return tuple(stages)
 
 

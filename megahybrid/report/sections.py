@@ -14,9 +14,9 @@ from megahybrid.report.over_time import suite_curves, telemetry_charts
 from megahybrid.report.parts import Cell, Html, Missing, Part, Section, Table
 from megahybrid.report.position_charts import position_parts
 from megahybrid.report.record import RunRecord
-from megahybrid.report.summary import FAULTS, comparison, duration
+from megahybrid.report.summary import FAULTS, duration
 from megahybrid.report.training_charts import stage_table, training_parts
-from megahybrid.train.ledger import BEGINNINGS, EventLine, StepLine, read_every_line
+from megahybrid.train.ledger import BEGINNINGS, EventLine, StepLine
 
 Records = Sequence[RunRecord]
 
@@ -28,8 +28,6 @@ def sections(
     found = list(zip(records, kept, strict=True))
     several = len(records) > 1
     plan = [part for record in records for part in strip_part(record, several)]
-    if several:
-        plan.insert(0, comparison(records, kept))
     return [
         Section(
             "model", "The model",
@@ -89,7 +87,7 @@ def _fault_parts(records: Records) -> list[Part]:
     attempts: list[list[Cell]] = []
     events: list[list[Cell]] = []
     for record in records:
-        lines = list(read_every_line(record.ledger_path))
+        lines = record.every_line
         for attempt in sorted({line.attempt for line in lines}):
             mine = [line for line in lines if line.attempt == attempt]
             began = next((one for one in mine if _named(one, BEGINNINGS)), mine[0])

@@ -13,7 +13,7 @@ from megahybrid.report.needle_rate import needle_rate
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation, RunRecord
-from megahybrid.train.ledger import EventLine, read_every_line
+from megahybrid.train.ledger import EventLine
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # What a reader of faults wants to see of the ledger; saving and scoring are the ordinary course.
@@ -101,10 +101,7 @@ def state(record: RunRecord) -> str:
 
 def fault_count(record: RunRecord) -> int:
     """Events of all attempts that are not the ordinary course of a run."""
-    return sum(
-        isinstance(line, EventLine) and line.event in FAULTS
-        for line in read_every_line(record.ledger_path)
-    )
+    return sum(isinstance(line, EventLine) and line.event in FAULTS for line in record.every_line)
 
 
 def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
@@ -165,7 +162,7 @@ def comparison(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> 
     """One row a run: what one would compare first."""
     sets = list(dict.fromkeys(name for record in records for name in record.held_out_sets()))
     head = ("run", "parameters", "layers", "tokens", "longest row",
-            *(f"loss, {name}" for name in sets), "needles within", "needles beyond", "tokens/s",
+            *(f"loss, {name}" for name in sets), "needles found", "found beyond", "tokens/s",
             "attempts")  # fmt: skip
     rows: list[list[Cell]] = []
     for record, mine in zip(records, kept, strict=True):
@@ -183,7 +180,7 @@ def comparison(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> 
             speeds[len(speeds) // 2] if speeds else None,
             max(line.attempt for line in record.ledger.lines),
         ])  # fmt: skip
-    return Table(head, rows, "The runs side by side")
+    return Table(head, rows, "At a glance")
 
 
 def _layers(run: RunConfig) -> str:

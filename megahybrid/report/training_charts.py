@@ -21,7 +21,7 @@ from megahybrid.report.figures import (
 )
 from megahybrid.report.parts import Chart, Missing, Part, Table
 from megahybrid.report.record import RunRecord
-from megahybrid.train.ledger import StepLine, read_every_line
+from megahybrid.train.ledger import StepLine
 from megahybrid.train.metrics import PHASES
 
 Records = Sequence[RunRecord]
@@ -205,7 +205,7 @@ def _seconds(records: Records) -> Part:
     if not data:
         return Missing("where the time went", "no step says how its seconds were spent")
     plan = layout(axis("seconds"), {"autorange": "reversed"}, barmode="stack", hovermode="closest")
-    plan["height"] = 150 + 34 * len(labels)
+    plan["height"] = 190 + 34 * len(labels)
     rows: list[list[Any]] = [
         [label, *(round(one[phase], 2) for phase in SPENT)]
         for label, one in zip(labels, sums, strict=True)
@@ -223,7 +223,7 @@ def _progress(records: Records) -> Part:
     """Tokens over wall time with every attempt, so that lost work shows."""
     data = []
     for number, record in enumerate(records):
-        every = [one for one in read_every_line(record.ledger_path) if isinstance(one, StepLine)]
+        every = [one for one in record.every_line if isinstance(one, StepLine)]
         began = every[0].time_unix
         for attempt in sorted({one.attempt for one in every}):
             mine = [one for one in every if one.attempt == attempt]

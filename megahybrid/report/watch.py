@@ -24,6 +24,7 @@ from megahybrid.train.ledger import EVALUATIONS, LEDGER_NAME, read_ledger
 
 WAIT_SECONDS = 20.0  # the longest a page waits for an answer that something has changed
 LOOK_SECONDS = 1.0  # between two looks at the files
+REST = 4  # times as long as a drawing took, until the next one
 
 
 class Watched:
@@ -34,6 +35,7 @@ class Watched:
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._drawn: tuple[str, dict[str, Any]] | None = None
+        self._rest_until = 0.0
 
     def version(self) -> str:
         """Changes whenever a ledger grows or a result is written."""
@@ -57,10 +59,15 @@ class Watched:
         until = time.monotonic() + WAIT_SECONDS
         while not self.closing.is_set() and self.version() == after and time.monotonic() < until:
             self.closing.wait(LOOK_SECONDS)
+        if after:
+            self.closing.wait(self._rest_until - time.monotonic())
         version = self.version()
         with self._lock:  # several pages, one drawing
             if self._drawn is None or self._drawn[0] != version:
+                began = time.monotonic()
                 self._drawn = version, self._state(version)
+                # A long ledger takes seconds to draw: the run's machine has better things to do.
+                self._rest_until = time.monotonic() + REST * (time.monotonic() - began)
             return self._drawn[1]
 
     def _state(self, version: str) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_several_runs_stand_side_by_side(browser: Any, runs: list[Path], tmp_pat
     )
     assert {"demo: training", "plain: training", "plain: held out: sample"} <= set(names)
     assert browser.get_log("browser") == []
-    table = browser.find_element("css selector", "#model .scroll").text
+    table = browser.find_element("css selector", "header .scroll").text
     assert "demo" in table and "plain" in table
 
 
