@@ -46,6 +46,13 @@ def add_arguments(subparsers: Any) -> None:
         "--deduplicate", action="store_true", help="keep only the first of equal texts"
     )
     tokenize.add_argument("--eod", help="the token that follows every document")
+    tokenize.add_argument(
+        "--keep",
+        metavar="FIELD",
+        action="append",
+        default=[],
+        help="keep this field of each row beside the tokens: an id, a url",
+    )
     tokenize.add_argument("--workers", type=_from(1), default=len(os.sched_getaffinity(0)))
     tokenize.add_argument("--memory-mib", type=_from(1), default=256, help="for the shuffle")
     tokenize.add_argument("--shard-tokens", type=_from(1), default=2**30)

@@ -122,6 +122,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         deduplicate=args.deduplicate,
         seed=args.seed,
         text_field=args.field,
+        kept=args.keep,
         pattern=args.glob,
         eod=args.eod,
         workers=args.workers,

@@ -15,21 +15,24 @@ from typing import Any, BinaryIO
 from data_prep import hub, tables
 from data_prep.archives import Member, Truncated, is_archive, members
 from data_prep.compressed import kind_of, open_stretch, scan
-from data_prep.inputs import Piece, Unit, format_of
+from data_prep.inputs import Fields, Piece, Unit, format_of
 from data_prep.long_line import MARK, parse_long, pieces_of
 
 MAX_LINE_BYTES = 2**28  # of .jsonl and .parquet; text files are streamed and have no limit
 LONG_BYTES = 4 * 2**20  # a text file or line from this size on is a LongDocument
 CHUNK_BYTES = 2**20
+TEXT = Fields()
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `name` says where it came from: file:byte (file:row in .parquet)."""
+    """One text; `name` says where it came from: file:byte (file:row in .parquet), `note` what is
+    kept of its row."""
 
     name: str
     text: str
+    note: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class LongDocument:
 
     name: str
     pieces: Iterator[str]
+    note: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -60,24 +64,26 @@ class BadText(Exception):
 Item = Document | LongDocument | BadDocument
 
 
-def read_unit(unit: Unit, text_field: str = "text") -> Iterator[Item]:
+def read_unit(unit: Unit, fields: Fields = TEXT) -> Iterator[Item]:
     """The documents of a unit, in order. A LongDocument's pieces are to be used before the next."""
     for piece in unit.pieces:
         try:
             if hub.is_hub(piece.path):
-                rows = hub.read_shard(piece.path, piece.start, text_field)
-                yield from _read_rows(f"{piece.path}#{piece.start}", rows)
+                rows = hub.read_shard(piece.path, piece.start, fields.text)
+                yield from _read_rows(f"{piece.path}#{piece.start}", rows, fields)
             elif is_archive(piece.path):
-                yield from _read_archive(piece, text_field)
+                yield from _read_archive(piece, fields)
             elif kind_of(piece.path):
-                yield from _read_packed(piece.path, piece.path, text_field)
+                yield from _read_packed(piece.path, piece.path, fields)
             elif format_of(piece.path) == "parquet":
-                rows = tables.read_rows(piece.path, piece.start, piece.stop, text_field)
-                yield from _read_rows(piece.path, rows)
+                rows = tables.read_rows(
+                    piece.path, piece.start, piece.stop, fields.text, fields.kept
+                )
+                yield from _read_rows(piece.path, rows, fields)
             else:
                 with open(piece.path, "rb") as file:
                     if format_of(piece.path) == "jsonl":
-                        yield from _read_lines(file, piece, text_field)
+                        yield from _read_lines(file, piece, fields)
                     else:
                         yield _read_text(file, piece.path, piece.size)
         except OSError as error:
@@ -85,19 +91,19 @@ def read_unit(unit: Unit, text_field: str = "text") -> Iterator[Item]:
             yield BadDocument(piece.path, piece.start, reason, b"")
 
 
-def _read_archive(piece: Piece, field: str) -> Iterator[Item]:
+def _read_archive(piece: Piece, fields: Fields) -> Iterator[Item]:
     for member in members(piece.path, piece.start, piece.stop):
         name = f"{piece.path}!{member.name}" if member.name else piece.path
         if member.problem:
             yield BadDocument(name, member.offset, member.problem, b"")
             continue
         try:
-            yield from _read_member(member, name, field)
+            yield from _read_member(member, name, fields)
         except Truncated as error:
             yield BadDocument(name, 0, str(error), b"")
 
 
-def _read_member(member: Member, name: str, field: str) -> Iterator[Item]:
+def _read_member(member: Member, name: str, fields: Fields) -> Iterator[Item]:
     form, packed = format_of(member.name), kind_of(member.name)
     if is_archive(member.name):
         yield BadDocument(name, 0, "archive within an archive", b"")
@@ -108,16 +114,19 @@ def _read_member(member: Member, name: str, field: str) -> Iterator[Item]:
             return
         content = member.file.read()
         if packed:
-            yield from _read_packed(member.name, name, field, content)
+            yield from _read_packed(member.name, name, fields, content)
         else:
-            yield from _read_rows(name, tables.read_rows(io.BytesIO(content), 0, 2**62, field))
+            rows = tables.read_rows(io.BytesIO(content), 0, 2**62, fields.text, fields.kept)
+            yield from _read_rows(name, rows, fields)
     elif form == "jsonl":
-        yield from _stream_lines(member.file, name, 0, field, True)
+        yield from _stream_lines(member.file, name, 0, fields, True)
     else:
         yield _read_text(member.file, name, member.size)
 
 
-def _read_packed(path: str, name: str, field: str, content: bytes | None = None) -> Iterator[Item]:
+def _read_packed(
+    path: str, name: str, fields: Fields, content: bytes | None = None
+) -> Iterator[Item]:
     """A .gz or .zst; `content` where it is a member of an archive, called `name` in all."""
     if format_of(path) == "parquet":
         yield BadDocument(name, 0, "packed parquet", b"")
@@ -134,24 +143,24 @@ def _read_packed(path: str, name: str, field: str, content: bytes | None = None)
     for stretch in stretches:
         with open_stretch(path, stretch, content) as file:
             whole = not stretch.problem.startswith("truncated")
-            yield from _stream_lines(file, name, stretch.offset, field, whole)
+            yield from _stream_lines(file, name, stretch.offset, fields, whole)
         if stretch.problem:
             yield BadDocument(name, stretch.offset + stretch.bytes, stretch.problem, b"")
 
 
 def _stream_lines(
-    file: BinaryIO, path: str, offset: int, field: str, whole: bool
+    file: BinaryIO, path: str, offset: int, fields: Fields, whole: bool
 ) -> Iterator[Item]:
     """Lines of a file read forwards; whole=False: what follows the last newline is not used."""
     while True:
         line, size = _line(file)
         if not line or (not whole and len(line) == size and not line.endswith(b"\n")):
             return
-        yield from _document_of_line(line, size, path, offset, field)
+        yield from _document_of_line(line, size, path, offset, fields)
         offset += size
 
 
-def _read_lines(file: BinaryIO, piece: Piece, field: str) -> Iterator[Item]:
+def _read_lines(file: BinaryIO, piece: Piece, fields: Fields) -> Iterator[Item]:
     offset = piece.start
     if offset:
         # A line belongs to the piece in which its first byte lies.
@@ -161,19 +170,21 @@ def _read_lines(file: BinaryIO, piece: Piece, field: str) -> Iterator[Item]:
         line, size = _line(file)
         if not line:
             return
-        yield from _document_of_line(line, size, piece.path, offset, field)
+        yield from _document_of_line(line, size, piece.path, offset, fields)
         offset += size
 
 
-def _document_of_line(line: bytes, size: int, path: str, offset: int, field: str) -> Iterator[Item]:
+def _document_of_line(
+    line: bytes, size: int, path: str, offset: int, fields: Fields
+) -> Iterator[Item]:
     if LONG_BYTES <= len(line) == size:
-        yield _parse_long(line, path, offset, field)
+        yield _parse_long(line, path, offset, fields)
         return
     raw = line.removeprefix(BOM) if offset == 0 else line
     if len(line) < size:
         yield BadDocument(path, offset, "line too long", line[:80])
     elif raw.strip(b" \t\r\n"):
-        yield _parse(raw.rstrip(b"\r\n"), path, offset, field)
+        yield _parse(raw.rstrip(b"\r\n"), path, offset, fields)
 
 
 def _line(file: BinaryIO) -> tuple[bytes, int]:
@@ -190,7 +201,7 @@ def _line(file: BinaryIO) -> tuple[bytes, int]:
     return beginning, size
 
 
-def _parse_long(line: bytes, file: str, offset: int, field: str) -> Item:
+def _parse_long(line: bytes, file: str, offset: int, fields: Fields) -> Item:
     """As `_parse`, without a second copy of the text."""
     try:
         value, long = parse_long(line.removeprefix(BOM) if offset == 0 else line)
@@ -198,14 +209,22 @@ def _parse_long(line: bytes, file: str, offset: int, field: str) -> Item:
         return BadDocument(file, offset, "broken utf-8", line[:80])
     except (ValueError, RecursionError):
         return BadDocument(file, offset, "broken json", line[:80])
-    text = value.get(field) if isinstance(value, dict) else None
+    text = value.get(fields.text) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        return BadDocument(file, offset, f"no text field '{field}'", line[:80])
+        return BadDocument(file, offset, f"no text field '{fields.text}'", line[:80])
     if not text.startswith(MARK):
-        found = checked(text, file, offset)
-        return replace(found, beginning=line[:80]) if isinstance(found, BadDocument) else found
+        return _of_row(checked(text, file, offset), line, value, fields)
     start, stop = long[int(text.removeprefix(MARK))]
-    return LongDocument(f"{file}:{offset}", _long_pieces(line, start, stop))
+    short = {k: v for k, v in value.items() if not (isinstance(v, str) and v.startswith(MARK))}
+    return LongDocument(f"{file}:{offset}", _long_pieces(line, start, stop), fields.note(short))
+
+
+def _of_row(
+    found: Document | BadDocument, line: bytes, row: dict[str, Any], fields: Fields
+) -> Document | BadDocument:
+    if isinstance(found, BadDocument):
+        return replace(found, beginning=line[:80])
+    return replace(found, note=fields.note(row)) if fields.kept else found
 
 
 def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
@@ -224,17 +243,16 @@ def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
         raise BadText("empty")
 
 
-def _parse(line: bytes, file: str, offset: int, field: str) -> Document | BadDocument:
+def _parse(line: bytes, file: str, offset: int, fields: Fields) -> Document | BadDocument:
     try:
         value: Any = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         return BadDocument(file, offset, "broken utf-8", line[:80])
     except (ValueError, RecursionError):
         return BadDocument(file, offset, "broken json", line[:80])
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        return BadDocument(file, offset, f"no text field '{field}'", line[:80])
-    found = checked(value[field], file, offset)
-    return replace(found, beginning=line[:80]) if isinstance(found, BadDocument) else found
+    if not isinstance(value, dict) or not isinstance(value.get(fields.text), str):
+        return BadDocument(file, offset, f"no text field '{fields.text}'", line[:80])
+    return _of_row(checked(value[fields.text], file, offset), line, value, fields)
 
 
 def checked(text: str, file: str, offset: int) -> Document | BadDocument:
@@ -254,14 +272,17 @@ def checked(text: str, file: str, offset: int) -> Document | BadDocument:
     return Document(f"{file}:{offset}", text)
 
 
-def _read_rows(path: str, rows: Iterator[tuple[int, str | tables.BadRow]]) -> Iterator[Item]:
-    for row, text in rows:
+def _read_rows(path: str, rows: Iterator[tables.Row], fields: Fields) -> Iterator[Item]:
+    for row, text, more in rows:
         if isinstance(text, tables.BadRow):
             yield BadDocument(path, row, text.reason, b"")
         elif len(text) > MAX_LINE_BYTES:
-            yield BadDocument(path, row, "line too long", text[:80].encode())
+            yield BadDocument(path, row, "line too long", b"")
         else:
-            yield checked(text, path, row)
+            found = checked(text, path, row)
+            if fields.kept and isinstance(found, Document):
+                found = replace(found, note=fields.note(more))
+            yield found
 
 
 def _read_text(file: BinaryIO, path: str, size: int) -> Item:

@@ -15,14 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
-from data_prep.inputs import Unit
+from data_prep.inputs import Fields, Unit
 from data_prep.long_text import encode_pieces, slices
 from megahybrid.data.manifest import sync_folder, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 
 # key orders the documents, split decides which are held out; both from the text alone, so that
 # copies of a document never lie on both sides. offset and length are in tokens, eod included.
-RECORD = np.dtype([("key", "<u8"), ("split", "<u8"), ("offset", "<i8"), ("length", "<i8")])
+# note: where what is kept of the document's row lies in `.notes`, and its bytes.
+RECORD = np.dtype(
+    [
+        ("key", "<u8"),
+        ("split", "<u8"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("note", "<i8"),
+        ("note_length", "<i4"),
+    ]
+)
 BATCH_CHARACTERS = 2**20
 LONG_CHARACTERS = 4 * 2**20  # from here on a text is encoded in pieces
 RUN_BYTES = 64 * 2**20  # of tokens held by a worker before they are sorted and written
@@ -40,6 +50,7 @@ class EncodeJob:
     seed: int
     folder: str
     threads: int = 1
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,13 +86,13 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
     bad: list[BadDocument] = []
     with RunWriter(job.folder, number, np.dtype(tokenizer.info.dtype)) as writer:
         encoder = _Encoder(job.seed, tokenizer, writer, bad)
-        for item in read_unit(unit, job.text_field):
+        for item in read_unit(unit, Fields(job.text_field, job.kept)):
             if isinstance(item, BadDocument):
                 bad.append(item)
             elif isinstance(item, LongDocument):
-                encoder.add_long(item.name, item.pieces)
+                encoder.add_long(item.name, item.pieces, item.note)
             elif len(item.text) >= LONG_CHARACTERS:
-                encoder.add_long(item.name, slices(item.text))
+                encoder.add_long(item.name, slices(item.text), item.note)
             else:
                 encoder.add(item)
         encoder.flush()
@@ -118,9 +129,9 @@ class _Encoder:
                 continue
             digest = document_hash(self.seed)
             digest.update(document.text.encode())
-            self.writer.add(np.append(ids, self.end), document_keys(digest))
+            self.writer.add(np.append(ids, self.end), document_keys(digest), document.note)
 
-    def add_long(self, name: str, pieces: Iterable[str]) -> None:
+    def add_long(self, name: str, pieces: Iterable[str], note: bytes = b"") -> None:
         """Encodes a document piece by piece, straight to disk; takes it back if it is bad."""
         self.flush()
         digest = document_hash(self.seed)
@@ -142,7 +153,7 @@ class _Encoder:
             self.bad.append(_bad(name, reason, ""))
             return
         self.writer.add_piece(self.end)
-        self.writer.end_long(begin, document_keys(digest))
+        self.writer.end_long(begin, document_keys(digest), note)
 
 
 class RunWriter:
@@ -152,18 +163,22 @@ class RunWriter:
         self.folder, self.number, self.dtype = folder, number, dtype
         self._tokens = open(unit_path(folder, number, "tokens"), "wb")  # noqa: SIM115
         self._records = open(unit_path(folder, number, "records"), "wb")  # noqa: SIM115
+        self._notes = open(unit_path(folder, number, "notes"), "wb")  # noqa: SIM115
         self._held: list[npt.NDArray[Any]] = []
-        self._rows: list[tuple[int, int, int, int]] = []
-        self._held_tokens = self._written = 0
+        self._held_notes: list[bytes] = []
+        self._rows: list[tuple[int, int, int, int, int, int]] = []
+        self._held_tokens = self._written = self._written_notes = self._held_bytes = 0
         self._runs: list[int] = []
 
-    def add(self, tokens: npt.NDArray[Any], keys: tuple[int, int]) -> None:
-        """Adds a document, eod included."""
+    def add(self, tokens: npt.NDArray[Any], keys: tuple[int, int], note: bytes = b"") -> None:
+        """Adds a document, eod included, and what is kept of its row."""
         self._held.append(tokens)
-        self._rows.append((*keys, 0, len(tokens)))
+        self._held_notes.append(note)
+        self._rows.append((*keys, 0, len(tokens), 0, len(note)))
         self._held_tokens += len(tokens)
         # Beside the tokens, an array and a row cost about 300 bytes each.
-        if self._held_tokens * self.dtype.itemsize + 300 * len(self._rows) > RUN_BYTES:
+        self._held_bytes += len(tokens) * self.dtype.itemsize + len(note) + 300
+        if self._held_bytes > RUN_BYTES:
             self._write_run()
 
     def _write_run(self) -> None:
@@ -175,9 +190,14 @@ class RunWriter:
         records["offset"] = self._written + np.cumsum(records["length"]) - records["length"]
         self._tokens.writelines(self._held[index].data for index in order)
         self._written += self._held_tokens
+        notes = np.cumsum(records["note_length"], dtype=np.int64)
+        records["note"] = self._written_notes + notes - records["note_length"]
+        self._notes.writelines(self._held_notes[index] for index in order)
+        self._written_notes += int(notes[-1])
         self._records.write(records.tobytes())
         self._runs.append(len(records))
-        self._held, self._rows, self._held_tokens = [], [], 0
+        self._held, self._held_notes, self._rows = [], [], []
+        self._held_tokens = self._held_bytes = 0
 
     def begin_long(self) -> int:
         """Begins a document that is written piece by piece; returns where."""
@@ -195,9 +215,11 @@ class RunWriter:
         self._tokens.truncate()
         self._written = begin
 
-    def end_long(self, begin: int, keys: tuple[int, int]) -> None:
+    def end_long(self, begin: int, keys: tuple[int, int], note: bytes = b"") -> None:
         """Ends the document begun: a run of its own."""
-        row = [(*keys, begin, self._written - begin)]
+        row = [(*keys, begin, self._written - begin, self._written_notes, len(note))]
+        self._notes.write(note)
+        self._written_notes += len(note)
         self._records.write(np.asarray(row, RECORD).tobytes())
         self._runs.append(1)
 
@@ -207,7 +229,7 @@ class RunWriter:
         with open(unit_path(self.folder, self.number, "bad"), "w", encoding="utf-8") as listing:
             for item in bad:
                 listing.write(json.dumps(_shown(item), ensure_ascii=False) + "\n")
-            for file in (listing, self._tokens, self._records):
+            for file in (listing, self._tokens, self._records, self._notes):
                 file.flush()
                 os.fsync(file.fileno())
         sync_folder(Path(self.folder))
@@ -228,6 +250,7 @@ class RunWriter:
     ) -> None:
         self._tokens.close()
         self._records.close()
+        self._notes.close()
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from data_prep.tables import BadRow
+from data_prep.tables import BadRow, Row
 from megahybrid.errors import DataError
 
 PREFIX = "hf:"
@@ -26,8 +26,8 @@ def shards(given: str | Path) -> int:
     return int(_open(str(given)).num_shards)
 
 
-def read_shard(given: str, index: int, field: str) -> Iterator[tuple[int, str | BadRow]]:
-    """Number of the row within the shard, and its text.
+def read_shard(given: str, index: int, field: str) -> Iterator[Row]:
+    """The rows of a shard, whole.
 
     Raises DataError when the stream breaks: what could not be fetched is no bad document.
     """
@@ -44,7 +44,8 @@ def read_shard(given: str, index: int, field: str) -> Iterator[tuple[int, str | 
         if value is None:
             return
         text = value.get(field)
-        yield row, text if isinstance(text, str) else BadRow(f"no text field '{field}'")
+        text = text if isinstance(text, str) else BadRow(f"no text field '{field}'")
+        yield Row(row, text, value)
         row += 1
 
 

@@ -1,8 +1,10 @@
 """The files that inputs name, cut into units of work that do not depend on the workers."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_prep import hub, tables
 from data_prep.archives import is_archive, member_ranges
@@ -38,6 +40,21 @@ class Unit:
     def bytes(self) -> int:
         """Size of its input."""
         return sum(piece.size for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Of a row: the text's field, and those that are kept beside the tokens."""
+
+    text: str = "text"
+    kept: tuple[str, ...] = ()
+
+    def note(self, row: Mapping[str, Any]) -> bytes:
+        """What is kept of a row, as JSON; nothing where nothing is to be kept."""
+        if not self.kept:
+            return b""
+        value = {name: row[name] for name in self.kept if name in row}
+        return json.dumps(value, default=str).encode()
 
 
 def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
 
 SHOWN_CHARACTERS = 400
+NOTE_CHARACTERS = 160
 BAR = 30
 
 
@@ -54,9 +56,16 @@ def inspect_dataset(
     for index in range(min(documents, dataset.documents)):
         tokens = dataset.document(index)
         console.rule(f"document {index}: {len(tokens):,} tokens")
+        if dataset.noted:
+            console.print(Text(shown_note(dataset.note(index))), style="dim", soft_wrap=True)
         part = tokens[:SHOWN_CHARACTERS].tolist()
         shown = text.decode(part) if text else " ".join(map(str, part))
         console.print(Text(shown[:SHOWN_CHARACTERS]), soft_wrap=True)
+
+
+def shown_note(note: dict[str, Any]) -> str:
+    """What is kept of a document's row, on one line."""
+    return ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
 
 
 def _histogram(dataset: TokenDataset) -> Table:

@@ -44,6 +44,7 @@ class _Run:
 
     tokens: Path
     records: Path
+    notes: Path
     first: int
     stop: int
 
@@ -65,7 +66,8 @@ def runs_of(folder: Path, results: Sequence[UnitResult]) -> list[_Run]:
         for count in result.runs:
             tokens = unit_path(folder, result.number, "tokens")
             records = unit_path(folder, result.number, "records")
-            found.append(_Run(tokens, records, first, first + count))
+            notes = unit_path(folder, result.number, "notes")
+            found.append(_Run(tokens, records, notes, first, first + count))
             first += count
     return found
 
@@ -113,7 +115,7 @@ class Merge:
                 part = np.array(records[first : first + 2**20])
                 size = np.where(part["length"] > self.large, 0, part["length"])
                 where = (part["key"] >> np.uint64(64 - FINE_BITS)).astype(np.int64)
-                weights = size * self.dtype.itemsize + RECORD_COST
+                weights = size * self.dtype.itemsize + part["note_length"] + RECORD_COST
                 cost += np.bincount(where, weights, minlength=len(cost))
         bounds, held = [0], 0.0
         for index, size in enumerate(cost):
@@ -127,6 +129,7 @@ class Merge:
         """Records with low <= key < high."""
         found: list[Records] = []
         pieces: list[Tokens | None] = []  # None: large, to be copied from its file
+        notes: list[bytes] = []
         origin: list[npt.NDArray[Any]] = []
         for number, run in enumerate(self.runs):
             records = run.mapped()
@@ -138,6 +141,7 @@ class Merge:
                 found.append(np.array(records[first:stop]))
                 origin.append(np.full(stop - first, number))
                 pieces += self._pieces(run, found[-1])
+                notes += _notes(run, found[-1])
         if not found:
             return
         records = np.concatenate(found)
@@ -154,7 +158,7 @@ class Merge:
             ("held_out", held & ~is_long),
             ("held_out_long", is_long),
         ):
-            self._write(name, records, runs, pieces, order[chosen[order]])
+            self._write(name, records, runs, pieces, notes, order[chosen[order]])
 
     def _pieces(self, run: _Run, records: Records) -> Iterator[Tokens | None]:
         """Tokens of consecutive records: one read for each stretch without a large document."""
@@ -189,24 +193,27 @@ class Merge:
         records: Records,
         runs: npt.NDArray[Any],
         pieces: list[Tokens | None],
+        notes: list[bytes],
         wanted: npt.NDArray[Any],
     ) -> None:
         writer = self.writers[name] if len(wanted) else None
         held: list[Tokens] = []
+        held_notes: list[bytes] = []
         size = 0
 
         def flush() -> None:
-            nonlocal held, size
+            nonlocal held, held_notes, size
             if held and writer is not None:
                 lengths = np.fromiter(map(len, held), np.int64, len(held))
-                writer.add_documents(np.concatenate(held), lengths)
+                writer.add_documents(np.concatenate(held), lengths, notes=held_notes)
                 self.progress(size * self.dtype.itemsize)
-            held, size = [], 0
+            held, held_notes, size = [], [], 0
 
         for index in wanted:
             tokens = pieces[index]
             if tokens is not None:
                 held.append(tokens)
+                held_notes.append(notes[index])
                 size += len(tokens)
                 if size >= COPY_TOKENS:
                     flush()
@@ -216,7 +223,8 @@ class Merge:
             length = int(record["length"])
             path = self.runs[int(runs[index])].tokens
             assert writer is not None
-            writer.add_long(self._copy(path, int(record["offset"]), length), length)
+            tokens_of = self._copy(path, int(record["offset"]), length)
+            writer.add_long(tokens_of, length, notes[index])
             self.progress(length * self.dtype.itemsize)
         flush()
 
@@ -225,6 +233,17 @@ class Merge:
         for first in range(0, length, COPY_TOKENS):
             count = min(COPY_TOKENS, length - first)
             yield np.fromfile(path, self.dtype, count=count, offset=(offset + first) * item)
+
+
+def _notes(run: _Run, records: Records) -> list[bytes]:
+    """Of consecutive records, in one read; empty ones where nothing was kept."""
+    ends = np.cumsum(records["note_length"], dtype=np.int64)
+    if not ends[-1]:
+        return [b""] * len(records)
+    with open(run.notes, "rb") as file:
+        file.seek(int(records["note"][0]))
+        raw = file.read(int(ends[-1]))
+    return [raw[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
 
 
 def _held_out(records: Records, fraction: float) -> npt.NDArray[np.bool_]:

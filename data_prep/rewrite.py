@@ -5,7 +5,7 @@ Tokens are copied in pieces of bounded size and checked on the way; the tokenize
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Part:
     tokens: Array
     lengths: Array
     pieces: Iterator[Array] | None = None
+    notes: tuple[bytes, ...] = ()
 
 
 def refuse_masks(dataset: TokenDataset) -> None:
@@ -54,21 +55,29 @@ def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[Part]:
         for first in range(0, shard.documents, 2**16):
             starts, lengths = shard.document_spans(first, first + 2**16)
             keep = lengths > 0
-            yield from _parts(dataset, starts[keep] + origin, lengths[keep], eod_id)
+            notes = [b""] * len(lengths)
+            if (known := dataset.notes[number]) is not None:
+                notes = known.lines(first, first + len(lengths))
+            kept = [notes[index] for index in np.flatnonzero(keep)]
+            yield from _parts(dataset, starts[keep] + origin, lengths[keep], kept, eod_id)
 
 
-def _parts(dataset: TokenDataset, starts: Array, lengths: Array, eod_id: int) -> Iterator[Part]:
+def _parts(
+    dataset: TokenDataset, starts: Array, lengths: Array, notes: list[bytes], eod_id: int
+) -> Iterator[Part]:
     begin = 0
     while begin < len(starts):
         ends = np.cumsum(lengths[begin:])
         stop = begin + int(np.searchsorted(ends, PIECE_TOKENS, side="right"))
         if stop == begin:
-            yield _long(dataset, int(starts[begin]), int(lengths[begin]), eod_id)
+            long = _long(dataset, int(starts[begin]), int(lengths[begin]), eod_id)
+            yield replace(long, notes=(notes[begin],))
             begin += 1
             continue
         size = int(ends[stop - begin - 1])
         tokens = dataset.read(int(starts[begin]), size)
-        yield Part(*_with_eod(tokens, lengths[begin:stop], eod_id))
+        tokens, sizes = _with_eod(tokens, lengths[begin:stop], eod_id)
+        yield Part(tokens, sizes, notes=tuple(notes[begin:stop]))
         begin = stop
 
 
@@ -123,9 +132,9 @@ def _refuse_mask(dataset: TokenDataset) -> None:
 
 def _copy(part: Part, writer: TokenWriter) -> None:
     if part.pieces is None:
-        writer.add_documents(part.tokens, part.lengths)
+        writer.add_documents(part.tokens, part.lengths, notes=part.notes)
     else:
-        writer.add_long(part.pieces, int(part.lengths[0]))
+        writer.add_long(part.pieces, int(part.lengths[0]), part.notes[0])
 
 
 def _sources(datasets: Sequence[TokenDataset]) -> list[dict[str, object]]:
@@ -147,6 +156,7 @@ def merge_datasets(
     datasets, info = open_alike(paths)
     options: dict[str, Any] = {
         "sources": _sources(datasets),
+        "noted": any(dataset.noted for dataset in datasets),
         "command": command,
         "shard_tokens": shard_tokens,
     }
@@ -172,6 +182,7 @@ def import_dataset(
     _refuse_mask(dataset)
     options: dict[str, Any] = {
         "sources": _sources([dataset]),
+        "noted": dataset.noted,
         "command": command,
         "shard_tokens": shard_tokens,
     }
@@ -203,6 +214,7 @@ def shuffle_datasets(
         names += ["held_out"] * (split.held_out > 0) + ["held_out_long"] * (split.longest > 0)
     options: dict[str, Any] = {
         "sources": _sources(datasets),
+        "noted": any(dataset.noted for dataset in datasets),
         "command": command,
         "shard_tokens": shard_tokens,
     }
@@ -234,17 +246,18 @@ def _keyed(
     with RunWriter(work, number, dtype) as writer:
         for part in parts_of(dataset, info.eod_id):
             if part.pieces is None:
-                for tokens in np.split(part.tokens, np.cumsum(part.lengths)[:-1]):
+                documents = np.split(part.tokens, np.cumsum(part.lengths)[:-1])
+                for tokens, note in zip(documents, part.notes, strict=True):
                     digest = document_hash(seed)
                     digest.update(np.ascontiguousarray(tokens).data)
-                    writer.add(tokens, document_keys(digest))
+                    writer.add(tokens, document_keys(digest), note)
             else:
                 digest = document_hash(seed)
                 begin = writer.begin_long()
                 for tokens in part.pieces:
                     digest.update(np.ascontiguousarray(tokens).data)
                     writer.add_piece(np.ascontiguousarray(tokens))
-                writer.end_long(begin, document_keys(digest))
+                writer.end_long(begin, document_keys(digest), part.notes[0])
             progress(int(part.lengths.sum()) * dtype.itemsize)
         return writer.finish(dataset.tokens * dtype.itemsize, [])
 

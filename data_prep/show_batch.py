@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.inspect_dataset import shown_note
 from data_prep.trace import find_step, load_run, open_mixture
 from megahybrid.data.batches import Batch, make_batch
 from megahybrid.data.dataset import TokenDataset
@@ -82,5 +83,17 @@ def _print_row(
         ids = batch.tokens[number, begin : min(end, begin + TEXT_TOKENS)].tolist()
         shown = text.decode(ids) if text else " ".join(map(str, ids[:12]))
         console.print(Text(f"  {begin:>8,} {end - begin:>8,} tokens  {shown[:100]!r}"))
+        if dataset.noted:
+            note = dataset.note(dataset.document_at(_place(plan, begin)))
+            console.print(Text(f"{'':>27}{shown_note(note)}"), style="dim")
     if len(first) > 5:
         console.print(f"  … and {len(first) - 5} documents more")
+
+
+def _place(plan: RowPlan, column: int) -> int:
+    """Which token of its source stands in a column of a row."""
+    for start, size in plan.spans:
+        if column < size:
+            return start + column
+        column -= size
+    raise IndexError(column)

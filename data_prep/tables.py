@@ -1,9 +1,10 @@
 """Rows of .parquet files: the only door to pyarrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any, BinaryIO, NamedTuple
 
 from megahybrid.errors import DataError
 
@@ -16,6 +17,14 @@ class BadRow:
     """A row, or all that follows, that cannot be used."""
 
     reason: str
+
+
+class Row(NamedTuple):
+    """Number of a row within its file, its text, and what else of it was asked for."""
+
+    number: int
+    text: str | BadRow
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
 def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
@@ -45,9 +54,9 @@ def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, in
 
 
 def read_rows(
-    path: str | BinaryIO, start: int, stop: int, field: str
-) -> Iterator[tuple[int, str | BadRow]]:
-    """Number of the row within the file and its text, of row groups start … stop - 1.
+    path: str | BinaryIO, start: int, stop: int, field: str, kept: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Rows of row groups start … stop - 1, with those of the columns `kept` that there are.
 
     One BadRow for a row without text, and one for the rest of a row group that is damaged.
     """
@@ -59,28 +68,31 @@ def read_rows(
             metadata.row_group(i).num_rows for i in range(min(start, metadata.num_row_groups))
         )
     except Exception:
-        yield 0, BadRow("broken parquet")
+        yield Row(0, BadRow("broken parquet"))
         return
     if field not in file.schema_arrow.names:
-        yield row, BadRow(f"no text field '{field}'")
+        yield Row(row, BadRow(f"no text field '{field}'"))
         return
+    kept = [name for name in kept if name in file.schema_arrow.names]
     for group in range(start, min(stop, metadata.num_row_groups)):
         rows = metadata.row_group(group).num_rows
         if metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
-            yield row, BadRow("decompression bomb")
+            yield Row(row, BadRow("decompression bomb"))
         else:
-            yield from _group_rows(file, group, row, field)
+            yield from _group_rows(file, group, row, field, kept)
         row += rows
 
 
-def _group_rows(file: Any, group: int, row: int, field: str) -> Iterator[tuple[int, str | BadRow]]:
+def _group_rows(file: Any, group: int, row: int, field: str, kept: Sequence[str]) -> Iterator[Row]:
+    columns = list(dict.fromkeys([field, *kept]))
     try:
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[field]):
-            for value in batch.column(0):
-                yield row, _text(value, field)
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+            for index, value in enumerate(batch.column(field)):
+                more = {name: batch.column(name)[index].as_py() for name in kept}
+                yield Row(row, _text(value, field), more)
                 row += 1
     except Exception:
-        yield row, BadRow("broken parquet")
+        yield Row(row, BadRow("broken parquet"))
 
 
 def _text(value: Any, field: str) -> str | BadRow:

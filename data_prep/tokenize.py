@@ -54,6 +54,7 @@ def tokenize(
     deduplicate: bool = False,
     seed: int = 0,
     text_field: str = "text",
+    kept: Sequence[str] = (),
     pattern: str = "**/*",
     eod: str | None = None,
     workers: int = 1,
@@ -66,7 +67,8 @@ def tokenize(
 
     Documents are in an order keyed by (seed, text). `held_out` is a fraction of the documents, by
     hash of the text; `longest` so many of the longest ones, held out apart; `deduplicate` leaves
-    out all but the first of documents with the same text. What cannot be read is listed in
+    out all but the first of documents with the same text; `kept` are fields of the rows that are
+    kept beside the tokens. What cannot be read is listed in
     OUTPUT/quarantine.jsonl. An interrupted call, made again with the same arguments, goes on where
     it was and ends with the same bytes (a finished one says what it made); `workers` and
     `memory_bytes` may differ.
@@ -81,7 +83,7 @@ def tokenize(
     folder = Path(output)
     units = list(cut_units(files))
     threads = workers if len(units) == 1 else 1
-    job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads)
+    job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads, tuple(kept))
     split = Split(held_out, longest, deduplicate)
     identity = _identity(job, files, info, split, shard_tokens)
     if (report := _begin(folder, identity)) is not None:
@@ -98,7 +100,12 @@ def tokenize(
         shutil.rmtree(merged, ignore_errors=True)
         writers = {
             part: TokenWriter(
-                merged / part, info, sources=sources, command=command, shard_tokens=shard_tokens
+                merged / part,
+                info,
+                sources=sources,
+                command=command,
+                shard_tokens=shard_tokens,
+                noted=bool(kept),
             )
             for part in parts
         }
@@ -231,6 +238,7 @@ def _identity(
     ]
     value = asdict(job) | asdict(info) | asdict(split)
     del value["folder"], value["threads"]
+    value["kept"] = list(job.kept)
     return value | {"files": listed, "shard_tokens": shard_tokens}
 
 
@@ -282,6 +290,7 @@ def _command(
     words += ["--seed", str(job.seed), "--field", job.text_field, "--glob", pattern]
     words += ["--shard-tokens", str(shard_tokens)] + (["--eod", job.eod] if job.eod else [])
     words += ["--deduplicate"] * split.deduplicate
+    words += [word for name in job.kept for word in ("--keep", name)]
     return shlex.join(words)
 
 

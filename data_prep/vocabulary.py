@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.documents import BadText, Document, Item, LongDocument, read_unit
-from data_prep.inputs import Unit, cut_units, list_files
+from data_prep.inputs import Fields, Unit, cut_units, list_files
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError
@@ -87,7 +87,9 @@ def sampled_texts(
         limit = int(min(1.0, SPARE * quota / max(1, looked)) * 2**64)
         order = sorted(range(len(units)), key=lambda index: _draw(seed, f"{number} {index}"))
         left = quota
-        for item in chain.from_iterable(read_unit(units[index], text_field) for index in order):
+        for item in chain.from_iterable(
+            read_unit(units[index], Fields(text_field)) for index in order
+        ):
             for text in _texts(item):
                 if left > 0 and _draw(seed, text) < limit:
                     left -= len(text.encode())

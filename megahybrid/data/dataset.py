@@ -10,6 +10,7 @@ import numpy as np
 
 from megahybrid.data.guard import BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megahybrid.data.notes import Notes
 from megahybrid.data.packing import PLAN_NAME, PackPlan
 from megahybrid.data.shard_files import ShardFiles
 from megahybrid.data.target_mask import TargetMask, mask_path
@@ -70,6 +71,15 @@ class TokenDataset:
                 shard.check_contents()
         self._masks = _open_masks(self.shards, self.manifest)
         self.masked = any(self._masks)  # whether a shard says which of its targets count
+        entries = {} if self.manifest is None else {e.bin: e for e in self.manifest.shards}
+        self._notes = [
+            Notes(shard, crc32)
+            if (entry := entries.get(shard.bin_path.name)) is not None
+            and (crc32 := entry.notes_crc32) is not None
+            else None
+            for shard in self.shards
+        ]
+        self.noted = any(self._notes)  # whether more than tokens is known of the documents
         self.documents = sum(shard.documents for shard in self.shards)
         self.starts = [0]
         for shard in self.shards:
@@ -256,6 +266,25 @@ class TokenDataset:
                 return self.read(self.starts[number] + int(begins[0]), int(lengths[0]))
             index -= shard.documents
         raise IndexError(index)
+
+    def note(self, index: int) -> dict[str, Any]:
+        """What is known of document `index` beside its tokens."""
+        for shard, notes in zip(self.shards, self._notes, strict=True):
+            if index < shard.documents:
+                return {} if notes is None else notes.of(index)
+            index -= shard.documents
+        raise IndexError(index)
+
+    def document_at(self, token: int) -> int:
+        """Index of the document that token `token` belongs to."""
+        number = bisect_right(self.starts, token) - 1
+        before = self.shards[number].documents_before(token - self.starts[number] + 1)
+        return sum(shard.documents for shard in self.shards[:number]) + before - 1
+
+    @property
+    def notes(self) -> list[Notes | None]:
+        """Of each shard."""
+        return self._notes
 
     def check_tokenizer(self, sha256: str, name: str = "data.tokenizer") -> None:
         """Raises DataError unless the data was made with the tokenizer of this hash."""

@@ -49,7 +49,8 @@ class LengthBin:
 class ShardEntry:
     """One pair of files. `bytes` and the checksums are of the .bin; the .idx follows from it.
 
-    `mask_crc32` is of the .mask that says which targets count; None where there is none.
+    `mask_crc32` is of the .mask that says which targets count, `notes_crc32` of the .jsonl that
+    says more of the documents; None where there is none.
     """
 
     bin: str
@@ -60,6 +61,7 @@ class ShardEntry:
     block_bytes: int
     crc32: tuple[int, ...]
     mask_crc32: int | None = None
+    notes_crc32: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class Manifest:
         """The file's text."""
         value: dict[str, Any] = {"format": FORMAT, "version": VERSION} | asdict(self)
         for shard in value["shards"]:
-            if shard["mask_crc32"] is None:
-                del shard["mask_crc32"]
+            for name in ("mask_crc32", "notes_crc32"):
+                if shard[name] is None:
+                    del shard[name]
         return json.dumps(value, indent=1) + "\n"
 
 
@@ -217,6 +220,7 @@ class _Fields:
             block_bytes=self.whole("block_bytes", 1),
             crc32=self.checksums(),
             mask_crc32=self.whole("mask_crc32") if "mask_crc32" in self.value else None,
+            notes_crc32=self.whole("notes_crc32") if "notes_crc32" in self.value else None,
         )
         self.expect("bytes", entry.tokens * ITEM_BYTES[dtype], f"{entry.tokens} {dtype} tokens")
         if entry.block_bytes % ITEM_BYTES[dtype]:

@@ -138,11 +138,11 @@ class ShardIndex:
     def document_starts_between(self, first: int, stop: int) -> Array:
         """Tokens within the shard, in [first, stop), that begin a document, ascending."""
         begins, lengths = self.document_spans(
-            self._documents_before(first), self._documents_before(stop)
+            self.documents_before(first), self.documents_before(stop)
         )
         return begins[lengths > 0]  # an empty document begins nothing
 
-    def _documents_before(self, token: int) -> int:
+    def documents_before(self, token: int) -> int:
         """How many documents begin before `token`; touches a few pages of the mapped index."""
         index, pointers, item = self.document_index(), self.pointers(), self.dtype.itemsize
         low, high = 0, self.documents

@@ -20,6 +20,7 @@ from megahybrid.data.manifest import (
     sync_folder,
     write_durably,
 )
+from megahybrid.data.notes import NOTHING, NotesWriter
 from megahybrid.data.target_mask import mask_bytes
 from megahybrid.data.token_file import Array, index_bytes
 from megahybrid.errors import DataError
@@ -44,7 +45,9 @@ class TokenWriter:
         command: str = "",
         shard_tokens: int = SHARD_TOKENS,
         block_bytes: int = BLOCK_BYTES,
+        noted: bool = False,
     ) -> None:
+        """noted: documents come with notes (JSON objects), kept beside the tokens."""
         if not 1 <= shard_tokens < 2**31:
             raise DataError(
                 f"shard_tokens={shard_tokens} is not from 1 to {2**31 - 1} (lengths are 32 bits). "
@@ -56,7 +59,7 @@ class TokenWriter:
             raise DataError(f"{self.folder} is not empty. Name a new folder, or remove this one.")
         self.tokenizer, self.shard_tokens, self.block_bytes = tokenizer, shard_tokens, block_bytes
         self._sources, self._command = tuple(sources), command
-        self._dtype = np.dtype(tokenizer.dtype)
+        self._dtype, self._noted = np.dtype(tokenizer.dtype), noted
         self._shards: list[ShardEntry] = []
         self._histogram = np.zeros((64, 2), np.int64)
         self._shard: _Shard | None = None
@@ -73,7 +76,13 @@ class TokenWriter:
             None if counts is None else np.append(counts, False),
         )
 
-    def add_documents(self, tokens: Array, lengths: Array, counts: Array | None = None) -> None:
+    def add_documents(
+        self,
+        tokens: Array,
+        lengths: Array,
+        counts: Array | None = None,
+        notes: Sequence[bytes] | None = None,
+    ) -> None:
         """Appends documents that lie one after another in `tokens`, each ending with eod.
 
         `counts` says of each token whether it counts as a target; without it all do. Raises
@@ -102,9 +111,11 @@ class TokenWriter:
             end = int(ends[stop - 1])
             shard.append(tokens[begin:end], lengths[first:stop])
             shard.count(end - begin, None if counts is None else counts[begin:end])
+            if self._noted:
+                shard.note(notes[first:stop] if notes else [NOTHING] * (stop - first))
             first, begin = stop, end
 
-    def add_long(self, pieces: Iterable[Array], length: int) -> None:
+    def add_long(self, pieces: Iterable[Array], length: int, note: bytes = NOTHING) -> None:
         """Appends one document of `length` tokens, eod included, that comes in pieces.
 
         Raises DataError as `add_documents` does.
@@ -125,6 +136,7 @@ class TokenWriter:
         if done != length:
             raise DataError(f"document lengths sum to {length}, not {done} (tokens).")
         shard.enter(np.asarray([length], np.int64))
+        shard.note([note or NOTHING])
         self._histogram[length.bit_length() - 1] += (1, length)
 
     def _check(self, tokens: Array, lengths: Array) -> None:
@@ -205,6 +217,8 @@ class _Shard:
         self.crc, self.crc_bytes = 0, 0
         # Tokens written at a time and which of them count; None: all. Held until the shard ends.
         self.counts: list[tuple[int, Array | None]] = []
+        noted = writer._noted
+        self.notes = NotesWriter(self.folder / f"{self.name}.jsonl") if noted else None
 
     def append(self, tokens: Array, lengths: Array) -> None:
         self.write(tokens)
@@ -216,6 +230,11 @@ class _Shard:
         self.file.write(data)
         self._checksum(data)
         self.tokens += len(tokens)
+
+    def note(self, notes: Sequence[bytes]) -> None:
+        """One note for each of the documents just written."""
+        if self.notes is not None:
+            self.notes.add(notes)
 
     def count(self, tokens: int, counts: Array | None) -> None:
         """Which of the tokens just written count as targets; None: all."""
@@ -270,6 +289,7 @@ class _Shard:
             block_bytes=self.block_bytes,
             crc32=tuple(self.checksums),
             mask_crc32=self._finish_mask(),
+            notes_crc32=self.notes.finish() if self.notes else None,
         )
 
     def _finish_mask(self) -> int | None:

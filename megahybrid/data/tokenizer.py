@@ -164,7 +164,8 @@ def train_sentencepiece(
     """The model file trained on `texts`: lossless on any text, the same bytes for the same texts.
 
     Identity normalisation, spaces kept, runs of spaces and newlines may be pieces (space_runs),
-    digits apart (digits_apart), bytes for characters it does not know. Id 0 is <unk> (never produced), 1 is </s> (eod).
+    digits apart (digits_apart), bytes for characters it does not know. Id 0 is <unk> (never
+    produced), 1 is </s> (eod).
     Raises DataError when the texts cannot fill the vocabulary.
     """
     import sentencepiece

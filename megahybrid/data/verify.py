@@ -35,6 +35,9 @@ def verify_dataset(
         dataset.plan.check_contents(dataset.tokens)
     for mask in dataset.masks:
         mask.verify()
+    for notes in dataset.notes:
+        if notes is not None:
+            notes.verify()
     files = ShardFiles(dataset.shards)
     # Two blocks at a time: checksums and comparisons run outside of Python's lock.
     with ThreadPoolExecutor(THREADS) as pool:

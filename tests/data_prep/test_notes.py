@@ -1,0 +1,85 @@
+"""Fields kept beside the tokens follow their documents through everything."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from data_prep.merge import Split
+from data_prep.rewrite import merge_datasets, shuffle_datasets
+from data_prep.tokenize import tokenize
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.verify import verify_dataset
+from megahybrid.errors import DataError
+from tests.data_prep.test_commands import call
+
+
+@pytest.fixture
+def noted(tmp_path: Path, model: Path) -> Path:
+    """A corpus with ids, urls here and there, and a document with neither."""
+    draw = random.Random(1)
+    lines = []
+    for number in range(200):
+        row = {"id": number, "text": f"n {number} " + "a b " * draw.randint(1, 300)}
+        lines.append(json.dumps(row | ({"url": f"é/{number}"} if number % 3 else {})))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "in/text.txt").write_text("no row")
+    tokenize(
+        [tmp_path / "in"],
+        model,
+        tmp_path / "out",
+        kept=["id", "url"],
+        held_out=0.2,
+        shard_tokens=9000,
+        quiet=True,
+    )
+    return tmp_path / "out"
+
+
+def check(dataset: TokenDataset, tokenizer: Tokenizer) -> set[int]:
+    """Every document has its own note; returns their ids."""
+    ids = set()
+    for index in range(dataset.documents):
+        text = tokenizer.decode(dataset.document(index).tolist())
+        note = dataset.note(index)
+        if text == "no row":
+            assert note == {}
+            continue
+        number = int(text.split()[1])
+        assert note == {"id": number} | ({"url": f"é/{number}"} if number % 3 else {})
+        ids.add(number)
+    return ids
+
+
+def test_notes_follow_their_documents(noted: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = [verify_dataset(noted / part) for part in ("train", "held_out")]
+    assert len(parts[0].shards) > 2
+    assert sorted(n for part in parts for n in check(part, tokenizer)) == list(range(200))
+    paths = [noted / "train", noted / "held_out"]
+    merge_datasets(paths, tmp_path / "merged", shard_tokens=5000)
+    assert check(verify_dataset(tmp_path / "merged"), tokenizer) == set(range(200))
+    shuffle_datasets(paths, tmp_path / "again", split=Split(0.1, 3), memory_bytes=30_000)
+    found = [check(verify_dataset(path), tokenizer) for path in (tmp_path / "again").iterdir()]
+    assert set().union(*found) == set(range(200))
+    dataset = parts[0]
+    for index in (0, 7, dataset.documents - 1):
+        start = list(dataset.document_spans())[index]
+        assert dataset.document_at(start[0]) == dataset.document_at(sum(start) - 1) == index
+
+
+def test_notes_are_shown_and_checked(
+    noted: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("inspect", f"{noted}/train", "--documents", "4")
+    assert "id " in capsys.readouterr().out
+    path = noted / "train/shard-00000.jsonl"
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"1", b"2", 1))
+    with pytest.raises(DataError, match=r"shard-00000.jsonl has crc32 \d+, not \d+"):
+        verify_dataset(noted / "train")
+    path.write_bytes(raw[:-1])
+    with pytest.raises(DataError, match=r"shard-00000.jsonl and .* are not of this shard"):
+        TokenDataset(noted / "train")
