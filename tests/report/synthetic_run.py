@@ -15,9 +15,11 @@ STAGES = (("short", 256, 122), ("medium", 1024, 49), ("long", 4096, 25))  # name
 KINDS = ("embedding", "attention", "mlp", "norm")
 
 
-def write_run(directory: Path, mfu: float | None = None, crash_at: int | None = None) -> Path:
+def write_run(
+    directory: Path, mfu: float | None = None, crash_at: int | None = None, sampled: bool = False
+) -> Path:
     """A whole run of the demo's shape; with `crash_at`, one that died there and went on from 20
-    steps before."""
+    steps before; `sampled`: with its attention, and a gate."""
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_yaml(load(DEMO)))
     (directory / "samples.txt").write_text("def read(self, <size>):\n    return self & size\n")
@@ -27,6 +29,11 @@ def write_run(directory: Path, mfu: float | None = None, crash_at: int | None = 
             _attempt(writer, 0, crash_at, mfu)
     with LedgerWriter(ledger) as writer:
         _attempt(writer, max(0, crash_at - 20) if crash_at else 0, None, mfu)
+        if sampled:
+            for step in (100, 150):
+                writer.write(_event("attention", step, "medium", _sample(step)))
+            gate = {"gate": "loss on sample", "value": 3.1, "bound": "at most 4", "ok": True}
+            writer.write(_event("gate", 171, "medium", gate))
         writer.write(_event("end", sum(s[2] for s in STAGES), "long", {"outcome": "done"}))
     return directory
 
@@ -115,6 +122,13 @@ def _buckets(step: int, shift: float, longest: int, index: int, short: bool) -> 
              "loss": None if empty else loss}
         )  # fmt: skip
     return buckets
+
+
+def _sample(step: int) -> dict:
+    mass = {"begin": 0.2, "needle": 0.0, "context": 0.5, "end": 0.3}
+    part = {"mass": mass, "entropy_bits": 5.0 - step / 100, "max_logit": 3.0, "distance": 40.0,
+            "sink": 0.1}  # fmt: skip
+    return {"tokens": 256, "queries": 32, "by_kind": {"local": part, "global": part}}
 
 
 def _smooth_loss(step: int) -> float:

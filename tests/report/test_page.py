@@ -23,6 +23,7 @@ CHARTS = {
     *(f"position-demo-{name}-{n}" for name in ("sample", "longest") for n in range(3)),
     "needle-demo-long-single", "by-length-demo-long-ruler", "by-length-demo-long-puzzles",
     "suite-demo-long", "data-sources", "data-lengths",
+    *(f"telemetry-demo-{name}" for name in ("entropy_bits", "distance", "sink", "max_logit")),
     *(f"{name}-demo-needle-0" for name in ("mass", "entropy", "heads", "keys", "lags")),
 }  # fmt: skip
 
@@ -30,7 +31,7 @@ CHARTS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
-    whole = write_answers(write_run(folder / "demo", crash_at=80))
+    whole = write_answers(write_run(folder / "demo", crash_at=80, sampled=True))
     return [whole, write_run(folder / "plain", mfu=0.4)]
 
 

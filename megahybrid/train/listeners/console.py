@@ -1,7 +1,7 @@
 """What a person sees: a live line and a bar on a terminal, plain lines at a calm pace in a log."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -117,8 +117,20 @@ class Console:
 def describe_event(line: EventLine) -> str | None:
     """The event as a line for a person, or None for what the console already shows."""
     detail = line.detail
-    if line.event in ("start", "resume"):
+    if line.event in ("start", "resume", "attention"):
         return None
+    if line.event == "suite":
+        found = [
+            f"{task} {figure} {_span(told[figure].values())}"
+            for task, told in detail["tasks"].items()
+            for figure in ("exact", "score")
+            if told.get(figure)
+        ]
+        return f"suite {detail['suite']}: {', '.join(found)} (step {line.step})"
+    if line.event == "gate":
+        value = "nothing" if detail["value"] is None else f"{detail['value']:.4g}"
+        verdict = "passed" if detail["ok"] else "NOT passed"
+        return f"gate {verdict}: {detail['gate']} is {value}, {detail['bound']} asked"
     if line.event == "stage":
         begins = (
             f"stage {line.stage} begins at step {line.step} ({tokens_text(line.tokens)} tokens)"
@@ -152,6 +164,12 @@ def describe_event(line: EventLine) -> str | None:
             f"{detail.get('outcome')} at step {line.step}, {tokens_text(line.tokens)} tokens{rest}"
         )
     return f"{line.event.replace('_', ' ')}{_details(detail)} (step {line.step})"
+
+
+def _span(values: Collection[float]) -> str:
+    """One value, or the least and the most."""
+    low, high = min(values), max(values)
+    return f"{low:.2f}" if low == high else f"{low:.2f}–{high:.2f}"
 
 
 def tokens_text(tokens: int) -> str:

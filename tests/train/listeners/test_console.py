@@ -98,3 +98,20 @@ def test_a_checkpoint_is_announced_with_its_place_and_size(tmp_path: Path) -> No
     detail = {"ok": True, "path": "runs/demo/checkpoints/step-00000050", "bytes": 24_500_000}
     line = EventLine(event="save", step=50, stage="short", tokens=100, detail=detail)
     assert describe_event(line) == "saved runs/demo/checkpoints/step-00000050 (24.5 MB, 0.0 s)"
+
+
+@pytest.mark.parametrize(
+    ("event", "detail", "text"),
+    [
+        ("attention", {"by_kind": {}}, None),
+        ("suite", {"suite": "all", "tasks": {
+            "single": {"kind": "needle", "exact": {"64": 0.5, "128": 0.25}},
+            "ruler": {"kind": "ruler", "score": {"vt/64": 1.0}},
+        }}, "suite all: single exact 0.25–0.50, ruler score 1.00 (step 4)"),
+        ("gate", {"gate": "loss on a", "value": 3.25, "bound": "at most 3", "ok": False},
+         "gate NOT passed: loss on a is 3.25, at most 3 asked"),
+    ],
+)  # fmt: skip
+def test_what_is_asked_while_training_is_a_line(event: str, detail: dict, text: str | None) -> None:
+    line = EventLine(event=event, step=4, stage="short", tokens=400, detail=detail)
+    assert describe_event(line) == text
