@@ -10,7 +10,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError
 from megahybrid.model.attention import Attention
-from megahybrid.model.block import BLOCKS
+from megahybrid.model.block import BLOCKS, Block
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
@@ -79,6 +79,7 @@ class Transformer(nn.Module):
             )
         prepare_compiler()
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.compile_regions(compiler)
 
     def forward(

@@ -225,13 +225,13 @@ class Engine:
         self.deepspeed.step()
         squares = all_reduce(all_reduce(self._squares, self.mesh.data), self.mesh.tensor)
         known = self.deepspeed.get_global_grad_norm() if plain is None else plain
-        on_device = isinstance(known, Tensor)
-        read = [*squares, loss, valid, *([known.double()] if on_device else [])]
-        numbers = torch.stack(read).tolist()  # the one moment when the host waits
+        there = [known.double()] if isinstance(known, Tensor) else []
+        # The one moment when the host waits.
+        numbers = torch.stack([*squares, loss, valid, *there]).tolist()
         by_kind, (loss_value, valid_tokens) = numbers[: len(KINDS)], numbers[len(KINDS) :][:2]
         if getattr(self.deepspeed.optimizer, "overflow", False):
             return _Update.skip(loss_value, valid_tokens)
-        norm = numbers[-1] if on_device else float(known)
+        norm = numbers[-1] if there else float(known)
         # The optimizer saw clipped gradients; what it is told about is the gradient itself.
         clipped_norm = math.sqrt(sum(by_kind))
         unclip = norm / clipped_norm if clipped_norm > 0 else 1.0
