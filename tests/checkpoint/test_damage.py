@@ -11,14 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megahybrid.checkpoint import durable
+from megahybrid.checkpoint import durable, fragment_file
 from megahybrid.checkpoint import manifest as manifest_module
+from megahybrid.checkpoint.fragments import STATES, whole
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import _digest, read_manifest
 from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.errors import CheckpointError
-from tests.checkpoint.examples import save_plain, save_together, snapshot, together
+from tests.checkpoint.examples import (
+    SHAPES,
+    save_plain,
+    save_together,
+    snapshot,
+    together,
+    values,
+)
 
 FILE = "fragments-0000.safetensors"
 
@@ -247,6 +255,23 @@ def test_with_every_checkpoint_damaged_nothing_begins_anew(tmp_path: Path) -> No
 def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     assert latest(tmp_path / "never made") is None
+
+
+def test_a_large_fragment_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fragment_file, "PIECE_BYTES", 12)
+    with Reader(save_plain(tmp_path, 1)) as reader:
+        for name, shape in SHAPES.items():
+            for state in STATES:
+                found = reader.read(name, state, whole(shape))
+                assert np.array_equal(found, values(name, state, shape))
+        with (reader.path / FILE).open("r+b") as file:
+            file.truncate(file.seek(0, 2) - 200)  # while it is open
+        with pytest.raises(CheckpointError, match="ends within"):
+            for name, shape in SHAPES.items():
+                for state in STATES:
+                    reader.read(name, state, whole(shape))
 
 
 def test_reading_does_not_trust_a_file_that_shrank_after_verification(tmp_path: Path) -> None:
