@@ -1,13 +1,14 @@
 """The batch script: text that is a function of a `Job` alone. Nothing is read or written here.
 
-The script only asks for nodes and prepares a shell; then it becomes `python -m launch.supervise`,
-which starts the ranks, watches them and decides what comes next. Shell traps that call programs
-were aborted by two signals at once; a Python process is not.
+The script asks for nodes, prepares a shell and starts `python -m launch.supervise`, which starts
+the ranks, watches them and decides what comes next: shell traps that call programs were aborted by
+two signals at once, a Python process is not. The shell hands signals on, and puts the job back into
+the queue where that process was killed.
 """
 
 import shlex
 
-from launch.job import Job
+from launch.job import DECIDED, Job
 
 
 def batch_script(job: Job) -> str:
@@ -34,9 +35,32 @@ def batch_script(job: Job) -> str:
     lines += [
         f"cd {shlex.quote(job.work_directory)}",
         *site.prologue,
-        f"exec {shlex.join(site.python)} -m launch.supervise {shlex.quote(job.file)}",
+        *_supervised(job),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _supervised(job: Job) -> list[str]:
+    """`wait` comes back for every signal, so it is asked until the process is gone. That it left
+    the file says that its code was its own decision."""
+    logs = shlex.quote(f"{job.run_directory}/logs")
+    return [
+        "# Slurm signals this shell alone.",
+        """trap 'kill -USR1 "$supervisor" || true' USR1""",
+        """trap 'kill -TERM "$supervisor" || true' TERM""",
+        f"{shlex.join(job.site.python)} -m launch.supervise {shlex.quote(job.file)} &",
+        "supervisor=$!",
+        "while true; do",
+        '  wait "$supervisor" && code=0 || code=$?',
+        '  kill -0 "$supervisor" 2>/dev/null || break',
+        "done",
+        f'decided={logs}/"$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}/{DECIDED}"',
+        'if [ "$code" -gt 128 ] && [ ! -e "$decided" ]; then',
+        '  echo "the batch process was killed (code $code): back into the queue"',
+        '  scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$code"',
+    ]
 
 
 def directives(job: Job) -> list[str]:

@@ -7,6 +7,7 @@ attempts.jsonl and in the batch log.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -18,13 +19,19 @@ from pathlib import Path
 from launch import slurm
 from launch.attempt import Attempt
 from launch.fit_nodes import fit_nodes
-from launch.job import DONE, FOLDER, STOP_NOW, Job, read_job
+from launch.job import DECIDED, DONE, FOLDER, STOP_NOW, Job, read_job
 from launch.policy import Decision, Outcome, decide, first_ended, outcome
 from launch.records import attempts, jobs, ledger_tail, newest_checkpoint
 from launch.slurm import SlurmError
 from launch.step import hostfile, hostfile_text, train_step
 from launch.watch import RankWatch, user_stop
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, MegahybridError
+from megahybrid.errors import (
+    EXIT_DO_NOT_RESTART,
+    EXIT_DONE,
+    EXIT_RESUME,
+    EXIT_USER_MISTAKE,
+    MegahybridError,
+)
 from megahybrid.heartbeat import clear, remove_empty_stacks
 
 LOCK = "owner.lock"
@@ -43,6 +50,12 @@ class Supervisor:
 
     def go(self) -> int:
         """The attempt, from its first look to its exit code."""
+        code = self._go()
+        self.attempt.logs.mkdir(parents=True, exist_ok=True)
+        (self.attempt.logs / DECIDED).touch()
+        return code
+
+    def _go(self) -> int:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
         if (self.run / FOLDER / DONE).exists():
@@ -65,6 +78,8 @@ class Supervisor:
             nodes=nodes,
             checkpoint=newest_checkpoint(self.run),
         )
+        if (idle := self._lost_in_a_row()) is not None:
+            return self._give_up(idle)
         self.tell(f"job {self.number}, attempt {self.attempt.restart + 1}, on {' '.join(nodes)}")
         try:
             good, bad = fit_nodes(self.attempt, nodes)
@@ -78,6 +93,28 @@ class Supervisor:
     # What Slurm tells us. A handler only notes; the watch acts.
     def _note(self, number: int, _frame: object) -> None:
         self.signals.append(signal.Signals(number).name)
+
+    def _lost_in_a_row(self) -> int | None:
+        """How many attempts ended without a word and without a checkpoint, where that is too many:
+        nobody was left to count them."""
+        history = attempts(self.run, since_submit=True)[:-1]
+        found = itertools.takewhile(
+            lambda one: one.code is None and not one.progressed, reversed(history)
+        )
+        number = sum(1 for _ in found)
+        return number if number >= self.job.site.caps.without_checkpoint else None
+
+    def _give_up(self, lost: int) -> int:
+        reason = (
+            f"no new checkpoint in {lost} attempts whose batch process was lost "
+            f"(caps.without_checkpoint={self.job.site.caps.without_checkpoint})"
+        )
+        ended = Outcome(EXIT_DO_NOT_RESTART, reason)
+        self._record_end(ended)
+        self.tell(f"given up: {reason}")
+        self.attempt.record("verdict", code=ended.code, reason=reason)
+        self._end_chain()
+        return ended.code
 
     def _explain_lost(self) -> None:
         """An attempt that wrote no end was lost: say which of its nodes are not well."""

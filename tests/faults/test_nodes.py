@@ -81,6 +81,22 @@ def test_a_silent_node_is_survived_and_does_no_harm_when_it_is_back(
     assert steps[0] == 120 and attempts(run.directory)[-1].code == 0
 
 
+@pytest.mark.quick
+def test_a_killed_batch_process_costs_an_attempt_and_no_more(tmp_path: Path) -> None:
+    run = Run(tmp_path, nodes=1, steps=60)
+    run.until("RUNNING .* step 1[1-9]")
+    (supervisor,) = run.supervisors()
+    os.kill(supervisor, signal.SIGKILL)
+    run.until("PENDING .* after attempt 1: lost|try 2", 60)
+    with contextlib.suppress(AssertionError):
+        run.start_now()
+    run.until("DONE after 2 attempts", 90)
+    first, second = attempts(run.directory)
+    assert first.code is None and second.checkpoint_before >= 10
+    log = (run.directory / "logs" / f"{run.numbers[0]}.batch.log").read_text()
+    assert "the batch process was killed (code 137): back into the queue" in log
+
+
 def test_the_time_limit_is_met_by_what_a_save_was_measured_to_take(tmp_path: Path) -> None:
     run = Run(tmp_path, nodes=1, steps=700, limit="0:04:00", save=25)
     # A minute, and twice save and step: Slurm's own warning was fixed before anything was known.

@@ -29,4 +29,18 @@ export NCCL_SOCKET_IFNAME=ib0
 export NOTE='$(touch pwned)'
 cd '/home/me/mega hybrid'
 source .venv/bin/activate
-exec python -m launch.supervise '/data/my runs/100%/demo/slurm/job.json'
+# Slurm signals this shell alone.
+trap 'kill -USR1 "$supervisor" || true' USR1
+trap 'kill -TERM "$supervisor" || true' TERM
+python -m launch.supervise '/data/my runs/100%/demo/slurm/job.json' &
+supervisor=$!
+while true; do
+  wait "$supervisor" && code=0 || code=$?
+  kill -0 "$supervisor" 2>/dev/null || break
+done
+decided='/data/my runs/100%/demo/logs'/"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}/decided"
+if [ "$code" -gt 128 ] && [ ! -e "$decided" ]; then
+  echo "the batch process was killed (code $code): back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

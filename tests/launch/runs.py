@@ -111,6 +111,16 @@ class Submitted:
         with contextlib.suppress(MegahybridError):
             requeue(self.directory)
 
+    def supervisors(self) -> list[int]:
+        """The batch processes of the run on this machine."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().decode(errors="replace").split("\0")
+                if "launch.supervise" in words and self.job.file in words:
+                    found.append(int(path.parent.name))
+        return found
+
     def codes(self) -> list[int | None]:
         return [attempt.code for attempt in attempts(self.directory)]
 
