@@ -189,7 +189,7 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        base = _free_ports(len(self.nodes) + 1)
+        base = free_ports(len(self.nodes) + 1)
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
         lines = [
@@ -248,7 +248,7 @@ class Cluster:
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
 
-def _free_ports(number: int) -> int:
+def free_ports(number: int) -> int:
     """The first of `number` neighbouring free ports."""
     for base in range(23000 + os.getpid() % 4000, 32000, number):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
