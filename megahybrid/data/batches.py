@@ -142,7 +142,7 @@ def make_batch(
             filled.append(np.arange(flat + place, flat + length))
     _check_ids(datasets, plans, ids)
     if eod is not None:
-        found = _places(ids == eod)
+        found = np.flatnonzero(ids == eod)
         rows, columns = np.divmod(found, length + 1)
         ends = [(found - rows)[columns < length]]
     joins = np.asarray(breaks, np.int64)
@@ -152,15 +152,6 @@ def make_batch(
         np.concatenate([last, *filled]) if filled else last,
         last if documents == "masked" else joins,
     )
-
-
-def _places(found: Array) -> Array:
-    """`np.flatnonzero` of few truths among many, looked for eight at a time."""
-    flat = found.reshape(-1)
-    whole = len(flat) // 8 * 8
-    words = np.flatnonzero(flat[:whole].view(np.uint64))
-    word, bit = np.nonzero(flat[:whole].reshape(-1, 8)[words])
-    return np.concatenate([words[word] * 8 + bit, whole + np.flatnonzero(flat[whole:])])
 
 
 def _check_ids(datasets: Mapping[str, TokenDataset], plans: Sequence[RowPlan], ids: Array) -> None:

@@ -89,6 +89,7 @@ class TokenDataset:
         # Read as unsigned, a negative id is a huge one: a single maximum checks both ends.
         self._unsigned = np.dtype(f"<u{dtype.itemsize}")
         self._check_ids = self.vocab_size <= np.iinfo(self._unsigned).max
+        self._item = dtype.itemsize
         self._unchanged = UnchangedFiles(self.shards)
         self._files = ShardFiles(self.shards)
         self._checks = BlockChecks(self.shards, self.manifest, self._files.read)
@@ -174,16 +175,18 @@ class TokenDataset:
 
     def read_into(self, start: int, tokens: Array) -> None:
         """Fills `tokens`, of the dataset's dtype, with those from `start` on; ids unchecked."""
-        number = bisect_right(self.starts, start) - 1
-        first = start - self.starts[number]
-        self._checks.owed -= len(tokens)
-        if self._checks.owed < 0:
-            self._checks.check(number, first)
-        data, item = tokens.data.cast("B"), self.dtype.itemsize
-        while (size := (self.shards[number].tokens - first) * item) < len(data):
-            self._files.read_into(number, first * item, data[:size])
-            data, number, first = data[size:], number + 1, 0
-        self._files.read_into(number, first * item, data)
+        starts = self.starts
+        number = bisect_right(starts, start) - 1
+        first, checks = start - starts[number], self._checks
+        checks.owed -= len(tokens)
+        if checks.owed < 0:
+            checks.check(number, first)
+        while start + len(tokens) > starts[number + 1]:
+            part = tokens[: starts[number + 1] - start]
+            self._files.read_into(number, first * self._item, part)
+            tokens, number, first = tokens[len(part) :], number + 1, 0
+            start = starts[number]
+        self._files.read_into(number, first * self._item, tokens)
 
     @property
     def masks(self) -> list[TargetMask]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megahybrid.data.manifest import Manifest
 from megahybrid.data.shard_files import RESTORE
-from megahybrid.data.token_file import ShardIndex, file_facts
+from megahybrid.data.token_file import Array, ShardIndex, file_facts
 from megahybrid.errors import DataError
 
 TRIED_BLOCKS = 4  # checksums tried at open: 64 MiB, some 50 ms
@@ -51,7 +51,7 @@ class BlockChecks:
         self,
         shards: Sequence[ShardIndex],
         manifest: Manifest | None,
-        read: Callable[[int, int, int], bytearray],
+        read: Callable[[int, int, int], Array],
     ) -> None:
         """`read` gives bytes of a shard by its number, the first byte and how many."""
         self._shards, self._read = shards, read
@@ -84,9 +84,9 @@ class BlockChecks:
         self._seen.add((number, block))
 
 
-def check_block(path: Path, block: int, begin: int, data: bytes | bytearray, crc32: int) -> None:
+def check_block(path: Path, block: int, begin: int, data: Array, crc32: int) -> None:
     """Raises DataError unless the block's bytes have this checksum."""
-    found = zlib.crc32(data)
+    found = zlib.crc32(data.data)
     if found != crc32:
         raise DataError(
             f"{path} block {block} (bytes from {begin}) has crc32 {found}, not {crc32}. "

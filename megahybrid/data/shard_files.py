@@ -7,7 +7,9 @@ how much there was. It costs 0.7 µs more for a row of 16 KiB.
 import os
 from collections.abc import Sequence
 
-from megahybrid.data.token_file import ShardIndex
+import numpy as np
+
+from megahybrid.data.token_file import Array, ShardIndex
 from megahybrid.errors import DataError
 
 OPEN_FILES = 128  # kept: of file descriptors 1024 are usual
@@ -38,17 +40,18 @@ class ShardFiles:
             self._open.pop(next(iter(self._open)))  # the first opened
         return found
 
-    def read_into(self, number: int, begin: int, data: memoryview) -> None:
-        """Fills `data` with bytes from `begin` of shard `number`. Raises DataError."""
+    def read_into(self, number: int, begin: int, data: Array) -> None:
+        """Fills `data` with what lies from byte `begin` on of shard `number`. Raises DataError."""
         try:
             file = self._open.get(number) or self._file(number)
-            size = os.preadv(file.descriptor, (data,), begin)
+            done = os.preadv(file.descriptor, (data,), begin)  # type: ignore[arg-type]
             # A part: more than 2 GiB at once, a network's file system, or the end.
-            while size < len(data):
-                more = os.preadv(file.descriptor, (data[size:],), begin + size)
+            while done < data.nbytes:
+                rest = data.view(np.uint8)[done:]
+                more = os.preadv(file.descriptor, (rest,), begin + done)  # type: ignore[arg-type]
                 if not more:
-                    raise self._too_short(number, begin + size)
-                size += more
+                    raise self._too_short(number, begin + done)
+                done += more
         except OSError as error:
             raise DataError(
                 f"{self._shards[number].bin_path} cannot be read ({error.strerror}). {RESTORE}"
@@ -61,9 +64,9 @@ class ShardFiles:
             f"when it was opened. {RESTORE}"
         )
 
-    def read(self, number: int, begin: int, size: int) -> bytearray:
+    def read(self, number: int, begin: int, size: int) -> Array:
         """Up to `size` bytes from `begin` of shard `number`, fewer only at its end."""
         shard = self._shards[number]
-        data = bytearray(min(size, shard.tokens * shard.dtype.itemsize - begin))
-        self.read_into(number, begin, memoryview(data))
+        data = np.empty(min(size, shard.tokens * shard.dtype.itemsize - begin), np.uint8)
+        self.read_into(number, begin, data)
         return data

@@ -12,7 +12,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.guard import check_block
 from megahybrid.data.manifest import ShardEntry
 from megahybrid.data.shard_files import ShardFiles
-from megahybrid.data.token_file import ShardIndex
+from megahybrid.data.token_file import Array, ShardIndex
 from megahybrid.errors import DataError
 
 THREADS = 2
@@ -83,7 +83,7 @@ def _document_ends(shard: ShardIndex) -> np.ndarray:
 
 
 def _check_tokens(
-    dataset: TokenDataset, shard: ShardIndex, first: int, data: bytearray, ends: np.ndarray
+    dataset: TokenDataset, shard: ShardIndex, first: int, data: Array, ends: np.ndarray
 ) -> None:
     tokens = np.frombuffer(data, shard.dtype)
     unsigned = tokens.view(f"<u{shard.dtype.itemsize}")  # a negative id is a huge one
