@@ -107,7 +107,6 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
     datasets = [TokenDataset(path) for path in paths]
     infos = []
     for dataset in datasets:
-        _refuse_mask(dataset)
         if dataset.manifest is None or dataset.plan is not None:
             raise DataError(
                 f"{dataset.path} has no manifest of its own. Import it first with "
@@ -120,14 +119,6 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
                 f"{datasets[0].path} with {infos[0].sha256[:12]}. Tokenize one of them again."
             )
     return datasets, infos[0]
-
-
-def _refuse_mask(dataset: TokenDataset) -> None:
-    if dataset.masked:
-        raise DataError(
-            f"{dataset.path} has a .mask of targets that count, which would be lost here. Mix such "
-            "data as a source of its own in the run."
-        )
 
 
 def _copy(part: Part, writer: TokenWriter) -> None:
@@ -179,7 +170,6 @@ def import_dataset(
 ) -> Manifest:
     """A plain Megatron dataset with a manifest, checksums, and eod after every document."""
     dataset = TokenDataset(path, vocab_size=tokenizer.vocab_size)
-    _refuse_mask(dataset)
     options: dict[str, Any] = {
         "sources": _sources([dataset]),
         "noted": dataset.noted,
