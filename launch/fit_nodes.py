@@ -57,8 +57,12 @@ def _in_pairs(attempt: Attempt, nodes: Sequence[str]) -> dict[str, str]:
     if not answers:
         raise SlurmError(f"no pair of nodes answered ({_last_line(attempt, 'pair-check.log')})")
     verdict = judge(nodes, answers, check.pair_ratio)
-    for line in verdict.told:
-        attempt.tell(line)
+    attempt.tell(verdict.told)
+    if verdict.nobody is not None:
+        raise SlurmError(
+            f"no two nodes reach each other ({verdict.nobody}). Look at the network, the python of "
+            "the site file and its NCCL_SOCKET_IFNAME, or set node_check.pairs: false there."
+        )
     return verdict.bad
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 LEAST_FOR_SPEED = 4  # nodes: of fewer pairs the median itself may be slow
@@ -47,10 +47,12 @@ def read_answers(folder: Path) -> list[Answer]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`bad`: node and reason. `told`: lines for the batch log."""
+    """`bad`: node and reason. `told`: a line for the batch log. `nobody`: an error, where no pair
+    worked at all and the nodes are hardly to blame for it."""
 
     bad: dict[str, str]
-    told: list[str] = field(default_factory=list)
+    told: str
+    nobody: str | None = None
 
 
 def judge(nodes: Sequence[str], answers: Sequence[Answer], ratio: float) -> Verdict:
@@ -89,4 +91,6 @@ def judge(nodes: Sequence[str], answers: Sequence[Answer], ratio: float) -> Verd
     told = f"pairs: {len(speeds)} of {len(pairs)} reach each other"
     if speeds:
         told += f", at {min(speeds.values()):.3g} to {max(speeds.values()):.3g} GiB/s"
-    return Verdict(bad, [told])
+    common = next(iter(errors.values()), "")
+    no_node = not speeds and (len(nodes) > 2 or "ModuleNotFoundError" in common)
+    return Verdict(bad, told, common if no_node else None)

@@ -52,7 +52,9 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
         why = _REASONS.get(first.reason, first.reason)
         before = ""
         if last is not None:
-            before = f" after attempt {len(history)}: {last.reason or 'lost, with its batch host'}"
+            before = (
+                f" after attempt {len(history)}: {last.reason or 'lost, its batch process gone'}"
+            )
         more = f" (+{len(pending) - 1} in the chain)" if len(pending) > 1 else ""
         return (
             f"{run_directory.name}: PENDING job {first.task}{more} ({why})"

@@ -9,6 +9,8 @@ from launch.records import attempts
 from megahybrid.heartbeat import first_failure, read_beats
 
 TRACEBACK = "Traceback (most recent call last)"
+# c10d, wherever an address has no name.
+NOISE = "The hostname of the client socket cannot be retrieved"
 # Errors that only say that another rank is gone.
 _CONSEQUENCE = re.compile(
     r"Connection (closed by peer|reset)|Broken pipe|recvValue failed|NCCL|remote process exited"
@@ -77,7 +79,8 @@ def tail(run_directory: Path, lines: int) -> list[str]:
     error = first_error(run_directory, folder)
     shown: dict[str, list[str]] = {}
     for path in _logs(folder):
-        for line in path.read_text(errors="replace").splitlines()[-lines:]:
+        said = [x for x in path.read_text(errors="replace").splitlines() if NOISE not in x]
+        for line in said[-lines:]:
             shown.setdefault(line, []).append(_source(path))
     merged = [
         f"{sources[0]}{f' (+{len(set(sources)) - 1})' if len(set(sources)) > 1 else ''} | {line}"

@@ -36,7 +36,7 @@ def test_who_reaches_nobody_is_named_and_nobody_else(bad: set[str]) -> None:
     assert set(verdict.bad) == bad
     if bad == {"n3"}:
         assert verdict.bad == {"n3": "does not reach n2 (timeout)"}
-        assert verdict.told == ["pairs: 4 of 6 reach each other, at 20 to 20 GiB/s"]
+        assert verdict.told == "pairs: 4 of 6 reach each other, at 20 to 20 GiB/s"
 
 
 def test_of_three_nodes_the_bad_one_is_known_and_of_two_both_are_in_doubt() -> None:
@@ -58,3 +58,10 @@ def test_a_node_that_is_slow_with_everyone_is_named() -> None:
     assert verdict.bad == {"n2": "all-reduce at 1 GiB/s (20 between others)"}
     # Of three pairs two are slow: nobody can say which node it is.
     assert judge(nodes[:3], _answers(nodes[:3], set(), slow="n2"), 4).bad == {}
+
+
+def test_where_nobody_reaches_anybody_the_nodes_are_not_at_fault() -> None:
+    assert judge(["a", "b", "c"], _answers(["a", "b", "c"], {"a", "b", "c"}), 4).nobody
+    pair, error = ("a", "b"), "ModuleNotFoundError: No module named 'torch'"
+    assert judge(["a", "b"], [Answer(pair, None, error)] * 2, 4).nobody == error
+    assert judge(["a", "b"], [Answer(pair, None, "no answer in 90 s")] * 2, 4).nobody is None
