@@ -101,6 +101,11 @@ class RunConfig(Frozen):
         here = bisect.bisect_right(plans, point.tokens_in_stage, key=lambda part: part.tokens)
         return plans[here - 1].plan
 
+    def plan_after(self, tokens: int) -> LayerPlan:
+        """The layer plan of the step that ended with `tokens` seen: what a checkpoint of then was
+        trained with. The model's own before any step."""
+        return self.plan_in_force(tokens - 1) if tokens else self.model.layer_plan
+
     def longest_rows(self, tokens: int) -> int:
         """The longest sequences of the stages that have begun when `tokens` have been seen."""
         index = self.stage_plan.at(max(0, tokens - 1)).index

@@ -172,7 +172,7 @@ def run_of(reader: Reader) -> RunConfig:
 def plan_of(run: RunConfig, manifest: Manifest, path: Path) -> LayerPlan:
     """The layer plan of the step that wrote a checkpoint: the stage's, and where it anneals, that
     of its last token. Raises CheckpointError where the checkpoint says another."""
-    plan = run.plan_in_force(max(0, manifest.tokens - 1))
+    plan = run.plan_after(manifest.tokens)
     for name, kept in manifest.train_state.get("schemes", {}).items():
         found = dump(plan.schemes[name]) if name in plan.schemes else None
         if found != kept:

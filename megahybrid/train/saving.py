@@ -126,7 +126,7 @@ class RunSaver:
 
 def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:
     """What a checkpoint says of the layers of the step that wrote it: {"schemes": by name}."""
-    plan = run.plan_in_force(max(0, tokens - 1))
+    plan = run.plan_after(tokens)
     return {"schemes": {name: dump(scheme) for name, scheme in plan.schemes.items()}}
 
 

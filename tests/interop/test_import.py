@@ -214,6 +214,16 @@ def test_an_import_without_a_place_goes_where_the_run_starts_from(
     verify(tmp_path / "runs/run-imported/checkpoints/step-00000000")
 
 
+def test_an_import_leaves_as_it_came_whatever_its_run_will_change(tmp_path: Path) -> None:
+    written(tmp_path / "theirs", "Llama", LLAMA)
+    model = model_of([ROPE] * 2, eps=1e-6, tie_embeddings=False, intermediate_size=40)
+    run = run_of_model(model, "stages.0.schemes={layer0: {window: 128}}")
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", tokenizer="none")
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "llama"
+
+
 def test_a_run_file_of_another_model_is_refused_field_by_field(tmp_path: Path) -> None:
     written(tmp_path / "theirs", "Llama", LLAMA)
     model = model_of([ROPE, NOPE], eps=1e-6, tie_embeddings=False, vocab_size=62)
