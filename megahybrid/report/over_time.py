@@ -93,7 +93,8 @@ def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
             data = [
                 line([one.tokens for one in events],
                      [one.detail["by_kind"].get(kind, {}).get(figure) for one in events],
-                     f"{kind} layers", colour=inks[kind], hovertemplate="%{y:.4g}")
+                     f"{kind} layers", colour=inks[kind], markers="circle",
+                     hovertemplate="%{y:.4g}")
                 for kind in kinds
             ]  # fmt: skip
             plan = layout(

@@ -14,7 +14,7 @@ from megahybrid.report.over_time import suite_curves, telemetry_charts
 from megahybrid.report.parts import Cell, Html, Missing, Part, Section, Table
 from megahybrid.report.position_charts import position_parts
 from megahybrid.report.record import RunRecord
-from megahybrid.report.summary import FAULTS, duration
+from megahybrid.report.summary import duration, is_fault
 from megahybrid.report.training_charts import stage_table, training_parts
 from megahybrid.train.ledger import BEGINNINGS, EventLine, StepLine
 
@@ -102,13 +102,23 @@ def _fault_parts(records: Records) -> list[Part]:
                 duration(mine[-1].time_unix - mine[0].time_unix),
             ])  # fmt: skip
         for line in lines:
-            if isinstance(line, EventLine) and line.event in FAULTS:
+            if isinstance(line, EventLine) and is_fault(line):
                 events.append([
                     record.name, line.attempt, line.step, line.stage,
                     line.event.replace("_", " "), _detail(line.detail),
                 ])  # fmt: skip
     head = ("run", "attempt", "from step", "to step", "steps taken", "outcome", "wall time")
     parts: list[Part] = [Table(head, attempts, "Attempts")]
+    gates: list[list[Cell]] = [
+        [
+            record.name, line.stage, line.step, line.detail["gate"], line.detail["value"],
+            line.detail["bound"], "passed" if line.detail["ok"] else "not passed",
+        ]
+        for record in records for line in record.ledger.named("gate")
+    ]  # fmt: skip
+    if gates:
+        columns = ("run", "stage", "step", "gate", "value", "asked", "verdict")
+        parts.append(Table(columns, gates, "Gates"))
     if events:
         names = ("run", "attempt", "step", "stage", "event", "detail")
         parts.append(Table(names, events, "Events"))

@@ -13,11 +13,11 @@ from megahybrid.report.needle_rate import needle_rate
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation, RunRecord
-from megahybrid.train.ledger import EventLine
+from megahybrid.train.ledger import EventLine, Line
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # What a reader of faults wants to see of the ledger; saving and scoring are the ordinary course.
-FAULTS = {"skip", "warning", "listener_failed", "audit", "exhausted", "gate", "config_change"}
+FAULTS = {"skip", "warning", "listener_failed", "rewind", "exhausted", "config_change"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,16 @@ def state(record: RunRecord) -> str:
 
 def fault_count(record: RunRecord) -> int:
     """Events of all attempts that are not the ordinary course of a run."""
-    return sum(isinstance(line, EventLine) and line.event in FAULTS for line in record.every_line)
+    return sum(is_fault(line) for line in record.every_line)
+
+
+def is_fault(line: Line) -> bool:
+    """Whether a line tells of something unusual: also a gate or a save that failed."""
+    if not isinstance(line, EventLine):
+        return False
+    return line.event in FAULTS or (
+        line.event in ("gate", "save") and not line.detail.get("ok", True)
+    )
 
 
 def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:

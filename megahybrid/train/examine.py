@@ -57,11 +57,14 @@ class Examiner:
         return every is not None and step % every == 0
 
     def missing(self, step: int) -> list[str]:
-        """Names of the suites without a result at this step, as rank 0 sees the folder."""
-        found: list[str] = []
-        if self.mesh.rank == 0:
-            paths = {name: result_path(self.directory, step, "suite", name) for name in self.suites}
-            found = [name for name, path in paths.items() if not path.exists()]
+        """Names of the suites without a result at this step. By the ledger, which knows what a
+        resume made void; the files do not."""
+        found = list(self.suites)
+        path = self.directory / LEDGER_NAME
+        if self.mesh.rank == 0 and found and path.exists():
+            asked = read_ledger(path).named("suite")
+            known = {line.detail["suite"] for line in asked if line.step == step}
+            found = [name for name in found if name not in known]
         return broadcast_object(found, self.mesh.world)
 
     def ask(self, model: Transformer, state: TrainState, stage: Stage, names: list[str]) -> None:

@@ -41,7 +41,7 @@ def keep(run: Path, name: str, result: dict[str, Any]) -> None:
 
 
 def write_answers(run: Path) -> Path:
-    """Puts a suite at two steps and an analysis into the run's `evaluations`."""
+    """Puts a suite at two steps, and what each other command keeps, into `evaluations`."""
     ruler = [
         {"task": task, "length": length, "score": 0.5, "standard_error": 0.1, "trials": 5}
         for task in ("vt", "cwe")
@@ -59,6 +59,11 @@ def write_answers(run: Path) -> Path:
     told = {"trained_length": 4096, "tokens": 150 * BATCH, "tasks": tasks}
     keep(run, "step-00000150.suite.long.json", told)
     keep(run, "step-00000196.suite.long.json", told | {"tokens": 196 * BATCH})
+    brief = {"sample": {"loss": 3.0, "perplexity": 20.1, "tokens": 100}}
+    reach = {"trained_length": 4096, "rows": {"4096": brief, "32768": brief}, "sliding": brief}
+    keep(run, "step-00000196.loss.held_out.json", reach)
+    figures_of_arc = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.125}
+    keep(run, "step-00000196.lm_eval.arc.json", {"results": {"arc": figures_of_arc}})
     told = {"task": "needle", "length": 4096, "depth": 0.5, "trials": 8, "exact": 0.25}
     keep(run, "step-00000196.attention.needle.json", {"results": [told | {"attention": figures()}]})
     return run

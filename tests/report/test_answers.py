@@ -20,7 +20,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_report_shows_the_newest_needles_ruler_puzzles_and_attention(run: Path) -> None:
-    assert [(one.kind, one.step) for one in newest(run)] == [("attention", 196), ("suite", 196)]
+    assert [(one.kind, one.step) for one in newest(run)] == [
+        ("attention", 196), ("lm_eval", 196), ("loss", 196), ("suite", 196),
+    ]  # fmt: skip
     written = write_report(run)
     for name in (
         "needle_long_single", "ruler_long_ruler", "puzzle_long_pairs", "attention_needle_0",

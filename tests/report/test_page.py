@@ -63,6 +63,10 @@ def test_the_page_says_what_the_run_was_and_how_it_went(page: Path) -> None:
         "3.21M tokens in three stages",
         "from 256 to 4,096 tokens: 196 steps",
         "It is done, in two attempts",
+        "<td>rows of 32,768 (8×)</td>",
+        "<td>a sliding window of 4,096</td>",
+        '<td>arc</td><td>acc</td><td class=n data-value="0.5">0.5</td><td class=n',
+        "<td>loss on sample</td>",
         "return self &amp; size",
         "&lt;size&gt;",
     ):
