@@ -129,6 +129,7 @@ def test_an_offline_run_holds_every_step_through_stages_and_restarts(tmp_path: P
             listeners.on_step(step_line(step))
         listeners.on_event("evaluate", EVALUATION)
         listeners.on_end("done")
+        time.sleep(1.1)  # wandb names an offline folder by the second
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert {path.stem for path in files} == {f"run-{stable_id(tmp_path)}"}
     rows = [row for path in files for row in rows_of(path)]
