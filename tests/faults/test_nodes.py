@@ -81,6 +81,16 @@ def test_a_silent_node_is_survived_and_does_no_harm_when_it_is_back(
     assert steps[0] == 120 and attempts(run.directory)[-1].code == 0
 
 
+def test_without_a_spare_the_job_comes_back_without_the_bad_node(tmp_path: Path) -> None:
+    bad = "pairs: false, command: 'echo said to be bad; test $SLURMD_NODENAME != t1'"
+    run = Run(tmp_path, nodes=2, steps=10, check=bad)
+    run.until(r"PENDING .* after attempt 1: bad node t1 \(site's check: said to be bad\)")
+    run.start_now()
+    run.until("DONE after 2 attempts", 60)
+    assert attempts(run.directory)[1].nodes == ["t2", "t3"]
+    assert "said to be bad" in next(x for x in node_lines(run.directory) if x.startswith("t1: "))
+
+
 @pytest.mark.quick
 def test_a_killed_batch_process_costs_an_attempt_and_no_more(tmp_path: Path) -> None:
     run = Run(tmp_path, nodes=1, steps=60)
