@@ -1,8 +1,6 @@
 """Compiled blocks: traced whole, the same numbers, no more programs than kinds and shapes."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +22,6 @@ from tests.parity.test_engine import BOUND, Case, engine_run, joined_weights, pl
 from tests.plain_model import random_tensors, relative_error
 from tests.plain_training import random_batch
 
-ROOT = Path(__file__).parents[2]
 # Front end and autograd as inductor has them, without its code: what breaks, breaks here.
 TRACED = "aot_eager"
 LENGTH = 48
@@ -152,41 +149,15 @@ def test_blocks_cut_over_ranks_are_refused() -> None:
         built.compile_blocks(TRACED)
 
 
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-from torch._dynamo.utils import counters
-from megahybrid.model.compiled import keep_programs
-from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.mesh import ParallelMesh
-from tests.parity.cases import model
-keep_programs(Path(sys.argv[1]))
-config = model("nope", "post_norm")  # little to compile
-built = Transformer(config, ParallelMesh.single(), compiler="inductor")
-tokens = torch.arange(32)[None] % config.vocab_size
-built(tokens, tokens)[0].backward()  # kept with its backward, not before
-print(*(counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss")))
-"""
+def test_programs_are_kept_where_the_run_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-
-@pytest.mark.skipif(os.system("g++ --version > /dev/null 2>&1") != 0, reason="needs g++")
-def test_a_second_process_takes_its_programs_from_the_first(tmp_path: Path) -> None:
-    def counts() -> list[int]:
-        environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "programs")],
-            cwd=ROOT,
-            env=environment | {"JAXTYPING_DISABLE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-        return [int(word) for word in done.stdout.split()]
-
-    (hit, missed), (hit_later, missed_later) = counts(), counts()
-    assert (hit, missed_later) == (0, 0)
-    assert missed == hit_later == 2  # enter and leave
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_programs(tmp_path / "programs")
+    assert Path(cache_dir()) == tmp_path / "programs"
 
 
 def test_the_users_own_place_for_programs_stays(
