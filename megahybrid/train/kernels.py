@@ -44,7 +44,7 @@ def choose_kernels(
     found = broadcast_object(found, mesh.world)
     result = chosen | found["chosen"] | {"length": str(length)}
     if found["seconds"]:
-        tell("kernels", {"length": length, "chosen": found["chosen"], **found["seconds"]})
+        tell("kernels", {"length": length, **found["seconds"]})
     return result
 
 
@@ -60,12 +60,12 @@ def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> di
         names = candidates(kind, work.device, work.dtype, work.head_dim)
         if len(names) > 1:
             times = measure_tested(names, these, work)
-            seconds[kind] = {name: _told(value) for name, value in times.items()}
+            seconds[kind] = _told(times)
             chosen[kind] = fastest(times) or names[0]
     if run.kernels.blocks == "auto" and mesh.tensor.size == 1 and run.parallel.zero_stage < 3:
         kernels = {kind: chosen.get(kind, getattr(run.kernels, kind)) for kind in KINDS}
         times = measure_blocks(run, run.plan_at(index), work, kernels)
-        seconds["blocks"] = {name: _told(value) for name, value in times.items()}
+        seconds["blocks"] = _told(times)
         chosen["blocks"] = fastest(times) or "plain"
     return {"chosen": chosen, "seconds": seconds}
 
@@ -146,6 +146,9 @@ def measure_blocks(
     return found
 
 
-def _told(value: float | str) -> float | str:
-    """Milliseconds, or the reason."""
-    return round(value * 1e3, 3) if isinstance(value, float) else value
+def _told(found: dict[str, float | str]) -> str:
+    """ "varlen 1.234 ms, flex 2.345 ms, fa3: why it did not run"."""
+    return ", ".join(
+        f"{name} {value * 1e3:.3f} ms" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in found.items()
+    )

@@ -56,7 +56,7 @@ class Layers:
         """The recompute policy of each layer; what a budget came to is told."""
         policies = policies_of(self._run, index, self._mesh.data.size)
         if isinstance(self._run.stages[index].recompute, RecomputeBudget):
-            tally = {name: policies.count(name) for name in dict.fromkeys(policies)}
+            tally = ", ".join(f"{name} {policies.count(name)}" for name in dict.fromkeys(policies))
             self._tell("recompute", {"layers": tally, "policies": policies})
         return policies
 

@@ -99,8 +99,8 @@ def several(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, An
 def test_the_measured_choice_is_told_with_its_milliseconds(several: Any) -> None:
     measured = several({})
     assert measured["chosen"] == {"windowed": "reference", "blocks": "compiled"}
-    assert measured["seconds"]["windowed"] == {"blocked": 2000.0, "reference": 1000.0}
-    assert measured["seconds"]["blocks"] == {"plain": 3000.0, "compiled": 2500.0}
+    assert measured["seconds"]["windowed"] == "blocked 2000.000 ms, reference 1000.000 ms"
+    assert measured["seconds"]["blocks"] == "plain 3000.000 ms, compiled 2500.000 ms"
 
 
 def test_what_the_run_file_names_is_not_measured(several: Any) -> None:
