@@ -375,8 +375,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         others |= {"--beyond": arguments.beyond or None}
         for name, value in (others | {"--max-tokens": arguments.max_tokens}).items():
             if value is not None:
+                given = name if value is True else f"{name}={value}"
                 raise ConfigError(
-                    f"{name}={value} is for held-out loss, but a suite was given "
+                    f"{given} is for held-out loss, but a suite was given "
                     f"({arguments.suite}). Leave one of them out."
                 )
         return evaluate_suite(

@@ -67,7 +67,7 @@ def evaluate(
         scored.score(token_loss, trained.length if beyond else length or trained.length, tell)
         scored.score_far(token_loss, tell)
         if beyond:
-            reach = _reach(trained, scored, stream, status.update)
+            reach = _reach(trained, scored, status.update)
     result = _json(trained, stream, far) | (reach.to_json() if reach else {})
     kept = keep(trained, "loss", "held_out", result) if beyond and data is None else None
     if as_json:
@@ -99,16 +99,14 @@ def _brief(score: HeldOutLoss) -> dict[str, Any]:
     return {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
 
 
-def _reach(
-    trained: TrainedModel,
-    scored: HeldOutSets,
-    stream: dict[str, HeldOutLoss],
-    say: Callable[[str], None],
-) -> Reach:
+def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None]) -> Reach:
     token_loss = evaluation_loss(trained.model)
-    rows = {trained.length: dict(stream)}
+    # The same tokens in rows of every length: whole rows of the longest, one at least.
+    longest = TIMES[-1] * trained.length
+    scored.max_tokens = max(longest, scored.max_tokens // longest * longest)
+    rows: dict[int, dict[str, HeldOutLoss]] = {}
     sliding: dict[str, HeldOutLoss] = {}
-    for times in TIMES[1:]:
+    for times in TIMES:
         found = rows.setdefault(times * trained.length, {})
 
         def tell(name: str, score: HeldOutLoss, _: str, found: dict = found) -> None:

@@ -69,6 +69,14 @@ def test_asking_changes_no_step_and_scores_as_the_command_does(
         for row, again in zip(during[task]["rows"], after[task]["rows"], strict=True):
             assert row == pytest.approx(again, rel=1e-5)
 
+    assert main(["evaluate", "one", "--beyond", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["rows"]) == ["512", "1024", "2048", "4096"]
+    tokens = {scores["held"]["tokens"] for scores in told["rows"].values()}
+    assert len(tokens) == 1 and tokens.pop() > 500  # the same ones, however they are cut
+    assert told["sliding"]["held"]["loss"] > 0
+    assert (folder / "one" / "evaluations" / "step-00000016.loss.held_out.json").exists()
+
 
 GATE = "stages.0.gates=[{kind: suite, suite: puzzles, task: copy, length: 24, at_least: 0.9}]"
 
