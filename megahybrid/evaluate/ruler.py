@@ -103,7 +103,10 @@ class RulerMaker:
         """A passage cut out of the essays, for rows longer than all passages."""
         assert self.material.tokenizer is not None  # questions were encoded with it
         if self._essay is None:
-            self._essay = make_hay(self.task.essay, self.material)
+            essay = self.task.essay
+            # Needles make no passage.
+            source = NOISE if isinstance(essay, KeysHaystack) else essay
+            self._essay = make_hay(source, self.material)
         text = self.material.tokenizer.decode(self._essay(FILLER_TOKENS, draw)[0])
         return " ".join(text.split())
 
