@@ -221,7 +221,7 @@ def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
     if needed > budget:
         raise ConfigError(
             f"stages.{index}.recompute.budget_gib={budget:g} is less than a step takes with every "
-            f"layer recomputed and off-loaded ({needed:.1f} GiB). Lower "
+            f"layer recomputed and off-loaded ({needed:.3g} GiB). Lower "
             f"stages.{index}.micro_batch_tokens={stage.micro_batch_tokens}, or raise "
             f"parallel.tensor={run.parallel.tensor} or "
             f"parallel.zero_stage={run.parallel.zero_stage}."
