@@ -5,7 +5,8 @@
 All read the same token ids from the page cache, in a random training order, in one process. Ours
 are rows of 8,192 inputs and their targets (8,193 tokens), with document boundaries, in steps of 64
 rows through `read_step`: order, mixture, checks and all; ids keep their width, as on the way to a
-GPU. "widened" adds the int64 arrays of tokens, targets and document starts. GPTDataset gives int64
+GPU. The host part of a GPU step adds the int64 document starts, which the model reads there; the
+tensors of a CPU step are int64 tokens, targets and starts, by torch. GPTDataset gives int64
 tokens and labels with its cheapest settings (no attention mask, no boundaries). datasets gives
 8,193 ids in numpy format and nothing else. Rounds alternate; medians and ratios are printed.
 """
@@ -41,8 +42,9 @@ def write_corpus(folder: Path, tokens: int) -> None:
             tokens -= len(ids)
 
 
-def ours(folder: Path, widen: bool = False) -> Iterator[int]:
-    """Yields rows served, a step at a time."""
+def ours(folder: Path, use: str = "ids") -> Iterator[int]:
+    """Yields rows served, a step at a time. use: the ids and where documents end; gpu: what the
+    trainer makes on the host before a step on a GPU; cpu: the tensors of a step on a CPU."""
     mixture = Mixture(
         {"a": TokenDataset(folder)}, {"a": 1}, seed=1, block_tokens=32 * LENGTH, lanes=64
     )
@@ -50,9 +52,12 @@ def ours(folder: Path, widen: bool = False) -> Iterator[int]:
     while True:
         step = read_step(mixture, state, shape)
         state = step.state
-        if widen:
-            (batch,) = step.micro_batches
-            assert batch.tokens.shape == batch.targets.shape == batch.starts.shape
+        (batch,) = step.micro_batches
+        if use == "gpu":
+            assert batch.starts.shape == batch.shape
+        elif use == "cpu":
+            made = batch.tensors("cpu")
+            assert made.tokens.shape == made.targets.shape == made.starts.shape
         yield BATCH
 
 
@@ -145,7 +150,8 @@ def main() -> None:
         write_corpus(folder / "data", args.tokens)
         peers: dict[str, Iterator[int] | None] = {
             "megahybrid": ours(folder / "data"),
-            "megahybrid, widened": ours(folder / "data", widen=True),
+            "megahybrid, host part of a GPU step": ours(folder / "data", "gpu"),
+            "megahybrid, tensors of a CPU step": ours(folder / "data", "cpu"),
             "megatron-core GPTDataset": megatron(folder / "data", folder / "cache", 200_000),
             "datasets, numpy format": hugging_face(folder / "data", folder),
         }
