@@ -110,6 +110,7 @@ format: $(DEVELOPMENT) ## rewrite the sources as `check` wants them
 bench: $(DEVELOPMENT) ## our step against Hugging Face's Cohere2, growth with length, memory; CPU, 10 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train_step $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.start_up
 
 bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU
 	@$(BIN)/python -m benchmarks.train_step --device cuda $(ARGS)

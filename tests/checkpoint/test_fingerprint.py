@@ -79,4 +79,6 @@ def test_the_sizes_can_be_read() -> None:
 
 
 def test_every_field_of_a_model_is_decided_upon() -> None:
-    assert set(FACTS) | {"layer_plan", "initial_std", "embedding_std"} == set(ModelConfig.model_fields)
+    assert set(FACTS) | {"layer_plan", "initial_std", "embedding_std"} == set(
+        ModelConfig.model_fields
+    )

@@ -155,7 +155,8 @@ READING = [
     ("stages.0.lengths={}", "stages.0.lengths={} has 0 entries and needs 1. Change it."),
     (
         "stages.1.recompute=[none, ful]",
-        "stages.1.recompute.1=ful is not one of none, selective, full, offload. Did you mean 'full'?",
+        "stages.1.recompute.1=ful is not one of none, selective, full, offload. "
+        "Did you mean 'full'?",
     ),
     (
         "stages.0.batch_tokens={start: 8192, end: 4096, increment: 4096, over_tokens: 9}",
