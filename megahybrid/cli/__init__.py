@@ -1,0 +1,90 @@
+"""The command line. Parsing imports nothing heavy; each command imports what it needs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megahybrid.cli.models import add_checkpoint_commands, add_interop_commands
+from megahybrid.cli.runs import add_run_commands, add_study_command
+from megahybrid.errors import EXIT_DONE, MegahybridError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is one line and code 2."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of overrides at the first option; they may stand behind it as well.
+    strays = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strays or (rest and "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    try:
+        return parsed.run(parsed)
+    except MegahybridError as error:
+        for line in str(error).splitlines():
+            print(f"megahybrid: {line}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`): nothing is wrong and nothing is owed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megahybrid",
+        description="Pretrain long-context language models whose layers differ in how they see "
+        "position.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_run_commands(commands)
+    add_checkpoint_commands(commands)
+    add_study_command(commands)
+    add_interop_commands(commands)
+    _add_stored_commands(commands)
+    _add_data_commands(commands)
+    _add_launch_commands(commands)
+    return parser
+
+
+def _add_stored_commands(commands: argparse._SubParsersAction) -> None:
+    from megahybrid.checkpoint.commands import add_arguments
+
+    add_arguments(commands)
+    commands.choices["checkpoint"].set_defaults(run=_stored)
+
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    from data_prep.arguments import add_arguments
+
+    add_arguments(commands)
+    commands.choices["data"].set_defaults(run=_data)
+
+
+def _add_launch_commands(commands: argparse._SubParsersAction) -> None:
+    from launch.commands import add_arguments
+
+    add_arguments(commands)
+    commands.choices["launch"].set_defaults(run=_launch)
+
+
+def _stored(arguments: argparse.Namespace) -> int:
+    from megahybrid.checkpoint.commands import run
+
+    return run(arguments)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from data_prep.commands import run
+
+    return run(arguments)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from launch.commands import run
+
+    return run(arguments)

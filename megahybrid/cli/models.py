@@ -1,0 +1,185 @@
+"""Commands about one trained model: evaluate, analyse, sample, export, import."""
+
+import argparse
+from pathlib import Path
+
+from megahybrid.cli.arguments import changes, checkpoint, command
+from megahybrid.errors import ConfigError
+
+
+def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
+    evaluate = command(
+        commands, "evaluate", _evaluate, "held-out loss by position, or a suite's questions"
+    )
+    checkpoint(evaluate)
+    evaluate.add_argument(
+        "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="needles, puzzles, RULER"
+    )
+    evaluate.add_argument("--tokenizer", type=Path, help="for a suite, if the run names none")
+    evaluate.add_argument(
+        "--lm-eval", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness instead"
+    )
+    evaluate.add_argument("--include", type=Path, metavar="DIR", help="its task files of your own")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="its documents per task at most")
+    evaluate.add_argument("--data", type=Path, metavar="DIR", help="another dataset to score")
+    evaluate.add_argument(
+        "--length", type=int, metavar="N", help="tokens of a row; loss by position reaches as far"
+    )
+    evaluate.add_argument("--max-tokens", type=int, metavar="N", help="tokens scored at most")
+    evaluate.add_argument(
+        "--beyond",
+        action="store_true",
+        help="also rows of 2, 4 and 8 times the trained length, and a sliding window",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    changes(evaluate)
+    analyse = command(commands, "analyse", _analyse, "what the heads look at while they answer")
+    checkpoint(analyse)
+    analyse.add_argument(
+        "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="whose needles and puzzles"
+    )
+    analyse.add_argument("--examples", type=Path, metavar="FILE.json", help="your own token ids")
+    analyse.add_argument("--length", type=int, metavar="N", help="tokens (default: as trained)")
+    analyse.add_argument("--depth", type=float, default=0.5, help="of the needle: 0 to 1")
+    analyse.add_argument("--trials", type=int, default=8, metavar="N", help="texts to average over")
+    analyse.add_argument(
+        "--threshold", type=float, default=0.1, help="needle mass of a retrieval head"
+    )
+    analyse.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
+    analyse.add_argument("--json", action="store_true", help="print JSON")
+    changes(analyse)
+    sample = command(commands, "sample", _sample, "continue a prompt")
+    checkpoint(sample)
+    sample.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    sample.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    sample.add_argument("--seed", type=int, default=1)
+    sample.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens the model sees (default: as it was trained)",
+    )
+    sample.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
+
+
+def add_interop_commands(commands: argparse._SubParsersAction) -> None:
+    export = command(commands, "export", _export, "a checkpoint as a folder for transformers")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.add_argument("--architecture", metavar="NAME", help="the class to say the model in")
+    export.add_argument("--tokenizer", metavar="FILE", help="the run's when left out; or: none")
+    bring_in = command(commands, "import", _import, "a Hugging Face folder as a checkpoint")
+    bring_in.add_argument("folder", type=Path, metavar="HF_DIR", help="folder on this disk")
+    bring_in.add_argument("run_file", type=Path, metavar="RUN.yaml", help="written if missing")
+    bring_in.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT",
+        help="folder to make (default: what RUN.yaml starts from, or runs/NAME-imported)",
+    )  # fmt: skip
+    bring_in.add_argument("--plan", type=Path, metavar="FILE", help="another layer plan for it")
+    bring_in.add_argument("--data", type=Path, metavar="DIR", help="loss before and after --plan")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.lm_eval:
+        from megahybrid.train.lm_eval_command import evaluate_lm_eval
+
+        return evaluate_lm_eval(
+            arguments.checkpoint,
+            arguments.lm_eval,
+            include=arguments.include,
+            length=arguments.length,
+            limit=arguments.limit,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+        )
+    if arguments.suite is not None:
+        from megahybrid.train.suite_command import evaluate_suite
+
+        others = {"--data": arguments.data, "--length": arguments.length}
+        others |= {"--beyond": arguments.beyond or None}
+        for name, value in (others | {"--max-tokens": arguments.max_tokens}).items():
+            if value is not None:
+                given = name if value is True else f"{name}={value}"
+                raise ConfigError(
+                    f"{given} is for held-out loss, but a suite was given "
+                    f"({arguments.suite}). Leave one of them out."
+                )
+        return evaluate_suite(
+            arguments.checkpoint,
+            arguments.suite,
+            tokenizer=arguments.tokenizer,
+            device=arguments.device,
+            changes=arguments.change,
+            as_json=arguments.json,
+        )
+    from megahybrid.train.evaluate_command import evaluate
+
+    return evaluate(
+        arguments.checkpoint,
+        data=arguments.data,
+        length=arguments.length,
+        max_tokens=arguments.max_tokens,
+        device=arguments.device,
+        changes=arguments.change,
+        beyond=arguments.beyond,
+        as_json=arguments.json,
+    )
+
+
+def _analyse(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.analyse_command import analyse
+
+    return analyse(
+        arguments.checkpoint,
+        suite_file=arguments.suite,
+        examples_file=arguments.examples,
+        length=arguments.length,
+        depth=arguments.depth,
+        trials=arguments.trials,
+        threshold=arguments.threshold,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        changes=arguments.change,
+        as_json=arguments.json,
+    )
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.sample_command import sample
+
+    return sample(
+        arguments.checkpoint,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        tokenizer=arguments.tokenizer,
+        context=arguments.context,
+        device=arguments.device,
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megahybrid.interop.export import export
+
+    return export(
+        arguments.checkpoint,
+        arguments.out,
+        dtype=arguments.dtype,
+        architecture=arguments.architecture,
+        tokenizer=arguments.tokenizer,
+    )
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megahybrid.interop.bring_in import import_model
+
+    return import_model(
+        arguments.folder,
+        arguments.run_file,
+        arguments.out,
+        plan_file=arguments.plan,
+        data=arguments.data,
+    )

@@ -1,0 +1,174 @@
+"""Commands about run files and runs: train, check, describe, compare, report, watch, study."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from megahybrid.cli.arguments import command, run_file
+from megahybrid.errors import EXIT_DONE, ConfigError
+
+
+def add_run_commands(commands: argparse._SubParsersAction) -> None:
+    train = command(commands, "train", _train, "train a run, or go on with it where it stopped")
+    run_file(train)
+    train.add_argument(
+        "--processes", type=int, metavar="N", help="ranks on this machine (default: as many as fit)"
+    )
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start ranks that failed or hang again, so often at most",
+    )
+    train.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="a field that may differ from what the run was started with: model.layer_plan",
+    )
+    check = command(commands, "check", _check, "everything the config alone can tell, in a second")
+    run_file(check)
+    check.add_argument("--world-size", type=int, metavar="N", help="ranks the run will have")
+    check.add_argument("--site", metavar="SITE", help="on a cluster: memory, hours, checkpoints")
+    check.add_argument("--nodes", type=int, metavar="N", help="of the site")
+    describe = command(commands, "describe", _describe, "layers, parameters, FLOPs and memory")
+    run_file(describe)
+    describe.add_argument("--json", action="store_true", help="the same figures as JSON")
+    describe.add_argument("--world-size", type=int, metavar="N", help="ranks for memory per rank")
+    compare = command(commands, "compare", _compare, "what differs between two runs")
+    compare.add_argument("first", type=Path, metavar="A", help="a run file, or a run's folder")
+    compare.add_argument("second", type=Path, metavar="B")
+    report = command(commands, "report", _report, "plots and one page about a run")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--html", action="store_true", help="the page alone; several runs stand side by side on it"
+    )
+    report.add_argument(
+        "--wandb", choices=("offline", "online"), help="add its tables and pictures to wandb's run"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="of --html: where to write it")
+    watch = command(commands, "watch", _watch, "serve a run's page while the run goes on")
+    watch.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    watch.add_argument("--port", type=int, default=8800, help="0 takes any that is free")
+    watch.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    watch.add_argument(
+        "--allow-others", action="store_true", help="let --host be one that others can reach"
+    )
+
+
+def add_study_command(commands: argparse._SubParsersAction) -> None:
+    study = command(commands, "study", _study, "train and score a grid of variants and seeds")
+    study.add_argument("folder", type=Path, metavar="DIR", help="folder with a study.yaml")
+    study.add_argument("--out", type=Path, metavar="OUT", help="default: runs/<DIR's name>")
+    study.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
+    study.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these instead")
+    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core)")
+    study.add_argument("--table", action="store_true", help="only print what has come out so far")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.command import train
+
+    return train(
+        arguments.run_file,
+        arguments.overrides,
+        arguments.processes,
+        arguments.allow,
+        arguments.max_restarts,
+        _track,
+    )
+
+
+def _track(directory: Path, suite: str | None, step: int) -> Any:
+    """Training knows nothing of the report, which draws what its trackers show."""
+    from megahybrid.report.tracked import tracked
+
+    return tracked(directory, suite, step)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if arguments.site is not None or arguments.nodes is not None:
+        if arguments.site is None or arguments.nodes is None or arguments.world_size is not None:
+            raise ConfigError(
+                f"--site={arguments.site} and --nodes={arguments.nodes} go together and without "
+                "--world-size (it is nodes times the site's ranks per node). Give both."
+            )
+        from launch.commands import check
+
+        return check(arguments.run_file, arguments.overrides, arguments.site, arguments.nodes)
+    from megahybrid.config import load
+    from megahybrid.config.summary import summary
+
+    run = load(arguments.run_file, arguments.overrides)
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise ConfigError(
+            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
+        )
+    run.check(arguments.world_size)
+    print(summary(run, arguments.world_size))
+    return EXIT_DONE
+
+
+def _describe(arguments: argparse.Namespace) -> int:
+    from megahybrid.config import load
+    from megahybrid.config.describe import describe, render
+
+    run = load(arguments.run_file, arguments.overrides)
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise ConfigError(
+            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
+        )
+    run.check(arguments.world_size)
+    description = describe(run, arguments.world_size)
+    print(json.dumps(description, indent=2) if arguments.json else render(description))
+    return EXIT_DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from megahybrid.train.compare_command import compare_runs
+
+    return compare_runs(arguments.first, arguments.second)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megahybrid.report import write_page, write_report
+
+    if arguments.out is not None and not arguments.html:
+        raise ConfigError(f"--out={arguments.out} is for the page alone. Add --html.")
+    if arguments.html:
+        print(write_page(arguments.runs, arguments.out))
+    for run in arguments.runs:
+        for path in [] if arguments.html else write_report(run):
+            print(path)
+        if arguments.wandb:
+            from megahybrid.report.tracked import send_report
+
+            send_report(run, arguments.wandb)
+    return EXIT_DONE
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from megahybrid.report.watch import watch
+
+    return watch(
+        arguments.runs,
+        host=arguments.host,
+        port=arguments.port,
+        allow_others=arguments.allow_others,
+    )
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from megahybrid.study.grid import study
+
+    return study(
+        arguments.folder,
+        out=arguments.out,
+        variants=arguments.variants,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        tabulate_only=arguments.table,
+    )
