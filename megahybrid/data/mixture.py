@@ -154,21 +154,12 @@ class Mixture:
             sources[name] = source | {"cursor": self.order(name).check(source["cursor"])}
         return state | {"sources": sources}
 
-    def carried(self, state: Any) -> State:
-        """What this mixture can go on from of a state that another plan saved: all of it where the
-        order is made from the same numbers, source by source where the files are the same; what is
-        left begins anew."""
-        now = {"seed": self.seed, "block_tokens": self.block_tokens, "lanes": self.lanes}
-        if not state or any(state[name] != value for name, value in now.items()):
-            return self.start()
-        sources = {
-            name: source
-            for name, source in state["sources"].items()
-            if name in self.datasets and self.datasets[name].fingerprint == source["fingerprint"]
-        }
-        if len(sources) < len(state["sources"]):
-            state = state | {"sources": sources, "weights": {}, "since": {}}
-        return self.restore(state)
+    def carried(self, state: State) -> State:
+        """The state to go on with from one that another plan saved (`carried_state`)."""
+        numbers = {"seed": self.seed, "block_tokens": self.block_tokens, "lanes": self.lanes}
+        files = {name: dataset.fingerprint for name, dataset in self.datasets.items()}
+        kept = carried_state(state, numbers, files)
+        return self.restore(kept) if kept else self.start()
 
     def plan_step(self, state: State, length: int, rows: int) -> tuple[list[RowPlan], State]:
         """The next `rows` rows of `length` tokens and the state after them; `state` is unchanged.
@@ -326,3 +317,19 @@ def _whole_shares(weights: Mapping[str, float]) -> list[int]:
     fractions = [Fraction(weight) for weight in weights.values()]
     scale = lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * scale) for fraction in fractions]
+
+
+def carried_state(state: State, numbers: Mapping[str, int], files: Mapping[str, str]) -> State:
+    """What another plan can go on from of a mixture's `state`: all of it where the order is made
+    from the same `numbers` (seed, block_tokens, lanes), source by source where the fingerprints in
+    `files` are the same; the rest begins anew. {} where nothing is left."""
+    if not state or any(state[name] != value for name, value in numbers.items()):
+        return {}
+    sources = {
+        name: source
+        for name, source in state["sources"].items()
+        if files.get(name) == source["fingerprint"]
+    }
+    if len(sources) == len(state["sources"]):
+        return state
+    return state | {"sources": sources, "weights": {}, "since": {}}

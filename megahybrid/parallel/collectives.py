@@ -5,7 +5,7 @@ forward, so the gradient of the whole is right without hooks. Along an axis of s
 return their input. Tensors along the sequence have it as dimension 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from megahybrid.errors import MegahybridError
 from megahybrid.parallel.mesh import Axis
 
 T = TypeVar("T")
@@ -239,6 +240,20 @@ def broadcast_object(value: T, axis: Axis, source: int = 0) -> T:
         held, src=axis.ranks[source], group=axis.group, device=torch.device("cpu")
     )
     return held[0]
+
+
+def on_first(axis: Axis, function: Callable[[], T]) -> T:
+    """What rank 0's call gives, on every rank of the axis; or the MegahybridError it raised."""
+    found: Any = None
+    if axis.rank == 0:
+        try:
+            found = function()
+        except MegahybridError as error:
+            found = error
+    found = broadcast_object(found, axis)
+    if isinstance(found, MegahybridError):
+        raise found
+    return found
 
 
 def gather_objects(value: T, axis: Axis) -> list[T]:

@@ -48,7 +48,7 @@ def train(
     processes = processes or _default_processes(run)
     run.check(processes)
     from megahybrid.checkpoint.directory import Owner
-    from megahybrid.train.run import check_inputs
+    from megahybrid.train.inputs import check_inputs
 
     check_inputs(run, directory, allow)
     Owner(directory).check_free()

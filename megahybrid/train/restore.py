@@ -19,6 +19,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import dump
 from megahybrid.config.explain import show
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.mixture import carried_state
 from megahybrid.errors import CheckpointError
 from megahybrid.train.state import TrainState
 
@@ -116,20 +117,9 @@ def find_beginning(
 
 
 def _carried(run: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """What of another plan's cursors this one can go on from: all where the order is made from the
-    same numbers, source by source where their files are the same; the rest begins anew."""
-    now = {"seed": run.seed, "block_tokens": run.data.block_tokens, "lanes": run.data.lanes}
-    if not data or any(data[name] != value for name, value in now.items()):
-        return {}
-    sources = {
-        name: source
-        for name, source in data["sources"].items()
-        if name in run.data.sources
-        and TokenDataset(run.data.sources[name].path).fingerprint == source["fingerprint"]
-    }
-    if len(sources) == len(data["sources"]):
-        return data
-    return data | {"sources": sources, "weights": {}, "since": {}}
+    numbers = {"seed": run.seed, "block_tokens": run.data.block_tokens, "lanes": run.data.lanes}
+    files = {name: TokenDataset(it.path).fingerprint for name, it in run.data.sources.items()}
+    return carried_state(data, numbers, files)
 
 
 def _check_parent(run: RunConfig, manifest: Manifest) -> None:

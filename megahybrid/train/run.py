@@ -5,7 +5,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,32 +18,30 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows
 from megahybrid.data.loader import BatchLoader, StepData
 from megahybrid.data.mixture import Mixture
-from megahybrid.data.tokenizer import load_tokenizer
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError, MegahybridError
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
-from megahybrid.parallel.collectives import broadcast_object
-from megahybrid.parallel.mesh import ParallelMesh, choose_device
+from megahybrid.parallel.collectives import broadcast_object, on_first
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
-from megahybrid.train.examine import Examiner, check_suites
+from megahybrid.train.examine import Examiner
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
+from megahybrid.train.inputs import check_inputs
 from megahybrid.train.kernels import choose_kernels
 from megahybrid.train.layers import DTYPES, Layers
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
-from megahybrid.train.restore import Beginning, check_beginning, find_beginning, locate
+from megahybrid.train.restore import Beginning, find_beginning, locate
 from megahybrid.train.rewind import go_back, past_spikes
 from megahybrid.train.saving import RunSaver, ranks_of
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopAsked, StopRequest
 from megahybrid.train.trainer import Ending, Habits, Trainer, step_shapes
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -168,8 +166,8 @@ class Attempt:
         """To the newest checkpoint, with the data after the spike. Collective."""
         self.saver.finish()
         located = locate(self.run, self.directory, self._warn, ranks_of(self.mesh))
-        beginning, detail = _on_first(
-            self.mesh,
+        beginning, detail = on_first(
+            self.mesh.world,
             lambda: go_back(
                 self.directory,
                 find_beginning(self.run, self.directory, located, self.allow),
@@ -353,25 +351,6 @@ def _told(**facts: Any) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
-    """What can be refused before any rank starts, and before anything is written: the device, the
-    data, the tokenizer, and the run that `directory` or `start` already holds."""
-    choose_device(run.device, local_rank=0)
-    tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
-    first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
-    if tokenizer is not None:
-        first = ("data.tokenizer", tokenizer.info.sha256)
-    for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
-        for name, source in sources.items():
-            dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
-            if first is not None:
-                dataset.check_tokenizer(first[1], first[0])
-            elif dataset.manifest is not None:
-                first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
-    check_suites(run)
-    check_beginning(run, directory, allow)
-
-
 def run_attempt(
     run: RunConfig,
     directory: Path,
@@ -390,11 +369,11 @@ def run_attempt(
     with contextlib.ExitStack() as stack:
         owner = stack.enter_context(Owner(directory)) if mesh.rank == 0 else None
         warnings: list[str] = []
-        _on_first(mesh, lambda: _claim(run, directory, allow))
+        on_first(mesh.world, lambda: _claim(run, directory, allow))
         located = locate(run, directory, warnings.append, ranks_of(mesh))
         # One rank looks, so that all begin from the same checkpoint.
-        beginning = _on_first(
-            mesh,
+        beginning = on_first(
+            mesh.world,
             lambda: past_spikes(directory, find_beginning(run, directory, located, allow)),
         )
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])
@@ -413,17 +392,3 @@ def run_attempt(
 def _claim(run: RunConfig, directory: Path, allow: Sequence[str]) -> None:
     check_inputs(run, directory, allow)
     check_model(directory, model_fingerprint(run.model))
-
-
-def _on_first(mesh: ParallelMesh, function: Callable[[], T]) -> T:
-    """What rank 0's call gives, on every rank; or what it raised. Collective."""
-    found: Any = None
-    if mesh.rank == 0:
-        try:
-            found = function()
-        except MegahybridError as error:
-            found = error
-    found = broadcast_object(found, mesh.world)
-    if isinstance(found, Exception):
-        raise found
-    return found
