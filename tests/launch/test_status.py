@@ -251,6 +251,9 @@ def test_without_slurm_a_submission_says_what_to_do(tmp_path, monkeypatch) -> No
     from launch.submit import submit
 
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/train", "data/held_out", "data/held_out_long", "tokenizer.model"):
+        (tmp_path / "build/demo" / name).mkdir(parents=True)
     job, resolved = plan(
         ROOT / "configs/runs/demo.yaml", [f"directory={tmp_path / 'run'}"],
         site=str(ROOT / "configs/sites/cpu.yaml"), nodes=1,
