@@ -109,8 +109,8 @@ def sliding(token_loss: TokenLoss, window: int, stride: int) -> TokenLoss:
     """Each token's loss as a model sees it that is shown `window` tokens at a time.
 
     Windows begin every `stride` tokens of a row; a token counts in the first that holds it, so all
-    but those of the first window have at least `window` - `stride` tokens of context. Rows must be
-    single documents.
+    but those of the first window are shown at least the `window` - `stride` tokens before them.
+    `starts` stays in force: other documents of a row are not seen.
     """
 
     def by_window(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
@@ -122,7 +122,8 @@ def sliding(token_loss: TokenLoss, window: int, stride: int) -> TokenLoss:
             shown = slice(stop - window, stop)
             counted = targets[:, shown].clone()
             counted[:, : window - (stop - done)] = -100
-            seen = token_loss(tokens[:, shown], counted, torch.zeros_like(tokens[:, shown]))
+            boundaries = (starts[:, shown] - shown.start).clamp(min=0)
+            seen = token_loss(tokens[:, shown], counted, boundaries)
             parts.append(seen[:, window - (stop - done) :])
             done = stop
         return torch.cat(parts, dim=1)

@@ -114,9 +114,11 @@ def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None
             say(f"scored {name} in rows of {score.length:,} tokens")
 
         scored.score(token_loss, times * trained.length, tell)
-    scored.score_sliding(
-        token_loss, trained.length, lambda name, score, _: sliding.update({name: score})
-    )
+
+    def keep(name: str, score: HeldOutLoss, _: str) -> None:
+        sliding[name] = score
+
+    scored.score_sliding(token_loss, trained.length, longest, keep)
     return Reach(rows, sliding)
 
 

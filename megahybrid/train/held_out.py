@@ -55,11 +55,11 @@ class HeldOutSets:
         for name in self.sets:
             tell(name, self._score(token_loss, name, self.longest, "documents"), "documents")
 
-    def score_sliding(self, token_loss: TokenLoss, window: int, tell: Tell) -> None:
-        """Within single documents, to `longest` tokens, by a model that sees the last `window`
-        tokens, moved on by half of that."""
+    def score_sliding(self, token_loss: TokenLoss, window: int, length: int, tell: Tell) -> None:
+        """The rows of `score` at `length`, by a model that sees the last `window` tokens, moved on
+        by half of that."""
         stride = max(self.mesh.tensor.size, window // 2)
-        self.score_far(sliding(token_loss, window, stride), tell)
+        self.score(sliding(token_loss, window, stride), length, tell)
 
     def _score(self, token_loss: TokenLoss, name: str, length: int, rows: Rows) -> HeldOutLoss:
         return held_out_loss(

@@ -127,18 +127,23 @@ def test_a_sliding_window_shows_each_token_once_with_the_context_it_should(lengt
     window, stride = 8, 3
 
     def context(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """In place of a loss: 100 times the token, and how many tokens stood before it."""
-        before = torch.arange(tokens.shape[1]).expand_as(tokens)
+        """In place of a loss: 100 times the token, and how many of its document stood before."""
+        before = torch.arange(tokens.shape[1]) - starts
         return torch.where(targets == -100, 0, 100 * tokens + before).double()
 
     tokens = torch.arange(2 * length).view(2, length)
     targets = tokens + 1
     targets[1, -1] = -100
-    found = sliding(context, window, stride)(tokens, targets, torch.zeros_like(tokens))
+    starts = torch.zeros_like(tokens)
+    starts[1, 4:] = 4  # two documents in the second row
+    found = sliding(context, window, stride)(tokens, targets, starts)
     for place in range(length):
         # The first window is read from its beginning, later ones end where the next stride does.
         end = min(length, window + -(-max(0, place + 1 - window) // stride) * stride)
         before = place - max(0, end - window)
         assert found[0, place] == 100 * place + before
         assert before >= min(place, window - stride)
+        if place < length - 1:
+            begin = max(4 if place >= 4 else 0, end - window)
+            assert found[1, place] == 100 * (length + place) + place - begin
     assert found[1, -1] == 0
