@@ -1,15 +1,13 @@
 """The memory formulas against what a forward and backward really allocate, to the byte."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import hybrid, random_batch
 from benchmarks.steps import our_loss, our_model
 from megahybrid.config.memory import activations, working
 from megahybrid.config.model import ModelConfig
+from tests.memory import peak_bytes
 
 CPU = torch.device("cpu")
 LAYERS, TOKENS = 3, 1536
@@ -19,19 +17,6 @@ SHAPES = {
     "pre_norm-rms": {"block": "pre_norm", "norm": "rms"},
     "post_norm-rms": {"block": "post_norm", "norm": "rms"},
 }
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that tensors made inside `run` took at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    total = peak = 0
-    for _, change in changes:
-        total += change
-        peak = max(peak, total)
-    return peak
 
 
 def shape(name: str) -> ModelConfig:

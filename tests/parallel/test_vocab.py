@@ -1,8 +1,5 @@
 """The cut vocabulary: embedding and chunked loss equal F.embedding and F.cross_entropy."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +15,7 @@ from megahybrid.parallel.vocab import (
     padded_vocab_size,
 )
 from tests.distributed import Ranks, run
+from tests.memory import peak_bytes
 from tests.parallel.compare import EXACT, draw, error, gradient_errors, load
 
 VOCAB, HIDDEN, SEQ, BATCH = 97, 12, 8, 3
@@ -185,37 +183,20 @@ def test_bf16_loss_is_at_most_twice_as_far_from_the_truth_as_plain_bf16(tensor: 
             assert ours < max(2 * plain, 1e-4), (name, errors)
 
 
-MEASURE = """
-import resource, sys, torch
-import torch.nn.functional as F
-from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.vocab import VocabParallelHead
-torch.set_num_threads(1)
-tokens, vocab, hidden_size = 4096, 32768, 64
-head = VocabParallelHead(vocab, hidden_size, "head.weight", ParallelMesh.single())
-hidden = torch.randn(tokens, 1, hidden_size, requires_grad=True)
-targets = torch.randint(0, vocab, (1, tokens))
-head(hidden[:8], targets[:, :8])[0].backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if sys.argv[1] == "chunked":
-    head(hidden, targets)[0].backward()
-else:
-    F.cross_entropy(F.linear(hidden, head.weight).squeeze(1), targets[0]).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def peak_growth(kind: str) -> int:
-    """Bytes by which a loss over 4,096 tokens and 32,768 words raises a process's peak memory."""
-    command = [sys.executable, "-c", MEASURE, kind]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
-    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
-
-
 def test_logits_of_the_batch_are_never_held() -> None:
-    all_logits = 4096 * 32768 * 4
-    assert peak_growth("plain") > all_logits
-    assert peak_growth("chunked") < 0.4 * all_logits
+    tokens, vocab, hidden_size = 4096, 32768, 64
+    head = VocabParallelHead(vocab, hidden_size, "head.weight", ParallelMesh.single())
+    hidden = torch.randn(tokens, 1, hidden_size, requires_grad=True)
+    targets = torch.randint(0, vocab, (1, tokens))
+    head(hidden[:8], targets[:, :8])[0].backward()  # gradients exist from then on
+
+    def plain() -> None:
+        F.cross_entropy(F.linear(hidden, head.weight).squeeze(1), targets[0]).backward()
+
+    all_logits = tokens * vocab * 4
+    assert peak_bytes(plain) >= 2 * all_logits
+    chunked = peak_bytes(lambda: head(hidden, targets)[0].backward())
+    assert chunked < 0.4 * all_logits
 
 
 def test_chunk_and_padding_follow_the_size_of_the_shard() -> None:
