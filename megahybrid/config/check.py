@@ -35,11 +35,6 @@ def problems(run: "RunConfig", world_size: int | None) -> list[str]:
                 f"stages.{index}.recompute has {len(stage.recompute)} entries "
                 f"(model.layer_plan.num_layers={layers}). Give one per layer, or one word for all."
             )
-    if run.evaluate.suites and run.parallel.zero_stage == 3:
-        lines.append(
-            "evaluate.suites asks a model that keeps its weights, but parallel.zero_stage=3 cuts "
-            "them up. Use zero_stage: 2, or ask checkpoints: megahybrid evaluate RUN SUITE.yaml."
-        )
     lines += _scheme_overrides(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
         lines.append(

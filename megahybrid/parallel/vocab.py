@@ -115,17 +115,20 @@ class VocabParallelHead(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "seq_local batch hidden"],
-        targets: Int[Tensor, "batch seq"],
+        targets: Int[Tensor, "batch seq"] | None,
         logit_scale: float = 1.0,
         chunk_tokens: int | None = None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]] | Float[Tensor, "seq batch vocab"]:
         """(sum of losses over counting targets, loss of each token), the same on every tensor rank.
 
         A target of -100 does not count: its loss is 0. Only the sum is differentiable; with
         gradients enabled they are computed here, chunk by chunk of `chunk_tokens` tokens, so that
         neither logits nor a second product are needed in backward, which can then run only once.
-        Softmax and the weight's gradient are in fp32 (float64 for float64 input).
+        Softmax and the weight's gradient are in fp32 (float64 for float64 input). Without targets
+        the result is that of `logits`.
         """
+        if targets is None:
+            return self._logits(hidden, logit_scale)
         chunk = chunk_tokens or chunk_size(self.weight.shape[0], hidden.device.type)
         loss, per_token = _ChunkedLoss.apply(
             hidden,
@@ -144,13 +147,17 @@ class VocabParallelHead(nn.Module):
     ) -> Float[Tensor, "seq batch vocab"]:
         """All logits on every rank, unpadded and without gradients: for sampling.
 
-        Costs seq × batch × vocab; call it on few tokens.
+        Costs seq × batch × vocab; call it on few tokens. Goes through the module's call, where
+        ZeRO-3 makes the weight whole.
         """
-        with torch.no_grad():
-            whole = gather_sequence(hidden, self.axis)
-            local = F.linear(whole, self.weight.to(whole.dtype)) * logit_scale
-            joined = all_gather(local.movedim(-1, 0), self.axis)  # [padded vocab, seq, batch]
-            return joined[: self.vocab_size].movedim(0, -1)
+        return self(hidden, None, logit_scale)
+
+    @torch.no_grad()
+    def _logits(self, hidden: Tensor, logit_scale: float) -> Tensor:
+        whole = gather_sequence(hidden, self.axis)
+        local = F.linear(whole, self.weight.to(whole.dtype)) * logit_scale
+        joined = all_gather(local.movedim(-1, 0), self.axis)  # [padded vocab, seq, batch]
+        return joined[: self.vocab_size].movedim(0, -1)
 
 
 def chunk_size(local_vocab: int, device_type: str = "cpu") -> int:

@@ -78,6 +78,22 @@ def test_asking_changes_no_step_and_scores_as_the_command_does(
     assert (folder / "one" / "evaluations" / "step-00000016.loss.held_out.json").exists()
 
 
+def test_asking_gathers_weights_that_zero_3_has_cut_up(nursery: Nursery, folder: Path) -> None:
+    cut = ["parallel.zero_stage=3", "stages.1.tokens=2048", "stages.2.tokens=1024"]
+    for directory, more, world in (
+        ("plain", cut, 2), ("asked", [*cut, *ASKED, *SAMPLED], 2), ("whole", [*cut[1:], *ASKED], 1)
+    ):  # fmt: skip
+        ranks = train(nursery, folder, directory, *more, world=world)
+        assert ranks.wait() == [0] * world, ranks.text()
+    assert arithmetic_of(folder / "asked") == arithmetic_of(folder / "plain")
+    assert [line.step for line in events(folder / "asked", "suite")] == [3, 4, 6, 7]
+    for step in (3, 7):
+        ours, expected = (scores(folder / name, step) for name in ("asked", "whole"))
+        for task in expected:
+            for row, other in zip(ours[task]["rows"], expected[task]["rows"], strict=True):
+                assert row["log_likelihood"] == pytest.approx(other["log_likelihood"], rel=1e-4)
+
+
 GATE = "stages.0.gates=[{kind: suite, suite: puzzles, task: copy, length: 24, at_least: 0.9}]"
 
 
@@ -124,12 +140,11 @@ def test_a_gate_that_is_not_passed_stops_the_run_and_keeps_its_checkpoint(
         ([*ASKED, GATE.replace("at_least", "figure: score, at_least")],
          "stages.0.gates.0.figure=score is no figure of a copy task."),
         (["evaluate.suites={a: {path: none.yaml}}"], "none.yaml"),
-        ([*ASKED, "parallel.zero_stage=3"], "parallel.zero_stage=3 cuts them up."),
         ([*ASKED, "evaluate.suites.puzzles.path=needle.yaml"],
          "data.tokenizer=null: needles are text and need one."),
         ([GATE], "which evaluate.suites does not define."),
     ],
-    ids=["set", "suite", "task", "length", "figure", "file", "zero3", "tokenizer", "no_suite"],
+    ids=["set", "suite", "task", "length", "figure", "file", "tokenizer", "no_suite"],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_one_line_before_anything_starts(
     folder: Path,
