@@ -14,8 +14,7 @@ from typing import Any
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.stages import StagePoint
-from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.mixture import Mixture, RowPlan, State, cursor_crc
+from megahybrid.data.mixture import Mixture, RowPlan, State, cursor_crc, open_mixture
 from megahybrid.errors import DataError
 from megahybrid.train.ledger import BEGINNINGS, LEDGER_NAME, REWIND, Ledger, read_ledger
 
@@ -55,22 +54,6 @@ def load_run(path: str | Path) -> RunConfig:
         if not found.exists():
             raise DataError(f"{path} is no run: it has no config.yaml. Name a run's folder.")
     return load(found)
-
-
-def open_mixture(run: RunConfig) -> Mixture:
-    """The run's sources, as training opens them."""
-    datasets = {
-        name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
-        for name, source in run.data.sources.items()
-    }
-    return Mixture(
-        datasets,
-        run.stages[0].weights,
-        seed=run.seed,
-        block_tokens=run.data.block_tokens,
-        lanes=run.data.lanes,
-        exhausted=run.data.exhausted,
-    )
 
 
 @dataclass(frozen=True)

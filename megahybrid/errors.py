@@ -10,6 +10,11 @@ EXIT_RESUME = 75
 EXIT_DO_NOT_RESTART = 93
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; "" where it says nothing."""
+    return (str(error).splitlines() or [""])[0]
+
+
 class MegahybridError(Exception):
     """Base of every error that is reported as one line without a traceback."""
 

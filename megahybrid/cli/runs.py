@@ -3,10 +3,13 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megahybrid.cli.arguments import command, run_file
 from megahybrid.errors import EXIT_DONE, ConfigError
+
+if TYPE_CHECKING:
+    from megahybrid.config import RunConfig
 
 
 def add_run_commands(commands: argparse._SubParsersAction) -> None:
@@ -89,6 +92,19 @@ def _track(directory: Path, suite: str | None, step: int) -> Any:
     return tracked(directory, suite, step)
 
 
+def _checked(arguments: argparse.Namespace) -> "RunConfig":
+    """The run that is named, checked against --world-size where that is given."""
+    from megahybrid.config import load
+
+    run = load(arguments.run_file, arguments.overrides)
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise ConfigError(
+            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
+        )
+    run.check(arguments.world_size)
+    return run
+
+
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.site is not None or arguments.nodes is not None:
         if arguments.site is None or arguments.nodes is None or arguments.world_size is not None:
@@ -99,29 +115,17 @@ def _check(arguments: argparse.Namespace) -> int:
         from launch.commands import check
 
         return check(arguments.run_file, arguments.overrides, arguments.site, arguments.nodes)
-    from megahybrid.config import load
     from megahybrid.config.summary import summary
 
-    run = load(arguments.run_file, arguments.overrides)
-    if arguments.world_size is not None and arguments.world_size < 1:
-        raise ConfigError(
-            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
-        )
-    run.check(arguments.world_size)
+    run = _checked(arguments)
     print(summary(run, arguments.world_size))
     return EXIT_DONE
 
 
 def _describe(arguments: argparse.Namespace) -> int:
-    from megahybrid.config import load
     from megahybrid.config.describe import describe, render
 
-    run = load(arguments.run_file, arguments.overrides)
-    if arguments.world_size is not None and arguments.world_size < 1:
-        raise ConfigError(
-            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
-        )
-    run.check(arguments.world_size)
+    run = _checked(arguments)
     description = describe(run, arguments.world_size)
     print(json.dumps(description, indent=2) if arguments.json else render(description))
     return EXIT_DONE

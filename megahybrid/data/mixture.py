@@ -5,6 +5,7 @@ from fractions import Fraction
 from math import lcm
 from typing import Any, Literal, NamedTuple
 
+from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
 from megahybrid.data.packing import PackedOrder
@@ -317,6 +318,22 @@ def _whole_shares(weights: Mapping[str, float]) -> list[int]:
     fractions = [Fraction(weight) for weight in weights.values()]
     scale = lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * scale) for fraction in fractions]
+
+
+def open_mixture(run: RunConfig) -> Mixture:
+    """The sources of a run, weighted as its first stage weights them."""
+    datasets = {
+        name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
+        for name, source in run.data.sources.items()
+    }
+    return Mixture(
+        datasets,
+        run.stages[0].weights,
+        seed=run.seed,
+        block_tokens=run.data.block_tokens,
+        lanes=run.data.lanes,
+        exhausted=run.data.exhausted,
+    )
 
 
 def carried_state(state: State, numbers: Mapping[str, int], files: Mapping[str, str]) -> State:

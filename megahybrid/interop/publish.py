@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all, and what a killed process left of one."""
 
 import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -52,7 +53,7 @@ def published(out: Path, needed_bytes: int) -> Iterator[Path]:
 
 def _clear(out: Path) -> None:
     """Delete what killed processes left of `out`. Raises InteropError where one still writes."""
-    for left in out.parent.glob(f".{_escaped(out.name)}-{'[0-9a-f]' * 8}.tmp"):
+    for left in out.parent.glob(f".{glob.escape(out.name)}-{'[0-9a-f]' * 8}.tmp"):
         try:
             held = _hold(left)
         except BlockingIOError:
@@ -69,10 +70,6 @@ def _clear(out: Path) -> None:
         forget_copied_code(left)
         os.close(held)
         print(f"deleted {left}, which a process that was killed had left")
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _hold(folder: Path) -> int | None:

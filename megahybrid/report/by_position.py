@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from megahybrid.report.buckets import joined_buckets
+from megahybrid.report.parts import short_tokens
 from megahybrid.report.record import Evaluation, RunRecord
 from megahybrid.report.style import MARKERS, new_figure, ordered_colours
 
@@ -43,7 +44,7 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
     axes.set_xlim(1, last)
     powers = range(0, int(np.log2(last)) + 1, 2)
     axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _context(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_tokens(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     for stage in record.stages:
         # Where each stage's training ended, on the axis itself: the curves beyond it extrapolate.
@@ -78,7 +79,3 @@ def _hatch_empty(axes: Axes, evaluations: list[Evaluation]) -> None:
     for number, (start, stop) in enumerate(sorted(empty - filled)):
         axes.axvspan(start + 1, stop, facecolor="#f4f4f4", edgecolor="#bbbbbb", hatch="///",
                      linewidth=0, zorder=1, label="no data" if number == 0 else "_")  # fmt: skip
-
-
-def _context(value: float) -> str:
-    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"

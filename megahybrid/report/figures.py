@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megahybrid.report.parts import rounded
+from megahybrid.report.parts import rounded, short_tokens
 from megahybrid.report.record import RunRecord, StageRecord
 
 # Okabe and Ito, "Color Universal Design" (2008); no black, which a dark page would hide.
@@ -109,11 +109,6 @@ def context_axis(longest: int, shortest: int = 1, title: str = "tokens of contex
         title, type="log", tickvals=[2**n for n in powers],
         ticktext=[short_tokens(2**n) for n in powers], hoverformat=",.0f",
     )  # fmt: skip
-
-
-def short_tokens(tokens: float) -> str:
-    """4096 → "4k": lengths are powers of two."""
-    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
 
 
 def bands(stages: Sequence[StageRecord]) -> Figure:

@@ -82,3 +82,8 @@ def short_number(value: float) -> str:
         if abs(value) >= size * 0.9999:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
+
+
+def short_tokens(tokens: float) -> str:
+    """4096 → "4k": lengths are powers of two."""
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config import RunConfig, load
-from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, ConfigError, MegahybridError
+from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, ConfigError, MegahybridError, first_line
 from megahybrid.heartbeat import LOGS, Heartbeat, write_stacks_on_signal
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 
@@ -171,7 +171,6 @@ def _explain(
     """What ended a rank in one line, and the exit code for it."""
     if isinstance(error, MegahybridError):
         return str(error), error.exit_code
-    first_line = (str(error).splitlines() or [""])[0]
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return (
             f"{error.filename or directory} could not be written ({error.strerror}). "
@@ -185,7 +184,7 @@ def _explain(
         return explain_out_of_memory(run, rank, world_size), EXIT_USER_MISTAKE
     name = type(error).__name__
     where = _logs(directory) / f"rank-{rank:04d}.log"
-    return f"rank {rank}: {name}: {first_line} (traceback in {where})", EXIT_FAILURE
+    return f"rank {rank}: {name}: {first_line(error)} (traceback in {where})", EXIT_FAILURE
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)

@@ -20,7 +20,7 @@ from megahybrid.errors import ConfigError, GateError
 from megahybrid.evaluate.suite import examples_of, run_suite
 from megahybrid.evaluate.telemetry import attention_sample
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.collectives import broadcast_object
+from megahybrid.parallel.collectives import broadcast_object, on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.material import material_of, result_path, write_result
@@ -107,10 +107,9 @@ class Examiner:
     def judge(self, index: int, step: int) -> None:
         """Raises GateError on every rank where a gate of stage `index` is not reached at `step`."""
         stage = self.run.stages[index]
-        values: list[float | None] = []
-        if self.mesh.rank == 0:
-            values = [self._reached(gate, step) for gate in stage.gates]
-        values = broadcast_object(values, self.mesh.world)
+        values = on_first(
+            self.mesh.world, lambda: [self._reached(gate, step) for gate in stage.gates]
+        )
         failed = []
         for gate, value in zip(stage.gates, values, strict=True):
             what, bound, ok = _verdict(gate, value)

@@ -17,9 +17,10 @@ from megahybrid.model.kernels.choice import (
     fastest,
     least_seconds,
     measure,
+    why_it_failed,
 )
 from megahybrid.model.selftest import run_self_test
-from megahybrid.parallel.collectives import broadcast_object
+from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.layers import DTYPES
 
@@ -38,10 +39,7 @@ def choose_kernels(
     length = max(run.stages[index].lengths)
     if chosen.get("length") == str(length) or mesh.device.type != "cuda":
         return chosen
-    found: dict[str, Any] = {}
-    if mesh.rank == 0:
-        found = _measured(run, index, length, mesh)
-    found = broadcast_object(found, mesh.world)
+    found = on_first(mesh.world, lambda: _measured(run, index, length, mesh))
     result = chosen | found["chosen"] | {"length": str(length)}
     if found["seconds"]:
         tell("kernels", {"length": length, **found["seconds"]})
@@ -105,7 +103,7 @@ def measure_tested(
         except AuditError as error:
             found[name] = str(error)
         except Exception as error:  # it does not run there
-            found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            found[name] = why_it_failed(error)
         else:
             passed.append(name)
     return found | measure(passed, widest or None, work, **clock)
@@ -120,7 +118,7 @@ def measure_blocks(
     mesh = ParallelMesh.single(work.device)
     found: dict[str, float | str] = {}
     block = BLOCKS[run.model.block](
-        0, run.model, scheme, mesh, kernel, False, norm=run.kernels.norm
+        0, run.model, scheme, mesh, kernel, "none", norm=run.kernels.norm
     ).to(work.dtype)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=run.model.initial_std)
@@ -142,7 +140,7 @@ def measure_blocks(
                 block.compile_regions("inductor")
             found[name] = least_seconds(step, work.device)
         except Exception as error:  # no compiler there, or one that cannot: then it is not chosen
-            found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            found[name] = why_it_failed(error)
     return found
 
 

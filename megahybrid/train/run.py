@@ -14,11 +14,10 @@ from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import RunConfig, dump, dump_yaml
 from megahybrid.config.explain import show
-from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows
 from megahybrid.data.loader import BatchLoader, StepData
-from megahybrid.data.mixture import Mixture
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError
+from megahybrid.data.mixture import open_mixture
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError, first_line
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.model.compiled import keep_programs
@@ -63,18 +62,7 @@ class Attempt:
         run = self.run
         self.plan = run.stage_plan
         self.fingerprint = model_fingerprint(run.model)
-        self.datasets = {
-            name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
-            for name, source in run.data.sources.items()
-        }
-        self.mixture = Mixture(
-            self.datasets,
-            run.stages[0].weights,
-            seed=run.seed,
-            block_tokens=run.data.block_tokens,
-            lanes=run.data.lanes,
-            exhausted=run.data.exhausted,
-        )
+        self.mixture = open_mixture(run)
         self.held_out = HeldOutSets(run, self.mesh, poll=self._meanwhile)
         self.examiner = Examiner(
             run,
@@ -385,7 +373,7 @@ def run_attempt(
         try:
             return attempt.go(beginning)
         except BaseException as error:
-            listeners.on_end("failed", {"error": str(error).splitlines()[0] if str(error) else ""})
+            listeners.on_end("failed", {"error": first_line(error)})
             raise
 
 

@@ -71,15 +71,21 @@ def test_recompute_policies_fit_and_cost_the_least() -> None:
     assert recompute.expected_bytes(config, policies, tokens) > budget
 
 
-def test_the_comparison_runs_and_keeps_its_figures(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--shape", "tiny", "--rounds", "1"]
-    done = subprocess.run(
-        [*command, "--lengths", "64", "--peers", "sdpa"],
-        cwd=tmp_path,
+def train_step(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.train_step` in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.train_step", *options],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
+    )
+
+
+def test_the_comparison_runs_and_keeps_its_figures(tmp_path: Path) -> None:
+    done = train_step(
+        tmp_path, "--shape", "tiny", "--rounds", "1", "--lengths", "64", "--peers", "sdpa"
     )
     assert done.returncode == 0, done.stderr
     assert "| 64 | transformers sdpa |" in done.stdout
@@ -89,15 +95,7 @@ def test_the_comparison_runs_and_keeps_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_plan_for_one_gpu_runs_here_and_outlives_a_peer_that_fails(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--rehearse", "--steps", "1"]
-    done = subprocess.run(
-        [*command, "--peers", "nonsense"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = train_step(tmp_path, "--rehearse", "--steps", "1", "--peers", "nonsense")
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "build/bench/train_step_rehearsal.json").read_text())
     kinds = {(row["kind"], row["length"]) for row in kept["rows"]}

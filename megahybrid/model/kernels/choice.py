@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.training import KernelConfig
+from megahybrid.errors import first_line
 from megahybrid.model.kernels import attend, choose, cudnn, flash, flex, varlen
 from megahybrid.model.kernels.documents import Documents
 
@@ -91,9 +92,13 @@ def measure(
                 for documents in _situations(work)
             )
         except Exception as error:  # a kernel may fail in any way: then it is not chosen
-            lines = str(error).splitlines()
-            found[name] = f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+            found[name] = why_it_failed(error)
     return found
+
+
+def why_it_failed(error: Exception) -> str:
+    """In one short line, for a table of milliseconds."""
+    return f"{type(error).__name__}: {first_line(error)[:120]}"
 
 
 def fastest(found: dict[str, float | str]) -> str | None:

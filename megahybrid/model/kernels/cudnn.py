@@ -6,20 +6,17 @@ from torch import Tensor
 
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.fused import fused_refusal
 from megahybrid.model.kernels.sdpa import attend_sdpa
 
-DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 128
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this kernel cannot run there, or None if it can."""
-    if device.type != "cuda":
-        return f"needs a CUDA device (device={device.type})"
-    if dtype not in DTYPES:
-        return f"computes in bf16 or fp16 only (dtype={dtype})"
-    if head_dim > LARGEST_HEAD_DIM or head_dim % 8:
-        return f"needs head_dim a multiple of 8 up to {LARGEST_HEAD_DIM} (head_dim={head_dim})"
+    why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM)
+    if why_not:
+        return why_not
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cudnn.is_available():
         return "needs cuDNN and an Ampere device or newer"
     return None

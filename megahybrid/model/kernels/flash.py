@@ -11,24 +11,19 @@ from torch import Tensor
 
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.fused import fused_refusal
 from megahybrid.model.kernels.varlen import packed_boundaries, plain_boundaries
 
 # Built from its repository; from a wheel of flash-attn-4.
 MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}
-DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = {"fa3": 256, "fa4": 128}
 
 
 def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this kernel cannot run there, or None if it can."""
-    if device.type != "cuda":
-        return f"needs a CUDA device (device={device.type})"
-    if dtype not in DTYPES:
-        return f"computes in bf16 or fp16 only (dtype={dtype})"
-    if head_dim > LARGEST_HEAD_DIM[name] or head_dim % 8:
-        return (
-            f"needs head_dim a multiple of 8 up to {LARGEST_HEAD_DIM[name]} (head_dim={head_dim})"
-        )
+    why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM[name])
+    if why_not:
+        return why_not
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "needs a Hopper device or newer"
     return None if _function(name) is not None else f"needs the package of {MODULES[name]}"

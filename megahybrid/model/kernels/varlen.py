@@ -10,19 +10,16 @@ from torch import Tensor
 
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.documents import Documents, Span, sent
+from megahybrid.model.kernels.fused import fused_refusal
 
-DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this kernel cannot run there, or None if it can."""
-    if device.type != "cuda":
-        return f"needs a CUDA device (device={device.type})"
-    if dtype not in DTYPES:
-        return f"computes in bf16 or fp16 only (dtype={dtype})"
-    if head_dim > LARGEST_HEAD_DIM or head_dim % 8:
-        return f"needs head_dim a multiple of 8 up to {LARGEST_HEAD_DIM} (head_dim={head_dim})"
+    why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM)
+    if why_not:
+        return why_not
     if "window_size" not in _parameters():
         return f"needs window_size in torch's varlen_attn (torch={torch.__version__})"
     return None
