@@ -12,6 +12,8 @@ from data_prep.compressed import kind_of
 from megahybrid.errors import DataError
 
 UNIT_BYTES = 8 * 2**20
+LEAST_UNIT_BYTES = 2**20
+FEWEST_UNITS = 32  # of inputs that have as much: with few, workers wait for the last one
 MOST_UNITS = 100_000  # beyond it units grow: each is a handful of files
 JSON_LINES = (".jsonl", ".ndjson")
 UNREAD = (".xz", ".bz2", ".lz4", ".rar", ".7z", ".arrow", ".feather", ".orc")
@@ -108,6 +110,12 @@ def format_of(path: str | Path) -> str:
     name = Path(path)
     suffix = (Path(name.stem) if kind_of(name) else name).suffix.lower()
     return {".parquet": "parquet"}.get(suffix, "jsonl" if suffix in JSON_LINES else "text")
+
+
+def shared_unit_bytes(files: Sequence[Path]) -> int:
+    """How large units of these files are to be, for any number of workers."""
+    share = sum(map(size_of, files)) // FEWEST_UNITS
+    return max(LEAST_UNIT_BYTES, min(UNIT_BYTES, share))
 
 
 def cut_units(files: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
 from data_prep.hub import is_hub
-from data_prep.inputs import Unit, cut_units, list_files, size_of
+from data_prep.inputs import Unit, cut_units, list_files, shared_unit_bytes, size_of
 from data_prep.merge import Merge, Split, runs_of
 from data_prep.progress import byte_bars
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
@@ -81,7 +81,7 @@ def tokenize(
     files = list_files(inputs, pattern)
     info = load_tokenizer(tokenizer, eod).info
     folder = Path(output)
-    units = list(cut_units(files))
+    units = list(cut_units(files, shared_unit_bytes(files)))
     threads = workers if len(units) == 1 else 1
     job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads, tuple(kept))
     split = Split(held_out, longest, deduplicate)

@@ -14,6 +14,7 @@ from megahybrid.data.token_file import Array
 from megahybrid.data.words import (
     SEPARATORS,
     SPACE_SIGN,
+    Cuts,
     WordCache,
     hugging_face_words,
     sentencepiece_words,
@@ -60,9 +61,9 @@ class _Arrays:
             return self._words.encode(texts)
         return [np.asarray(ids, self.info.dtype) for ids in self.encode(texts)]
 
-    def _use_words(self, find: re.Pattern[str] | None, whole: re.Pattern[str]) -> None:
-        if find is not None:
-            self._words = WordCache(self.encode, np.dtype(self.info.dtype), find, whole)
+    def _use_words(self, cuts: Cuts | None, whole: re.Pattern[str]) -> None:
+        if cuts is not None:
+            self._words = WordCache(self.encode, np.dtype(self.info.dtype), cuts, whole)
 
 
 class SentencePieceTokenizer(_Arrays):

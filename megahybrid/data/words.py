@@ -7,15 +7,15 @@ tokenizer itself here; one that is not understood is not cut.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megahybrid.data.token_file import Array
 
-MOST_WORDS = 2**18  # kept, at some 200 bytes each
+MOST_WORDS = 2**18  # kept of pieces, and of words within them, at some 200 bytes each
 LONGEST_WORD = 64  # characters of a word that is kept; longer ones seldom come again
 
 # Every pattern gives pieces that together are the text. Only a space that follows another character
@@ -30,6 +30,9 @@ PLAIN_SPACE = re.compile(r"\s*\S+(?:[^\S ]\s*\S+)*(?:[^\S ]\s*\Z)?|\s+")
 # Python counts these as white space, other libraries do not.
 SEPARATORS = re.compile("[\x1c-\x1f]")
 
+GPT2_SPLIT = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
+)
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KNOWN_SPLITS = {
@@ -39,38 +42,62 @@ KNOWN_SPLITS = {
 }
 
 
-class WordCache:
-    """Encodes texts piece by piece, through a bounded table of pieces already met.
+class Cuts(NamedTuple):
+    """How a text may be cut. pieces: at some places where the tokenizer cuts, found fast; words:
+    of an ASCII piece exactly what the tokenizer makes of it, where that can be said in `re`."""
 
-    `encode` gives the ids of texts; `find` cuts a text; texts in which `whole` finds anything are
-    not cut.
+    pieces: re.Pattern[str]
+    words: re.Pattern[str] | None = None
+
+
+class WordCache:
+    """Encodes texts piece by piece, through bounded tables of pieces and words already met.
+
+    `encode` gives the ids of texts; texts in which `whole` finds anything are not cut.
     """
 
     def __init__(
         self,
         encode: Callable[[Sequence[str]], list[list[int]]],
         dtype: np.dtype[Any],
-        find: re.Pattern[str],
+        cuts: Cuts,
         whole: re.Pattern[str],
     ) -> None:
         self._encode, self._dtype = encode, dtype
-        self._find, self._whole = find.findall, whole.search
-        self._kept: dict[str, bytes] = {}
+        self._find, self._whole = cuts.pieces.findall, whole.search
+        self._find_words = cuts.words.findall if cuts.words else None
+        self._pieces: dict[str, bytes] = {}
+        self._words: dict[str, bytes] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Array]:
         """Ids of each text, as the tokenizer gives them for the whole."""
-        kept = self._kept
         pieces = [[text] if self._whole(text) else self._find(text) for text in texts]
-        new = list({piece for part in pieces for piece in part if piece not in kept})
+        raw = self._through(self._pieces, pieces, self._pieces_packed)
+        return [np.frombuffer(item, self._dtype) for item in raw]
+
+    def _through(
+        self,
+        kept: dict[str, bytes],
+        parted: list[list[str]],
+        packed: Callable[[list[str]], Iterable[bytes]],
+    ) -> list[bytes]:
+        """Ids of each list of strings, joined; `packed` gives those of the ones not yet kept."""
+        new = list({piece for part in parted for piece in part if piece not in kept})
         if new:
-            kept.update(zip(new, self._packed(new), strict=True))
-        raw = [b"".join(map(kept.__getitem__, part)) for part in pieces]
+            kept.update(zip(new, packed(new), strict=True))
+        raw = [b"".join(map(kept.__getitem__, part)) for part in parted]
         for piece in new:
             if len(piece) > LONGEST_WORD:
                 del kept[piece]
         if len(kept) > MOST_WORDS:
             kept.clear()
-        return [np.frombuffer(item, self._dtype) for item in raw]
+        return raw
+
+    def _pieces_packed(self, pieces: list[str]) -> Iterable[bytes]:
+        if (find := self._find_words) is None:
+            return self._packed(pieces)
+        parted = [find(piece) if piece.isascii() else [piece] for piece in pieces]
+        return self._through(self._words, parted, self._packed)
 
     def _packed(self, pieces: list[str]) -> Iterator[bytes]:
         encoded = self._encode(pieces)
@@ -79,7 +106,7 @@ class WordCache:
         return (raw[begin:end] for begin, end in pairwise([0, *ends.tolist()]))
 
 
-def sentencepiece_words(raw: bytes, pieces: Sequence[str]) -> re.Pattern[str] | None:
+def sentencepiece_words(raw: bytes, pieces: Sequence[str]) -> Cuts | None:
     """How texts for this model file may be cut, or None where they may not.
 
     Merges of a BPE are tokens, so where no token has a space after another character none reaches
@@ -97,7 +124,7 @@ def sentencepiece_words(raw: bytes, pieces: Sequence[str]) -> re.Pattern[str] | 
         and normaliser.get(5, 1) == 1  # escape_whitespaces
     )
     crosses = re.compile(f"[^{SPACE_SIGN}]{SPACE_SIGN}").search
-    return SPACE if settings and not any(map(crosses, pieces)) else None
+    return Cuts(SPACE) if settings and not any(map(crosses, pieces)) else None
 
 
 def _messages(raw: bytes, number: int) -> dict[int, Any]:
@@ -135,7 +162,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
         place += size
 
 
-def hugging_face_words(text: str) -> re.Pattern[str] | None:
+def hugging_face_words(text: str) -> Cuts | None:
     """How texts for this tokenizer.json may be cut, or None where they may not.
 
     Known are byte-level BPEs with the splits of GPT-2, and of GPT-4 and its like.
@@ -151,10 +178,12 @@ def hugging_face_words(text: str) -> re.Pattern[str] | None:
         or any(any(map(str.isspace, token["content"])) for token in added)
     ):
         return None
-    return _splits(value.get("pre_tokenizer"))
+    found = _splits(value.get("pre_tokenizer"))
+    # An added token is looked for before the text is split.
+    return found._replace(words=None) if found and added else found
 
 
-def _splits(value: Any) -> re.Pattern[str] | None:
+def _splits(value: Any) -> Cuts | None:
     parts = value["pretokenizers"] if value and value["type"] == "Sequence" else [value]
     digits = [part for part in parts if part and part["type"] == "Digits"]
     *splits, last = [part for part in parts if part not in digits] or [None]
@@ -162,7 +191,7 @@ def _splits(value: Any) -> re.Pattern[str] | None:
         return None
     regex = last.get("use_regex", True)
     if not splits:
-        return ANY_SPACE if regex else None
+        return Cuts(ANY_SPACE, None if digits else _ascii(GPT2_SPLIT)) if regex else None
     known = all(
         part["type"] == "Split"
         and part["pattern"].get("Regex") in KNOWN_SPLITS
@@ -170,4 +199,16 @@ def _splits(value: Any) -> re.Pattern[str] | None:
         and not part["invert"]
         for part in splits
     )
-    return PLAIN_SPACE if known and len(splits) == 1 and not regex else None
+    if not known or len(splits) > 1 or regex:
+        return None
+    return Cuts(PLAIN_SPACE, None if digits else _ascii(splits[0]["pattern"]["Regex"]))
+
+
+def _ascii(split: str) -> re.Pattern[str]:
+    """A tokenizer's split for ASCII text, where its classes of Unicode are plain ranges."""
+    inside = re.sub(
+        r"\[[^\]]*\]",
+        lambda found: found[0].replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"),
+        split,
+    )
+    return re.compile(inside.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]"), re.ASCII)

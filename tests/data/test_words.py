@@ -1,6 +1,5 @@
 """Ids found word by word are those of the whole text, for every tokenizer that is cut."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ CORPUS = [
 ] * 40
 # What the splits of the libraries tell apart, and what Python tells apart otherwise than they.
 ALPHABET = "ab.'’s,!1\n\r\t  \x0b\x1c\x1f\x85\xa0\u2581\u200b\u2028\u3000éß語نَ\u0301😀<|>"
-texts = st.lists(st.text(st.sampled_from(ALPHABET), max_size=40), max_size=4)
+ASCII = [chr(code) for code in range(128)]
+a_text = st.text(st.sampled_from(ALPHABET), max_size=40) | st.text(st.sampled_from(ASCII))
+texts = st.lists(a_text, max_size=4)
 
 
 def sentencepiece(folder: Path, kind: Any) -> Tokenizer:
@@ -60,6 +61,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     """Every kind of tokenizer whose texts are cut."""
     folder = tmp_path_factory.mktemp("words")
     found = [sentencepiece(folder, "bpe"), hugging_face(folder, "gpt2", added=["<|>"])]
+    found.append(hugging_face(folder, "plain"))
     for number, split in enumerate(sorted(words.KNOWN_SPLITS)):
         found.append(hugging_face(folder, f"split{number}", split=split))
     return found
@@ -97,7 +99,10 @@ def test_a_piece_with_a_space_inside_forbids_the_cut(tmp_path: Path, cut: list[A
 
 def test_words_kept_are_bounded(monkeypatch: pytest.MonkeyPatch, cut: list[Any]) -> None:
     monkeypatch.setattr(words, "MOST_WORDS", 5)
-    cache = words.WordCache(cut[0].encode, np.dtype("u2"), words.SPACE, re.compile("\0"))
-    for text in ("a b c d", "e f g h", "x" * 65, "a b c d"):
-        assert cache.encode([text])[0].tolist() == cut[0].encode([text])[0]
-        assert len(cache._kept) <= 5 and "x" * 65 not in cache._kept
+    for tokenizer in (cut[0], cut[2]):
+        cache = tokenizer._words
+        assert (cache._find_words is None) == (tokenizer is cut[0])
+        for text in ("a b c d", "e f g h", "x" * 65, "a b c d"):
+            assert cache.encode([text])[0].tolist() == tokenizer.encode([text])[0]
+            for kept in (cache._pieces, cache._words):
+                assert len(kept) <= 5 and "x" * 65 not in kept

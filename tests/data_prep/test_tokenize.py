@@ -32,7 +32,7 @@ PARTS = ("train", "held_out", "held_out_long")
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units from little text."""
     assert UNIT_BYTES > 10_000
-    monkeypatch.setattr(tokenize_module, "cut_units", lambda files: cut_units(files, 10_000))
+    monkeypatch.setattr(tokenize_module, "cut_units", lambda files, _: cut_units(files, 10_000))
 
 
 def run(corpus: Path, model: Path, output: Path, **options: object) -> TokenizeReport:
