@@ -1,7 +1,8 @@
 """Members of .tar (also as .gz or .zst) and .zip, one after another, never extracted to disk.
 
-What is broken is named with its place and passed over: a .tar is searched for its next header, a
-member of a .zip fails its checksum before a byte of it is used. Names are labels and nothing else.
+What is broken is named with its place and passed over: a .tar is searched for its next header, and
+so is a .zip without its directory; a member of a .zip fails its checksum before a byte of it is
+used. Names are labels and nothing else.
 """
 
 import io
@@ -15,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from data_prep.compressed import BOMB_BYTES, BOMB_RATIO, kind_of, open_stretch, scan
+from data_prep.zip_salvage import SalvagedZip, members_told
 
 BLOCK = 512
 SEARCH_BYTES = 2**20
@@ -60,8 +62,10 @@ def member_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]
         return
     try:
         sizes = [info.compress_size for info in _zip(str(path), *_facts(path)).infolist()]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        yield 0, 1, size  # reading it names the fault
+    except OSError:
+        sizes = []
+    if not sizes:
+        yield 0, 1, size  # reading it names the fault, if there is one
         return
     start = held = 0
     for index, member in enumerate(sizes):
@@ -69,8 +73,7 @@ def member_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]
             yield start, index, held
             start, held = index, 0
         held += member
-    if sizes:
-        yield start, len(sizes), held
+    yield start, len(sizes), held
 
 
 def members(path: str | Path, start: int, stop: int) -> Iterator[Member]:
@@ -94,24 +97,23 @@ def _facts(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=2)
-def _zip(path: str, size: int, mtime_ns: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+def _zip(path: str, size: int, mtime_ns: int) -> zipfile.ZipFile | SalvagedZip:
+    try:
+        found = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return SalvagedZip(Path(path))
+    listed = found.infolist()
+    # Members that share their bytes unpack to any size without one of them standing out.
+    shared = sum(info.compress_size for info in listed) > size
+    return SalvagedZip(Path(path)) if shared or len(listed) != members_told(path) else found
 
 
 def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
-    try:
-        archive = _zip(str(path), *_facts(path))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        yield Member("", problem="broken or truncated zip")
-        return
-    listed = archive.infolist()
-    # Members that share their bytes unpack to any size without one of them standing out.
-    if start == 0 and sum(info.compress_size for info in listed) > path.stat().st_size:
-        yield Member("", problem="decompression bomb")
-    if sum(info.compress_size for info in listed) > path.stat().st_size:
-        return
-    for info in listed[start:stop]:
-        if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
+    archive = _zip(str(path), *_facts(path))
+    if start == 0 and isinstance(archive, SalvagedZip):
+        yield Member("", problem="broken or truncated zip", offset=archive.end)
+    for info in archive.infolist()[start:stop]:
+        if info.filename.endswith("/") or stat.S_ISLNK(info.external_attr >> 16):
             continue
         name = _shown(info.filename)
         if problem := _zip_problem(archive, info):
@@ -121,7 +123,7 @@ def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
             yield Member(name, info.file_size, _buffered(file), offset=info.header_offset)
 
 
-def _zip_problem(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+def _zip_problem(archive: zipfile.ZipFile | SalvagedZip, info: zipfile.ZipInfo) -> str:
     """Why a member cannot be used; "" when all of it unpacks to its checksum."""
     if info.flag_bits & 1:
         return "encrypted zip member"
@@ -132,6 +134,8 @@ def _zip_problem(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
                 size += len(data)
                 if size > BOMB_BYTES and size > BOMB_RATIO * info.compress_size:
                     return "decompression bomb"
+    except NotImplementedError:
+        return "zip method not read"
     except Exception:  # zlib, bz2, lzma, struct and zipfile each raise their own
         return "broken zip member"
     return "" if size == info.file_size else "broken zip member"

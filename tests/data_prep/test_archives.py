@@ -7,6 +7,7 @@ import random
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,8 +151,50 @@ def test_broken_member_of_a_zip_costs_itself_alone(tmp_path: Path) -> None:
     texts, bad = read(path)
     assert texts == [text for i, text in enumerate(TEXTS.values()) if i != 3]
     assert [(name, reason) for name, _, reason in bad] == [("!part-3/3.txt", "broken zip member")]
-    path.write_bytes(raw[:-40])
-    assert read(path) == ([], [("", 0, "broken or truncated zip")])
+
+
+class Unseekable(io.RawIOBase):
+    """A pipe, say: sizes and checksums then stand behind their members."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.data += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("written", ["stored", "deflated", "bzip2", "described", "zip64"])
+def test_zip_without_its_directory_gives_every_whole_member(tmp_path: Path, written: str) -> None:
+    target = Unseekable() if written == "described" else io.BytesIO()
+    method = {"stored": zipfile.ZIP_STORED, "bzip2": zipfile.ZIP_BZIP2}.get(written)
+    with zipfile.ZipFile(target, "w", method or zipfile.ZIP_DEFLATED) as archive:  # type: ignore
+        for name, text in FILES.items():
+            with archive.open(name, "w", force_zip64=written == "zip64") as file:
+                file.write(text)
+    raw = target.data if isinstance(target, Unseekable) else target.getvalue()
+    directory = raw.index(b"PK\x01\x02")
+    path = tmp_path / "a.zip"
+    for end in (directory, directory + 50, len(raw) - 22):
+        path.write_bytes(raw[:end])
+        assert read(path) == (
+            list(TEXTS.values()),
+            [("", directory, "broken or truncated zip")],
+        )
+    third, fourth = (raw.index(name.encode()) - 30 for name in list(TEXTS)[3:5])
+    for broken in (
+        raw[: third + 5] + b"\xff" * 40 + raw[third + 45 : directory],  # its header and more
+        raw[: fourth - 20] + raw[fourth:directory],  # its end
+    ):
+        path.write_bytes(broken)
+        texts, bad = read(path)
+        assert texts == [text for i, text in enumerate(TEXTS.values()) if i != 3]
+        assert ("", "broken or truncated zip") in [(name, reason) for name, _, reason in bad]
+    path.write_bytes(raw[: directory - 20])  # the last one's, and the directory
+    assert read(path)[0] == list(TEXTS.values())[:-1]
 
 
 def test_bombs_are_not_unpacked(tmp_path: Path) -> None:
@@ -205,3 +248,5 @@ def test_any_byte_may_be_wrong(tmp_path: Path, kind: str) -> None:
         if kind != "tar":  # a plain .tar has no checksum of its contents
             assert set(texts) <= set(TEXTS.values())
             assert bad or len(texts) == len(TEXTS)
+        if kind == "zip" and number % 3 == 0:  # a member, or the directory, or its end
+            assert len(texts) >= len(TEXTS) - 1
