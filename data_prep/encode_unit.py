@@ -17,7 +17,7 @@ import numpy.typing as npt
 from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
 from data_prep.inputs import Fields, Unit
 from data_prep.long_text import encode_pieces, slices
-from megahybrid.data.manifest import sync_folder, write_durably
+from megahybrid.data.manifest import sync_folder
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 
 # key orders the documents, split decides which are held out; both from the text alone, so that
@@ -224,19 +224,25 @@ class RunWriter:
         self._runs.append(1)
 
     def finish(self, size: int, bad: list[BadDocument]) -> UnitResult:
-        """Makes the unit durable and marks it done."""
+        """Makes the unit durable and marks it done: `.done` gets its name once all the rest is."""
         self._write_run()
-        with open(unit_path(self.folder, self.number, "bad"), "w", encoding="utf-8") as listing:
-            for item in bad:
-                listing.write(json.dumps(_shown(item), ensure_ascii=False) + "\n")
-            for file in (listing, self._tokens, self._records, self._notes):
-                file.flush()
-                os.fsync(file.fileno())
-        sync_folder(Path(self.folder))
         counts = dict(sorted(Counter(item.reason for item in bad).items()))
         result = UnitResult(self.number, size, sum(self._runs), self._written, self._runs, counts)
         done = unit_path(self.folder, self.number, "done")
-        write_durably(done, json.dumps(asdict(result)).encode())
+        unnamed = done.with_suffix(".done.tmp")
+        with (
+            open(unit_path(self.folder, self.number, "bad"), "wb") as listing,
+            open(unnamed, "wb") as told,
+        ):
+            for item in bad:
+                listing.write(json.dumps(_shown(item), ensure_ascii=False).encode() + b"\n")
+            told.write(json.dumps(asdict(result)).encode())
+            for file in (listing, told, self._tokens, self._records, self._notes):
+                if file.tell():
+                    file.flush()
+                    os.fsync(file.fileno())
+        sync_folder(Path(self.folder))
+        os.replace(unnamed, done)
         return result
 
     def __enter__(self) -> "RunWriter":
