@@ -78,7 +78,7 @@ def add_arguments(subparsers: Any) -> None:
     inspect.add_argument("--vocab-size", type=_from(1), help="for files without a manifest")
     inspect.add_argument("--tokenizer", help="to show documents as text")
     inspect.add_argument("--documents", type=_from(0), default=3, help="how many to show")
-    inspect.add_argument("--picture", metavar="FILE.svg", help="lengths and tokens as a picture")
+    inspect.add_argument("--picture", metavar="FILE.svg", help="lengths, or mix and rows, drawn")
     inspect.add_argument("--step", type=_from(1), default=1, help="of a run (from 1)")
     inspect.add_argument("--stage", help="count the step within this stage")
     inspect.add_argument("--rows", type=_from(1), default=4, help="rows of the step to show")

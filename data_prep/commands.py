@@ -275,7 +275,7 @@ def _inspect(args: argparse.Namespace) -> None:
     if path.endswith((".yaml", ".yml")) or os.path.exists(os.path.join(path, "config.yaml")):
         from data_prep.show_batch import show_batch
 
-        show_batch(path, args.stage, args.step, args.rows, args.tokenizer)
+        show_batch(path, args.stage, args.step, args.rows, args.tokenizer, args.picture)
         return
     from data_prep.inspect_dataset import inspect_dataset
 

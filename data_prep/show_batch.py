@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.batch_picture import batch_picture
 from data_prep.inspect_dataset import shown_note
 from data_prep.trace import find_step, load_run, open_mixture
 from megahybrid.data.batches import Batch, make_batch
@@ -18,14 +19,21 @@ from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 WIDTH = 64
 SHADES = "█▓"  # neighbours differ, so that each change is a boundary
 TEXT_TOKENS = 40
+PICTURE_ROWS = 64
 
 
 def show_batch(
-    path: str, stage: str | None, step: int, rows: int, tokenizer: str | None = None
+    path: str,
+    stage: str | None,
+    step: int,
+    rows: int,
+    tokenizer: str | None = None,
+    picture: str | None = None,
 ) -> None:
     """Prints step `step` (from 1) of the run (or of its stage) and `rows` of its rows.
 
     Documents are drawn in two shades; the first words of each row's first documents follow.
+    `picture` is an .svg to draw the mix and PICTURE_ROWS rows to.
     """
     run = load_run(path)
     mixture = open_mixture(run)
@@ -33,10 +41,11 @@ def show_batch(
     found = find_step(run, mixture, stage, step, directory)
     console = Console(soft_wrap=True, highlight=False)
     point = found.point
-    console.print(
+    title = (
         f"step {found.number} of the run, {point.step_in_stage + 1} of stage {point.stage.name}: "
-        f"{point.rows} rows of {point.length:,} tokens, learning rate {point.learning_rate:.3g}"
+        f"{point.rows} rows of {point.length:,} tokens"
     )
+    console.print(f"{title}, learning rate {point.learning_rate:.3g}")
     _print_mix(console, found.plans, point.length, mixture.epochs(found.state))
     words = tokenizer or run.data.tokenizer
     text = load_tokenizer(words) if words else None
@@ -44,6 +53,11 @@ def show_batch(
     batch = make_batch(mixture.datasets, chosen, point.length, run.data.documents)
     for number, plan in enumerate(chosen):
         _print_row(console, number, plan, batch, mixture.datasets[plan.source], text)
+    if picture is not None:
+        drawn = found.plans[:PICTURE_ROWS]
+        starts = make_batch(mixture.datasets, drawn, point.length, run.data.documents).starts
+        Path(picture).write_text(batch_picture(title, found.plans, starts, point.stage.weights))
+        console.print(f"\n{picture} written")
 
 
 def _print_mix(

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -214,9 +216,14 @@ def test_step_is_found_by_stage(run_directory: Path) -> None:
 
 
 def test_step_is_shown_with_its_documents(
-    run_directory: Path, capsys: pytest.CaptureFixture[str]
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show_batch(str(run_directory), "long", 1, rows=2)
+    picture = tmp_path / "step.svg"
+    show_batch(str(run_directory), "long", 1, rows=2, picture=str(picture))
+    run = load_run(run_directory)
+    sources = Counter(plan.source for plan in find_step(run, open_mixture(run), "long", 1).plans)
+    words = "".join(ElementTree.parse(picture).getroot().itertext())
+    assert all(f"{count} rows, {count / 4:.1%}" in words for count in sources.values())
     shown = capsys.readouterr().out
     assert "step 9 of the run, 1 of stage long: 4 rows of 64 tokens" in shown
     assert "█" in shown and "▓" in shown and "row 1:" in shown and "row 2:" not in shown
