@@ -40,8 +40,6 @@ def step_environment(
 def train_step(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     """The command that starts every rank on `nodes` and ends with the first that fails."""
     logs = environment[LOGS]
-    if job.site.launcher == "deepspeed":
-        return _deepspeed(job, nodes, environment)
     per_node = job.site.ranks if job.site.launcher == "srun" else 1
     log = "rank-%4t.log" if job.site.launcher == "srun" else "node-%4t.log"
     return [
@@ -119,35 +117,31 @@ def _rank(job: Job) -> list[str]:
 
 
 def _agent(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """torchrun with static rendezvous: ranks follow the order of nodes, and no agent complains at
-    a good end. Only a shell on the node knows the node's number."""
-    before = shlex.join([*job.site.python, "-m", "torch.distributed.run"])
-    after = shlex.join(
-        [
-            f"--nnodes={len(nodes)}",
-            f"--nproc-per-node={job.site.ranks}",
-            "--rdzv-backend=static",
-            f"--master-addr={environment['MASTER_ADDR']}",
-            f"--master-port={environment['MASTER_PORT']}",
-            "--max-restarts=0",
-            *job.train,
-            job.run_file,
-        ]
-    )
-    return ["bash", "-c", f'exec {before} --node-rank="$SLURM_NODEID" {after}']
-
-
-def _deepspeed(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    module = job.train[1:] if job.train[:1] == ("-m",) else job.train
-    return [
-        "deepspeed",
-        f"--hostfile={hostfile(environment)}",
+    """torchrun or DeepSpeed's launcher, started once per node. Only a shell on the node knows the
+    node's number."""
+    torchrun = job.site.launcher == "torchrun"
+    before, after = _torchrun(job, nodes) if torchrun else _deepspeed(job, environment)
+    address = [
         f"--master_addr={environment['MASTER_ADDR']}",
         f"--master_port={environment['MASTER_PORT']}",
-        "--module",
-        *module,
-        job.run_file,
     ]
+    first = shlex.join([*job.site.python, "-m", *before, *address])
+    return ["bash", "-c", f'exec {first} --node_rank="$SLURM_NODEID" {shlex.join(after)}']
+
+
+def _torchrun(job: Job, nodes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Static rendezvous: ranks follow the order of nodes, and no agent complains at a good end."""
+    shape = [f"--nnodes={len(nodes)}", f"--nproc-per-node={job.site.ranks}"]
+    once = ["--rdzv-backend=static", "--max-restarts=0"]
+    return ["torch.distributed.run", *shape, *once], [*job.train, job.run_file]
+
+
+def _deepspeed(job: Job, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Over ssh it would start ranks outside of the job, where no signal and no kill of ours goes,
+    without the site's environment. It would give each rank an option that ours do not know."""
+    runner = ["deepspeed.launcher.runner", f"--hostfile={hostfile(environment)}", "--no_ssh"]
+    script = ["--module", *job.train[1:]] if job.train[0] == "-m" else job.train
+    return [*runner, "--no_local_rank"], [*script, job.run_file]
 
 
 def hostfile(environment: Mapping[str, str]) -> str:

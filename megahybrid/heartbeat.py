@@ -171,8 +171,7 @@ def read_beats(run_directory: Path, attempt: str = "") -> dict[int, Beat]:
     with contextlib.suppress(FileNotFoundError):
         for path in (run_directory / FOLDER).glob("rank-*.json"):
             beat = _read_beat(path)
-            # DeepSpeed's own runner does not hand the name on.
-            if beat is not None and (not attempt or beat.attempt in ("", attempt)):
+            if beat is not None and (not attempt or beat.attempt == attempt):
                 found[beat.rank] = beat
     return dict(sorted(found.items()))
 

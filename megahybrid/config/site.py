@@ -115,7 +115,7 @@ class Site(Frozen):
     launcher: Literal["srun", "torchrun", "deepspeed"] = Field(
         default="srun",
         description="srun: one task per rank; torchrun: one agent per node, static rendezvous; "
-        "deepspeed: its own runner over ssh, from a hostfile",
+        "deepspeed: its launcher on each node, from a hostfile, without ssh",
     )
     exclude: list[Line] = Field(default=[], description="nodes never used")
     stop_lead_seconds: int = Field(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,21 @@ def test_at_the_time_limit_the_next_job_of_the_chain_goes_on(tmp_path: Path) -> 
         (run.numbers[1], 0),
     ]
     until(lambda: not slurm_commands.queue(), "the end of the chain", 30)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_agents_start_the_ranks_and_a_stop_is_75_again(launcher: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, steps=40, more=f"launcher: {launcher}")
+    run.until("RUNNING .* step [1-9]", 120)
+    slurm_commands.warn(run.numbers[0])
+    run.start_now()
+    run.until("DONE after 2 attempts", 150)
+    first, second = attempts(run.directory)
+    assert (first.code, second.code) == (75, 0) and second.checkpoint_before == first.step
+    for node in range(2):
+        log = run.directory / "logs" / f"{run.numbers[0]}.0" / f"node-{node:04d}.log"
+        said = sorted(re.findall(r"rank (\d) of 4 begins", log.read_text()))
+        assert said == [str(2 * node), str(2 * node + 1)]  # ranks follow the order of nodes
 
 
 @pytest.mark.quick

@@ -25,7 +25,7 @@ def main(words: list[str]) -> int:
     *faults, run_file = words
     run = Path(run_file).parent.parent
     steps = int(os.environ.get("PRETEND_STEPS", "30"))
-    rank = int(os.environ["SLURM_PROCID"])
+    rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"]))  # an agent's, or srun's
     stop = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.append(True))
@@ -33,7 +33,7 @@ def main(words: list[str]) -> int:
     write_stacks_on_signal(Path(os.environ["MEGAHYBRID_LOGS"]) / f"stacks-{rank:04d}.txt")
     saved = sorted((run / "checkpoints").glob("step-*"))
     step = int(saved[-1].name.removeprefix("step-")) if saved else 0
-    print(f"rank {rank} of {os.environ['SLURM_NTASKS']} begins at step {step}", flush=True)
+    print(f"rank {rank} of {_ranks()} begins at step {step}", flush=True)
     while step < steps:
         heart.phase("step", step)
         for fault in faults:
@@ -55,6 +55,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ["SLURM_NTASKS"]))
+
+
 def _agree(run: Path, rank: int, step: int, asked: bool) -> bool:
     """Waits for all ranks, as a step's collectives do; whether any was asked to stop."""
     job = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -62,7 +66,7 @@ def _agree(run: Path, rank: int, step: int, asked: bool) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f".{rank}").write_text("stop" if asked else "")
     (folder / f".{rank}").rename(folder / str(rank))
-    while len(found := list(folder.glob("[0-9]*"))) < int(os.environ["SLURM_NTASKS"]):
+    while len(found := list(folder.glob("[0-9]*"))) < _ranks():
         time.sleep(0.02)
     return any(path.read_text() for path in found)
 

@@ -122,15 +122,16 @@ def test_torchrun_gets_one_agent_per_node_and_static_rendezvous() -> None:
     command = train_step(job, ["n1", "n3"], _environment())
     assert "--ntasks=2" in command and "--cpus-per-task=96" in command
     assert command[-3:-1] == ["bash", "-c"]
-    assert '--node-rank="$SLURM_NODEID"' in command[-1]
+    assert '--node_rank="$SLURM_NODEID"' in command[-1]
     assert "--rdzv-backend=static" in command[-1] and "--nproc-per-node=8" in command[-1]
 
 
-def test_deepspeeds_runner_gets_a_hostfile() -> None:
+def test_deepspeeds_launcher_gets_a_hostfile_and_starts_one_nodes_ranks() -> None:
     job = _job(site=SITE.model_copy(update={"launcher": "deepspeed"}))
     command = train_step(job, ["n1", "n3"], _environment())
-    assert command[:2] == ["deepspeed", "--hostfile=/a%b/hostfile"]
-    assert command[-3:] == ["megahybrid", "train", job.run_file]
+    assert "--ntasks=2" in command and command[-3:-1] == ["bash", "-c"]
+    assert "--hostfile=/a%b/hostfile --no_ssh " in command[-1]
+    assert f"--module megahybrid train '{job.run_file}'" in command[-1]
     assert hostfile_text(job, ["n1", "n3"]) == "n1 slots=8\nn3 slots=8\n"
 
 
