@@ -28,7 +28,9 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
     input is verified first. Raises CheckpointError where they are of different models.
     """
     shares = [1.0] * len(paths) if shares is None else list(shares)
-    if len(shares) != len(paths) or not all(0 < share < math.inf for share in shares):
+    if len(shares) != len(paths) or not (
+        all(share > 0 for share in shares) and math.isfinite(sum(shares))
+    ):
         raise CheckpointError(
             f"--shares gives {len(shares)} numbers ({', '.join(f'{s:g}' for s in shares)}) for "
             f"{len(paths)} checkpoints. Give one above 0 for each."

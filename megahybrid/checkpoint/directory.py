@@ -30,7 +30,7 @@ def check_model(run_directory: Path | str, fingerprint: str, *, claim: bool = Tr
     """
     path = Path(run_directory) / MODEL_NAME
     try:
-        found = path.read_text(encoding="utf-8").strip()
+        found = path.read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         if not claim:
             return
@@ -40,6 +40,7 @@ def check_model(run_directory: Path | str, fingerprint: str, *, claim: bool = Tr
         durable.rename(temporary, path)
         return
     if found != fingerprint:
+        found = " ".join(found.split())[:100]
         raise CheckpointError(
             f"directory={run_directory} holds a run of another model "
             f"({found}; this one is {fingerprint}). Use another directory, or the model it had."

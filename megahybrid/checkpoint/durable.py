@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from megahybrid.checkpoint.manifest import BLOCK_BYTES, FileRecord
@@ -109,9 +110,14 @@ def rename(old: Path, new: Path) -> None:
     sync_directory(new.parent)
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder with all it holds; nothing happens when it is gone already."""
-    shutil.rmtree(folder, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Delete a folder with all it holds, or the file or link that stands in its place; nothing
+    happens when it is gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def forget(path: Path) -> None:

@@ -5,9 +5,11 @@ written last: a folder without a manifest is no checkpoint. `VERSION` rises when
 field changes; `READERS` keeps one function for every version there was.
 """
 
+import errno
 import hashlib
 import json
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -119,6 +121,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and fully check `folder`/manifest.json. Raises CheckpointError, one line."""
     path = folder / MANIFEST_NAME
     try:
+        # A pipe or a device in its place would be waited for, or read, without end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file")
         text = path.read_bytes().decode("utf-8")
         values = json.loads(text, parse_constant=_refuse_constant)
     except FileNotFoundError:
@@ -127,7 +132,9 @@ def read_manifest(folder: Path) -> Manifest:
             "Use another step's folder."
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}). Use another step's folder."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged: it is not JSON ({error}). Use another step's folder."
@@ -141,7 +148,7 @@ def parse(values: Any, path: Path) -> Manifest:
     check.that(isinstance(values, dict), "is not a JSON object")
     check.same("format", values.get("format"), FORMAT, "It is not a checkpoint of megahybrid")
     version = values.get("version")
-    if version not in READERS or isinstance(version, bool):
+    if type(version) is not int or version not in READERS:
         raise CheckpointError(
             f"{path}: version={version!r} is none that this megahybrid reads "
             f"({', '.join(map(str, READERS))}). Update megahybrid."

@@ -6,6 +6,7 @@ here can run what a file holds.
 """
 
 import math
+import stat
 from pathlib import Path
 from types import TracebackType
 
@@ -249,12 +250,16 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
     problems = []
     for name, record in manifest.files.items():
         try:
-            found = (path / name).stat().st_size
+            found = (path / name).stat()
         except OSError as error:
             problems.append(f"{name} is missing ({error.strerror})")
             continue
-        if found != record.bytes:
-            problems.append(f"{name} has {found} bytes, not the {record.bytes} of the manifest")
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{name} is no plain file")
+        elif found.st_size != record.bytes:
+            problems.append(
+                f"{name} has {found.st_size} bytes, not the {record.bytes} of the manifest"
+            )
     for extra in sorted(path.glob("fragments-*")):
         if extra.name not in manifest.files:
             problems.append(f"{extra.name} is not listed in the manifest")

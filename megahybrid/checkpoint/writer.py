@@ -221,11 +221,11 @@ def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, An
     durable.sync_directory(temporary)
     published = folders.published_path(run_directory, snapshot.step)
     replaced = folders.replaced_path(run_directory, snapshot.step)
-    if published.exists() and replaced.exists():
-        # This one is damaged: `reap` would otherwise have deleted the one put aside.
-        durable.remove(published)
-    elif published.exists():
+    if published.is_dir() and not replaced.exists():
         durable.rename(published, replaced)
+    else:
+        # Nothing, a file, or damaged: `reap` would otherwise have deleted the one put aside.
+        durable.remove(published)
     durable.rename(temporary, published)
 
 

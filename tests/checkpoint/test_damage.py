@@ -1,6 +1,7 @@
 """Whatever happens to a checkpoint's files is found, named in one line, and stepped over."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,12 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
+def stand_in(path: Path, make: Callable[[Path], object]) -> None:
+    """Something else where a file was."""
+    path.unlink()
+    make(path)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "data_bit": (
         lambda folder: flip(folder / FILE, -3),
@@ -98,6 +105,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "future_version": (
         lambda folder: rewrite(folder, lambda values: values.update(version=99)),
         r"version=99 is none that this megahybrid reads \(1\). Update megahybrid.",
+    ),
+    "version_of_no_kind": (
+        lambda folder: rewrite(folder, lambda values: values.update(version=[1])),
+        r"version=\[1\] is none that this megahybrid reads",
+    ),
+    "pipe_for_a_manifest": (
+        lambda folder: stand_in(folder / "manifest.json", os.mkfifo),
+        r"manifest.json cannot be read \(it is no plain file\)",
+    ),
+    "device_for_a_manifest": (
+        lambda folder: stand_in(folder / "manifest.json", lambda at: at.symlink_to("/dev/zero")),
+        r"manifest.json cannot be read \(it is no plain file\)",
+    ),
+    "folder_for_a_file": (
+        lambda folder: stand_in(folder / FILE, Path.mkdir),
+        f"{FILE} is no plain file",
+    ),
+    "link_to_itself": (
+        lambda folder: stand_in(folder / FILE, lambda at: at.symlink_to(at.name)),
+        f"{FILE} is missing",
     ),
     "unknown_field": (
         lambda folder: rewrite(folder, lambda values: values.update(extra=1)),

@@ -123,3 +123,6 @@ def test_a_directory_keeps_to_its_model(tmp_path: Path) -> None:
     check_model(run, "8x128-a")
     with pytest.raises(CheckpointError, match=r"another model \(8x128-a; this one is 8x256-b\)"):
         check_model(run, "8x256-b")
+    (run / "model_fingerprint").write_bytes(b"\x80\x04\n\nno text")
+    with pytest.raises(CheckpointError, match=r"another model \(.* no text; this one is 8x256-b\)"):
+        check_model(run, "8x256-b")

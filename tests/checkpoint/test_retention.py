@@ -6,6 +6,7 @@ import pytest
 
 from megahybrid.checkpoint.folders import Retention, candidates, reap, retain
 from megahybrid.checkpoint.latest import latest
+from megahybrid.checkpoint.reader import quick_check
 from tests.checkpoint.examples import save_plain
 from tests.checkpoint.test_damage import FILE, flip, truncate
 
@@ -51,6 +52,20 @@ def test_a_save_after_a_fallback_replaces_the_damaged_checkpoint(tmp_path: Path)
     newest = tmp_path / "checkpoints" / "step-00000002"
     truncate(newest / FILE)
     assert save_plain(tmp_path, 2) == newest == latest(tmp_path)
+
+
+def test_whatever_stands_in_the_place_of_a_checkpoint_does_not_keep_a_save_out(
+    tmp_path: Path,
+) -> None:
+    """A file, a link to nothing, and a link to a whole one elsewhere, which is left as it is."""
+    place, elsewhere = tmp_path / "checkpoints" / "step-00000001", tmp_path / "elsewhere"
+    save_plain(tmp_path, 1).rename(elsewhere)
+    for make in (Path.touch, lambda at: at.symlink_to("gone"), lambda at: at.symlink_to(elsewhere)):
+        make(place)
+        assert save_plain(tmp_path, 1) == place == latest(tmp_path) and not place.is_symlink()
+        assert names(tmp_path) == ["step-00000001"]
+        place.rename(place.with_name(".step-00000001.tmp"))
+    assert quick_check(elsewhere) is None
 
 
 def test_steps_beyond_eight_digits_are_the_newest(tmp_path: Path) -> None:
