@@ -13,7 +13,9 @@ from megahybrid.errors import EXIT_DONE, MegahybridError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line and code 2."""
     parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parsed, rest = parser.parse_known_args(words)
+    parsed.words = words  # for ranks that are started with the same command
     # argparse ends a list of overrides at the first option; they may stand behind it as well.
     strays = [word for word in rest if word.startswith("-") or "=" not in word]
     if strays or (rest and "overrides" not in parsed):

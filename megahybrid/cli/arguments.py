@@ -31,6 +31,13 @@ def checkpoint(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=Path, help="a checkpoint's folder, or a run's (its newest one)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        metavar="N",
+        help="cut the model over N ranks, started here or by torchrun or srun "
+        "(default: this process alone)",
+    )
 
 
 def changes(parser: argparse.ArgumentParser) -> None:

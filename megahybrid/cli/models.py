@@ -1,10 +1,15 @@
 """Commands about one trained model: evaluate, analyse, sample, export, import."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megahybrid.cli.arguments import changes, checkpoint, command
 from megahybrid.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megahybrid.parallel.mesh import ParallelMesh
 
 
 def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
@@ -81,36 +86,38 @@ def add_interop_commands(commands: argparse._SubParsersAction) -> None:
     bring_in.add_argument("--data", type=Path, metavar="DIR", help="loss before and after --plan")
 
 
+def _on_ranks(arguments: argparse.Namespace, work: "Callable[[ParallelMesh], int]") -> int:
+    from megahybrid.train.tensor_ranks import on_tensor_ranks
+
+    return on_tensor_ranks(work, arguments.tensor, arguments.device, arguments.words)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _refuse_mixtures(arguments)
+    return _on_ranks(arguments, lambda mesh: _evaluate_on(mesh, arguments))
+
+
+def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
     if arguments.lm_eval:
         from megahybrid.train.lm_eval_command import evaluate_lm_eval
 
         return evaluate_lm_eval(
             arguments.checkpoint,
             arguments.lm_eval,
+            mesh,
             include=arguments.include,
             length=arguments.length,
             limit=arguments.limit,
             tokenizer=arguments.tokenizer,
-            device=arguments.device,
         )
     if arguments.suite is not None:
         from megahybrid.train.suite_command import evaluate_suite
 
-        others = {"--data": arguments.data, "--length": arguments.length}
-        others |= {"--beyond": arguments.beyond or None}
-        for name, value in (others | {"--max-tokens": arguments.max_tokens}).items():
-            if value is not None:
-                given = name if value is True else f"{name}={value}"
-                raise ConfigError(
-                    f"{given} is for held-out loss, but a suite was given "
-                    f"({arguments.suite}). Leave one of them out."
-                )
         return evaluate_suite(
             arguments.checkpoint,
             arguments.suite,
+            mesh,
             tokenizer=arguments.tokenizer,
-            device=arguments.device,
             changes=arguments.change,
             as_json=arguments.json,
         )
@@ -118,47 +125,83 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     return evaluate(
         arguments.checkpoint,
+        mesh,
         data=arguments.data,
         length=arguments.length,
         max_tokens=arguments.max_tokens,
-        device=arguments.device,
         changes=arguments.change,
         beyond=arguments.beyond,
         as_json=arguments.json,
     )
 
 
-def _analyse(arguments: argparse.Namespace) -> int:
-    from megahybrid.train.analyse_command import analyse
+def _refuse_mixtures(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that belongs to another of evaluate's three kinds."""
+    given = {
+        "--data": arguments.data,
+        "--length": arguments.length,
+        "--max-tokens": arguments.max_tokens,
+        "--beyond": arguments.beyond or None,
+        "--include": arguments.include,
+        "--limit": arguments.limit,
+        "--tokenizer": arguments.tokenizer,
+        "--json": arguments.json or None,
+        "--change": arguments.change or None,
+    }
+    known: tuple[str, ...]
+    if arguments.lm_eval:
+        kind, asked = "lm-evaluation-harness", f"--lm-eval {' '.join(arguments.lm_eval)}"
+        known = ("--length", "--include", "--limit", "--tokenizer")
+        given["a suite"] = arguments.suite
+    elif arguments.suite is not None:
+        kind, asked = "a suite", str(arguments.suite)
+        known = ("--tokenizer", "--json", "--change")
+    else:
+        kind, asked = "held-out loss", "no suite and no --lm-eval"
+        known = ("--data", "--length", "--max-tokens", "--beyond", "--json", "--change")
+    for name, value in given.items():
+        if value is not None and name not in known:
+            said = name if value is True else f"{name}={value}"
+            raise ConfigError(f"{said} says nothing to {kind} ({asked} given). Leave it out.")
 
-    return analyse(
-        arguments.checkpoint,
-        suite_file=arguments.suite,
-        examples_file=arguments.examples,
-        length=arguments.length,
-        depth=arguments.depth,
-        trials=arguments.trials,
-        threshold=arguments.threshold,
-        tokenizer=arguments.tokenizer,
-        device=arguments.device,
-        changes=arguments.change,
-        as_json=arguments.json,
-    )
+
+def _analyse(arguments: argparse.Namespace) -> int:
+    def work(mesh: "ParallelMesh") -> int:
+        from megahybrid.train.analyse_command import analyse
+
+        return analyse(
+            arguments.checkpoint,
+            mesh,
+            suite_file=arguments.suite,
+            examples_file=arguments.examples,
+            length=arguments.length,
+            depth=arguments.depth,
+            trials=arguments.trials,
+            threshold=arguments.threshold,
+            tokenizer=arguments.tokenizer,
+            changes=arguments.change,
+            as_json=arguments.json,
+        )
+
+    return _on_ranks(arguments, work)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megahybrid.train.sample_command import sample
+    def work(mesh: "ParallelMesh") -> int:
+        from megahybrid.train.sample_command import sample
 
-    return sample(
-        arguments.checkpoint,
-        prompt=arguments.prompt,
-        tokens=arguments.tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        tokenizer=arguments.tokenizer,
-        context=arguments.context,
-        device=arguments.device,
-    )
+        return sample(
+            arguments.checkpoint,
+            mesh,
+            prompt=arguments.prompt,
+            tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            tokenizer=arguments.tokenizer,
+            context=arguments.context,
+        )
+
+    return _on_ranks(arguments, work)
 
 
 def _export(arguments: argparse.Namespace) -> int:

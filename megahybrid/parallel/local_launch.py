@@ -27,6 +27,7 @@ STACKS_SECONDS = 2.0  # what writing the stacks may take before the ranks are ki
 # Each asks every rank to save and leave at the end of its step.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LAUNCHER = "MEGAHYBRID_LOCAL_LAUNCH"  # holds the launcher's process id in the ranks it starts
+LAUNCHER_LOGS = "MEGAHYBRID_LOCAL_LOGS"  # the folder where they leave what ended them
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ def started_by_launcher() -> bool:
     return LAUNCHER in os.environ
 
 
+def launcher_logs() -> Path | None:
+    """The `log_directory` of the launcher that started this process; None where none did."""
+    return Path(os.environ[LAUNCHER_LOGS]) if started_by_launcher() else None
+
+
+def lost_peer(message: str) -> bool:
+    """Whether an error only says that another rank is gone."""
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "recvValue failed")
+    return any(word in message for word in (*words, "NCCL", "remote process exited"))
+
+
 def end_with_launcher() -> None:
     """Ask the kernel to end this process when the launcher dies, however it dies (Linux)."""
     if sys.platform == "linux":
@@ -84,12 +96,13 @@ def launch_local(
     *,
     hung: Callable[[], tuple[int, str] | None] = lambda: None,
     stacks_signal: int | None = None,
+    stopping: str = "stopping at the end of this step",
 ) -> RankFailure | None:
     """Run `python *command` once per rank and wait. None when every rank ended with 0.
 
     `hung` is asked now and then; when it names a rank and a reason, every rank is sent
     `stacks_signal` (to write down where it stands) and then killed.
-    Signals sent to the launcher reach every rank. The rendezvous store lives in this process on a
+    Signals sent to the launcher reach every rank; `stopping` says what they then do. The rendezvous store lives in this process on a
     port the system chose, so two launches never compete for one.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -105,12 +118,13 @@ def launch_local(
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         LAUNCHER: str(os.getpid()),
+        LAUNCHER_LOGS: str(log_directory),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     environments = {
         rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
     }
-    forwarder = _Forwarder()
+    forwarder = _Forwarder(stopping)
     forwarder.install()
     # Held back, here and (they inherit it) in the ranks: a signal that comes while a rank's Python
     # still imports must not end it unasked.
@@ -146,7 +160,8 @@ class _Forwarder:
     """Handles stop signals: sends each on to every rank, those also that came before there were
     ranks. Python runs it on the main thread whichever thread the system interrupted."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: str) -> None:
+        self.stopping = stopping
         self.ranks: list[subprocess.Popen] | None = None
         before = signal.getsignal(signal.SIGTERM)
         # Of an earlier launch: what came since it ended is for this one.
@@ -167,7 +182,7 @@ class _Forwarder:
         with contextlib.suppress(OSError):  # a handler must not print, and the terminal may be gone
             if not self.asked:
                 name = signal.Signals(number).name
-                os.write(2, f"megahybrid: {name}: stopping at the end of this step.\n".encode())
+                os.write(2, f"megahybrid: {name}: {self.stopping}.\n".encode())
         self.asked.append(number)
         self._send(number)
 

@@ -89,6 +89,7 @@ class OneRun:
 
     def work(self) -> int:
         """Trains where that is not done, scores, keeps the result. Returns the exit code."""
+        from megahybrid.parallel.mesh import ParallelMesh, choose_device
         from megahybrid.train.analyse_command import analyse
         from megahybrid.train.command import train
         from megahybrid.train.evaluate_command import evaluate
@@ -100,19 +101,20 @@ class OneRun:
         if code != EXIT_DONE:
             return code
         trained = time.monotonic()
+        mesh = ParallelMesh.single(choose_device("auto", 0))
         result: dict[str, Any] = {"variant": self.variant, "seed": self.seed}
         result["overrides"] = plan.variants[self.variant]
         if plan.suite is not None:
             suite = self.folder / plan.suite
-            result["suite"] = _said(lambda: evaluate_suite(run, suite, as_json=True))
+            result["suite"] = _said(lambda: evaluate_suite(run, suite, mesh, as_json=True))
         if plan.analyse is not None:
             looked_at = self.folder / plan.analyse
-            told = _said(lambda: analyse(run, suite_file=looked_at, as_json=True))
+            told = _said(lambda: analyse(run, mesh, suite_file=looked_at, as_json=True))
             result["attention"] = without_curves(told)
         if plan.held_out is not None:
             length, most = plan.held_out.length, plan.held_out.max_tokens
             result["held_out"] = _said(
-                lambda: evaluate(run, length=length, max_tokens=most, as_json=True)
+                lambda: evaluate(run, mesh, length=length, max_tokens=most, as_json=True)
             )
         spent = os.times()
         result["seconds"] = {

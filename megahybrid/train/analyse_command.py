@@ -15,6 +15,7 @@ from megahybrid.evaluate.attention import Attention, attention_of, to_json
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.suite import examples_of
 from megahybrid.evaluate.suite_table import attention_tables
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.material import header, keep, material_of
 from megahybrid.train.trained_model import TrainedModel, load_trained_model
 
@@ -23,6 +24,7 @@ RETRIEVAL = 0.1  # needle mass while answering from which a head is listed; arXi
 
 def analyse(
     path: Path,
+    mesh: ParallelMesh,
     *,
     suite_file: Path | None = None,
     examples_file: Path | None = None,
@@ -31,7 +33,6 @@ def analyse(
     trials: int = 8,
     threshold: float = RETRIEVAL,
     tokenizer: Path | None = None,
-    device: str = "auto",
     changes: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
@@ -44,7 +45,7 @@ def analyse(
     """
     if suite_file is not None and examples_file is not None:
         raise ConfigError("--examples and a suite were given (2 sources). Give one of them.")
-    trained = load_trained_model(path, device, changes)
+    trained = load_trained_model(path, mesh, changes)
     if examples_file is not None:
         groups = _own_examples(examples_file, trained.run.model.vocab_size)
         name = examples_file.stem

@@ -92,6 +92,7 @@ def _rank(
     """One rank from rendezvous to the end; every failure is told in one line, last of all."""
     from megahybrid.parallel.local_launch import (
         end_with_launcher,
+        lost_peer,
         record_failure,
         started_by_launcher,
     )
@@ -117,7 +118,7 @@ def _rank(
             return code
     except Exception as error:
         message, code = _explain(error, run, rank, place.world_size if place else 1, directory)
-        consequence = _lost_peer(message)
+        consequence = lost_peer(message)
         if code == EXIT_FAILURE:
             _keep_traceback(logs, rank, show=not consequence)
         elif rank and not launched:
@@ -200,12 +201,6 @@ def _keep_traceback(logs: Path, rank: int, *, show: bool) -> None:
 
 def _stopped(directory: Path) -> str:
     return f"run {directory} stopped early and saved; the same command goes on with it."
-
-
-def _lost_peer(message: str) -> bool:
-    """Whether an error only says that another rank is gone."""
-    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "recvValue failed")
-    return any(word in message for word in (*words, "NCCL", "remote process exited"))
 
 
 def _limit_threads() -> None:

@@ -13,6 +13,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.table import loss_table, position_table, reach_table
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss, open_held_out
 from megahybrid.train.material import keep
 from megahybrid.train.trained_model import TrainedModel, known_tokenizer, load_trained_model
@@ -22,11 +23,11 @@ TIMES = (1, 2, 4, 8)  # of the trained length
 
 def evaluate(
     path: Path,
+    mesh: ParallelMesh,
     *,
     data: Path | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
-    device: str = "auto",
     changes: Sequence[str] = (),
     beyond: bool = False,
     as_json: bool = False,
@@ -42,7 +43,7 @@ def evaluate(
     for name, value in (("--length", length), ("--max-tokens", max_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} scores nothing. Use 1 or more.")
-    trained = load_trained_model(path, device, changes)
+    trained = load_trained_model(path, mesh, changes)
     if beyond:
         if length is not None:
             raise ConfigError(

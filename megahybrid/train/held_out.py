@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows, evaluation_batches
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
+from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
 FAR = 4  # loss by position is measured up to this many times the longest trained length
@@ -58,8 +60,7 @@ class HeldOutSets:
     def score_sliding(self, token_loss: TokenLoss, window: int, length: int, tell: Tell) -> None:
         """The rows of `score` at `length`, by a model that sees the last `window` tokens, moved on
         by half of that."""
-        stride = max(self.mesh.tensor.size, window // 2)
-        self.score(sliding(token_loss, window, stride), length, tell)
+        self.score(sliding(token_loss, window, max(1, window // 2)), length, tell)
 
     def _score(self, token_loss: TokenLoss, name: str, length: int, rows: Rows) -> HeldOutLoss:
         return held_out_loss(
@@ -98,16 +99,21 @@ def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:
     }
 
 
-def evaluation_loss(model: torch.nn.Module) -> TokenLoss:
+def evaluation_loss(model: Transformer) -> TokenLoss:
     """Each token's loss under `model`, without gradients.
 
-    Rows that are one document go without boundaries, because kernels are faster so.
+    Rows that are one document go without boundaries, because kernels are faster so. Rows that a
+    tensor axis does not divide are filled up: what comes later is seen by no counted token.
     """
 
     def token_loss(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         model.eval()
+        length = tokens.shape[1]
+        if fill := -length % model.mesh.tensor.size:
+            tokens, targets = F.pad(tokens, (0, fill)), F.pad(targets, (0, fill), value=-100)
+            starts = torch.cat((starts, starts[:, -1:].expand(-1, fill)), dim=1)
         with torch.no_grad():
             boundaries = starts if bool(starts.any()) else None
-            return model(tokens, targets, boundaries)[1]
+            return model(tokens, targets, boundaries)[1][:, :length]
 
     return token_loss

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.material import header, keep
 from megahybrid.train.sample_command import tokenizer_of
 from megahybrid.train.trained_model import load_trained_model
@@ -13,12 +14,12 @@ from megahybrid.train.trained_model import load_trained_model
 def evaluate_lm_eval(
     path: Path,
     tasks: list[str],
+    mesh: ParallelMesh,
     *,
     include: Path | None = None,
     length: int | None = None,
     limit: int | None = None,
     tokenizer: Path | None = None,
-    device: str = "auto",
 ) -> int:
     """Print the harness's table of `tasks` and keep its figures in the run's `evaluations`.
 
@@ -37,7 +38,7 @@ def evaluate_lm_eval(
             f"--lm-eval={' '.join(tasks)} needs the package lm_eval ({error}). "
             "Run `pip install megahybrid[lm-eval]`."
         ) from None
-    trained = load_trained_model(path, device)
+    trained = load_trained_model(path, mesh)
     words, eod_id = tokenizer_of(trained.run, tokenizer)
     adapter = HybridLM(trained.model, words, eod_id=eod_id, max_length=length or trained.longest)
     manager = TaskManager(include_path=None if include is None else str(include))

@@ -51,9 +51,9 @@ def keep(trained: TrainedModel, kind: str, name: str, result: dict[str, Any]) ->
     """Writes a result into the run's `evaluations`, for its report: `step-….kind.name.json`.
 
     None where the checkpoint lies in no run, the run cannot be written to, or schemes were changed:
-    the report is about the model as it was trained.
+    the report is about the model as it was trained. Only rank 0 writes.
     """
-    if trained.changes:
+    if trained.changes or trained.mesh.rank:
         return None
     checkpoints = trained.checkpoint.resolve().parent
     if checkpoints.name != "checkpoints":

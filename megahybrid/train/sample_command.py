@@ -8,11 +8,13 @@ from megahybrid.config import RunConfig
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.sampling import sample_tokens
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.trained_model import known_tokenizer, load_trained_model
 
 
 def sample(
     path: Path,
+    mesh: ParallelMesh,
     *,
     prompt: str,
     tokens: int = 100,
@@ -20,7 +22,6 @@ def sample(
     seed: int = 1,
     tokenizer: Path | None = None,
     context: int | None = None,
-    device: str = "auto",
 ) -> int:
     """Print `prompt` and up to `tokens` tokens that follow it, until a document ends.
 
@@ -37,7 +38,7 @@ def sample(
         )
     if context is not None and context < 1:
         raise ConfigError(f"--context={context} shows the model nothing. Use 1 or more.")
-    trained = load_trained_model(path, device)
+    trained = load_trained_model(path, mesh)
     seen = context or trained.length
     words, eod_id = tokenizer_of(trained.run, tokenizer)
     ids = _encode(words, prompt)

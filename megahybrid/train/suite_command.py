@@ -12,6 +12,7 @@ from megahybrid.config.suite import Suite
 from megahybrid.errors import EXIT_DONE
 from megahybrid.evaluate.suite import run_suite
 from megahybrid.evaluate.suite_table import suite_tables
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.material import header, keep, material_of
 from megahybrid.train.trained_model import load_trained_model
 
@@ -19,9 +20,9 @@ from megahybrid.train.trained_model import load_trained_model
 def evaluate_suite(
     path: Path,
     suite_file: Path,
+    mesh: ParallelMesh,
     *,
     tokenizer: Path | None = None,
-    device: str = "auto",
     changes: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
@@ -30,7 +31,7 @@ def evaluate_suite(
     Raises MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
     suite = load(suite_file, type=Suite)
-    trained = load_trained_model(path, device, changes)
+    trained = load_trained_model(path, mesh, changes)
     material = material_of(trained.run, suite, tokenizer)
     started = time.monotonic()
     with Console(stderr=True).status("scoring") as status:

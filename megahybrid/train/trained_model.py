@@ -1,4 +1,4 @@
-"""A model out of a checkpoint, whole in one process, to be looked at rather than trained."""
+"""A model out of a checkpoint, to be looked at rather than trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,17 @@ from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.shards import fill
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import LayerPlan
+from megahybrid.config.model import ModelConfig, either
+from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.stages import Stage
 from megahybrid.config.training import KernelConfig
 from megahybrid.config.yaml_file import apply_overrides
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
+from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.mesh import ParallelMesh, choose_device
+from megahybrid.parallel.collectives import on_first
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
 
@@ -30,7 +34,7 @@ class TrainedModel:
     step: int
     tokens: int
     model: Transformer
-    mesh: ParallelMesh  # of this process alone
+    mesh: ParallelMesh  # of this process alone, or cut over a tensor axis
     changes: tuple[str, ...] = ()  # of schemes, made for looking only: local.window=64
 
     @property
@@ -49,28 +53,24 @@ class TrainedModel:
         return "bf16" if self.model.final_norm.weight.dtype == torch.bfloat16 else "fp32"
 
 
-def load_trained_model(
-    path: Path, device: str = "auto", changes: Sequence[str] = ()
-) -> TrainedModel:
-    """The weights of a checkpoint, or of a run's newest one, of any layout.
+def load_trained_model(path: Path, mesh: ParallelMesh, changes: Sequence[str] = ()) -> TrainedModel:
+    """The weights of a checkpoint, or of a run's newest one, of any layout. Collective.
 
     fp32 on a CPU, the run's precision on CUDA. The layers are those of the stage it was written
     in, with its windows and thetas, but for `changes` such as local.window=null: what a layer kind
     contributes shows when it is changed. Raises ConfigError for a change that would need other
-    weights, CheckpointError where it is missing or damaged in any
-    byte, MeshError where `device` is not there.
+    weights and for a tensor axis that does not divide the model, CheckpointError where the
+    checkpoint is missing or damaged in any byte.
     """
-    place = choose_device(device, 0)
-    folder = checkpoint_of(path)
-    if folder == path:
-        verify(folder)  # the newest one of a run was verified when it was chosen
+    # One rank looks: a run that goes on may publish another meanwhile.
+    folder = on_first(mesh.world, lambda: _verified(path))
     with Reader(folder) as reader:
         run, manifest = run_of(reader), reader.manifest
+        _check_degree(run.model, mesh.tensor.size)
         # The step that wrote it belongs to the stage of its own last token.
         point = run.stage_plan.at(max(0, manifest.tokens - 1))
-        half = place.type == "cuda" and run.precision == "bf16"
+        half = mesh.device.type == "cuda" and run.precision == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
-        mesh = ParallelMesh.single(place)
         plan = plan_of(run, manifest, folder)
         if changes:
             plan = plan.with_overrides(apply_overrides({}, changes), "--change")
@@ -88,6 +88,23 @@ def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
         if (Path(source.path) / MANIFEST_NAME).exists():
             return read_manifest(Path(source.path))[0].tokenizer, source.path
     return None
+
+
+def _verified(path: Path) -> Path:
+    folder = checkpoint_of(path)
+    if folder == path:
+        verify(folder)  # the newest one of a run was verified when it was chosen
+    return folder
+
+
+def _check_degree(model: ModelConfig, tensor: int) -> None:
+    legal = legal_tensor_degrees(model)
+    if tensor not in legal:
+        raise ConfigError(
+            f"--tensor={tensor} does not divide this model's heads and MLP "
+            f"(model.num_heads={model.num_heads}, num_kv_heads={model.num_kv_heads}, "
+            f"intermediate_size={model.intermediate_size}). Use {either(legal)}."
+        )
 
 
 def _build(

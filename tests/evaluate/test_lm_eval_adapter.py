@@ -11,6 +11,7 @@ import torch
 from megahybrid.errors import ConfigError
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
+from tests.distributed import run
 from tests.evaluate.characters import EOD, VOCAB, Characters
 from tests.parity import cases
 from tests.plain_model import PlainModel, random_tensors
@@ -95,6 +96,27 @@ def test_generation_is_greedy_and_ends_at_a_stop(pair: tuple[Any, PlainModel]) -
     assert found[2] == written.split(written[5:7])[0]
     with pytest.raises(ConfigError, match="do_sample=true.*greedy"):
         adapter.generate_until([Request(("a", {"do_sample": True, "temperature": 1.0}))])
+
+
+def answered(ranks: Any) -> list[Any]:
+    """One request of each type, on the ranks of a tensor axis."""
+    from megahybrid.evaluate.lm_eval_adapter import HybridLM
+
+    config = cases.model("rnope_swa", vocab_size=VOCAB)
+    model = Transformer(config, ranks.mesh()).double()
+    model.load_canonical(random_tensors(config, 5))
+    adapter = HybridLM(model, Characters(), eod_id=EOD, max_length=24)
+    likely = adapter.loglikelihood([Request(("Hello", " world"))], disable_tqdm=True)
+    rolled = adapter.loglikelihood_rolling([Request(("A text of more than 24",))])
+    text = adapter.generate_until([Request(("Once", {"max_gen_toks": 7}))])
+    return [*likely, rolled, text]
+
+
+def test_ranks_of_a_tensor_axis_answer_as_one_process() -> None:
+    ((expected, exact), rolled, text), *_ = run(1, answered)
+    for (value, same), values, texts in run(2, answered):
+        assert value == pytest.approx(expected, rel=1e-9) and same == exact
+        assert values == pytest.approx(rolled, rel=1e-9) and texts == text
 
 
 def test_harness_runs_a_task_over_local_data(pair: tuple[Any, PlainModel], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megahybrid.errors import ConfigError, InteropError
 from megahybrid.interop import foreign
 from megahybrid.interop.bring_in import import_model
 from megahybrid.interop.export import export
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.trained_model import load_trained_model
 from tests.interop.examples import HEAD, NOPE, ROPE, model_of, run_of_model
 from tests.train.example import write_data
@@ -282,7 +283,7 @@ def test_what_surgery_calls_exact_is(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "window 20: exact up to 20 tokens" in said
     rows = [line.split() for line in said.splitlines() if "–" in line and line.count(".") == 2]
     assert [row[3] == row[5] for row in rows if row[0] in ("8", "16", "64")] == [True, False, False]
-    ours = load_trained_model(tmp_path / "ours", "cpu").model
+    ours = load_trained_model(tmp_path / "ours", ParallelMesh.single()).model
     tokens = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(4))
     from transformers import AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ from megahybrid.config.base import dump, parse
 from megahybrid.config.run import RunConfig
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.interop.export import export
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.sample_command import tokenizer_of
 from megahybrid.train.trained_model import load_trained_model
 from tests.interop.examples import (
@@ -90,7 +91,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pretrained=str(folder / "out"), device="cpu", dtype="float32", batch_size=3,
         trust_remote_code=True,
     )  # fmt: skip
-    trained = load_trained_model(folder / "run", "cpu")
+    trained = load_trained_model(folder / "run", ParallelMesh.single())
     _, eod_id = tokenizer_of(trained.run, None)
     ours = HybridLM(trained.model, words, eod_id=eod_id, max_length=trained.longest)
     assert theirs.max_length == ours.max_length == LENGTH

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.example import write_example
+from tests.train.text_run import Trained, train_text_run
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +21,9 @@ def example(prepared: Path, tmp_path: Path) -> Path:
     """A folder of this test's own with data and run.yaml."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run on text with checkpoints; its `evaluations` are anyone's."""
+    return train_text_run(tmp_path_factory.mktemp("text_run"))

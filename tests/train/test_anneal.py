@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.interop.export import export
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.trained_model import load_trained_model
 from tests.train.example import arithmetic_of, checkpoint_bytes, steps_of
@@ -94,7 +95,7 @@ def test_a_checkpoint_inside_an_annealed_stage_is_read_and_exported_as_it_was_tr
 ) -> None:
     train(nursery, example, "whole", 1, *ANNEALED)
     step = example / "whole/checkpoints/step-00000007"
-    scheme = load_trained_model(step, "cpu").model.blocks[0].attention.scheme
+    scheme = load_trained_model(step, ParallelMesh.single()).model.blocks[0].attention.scheme
     assert (scheme.window, scheme.position.theta) == (256, 70710.7)
     export(step, example / "out", tokenizer="none")
     config = json.loads((example / "out/config.json").read_text())

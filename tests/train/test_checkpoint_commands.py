@@ -1,12 +1,8 @@
 """`megahybrid evaluate` and `megahybrid sample` on a checkpoint of a real run on two ranks."""
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,94 +12,10 @@ from megahybrid import cli
 from megahybrid.checkpoint.manifest import read_manifest
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.ledger import read_ledger
 from megahybrid.train.trained_model import load_trained_model
-
-VOCAB = 300
-RUN = """
-precision: fp32
-device: cpu
-model:
-  vocab_size: 310
-  hidden_size: 32
-  intermediate_size: 48
-  num_heads: 4
-  num_kv_heads: 2
-  layer_plan:
-    num_layers: 2
-    pattern: [local, global]
-    schemes:
-      local: {{position: {{kind: rope, theta: 10000}}, window: 8, qk_norm: {{kind: rms}}}}
-      global: {{position: {{kind: nope}}}}
-parallel: {{tensor: 2, zero_stage: 1}}
-data:
-  sources: {{text: {{path: {folder}/text}}}}
-  held_out: {{unseen: {{path: {folder}/unseen}}}}
-  block_tokens: 256
-  lanes: 4
-  tokenizer: {folder}/words.model
-stages:
-  - {{name: short, tokens: 2048, lengths: {{16: 1}}, batch_tokens: 512, micro_batch_tokens: 256,
-      weights: {{text: 1}}, learning_rate: {{kind: linear, start: 1.0e-2, end: 5.0e-3}}}}
-  - {{name: long, tokens: 2048, lengths: {{32: 1, 64: 1}}, batch_tokens: 512,
-      micro_batch_tokens: 256, weights: {{text: 1}}, schemes: {{local: {{window: 24}}}},
-      learning_rate: {{kind: linear, start: 5.0e-3, end: 1.0e-3}}}}
-checkpoint: {{every_steps: 100, keep_last: 3}}
-evaluate: {{every_steps: null, max_tokens: 3000}}
-"""
-
-
-@dataclass(frozen=True)
-class Trained:
-    folder: Path
-    run: Path  # its directory
-    tokenizer: Path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run of eight steps through two stages, on text of a hundred words."""
-    folder = tmp_path_factory.mktemp("commands")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(100)]
-    texts = [" ".join(draw.choices(words, k=draw.randint(5, 200))) for _ in range(120)]
-    (folder / "lines.txt").write_text("\n".join(texts), encoding="utf-8")
-    train_tokenizer([folder / "lines.txt"], folder / "words.model", VOCAB)
-    tokenizer = load_tokenizer(folder / "words.model")
-    for name, part in (("text", texts[:100]), ("unseen", texts[100:])):
-        with TokenWriter(folder / name, tokenizer.info) as writer:
-            for ids in tokenizer.encode(part):
-                writer.add(ids)
-    (folder / "run.yaml").write_text(RUN.format(folder=folder), encoding="utf-8")
-    command = [sys.executable, "-m", "megahybrid", "train", str(folder / "run.yaml")]
-    done = subprocess.run(
-        [*command, f"directory={folder / 'run'}", "--processes", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Trained(folder, folder / "run", folder / "words.model")
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that must succeed prints."""
-    code = cli.main([str(argument) for argument in arguments])
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    return told.out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a command which must fail with code 2 prints."""
-    code = cli.main([str(argument) for argument in arguments])
-    told = capsys.readouterr()
-    assert code == 2 and not told.out
-    assert told.err.startswith("megahybrid: ") and told.err.count("\n") == 1, told.err
-    return told.err
+from tests.train.text_run import VOCAB, Trained, call, refused
 
 
 def test_evaluate_repeats_what_the_run_told_at_the_end_of_each_stage(
@@ -150,7 +62,7 @@ def test_evaluate_scores_another_dataset_at_another_length(
 
 def test_model_has_the_plan_of_the_stage_it_was_written_in(trained: Trained) -> None:
     windows = [
-        load_trained_model(trained.run / "checkpoints" / f"step-{step:08d}", "cpu")
+        load_trained_model(trained.run / "checkpoints" / f"step-{step:08d}", ParallelMesh.single())
         .model.blocks[0]
         .attention.scheme.window
         for step in (4, 8)
@@ -294,7 +206,7 @@ def test_suite_is_scored_and_kept_in_the_run(
     assert "exact match by depth and length, 2 trials a cell" in text
     assert "RULER, share of references found" in text and str(kept) in text
     told_of = refused(capsys, "evaluate", trained.run, suite, "--length", "5")
-    assert "--length=5 is for held-out loss" in told_of
+    assert "--length=5 says nothing to a suite" in told_of
     suite.write_text("tasks: {a: {kind: recal, lengths: [32]}}")
     assert "recall" in refused(capsys, "evaluate", trained.run, suite)
 
@@ -331,7 +243,7 @@ def test_layers_can_be_changed_for_a_look(
     wide = json.loads(call(capsys, *command, "--change", "local.window=null"))
     assert (plain["changes"], wide["changes"]) == ([], ["local.window=null"])
     assert wide["scores"][0]["loss"] != plain["scores"][0]["loss"]
-    model = load_trained_model(trained.run, "cpu", ["local.window=7"]).model
+    model = load_trained_model(trained.run, ParallelMesh.single(), ["local.window=7"]).model
     assert [block.attention.scheme.window for block in model.blocks] == [7, None]
     told = refused(capsys, *command, "--change", "local.qk_norm={kind: none}")
     assert "--change.local changes which parameters exist" in told

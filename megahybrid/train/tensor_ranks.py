@@ -1,0 +1,102 @@
+"""Commands that look at a trained model on several ranks, each with its share of every matrix.
+
+All ranks work alike; rank 0 alone tells and writes. Ranks are started here, or by torchrun or srun.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError, first_line
+from megahybrid.parallel.mesh import (
+    ParallelMesh,
+    choose_device,
+    initialise_distributed,
+    shutdown_distributed,
+)
+from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
+
+
+def on_tensor_ranks(
+    work: Callable[[ParallelMesh], int], tensor: int | None, device: str, command: Sequence[str]
+) -> int:
+    """What `work` returns on a mesh of `tensor` ranks (None: of this process alone).
+
+    Where no launcher has started this process, `megahybrid *command` is started as so many ranks of
+    this machine. Raises ConfigError where a launcher has started another number.
+    """
+    if tensor is None:
+        return work(ParallelMesh.single(choose_device(device, 0)))
+    if tensor < 1:
+        raise ConfigError(f"--tensor={tensor} is no number of ranks. Use 1 or more.")
+    place = find_rendezvous(os.environ)
+    if place is None:
+        return _start(command, tensor)
+    if place.world_size != tensor:
+        raise ConfigError(
+            f"--tensor={tensor} is not the number of ranks that {place.source} has started "
+            f"({place.world_size}). Use --tensor={place.world_size}, or start {tensor}."
+        )
+    return _rank(work, place, device)
+
+
+def _start(command: Sequence[str], ranks: int) -> int:
+    from megahybrid.parallel.local_launch import launch_local
+
+    with tempfile.TemporaryDirectory(prefix="megahybrid-") as logs:
+        failure = launch_local(
+            ["-m", "megahybrid", *command], ranks, Path(logs), stopping="stopping"
+        )
+    if failure is None:
+        return EXIT_DONE
+    if not failure.stop_asked:
+        for line in failure.message.splitlines():
+            print(f"megahybrid: {line}", file=sys.stderr)
+    return failure.exit_code
+
+
+def _rank(work: Callable[[ParallelMesh], int], place: Rendezvous, device: str) -> int:
+    from megahybrid.parallel.local_launch import (
+        STOP_SIGNALS,
+        end_with_launcher,
+        launcher_logs,
+        lost_peer,
+        record_failure,
+    )
+
+    logs = launcher_logs()
+    if logs is not None:
+        end_with_launcher()
+        # It starts ranks with these held back; here there is nothing to save.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    terminal = os.fdopen(os.dup(2), "w")
+    if place.rank:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+    try:
+        world = initialise_distributed(device)
+        code = work(ParallelMesh.from_world(tensor=world.world_size, device=world.device))
+        shutdown_distributed(ok=True)
+        return code
+    except MegahybridError as error:
+        message, code = str(error), error.exit_code
+    except Exception as error:
+        message, code = f"rank {place.rank}: {type(error).__name__}: {first_line(error)}", 1
+        if not lost_peer(message):
+            traceback.print_exc(file=terminal)
+    if logs is not None:
+        record_failure(logs, place.rank, message, consequence=lost_peer(message))
+    elif not place.rank:
+        for line in message.splitlines():
+            print(f"megahybrid: {line}", file=terminal)
+    terminal.flush()
+    sys.stdout.flush()
+    # Peers may wait in a collective for ever; leaving without teardown closes our connections.
+    os._exit(code)
