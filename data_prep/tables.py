@@ -62,7 +62,7 @@ def read_rows(
     """
     parquet = _parquet()
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
         metadata = file.metadata
         row = sum(
             metadata.row_group(i).num_rows for i in range(min(start, metadata.num_row_groups))
@@ -88,7 +88,7 @@ def _group_rows(file: Any, group: int, row: int, field: str, kept: Sequence[str]
     try:
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
             for index, value in enumerate(batch.column(field)):
-                more = {name: batch.column(name)[index].as_py() for name in kept}
+                more = {name: _kept(batch.column(name)[index]) for name in kept}
                 yield Row(row, _text(value, field), more)
                 row += 1
     except Exception:
@@ -98,9 +98,18 @@ def _group_rows(file: Any, group: int, row: int, field: str, kept: Sequence[str]
 def _text(value: Any, field: str) -> str | BadRow:
     try:
         text = value.as_py()
+        if isinstance(text, bytes):  # what some writers call text
+            text = text.decode("utf-8")
     except UnicodeDecodeError:
         return BadRow("broken utf-8")
     return text if isinstance(text, str) else BadRow(f"no text field '{field}'")
+
+
+def _kept(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):  # nanoseconds, broken UTF-8
+        return None
 
 
 def _parquet() -> Any:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_prep import compressed, documents
 from data_prep.compressed import open_stretch, scan
 from data_prep.documents import BadDocument, Document, LongDocument, read_unit
-from data_prep.inputs import cut_units
+from data_prep.inputs import Fields, cut_units
 
 
 def read_all(path: Path, unit_bytes: int = 2**20) -> list[Document | LongDocument | BadDocument]:
@@ -173,3 +173,24 @@ def test_table_without_the_field_is_named(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet.write_table(arrow.table({"body": ["one"]}), tmp_path / "a.parquet")
     assert problems(read_all(tmp_path / "a.parquet")) == [(0, "no text field 'text'")]
+
+
+def test_columns_of_other_types_cost_no_text(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path, raw = tmp_path / "a.parquet", ["é".encode(), b"\xff", None, b"four"]
+    moments = arrow.array([1, 2, 3, 4], arrow.timestamp("ns"))  # datetime has no nanoseconds
+    parquet.write_table(arrow.table({"text": raw, "at": moments}), path)
+    (unit,) = cut_units([path])
+    items = list(read_unit(unit, Fields("text", ("at",))))
+    assert problems(items) == [(1, "broken utf-8"), (2, "no text field 'text'")]
+    assert texts(items) == ["é", "four"]
+
+
+def test_flipped_bit_in_a_table_is_noticed_where_pages_have_checksums(tmp_path: Path) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    table = arrow.table({"text": ["some words"]})
+    parquet.write_table(table, path, compression="none", write_page_checksum=True)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"some words", b"same words", 1))
+    assert problems(read_all(path)) == [(0, "broken parquet")]
