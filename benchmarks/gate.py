@@ -5,10 +5,11 @@ import sys
 
 import torch
 
-from benchmarks.cohere2 import gradient_errors
+from benchmarks.peers import peer_of
+from benchmarks.peers.peer import gradient_errors
 from benchmarks.plan import Plan
 from benchmarks.shapes import hybrid, random_batch
-from benchmarks.steps import our_loss, our_model, peer_loss, peer_model
+from benchmarks.steps import our_loss, our_model
 
 
 def gate(plan: Plan) -> dict[str, float]:
@@ -24,19 +25,19 @@ def gate(plan: Plan) -> dict[str, float]:
     exact = our_model(config, plan.device, torch.float32)
     for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
         parameter.data.copy_(rounded.data)
-    truth, peer = (peer_model(each, length, "sdpa") for each in (exact, model))
+    truth, peer = (peer_of("sdpa", each, length) for each in (exact, model))
     losses = {
         "ours": our_loss(model, tokens, targets),
-        "theirs": peer_loss(peer, tokens),
-        "truth": peer_loss(truth, tokens),
+        "theirs": peer.loss(tokens),
+        "truth": truth.loss(tokens),
     }
     for loss in losses.values():
         loss.backward()
     mine = gradient_errors(model, truth)
-    named = dict(truth.named_parameters())
+    named = dict(truth.module.named_parameters())
     theirs = {
         name: ((p.grad.double() - named[name].grad.double()).norm() / named[name].grad.norm())
-        for name, p in peer.named_parameters()
+        for name, p in peer.module.named_parameters()
     }
     result = {
         "loss_error": abs(float(losses["ours"] / losses["truth"]) - 1),

@@ -14,7 +14,16 @@ RESULTS = Path("build/bench")
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Processor or GPU, threads, and the versions that matter."""
-    names = ("torch", "transformers", "deepspeed", "triton", "liger-kernel", "numpy")
+    names = (
+        "torch",
+        "transformers",
+        "megatron-core",
+        "torchtitan",
+        "deepspeed",
+        "triton",
+        "liger-kernel",
+        "numpy",
+    )
     facts: dict[str, Any] = {
         "processor": processor(),
         "cores": os.cpu_count(),

@@ -32,6 +32,15 @@ class Plan:
         self.compiled = False  # our blocks, once that was seen to be faster
         self.notes: list[str] = []
 
+    def kernels_of_layers(self, config: ModelConfig, length: int) -> list[str]:
+        """The measured kernel of each layer at this length; at one that was not measured, those of
+        the longest."""
+        chosen = self.kernels.get(length) or self.kernels.get(self.options.lengths[-1], {})
+        return [
+            chosen.get("full" if scheme.window is None else "windowed", "auto")
+            for scheme in config.layer_plan.expand()
+        ]
+
     def left(self) -> float:
         """Seconds until the plan should end."""
         return self.deadline - time.monotonic()

@@ -1,4 +1,4 @@
-"""Training steps to be timed: ours alone, ours through DeepSpeed, Hugging Face's Cohere2.
+"""Training steps to be timed: ours alone and ours through DeepSpeed.
 
 Every step is forward, backward and AdamW with the same numbers, without clipping: fp32 weights as
 they are, bf16 weights with fp32 masters.
@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cohere2 import cohere2, take_weights
 from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.run import RunConfig
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import mark, shard_spec
-from megahybrid.parallel.vocab import VocabParallelHead
 
 Step = Callable[[], float]
 LEARNING_RATE = 1e-4
@@ -85,10 +82,10 @@ def our_step(
     rows = micro_rows or len(tokens)
     begins = [None] * len(tokens) if starts is None else starts.split(rows)
     pieces = list(zip(tokens.split(rows), targets.split(rows), begins, strict=False))
-    return _step(model, [lambda piece=piece: our_loss(model, *piece) for piece in pieces])
+    return update_after(model, [lambda piece=piece: our_loss(model, *piece) for piece in pieces])
 
 
-def _step(model: nn.Module, losses: list[Callable[[], Tensor]]) -> Step:
+def update_after(model: nn.Module, losses: list[Callable[[], Tensor]]) -> Step:
     """Backward of the mean of `losses`, one after the other, then the update."""
     optimizer = MasterAdamW(model.parameters())
 
@@ -139,57 +136,3 @@ def engine_step(model: Transformer, tokens: Tensor, targets: Tensor, precision: 
     engine = Engine(model, run, model.mesh)
     batch = MicroBatch(tokens, targets, None)
     return lambda: engine.train_step([batch], LEARNING_RATE).loss
-
-
-def peer_model(
-    ours: Transformer,
-    longest: int,
-    attention: str,
-    *,
-    compiled: bool = False,
-    checkpointing: bool = False,
-    loss_apart: bool = False,
-) -> nn.Module:
-    """Cohere2 with our weights, device and dtype, in the given setting; compiled whole, or without
-    its loss."""
-    weight = ours.embedding.weight
-    peer = cohere2(ours.config, longest, attention, weight.device, weight.dtype)
-    take_weights(peer, ours)
-    if checkpointing:
-        peer.gradient_checkpointing_enable({"use_reentrant": False})
-    if compiled:
-        (peer.model if loss_apart else peer).compile()
-    return peer
-
-
-def peer_loss(peer: nn.Module, tokens: Tensor) -> Tensor:
-    """Cohere2's own loss. It shifts the labels itself."""
-    return peer(input_ids=tokens, labels=tokens).loss
-
-
-def peer_step(
-    peer: nn.Module, tokens: Tensor, micro_rows: int = 0, head: VocabParallelHead | None = None
-) -> Step:
-    """Cohere2 with its own loss, or with ours lent to it (`head`, on its own weight)."""
-
-    def loss(piece: Tensor) -> Tensor:
-        if head is None:
-            return peer_loss(peer, piece)
-        hidden = peer.model(input_ids=piece).last_hidden_state
-        targets = torch.full_like(piece, -100)
-        targets[:, :-1] = piece[:, 1:]
-        total, _ = head(hidden.transpose(0, 1), targets, peer.logit_scale)
-        return total / targets[:, :-1].numel()
-
-    pieces = tokens.split(micro_rows or len(tokens))
-    return _step(peer, [lambda piece=piece: loss(piece) for piece in pieces])
-
-
-def lent_head(peer: nn.Module, ours: Transformer) -> VocabParallelHead:
-    """Our chunked loss on the peer's own embedding: Cohere2's loss holds all logits, which is the
-    first thing not to fit."""
-    weight = peer.model.embed_tokens.weight
-    mark(weight, shard_spec(ours.embedding.weight))
-    config = ours.config
-    name = "embedding.weight"
-    return VocabParallelHead(config.vocab_size, config.hidden_size, name, ours.mesh, weight=weight)

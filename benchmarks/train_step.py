@@ -15,18 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cohere2 import gradient_errors
 from benchmarks.machine import heading, machine, write
+from benchmarks.peers import SEQUENTIAL, peer_of
+from benchmarks.peers.peer import Peer, gradient_errors, peer_step
 from benchmarks.shapes import SHAPES, hybrid, random_batch
-from benchmarks.steps import (
-    Step,
-    engine_step,
-    our_loss,
-    our_model,
-    our_step,
-    peer_model,
-    peer_step,
-)
+from benchmarks.steps import Step, engine_step, our_loss, our_model, our_step
 from benchmarks.timing import in_turns
 from megahybrid.config.counting import flops_per_token
 from megahybrid.model.transformer import Transformer
@@ -34,6 +27,18 @@ from megahybrid.parallel.mesh import initialise_distributed, shutdown_distribute
 
 GOALS = {2048: 1.0, 8192: 2.0}  # times Hugging Face's best, tokens per CPU-second
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
+PARTS = ("ours", "peers", "rest")
+CPU_PEERS = ("sdpa", "eager", "sdpa+compile")
+# Each library in its best legal setting first.
+GPU_PEERS = (
+    "flex_attention+compile",
+    "torchtitan+compile",
+    "megatron+patched",
+    "flex_attention+compile+liger",
+    "sdpa+compile",
+    "megatron",
+)
+REHEARSED = ("sdpa", "sdpa+chunked", "megatron+patched", "megatron", "torchtitan")
 # eager attention keeps two matrices of length² per head and layer for backward.
 EAGER_BYTES = 4 * 2**30
 
@@ -71,23 +76,21 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=SHAPES, help="25m on cpu, 1b on cuda")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens per row")
-    parser.add_argument("--peers", nargs="+", help="attention, with +compile for torch.compile")
+    parser.add_argument("--peers", nargs="+", help="see benchmarks/peers")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (cpu)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of ours (cuda)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (cpu)")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks too (cuda)")
     parser.add_argument("--rehearse", action="store_true", help="the cuda plan, on cpu, tiny")
     parser.add_argument("--budget-seconds", type=float, help="when to stop starting new parts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="cuda")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda" or options.rehearse
     options.shape = options.shape or ("1b" if gpu else "25m")
     options.lengths = options.lengths or ([8192, 32768, 131072] if gpu else [2048, 8192])
-    options.rehearsed_peers = options.peers or ["sdpa", "sdpa+chunked"]
-    options.peers = options.peers or (
-        ["sdpa+compile", "flex_attention+compile+chunked", "sdpa+chunked"]
-        if gpu
-        else ["sdpa", "eager", "sdpa+compile"]
-    )
+    peers = REHEARSED if options.rehearse else GPU_PEERS if gpu else CPU_PEERS
+    options.peers = options.peers or list(peers)
+    if not gpu and (others := [p for p in options.peers if p.split("+")[0] in SEQUENTIAL]):
+        parser.error(f"--peers {others[0]} takes part with --device cuda or --rehearse only")
     options.budget_seconds = options.budget_seconds or (510.0 if gpu else 480.0)
     return options
 
@@ -121,8 +124,12 @@ def measure(options: argparse.Namespace, length: int, rounds: int, left: float) 
         if compiled and left < 120 * (1 + length / 2048):
             result["left_out"][name] = "no time left"
             continue
-        peer = peer_model(ours, length, attention, compiled=bool(compiled))
-        result["gate"][name] = gate(name, ours, peer, tokens, targets)
+        peer = peer_of(name, ours, length)
+        try:
+            result["gate"][name] = gate(name, ours, peer, tokens, targets)
+        except (NotImplementedError, RuntimeError) as error:
+            result["left_out"][name] = str(error).splitlines()[0]
+            continue
         steps[f"transformers {name}"] = peer_step(peer, tokens)
     engine_model = our_model(config, device, torch.float32)
     steps["megahybrid through DeepSpeed"] = engine_step(engine_model, tokens, targets, "fp32")
@@ -136,19 +143,19 @@ def measure(options: argparse.Namespace, length: int, rounds: int, left: float) 
 def gate(
     name: str,
     ours: Transformer,
-    peer: torch.nn.Module,
+    peer: Peer,
     tokens: torch.Tensor,
     targets: torch.Tensor,
 ) -> dict[str, float]:
     """Errors of loss and gradients between the two; ends the run where they are too large."""
     our_value = our_loss(ours, tokens, targets)
     our_value.backward()
-    their_value = peer(input_ids=tokens, labels=tokens).loss
+    their_value = peer.loss(tokens)
     their_value.backward()
     errors = gradient_errors(ours, peer)
     worst = max(errors, key=lambda key: errors[key])
     loss_error = abs(our_value.item() / their_value.item() - 1)
-    for model in (ours, peer):
+    for model in (ours, peer.module):
         model.zero_grad(set_to_none=True)
     if loss_error > LOSS_BOUND or errors[worst] > GRADIENT_BOUND:
         sys.exit(

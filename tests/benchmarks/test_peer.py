@@ -4,56 +4,93 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cohere2, recompute
+from benchmarks import recompute
+from benchmarks.peers import cohere2, peer_config, peer_of
+from benchmarks.peers.peer import gradient_errors, lent_loss, peer_step
 from benchmarks.shapes import full, hybrid, random_batch
-from benchmarks.steps import lent_head, our_loss, our_model, peer_loss, peer_model, peer_step
+from benchmarks.steps import our_loss, our_model, our_step
 from megahybrid.config.counting import parameters
 from megahybrid.config.model import ModelConfig
+from megahybrid.parallel.mesh import initialise_distributed, shutdown_distributed
 
-pytest.importorskip("transformers", reason="transformers is not installed: there is no peer")
-
+pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
+PEERS = {"sdpa": "transformers", "megatron": "megatron.core", "torchtitan": "torchtitan"}
+PEERS["megatron+patched"] = PEERS["megatron"]
 
 
-def errors(config: ModelConfig, length: int = 80) -> tuple[float, float]:
-    """(loss error, worst gradient error) of ours against Cohere2 with our weights."""
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A world of one, which megatron-core wants."""
+    initialise_distributed("cpu")
+    yield
+    if (state := sys.modules.get("megatron.core.parallel_state")) is not None:
+        state.destroy_model_parallel()
+    shutdown_distributed(ok=False)
+
+
+def there(name: str) -> None:
+    """Skips where the peer's library cannot be imported."""
+    pytest.importorskip(PEERS[name], reason=f"{PEERS[name]} is not installed")
+    if name == "torchtitan":
+        pytest.importorskip("triton", reason="torchtitan needs triton, which this torch lacks")
+        pytest.importorskip("torchtitan.models.attention", reason="not torchtitan 0.2")
+
+
+def errors(name: str, config: ModelConfig, length: int = 80) -> tuple[float, float]:
+    """(loss error, worst gradient error) of ours against a peer with our weights."""
+    config = peer_config(name, config)
     tokens, targets = random_batch(config, 2, length, CPU)
     ours = our_model(config, CPU, torch.float32)
-    peer = peer_model(ours, length, "sdpa")
-    mine, theirs = our_loss(ours, tokens, targets), peer_loss(peer, tokens)
+    peer = peer_of(name, ours, length)
+    mine, theirs = our_loss(ours, tokens, targets), peer.loss(tokens)
     mine.backward()
     theirs.backward()
-    gradients = cohere2.gradient_errors(ours, peer)
+    gradients = gradient_errors(ours, peer)
     return abs(mine.item() / theirs.item() - 1), max(gradients.values())
 
 
 @pytest.mark.parametrize("config", [hybrid("tiny"), full("tiny")], ids=["hybrid", "full"])
-def test_cohere2_with_our_weights_gives_our_loss_and_gradients(config: ModelConfig) -> None:
-    loss, gradients = errors(config)
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_with_our_weights_gives_our_loss_and_gradients(
+    name: str, config: ModelConfig, alone: None
+) -> None:
+    there(name)
+    loss, gradients = errors(name, config)
     assert loss < 1e-6
     assert gradients < 1e-5
 
 
 def test_rotated_rows_left_in_our_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    there("sdpa")
     monkeypatch.setattr(cohere2, "interleaved", lambda weight, head_dim: weight)
-    assert errors(hybrid("tiny"))[1] > 1e-2
+    assert errors("sdpa", hybrid("tiny"))[1] > 1e-2
 
 
-def test_a_lent_loss_takes_the_same_step() -> None:
-    config = hybrid("tiny")
-    tokens, _ = random_batch(config, 2, 64, CPU)
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_takes_the_step_that_we_take_with_its_loss_or_ours(name: str, alone: None) -> None:
+    there(name)
+    config = peer_config(name, hybrid("tiny"))
+    tokens, targets = random_batch(config, 2, 64, CPU)
     ours = our_model(config, CPU, torch.float32)
-    alone, lent = (peer_model(ours, 64, "sdpa", loss_apart=apart) for apart in (False, True))
-    steps = peer_step(alone, tokens), peer_step(lent, tokens, 1, lent_head(lent, ours))
-    for _ in range(2):
-        first, second = (step() for step in steps)
-    assert first == pytest.approx(second, rel=1e-6)
+    peers = [peer_of(name, ours, 64) for _ in range(2)]
+    steps = [
+        our_step(our_model(config, CPU, torch.float32), tokens, targets),
+        peer_step(peers[0], tokens),
+        peer_step(peers[1], tokens, 1, lent_loss(peers[1], ours)),
+    ]
+    for _ in range(3):
+        mine, whole, lent = (step() for step in steps)
+        assert whole == pytest.approx(mine, rel=1e-5)
+        assert lent == pytest.approx(mine, rel=1e-5)
 
 
 def test_recompute_policies_fit_and_cost_the_least() -> None:
@@ -64,10 +101,12 @@ def test_recompute_policies_fit_and_cost_the_least() -> None:
     budget = 115 * 2**30
     policies = recompute.solve(config, tokens, budget, tokens)
     assert recompute.expected_bytes(config, policies, tokens) <= budget
-    layers_in_full = [index for index, policy in enumerate(policies) if policy == "full"]
+    severity = ("none", "selective", "chunked", "full", "offload")
+    worst = max(policies, key=severity.index)
+    layers = [index for index, policy in enumerate(policies) if policy == worst]
     windows = [scheme.window for scheme in config.layer_plan.expand()]
-    assert layers_in_full and all(windows[index] for index in layers_in_full)
-    policies[layers_in_full[-1]] = "selective"
+    assert worst != "none" and all(windows[index] for index in layers)
+    policies[layers[-1]] = "none"
     assert recompute.expected_bytes(config, policies, tokens) > budget
 
 
@@ -95,12 +134,16 @@ def test_the_comparison_runs_and_keeps_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_plan_for_one_gpu_runs_here_and_outlives_a_peer_that_fails(tmp_path: Path) -> None:
-    done = train_step(tmp_path, "--rehearse", "--steps", "1", "--peers", "nonsense")
+    done = train_step(
+        tmp_path, "--rehearse", "--steps", "1", "--peers", "nonsense", "megatron+patched"
+    )
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "build/bench/train_step_rehearsal.json").read_text())
     kinds = {(row["kind"], row["length"]) for row in kept["rows"]}
     assert {("hybrid", 64), ("hybrid", 128), ("hybrid", 256), ("full", 128)} <= kinds
     assert {"hybrid through DeepSpeed", "hybrid, packed documents"} <= {kind for kind, _ in kinds}
+    if find_spec("megatron"):
+        assert ("megatron-core patched", 128) in kinds
     assert kept["kernels_chosen"] == {
         n: {"full": "sdpa", "windowed": "blocked"} for n in ("64", "128")
     }
