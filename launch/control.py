@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from launch import slurm
-from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, Job, read_job
+from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, Job, read_job
 from launch.records import jobs, record
 from launch.slurm import Queued, SlurmError
 from megahybrid.errors import ConfigError
@@ -104,6 +104,7 @@ def requeue(run_directory: Path) -> str:
         raise ConfigError(
             f"job {found[0].task} of {run_directory} is {found[0].state}. Wait until it has ended."
         )
+    (run_directory / FOLDER / UNDECIDED).unlink(missing_ok=True)
     number = slurm.sbatch(str(run_directory / FOLDER / "batch.sh"))
     record(
         run_directory,

@@ -3,12 +3,36 @@
 The script asks for nodes, prepares a shell and starts `python -m launch.supervise`, which starts
 the ranks, watches them and decides what comes next: shell traps that call programs were aborted by
 two signals at once, a Python process is not. The shell hands signals on, and puts the job back into
-the queue where that process was killed.
+the queue where that process was killed or could not be started.
 """
 
 import shlex
 
-from launch.job import DECIDED, Job
+from launch.job import DECIDED, FOLDER, UNDECIDED, Job
+
+# Slurm signals the batch shell alone. That its process left the file DECIDED says that its code was
+# its own decision.
+_ENDING = f"""\
+decided=$logs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}/{DECIDED}
+supervisor= ended=
+finish() {{
+  code=$?
+  trap '' USR1 TERM  # a requeue ends what is left of this shell
+  case $code in 0|2) return ;; esac
+  if [ -z "$ended" ] && [ ! -e "$decided" ]; then
+    why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
+    echo "$why" | tee -a "$undecided"
+    if [ "$(wc -l <"$undecided")" -le 3 ]; then
+      scontrol requeue "$SLURM_JOB_ID" || {{ sleep 60; scontrol requeue "$SLURM_JOB_ID"; }}
+      [ -n "$supervisor" ] ||
+        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$SLURMD_NODENAME"
+    fi
+  fi
+}}
+trap finish EXIT
+trap '[ -z "$supervisor" ] || kill -USR1 "$supervisor" || true' USR1
+trap 'ended=1; [ -n "$supervisor" ] || exit 143; kill -TERM "$supervisor" || true' TERM
+"""
 
 
 def batch_script(job: Job) -> str:
@@ -21,7 +45,13 @@ def batch_script(job: Job) -> str:
         f"# {one_line(job.run_directory)}: {job.nodes} × {site.ranks} ranks"
         + (f", {job.spares} spare" if job.spares else "")
         + f". Written by `megahybrid launch submit`, site {site.name}, commit {job.commit}.",
-        "# What comes after a stop, a failure or a hang is decided by launch/supervise.py.",
+        "# What comes after a stop, a failure or a hang is decided by launch/supervise.py. This",
+        "# shell hands signals on to it; where nobody decided (it was killed, or this node could",
+        "# not start it) the job goes back into the queue, three times in a row at most.",
+        f"logs={shlex.quote(f'{job.run_directory}/logs')}",
+        f"undecided={shlex.quote(f'{job.run_directory}/{FOLDER}/{UNDECIDED}')}",
+        f"excluded={shlex.quote(','.join([*job.exclude, '']))}",
+        *_ENDING.splitlines(),
         # Without -u: modules and conda read variables that are not set.
         "set -eo pipefail",
         'ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"',
@@ -35,32 +65,16 @@ def batch_script(job: Job) -> str:
     lines += [
         f"cd {shlex.quote(job.work_directory)}",
         *site.prologue,
-        *_supervised(job),
+        # Not to be ended by a signal before it can take one.
+        f"(trap '' USR1 TERM; exec {shlex.join(site.python)} -m launch.supervise "
+        f"{shlex.quote(job.file)}) &",
+        "supervisor=$!",
+        "while true; do",  # `wait` comes back for every signal
+        '  wait "$supervisor" && code=0 || code=$?',
+        '  kill -0 "$supervisor" 2>/dev/null || exit "$code"',
+        "done",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _supervised(job: Job) -> list[str]:
-    """`wait` comes back for every signal, so it is asked until the process is gone. That it left
-    the file says that its code was its own decision."""
-    logs = shlex.quote(f"{job.run_directory}/logs")
-    return [
-        "# Slurm signals this shell alone.",
-        """trap 'kill -USR1 "$supervisor" || true' USR1""",
-        """trap 'kill -TERM "$supervisor" || true' TERM""",
-        f"{shlex.join(job.site.python)} -m launch.supervise {shlex.quote(job.file)} &",
-        "supervisor=$!",
-        "while true; do",
-        '  wait "$supervisor" && code=0 || code=$?',
-        '  kill -0 "$supervisor" 2>/dev/null || break',
-        "done",
-        f'decided={logs}/"$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}/{DECIDED}"',
-        'if [ "$code" -gt 128 ] && [ ! -e "$decided" ]; then',
-        '  echo "the batch process was killed (code $code): back into the queue"',
-        '  scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        'exit "$code"',
-    ]
 
 
 def directives(job: Job) -> list[str]:

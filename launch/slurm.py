@@ -1,7 +1,7 @@
 """Slurm's own commands, as functions. Arguments are lists: no shell reads them."""
 
 import contextlib
-import getpass
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,19 @@ from dataclasses import dataclass
 from megahybrid.errors import MegahybridError
 
 TIMEOUT_SECONDS = 60
+# Variables in which people keep options of these commands: they would change what is submitted (all
+# of it is in the script), and what squeue shows.
+_OPTIONS = ("SBATCH_", "SCANCEL_", "SQUEUE_", "SINFO_", "SACCT_", "SLURM_TIME_FORMAT")
+# Of a job or rank that we may be part of.
+_OF_A_JOB = (
+    "SLURM_",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "MEGAHYBRID_",
+)
 
 
 class SlurmError(MegahybridError):
@@ -19,7 +32,13 @@ def call(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
     """The output of a command. Raises SlurmError with its last line of complaint."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",  # names of other jobs may be written in anything
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            env=_environment(submits=command[0] == "sbatch"),
         )
     except FileNotFoundError:
         raise SlurmError(
@@ -34,6 +53,18 @@ def call(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
         complaint = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise SlurmError(f"{' '.join(command[:2])} refused ({complaint}).")
     return done.stdout
+
+
+def _environment(*, submits: bool) -> dict[str, str]:
+    """Ours without options. A new job would take over the variables of one (an interactive one) it
+    is submitted from: its count of restarts, its shape, where its ranks met."""
+    others = _OF_A_JOB if submits else ()
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not name.startswith((*_OPTIONS, *others))
+    }
 
 
 @dataclass(frozen=True)
@@ -52,7 +83,7 @@ class Queued:
 
 def queue() -> dict[str, Queued]:
     """This user's jobs by number; ended ones leave it after some minutes, or at once."""
-    text = call("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
+    text = call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
     rows = [line.split("|", 7) for line in text.splitlines()]
     return {row[0]: Queued(*row) for row in rows if len(row) == 8}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch import slurm
-from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, read_job
+from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, read_job
 from launch.records import (
     AttemptRecord,
     attempts,
@@ -46,15 +46,16 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     pending = [one for one in found if one.state == "PENDING"]
     if active is not None:
         return _running(run_directory, active, last, len(pending))
-    verdict = _verdict(run_directory)
+    verdict, undecided = _verdict(run_directory), _undecided(run_directory)
     if pending:
         first = pending[0]
         why = _REASONS.get(first.reason, first.reason)
         before = ""
         if last is not None:
-            before = (
-                f" after attempt {len(history)}: {last.reason or 'lost, its batch process gone'}"
-            )
+            told = last.reason or undecided or "lost, its batch process gone"
+            before = f" after attempt {len(history)}: {told}"
+        elif undecided:
+            before = f" after {undecided}"
         more = f" (+{len(pending) - 1} in the chain)" if len(pending) > 1 else ""
         return (
             f"{run_directory.name}: PENDING job {first.task}{more} ({why})"
@@ -73,6 +74,8 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     ended = f"job {ours[-1]}"
     if last is not None:
         ended = f"job {last.job} try {last.attempt + 1}, {last.reason or 'no end was written'}"
+    if undecided:
+        ended += f"; {undecided}"
     state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
     if queue is not None and (fate := slurm.fate(ours[-1])):
         ended += f"; Slurm says {fate}"
@@ -87,7 +90,7 @@ def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -
     going = last is not None and last.job == job.job and not last.ended
     beats = read_beats(run, f"{last.job}.{last.attempt}") if last and going else {}
     line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
-    parts += _phase(run, beats)
+    parts += _phase(run, beats) if going or job.state != "COMPLETING" else ["ending"]
     if line is not None:
         loss = line.get("loss")
         parts.append(f"step {line['step']}")
@@ -169,6 +172,13 @@ def _verdict(run: Path) -> dict | None:
         elif line.get("event") in ("submit", "start"):
             found = None
     return found if found is None or found["code"] != EXIT_DONE else None
+
+
+def _undecided(run: Path) -> str:
+    """What the batch shell said of a batch process that ended without a decision."""
+    with contextlib.suppress(OSError, IndexError):
+        return (run / FOLDER / UNDECIDED).read_text().splitlines()[-1]
+    return ""
 
 
 def _times(number: int) -> str:

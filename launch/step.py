@@ -101,6 +101,7 @@ def _srun(job: Job, nodes: Sequence[str], per_node: int) -> list[str]:
         f"--ntasks={len(nodes) * per_node}",
         f"--ntasks-per-node={per_node}",
         f"--cpus-per-task={cpus}",
+        "--export=ALL",  # where a site's default is none, ranks would not know where to meet
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import slurm
-from launch.job import DONE, FOLDER, STOP_NOW, Job
+from launch.job import DONE, FOLDER, STOP_NOW, UNDECIDED, Job
 from launch.records import jobs, read_records, record, stop_lead
 from launch.script import batch_script
 from megahybrid.config import RunConfig, dump_yaml, load
@@ -69,7 +69,8 @@ def submit(job: Job, run: RunConfig) -> list[str]:
     _refuse_second(job)
     _refuse_missing(run)
     script = write(job, run)
-    for path in (job.directory / STOP_NOW, job.directory / FOLDER / DONE):
+    folder = job.directory / FOLDER
+    for path in (job.directory / STOP_NOW, folder / DONE, folder / UNDECIDED):
         path.unlink(missing_ok=True)
     numbers = [slurm.sbatch(str(script)) for _ in range(job.chain)]
     record(

@@ -19,7 +19,7 @@ from pathlib import Path
 from launch import slurm
 from launch.attempt import Attempt
 from launch.fit_nodes import fit_nodes
-from launch.job import DECIDED, DONE, FOLDER, STOP_NOW, Job, read_job
+from launch.job import DECIDED, DONE, FOLDER, STOP_NOW, UNDECIDED, Job, read_job
 from launch.policy import Decision, Outcome, decide, first_ended, outcome
 from launch.records import attempts, jobs, ledger_tail, newest_checkpoint
 from launch.slurm import SlurmError
@@ -70,7 +70,8 @@ class Supervisor:
         nodes = slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"])
         self._explain_lost()
         self._release_lock()
-        (self.run / STOP_NOW).unlink(missing_ok=True)
+        if user_stop(self.attempt) is None:  # one that came meanwhile is for this attempt
+            (self.run / STOP_NOW).unlink(missing_ok=True)
         clear(self.run)
         self.attempt.record(
             "start",
@@ -78,6 +79,7 @@ class Supervisor:
             nodes=nodes,
             checkpoint=newest_checkpoint(self.run),
         )
+        (self.run / FOLDER / UNDECIDED).unlink(missing_ok=True)  # from here on the records count
         if (idle := self._lost_in_a_row()) is not None:
             return self._give_up(idle)
         self.tell(f"job {self.number}, attempt {self.attempt.restart + 1}, on {' '.join(nodes)}")
@@ -274,7 +276,7 @@ class Supervisor:
 
 def _often(action: Callable[[], None], tell: Callable[[str], None]) -> None:
     """A controller that is busy or restarting must not cost the run."""
-    for pause in (1, 2, 5, 10, 20, 30, 60):
+    for pause in (1, 2, 5, 10, 20, 30, 60, *[300] * 12):  # an hour: it may be an upgrade
         try:
             action()
             return

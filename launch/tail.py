@@ -75,7 +75,7 @@ def tail(run_directory: Path, lines: int) -> list[str]:
     stands once."""
     folder = log_folder(run_directory)
     if folder is None:
-        return [f"{run_directory} has no logs of a job yet"]
+        return _batch_log(run_directory, lines) or [f"{run_directory} has no logs of a job yet"]
     error = first_error(run_directory, folder)
     shown: dict[str, list[str]] = {}
     for path in _logs(folder):
@@ -88,6 +88,15 @@ def tail(run_directory: Path, lines: int) -> list[str]:
         if line.strip()
     ]
     return [*error, *([""] if error else []), f"{folder}:", *merged]
+
+
+def _batch_log(run_directory: Path, lines: int) -> list[str]:
+    """The end of the newest job's own log: all there is where no ranks were started."""
+    logs = list((run_directory / "logs").glob("*.batch.log"))
+    if not logs:
+        return []
+    newest = max(logs, key=lambda path: path.stat().st_mtime)
+    return [f"{newest}:", *newest.read_text(errors="replace").splitlines()[-lines:]]
 
 
 def follow(run_directory: Path, show: Callable[[str], None], alive: Callable[[], bool]) -> None:

@@ -18,7 +18,31 @@
 #SBATCH --mail-type=END
 
 # /data/my runs/100%/demo: 4 × 8 ranks, 1 spare. Written by `megahybrid launch submit`, site big, commit 0123456789ab.
-# What comes after a stop, a failure or a hang is decided by launch/supervise.py.
+# What comes after a stop, a failure or a hang is decided by launch/supervise.py. This
+# shell hands signals on to it; where nobody decided (it was killed, or this node could
+# not start it) the job goes back into the queue, three times in a row at most.
+logs='/data/my runs/100%/demo/logs'
+undecided='/data/my runs/100%/demo/slurm/undecided'
+excluded=n7,n9,
+decided=$logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}/decided
+supervisor= ended=
+finish() {
+  code=$?
+  trap '' USR1 TERM  # a requeue ends what is left of this shell
+  case $code in 0|2) return ;; esac
+  if [ -z "$ended" ] && [ ! -e "$decided" ]; then
+    why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
+    echo "$why" | tee -a "$undecided"
+    if [ "$(wc -l <"$undecided")" -le 3 ]; then
+      scontrol requeue "$SLURM_JOB_ID" || { sleep 60; scontrol requeue "$SLURM_JOB_ID"; }
+      [ -n "$supervisor" ] ||
+        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$SLURMD_NODENAME"
+    fi
+  fi
+}
+trap finish EXIT
+trap '[ -z "$supervisor" ] || kill -USR1 "$supervisor" || true' USR1
+trap 'ended=1; [ -n "$supervisor" ] || exit 143; kill -TERM "$supervisor" || true' TERM
 set -eo pipefail
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 ulimit -c 0
@@ -29,18 +53,9 @@ export NCCL_SOCKET_IFNAME=ib0
 export NOTE='$(touch pwned)'
 cd '/home/me/mega hybrid'
 source .venv/bin/activate
-# Slurm signals this shell alone.
-trap 'kill -USR1 "$supervisor" || true' USR1
-trap 'kill -TERM "$supervisor" || true' TERM
-python -m launch.supervise '/data/my runs/100%/demo/slurm/job.json' &
+(trap '' USR1 TERM; exec python -m launch.supervise '/data/my runs/100%/demo/slurm/job.json') &
 supervisor=$!
 while true; do
   wait "$supervisor" && code=0 || code=$?
-  kill -0 "$supervisor" 2>/dev/null || break
+  kill -0 "$supervisor" 2>/dev/null || exit "$code"
 done
-decided='/data/my runs/100%/demo/logs'/"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}/decided"
-if [ "$code" -gt 128 ] && [ ! -e "$decided" ]; then
-  echo "the batch process was killed (code $code): back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$code"

@@ -1,5 +1,6 @@
 """The batch script: read by people, quoted everywhere, a function of the job alone."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -67,6 +68,50 @@ def test_no_value_is_run_as_a_command(tmp_path: Path, shell: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+ENDINGS: dict[str, tuple[str, int, list[str]]] = {
+    "killed": ("kill -9 $$", 137, ["requeue 5"]),
+    "decided": ("mkdir -p logs/5.0 && touch logs/5.0/decided; exit 75", 75, []),
+    "a user's mistake": ("exit 2", 2, []),
+    "done": ("exit 0", 0, []),
+    "ended by Slurm": ("kill -TERM $PPID; sleep 0.3; kill -9 $$", 137, []),
+    "no such process": ("", 127, ["requeue 5"]),
+    "a node that cannot start it": (
+        "nowhere",
+        1,
+        ["requeue 5", "update JobId=5 ExcNodeList=n9,n1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_what_nobody_decided_goes_back_into_the_queue_three_times(how: str, tmp_path: Path) -> None:
+    body, code, said = ENDINGS[how]
+    there = tmp_path / "nowhere" if body == "nowhere" else tmp_path
+    folders = {"run_directory": str(tmp_path), "work_directory": str(there)}
+    site = SITE.model_copy(update={"modules": [], "prologue": [], "python": ["./process"]})
+    script = batch_script(_job(**folders, site=site, exclude=("n9",)))
+    (tmp_path / "slurm").mkdir()
+    for name, text in (("process", body), ("scontrol", 'echo "$@" >>calls')):
+        if text:
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    facts = os.environ | path | {"SLURM_JOB_ID": "5", "SLURMD_NODENAME": "n1"}
+
+    def run() -> list[str]:
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=facts, capture_output=True)
+        assert done.returncode == code
+        calls = tmp_path / "calls"
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    assert run() == said
+    if said:
+        for _ in range(3):
+            calls = run()
+        assert calls == said * 3
+        assert len((tmp_path / "slurm/undecided").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "", "x" * 201, "nul\0"])
 def test_a_name_that_would_end_its_line_is_refused(name: str) -> None:
     with pytest.raises(ValueError):
@@ -104,13 +149,14 @@ def _environment() -> dict[str, str]:
 
 def test_srun_starts_one_task_per_rank_on_exactly_the_nodes_that_are_fit() -> None:
     command = train_step(_job(), ["n1", "n3"], _environment())
-    assert command[:7] == [
+    assert command[:8] == [
         "srun",
         "--nodes=2",
         "--nodelist=n1,n3",
         "--ntasks=16",
         "--ntasks-per-node=8",
         "--cpus-per-task=12",
+        "--export=ALL",
         "--kill-on-bad-exit=1",
     ]
     assert "--output=/a%%b/rank-%4t.log" in command

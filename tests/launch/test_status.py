@@ -13,15 +13,17 @@ from launch.status import node_lines, status_line
 from launch.submit import plan
 from launch.tail import first_error, tail
 from megahybrid.errors import ConfigError, MegahybridError
-from megahybrid.heartbeat import Heartbeat
+from megahybrid.heartbeat import LOGS, Heartbeat
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "demo"
-    (directory / "logs" / "7.1").mkdir(parents=True)
+    logs = directory / "logs" / "7.1"
+    logs.mkdir(parents=True)
+    monkeypatch.setenv(LOGS, str(logs))  # whose heartbeats these are
     record(directory, "submit", jobs=["7", "8"], nodes=2)
     record(directory, "start", job="7", attempt=0, nodes=["n1", "n2"], checkpoint=None)
     _end(directory, 0, 7, "rank 1: ValueError: x", step=12, checkpoint=10)
@@ -122,6 +124,38 @@ def test_what_slurm_still_knows_of_a_lost_job_is_told(
     assert "no end was written; Slurm says OUT_OF_MEMORY, code 0:125) |" in status_line(run, {})
     program("scontrol", "echo JobId=8 JobState=FAILED Reason=NonZeroExitCode ExitCode=0:9")
     assert "Slurm says FAILED, code 0:9)" in status_line(run, {})
+
+
+def test_what_the_batch_shell_said_is_told_where_nothing_began(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("launch.slurm.fate", lambda job: None)
+    record(tmp_path, "submit", jobs=["7"], nodes=2)
+    (tmp_path / "slurm" / "undecided").write_text("one\nthe batch process on n1 ended with 1\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "7.batch.log").write_text("cd: /nowhere: No such file or directory\n")
+    assert " after the batch process on n1 ended with 1" in status_line(
+        tmp_path, _queue("PENDING", "BeginTime")
+    )
+    line = status_line(tmp_path, {})
+    assert "NOT IN THE QUEUE (job 7; the batch process on n1 ended with 1)" in line
+    assert tail(tmp_path, 5)[1] == "cd: /nowhere: No such file or directory"
+
+
+def test_a_person_or_an_outer_jobs_variables_do_not_change_a_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import slurm
+
+    for name in ("sbatch", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\nenv\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    outer = ("SBATCH_PARTITION", "SQUEUE_STATES", "SLURM_TIME_FORMAT")
+    for name in (*outer, "SLURM_RESTART_COUNT", "SLURM_CONF", "RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "theirs")
+    assert slurm.sbatch("x") and "theirs" not in slurm.call("sbatch").replace(
+        "SLURM_CONF=theirs", ""
+    )
+    assert not [name for name in outer if name in slurm.call("squeue")]
 
 
 def test_a_run_that_was_never_submitted_says_so(tmp_path: Path) -> None:
