@@ -6,7 +6,7 @@ beside that memory is copied in pieces.
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
+from megahybrid.data.manifest import Manifest
 from megahybrid.data.token_writer import TokenWriter
+from megahybrid.errors import DataError
 
 Digest = tuple[int, int]
 Tokens = npt.NDArray[Any]
@@ -36,6 +38,14 @@ class Split:
     held_out: float
     longest: int
     deduplicate: bool = False
+
+    def refuse_empty(self, made: Mapping[str, Manifest]) -> None:
+        """Raises DataError where nothing was left to train on."""
+        if not made["train"].documents:
+            raise DataError(
+                f"held_out={self.held_out} and longest={self.longest} leave no document to train "
+                f"on (of {sum(part.documents for part in made.values())}). Hold out less."
+            )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.fresh import fresh_folder
+from data_prep.rewrite import refuse_plan
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import write_durably
 from megahybrid.data.packing import FILES, PLAN_NAME, Method, PlanInfo
@@ -110,6 +111,7 @@ def pack(
     """
     target = Path(output)
     dataset = TokenDataset(dataset_path, vocab_size=vocab_size)
+    refuse_plan(dataset)
     if length < 1:
         raise DataError(f"--length={length} is no number of tokens. Use the stage's length.")
     limits = (min_document_tokens, max_document_tokens or 2**62)

@@ -47,6 +47,15 @@ def refuse_masks(dataset: TokenDataset) -> None:
         )
 
 
+def refuse_plan(dataset: TokenDataset) -> None:
+    """Raises DataError for a plan: it names rows of a dataset and holds no documents itself."""
+    if dataset.plan is not None:
+        raise DataError(
+            f"{dataset.plan.folder} is a plan of rows, not a dataset. Name its dataset, "
+            f"{dataset.path.resolve()}."
+        )
+
+
 def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[Part]:
     """Every document in order, ending with eod; added where a foreign file has none."""
     refuse_masks(dataset)
@@ -107,7 +116,8 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
     datasets = [TokenDataset(path) for path in paths]
     infos = []
     for dataset in datasets:
-        if dataset.manifest is None or dataset.plan is not None:
+        refuse_plan(dataset)
+        if dataset.manifest is None:
             raise DataError(
                 f"{dataset.path} has no manifest of its own. Import it first with "
                 "`megahybrid data import`."
@@ -220,7 +230,10 @@ def shuffle_datasets(
             name: TokenWriter(folder / name if split else folder, info, **options) for name in names
         }
         Merge(runs_of(work, results), split or Split(0, 0), writers, memory_bytes, progress).run()
-        return {name: writer.close() for name, writer in writers.items()}
+        manifests = {name: writer.close() for name, writer in writers.items()}
+        if split is not None:
+            split.refuse_empty(manifests)
+        return manifests
 
 
 def _keyed(
@@ -257,6 +270,7 @@ def export_dataset(
 ) -> tuple[int, int]:
     """One PREFIX.bin and PREFIX.idx with every shard, as Megatron reads; documents and tokens."""
     dataset = TokenDataset(path, vocab_size=vocab_size)
+    refuse_plan(dataset)
     refuse_masks(dataset)
     item = dataset.dtype.itemsize
     paths = [prefix.with_name(f"{prefix.name}.{end}") for end in ("bin", "idx")]

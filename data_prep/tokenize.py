@@ -23,7 +23,7 @@ from data_prep.inputs import Unit, cut_units, list_files, shared_unit_bytes, siz
 from data_prep.merge import Merge, Split, runs_of
 from data_prep.progress import byte_bars
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
-from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
+from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import DataError
 
@@ -78,6 +78,7 @@ def tokenize(
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
+    check_shard_tokens(shard_tokens)
     files = list_files(inputs, pattern)
     info = load_tokenizer(tokenizer, eod).info
     folder = Path(output)
@@ -120,11 +121,7 @@ def tokenize(
         )
         merge.run()
         manifests = {part: writer.close() for part, writer in writers.items()}
-    if not manifests["train"].documents:
-        raise DataError(
-            f"held_out={held_out} and longest={longest} leave no document to train on "
-            f"(of {documents}). Hold out less."
-        )
+    split.refuse_empty(manifests)
     report = TokenizeReport(
         output=str(folder),
         documents={part: manifest.documents for part, manifest in manifests.items()},

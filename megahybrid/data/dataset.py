@@ -60,7 +60,7 @@ class TokenDataset:
             if vocab_size is None:
                 raise DataError(
                     f"{self.path} has no {MANIFEST_NAME}, so its vocabulary is unknown. "
-                    "Tell vocab_size, or prepare the data with `megahybrid data tokenize`."
+                    "Tell it (--vocab-size), or prepare the data with `megahybrid data tokenize`."
                 )
             self.vocab_size, self.eod_id = vocab_size, eod_id
         if self.plan is not None:

@@ -28,6 +28,15 @@ from megahybrid.errors import DataError
 SHARD_TOKENS = 2**30
 
 
+def check_shard_tokens(shard_tokens: int) -> None:
+    """Raises DataError where the format cannot hold shards of this size."""
+    if not 1 <= shard_tokens < 2**31:
+        raise DataError(
+            f"shard_tokens={shard_tokens} is not from 1 to {2**31 - 1} (lengths are 32 bits). "
+            f"Use {SHARD_TOKENS} or less."
+        )
+
+
 class TokenWriter:
     """Writes documents into a new folder; `close` publishes the manifest, last.
 
@@ -48,11 +57,7 @@ class TokenWriter:
         noted: bool = False,
     ) -> None:
         """noted: documents come with notes (JSON objects), kept beside the tokens."""
-        if not 1 <= shard_tokens < 2**31:
-            raise DataError(
-                f"shard_tokens={shard_tokens} is not from 1 to {2**31 - 1} (lengths are 32 bits). "
-                f"Use {SHARD_TOKENS} or less."
-            )
+        check_shard_tokens(shard_tokens)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):

@@ -11,6 +11,7 @@ import pytest
 
 from data_prep import encode_unit, rewrite
 from data_prep.merge import Split
+from data_prep.pack import pack
 from data_prep.rewrite import (
     export_dataset,
     import_dataset,
@@ -172,3 +173,24 @@ def test_killed_anywhere_the_same_command_ends_the_same(tmp_path: Path, name: st
         assert not call(int(part * calls)) and content(tmp_path / "out") != expected
         call(most)
         assert content(tmp_path / "out") == expected and outside() == before
+
+
+def test_plans_are_refused_where_a_dataset_is_wanted(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", LENGTHS)
+    pack(tmp_path / "a", tmp_path / "plan", 64)
+    for call in (
+        lambda: pack(tmp_path / "plan", tmp_path / "out", 32),
+        lambda: merge_datasets([tmp_path / "plan"], tmp_path / "out"),
+        lambda: shuffle_datasets([tmp_path / "plan"], tmp_path / "out"),
+        lambda: export_dataset(tmp_path / "plan", tmp_path / "out"),
+    ):
+        with pytest.raises(DataError, match=f"plan is a plan of rows.* Name .*{tmp_path}/a\\."):
+            call()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_split_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", LENGTHS)
+    with pytest.raises(DataError, match="longest=10 leave no document to train on \\(of 10\\)"):
+        shuffle_datasets([tmp_path / "a"], tmp_path / "out", split=Split(0, 10))
+    assert not list(tmp_path.glob("out*"))

@@ -190,6 +190,12 @@ def test_inputs_without_documents_are_refused(model: Path, tmp_path: Path) -> No
         run(tmp_path / "a.jsonl", model, tmp_path / "out")
 
 
+def test_shards_beyond_the_format_are_refused_before_the_work(corpus: Path, model: Path) -> None:
+    with pytest.raises(DataError, match="shard_tokens=2147483648 is not from 1 to 2147483647"):
+        run(corpus, model, corpus.parent / "out", shard_tokens=2**31)
+    assert not (corpus.parent / "out").exists()
+
+
 def test_holding_out_everything_is_refused(corpus: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="longest=300 leave no document to train on \\(of 300"):
         run(corpus, model, tmp_path / "out", longest=300)
