@@ -79,9 +79,9 @@ def tokenize(
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
     check_shard_tokens(shard_tokens)
-    files = list_files(inputs, pattern)
-    info = load_tokenizer(tokenizer, eod).info
     folder = Path(output)
+    files = _files(inputs, pattern, folder)
+    info = load_tokenizer(tokenizer, eod).info
     units = list(cut_units(files, shared_unit_bytes(files)))
     threads = workers if len(units) == 1 else 1
     job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads, tuple(kept))
@@ -95,7 +95,7 @@ def tokenize(
         documents = sum(result.documents for result in results)
         _refuse_bad(folder, documents, bad, max_bad_fraction)
         command = _command(inputs, tokenizer, job, split, shard_tokens, pattern)
-        sources = [_source(given, pattern) for given in inputs]
+        sources = [_source(given, pattern, folder) for given in inputs]
         parts = ["train"] + ["held_out"] * (held_out > 0) + ["held_out_long"] * (longest > 0)
         merged = folder / WORK / "merged"
         shutil.rmtree(merged, ignore_errors=True)
@@ -291,8 +291,18 @@ def _command(
     return shlex.join(words)
 
 
-def _source(given: str | Path, pattern: str) -> dict[str, Any]:
-    files = list_files([given], pattern)
+def _files(inputs: Sequence[str | Path], pattern: str, output: Path) -> list[Path]:
+    """The files of the inputs; what is written is no input, also where it lies among them."""
+    written = output.absolute()
+    return [
+        file
+        for file in list_files(inputs, pattern)
+        if is_hub(file) or not file.absolute().is_relative_to(written)
+    ]
+
+
+def _source(given: str | Path, pattern: str, output: Path) -> dict[str, Any]:
+    files = _files([given], pattern, output)
     return {
         "path": str(given),
         "files": len(files),

@@ -210,6 +210,17 @@ def test_finished_job_is_not_done_again(corpus: Path, model: Path, tmp_path: Pat
         run(corpus, model, tmp_path / "out", seed=1)
 
 
+def test_output_among_the_inputs_is_no_input(corpus: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copy(corpus, tmp_path / "a.jsonl")
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{}\n")
+    with pytest.raises(DataError, match="1 of 301 documents are bad"):
+        run(tmp_path, model, tmp_path / "out", max_bad_fraction=0)
+    report = run(tmp_path, model, tmp_path / "out")
+    assert run(tmp_path, model, tmp_path / "out") == report
+    assert TokenDataset(tmp_path / "out/train").manifest.sources[0]["files"] == 1
+
+
 def test_copies_can_be_left_out(model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "twice.jsonl"
     lines = [json.dumps({"text": f"document {number}"}) for number in range(60)]
