@@ -122,6 +122,7 @@ def _memory(
         data_degree=data_degree,
         zero_stage=zero_stage,
         precision=run.precision,
+        offload=run.parallel.offload,
     )
     return {**asdict(memory), "total": memory.total}
 

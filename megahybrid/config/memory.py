@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # The loss holds fp32 logits of about this many bytes at a time.
 LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
+# Elements of an off-loaded moment that are on the device at a time, twice: one piece is updated
+# while the next arrives.
+OFFLOAD_PIECE = 2**26
 # The vocabulary is padded to a multiple of this and the tensor degree.
 VOCABULARY_MULTIPLE = 8
 
@@ -70,14 +73,17 @@ def _local(model: ModelConfig, name: str, shape: Shape, tensor: int) -> int:
     return size if name.endswith("norm.weight") else size // tensor
 
 
-def states_per_parameter(precision: str, zero_stage: int, data_degree: int) -> tuple[float, ...]:
-    """Bytes per local parameter of weights, gradients and optimizer."""
+def states_per_parameter(
+    precision: str, zero_stage: int, data_degree: int, offload: str = "none"
+) -> tuple[float, ...]:
+    """Bytes per local parameter of weights, gradients and optimizer, on the device."""
     n = data_degree
     if precision == "fp32":
         weights, gradients, optimizer = 4.0, 4.0, 8.0 if zero_stage == 0 else 12.0
     else:
         # Gradients are summed in fp32 where they are whole; ZeRO 2 and 3 keep bf16 slices.
         weights, gradients, optimizer = 2.0, 4.0 if zero_stage <= 1 else 2.0, 12.0
+    optimizer -= 8.0 * (offload == "moments")
     return (
         weights / n if zero_stage >= 3 else weights,
         gradients / n if zero_stage >= 2 else gradients,
@@ -171,11 +177,14 @@ def memory_per_rank(
     precision: str,
     device: str = "cuda",
     policies: Sequence[str] | None = None,
+    offload: str = "none",
 ) -> Memory:
     """What one rank holds at the fullest moment of a step. `policies` has the recompute policy of
     each layer; the stage's own when left out, where it names them."""
     local = local_parameters(model, tensor)
-    weights, gradients, optimizer = states_per_parameter(precision, zero_stage, data_degree)
+    weights, gradients, optimizer = states_per_parameter(
+        precision, zero_stage, data_degree, offload
+    )
     if policies is None and isinstance(stage.recompute, RecomputeBudget):
         policies = policies_within(
             model,
@@ -187,6 +196,7 @@ def memory_per_rank(
             zero_stage=zero_stage,
             precision=precision,
             device=device,
+            offload=offload,
         )
     if policies is None:
         policies = [stage.recompute_of_layer(n) for n in range(model.layer_plan.num_layers)]
@@ -194,7 +204,8 @@ def memory_per_rank(
     return Memory(
         weights=int(local * weights),
         gradients=int(local * gradients),
-        optimizer=int(local * optimizer),
+        # Two pieces of both moments visit, in fp32.
+        optimizer=int(local * optimizer) + 16 * min(OFFLOAD_PIECE, local) * (offload == "moments"),
         activations=activations(model, *batch),
         working=working(model, *batch),
     )
@@ -215,6 +226,7 @@ def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
         "zero_stage": run.parallel.zero_stage,
         "precision": run.precision,
         "device": "cpu" if run.device == "cpu" else "cuda",
+        "offload": run.parallel.offload,
     }
     policies = policies_within(run.model, stage, plan, int(budget * 2**30), **where)
     needed = memory_per_rank(run.model, stage, policies=policies, **where).total / 2**30

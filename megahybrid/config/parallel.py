@@ -18,6 +18,11 @@ class ParallelConfig(Frozen):
         description="what the data ranks share: 0 nothing, 1 optimizer states, 2 and gradients, "
         "3 and weights",
     )
+    offload: Literal["none", "moments"] = Field(
+        default="none",
+        description="what waits in host memory between updates: AdamW's moments, 8 bytes a "
+        "parameter, which visit the device in pieces; every bit of a run is the same",
+    )
 
     def data_degree(self, world_size: int) -> int:
         """Data-parallel ranks among `world_size` ranks."""

@@ -28,6 +28,7 @@ def explain_out_of_memory(run: RunConfig, rank: int, world_size: int) -> str:
             data_degree=max(1, world_size // tensor),
             zero_stage=run.parallel.zero_stage,
             precision=run.precision,
+            offload=run.parallel.offload,
         )
         for stage in run.stages
     ]

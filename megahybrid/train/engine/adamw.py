@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class ObservedAdamW(torch.optim.AdamW):
     """torch's AdamW; `observe(flat, gradient)` is called for each flat partition before its update.
@@ -31,6 +33,9 @@ class ObservedAdamW(torch.optim.AdamW):
                         self.observe(flat, flat.grad)
         if self.refuse is not None and self.refuse():
             return None
+        return self._update(closure)
+
+    def _update(self, closure: Any) -> Any:
         return super().step(closure)
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -46,6 +51,9 @@ class ObservedAdamW(torch.optim.AdamW):
             on_device = self.defaults["fused"] or self.defaults["capturable"]
             device = flat.device if on_device else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(flat)
-            state["exp_avg_sq"] = torch.zeros_like(flat)
+            for moment in MOMENTS:
+                state[moment] = self._zeros(flat)
         return state
+
+    def _zeros(self, flat: Tensor) -> Tensor:
+        return torch.zeros_like(flat)

@@ -26,6 +26,7 @@ from megahybrid.train.engine.audit import (
     check_replicas,
 )
 from megahybrid.train.engine.marks import Marks
+from megahybrid.train.engine.offload import OffloadedAdamW
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed
 
@@ -89,7 +90,8 @@ class Engine:
         self.zero_stage = run.parallel.zero_stage
         self.clip_norm = run.optimizer.clip_norm
         self.parameters = model.sharded_parameters()
-        self.optimizer = ObservedAdamW(
+        kind = OffloadedAdamW if run.parallel.offload == "moments" else ObservedAdamW
+        self.optimizer = kind(
             self._groups(run),
             lr=0.0,
             betas=run.optimizer.betas,
