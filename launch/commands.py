@@ -91,7 +91,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         spares=arguments.spares,
         exclude=[node for node in arguments.exclude.split(",") if node],
-        chain=arguments.array or arguments.chain,
+        chain=arguments.chain if arguments.array is None else arguments.array,
         array=arguments.array is not None,
     )
     if arguments.dry_run:

@@ -10,6 +10,7 @@ from launch.job import DONE, FOLDER, STOP_NOW, UNDECIDED, Job
 from launch.records import jobs, read_records, record, stop_lead
 from launch.script import batch_script
 from megahybrid.config import RunConfig, dump_yaml, load
+from megahybrid.config.base import parse
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
 
@@ -27,7 +28,8 @@ def plan(
     array: bool = False,
 ) -> tuple[Job, RunConfig]:
     """The job and the resolved run, checked against each other. Writes nothing."""
-    for option, value, least in (("nodes", nodes, 1), ("spares", spares, 0), ("chain", chain, 1)):
+    jobs_asked = ("array" if array else "chain", chain, 1)
+    for option, value, least in (("nodes", nodes, 1), ("spares", spares, 0), jobs_asked):
         if value < least:
             raise ConfigError(f"--{option}={value} is too few. Use {least} or more.")
     facts = load_site(site)
@@ -44,23 +46,28 @@ def plan(
             f"needs {lead} s to stop in time (stop_lead_seconds={facts.stop_lead_seconds}, and "
             "what its last saves took). Ask for more time."
         )
+    if "\\" in str(directory):
+        raise ConfigError(
+            f"directory={directory} has a backslash, with which Slurm fills in no job numbers in "
+            "the names of logs. Use another name."
+        )
     folder = directory / FOLDER
-    job = Job(
-        name=name or directory.name,
-        run_directory=str(directory),
-        run_file=str(folder / "run.yaml"),
-        file=str(folder / "job.json"),
-        work_directory=os.getcwd(),
-        commit=_commit(),
-        site=facts,
-        nodes=nodes,
-        spares=spares,
-        exclude=tuple(sorted({*exclude, *facts.exclude})),
-        chain=1 if array else chain,
-        array=chain if array else None,
-        lead_seconds=lead,
-    )
-    return job, run
+    job = {
+        "name": name or directory.name[:200],
+        "run_directory": str(directory),
+        "run_file": str(folder / "run.yaml"),
+        "file": str(folder / "job.json"),
+        "work_directory": os.getcwd(),
+        "commit": _commit(),
+        "site": facts,
+        "nodes": nodes,
+        "spares": spares,
+        "exclude": tuple(sorted({*exclude, *facts.exclude})),
+        "chain": 1 if array else chain,
+        "array": chain if array else None,
+        "lead_seconds": lead,
+    }
+    return parse(Job, job), run
 
 
 def submit(job: Job, run: RunConfig) -> list[str]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", bound=BaseModel)
 
 # Names of stages, schemes and sources are parts of dotted paths and of file names.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+NAME = r"^[A-Za-z0-9_-]+$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 
 class Frozen(BaseModel):

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megahybrid.config.base import did_you_mean
+from megahybrid.config.base import NAME, did_you_mean
+from megahybrid.config.site import JOB_NAME, LINE, TIME_LIMIT
 
 _WANTED = {
     "int_type": "an integer",
@@ -82,12 +83,20 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
     return f"{path}={value} {_says(kind, context)}. Change it."
 
 
+_PATTERNS = {
+    NAME: "is not a name (letters, digits, _ and - only)",
+    LINE: "is empty or more than one line",
+    JOB_NAME: "is not one line of at most 200 characters",
+    TIME_LIMIT: "is not a time limit (minutes, H:MM:SS or D-HH:MM:SS)",
+}
+
+
 def _says(kind: str, context: dict[str, Any]) -> str:
     if kind in _BOUND:
         name, words = _BOUND[kind]
         return f"must be {words} {context[name]:g}"
     if kind == "string_pattern_mismatch":
-        return "is not a name (letters, digits, _ and - only)"
+        return _PATTERNS.get(context["pattern"], _PATTERNS[NAME])
     if kind == "too_short":
         return f"has {context['actual_length']} entries and needs {context['min_length']}"
     if kind == "too_long":

@@ -10,9 +10,12 @@ from megahybrid.config.base import Frozen, Name, did_you_mean, load
 from megahybrid.errors import ConfigError
 
 # What ends up in a line of its own must not end that line.
-Line = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]+$")]
-JobName = Annotated[str, StringConstraints(pattern=r"^[^\n\r\x00]{1,200}$")]
-TimeLimit = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")]
+LINE = r"^[^\n\r\x00]+$"
+JOB_NAME = r"^[^\n\r\x00]{1,200}$"
+TIME_LIMIT = r"^(\d+-)?\d+(:\d{2}){0,2}$"
+Line = Annotated[str, StringConstraints(pattern=LINE)]
+JobName = Annotated[str, StringConstraints(pattern=JOB_NAME)]
+TimeLimit = Annotated[str, StringConstraints(pattern=TIME_LIMIT)]
 SITES = Path("configs/sites")
 
 

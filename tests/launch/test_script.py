@@ -203,7 +203,14 @@ def test_a_container_wraps_the_ranks() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "seconds"),
-    [("90", 5400), ("10:30", 630), ("1:00:00", 3600), ("2-00:00:00", 172800), ("1-12", 129600)],
+    [
+        ("1440", 86400),
+        ("90", 5400),
+        ("10:30", 630),
+        ("1:00:00", 3600),
+        ("2-00:00:00", 172800),
+        ("1-12", 129600),
+    ],
 )
 def test_slurms_time_limits_are_understood(limit: str, seconds: int) -> None:
     assert seconds_of(limit) == seconds

@@ -267,11 +267,15 @@ def test_check_on_a_site_says_what_the_dry_run_says(capsys) -> None:
         ({"nodes": 0}, "--nodes=0 is too few. Use 1 or more."),
         ({"nodes": 1, "spares": -1}, "--spares=-1 is too few"),
         ({"nodes": 3}, "is not a multiple of"),
+        ({"nodes": 4, "chain": 0, "array": True}, "--array=0 is too few"),
+        ({"nodes": 4, "name": "a\nb"}, "name=.* is not one line of at most 200 characters"),
+        ({"nodes": 4, "directory": "a\\b"}, "has a backslash"),
     ],
 )
 def test_an_allocation_that_cannot_be_is_refused_before_it_waits(options, words) -> None:
+    overrides = [f"directory={options.pop('directory')}"] if "directory" in options else []
     with pytest.raises(ConfigError, match=words):
-        plan(ROOT / "configs/runs/paper_rnope_swa_8b.yaml", [], site="example", **options)
+        plan(ROOT / "configs/runs/paper_rnope_swa_8b.yaml", overrides, site="example", **options)
 
 
 def test_a_time_limit_too_short_to_stop_in_is_refused(tmp_path: Path) -> None:
