@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -48,9 +49,12 @@ def train_tokenizer(
             f"--vocab-size={vocab_size} has no room for the bytes and special tokens "
             f"({SMALLEST_VOCABULARY} at least). Use more, for example 4096."
         )
-    if weights is not None and (len(weights) != len(inputs) or min(weights) <= 0):
+    if weights is not None and (
+        len(weights) != len(inputs) or not all(0 < weight < inf for weight in weights)
+    ):
         raise DataError(
-            f"--weight is given {len(weights)} times with {len(inputs)} inputs. Give each input a "
+            f"--weight is given {len(weights)} times with {len(inputs)} inputs ("
+            f"{', '.join(f'{weight:g}' for weight in weights)}). Give each input a "
             "positive one, in their order, or none."
         )
     sources = [list(cut_units(list_files([given], pattern))) for given in inputs]
