@@ -4,7 +4,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from data_prep.compressed import BOMB_BYTES, BOMB_RATIO
 
@@ -55,7 +55,7 @@ class SalvagedZip:
         """The members, as they lie in the file."""
         return self._members
 
-    def open(self, info: zipfile.ZipInfo) -> IO[bytes]:
+    def open(self, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
         """A member's bytes; raises BadZipFile at the end where they fail their checksum."""
         file = open(self._path, "rb")  # noqa: SIM115 (closed with the member)
         file.seek(self._begins[info.header_offset])
