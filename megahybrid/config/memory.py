@@ -7,7 +7,8 @@ Activations per token and layer, in values: norm inputs and outputs 2 d each nor
 block has one); q, k, v, gate and up as the product wrote them, dq + 2 dkv + 2 f, all alive while
 one of them is; rotated q and k, dq + dkv; attention's output and its copy in the other layout,
 2 dq; the MLP's product f. Selective recomputation drops f and the outputs of norms that are read by
-a product; full keeps the layer's input, d. The tensor degree divides them all.
+a product; chunked gate and up, 2 f, as well; full keeps the layer's input, d. The tensor degree
+divides them all.
 
 Beside what all layers keep stands the larger of two things: the loss with a chunk of logits, at the
 end of the forward pass, and one layer's backward.
@@ -27,11 +28,18 @@ from megahybrid.errors import ConfigError
 if TYPE_CHECKING:
     from megahybrid.config.run import RunConfig
 
-# The loss holds fp32 logits of about this many bytes at a time.
+# The loss holds fp32 logits of about this many bytes at a time, two such pieces at most. Reading
+# and writing the head's gradient once per chunk must cost little beside the products, which run
+# sooner into that on a GPU.
 LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
+# The MLP of a layer that runs it in chunks sees this many tokens at a time: enough for products to
+# run at their best, and the weights' gradients are read and written once a chunk.
+CHUNK_TOKENS = 8192
 # Elements of an off-loaded moment that are on the device at a time, twice: one piece is updated
 # while the next arrives.
 OFFLOAD_PIECE = 2**26
+# From the least to the most that is computed again.
+POLICIES = ("none", "selective", "chunked", "full", "offload")
 # The vocabulary is padded to a multiple of this and the tensor degree.
 VOCABULARY_MULTIPLE = 8
 
@@ -108,7 +116,13 @@ def activation_bytes_per_token(
         whole += norms * hidden if model.norm == "rms" else 0
     # In the post-norm block no product reads a norm's output.
     dropped = inner + (0 if model.block == "post_norm" else norms * hidden)
-    kept = {"none": whole, "selective": whole - dropped, "full": hidden, "offload": 0}
+    kept = {
+        "none": whole,
+        "selective": whole - dropped,
+        "chunked": whole - dropped - 2 * inner,
+        "full": hidden,
+        "offload": 0,
+    }
     return kept[policy] * bytes_per_value
 
 
@@ -145,22 +159,57 @@ def working(
     logits = chunk + (0 if precision == "fp32" else chunk // 2)
     loss = logits + 4 * head * (3 if device == "cpu" else 1)
     loss += width * tokens * hidden * 3
-    # In backward a layer's own memory goes when it is done. Beside what the layers up to it keep
-    # stand the layer anew under full recomputation, the gradients of the stream, of gate and up
-    # and of the heads, and a tied head's gradient, which waits for the embedding's.
-    kept = [activation_bytes_per_token(model, policy, width, device) for policy in policies]
-    whole = activation_bytes_per_token(model, "none", width, device)
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    gate_up = 2 * model.intermediate_size
-    # Only the parallel block has those of both branches at a time.
-    both = gate_up + heads if model.block == "parallel" else max(gate_up, heads)
-    gradients = width * (hidden + both)
+    # In backward a layer's own memory goes when it is done; a tied head's gradient waits for the
+    # embedding's.
+    kept = [
+        activation_bytes_per_token(model, policy, width, device) * tokens // tensor
+        for policy in policies
+    ]
     most = max(
-        sum(kept[: layer + 1]) - sum(kept) + whole * (policy in ("full", "offload"))
+        sum(kept[: layer + 1])
+        - sum(kept)
+        + _one_backward(model, policy, tokens, tensor, width, device)
         for layer, policy in enumerate(policies)
     )
-    layer = width * head * model.tie_embeddings + (most + gradients) * tokens // tensor
-    return max(loss, layer)
+    return max(loss, width * head * model.tie_embeddings + most)
+
+
+def _one_backward(
+    model: ModelConfig, policy: str, tokens: int, tensor: int, width: int, device: str
+) -> int:
+    """What one layer's backward needs beside what the layers up to it keep: the layer anew under
+    full recomputation, and gradients of the stream, of gate and up, and of the heads."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    heads = queries + 2 * keys
+    again = policy in ("full", "offload")
+    anew = again * activation_bytes_per_token(model, "none", width, device) * tokens // tensor
+    parallel = model.block == "parallel"
+    if not (policy == "chunked" or (again and tokens > CHUNK_TOKENS)):
+        # Beside the product, where that is computed again. Only the parallel block has the
+        # gradients of both branches at a time.
+        gate_up = (3 if policy == "selective" else 2) * inner
+        both = gate_up + heads if parallel else max(gate_up, heads)
+        return anew + width * (hidden + both) * tokens // tensor
+    # Gate, up and what is made of them stand for one chunk, three weights' gradients in fp32, which
+    # a CPU adds to by way of a product; the MLP's input and its gradient are whole on every rank.
+    anew -= again * width * 3 * inner * tokens // tensor
+    chunk = width * 5 * inner * min(tokens, CHUNK_TOKENS) // tensor
+    chunk += 4 * 3 * hidden * inner // tensor * (2 if device == "cpu" else 1)
+    chunk += width * (1 if again and tensor == 1 else 2) * hidden * tokens
+    if parallel:  # its attention has gone by then, but for the gradients
+        chunk += width * (heads - 4 * queries - 3 * keys) * tokens // tensor
+    # Attention's own: gradients of what it gave and of the queries; on a GPU those of the queries
+    # again in fp32, and of keys and values for each query head; on a CPU about four copies of each
+    # block of keys and values.
+    of_attention = 2 * queries + (8 * keys if device == "cpu" else 4 * queries + 2 * keys)
+    if again and not parallel:  # the MLP's norm has gone by then
+        of_attention -= 2 * hidden
+    return (
+        anew
+        + width * hidden * tokens // tensor
+        + max(width * of_attention * tokens // tensor, chunk)
+    )
 
 
 def _width(precision: str) -> int:
@@ -245,8 +294,9 @@ def policies_within(
     model: ModelConfig, stage: Stage, plan: LayerPlan, budget_bytes: int, **where: Any
 ) -> list[str]:
     """The policies that fit at the fewest extra FLOPs: none where it fits; else selective, which
-    repeats no product, on as many layers as it takes; else full on as few as it takes, those with
-    the fewest FLOPs first; then off-loaded as well, where even that does not fit."""
+    repeats no product, on as many layers as it takes; else chunked, which repeats the one with gate
+    and up; else full on as few as it takes, those with the fewest FLOPs first; then off-loaded as
+    well, where even that does not fit."""
 
     def fits(policies: list[str]) -> bool:
         needed = memory_per_rank(model, stage, policies=policies, **where).total
@@ -256,7 +306,7 @@ def policies_within(
     flops = [layer_flops_per_token(model, scheme, length) for scheme in plan.expand()]
     cheapest = sorted(range(len(flops)), key=lambda layer: (flops[layer], layer))
     policies = ["none"] * len(flops)
-    for policy in ("selective", "full", "offload"):
+    for policy in POLICIES[1:]:
         for layer in cheapest:
             if fits(policies):
                 return _relaxed(policies, fits)
@@ -265,9 +315,10 @@ def policies_within(
 
 
 def _relaxed(policies: list[str], fits: Callable[[list[str]], bool]) -> list[str]:
-    """Selective taken back where what was done after it left the room."""
-    for layer, policy in enumerate(policies):
-        if policy == "selective":
-            tried = [*policies[:layer], "none", *policies[layer + 1 :]]
-            policies = tried if fits(tried) else policies
+    """Selective and chunked taken back where what was done after them left the room."""
+    for taken, back in (("chunked", "selective"), ("selective", "none")):
+        for layer, policy in enumerate(policies):
+            if policy == taken:
+                tried = [*policies[:layer], back, *policies[layer + 1 :]]
+                policies = tried if fits(tried) else policies
     return policies

@@ -15,7 +15,7 @@ from megahybrid.config.base import Frozen, Name
 from megahybrid.config.gates import Gate
 from megahybrid.config.learning_rate import LearningRate
 
-Recompute = Literal["none", "selective", "full", "offload"]
+Recompute = Literal["none", "selective", "chunked", "full", "offload"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -99,7 +99,8 @@ class Stage(Frozen):
     ] = Field(
         default="none",
         description="activations computed again in backward, one word for all or per layer, or a "
-        "budget that decides; offload: full, with layers' inputs in host memory",
+        "budget that decides; chunked: selective, with the MLP in chunks of the sequence; offload: "
+        "full, with layers' inputs in host memory",
     )
     learning_rate: LearningRate = Field(description="the stage's segment of the learning rate")
     gates: list[Gate] = Field(

@@ -15,15 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from megahybrid.config import memory
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention, Places, attention_outputs, query_key_value
+from megahybrid.model.chunked_mlp import ChunkedMLP
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs
 from megahybrid.model.norm import make_norm
 from megahybrid.model.recompute import keeping_products, rederived
 from megahybrid.parallel.collectives import scatter_sequence
-from megahybrid.parallel.linear import ColumnParallelLinear
+from megahybrid.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh
 
 Hidden = Float[Tensor, "seq_local batch hidden"]
@@ -34,10 +36,12 @@ class Block(nn.Module):
     """One layer. `enter` gives q, k, v and what `leave` needs beside the mixed values."""
 
     attention: Attention
+    chunked: ChunkedMLP
 
-    def __init__(self, selective: bool) -> None:
+    def __init__(self, policy: str, mesh: ParallelMesh) -> None:
         super().__init__()
-        self.selective = selective
+        self.policy, self.again, self.tensor = policy, False, mesh.tensor
+        self.selective = policy in ("selective", "chunked")
         self._regions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
@@ -50,7 +54,9 @@ class Block(nn.Module):
 
     def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
         """One layer on this rank's part of the sequence."""
-        if self._regions is not None and context.mixing is None and torch.is_grad_enabled():
+        compiled = self._regions is not None and not self._chunks(hidden)
+        if compiled and context.mixing is None and torch.is_grad_enabled():
+            assert self._regions is not None
             enter, leave = self._regions
             # Made out here, once per batch: a compiled region sees tensors alone.
             (q, k, v), rest = enter(hidden, self.attention.places(context))
@@ -76,7 +82,24 @@ class Block(nn.Module):
         q, k = self.attention.placed(q, k, places)
         return (q, k, v), rest
 
-    def _normed(self, norm: nn.Module, projection: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+    def _share(self, input: ColumnParallelLinear, down: RowParallelLinear) -> None:
+        """Have an MLP in chunks beside the plain one, with the same parameters."""
+        if self.policy not in ("none", "selective"):
+            self.chunked = ChunkedMLP(input, down)
+
+    def _chunks(self, hidden: Tensor) -> bool:
+        """Whether the MLP of this stream runs in chunks."""
+        if self.policy in ("full", "offload"):
+            seq, batch = hidden.shape[:2]
+            return seq * batch * self.tensor.size > memory.CHUNK_TOKENS
+        return self.policy == "chunked"
+
+    def _chunked(self, normed: Tensor) -> tuple[Tensor, ...]:
+        return self.chunked(normed, needed=not self.again)
+
+    def _normed(
+        self, norm: nn.Module, projection: Callable[[Tensor], tuple[Tensor, ...]], hidden: Tensor
+    ) -> tuple[Tensor, ...]:
         """projection(norm(hidden)); under selective recompute the norm's output is not kept."""
         normed = norm(hidden)
         if not (self.selective and torch.is_grad_enabled()) or torch.compiler.is_compiling():
@@ -95,10 +118,10 @@ class PreNormBlock(Block):
         scheme: AttentionScheme,
         mesh: ParallelMesh,
         kernel: str,
-        selective: bool,
+        policy: str,
         norm: str = "torch",
     ) -> None:
-        super().__init__(selective)
+        super().__init__(policy, mesh)
         name = f"blocks.{index}"
         self.attention_norm = make_norm(config, f"{name}.attention_norm", mesh, norm)
         self.query_key_value = query_key_value(f"{name}.attention", config, mesh)
@@ -107,7 +130,8 @@ class PreNormBlock(Block):
         self.gate_up = ColumnParallelLinear(
             config.hidden_size, mlp_outputs(f"{name}.mlp", config), mesh
         )
-        self.mlp = GatedProduct(f"{name}.mlp", config, mesh, selective)
+        self.mlp = GatedProduct(f"{name}.mlp", config, mesh, self.selective)
+        self._share(self.gate_up, self.mlp.down)
 
     def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
         """Heads of the normed stream."""
@@ -117,6 +141,9 @@ class PreNormBlock(Block):
     def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
         """Adds attention, then the MLP of the normed sum."""
         hidden = hidden + self.attention.output(mixed.flatten(-2))
+        if self._chunks(hidden):
+            (branch,) = self._normed(self.mlp_norm, self._chunked, hidden)
+            return hidden + scatter_sequence(branch, self.tensor)
         gate, up = self._normed(self.mlp_norm, self.gate_up, hidden)
         return hidden + self.mlp(gate, up)
 
@@ -131,16 +158,17 @@ class PostNormBlock(Block):
         scheme: AttentionScheme,
         mesh: ParallelMesh,
         kernel: str,
-        selective: bool,
+        policy: str,
         norm: str = "torch",
     ) -> None:
-        super().__init__(selective)
+        super().__init__(policy, mesh)
         name = f"blocks.{index}"
         self.query_key_value = query_key_value(f"{name}.attention", config, mesh)
         self.attention = Attention(f"{name}.attention", config, scheme, mesh, kernel)
         self.attention_norm = make_norm(config, f"{name}.attention_norm", mesh, norm)
-        self.mlp = MLP(f"{name}.mlp", config, mesh, selective)
+        self.mlp = MLP(f"{name}.mlp", config, mesh, self.selective)
         self.mlp_norm = make_norm(config, f"{name}.mlp_norm", mesh, norm)
+        self._share(self.mlp.input, self.mlp.product.down)
 
     def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
         """Heads of the stream as it is."""
@@ -149,6 +177,9 @@ class PostNormBlock(Block):
     def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
         """Adds the normed attention, then the normed MLP."""
         hidden = hidden + self.attention_norm(self.attention.output(mixed.flatten(-2)))
+        if self._chunks(hidden):
+            (branch,) = self.chunked(hidden)  # the norm reads it in backward as well
+            return hidden + self.mlp_norm(scatter_sequence(branch, self.tensor))
         return hidden + self.mlp_norm(self.mlp(hidden))
 
 
@@ -162,12 +193,11 @@ class ParallelBlock(Block):
         scheme: AttentionScheme,
         mesh: ParallelMesh,
         kernel: str,
-        selective: bool,
+        policy: str,
         norm: str = "torch",
     ) -> None:
-        super().__init__(selective)
+        super().__init__(policy, mesh)
         name = f"blocks.{index}"
-        self.tensor = mesh.tensor
         self.norm = make_norm(config, f"{name}.norm", mesh, norm)
         self.input = ColumnParallelLinear(
             config.hidden_size,
@@ -176,17 +206,20 @@ class ParallelBlock(Block):
             mesh,
         )
         self.attention = Attention(f"{name}.attention", config, scheme, mesh, kernel)
-        self.mlp = GatedProduct(f"{name}.mlp", config, mesh, selective)
+        self.mlp = GatedProduct(f"{name}.mlp", config, mesh, self.selective)
+        self._share(self.input, self.mlp.down)
 
     def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
         """Heads, gate and up from one product."""
-        query, key, value, gate, up = self._normed(self.norm, self.input, hidden)
-        return self.attention.heads(query, key, value), (gate, up)
+        projection = self._chunked if self._chunks(hidden) else self.input
+        query, key, value, *rest = self._normed(self.norm, projection, hidden)
+        return self.attention.heads(query, key, value), tuple(rest)
 
     def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
         """Adds attention and MLP, scattered together."""
         branch = self.attention.output(mixed.flatten(-2), reduce=False)
-        branch = branch + self.mlp(*rest, reduce=False)
+        # The MLP's part is there already where it ran in chunks.
+        branch = branch + (rest[0] if len(rest) == 1 else self.mlp(*rest, reduce=False))
         return hidden + scatter_sequence(branch, self.tensor)
 
 

@@ -3,11 +3,13 @@
 none       everything autograd asks for is kept
 selective  norm outputs and the SwiGLU product are dropped and computed again from tensors that are
            kept anyway: no matrix product, no attention and no communication is repeated
-full       only the layer's input is kept (arXiv 1604.06174)
+chunked    as selective, and the MLP runs chunk by chunk: gate and up are computed again as well
+full       only the layer's input is kept (arXiv 1604.06174); a long sequence's MLP runs in chunks
 offload    as full, and that input waits in host memory
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -71,10 +73,27 @@ def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy
     """`block(hidden, context)`, under full recompute where the policy says so."""
     if policy == "full" and torch.is_grad_enabled():
         # The blocks draw nothing at random, so no generator state needs to be put back.
-        return checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            block,
+            hidden,
+            context,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _again(block)),
+        )
     if policy == "offload" and torch.is_grad_enabled():
         return _Offloaded.apply(hidden, block, context)
     return block(hidden, context)
+
+
+@contextmanager
+def _again(block: Any) -> Iterator[None]:
+    """Inside, `block.again`: it runs for its backward alone, and nobody reads what it gives."""
+    block.again = True
+    try:
+        yield
+    finally:
+        block.again = False
 
 
 class _Offloaded(torch.autograd.Function):
@@ -96,7 +115,7 @@ class _Offloaded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         hidden = ctx.host.to(ctx.device, non_blocking=True).detach().requires_grad_()
         ctx.host = None
-        with torch.enable_grad():
+        with torch.enable_grad(), _again(ctx.block):
             out = ctx.block(hidden, ctx.context)
         torch.autograd.backward(out, grads[0])
         return hidden.grad, None, None

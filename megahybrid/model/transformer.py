@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         )
         block = BLOCKS[config.block]
         self.blocks = nn.ModuleList(
-            block(index, config, scheme, mesh, kernel, policy == "selective", norm)
+            block(index, config, scheme, mesh, kernel, policy, norm)
             for index, (scheme, kernel, policy) in enumerate(
                 zip(schemes, kernels, self.recompute, strict=True)
             )

@@ -151,10 +151,10 @@ def sharded_parameter(
 
 def _product(x: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
     """x Wᵀ with some rows of the weight, in x's dtype."""
-    return linear(x, _rows(weight, rows))
+    return linear(x, rows_of(weight, rows))
 
 
-def _rows(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
+def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
     """Rows of a weight; the weight itself, not a view, where that is all of them."""
     if rows is None or rows == (0, weight.shape[0]):
         return weight
@@ -201,7 +201,7 @@ class _ColumnLinear(torch.autograd.Function):
             ):
                 if needs_weight[index]:
                     of_rows = product(grad.flatten(0, 1).t(), whole).to(weight.dtype)
-                    weight_grads[index] = _weight_gradient(of_rows, weight, rows, axis)
+                    weight_grads[index] = weight_gradient(of_rows, weight, rows, axis)
         if scattering is not None:
             grad_x = scattering.wait()
         return grad_x, None, None, None, *weight_grads
@@ -215,13 +215,13 @@ def _input_gradient(
     """This rank's partial sum of the gradient of the whole input."""
     total: Tensor | None = None
     for grad, weight, rows in zip(grads, weights, kept, strict=True):
-        part = product(grad, _rows(weight, rows).to(grad.dtype))
+        part = product(grad, rows_of(weight, rows).to(grad.dtype))
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
 
 
-def _weight_gradient(
+def weight_gradient(
     of_rows: Tensor, weight: Tensor, rows: tuple[int, int] | None, axis: Axis
 ) -> Tensor:
     """The gradient of a shard; of a replicated weight, the sum over ranks of what each one used."""

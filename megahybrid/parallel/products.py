@@ -6,6 +6,7 @@ products with AVX-512: 226 instead of 106 GFLOP/s on one core of an AMD EPYC. Ev
 (float64, bf16, accelerators, small products) is torch's own.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,42 @@ def product(
     else:
         result = _onednn(left, right.t())
     return result.contiguous() if out is None else out.copy_(result)
+
+
+def product_exact(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
+    """left @ right as `exact`; on CUDA the product itself is, elsewhere it is converted."""
+    if left.dtype != exact and left.is_cuda:
+        return torch.mm(left, right, out_dtype=exact)
+    return product(left, right).to(exact)
+
+
+def accumulate(
+    total: Float[Tensor, "rows columns"],
+    left: Float[Tensor, "inner rows"],
+    right: Float[Tensor, "inner columns"],
+) -> None:
+    """total += leftᵀ right, with the sum in total's dtype."""
+    if left.dtype == total.dtype and not prefers_onednn(left.t(), right):
+        total.addmm_(left.t(), right)
+    elif left.is_cuda and _adds_to_fp32(left.device, left.dtype):
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+    else:
+        # By rows: a product of a large weight's size would stand beside its gradient.
+        rows = max(8192, 2**24 // total.shape[1])
+        for start in range(0, total.shape[0], rows):
+            piece = slice(start, start + rows)
+            total[piece] += product_exact(left[:, piece].t(), right, total.dtype)
+
+
+@cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch's addmm takes an fp32 addend to low-precision factors (2.10 does not)."""
+    factor, addend = torch.ones(8, 8, device=device, dtype=dtype), torch.ones(8, 8, device=device)
+    try:
+        torch.addmm(addend, factor, factor, out_dtype=torch.float32, out=addend)
+    except RuntimeError:
+        return False
+    return bool((addend == 9).all())
 
 
 class _Linear(torch.autograd.Function):

@@ -3,7 +3,6 @@
 Rows are padded so that every rank holds as many; padding is zero and takes no part in anything.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from megahybrid.config.memory import LOSS_CHUNK_BYTES
 from megahybrid.parallel.collectives import (
     all_gather,
     gather_sequence,
@@ -19,14 +19,10 @@ from megahybrid.parallel.collectives import (
 )
 from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.parallel.products import prefers_onednn, product
+from megahybrid.parallel.products import accumulate, product, product_exact
 from megahybrid.parallel.sharding import Segment, shard_spec
 
 IGNORED = -100
-
-# The fp32 logits of one chunk. Reading and writing the weight's gradient once per chunk must cost
-# little beside the products, which run sooner into that on a GPU; two such pieces are held at most.
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 
 
 def padded_vocab_size(vocab_size: int, degree: int, pad_multiple: int = 8) -> int:
@@ -161,8 +157,8 @@ class VocabParallelHead(nn.Module):
 
 
 def chunk_size(local_vocab: int, device_type: str = "cpu") -> int:
-    """Tokens per chunk whose fp32 logits take about CHUNK_BYTES on one rank."""
-    return max(1, CHUNK_BYTES[device_type] // (4 * local_vocab))
+    """Tokens per chunk whose fp32 logits take about LOSS_CHUNK_BYTES on one rank."""
+    return max(1, LOSS_CHUNK_BYTES[device_type] // (4 * local_vocab))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -202,7 +198,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_whole is not None:
                     product(slope, used, out=grad_whole[piece])
                 if grad_weight is not None:
-                    _accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
+                    accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
                 del slope  # else it stands beside the next chunk's logits
         # Held as attributes: gradients of this size must be freed or handed over, never copied.
         ctx.grad_weight, ctx.weight_dtype = grad_weight, weight.dtype
@@ -243,7 +239,7 @@ def _loss_and_slope(
     it, and the target's logit where it holds the target; all combine them alike. Written in the
     logits' storage; in lower precision beside it.
     """
-    logits = _product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
+    logits = product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
     if scale != 1.0:
         logits.mul_(scale)
     counts = targets != IGNORED
@@ -277,35 +273,3 @@ def _loss_and_slope(
         at_target = at_target * factor - mine.to(factor.dtype) * scale
         slope.scatter_(1, column, at_target.to(slope.dtype).unsqueeze(1))
     return losses, slope
-
-
-def _product_exact(left: Tensor, right: Tensor, exact: torch.dtype) -> Tensor:
-    """left @ right as `exact`; on CUDA the product itself is, elsewhere it is converted."""
-    if left.dtype != exact and left.is_cuda:
-        return torch.mm(left, right, out_dtype=exact)
-    return product(left, right).to(exact)
-
-
-def _accumulate(total: Tensor, slope: Tensor, inputs: Tensor) -> None:
-    """total += slopeᵀ inputs, with the sum in total's dtype."""
-    if slope.dtype == total.dtype and not prefers_onednn(slope.t(), inputs):
-        total.addmm_(slope.t(), inputs)
-    elif slope.is_cuda and _adds_to_fp32(slope.device, slope.dtype):
-        torch.addmm(total, slope.t(), inputs, out_dtype=total.dtype, out=total)
-    else:
-        # By rows: a product of a large weight's size would stand beside its gradient.
-        rows = max(8192, 2**24 // total.shape[1])
-        for start in range(0, total.shape[0], rows):
-            piece = slice(start, start + rows)
-            total[piece] += _product_exact(slope[:, piece].t(), inputs, total.dtype)
-
-
-@cache
-def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch's addmm takes an fp32 addend to low-precision factors (2.10 does not)."""
-    factor, addend = torch.ones(8, 8, device=device, dtype=dtype), torch.ones(8, 8, device=device)
-    try:
-        torch.addmm(addend, factor, factor, out_dtype=torch.float32, out=addend)
-    except RuntimeError:
-        return False
-    return bool((addend == 9).all())

@@ -155,7 +155,7 @@ READING = [
     ("stages.0.lengths={}", "stages.0.lengths={} has 0 entries and needs 1. Change it."),
     (
         "stages.1.recompute=[none, ful]",
-        "stages.1.recompute.1=ful is not one of none, selective, full, offload. "
+        "stages.1.recompute.1=ful is not one of none, selective, chunked, full, offload. "
         "Did you mean 'full'?",
     ),
     (

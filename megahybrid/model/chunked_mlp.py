@@ -1,0 +1,145 @@
+"""The MLP chunk by chunk along the sequence (arXiv 2506.13996): gate, up and their product stand
+for one chunk at a time, and backward computes them again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from megahybrid.config import memory
+from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
+from megahybrid.parallel.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    rows_of,
+    weight_gradient,
+)
+from megahybrid.parallel.mesh import Axis
+from megahybrid.parallel.products import accumulate, linear, product
+
+
+class ChunkedMLP(nn.Module):
+    """An input projection that ends in gate and up, and all that the MLP makes of these two.
+
+    Costs the product with gate and up once more, 4 d f FLOPs a token, and no communication. The
+    parameters are those of `input` and `down`: registered here as well, because ZeRO-3 gathers a
+    module's own parameters when that module runs.
+    """
+
+    def __init__(self, input: ColumnParallelLinear, down: RowParallelLinear) -> None:
+        super().__init__()
+        gate, up = input.outputs[-2:]
+        assert gate.sharded and up.sharded
+        self.outputs, self.sizes = input.outputs[:-2], input.sizes[:-2]
+        self.kept = tuple(output.kept for output in self.outputs if not output.sharded)
+        self.axis, self.weight, self.down = input.axis, input.weight, down.weight
+        for index, parameter in enumerate(input.replicated):
+            setattr(self, f"replicated_{index}", parameter)
+
+    def forward(
+        self, x: Float[Tensor, "seq_local batch hidden"], needed: bool = True
+    ) -> tuple[Float[Tensor, "seq batch _"], ...]:
+        """The outputs of `input` but for gate and up, then this rank's part of the MLP's sum.
+
+        That part is zero where it is not `needed`: a layer computed again for its backward reads
+        it nowhere.
+        """
+        replicated = [getattr(self, f"replicated_{index}") for index in range(len(self.kept))]
+        setup = _Setup(self.axis, sum(self.sizes), self.kept, memory.CHUNK_TOKENS, needed)
+        *heads, branch = _ChunkedMLP.apply(x, setup, self.weight, self.down, *replicated)
+        pieces = iter(heads.pop(0).split(self.sizes, dim=-1) if self.sizes else ())
+        alone = iter(heads)
+        return (*(next(pieces) if o.sharded else next(alone) for o in self.outputs), branch)
+
+
+@dataclass(frozen=True)
+class _Setup:
+    axis: Axis
+    heads: int  # rows of the fused weight before gate and up
+    kept: tuple[tuple[int, int], ...]  # of each replicated weight
+    chunk: int  # tokens
+    needed: bool
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        return (slice(at, at + self.chunk) for at in range(0, tokens, self.chunk))
+
+    def parts(
+        self, weight: Tensor, replicated: tuple[Tensor, ...] | list[Tensor]
+    ) -> list[tuple[Tensor, tuple[int, int] | None]]:
+        """The weights of all outputs but gate and up, and what rows of them."""
+        fused = [(weight[: self.heads], None)] if self.heads else []
+        return [*fused, *zip(replicated, self.kept, strict=True)]
+
+
+class _ChunkedMLP(torch.autograd.Function):
+    """Gathers once, scatters the gradient once, and keeps the shard of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, setup: _Setup, weight: Tensor, down: Tensor, *replicated: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.setup = setup
+        ctx.save_for_backward(x, weight, down, *replicated)
+        whole = all_gather(x, setup.axis)
+        heads = [linear(whole, rows_of(w, r)) for w, r in setup.parts(weight, replicated)]
+        shape = (*whole.shape[:-1], down.shape[0])
+        if not setup.needed:
+            return (*heads, whole.new_zeros(()).expand(shape))
+        flat, gate_up, way_down = whole.flatten(0, 1), weight[setup.heads :], down.t().to(x.dtype)
+        branch = whole.new_empty(shape)
+        for chunk in setup.chunks(flat.shape[0]):
+            gate, up = linear(flat[chunk], gate_up).chunk(2, dim=-1)
+            product(F.silu(gate).mul_(up), way_down, out=branch.flatten(0, 1)[chunk])
+        return (*heads, branch)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, *replicated = ctx.saved_tensors
+        setup: _Setup = ctx.setup
+        gathering = start_all_gather(x, setup.axis)
+        *of_heads, of_branch = (grad.flatten(0, 1) for grad in grads)
+        whole = gathering.wait().flatten(0, 1)
+        grad_x, of_gate_up, of_down = _of_chunks(setup, whole, of_branch, weight, down)
+        parts = setup.parts(weight, replicated)
+        for grad, (part, rows) in zip(of_heads, parts, strict=True):
+            grad_x.add_(product(grad, rows_of(part, rows).to(grad.dtype)))
+        scattering = start_reduce_scatter(grad_x.view(-1, *x.shape[1:]), setup.axis)
+        of_parts = [
+            weight_gradient(product(grad.t(), whole).to(part.dtype), part, rows, setup.axis)
+            for grad, (part, rows) in zip(of_heads, parts, strict=True)
+        ]
+        of_weight = of_gate_up
+        if setup.heads:
+            of_weight = torch.cat((of_parts.pop(0), of_gate_up))
+        return scattering.wait(), None, of_weight, of_down, *of_parts
+
+
+def _of_chunks(
+    setup: _Setup, inputs: Tensor, grads: Tensor, weight: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the gathered input, and of gate, up and down's weights; sums in fp32 or better,
+    because a chunk's share would lose its digits in bf16."""
+    dtype, exact = inputs.dtype, torch.promote_types(inputs.dtype, torch.float32)
+    gate_up, way_down = weight[setup.heads :].to(dtype), down.to(dtype)
+    inner = down.shape[1]
+    grad_inputs = torch.empty_like(inputs)
+    of_gate_up = torch.zeros_like(gate_up, dtype=exact)
+    of_down = torch.zeros_like(down, dtype=exact)
+    for chunk in setup.chunks(inputs.shape[0]):
+        both = linear(inputs[chunk], gate_up)
+        gate, up = both.chunk(2, dim=-1)
+        active = F.silu(gate)
+        accumulate(of_down, grads[chunk], active * up)
+        grad = product(grads[chunk], way_down)
+        grad_up = active.mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
+        # In the place of gate and up, which are spent.
+        both[:, :inner], both[:, inner:] = grad_gate, grad_up
+        del active, grad, grad_gate, grad_up
+        product(both, gate_up, out=grad_inputs[chunk])
+        accumulate(of_gate_up, both, inputs[chunk])
+    return grad_inputs, of_gate_up.to(weight.dtype), of_down.to(down.dtype)
