@@ -13,11 +13,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.training import OptimizerConfig
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.random import fill_normal
+from megahybrid.parallel.sharding import ShardSpec
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head")
 
@@ -60,12 +62,23 @@ def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) ->
 def initialise(model: Transformer, seed: int, optimizer: OptimizerConfig) -> None:
     """Fill every parameter: the same values at every tensor degree, drawn slice by slice."""
     for parameter, spec in model.sharded_parameters().values():
-        rules = {
-            segment.name: parameter_rule(segment.name, model.config, optimizer)
-            for segment in spec.segments
-        }
-        drawn = {name: rule.std for name, rule in rules.items() if rule.std is not None}
-        if drawn:
-            fill_normal(parameter, spec, seed, drawn)
-        else:
-            parameter.fill_(next(iter(rules.values())).constant)
+        draw(parameter, spec, model.config, seed, optimizer)
+
+
+@torch.no_grad()
+def draw(
+    parameter: nn.Parameter,
+    spec: ShardSpec,
+    model: ModelConfig,
+    seed: int,
+    optimizer: OptimizerConfig,
+) -> None:
+    """Fill one parameter, this rank's share of what `spec` says, by its row of the table."""
+    rules = {
+        segment.name: parameter_rule(segment.name, model, optimizer) for segment in spec.segments
+    }
+    drawn = {name: rule.std for name, rule in rules.items() if rule.std is not None}
+    if drawn:
+        fill_normal(parameter, spec, seed, drawn)
+    else:
+        parameter.fill_(next(iter(rules.values())).constant)

@@ -2,6 +2,7 @@
 way where the stage anneals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ class Layers:
         self.self_test_seconds = 0.0
 
     def build(self, index: int, tokens: int) -> Transformer:
-        """The model of stage `index` as it is when `tokens` have been seen."""
+        """The model of stage `index` as it is when `tokens` have been seen; for ZeRO 3 without
+        storage, which the engine gives it."""
         run = self._run
         self._adopt(run.plan_in_force(tokens))
+        meta = run.parallel.zero_stage == 3
         self.model = Transformer(
             run.model,
-            self._mesh,
+            replace(self._mesh, device=torch.device("meta")) if meta else self._mesh,
             plan=self.plan,
             kernels=self._kernel_names(self.plan),
             recompute=self._policies(index),

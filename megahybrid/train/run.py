@@ -212,7 +212,8 @@ class Attempt:
             },
             stage=run.stages[index].name,
         )
-        initialise(model, run.seed, run.optimizer)
+        if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
+            initialise(model, run.seed, run.optimizer)
         engine = Engine(model, run, self.mesh)
         if source is not None:
             with Reader(source) as reader:

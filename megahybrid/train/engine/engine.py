@@ -27,6 +27,7 @@ from megahybrid.train.engine.audit import (
 )
 from megahybrid.train.engine.marks import Marks
 from megahybrid.train.engine.offload import OffloadedAdamW
+from megahybrid.train.engine.partition import draw_partitioned
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed
 
@@ -81,10 +82,18 @@ class Engine:
     """A model, its AdamW and DeepSpeed's ZeRO around both."""
 
     def __init__(self, model: Transformer, run: RunConfig, mesh: ParallelMesh) -> None:
-        """Takes `model` with its first weights set; casts it to the run's precision."""
+        """Takes `model` with its first weights set; casts it to the run's precision.
+
+        Under ZeRO 3 it may come without storage, on the meta device: its weights are then drawn
+        here, one parameter at a time.
+        """
         prepare_deepspeed(mesh.device)
         import deepspeed
 
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        settings = engine_settings(run, model.config.hidden_size)
+        if model.final_norm.weight.is_meta:
+            draw_partitioned(model, run, mesh, settings)
         self.model = model
         self.mesh = mesh
         self.zero_stage = run.parallel.zero_stage
@@ -99,13 +108,12 @@ class Engine:
             fused=mesh.device.type == "cuda",
         )
         check_marks(self.parameters, mesh)
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
         # In bf16 DeepSpeed prints its memory to stdout, where our own output belongs.
         with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=engine_settings(run, model.config.hidden_size),
+                config=settings,
                 mpu=Mpu(mesh),
                 dist_init_required=False,
             )
