@@ -1,0 +1,175 @@
+"""What a kernel asks of CUDA, on a machine that has none: tensors without storage go through the
+very calls that a device would get, and shapes, dtypes, devices and arguments must fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megahybrid.config import memory
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels import attend, blocked, documents, flash, varlen
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.mesh import ParallelMesh
+from tests.parity.cases import model
+
+# A torch built without CUDA cannot slice a tensor that says it is there; on the host it can.
+CUDA = torch.device("cuda" if torch.backends.cuda.is_built() else "cpu")
+LENGTHS = [[30, 1, 97], [128]]
+SEQ, ROWS, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 4, 2, 64
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device that answers and computes nothing. Gradients would ask its driver: none are kept."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    if CUDA.type == "cpu":
+        for kernel in (varlen, flash):
+            monkeypatch.setattr(kernel, "refusal", lambda *where: None)
+    for module in (documents, varlen):  # no memory can be pinned without a driver
+        monkeypatch.setattr(module, "sent", lambda tensor, device: tensor.to(device))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        yield
+    varlen.plain_boundaries.cache_clear()
+    blocked._plain_mask.cache_clear()
+
+
+def heads(count: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """As a fused product has them: a slice of wider rows."""
+    wide = torch.empty(SEQ, ROWS, (count + 1) * HEAD_DIM, device=device, dtype=dtype)
+    return wide[..., HEAD_DIM:].unflatten(-1, (count, HEAD_DIM))
+
+
+def packed(device: torch.device) -> Documents:
+    """Boundaries found on the host, as a batch brings them."""
+    spans = [
+        documents.Span(row, sum(lengths[:n]), sum(lengths[: n + 1]))
+        for row, lengths in enumerate(LENGTHS)
+        for n in range(len(lengths))
+    ]
+    starts = torch.zeros(ROWS, SEQ, dtype=torch.int64, device=device)
+    return Documents(starts, {"spans": spans})
+
+
+class Package:
+    """flash_attn_varlen_func of FA3 and FA4 as their repositories have it."""
+
+    def __init__(self, keywords: tuple[str, ...]) -> None:
+        self.keywords, self.calls = keywords, []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        assert set(options) <= set(self.keywords), set(options) - set(self.keywords)
+        assert q.dim() == k.dim() == v.dim() == 3 and q.stride(-1) == 1
+        assert options["cu_seqlens_q"].dtype == torch.int32
+        assert options["cu_seqlens_q"].device.type == CUDA.type
+        self.calls.append(options)
+        return torch.empty_like(q), None
+
+
+KEYWORDS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "softmax_scale",
+    "causal",
+    "window_size",
+)
+
+
+@pytest.mark.parametrize("rows", ["one-document", "documents"])
+@pytest.mark.parametrize(
+    "kernel,window",
+    [
+        ("varlen", None),
+        ("varlen", 32),
+        ("sdpa", None),
+        ("blocked", 32),
+        ("reference", 32),
+        ("fa3", 32),
+        ("fa3", None),
+        ("fa4", 32),
+        ("fa4", None),
+    ],
+)
+def test_a_kernel_gives_heads_where_it_was_given_them(
+    kernel: str, window: int | None, rows: str, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "_shares_heads", lambda device, dtype: True)
+    package = Package(KEYWORDS)
+    monkeypatch.setattr(flash, "_function", lambda name: package)
+    q, k, v = heads(HEADS, CUDA), heads(KV_HEADS, CUDA), heads(KV_HEADS, CUDA)
+    out = attend(
+        q,
+        k,
+        v,
+        window=window,
+        documents=None if rows == "one-document" else packed(CUDA),
+        scale=0.125,
+        kernel=kernel,
+    )
+    assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == CUDA.type
+    for call in package.calls:
+        none = None if kernel == "fa4" else -1
+        assert call["window_size"] == ((none, none) if window is None else (31, 0))
+        longest = SEQ
+        assert call["max_seqlen_q"] == longest
+
+
+@contextmanager
+def host_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors without storage that say they are on the host, where autograd asks no driver."""
+    monkeypatch.setattr(varlen, "refusal", lambda device, dtype, head_dim: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+    varlen.plain_boundaries.cache_clear()
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["grouped", "written-out"])
+@pytest.mark.parametrize("rows", ["one-document", "documents"])
+@pytest.mark.parametrize("window", [None, 32])
+def test_varlen_gives_every_gradient_its_shape(
+    window: int | None, rows: str, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "_shares_heads", lambda device, dtype: shares)
+    host = torch.device("cpu")
+    with host_tensors(monkeypatch):
+        q, k, v = (heads(n, host).requires_grad_() for n in (HEADS, KV_HEADS, KV_HEADS))
+        where = None if rows == "one-document" else packed(host)
+        out = attend(q, k, v, window=window, documents=where, scale=0.125, kernel="varlen")
+        grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        for grad, of in zip(grads, (q, k, v), strict=True):
+            assert grad.shape == of.shape and grad.dtype == of.dtype
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "post_norm", "parallel"])
+@pytest.mark.parametrize("policy", ["none", "chunked"])
+def test_a_model_keeps_to_its_device(
+    block: str, policy: str, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "_shares_heads", lambda device, dtype: True)
+    monkeypatch.setattr(memory, "CHUNK_TOKENS", 48)
+    config = model("rnope_swa", block)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # parameters without storage cannot be converted
+    try:
+        built = Transformer(
+            config, ParallelMesh.single(CUDA), kernels=["varlen"] * 2, recompute=[policy] * 2
+        )
+    finally:
+        torch.set_default_dtype(before)
+    tokens = torch.zeros(ROWS, SEQ, dtype=torch.int64, device=CUDA)
+    for where in (None, packed(CUDA)):
+        context = SequenceContext(SEQ, where, CUDA, torch.bfloat16)
+        hidden = built.embedding(tokens)
+        for layer in built.blocks:
+            hidden = layer(hidden, context)
+        loss, per_token = built.head(built.final_norm(hidden), tokens, 1.0)
+        assert hidden.dtype == torch.bfloat16 and loss.dtype == torch.float32
+        assert hidden.device.type == loss.device.type == per_token.device.type == CUDA.type
+        assert per_token.shape == tokens.shape
