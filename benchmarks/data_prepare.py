@@ -230,7 +230,8 @@ def write_sparse_corpus(folder: Path, tokens: int, documents: int) -> None:
 
 
 OPEN = """
-import sys, time, resource
+import re, sys, time
+from pathlib import Path
 import numpy
 began = time.perf_counter()
 from megahybrid.data.dataset import TokenDataset
@@ -241,7 +242,8 @@ mixture = Mixture({"a": dataset}, {"a": 1}, seed=1, block_tokens=262144, lanes=6
 step = read_step(mixture, mixture.start(), StepShape(8192, 1, 1))
 assert step.micro_batches[0].shape == (1, 8192)
 seconds = time.perf_counter() - began
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not ru_maxrss, which keeps what the parent had before exec.
+memory = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 print(seconds, memory, dataset.tokens, dataset.documents, len(dataset.shards))
 """
 

@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import lcm
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
 from megahybrid.data.packing import PackedOrder
 from megahybrid.errors import DataError, ExhaustedError
+
+if TYPE_CHECKING:
+    from megahybrid.config import RunConfig
 
 State = dict[str, Any]
 Exhausted = Literal["repeat", "stop", "renormalise"]
@@ -320,7 +322,7 @@ def _whole_shares(weights: Mapping[str, float]) -> list[int]:
     return [int(fraction * scale) for fraction in fractions]
 
 
-def open_mixture(run: RunConfig) -> Mixture:
+def open_mixture(run: "RunConfig") -> Mixture:
     """The sources of a run, weighted as its first stage weights them."""
     datasets = {
         name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
