@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import recompute
 from benchmarks.plan import Plan, fits
 from benchmarks.shapes import hybrid
-from benchmarks.steps import engine_step, our_model, our_step
+from benchmarks.steps import Step, engine_step, our_model, our_step
 from benchmarks.timing import synchronise, timed
 from megahybrid.config.counting import flops_per_token, training_flops
 from megahybrid.config.model import ModelConfig
@@ -99,9 +99,7 @@ def packed(plan: Plan, config: ModelConfig, length: int, steps: int) -> None:
     starts = Documents.from_lengths(lengths).starts
     model = our_model(config, plan.device, plan.dtype)
     step = our_step(model, tokens, targets, starts=starts)
-    for _ in range(2):
-        step()
-    walls = [timed(step, plan.device)[0] for _ in range(steps)]
+    walls = steady(plan, step, 2, steps)
     flops = training_flops(config, [n for row in lengths for n in row]) / tokens.numel()
     keep(plan, "hybrid, packed documents", config, length, tokens.numel(), walls, flops=flops)
 
@@ -120,12 +118,33 @@ def through_engine(plan: Plan, length: int) -> None:
     tokens, targets = plan.batch(config, length)
     model, policies = build(plan, config, length, tokens.numel())
     step = engine_step(model, tokens, targets, "bf16")
-    for _ in range(3):
-        step()
-    synchronise(plan.device)
-    walls = [timed(step, plan.device)[0] for _ in range(10)]
+    walls = steady(plan, step, 3, 10)
     kind = "hybrid through DeepSpeed"
     keep(plan, kind, config, length, tokens.numel(), walls, recompute=tally(policies))
+
+
+def offloaded(plan: Plan, length: int) -> None:
+    """The 8B shape through the engine on one card, AdamW's moments in host memory: 10 bytes a
+    parameter instead of 18. Rows one at a time, gradients summed in fp32."""
+    config = hybrid("tiny" if plan.options.rehearse else "8b")
+    tokens, targets = plan.batch(config, length)
+    budget = MEMORY_SHARES[0] * plan.memory
+    policies = recompute.solve(config, length, budget, length, "moments")
+    model = made(plan, config, length, policies)
+    expected = recompute.expected_bytes(config, policies, length, "moments") / 2**30
+    step = engine_step(model, tokens, targets, "bf16", 1, "moments")
+    walls = steady(plan, step, 1, 4)
+    setting = f"moments on the host, {tally(policies)}; {expected:.0f} GiB by the formulas"
+    kind = "hybrid, 8B, off-loaded"
+    keep(plan, kind, config, length, tokens.numel(), walls, setting=setting, expected_gib=expected)
+
+
+def steady(plan: Plan, step: Step, warm_up: int, steps: int) -> list[float]:
+    """Wall seconds of `steps` steps after `warm_up` ones."""
+    for _ in range(warm_up):
+        step()
+    synchronise(plan.device)
+    return [timed(step, plan.device)[0] for _ in range(steps)]
 
 
 def build(
@@ -134,12 +153,16 @@ def build(
     """Our model under the cheapest recompute policy that fits a share of the card, on the kernels
     that were measured at this length."""
     policies = recompute.solve(config, tokens, share * plan.memory, length)
-    model = our_model(
-        config, plan.device, plan.dtype, policies, plan.kernels_of_layers(config, length)
-    )
+    return made(plan, config, length, policies), policies
+
+
+def made(plan: Plan, config: ModelConfig, length: int, policies: list[str]) -> Transformer:
+    """Our model on the kernels of this length, with plain or compiled blocks as was chosen."""
+    kernels = plan.kernels_of_layers(config, length)
+    model = our_model(config, plan.device, plan.dtype, policies, kernels)
     if plan.compiled:
         model.compile_blocks("aot_eager" if plan.options.rehearse else "inductor")
-    return model, policies
+    return model
 
 
 def tally(policies: list[str]) -> str:

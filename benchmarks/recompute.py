@@ -31,13 +31,17 @@ def _stage(tokens: int, length: int) -> Stage:
     )
 
 
-def expected_bytes(config: ModelConfig, policies: list[str], tokens: int) -> int:
+def expected_bytes(
+    config: ModelConfig, policies: list[str], tokens: int, offload: str = "none"
+) -> int:
     """What a step takes by the formulas, states included."""
-    stage = _stage(tokens, tokens)
-    return memory_per_rank(config, stage, policies=policies, **ONE_CARD).total
+    stage, where = _stage(tokens, tokens), ONE_CARD | {"offload": offload}
+    return memory_per_rank(config, stage, policies=policies, **where).total
 
 
-def solve(config: ModelConfig, tokens: int, budget_bytes: float, length: int) -> list[str]:
+def solve(
+    config: ModelConfig, tokens: int, budget_bytes: float, length: int, offload: str = "none"
+) -> list[str]:
     """The policies that fit at the fewest extra FLOPs."""
-    stage = _stage(tokens, length)
-    return policies_within(config, stage, config.layer_plan, int(budget_bytes), **ONE_CARD)
+    stage, where = _stage(tokens, length), ONE_CARD | {"offload": offload}
+    return policies_within(config, stage, config.layer_plan, int(budget_bytes), **where)

@@ -51,6 +51,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers": 16,
         "window": 4096,
     },
+    # 8.03 B parameters: configs/models/rnope_swa_8b.yaml.
+    "8b": {
+        "vocab_size": 256000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "layers": 32,
+        "window": 4096,
+    },
 }
 
 

@@ -101,18 +101,28 @@ def update_after(model: nn.Module, losses: list[Callable[[], Tensor]]) -> Step:
     return step
 
 
-def engine_step(model: Transformer, tokens: Tensor, targets: Tensor, precision: str) -> Step:
-    """The step that `megahybrid train` takes: ZeRO 1, one rank, fp32 masters and accumulation.
+def engine_step(
+    model: Transformer,
+    tokens: Tensor,
+    targets: Tensor,
+    precision: str,
+    micro_rows: int = 0,
+    offload: str = "none",
+) -> Step:
+    """The step that `megahybrid train` takes: ZeRO 1, one rank, fp32 masters and accumulation,
+    `micro_rows` rows at a time (0: all).
 
     Joins a world of one; the caller leaves it.
     """
     from megahybrid.train.engine import Engine, MicroBatch
 
     rows, length = tokens.shape
+    micro_rows = micro_rows or rows
     run = parse(
         RunConfig,
         {
             "model": model.config.model_dump(),
+            "parallel": {"offload": offload},
             "data": {"sources": {"none": {"path": "unused"}}, "block_tokens": length},
             "optimizer": {"clip_norm": None},
             "precision": precision,
@@ -122,7 +132,7 @@ def engine_step(model: Transformer, tokens: Tensor, targets: Tensor, precision: 
                     "tokens": rows * length,
                     "lengths": {length: 1},
                     "batch_tokens": rows * length,
-                    "micro_batch_tokens": rows * length,
+                    "micro_batch_tokens": micro_rows * length,
                     "weights": {"none": 1},
                     "learning_rate": {
                         "kind": "linear",
@@ -134,5 +144,6 @@ def engine_step(model: Transformer, tokens: Tensor, targets: Tensor, precision: 
         },
     )
     engine = Engine(model, run, model.mesh)
-    batch = MicroBatch(tokens, targets, None)
-    return lambda: engine.train_step([batch], LEARNING_RATE).loss
+    pieces = zip(tokens.split(micro_rows), targets.split(micro_rows), strict=True)
+    batches = [MicroBatch(*piece, None) for piece in pieces]
+    return lambda: engine.train_step(batches, LEARNING_RATE).loss
