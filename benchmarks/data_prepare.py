@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.data_serving import write_corpus
+from benchmarks.data_serving import keep, write_corpus
 
 PROCESSES = 2
 
@@ -128,8 +128,8 @@ def pool_per_line(text: Path, tokenizer: Path, output: Path) -> None:
     np.asarray(lengths, np.int32).tofile(output / "text.idx")
 
 
-def tokenize_table(folder: Path, rounds: int, megabytes: int) -> None:
-    """MB/s by the clock, and per CPU-second."""
+def tokenize_table(folder: Path, rounds: int, megabytes: int) -> dict[str, Any]:
+    """MB/s by the clock, and per CPU-second; every round's seconds of both are returned."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     text, tokenizer = make_text(folder, megabytes)
     size = text.stat().st_size / 1e6
@@ -156,9 +156,10 @@ def tokenize_table(folder: Path, rounds: int, megabytes: int) -> None:
             wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
             ratio = f"{wall / mine:7.2f}x"
             print(f"{name:30} {size / wall:8.2f} {ratio:>8} {size / cpu:9.2f}")
+    return {"megabytes": size, "wall_and_cpu_seconds": found}
 
 
-def verify_table(folder: Path, rounds: int) -> None:
+def verify_table(folder: Path, rounds: int) -> dict[str, Any]:
     """CPU-seconds for the same bytes."""
     from megahybrid.data.verify import verify_dataset
 
@@ -176,6 +177,7 @@ def verify_table(folder: Path, rounds: int) -> None:
     ours_median, peer = (statistics.median(values) for values in found.values())
     print(f"verify {size:.2f} GB: {size / ours_median:.2f} GB per CPU-second", end="; ")
     print(f"sha256sum {size / peer:.2f}; ours is {peer / ours_median:.1f}x")
+    return {"gigabytes": size, "cpu_seconds": found}
 
 
 def write_sparse_corpus(folder: Path, tokens: int, documents: int) -> None:
@@ -248,7 +250,7 @@ print(seconds, memory, dataset.tokens, dataset.documents, len(dataset.shards))
 """
 
 
-def open_table(folder: Path, rounds: int) -> None:
+def open_table(folder: Path, rounds: int) -> dict[str, Any]:
     """Time and memory of a fresh process."""
     write_sparse_corpus(folder / "sparse", 10**12, 1_250_000_000)
     found = []
@@ -266,6 +268,7 @@ def open_table(folder: Path, rounds: int) -> None:
         f"open and first row of {tokens:.3g} tokens, {documents:.3g} documents, {shards:.0f} "
         f"shards: {seconds:.2f} s, peak memory {memory:.0f} MiB"
     )
+    return {"tokens": tokens, "shards": shards, "seconds_and_mib": [row[:2] for row in found]}
 
 
 def main() -> None:
@@ -275,14 +278,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=40)
     args = parser.parse_args()
+    found: dict[str, Any] = {}
     for table in args.tables:
         with tempfile.TemporaryDirectory() as name:
             if table == "tokenize":
-                tokenize_table(Path(name), args.rounds, args.megabytes)
+                found[table] = tokenize_table(Path(name), args.rounds, args.megabytes)
             elif table == "verify":
-                verify_table(Path(name), args.rounds)
+                found[table] = verify_table(Path(name), args.rounds)
             else:
-                open_table(Path(name), args.rounds)
+                found[table] = open_table(Path(name), args.rounds)
+    keep("data_prepare", found)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,16 @@ def report(peers: dict[str, Iterator[int]], args: argparse.Namespace) -> None:
         median = statistics.median(values)
         ratio = f"{ours_median / median:.1f} x" if name != "megahybrid" else ""
         print(f"{name:36} {median:10,.0f} {min(values):10,.0f} {ratio:>9}")
+    keep("data_serving", {"rows_per_cpu_second": found})
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Writes every number measured, with what it was measured on."""
+    import torch  # here: the workers of data_prepare import this file, and need no torch
+
+    from benchmarks.machine import machine, write
+
+    print(write(name, {"machine": machine(torch.device("cpu"))} | found))
 
 
 if __name__ == "__main__":
