@@ -129,7 +129,8 @@ class _Encoder:
                 continue
             digest = document_hash(self.seed)
             digest.update(document.text.encode())
-            self.writer.add(np.append(ids, self.end), document_keys(digest), document.note)
+            tokens = np.concatenate((ids, self.end))
+            self.writer.add(tokens, document_keys(digest), document.note)
 
     def add_long(self, name: str, pieces: Iterable[str], note: bytes = b"") -> None:
         """Encodes a document piece by piece, straight to disk; takes it back if it is bad."""
