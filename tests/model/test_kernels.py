@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import attend, choose, sdpa
+from megahybrid.model.kernels import attend, choose, flex, sdpa
 from megahybrid.model.kernels.documents import Documents
 from tests.parallel.compare import EXACT, error
 
@@ -270,6 +270,37 @@ def test_cuda_kernels_stay_near_the_truth(
     documents = None if lengths is None else Documents.from_lengths(lengths).to("cuda")
     rounded = draw(600, batch, 4, 2, 64, dtype=dtype, device="cuda")
     judged_by_rounding(rounded, kernel, window, documents)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 100, 127, 128, 129, 300])
+@pytest.mark.parametrize("seq", [128, 640, 700])
+def test_flex_looks_at_the_blocks_that_a_dense_mask_would_show(
+    seq: int, window: int | None
+) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    reach = window or seq
+    lengths = [[128, seq - 128], [seq - 1, 1], [60, 3, seq - 63], [seq]]
+    for rows in ([], [[n for n in row if n] for row in lengths]):
+        starts = Documents.from_lengths(rows).starts if rows else torch.zeros(1, seq).long()
+        wanted = create_block_mask(
+            lambda row, head, query, key, starts=starts: (
+                (key <= query) & (key > query - reach) & (key >= starts[row, query])
+            ),
+            len(starts),
+            None,
+            seq,
+            seq,
+            device="cpu",
+        )
+        found = flex._block_mask(window, seq, starts if rows else None, CPU)
+        assert found.seq_lengths == wanted.seq_lengths
+        assert found.BLOCK_SIZE == wanted.BLOCK_SIZE
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            ours, theirs = getattr(found, name), getattr(wanted, name)
+            assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+        for name in ("kv_indices", "full_kv_indices", "q_indices", "full_q_indices"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
+from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.kernels.documents import Documents
 
+BLOCK = 128  # tokens; FlexAttention's own
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -59,32 +61,50 @@ def _plain_mask(window: int | None, seq: int, device: torch.device) -> Any:
 
 
 def _block_mask(window: int | None, seq: int, starts: Tensor | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """torch's BlockMask of what each block of queries sees of each block of keys.
+
+    Not by create_block_mask, which makes the whole mask to look at it: 16 GiB at 128k tokens. A
+    query sees the keys from `first` to its own, and `first` never falls from one query to the next,
+    so a block's first and last query tell.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     reach = seq if window is None else window
-    if starts is None:
-        return create_block_mask(
-            lambda row, head, query, key: (key <= query) & (key > query - reach),
-            None,
-            None,
-            seq,
-            seq,
-            device=device,
-        )
-    return create_block_mask(
-        lambda row, head, query, key: (
-            (key <= query) & (key > query - reach) & (key >= starts[row, query])
-        ),
-        starts.shape[0],
-        None,
-        seq,
-        seq,
-        device=device,
+    begin = torch.arange(0, seq, BLOCK, device=device)
+    end = (begin + BLOCK - 1).clamp(max=seq - 1)
+    first, last = (
+        (at - reach + 1).clamp(min=0)[None]
+        if starts is None
+        else torch.maximum(at - reach + 1, starts[:, at])
+        for at in (begin, end)
+    )  # [rows, blocks]: the first key of a block's first query, and of its last
+    some = (begin <= end[:, None]) & (end >= first[..., None])  # [rows, query blocks, key blocks]
+    whole = (end < begin[:, None]) & (begin >= last[..., None])
+    whole &= (begin + BLOCK <= seq)[:, None]  # where queries end early torch looks at each
+
+    def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (key <= query) & (key > query - reach)
+        return seen if starts is None else seen & (key >= starts[row, query])
+
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~whole),
+        *_ordered(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask,
+        seq_lengths=(seq, seq),
     )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which, those first, int32."""
+    blocks = blocks[:, None].int()  # the same for all heads
+    order = blocks.argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), order.int()
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    prepare_compiler()  # a program for each window and length; beyond torch's limit none is fused
     return torch.compile(flex_attention, dynamic=False)
