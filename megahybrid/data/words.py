@@ -33,6 +33,7 @@ SEPARATORS = re.compile("[\x1c-\x1f]")
 GPT2_SPLIT = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
 )
+NOTHING = re.compile(r"(?!)")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KNOWN_SPLITS = {
@@ -44,10 +45,12 @@ KNOWN_SPLITS = {
 
 class Cuts(NamedTuple):
     """How a text may be cut. pieces: at some places where the tokenizer cuts, found fast; words:
-    of an ASCII piece exactly what the tokenizer makes of it, where that can be said in `re`."""
+    of an ASCII piece exactly what the tokenizer makes of it, where that can be said in `re` and
+    the piece has nothing of `added`, which the tokenizer looks for before."""
 
     pieces: re.Pattern[str]
     words: re.Pattern[str] | None = None
+    added: re.Pattern[str] = NOTHING
 
 
 class WordCache:
@@ -66,6 +69,7 @@ class WordCache:
         self._encode, self._dtype = encode, dtype
         self._find, self._whole = cuts.pieces.findall, whole.search
         self._find_words = cuts.words.findall if cuts.words else None
+        self._added = cuts.added.search
         self._pieces: dict[str, bytes] = {}
         self._words: dict[str, bytes] = {}
 
@@ -96,7 +100,10 @@ class WordCache:
     def _pieces_packed(self, pieces: list[str]) -> Iterable[bytes]:
         if (find := self._find_words) is None:
             return self._packed(pieces)
-        parted = [find(piece) if piece.isascii() else [piece] for piece in pieces]
+        added = self._added
+        parted = [
+            find(piece) if piece.isascii() and not added(piece) else [piece] for piece in pieces
+        ]
         return self._through(self._words, parted, self._packed)
 
     def _packed(self, pieces: list[str]) -> Iterator[bytes]:
@@ -179,8 +186,10 @@ def hugging_face_words(text: str) -> Cuts | None:
     ):
         return None
     found = _splits(value.get("pre_tokenizer"))
-    # An added token is looked for before the text is split.
-    return found._replace(words=None) if found and added else found
+    if found is None or not added:
+        return found
+    names = "|".join(re.escape(token["content"]) for token in added)
+    return found._replace(added=re.compile(names))
 
 
 def _splits(value: Any) -> Cuts | None:

@@ -61,9 +61,9 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     """Every kind of tokenizer whose texts are cut."""
     folder = tmp_path_factory.mktemp("words")
     found = [sentencepiece(folder, "bpe"), hugging_face(folder, "gpt2", added=["<|>"])]
-    found.append(hugging_face(folder, "plain"))
     for number, split in enumerate(sorted(words.KNOWN_SPLITS)):
-        found.append(hugging_face(folder, f"split{number}", split=split))
+        more = {"added": ["<|>", "|.", "1!"]} if number % 2 else {}
+        found.append(hugging_face(folder, f"split{number}", split=split, **more))
     return found
 
 
