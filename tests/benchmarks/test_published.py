@@ -1,0 +1,106 @@
+"""Every figure of docs/performance.md is in one of the files that it names."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import recompute
+from benchmarks.shapes import hybrid
+from megahybrid.config.counting import flops_per_token, ideal_speedup
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/performance.md").read_text()
+RESULTS = ROOT / "benchmarks/results"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def seconds(value: float) -> str:
+    """Three digits."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def mib(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def test_the_page_names_every_file_of_its_own_and_none_that_is_not_there() -> None:
+    named = set(re.findall(r"benchmarks/results/(\w+)\.json", PAGE))
+    assert {"train_step_2k_cpu", "train_step_8k_cpu", "growth_cpu", "memory_cpu"} <= named
+    assert {"two_ranks_cpu", "start_up_cpu"} <= named
+    for name in named:
+        assert read(name)["machine"]["processor"] in PAGE, name
+
+
+def test_steps_and_what_the_peers_take() -> None:
+    for name in ("train_step_2k_cpu", "train_step_8k_cpu"):
+        (result,) = read(name)["lengths"]
+        ours = result["times"]["megahybrid"]["cpu_median"]
+        for who, times in result["times"].items():
+            ratio = f"{times['cpu_median'] / ours:.2f} ×" if who != "megahybrid" else ""
+            row = f"{who} | {seconds(times['cpu_median'])} | {ratio}".strip()
+            assert row in PAGE, row
+        for gate in result["gate"].values():
+            assert gate["loss_error"] < 1e-6 and gate["gradient_error"] < 3e-6
+
+
+def test_growth_with_the_length() -> None:
+    for row in read("growth_cpu")["growth"]:
+        told = [seconds(row[kind]["cpu_median"]) for kind in ("hybrid", "full")]
+        told += [f"{row['ratio']:.2f} ×", f"{row['ideal']:.2f} ×"]
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| {row['length']:,} |"))
+        line = next(
+            line
+            for line in PAGE.splitlines()
+            if line.startswith(f"| {row['length']:,} | {told[0]}")
+        )
+        assert line.startswith(f"| {row['length']:,} | {' | '.join(told)}"), line
+        share = f"{row['ratio'] / row['ideal']:.0%}".replace("%", " %")
+        assert share in line
+        assert line.endswith(f"| {row['hybrid_gflops']:.0f} | {row['full_gflops']:.0f} |")
+
+
+def test_two_ranks_and_memory() -> None:
+    ranks = read("two_ranks_cpu")["tensor"]
+    together, alone = ranks["ranks_cpu_median"], ranks["alone"]["cpu_median"]
+    assert f"{together:.2f} against {alone:.2f}, **{ranks['overhead']:.2f} ×**" in PAGE
+    memory = read("memory_cpu")["memory"]
+    for policy, expected in memory["by_formula"].items():
+        grown = memory["grown"][policy]
+        assert f"| {policy} | {mib(grown)} | {mib(expected)} | {grown / expected:.2f} |" in PAGE
+    chunked, plain = (mib(memory["grown"][f"loss-{kind}"]) for kind in ("chunked", "plain"))
+    assert f"by {chunked} in chunks and by {plain}" in PAGE
+
+
+def test_start_up() -> None:
+    rounds = read("start_up_cpu")["rounds"]
+    middle = {
+        name: statistics.median(one[name] for one in rounds)
+        for name in ("torch_wall", "torch_cpu", "first_step_wall", "first_step_cpu")
+    }
+    for clock, told in (("wall", "by the clock"), ("cpu", "CPU-seconds")):
+        first, torch = middle[f"first_step_{clock}"], middle[f"torch_{clock}"]
+        assert f"{first:.2f} - {torch:.2f} = **{first - torch:.2f}** {told}" in PAGE
+    other = statistics.median(value for one in rounds for value in one["other_seconds"])
+    assert f"{other * 1e3:.1f} ms a step" in PAGE
+
+
+def test_what_the_formulas_say_of_one_card() -> None:
+    for shape, length, budget, offload in (
+        ("1b", 131072, 120, "none"),
+        ("1b", 262144, 120, "none"),
+        ("8b", 8192, 120, "moments"),
+    ):
+        config = hybrid(shape)
+        policies = recompute.solve(config, length, budget * 2**30, length, offload)
+        needed = recompute.expected_bytes(config, policies, length, offload) / 2**30
+        told = ", ".join(f"{policies.count(name)} {name}" for name in dict.fromkeys(policies))
+        assert f"{told}; {needed:.1f} GiB" in PAGE, (shape, length, told, needed)
+    for length, gflop in ((8192, "8.76"), (32768, "10.19"), (131072, "15.08")):
+        config = hybrid("1b")
+        assert f"{flops_per_token(config, length) / 1e9:.2f}" == gflop
+        assert gflop in PAGE and f"{ideal_speedup(config, length):.3f}" in PAGE
