@@ -24,6 +24,8 @@ from benchmarks.summary import summary
 from megahybrid.parallel.allocator import expandable_segments
 from megahybrid.parallel.mesh import initialise_distributed, shutdown_distributed
 
+REST_SECONDS = 150  # that the peers leave to what comes behind them
+
 
 def run_plan(options: argparse.Namespace) -> int:
     """Everything, then the table and the JSON. Exit code 1 where the gate does not hold."""
@@ -57,8 +59,10 @@ def _run(plan: Plan, facts: dict[str, Any]) -> int:
     if "peers" in options.parts:
         peer_rows(plan)
     table = rest(plan) if "rest" in options.parts else []
+    # A call for some of the parts does not write over another's figures.
+    some = "" if len(options.parts) == 3 else "_" + "_".join(options.parts)
     path = write(
-        "train_step_rehearsal" if options.rehearse else "train_step_cuda",
+        f"train_step_{'rehearsal' if options.rehearse else 'cuda'}{some}",
         {
             "machine": facts,
             "shape": options.shape,
@@ -97,10 +101,12 @@ def our_rows(plan: Plan) -> None:
 
 def peer_rows(plan: Plan) -> None:
     """Every peer at every length: the first settings of each library before the second ones."""
+    kept = REST_SECONDS if "rest" in plan.options.parts and not plan.options.rehearse else 0
     for name in plan.options.peers:
+        seconds = kept + (75 if "compile" in name else 40)
         for length in plan.options.lengths:
             label = f"{title(name)} at {length}"
-            plan.part(label, 40, lambda name=name, length=length: against(plan, name, length))
+            plan.part(label, seconds, lambda name=name, length=length: against(plan, name, length))
 
 
 def rest(plan: Plan) -> list[dict[str, Any]]:

@@ -81,7 +81,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of torch (cpu)")
     parser.add_argument("--rehearse", action="store_true", help="the cuda plan, on cpu, tiny")
     parser.add_argument("--budget-seconds", type=float, help="when to stop starting new parts")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="cuda")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the cuda plan"
+    )
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda" or options.rehearse
     options.shape = options.shape or ("1b" if gpu else "25m")
