@@ -86,7 +86,8 @@ def tokenize(
     threads = workers if len(units) == 1 else 1
     job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads, tuple(kept))
     split = Split(held_out, longest, deduplicate)
-    identity = _identity(job, files, info, split, shard_tokens)
+    # How units are cut may change with the version; what another one has left is not gone on with.
+    identity = _identity(job, files, info, split, shard_tokens) | {"units": len(units)}
     if (report := _begin(folder, identity)) is not None:
         return report
     with byte_bars(quiet) as progress:
