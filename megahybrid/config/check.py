@@ -51,16 +51,6 @@ def _precision(run: "RunConfig") -> Iterator[str]:
             f"(precision={run.precision}, parallel.tensor={run.parallel.tensor}): DeepSpeed's "
             "stage 0 reports a wrong gradient norm otherwise. Use zero_stage: 1."
         )
-    if run.kernels.blocks == "compiled" and run.parallel.tensor > 1:
-        yield (
-            f"kernels.blocks=compiled does not go with parallel.tensor={run.parallel.tensor}: "
-            "collectives inside of a layer cannot be compiled. Use auto, or parallel.tensor: 1."
-        )
-    if run.kernels.blocks == "compiled" and run.parallel.zero_stage == 3:
-        yield (
-            "kernels.blocks=compiled does not go with parallel.zero_stage=3, which gathers weights "
-            "inside of a layer. Use auto, or zero_stage: 2."
-        )
     if run.device == "cpu" and (run.kernels.full in _CUDA or run.kernels.windowed in _CUDA):
         name = "full" if run.kernels.full in _CUDA else "windowed"
         yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")

@@ -1,5 +1,8 @@
 """One layer's attention between its projections: norm, rotation, logit scale, `attend`."""
 
+from collections.abc import Callable
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ from megahybrid.model.context import SequenceContext
 from megahybrid.model.logit_scale import QueryScale
 from megahybrid.model.mixing import attended, mix
 from megahybrid.model.norm import QKNormModule
-from megahybrid.model.rotary import RotaryTable, rotate
+from megahybrid.model.rotary import RotaryTable, rotate_both
 from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
@@ -55,6 +58,8 @@ class Attention(nn.Module):
         self.scheme = scheme
         self.head_dim = config.head_dim
         self.kernel = kernel
+        # A compiled `rotate_both`; None: as `mix` does it.
+        self.turn: Callable[..., tuple[Tensor, Tensor]] | None = None
         heads = (config.num_heads, config.num_kv_heads)
         self.qk_norm = (
             None
@@ -97,6 +102,13 @@ class Attention(nn.Module):
         context: SequenceContext,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The mixed values of heads that are normalised but not yet placed."""
+        position = self.scheme.position
+        if self.turn is not None and context.mixing is None and torch.is_grad_enabled():
+            if isinstance(position, Rope):
+                q, k = self.turn(q, k, context.rotary_table(position, self.head_dim))
+            if self.query_scale is not None:
+                q = self.query_scale(q, context.documents, context.length)
+            return self.attended(q, k, v, context)
         return (context.mixing or mix)(
             q,
             k,
@@ -123,7 +135,7 @@ class Attention(nn.Module):
         region can make no table. `mix` does the same from a context."""
         table, factor = places
         if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
+            q, k = rotate_both(q, k, table)
         if self.query_scale is not None and factor is not None:
             q = self.query_scale.scaled(q, factor)
         return q, k

@@ -20,10 +20,12 @@ from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention, Places, attention_outputs, query_key_value
 from megahybrid.model.chunked_mlp import ChunkedMLP
+from megahybrid.model.compiled import traced_whole
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs
+from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs, swiglu
 from megahybrid.model.norm import make_norm
 from megahybrid.model.recompute import keeping_products, rederived
+from megahybrid.model.rotary import rotate_both
 from megahybrid.parallel.collectives import scatter_sequence
 from megahybrid.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh
@@ -64,18 +66,24 @@ class Block(nn.Module):
         (q, k, v), rest = self.enter(hidden)
         return self.leave(hidden, self.attention(q, k, v, context), *rest)
 
+    def compile_pieces(self, backend: str) -> None:
+        """Have what is local and holds no weight compiled when gradients are wanted: the rotation
+        and the gated product. Collectives, products and norms, a kernel each, stay outside."""
+        self.attention.turn = traced_whole(rotate_both, backend)
+        for module in self.modules():
+            if isinstance(module, GatedProduct):
+                module.swiglu = traced_whole(swiglu, backend)
+
     def compile_regions(self, backend: str) -> None:
         """Have `enter` (with the rotation) and `leave` compiled when gradients are wanted.
 
-        fullgraph: what cannot be traced whole is an error, never a slower program. The attention
-        kernel stays outside: it is one call, and what it needs of a batch's documents is made on
-        the host.
+        The attention kernel stays outside: it is one call, and what it needs of a batch's documents
+        is made on the host.
         """
         enter, leave = self._enter_placed, self.leave
         if self.selective:
             enter, leave = keeping_products(enter), keeping_products(leave)
-        options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
-        self._regions = torch.compile(enter, **options), torch.compile(leave, **options)
+        self._regions = traced_whole(enter, backend), traced_whole(leave, backend)
 
     def _enter_placed(self, hidden: Tensor, places: Places) -> tuple[Heads, tuple[Tensor, ...]]:
         (q, k, v), rest = self.enter(hidden)

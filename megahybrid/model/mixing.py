@@ -10,7 +10,7 @@ from megahybrid.config.attention import AttentionScheme, FixedScale, Nope, Rope
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels import attend
 from megahybrid.model.logit_scale import QueryScale
-from megahybrid.model.rotary import rotate
+from megahybrid.model.rotary import rotate_both
 
 Heads = Float[Tensor, "seq batch heads head_dim"]
 KVHeads = Float[Tensor, "seq batch kv_heads head_dim"]
@@ -60,8 +60,7 @@ def positioned(
     """q and k turned to their positions; the very same tensors where the scheme has no position."""
     if not isinstance(position, Rope):
         return q, k
-    table = context.rotary_table(position, q.shape[-1])
-    return rotate(q, table), rotate(k, table)
+    return rotate_both(q, k, context.rotary_table(position, q.shape[-1]))
 
 
 def score_scale(scheme: AttentionScheme, head_dim: int) -> float:

@@ -1,5 +1,6 @@
 """The gated feed-forward half of a layer: down(silu(gate(u)) * up(u)), arXiv 2002.05202."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class GatedProduct(nn.Module):
     def __init__(self, name: str, config: ModelConfig, mesh: ParallelMesh, selective: bool) -> None:
         super().__init__()
         self.selective = selective
+        self.swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
         self.down = RowParallelLinear(
             config.intermediate_size, config.hidden_size, f"{name}.down.weight", mesh
         )
@@ -63,10 +65,13 @@ class GatedProduct(nn.Module):
         reduce: bool = True,
     ) -> Float[Tensor, "seq_out batch hidden"]:
         """The shard of the result, or with reduce=False this rank's part of the sum."""
-        product = swiglu(gate, up)
-        if not (self.selective and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self.down(swiglu(gate, up), reduce=reduce)
+        function = self.swiglu if torch.is_grad_enabled() else swiglu
+        product = function(gate, up)
+        if not (self.selective and torch.is_grad_enabled()):
             return self.down(product, reduce=reduce)
-        with rederived(product, swiglu, gate.detach(), up.detach()):
+        with rederived(product, function, gate.detach(), up.detach()):
             return self.down(product, reduce=reduce)
 
 

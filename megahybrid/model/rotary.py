@@ -60,6 +60,11 @@ def rotate(
     return _Rotation.apply(x, table.cos, table.sin)
 
 
+def rotate_both(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and of keys."""
+    return rotate(q, table), rotate(k, table)
+
+
 class _Rotation(torch.autograd.Function):
     """Written out because autograd's version of the same line allocates twice as many tensors."""
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
-from megahybrid.errors import ConfigError
 from megahybrid.model.attention import Attention
 from megahybrid.model.block import BLOCKS, Block
 from megahybrid.model.compiled import prepare_compiler
@@ -27,7 +26,8 @@ class Transformer(nn.Module):
     Each rank of the tensor axis holds its share of every matrix and of the sequence between
     blocks. `plan` is config.layer_plan or a stage's changed copy of it; `kernels` and `recompute`
     have one entry per layer; `norm` names the implementation of RMSNorm. With `compiler`, torch's
-    name of one (inductor), training goes through blocks compiled by it.
+    name of one (inductor), training goes through blocks compiled by it, for which `keeps_weights`
+    says whether a rank has its weights at all times: under ZeRO-3 it has not.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Transformer(nn.Module):
         recompute: Sequence[str] | None = None,
         norm: str = "torch",
         compiler: str | None = None,
+        keeps_weights: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -58,7 +59,7 @@ class Transformer(nn.Module):
             )
         )
         if compiler is not None:
-            self.compile_blocks(compiler)
+            self.compile_blocks(compiler, keeps_weights)
         self.final_norm = make_norm(config, "final_norm", mesh, norm)
         self.head = (
             VocabParallelHead.tied(self.embedding, mesh)
@@ -66,21 +67,19 @@ class Transformer(nn.Module):
             else VocabParallelHead(config.vocab_size, config.hidden_size, "head.weight", mesh)
         )
 
-    def compile_blocks(self, compiler: str) -> None:
-        """Have every block's regions compiled at its first use, by layer kind and input shape.
+    def compile_blocks(self, compiler: str, keeps_weights: bool = True) -> None:
+        """Have every block compiled at its first use, by layer kind and input shape.
 
-        Layers of a kind share their programs. Blocks cut over ranks stay as they are: their
-        collectives cannot be traced.
+        Whole but for attention; only its pieces where it is cut over tensor ranks, as collectives
+        cannot be traced, or where weights come and go inside of a layer (not `keeps_weights`).
+        Layers of a kind share their programs.
         """
-        if self.mesh.tensor.size > 1:
-            raise ConfigError(
-                f"kernels.blocks=compiled needs parallel.tensor=1 (it is {self.mesh.tensor.size}): "
-                "collectives inside of a block cannot be compiled. Use auto or plain."
-            )
         prepare_compiler()
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.compile_regions(compiler)
+            block.compile_pieces(compiler)  # used too where an MLP runs in chunks
+            if keeps_weights and self.mesh.tensor.size == 1:
+                block.compile_regions(compiler)
 
     def forward(
         self,

@@ -52,6 +52,7 @@ class Layers:
             recompute=self._policies(index),
             norm=run.kernels.norm,
             compiler="inductor" if self._kernels.get("blocks") == "compiled" else None,
+            keeps_weights=run.parallel.zero_stage < 3,
         )
         return self.model
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
+from megahybrid.config import memory
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.mesh import Axis, ParallelMesh
+from megahybrid.parallel.mesh import ParallelMesh
 from tests import distributed
 from tests.parity.cases import BLOCKS, FAMILIES, NORMS, model
 from tests.parity.test_engine import BOUND, Case, engine_run, joined_weights, plain_run
@@ -141,12 +141,45 @@ def counted_run(ranks: distributed.Ranks, case: Case) -> Any:
     return result
 
 
-def test_blocks_cut_over_ranks_are_refused() -> None:
-    single = ParallelMesh.single()
-    built = Transformer(model("rope"), single)
-    built.mesh = ParallelMesh(Axis("tensor", 2, 0, None, (0, 1)), single.data, single.device)
-    with pytest.raises(ConfigError, match=r"kernels\.blocks=compiled needs parallel\.tensor=1"):
-        built.compile_blocks(TRACED)
+CUT = {
+    "tensor2": Case(model("rms-shared", "parallel", "layernorm"), 2, compiler=TRACED),
+    "tensor2-zero3-selective": Case(
+        model("ssmax", "pre_norm", "rms"), 2, 1, 3, recompute="selective", compiler=TRACED
+    ),
+    "data2-zero3-full": Case(
+        model("rnope_swa", "post_norm", "rms"), 1, 2, 3, recompute="full", compiler=TRACED
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_of_blocks_cut_over_ranks_the_pieces_are_compiled(name: str) -> None:
+    case = CUT[name]
+    runs = distributed.run(2, counted_run, case)
+    truth = plain_run(case)
+    for run in runs:
+        for got, wanted in zip(run.losses, truth.losses, strict=True):
+            assert got == pytest.approx(wanted, rel=BOUND)
+    weights = joined_weights(runs, truth.weights)
+    for of, weight in weights.items():
+        assert relative_error(weight, truth.weights[of]) < BOUND, of
+
+
+@pytest.mark.parametrize("policy", ["chunked", "full"])
+def test_the_pieces_are_compiled_where_an_mlp_runs_in_chunks(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CHUNK_TOKENS", 32)
+    config = model("rope", "parallel")
+    built = Transformer(config, ParallelMesh.single(), recompute=[policy] * 2).double()
+    built.load_canonical(random_tensors(config, 0, torch.float64))
+    batch = random_batch(config.vocab_size, 2, LENGTH, seed=0)
+    plain = step(built, batch)
+    built.compile_blocks(TRACED)
+    compiled = step(built, batch)
+    assert found("graph_break") == {}
+    assert found("stats")["unique_graphs"] == 1  # the rotation
+    assert max(relative_error(compiled[name], plain[name]) for name in plain) < 1e-10
 
 
 def test_programs_are_kept_where_the_run_is(

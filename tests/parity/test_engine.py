@@ -151,6 +151,7 @@ def build(ranks: distributed.Ranks, case: Case, engine_type: Any, module: Any) -
         ranks.mesh(case.tensor),
         recompute=(case.recompute,) * layers,
         compiler=case.compiler,
+        keeps_weights=case.zero_stage < 3,
     )
     ours.load_canonical(case.first_tensors())
     settings = module.engine_settings
