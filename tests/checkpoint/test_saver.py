@@ -75,8 +75,8 @@ def test_the_next_save_waits_for_the_one_before(
     gate, told = Gate(monkeypatch), []
     one = saver(tmp_path, told)
     one.start(snapshot(1), KEEP)
-    threading.Timer(0.2, gate.open.set).start()
     begun = time.monotonic()
+    threading.Timer(1, gate.open.set).start()
     one.start(snapshot(2), KEEP)
     assert [result.step for result in told] == [1] and time.monotonic() - begun > 0.15
     assert told[0].stall_seconds > 0.15, "waiting for it is a stall as well"

@@ -57,7 +57,7 @@ def test_the_page_follows_the_run_without_a_reload(browser: Any, tmp_path: Path)
         assert browser.get_log("browser") == []
         assert all(url.startswith(address) for url in requests(browser))
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=40) == 0
         wait(browser, "return !document.getElementById('notice').hidden")
         assert "has gone" in browser.find_element("id", "notice").text
 
@@ -81,7 +81,7 @@ def test_a_signal_ends_it_cleanly_while_a_page_waits(tmp_path: Path, number: int
         waiting = socket.create_connection(("127.0.0.1", int(address.split(":")[2].strip("/"))))
         waiting.sendall(b"GET /live.json?after=x HTTP/1.1\r\n\r\n")
         os.kill(process.pid, number)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=40) == 0
         assert process.stderr is not None and process.stderr.read() == ""
         waiting.close()
 

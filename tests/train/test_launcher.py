@@ -53,7 +53,7 @@ def test_the_first_failure_ends_all_ranks(ending: str, tmp_path: Path, handlers:
     assert failure is not None
     assert (failure.rank, failure.exit_code) == (rank, code)
     assert words in failure.message
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40, "ranks that are not ended sleep for a minute"
 
 
 def test_a_failure_that_follows_from_another_is_not_the_one_told(
@@ -187,7 +187,7 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
     began = time.monotonic()
     os.kill(children[1], signal.SIGKILL)
     assert launch.wait() == 128 + signal.SIGKILL, launch.output.read_text()
-    assert time.monotonic() - began < 10 and gone(children, 0)
+    assert time.monotonic() - began < 40 and gone(children, 0)
     assert launch.last_line() == "megahybrid: rank 1 of 2 was ended by SIGKILL."
 
     # The launcher itself, killed: nothing of it may go on and hold the run.
@@ -196,7 +196,7 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
     launch.until(lambda: steps_so_far(run) >= before + 2)
     children = launch.children()
     launch.process.kill()
-    assert gone(children, 10)
+    assert gone(children, 40)
     launch.wait()
 
     launch = Launch(example, "directory=launched")
@@ -233,7 +233,7 @@ def test_the_last_line_tells_of(what: str, example: Path) -> None:
     launch.until(lambda: steps_so_far(example / "run") >= 2)
     began = time.monotonic()
     assert launch.wait() == code, launch.output.read_text()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
     assert launch.last_line() == line
     text = launch.output.read_text()
     assert "Traceback" not in text, text
