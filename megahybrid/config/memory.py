@@ -35,9 +35,9 @@ LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 # The MLP of a layer that runs it in chunks sees this many tokens at a time: enough for products to
 # run at their best, and the weights' gradients are read and written once a chunk.
 CHUNK_TOKENS = 8192
-# Elements of an off-loaded moment that are on the device at a time, twice: one piece is updated
-# while the next arrives.
-OFFLOAD_PIECE = 2**26
+# Elements of a piece of an off-loaded moment, and how many are on the device at a time: one is
+# updated while another arrives and a third leaves.
+OFFLOAD_PIECE, OFFLOAD_ROOMS = 2**25, 3
 # From the least to the most that is computed again.
 POLICIES = ("none", "selective", "chunked", "full", "offload")
 # The vocabulary is padded to a multiple of this and the tensor degree.
@@ -253,11 +253,15 @@ def memory_per_rank(
     return Memory(
         weights=int(local * weights),
         gradients=int(local * gradients),
-        # Two pieces of both moments visit, in fp32.
-        optimizer=int(local * optimizer) + 16 * min(OFFLOAD_PIECE, local) * (offload == "moments"),
+        optimizer=int(local * optimizer) + (_visitors(local) if offload == "moments" else 0),
         activations=activations(model, *batch),
         working=working(model, *batch),
     )
+
+
+def _visitors(local: int) -> int:
+    """Bytes of the pieces of both off-loaded moments that are on the device, in fp32."""
+    return 8 * OFFLOAD_ROOMS * min(OFFLOAD_PIECE, local)
 
 
 def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:

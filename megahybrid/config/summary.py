@@ -13,7 +13,8 @@ def summary(run: RunConfig, world_size: int | None = None) -> str:
         degrees += f" x data {run.parallel.data_degree(world_size)} = {world_size} ranks"
     lines = [
         f"{parameters(run.model):,} parameters, {run.model.layer_plan.num_layers} layers",
-        f"{degrees}, ZeRO {run.parallel.zero_stage}, {run.precision}",
+        f"{degrees}, ZeRO {run.parallel.zero_stage}, {run.precision}"
+        + ", AdamW's moments in host memory" * (run.parallel.offload == "moments"),
     ]
     for index, stage in enumerate(run.stages):
         lines.append(

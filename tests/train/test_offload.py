@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megahybrid.config.base import parse
-from megahybrid.config.memory import OFFLOAD_PIECE, memory_per_rank
+from megahybrid.config.memory import OFFLOAD_PIECE, OFFLOAD_ROOMS, memory_per_rank
 from megahybrid.config.run import RunConfig
 from tests import distributed
 from tests.config.example import example
@@ -101,6 +101,6 @@ def test_moments_are_not_counted_among_the_memory_of_a_device() -> None:
             for offload in ("none", "moments")
         )
         count = here.optimizer // 12
-        rooms = 16 * min(OFFLOAD_PIECE, count)
+        rooms = 8 * OFFLOAD_ROOMS * min(OFFLOAD_PIECE, count)
         assert there.optimizer == 4 * count + rooms
         assert (there.weights, there.gradients) == (here.weights, here.gradients)

@@ -2,8 +2,7 @@
 
 DeepSpeed's own off-loading sums micro-batches in the weights' precision and updates with a compiled
 AdamW of its own; here gradients, masters and arithmetic stay where they are, so that every bit of a
-run is what it is without. Two pieces are under way at a time: while one is updated, the next
-arrives and the last one leaves.
+run is what it is without. While one piece is updated, the next arrives and the last one leaves.
 """
 
 import contextlib
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megahybrid.config.memory import OFFLOAD_PIECE
+from megahybrid.config.memory import OFFLOAD_PIECE, OFFLOAD_ROOMS
 from megahybrid.train.engine.adamw import MOMENTS, ObservedAdamW
 
 
 class OffloadedAdamW(ObservedAdamW):
-    """`ObservedAdamW` for which a device holds two pieces of the moments instead of all."""
+    """`ObservedAdamW` for which a device holds a few pieces of the moments instead of all."""
 
     piece = OFFLOAD_PIECE  # elements
     _visits: "_Visits | None" = None
@@ -47,7 +46,8 @@ class OffloadedAdamW(ObservedAdamW):
                 adamw(
                     [weight[here]],
                     [gradient[here]],
-                    *([room] for room in rooms),
+                    [rooms[0]],
+                    [rooms[1]],
                     [],
                     [state["step"].clone()],
                     foreach=False,
@@ -73,20 +73,23 @@ class OffloadedAdamW(ObservedAdamW):
 
 
 class _Visits:
-    """Room for two pieces on a device, and the streams on which they come and go."""
+    """Room for some pieces on a device, and the streams on which they come and go."""
 
     def __init__(self, piece: int, like: Tensor) -> None:
-        self.rooms = like.new_empty(2, len(MOMENTS), piece)
+        self.rooms = like.new_empty(OFFLOAD_ROOMS, len(MOMENTS), piece)
         self.number = 0
+        self.device = like.device
         self.cuda = like.device.type == "cuda"
         if self.cuda:
-            self.arrive, self.leave = torch.cuda.Stream(), torch.cuda.Stream()
-            self.left = [torch.cuda.Event() for _ in range(2)]
+            self.arrive, self.leave = (torch.cuda.Stream(like.device) for _ in range(2))
+            self.left = [torch.cuda.Event() for _ in range(OFFLOAD_ROOMS)]
+            # The memory of the rooms may still be in use by what had it before.
+            self.arrive.wait_stream(torch.cuda.current_stream(like.device))
 
     @contextlib.contextmanager
     def visit(self, waiting: list[Tensor]) -> Iterator[list[Tensor]]:
         """The moments on the device, which go back to `waiting` when they have been used."""
-        slot = self.number % 2
+        slot = self.number % OFFLOAD_ROOMS
         self.number += 1
         rooms = [room[: len(host)] for room, host in zip(self.rooms[slot], waiting, strict=True)]
         with self._on("arrive"):
@@ -95,10 +98,10 @@ class _Visits:
             for room, host in zip(rooms, waiting, strict=True):
                 room.copy_(host, non_blocking=True)
         if self.cuda:
-            torch.cuda.current_stream().wait_stream(self.arrive)
+            torch.cuda.current_stream(self.device).wait_stream(self.arrive)
         yield rooms
         if self.cuda:
-            self.leave.wait_stream(torch.cuda.current_stream())
+            self.leave.wait_stream(torch.cuda.current_stream(self.device))
         with self._on("leave"):
             for room, host in zip(rooms, waiting, strict=True):
                 host.copy_(room, non_blocking=True)
@@ -109,6 +112,8 @@ class _Visits:
         return torch.cuda.stream(getattr(self, name)) if self.cuda else contextlib.nullcontext()
 
     def finish(self) -> None:
-        """Whoever reads a result of this stream finds the moments in host memory."""
+        """Whoever reads a result of this stream finds the moments in host memory; so do those who
+        arrive from now on."""
         if self.cuda:
-            torch.cuda.current_stream().wait_stream(self.leave)
+            torch.cuda.current_stream(self.device).wait_stream(self.leave)
+            self.arrive.wait_stream(self.leave)
