@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megahybrid.config.attention import Rope
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.rotary import RotaryTable
+from megahybrid.model.rotary import RotaryTable, plain_table
 
 
 @dataclass
@@ -31,7 +31,10 @@ class SequenceContext:
         """cos and sin for this batch's positions, which restart at each document."""
         key = (rope, head_dim)
         if key not in self.tables:
-            self.tables[key] = RotaryTable.build(
-                rope, head_dim, self.length, self.documents, self.device, self.dtype
+            where = (self.device, self.dtype)
+            self.tables[key] = (
+                plain_table(rope, head_dim, self.length, *where)
+                if self.documents is None
+                else RotaryTable.build(rope, head_dim, self.length, self.documents, *where)
             )
         return self.tables[key]

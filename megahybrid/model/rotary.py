@@ -4,6 +4,7 @@ Layers without position never come here.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,12 +44,26 @@ class RotaryTable:
             positions = torch.arange(length, device=device)[:, None]
         else:
             positions = documents.positions().T
-        frequencies = rope.frequencies(head_dim, torch, torch.float32).to(device)
+        frequencies = _frequencies(rope, head_dim, device)
         angles = positions[..., None, None].float() * frequencies
         factor = rope.attention_factor()
         cos, sin = angles.cos() * factor, angles.sin() * factor
         still = cos.new_ones(*cos.shape[:-1], head_dim - 2 * cos.shape[-1])
         return cls(torch.cat((cos, cos, still), dim=-1).to(dtype), sin.to(dtype))
+
+
+@lru_cache(maxsize=16)
+def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+    """Kept, because a copy from the host would have it wait for the device at every batch."""
+    return rope.frequencies(head_dim, torch, torch.float32).to(device)
+
+
+@lru_cache(maxsize=4)
+def plain_table(
+    rope: Rope, head_dim: int, length: int, device: torch.device, dtype: torch.dtype
+) -> RotaryTable:
+    """That of rows of one document: the same for every batch."""
+    return RotaryTable.build(rope, head_dim, length, None, device, dtype)
 
 
 def rotate(

@@ -89,7 +89,7 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     factor, addend = torch.ones(8, 8, device=device, dtype=dtype), torch.ones(8, 8, device=device)
     try:
         torch.addmm(addend, factor, factor, out_dtype=torch.float32, out=addend)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return bool((addend == 9).all())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megahybrid.config import memory
+from megahybrid.model import rotary
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels import attend, blocked, documents, flash, varlen
 from megahybrid.model.kernels.documents import Documents
@@ -37,6 +38,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     varlen.plain_boundaries.cache_clear()
     blocked._plain_mask.cache_clear()
+    rotary.plain_table.cache_clear()
+    rotary._frequencies.cache_clear()
 
 
 def heads(count: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:

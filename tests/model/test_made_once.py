@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.attention import LayerPlan, Rope
 from megahybrid.model import logit_scale, rotary
 from megahybrid.model.kernels import blocked, flex, sdpa, varlen
 from megahybrid.model.kernels.documents import Documents
@@ -38,6 +38,7 @@ MAKERS = {
     "band of a tail": (blocked, "_tail_masks"),
     "documents apart": (sdpa, "_masks"),
     "rotation": (rotary.RotaryTable, "build"),
+    "frequencies": (Rope, "frequencies"),
     "factor": (logit_scale, "query_factor"),
     "spans": (Documents, "spans"),
 }
@@ -68,6 +69,8 @@ def test_nothing_is_made_per_layer(apart: bool) -> None:
     starts = Documents.from_lengths([[100, 620], [720]]).starts if apart else None
     blocked._plain_mask.cache_clear()
     logit_scale._plain_factor.cache_clear()
+    rotary.plain_table.cache_clear()
+    rotary._frequencies.cache_clear()
 
     def step() -> None:
         built(tokens, tokens, starts)[0].backward()
@@ -83,6 +86,8 @@ def test_nothing_is_made_per_layer(apart: bool) -> None:
         assert counts["band"] <= 2 * len(WINDOWS)
     again = counted(step)
     assert again["factor"] == int(apart)
+    assert again["rotation"] == int(apart)
+    assert again["frequencies"] == 0  # a copy from the host to a device
     assert again["band"] == (len(WINDOWS) if apart else 0)
 
 
