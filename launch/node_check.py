@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahybrid.heartbeat import write_whole
+
 GIB = 2**30
 
 
@@ -44,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems += own(wanted.command)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     wanted.output.mkdir(parents=True, exist_ok=True)
-    temporary = wanted.output / f".{node}.tmp"
-    temporary.write_text(json.dumps({"node": node, "problems": problems}))
-    os.replace(temporary, wanted.output / f"{node}.json")
+    write_whole(wanted.output / f"{node}.json", json.dumps({"node": node, "problems": problems}))
     return 0
 
 

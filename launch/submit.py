@@ -13,6 +13,7 @@ from megahybrid.config import RunConfig, dump_yaml, load
 from megahybrid.config.base import parse
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
+from megahybrid.heartbeat import write_whole
 
 
 def plan(
@@ -108,9 +109,7 @@ def write(job: Job, run: RunConfig) -> Path:
         path = folder / name
         if path.exists() and path.read_text() != text:
             path.rename(folder / f"{path.stem}.{number - 1}{path.suffix}")
-        temporary = path.with_name(f".{name}.tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_whole(path, text)
     return folder / "batch.sh"
 
 

@@ -35,6 +35,7 @@ from megahybrid.errors import (
 from megahybrid.heartbeat import clear, remove_empty_stacks
 
 LOCK = "owner.lock"
+_ILL = ("down", "drain", "fail")  # in the words of a node's state
 
 
 class Supervisor:
@@ -123,15 +124,18 @@ class Supervisor:
         before = attempts(self.run)
         if not before or before[-1].code is not None:
             return
-        lost = before[-1]
+        for node, state in self._blame(before[-1].nodes).items():
+            self.tell(f"the attempt before was lost: {node} is {state}")
+
+    def _blame(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Those nodes that Slurm says are not well; they are recorded."""
         with contextlib.suppress(SlurmError):
-            states = slurm.node_states(lost.nodes)
-            ill = {
-                n: s for n, s in states.items() if any(w in s for w in ("down", "drain", "fail"))
-            }
+            states = slurm.node_states(nodes)
+            ill = {n: s for n, s in states.items() if any(w in s for w in _ILL)}
             for node, state in ill.items():
                 self.attempt.record("bad_node", node=node, reason=state)
-                self.tell(f"the attempt before was lost: {node} is {state}")
+            return ill
+        return {}
 
     def _release_lock(self) -> None:
         """Slurm runs one attempt of a job at a time: what an ended one held is free. From another
@@ -215,6 +219,10 @@ class Supervisor:
         return decision.exit_code
 
     def _why_stopped(self) -> str | None:
+        if self.watch.ended_by_slurm:
+            ill = self._blame(slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"]))
+            if ill:
+                return ", ".join(f"{node} is {state}" for node, state in ill.items())
         if self.watch.asked is not None:
             return self.watch.asked
         with contextlib.suppress(SlurmError):

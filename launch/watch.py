@@ -11,7 +11,8 @@ from launch.attempt import Attempt
 from launch.job import STOP_NOW
 from launch.records import stop_lead
 from launch.slurm import SlurmError
-from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, slow_ranks
+from megahybrid.errors import EXIT_RESUME
+from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, first_failure, slow_ranks
 
 POLL_SECONDS = 0.5
 STACKS_SECONDS = 3.0  # what writing the stacks may take before the ranks are killed
@@ -56,6 +57,10 @@ class RankWatch:
                     hang = Hang((), f"not stopped {limits.after_stop:.0f} s after being asked")
             # Ranks that still end by themselves tell more than a kill.
             if hang is not None and process.poll() is None:
+                if _failed(beats):
+                    # Without its controller srun does not end the others.
+                    self.attempt.kill(process)
+                    return None
                 self._end_hung(process, hang, beats)
                 return f"hang: {hang.message}"
         return None
@@ -116,6 +121,13 @@ class RankWatch:
             slurm.cancel(running, signal=signal.Signals(STACKS_SIGNAL).name.removeprefix("SIG"))
         time.sleep(STACKS_SECONDS)
         attempt.kill(process)
+
+
+def _failed(beats: Mapping[int, Beat]) -> bool:
+    """Whether a rank has ended by a failure of its own."""
+    failed = {r: beat for r, beat in beats.items() if beat.exit_code not in (None, EXIT_RESUME)}
+    cause = first_failure(failed)
+    return cause is not None and not cause.consequence
 
 
 def user_stop(attempt: Attempt) -> str | None:

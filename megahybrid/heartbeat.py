@@ -54,6 +54,13 @@ def heartbeat_file(run_directory: Path, rank: int) -> Path:
     return run_directory / FOLDER / f"rank-{rank:04d}.json"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file so that nobody ever reads a part of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 class Heartbeat:
     """Beats for one rank until `end`. `phase` and `busy` are cheap enough for every step."""
 
@@ -125,9 +132,7 @@ class Heartbeat:
                 busy_seconds=round(statistics.median(recent), 4) if len(recent) >= 3 else None,
                 **end,
             )
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text(json.dumps(asdict(self._beat)))
-            os.replace(temporary, self.path)
+            write_whole(self.path, json.dumps(asdict(self._beat)))
 
     def _superseded(self) -> bool:
         """Whether a later attempt beats here: this node was silent, and the run went on."""

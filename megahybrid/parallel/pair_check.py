@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from megahybrid.heartbeat import write_whole
+
 REPEATS = 3
 CPU_BYTES, GPU_BYTES = 4 * 2**20, 64 * 2**20
 
@@ -43,9 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # A peer may be late by the rounds in which its own peers did not answer.
                 seconds = began + number * wanted.seconds - time.monotonic()
                 answers.append(_in_time(pair, wanted.node, port, max(1.0, seconds)))
-    temporary = wanted.folder / f".{wanted.node}.tmp"
-    temporary.write_text(json.dumps(answers))
-    os.replace(temporary, wanted.folder / f"node-{wanted.node}.json")
+    write_whole(wanted.folder / f"node-{wanted.node}.json", json.dumps(answers))
     return 0
 
 
