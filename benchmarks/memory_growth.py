@@ -17,7 +17,7 @@ from benchmarks.steps import our_loss, our_model
 from megahybrid.config.memory import activations, working
 
 SHAPE, TOKENS = "25m", 4096
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "selective", "chunked", "full")
 LOSS_TOKENS, LOSS_VOCAB, LOSS_HIDDEN = 4096, 65536, 64
 
 

@@ -92,7 +92,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options.peers = options.peers or list(peers)
     if not gpu and (others := [p for p in options.peers if p.split("+")[0] in SEQUENTIAL]):
         parser.error(f"--peers {others[0]} takes part with --device cuda or --rehearse only")
-    options.budget_seconds = options.budget_seconds or (510.0 if gpu else 330.0)
+    options.budget_seconds = options.budget_seconds or (510.0 if gpu else 260.0)
     return options
 
 

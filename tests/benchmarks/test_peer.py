@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +69,32 @@ def test_a_peer_with_our_weights_gives_our_loss_and_gradients(
     loss, gradients = errors(name, config)
     assert loss < 1e-6
     assert gradients < 1e-5
+
+
+def test_ligers_pieces_stand_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels want CUDA; here plain ones with the same arguments stand for them."""
+    there("sdpa")
+    ops, modules = ModuleType("liger_kernel.ops"), ModuleType("liger_kernel.transformers")
+    used = []
+
+    class SiLUMul:
+        @staticmethod
+        def apply(gate: torch.Tensor, up: torch.Tensor, by: float, down: float) -> torch.Tensor:
+            used.append((by, down))
+            return torch.nn.functional.silu(gate) * up
+
+    class Loss(torch.nn.Module):
+        def forward(self, weight: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor) -> Any:
+            assert hidden.dim() == 2 and target.dim() == 1
+            return torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+
+    ops.LigerSiLUMulFunction = SiLUMul  # type: ignore[attr-defined]
+    modules.LigerFusedLinearCrossEntropyLoss = Loss  # type: ignore[attr-defined]
+    for module in (ModuleType("liger_kernel"), ops, modules):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    loss, gradients = errors("sdpa+liger", hybrid("tiny"))
+    assert loss < 1e-6 and gradients < 1e-5
+    assert used == [(1.0, 1.0)] * 4
 
 
 def test_rotated_rows_left_in_our_order_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
