@@ -1,11 +1,12 @@
 """How time grows with length, what two tensor ranks cost, and what memory the formulas foretell.
 
-    python -m benchmarks.scaling [--parts growth tensor memory]
+    python -m benchmarks.scaling [--parts products growth tensor memory]
 
-On a CPU, in CPU-seconds. `growth`: seconds of a step of one row from 2k to 32k tokens, hybrid and
-full, against the FLOPs. `tensor`: the same total work by two gloo ranks. `memory`: peak resident
-memory of a process with and without recomputation and with and without the chunked loss, against
-config/memory.py; each figure is the difference of two processes.
+On a CPU, in CPU-seconds. `products`: fp32 matrix products, ours and torch's. `growth`: seconds of
+a step of one row from 2k to 32k tokens, hybrid and full, against the FLOPs. `tensor`: the same
+total work by two gloo ranks. `memory`: peak resident memory of a process with and without
+recomputation and with and without the chunked loss, against config/memory.py; each figure is the
+difference of two processes.
 """
 
 import argparse
@@ -15,14 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory_growth, two_ranks
+from benchmarks import memory_growth, products, two_ranks
 from benchmarks.machine import heading, machine, write
 from benchmarks.shapes import SHAPES, full, hybrid, random_batch
 from benchmarks.steps import our_model, our_step
 from benchmarks.timing import in_turns
 from megahybrid.config.counting import flops_per_token, ideal_speedup
 
-PARTS = ("growth", "tensor", "memory")
+PARTS = ("products", "growth", "tensor", "memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine(torch.device("cpu"))
     print(heading(facts), flush=True)
     # A file for each part: one may be measured again without the others.
+    if "products" in options.parts:
+        sizes = products.measure()
+        print(products.table(sizes), flush=True)
+        print(f"all figures: {write('products_cpu', {'machine': facts, 'products': sizes})}")
     if "growth" in options.parts:
         rows = growth(options.shape, options.lengths, options.rounds)
         print(growth_table(options.shape, rows), flush=True)

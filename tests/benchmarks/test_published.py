@@ -48,17 +48,17 @@ def test_steps_and_what_the_peers_take() -> None:
             assert gate["loss_error"] < 1e-6 and gate["gradient_error"] < 3e-6
 
 
+def test_products() -> None:
+    for row in read("products_cpu")["products"]:
+        assert re.search(f"{row['ours_gflops']:.0f} against {row['torch_gflops']:.0f} ", PAGE)
+
+
 def test_growth_with_the_length() -> None:
     for row in read("growth_cpu")["growth"]:
         told = [seconds(row[kind]["cpu_median"]) for kind in ("hybrid", "full")]
         told += [f"{row['ratio']:.2f} ×", f"{row['ideal']:.2f} ×"]
-        line = next(line for line in PAGE.splitlines() if line.startswith(f"| {row['length']:,} |"))
-        line = next(
-            line
-            for line in PAGE.splitlines()
-            if line.startswith(f"| {row['length']:,} | {told[0]}")
-        )
-        assert line.startswith(f"| {row['length']:,} | {' | '.join(told)}"), line
+        start = f"| {row['length']:,} | {' | '.join(told)}"
+        (line,) = (line for line in PAGE.splitlines() if line.startswith(start))
         share = f"{row['ratio'] / row['ideal']:.0%}".replace("%", " %")
         assert share in line
         assert line.endswith(f"| {row['hybrid_gflops']:.0f} | {row['full_gflops']:.0f} |")
@@ -100,6 +100,8 @@ def test_what_the_formulas_say_of_one_card() -> None:
         needed = recompute.expected_bytes(config, policies, length, offload) / 2**30
         told = ", ".join(f"{policies.count(name)} {name}" for name in dict.fromkeys(policies))
         assert f"{told}; {needed:.1f} GiB" in PAGE, (shape, length, told, needed)
+    without = recompute.expected_bytes(hybrid("8b"), ["none"] * 32, 8192) / 2**30
+    assert f"{without:.1f} GiB without" in PAGE.replace("\n", " ")
     for length, gflop in ((8192, "8.76"), (32768, "10.19"), (131072, "15.08")):
         config = hybrid("1b")
         assert f"{flops_per_token(config, length) / 1e9:.2f}" == gflop
