@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_megahybrid import MegahybridConfig
 
@@ -262,6 +263,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
         self.norm = MegahybridNorm((config.hidden_size,), config.norm, config.norm_eps)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -270,9 +272,18 @@ class MegahybridModel(MegahybridPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids or inputs_embeds; attention_mask [batch, seen + seq] marks padding with 0."""
+        """input_ids or inputs_embeds; attention_mask [batch, seen + seq] marks padding with 0.
+
+        Hidden states are the embedding, each layer's output, and the last one's after the norm.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: torch's attention keeps no weights to give.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
@@ -280,10 +291,17 @@ class MegahybridModel(MegahybridPreTrainedModel):
         cache = self._cache(past_key_values) if use_cache or past_key_values is not None else None
         seen = 0 if cache is None else cache.get_seq_length()
         places = self._places(inputs_embeds, attention_mask, position_ids, seen)
-        hidden = inputs_embeds
+        hidden, seen_by = inputs_embeds, [inputs_embeds]
         for layer in self.layers:
             hidden = layer(hidden, places, cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
+            if output_hidden_states:
+                seen_by.append(hidden)
+        hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*seen_by[:-1], hidden) if output_hidden_states else None,
+        )
 
     def _cache(self, cache: Cache | None) -> Cache:
         """A cache whose windowed layers forget; an empty one of transformers' is made such."""
@@ -294,8 +312,9 @@ class MegahybridModel(MegahybridPreTrainedModel):
                 f"{type(cache).__name__} holds one length for all layers; this model's differ. "
                 "Use DynamicCache (leave cache_implementation out)."
             )
-        if cache.get_seq_length() == 0:
-            windows = [scheme["window"] for scheme in self.config.layers()]
+        windows = [scheme["window"] for scheme in self.config.layers()]
+        held = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+        if cache.get_seq_length() == 0 and held != windows:
             cache.layers = [
                 DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
                 for window in windows
@@ -334,6 +353,7 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -343,6 +363,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -354,6 +376,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep]) * self.config.logit_scale
@@ -361,5 +385,16 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        """Windows before the first token: assisted decoding asks these layers to remember more."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        if isinstance(cache := model_kwargs.get("past_key_values"), DynamicCache):
+            self.model._cache(cache)
