@@ -183,7 +183,10 @@ def _one_backward(
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     heads = queries + 2 * keys
     again = policy in ("full", "offload")
-    anew = again * activation_bytes_per_token(model, "none", width, device) * tokens // tensor
+    anew = 0
+    if again:  # but for its input, where that has been kept
+        anew = activation_bytes_per_token(model, "none", width, device) * tokens // tensor
+        anew -= activation_bytes_per_token(model, policy, width, device) * tokens // tensor
     parallel = model.block == "parallel"
     if not (policy == "chunked" or (again and tokens > CHUNK_TOKENS)):
         # Beside the product, where that is computed again. Only the parallel block has the
