@@ -54,7 +54,8 @@ def against(plan: Plan, name: str, length: int) -> None:
     peak = plan.peak_gib()
     model, policies = build(plan, config, length, tokens.numel())
     mine = our_step(model, tokens, targets)
-    rounds = max(2, min(8, int(0.25 * plan.left() / (2 * once))))
+    most = 2 if plan.options.rehearse else 8
+    rounds = max(2, min(most, int(0.25 * plan.left() / (2 * once))))
     if not fits(lambda: [mine(), step()]):
         # Both do not fit beside each other: the peer's own steps stand alone.
         del model, mine
