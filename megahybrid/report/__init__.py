@@ -41,7 +41,7 @@ def write_page(directories: Sequence[Path], out: Path | None = None) -> Path:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"--html={out} cannot be written ({error.strerror}). Name a file that can be."
+            f"--out={out} cannot be written ({error.strerror}). Name a file that can be."
         ) from None
     return out
 

@@ -61,7 +61,7 @@ def _needle_map(
         "text": [[None if c is None else f"{c['exact']:.2f}" for c in row] for row in grid],
         "texttemplate": "%{text}", "customdata": texts, "xgap": 2, "ygap": 2,
         "hovertemplate": "%{x} tokens, depth %{y}<br>%{customdata}<extra></extra>",
-        "colorbar": {"thickness": 12, "title": {"text": "exact", "side": "right"}, "len": 1},
+        "colorbar": {"thickness": 12, "title": {"text": "exact match", "side": "right"}, "len": 1},
     }]  # fmt: skip
     plan = layout(
         axis("tokens of the whole question", type="category"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from megahybrid.report.kept import Kept, newest
+from megahybrid.report.kept import Kept, newest, typical
 from megahybrid.report.plots import Picture
 from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save
 
@@ -131,7 +131,7 @@ def by_length(rows: list[dict[str, Any]], title: str, trained: int | None) -> Fi
 
 def _of_attention(kept: Kept) -> list[tuple[str, str, Figure]]:
     drawn = []
-    for number, told in enumerate(kept.result["results"]):
+    for told in typical(kept.result):
         depth = f", needle at {told['depth']:.0%} depth" if "depth" in told else ""
         what = (
             f"{told['task']}, {told['length']:,} tokens{depth}, {told['trials']} examples "
@@ -140,14 +140,14 @@ def _of_attention(kept: Kept) -> list[tuple[str, str, Figure]]:
         figures = told["attention"]
         drawn.append(
             (
-                f"attention_{kept.name}_{number}",
+                f"attention_{kept.name}_{told['task']}",
                 f"Attention mass of question and answer by layer: {what}",
                 mass_bars(figures),
             )
         )
         drawn.append(
             (
-                f"heads_{kept.name}_{number}",
+                f"heads_{kept.name}_{told['task']}",
                 f"Share of each head's attention that is on the needle while answering: {what}",
                 head_map(figures),
             )

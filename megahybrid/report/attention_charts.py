@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from megahybrid.report.answer_charts import Found
@@ -15,29 +16,59 @@ from megahybrid.report.figures import (
     line,
     log_axis,
 )
-from megahybrid.report.kept import Kept
+from megahybrid.report.kept import Kept, typical
 from megahybrid.report.parts import Chart, Missing, Part, Table, listed, rounded
 
 
 def attention_parts(found: Found) -> list[Part]:
     """All attention charts of every run, or the command that would measure them."""
-    parts: list[Part] = []
-    several = len(found) > 1
+    drawn: list[list[Chart]] = []
+    rows: list[list[Any]] = []
+    missing: list[Missing] = []
     for record, kept in found:
         mine = [one for one in kept if one.kind == "attention"]
         for one in mine:
-            for number, told in enumerate(one.result["results"]):
-                place = f"{record.slug}-{one.name}-{number}"
-                parts += _charts(record.name if several else "", one, told, place)
+            results, tasks = one.result["results"], typical(one.result)
+            for told in tasks:
+                names = [record.name] * (len(found) > 1) + [told["task"]] * (len(tasks) > 1)
+                place = f"{record.slug}-{one.name}-{told['task']}"
+                drawn.append(_charts("".join(f"{name}: " for name in names), one, told, place))
+            if len(results) > len(tasks):
+                rows += _every(record.name, results)
         if not mine:
-            parts.append(
+            missing.append(
                 Missing(
                     f"what the heads look at ({record.name})",
                     "no checkpoint was analysed",
                     f"megahybrid analyse {record.directory}",
                 )
             )
-    return parts
+    # Charts of a kind together, so that runs and tasks stand beside one another.
+    parts: list[Part] = [chart for kind in zip(*drawn, strict=True) for chart in kind]
+    if rows:
+        head = ("run", "task", "tokens", "depths", "layers", *SEGMENT_COLOURS, "entropy, bits",
+                "distance", "sink", "retrieval")  # fmt: skip
+        caption = "Attention by length of the text (means over depths and over layers of a kind)"
+        parts.append(Table(head, rows, caption))
+    return parts + missing
+
+
+def _every(run: str, results: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """A row for each task, length and kind of layer: the charts show one length and depth."""
+    rows: list[list[Any]] = []
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for told in results:
+        groups.setdefault((told["task"], told["length"]), []).append(told)
+    for (task, length), group in groups.items():
+        depths = sorted({told["depth"] for told in group if "depth" in told})
+        where = f"{depths[0]:.0%}–{depths[-1]:.0%}" if depths else None
+        for kind in group[0]["attention"]["by_kind"]:
+            parts = [told["attention"]["by_kind"][kind] for told in group]
+            masses = [fmean(part["mass"][segment] for part in parts) for segment in SEGMENT_COLOURS]
+            names = ("entropy_bits", "distance", "sink", "retrieval")
+            others = [fmean(part[name] for part in parts) for name in names]
+            rows.append([run, task, length, where, kind, *masses, *others])
+    return rows
 
 
 def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
@@ -48,14 +79,13 @@ def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _charts(run: str, kept: Kept, told: dict[str, Any], place: str) -> list[Part]:
+def _charts(title: str, kept: Kept, told: dict[str, Any], place: str) -> list[Chart]:
     figures = told["attention"]
     depth = f", the sentence at {told['depth']:.0%} depth" if "depth" in told else ""
     where = (
         f"Task {told['task']}, {told['length']:,} tokens{depth}; {told['trials']} examples, "
         f"{told['exact']:.0%} of them answered, step {kept.step:,}."
     )
-    title = f"{run}: " if run else ""
     return [
         _mass(figures, f"mass-{place}", f"{title}Attention mass by layer", where),
         _entropy(figures, f"entropy-{place}", f"{title}Entropy by layer", where),

@@ -1,6 +1,7 @@
 """What commands and training kept in a run's `evaluations`, as JSON files."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,20 @@ def every(directory: Path) -> list[Kept]:
             raise MegahybridError(f"{path} is damaged ({error}). Remove it.") from None
         found.append(Kept(parts[2], parts[3], int(parts[1]), result))
     return sorted(found, key=lambda one: one.step)
+
+
+def typical(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One analysis of each task, to be drawn: of the longest texts not beyond the trained length
+    (else the shortest) the one whose needle lies nearest to the middle."""
+    found = []
+    results, trained = result["results"], result.get("trained_length", math.inf)
+    for task in dict.fromkeys(one["task"] for one in results):
+        mine = [one for one in results if one["task"] == task]
+        lengths = sorted({one["length"] for one in mine})
+        length = max((n for n in lengths if n <= trained), default=lengths[0])
+        fitting = [one for one in mine if one["length"] == length]
+        found.append(min(fitting, key=lambda one: abs(one.get("depth", 0.5) - 0.5)))
+    return found
 
 
 def newest(directory: Path) -> list[Kept]:

@@ -25,11 +25,12 @@ TIMES = (1, 2, 4, 8)
 
 def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> list[Part]:
     """Curves for each stage of each run and set, then the loss at multiples of its length."""
-    parts: list[Part] = []
+    parts: list[Part] = _compared(records) if len(records) > 1 else []
     for record in records:
         sets = [name for name in record.held_out_sets() if record.at_stage_ends(name)]
-        for held_out in sets:
-            parts += _before_and_after(record, held_out, len(records) > 1)
+        if len(records) == 1:
+            for held_out in sets:
+                parts += _before_and_after(record, held_out)
         if not sets:
             parts.append(
                 Missing(
@@ -38,8 +39,6 @@ def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> 
                     "data.held_out: {NAME: {path: …}} in the run file",
                 )
             )
-    if len(records) > 1:
-        parts += _compared(records)
     if any(record.evaluations for record in records):
         parts.append(_multiples(records))
     rows: list[list[Any]] = []
@@ -76,7 +75,7 @@ def _reach_rows(record: RunRecord, kept: Kept) -> list[list[Any]]:
     ]
 
 
-def _before_and_after(record: RunRecord, held_out: str, several: bool) -> list[Part]:
+def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
     """A small chart for each stage; all share their axes, so that eyes can go from one to next."""
     evaluations = record.at_stage_ends(held_out)
     curves = [_curve(one) for one in evaluations]
@@ -99,7 +98,6 @@ def _before_and_after(record: RunRecord, held_out: str, several: bool) -> list[P
         trained = next((s.longest for s in record.stages if s.name == one.stage), None)
         if trained:
             plan |= _mark(trained, "trained to")
-        where = f"{record.name}: {held_out}" if several else held_out
         before_words = "The dashed line is the same before the stage." if number else (
             f"Before it, an untrained model: ln(vocabulary) = {chance:.2f} at every position."
             if chance else "")  # fmt: skip
@@ -110,33 +108,53 @@ def _before_and_after(record: RunRecord, held_out: str, several: bool) -> list[P
         )
         name = f"position-{record.slug}-{held_out}-{number}"
         parts.append(
-            Chart(name, f"{where} · stage {one.stage}", says, {"data": data, "layout": plan},
+            Chart(name, f"{held_out} · stage {one.stage}", says, {"data": data, "layout": plan},
                   _buckets_table(one))
         )  # fmt: skip
     return parts
 
 
 def _compared(records: Sequence[RunRecord]) -> list[Part]:
-    """The last curve of every run on one chart, for each set that several have."""
+    """For each set the last curve of every run on one chart, then what each stage did to a run."""
     parts: list[Part] = []
     names = [name for record in records for name in record.held_out_sets()]
     for held_out in dict.fromkeys(names):
         last = [(r, r.at_stage_ends(held_out)[-1]) for r in records if r.at_stage_ends(held_out)]
-        if len(last) < 2:
-            continue
         data = [
             _line(_curve(one), record.name, colour(number), "solid", SYMBOLS[number % 6])
             for number, (record, one) in enumerate(last)
         ]
         longest = max(bucket["stop"] for _, one in last for bucket in one.by_position)
         plan = layout(context_axis(longest), axis("loss, nats per token"), height=380)
-        parts.insert(
-            0,
+        parts.append(
             Chart(f"position-all-{held_out}", f"{held_out} · all runs",
-                  f"Held-out text “{held_out}” after each run's last scored stage, by tokens of "
-                  "context.", {"data": data, "layout": plan}),
+                  f"Held-out text “{held_out}” after each run's last scored stage: loss of a token "
+                  "by how many tokens came before it in its document.",
+                  {"data": data, "layout": plan}),
         )  # fmt: skip
+        parts += [_stages(record, held_out) for record, _ in last]
     return parts
+
+
+def _stages(record: RunRecord, held_out: str) -> Chart:
+    """One run's curves after each of its stages."""
+    evaluations = record.at_stage_ends(held_out)
+    data = [
+        _line(_curve(one), f"after {one.stage}", colour(number), "solid", SYMBOLS[number % 6])
+        for number, one in enumerate(evaluations)
+    ]
+    longest = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    plan = layout(context_axis(longest), axis("loss, nats per token"), height=320)
+    trained = max(stage.longest for stage in record.stages)
+    says = (
+        f"{record.name} on “{held_out}” after each of its stages. Right of the mark the model "
+        "never saw so much context in training."
+    )
+    return Chart(
+        f"position-{record.slug}-{held_out}", f"{record.name}: {held_out}, by stage", says,
+        {"data": data, "layout": plan | _mark(trained, "trained to")},
+        _buckets_table(evaluations[-1]),
+    )  # fmt: skip
 
 
 def _multiples(records: Sequence[RunRecord]) -> Part:

@@ -25,8 +25,8 @@ def test_report_shows_the_newest_needles_ruler_puzzles_and_attention(run: Path) 
     ]  # fmt: skip
     written = write_report(run)
     for name in (
-        "needle_long_single", "ruler_long_ruler", "puzzle_long_pairs", "attention_needle_0",
-        "heads_needle_0",
+        "needle_long_single", "ruler_long_ruler", "puzzle_long_pairs", "attention_needle_needle",
+        "heads_needle_needle",
     ):  # fmt: skip
         picture = next(path for path in written if path.stem == name)
         image = Image.open(picture)

@@ -1,5 +1,6 @@
 """The one page: opened in a real browser, from a file, as a colleague would."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from megahybrid.errors import ConfigError
-from megahybrid.report import write_page
+from megahybrid.report import write_page, write_report
 from megahybrid.report.figures import thinned
 from megahybrid.report.markup import number_text
 from megahybrid.report.page import content, read_runs
@@ -24,7 +25,7 @@ CHARTS = {
     "needle-demo-long-single", "by-length-demo-long-ruler", "by-length-demo-long-puzzles",
     "suite-demo-long", "data-sources", "data-lengths",
     *(f"telemetry-demo-{name}" for name in ("entropy_bits", "distance", "sink", "max_logit")),
-    *(f"{name}-demo-needle-0" for name in ("mass", "entropy", "heads", "keys", "lags")),
+    *(f"{name}-demo-needle-needle" for name in ("mass", "entropy", "heads", "keys", "lags")),
 }  # fmt: skip
 
 
@@ -54,6 +55,31 @@ def test_every_figure_is_what_plotly_expects(runs: list[Path]) -> None:
         assert figures.keys() >= (CHARTS if several == runs[:1] else {"loss"})
         for figure in figures.values():
             go.Figure(figure)  # raises for a property that plotly does not know
+
+
+def test_many_analyses_are_a_table_and_charts_of_one_length_and_depth(tmp_path: Path) -> None:
+    run = write_answers(write_run(tmp_path / "demo"))
+    (path,) = (run / "evaluations").glob("step-00000196.attention.*")
+    told = json.loads(path.read_text())
+    one = told["results"][0]
+    told["trained_length"] = 4096
+    told["results"] = [
+        one | {"length": length, "depth": depth, "trials": 7}
+        for length in (256, 4096, 8192) for depth in (0.1, 0.4, 0.9)
+    ]  # fmt: skip
+    path.write_text(json.dumps(told))
+    html, figures = content(read_runs([run]))[:2]
+    assert {name for name in figures if name.startswith("mass")} == {"mass-demo-needle-needle"}
+    assert "4,096 tokens, the sentence at 40% depth; 7 examples" in html
+    assert html.count("<td>10%–90%</td>") == 6  # three lengths, two kinds of layers
+    assert len([path for path in write_report(run) if path.stem.startswith("heads_")]) == 1
+
+
+def test_runs_side_by_side_share_a_chart_of_loss_by_position(runs: list[Path]) -> None:
+    figures = content(read_runs(runs))[1]
+    assert [line["name"] for line in figures["position-all-sample"]["data"]] == ["demo", "plain"]
+    stages = [line["name"] for line in figures["position-plain-sample"]["data"]]
+    assert len(stages) == 3 and all(name.startswith("after ") for name in stages)
 
 
 def test_the_page_says_what_the_run_was_and_how_it_went(page: Path) -> None:
