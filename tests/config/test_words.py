@@ -11,7 +11,10 @@ GLOBAL = "model.layer_plan.schemes.global"
 READING = [
     (f"{LOCAL}.windw=64", f"{LOCAL}.windw is not a field. Did you mean 'window'?"),
     ("parallel.tensr=6", "parallel.tensr is not a field. Did you mean 'tensor'?"),
-    ("parallel.xyz=6", "parallel.xyz is not a field. The fields here are tensor, zero_stage, offload."),
+    (
+        "parallel.xyz=6",
+        "parallel.xyz is not a field. The fields here are tensor, zero_stage, offload.",
+    ),
     ("modle.a=1", "modle is not a field. Did you mean 'model'?"),
     (
         "stages.1.learning_rate.decay_tokens=5",
