@@ -56,10 +56,9 @@ class Block(nn.Module):
 
     def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
         """One layer on this rank's part of the sequence."""
-        compiled = self._regions is not None and not self._chunks(hidden)
-        if compiled and context.mixing is None and torch.is_grad_enabled():
-            assert self._regions is not None
-            enter, leave = self._regions
+        regions = None if self._chunks(hidden) else self._regions
+        if regions is not None and context.mixing is None and torch.is_grad_enabled():
+            enter, leave = regions
             # Made out here, once per batch: a compiled region sees tensors alone.
             (q, k, v), rest = enter(hidden, self.attention.places(context))
             return leave(hidden, self.attention.attended(q, k, v, context), *rest)
