@@ -60,7 +60,8 @@ def test_the_engine_trains_an_mlp_in_chunks_at_every_zero_stage() -> None:
     cases = [
         Case(model("rnope_swa", "parallel"), 2, 1, 3, recompute="chunked"),
         Case(model("rms-shared", "pre_norm", "rms"), 2, 1, 2, recompute="full"),
-        Case(model("rope", "post_norm"), 2, 1, 3, recompute="offload"),
+        Case(model("rope", "post_norm"), 1, 2, 3, recompute="offload"),
+        Case(model("rms-shared", "parallel"), 1, 2, 3, recompute="chunked"),
     ]
     runs = distributed.run(2, runs_in_chunks, cases)
     for index, case in enumerate(cases):
