@@ -2,10 +2,10 @@
 
     python -m benchmarks.soak [--minutes 10] [--every 20] [--seed 1]
 
-Two ranks train tests/train/example.py's model, made longer. Faults: a rank is killed, a rank hangs
-(the launcher starts them again), the launcher is killed, the run is asked to stop (both: the same
-command again). Afterwards the losses are compared with those of the same run left alone, bit for
-bit. Prints JSON.
+Two ranks train tests/train/example.py's model, made longer. Faults, in shuffled rounds so that each
+has its turn: a rank is killed, a rank is stopped (the launcher's watchdog finds it; it starts both
+again), the launcher is killed, the run is asked to stop (both: the same command again). Afterwards
+the losses are compared with those of the same run left alone, bit for bit. Prints JSON.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tests.train.example import write_example
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("a rank is killed", "a rank hangs", "the launcher is killed", "asked to stop")
+OUTPUT = "output.txt"  # of all launchers
 # As `train --max-restarts` does, less patient with a rank that gives no sign.
 LAUNCHER = """
 import sys
@@ -35,7 +36,7 @@ from megahybrid.config.site import Watchdog
 from megahybrid.train.local import train_local
 name, *words = sys.argv[1:]
 command = ["-m", "megahybrid", "train", "run.yaml", f"directory={name}", *words]
-sys.exit(train_local(command, 2, Path(name), 1000, Watchdog(silent=6)))
+sys.exit(train_local(command, 2, Path(name), 1000, Watchdog(silent=10)))
 """
 
 
@@ -65,12 +66,14 @@ def soak(folder: Path, asked: argparse.Namespace) -> dict:
     end = time.monotonic() + 60 * asked.minutes
     process = _start(folder, "run", asked)
     _step_after(run, 0, process)
+    kinds: list[str] = []
     while time.monotonic() < end:
         time.sleep(draw.uniform(0.5, 1.5) * asked.every)
-        kind = draw.choice(KINDS)
-        began, reached = time.monotonic(), _steps(run)
+        kinds = kinds or draw.sample(KINDS, len(KINDS))
+        kind = kinds.pop()
+        began, attempt = time.monotonic(), _attempt(run)
         process = _fault(kind, process, draw, run, folder, asked)
-        _step_after(run, reached, process)
+        _step_after(run, attempt, process)
         recoveries[kind].append(time.monotonic() - began)
     process.send_signal(signal.SIGTERM)
     process.wait(120)
@@ -89,6 +92,7 @@ def soak(folder: Path, asked: argparse.Namespace) -> dict:
             for kind, times in recoveries.items()
             if times
         },
+        "hangs that the watchdog named": (folder / OUTPUT).read_text().count("hang: rank"),
         "steps that hold": len(held),
         "steps executed": executed,
         "useful": round(len(held) / executed, 4),
@@ -112,17 +116,10 @@ def _start(folder: Path, name: str, asked: argparse.Namespace, *more: str) -> su
         "    trainer.Trainer._advance = pause\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{ROOT}"}
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-c", LAUNCHER, name, "parallel.tensor=2"),
-            f"checkpoint.every_steps={asked.save_every}",
-            *more,
-        ],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-c", LAUNCHER, name, "parallel.tensor=2"]
+    command += [f"checkpoint.every_steps={asked.save_every}", *more]
+    with open(folder / OUTPUT, "a") as output:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
 
 
 def _fault(
@@ -152,19 +149,25 @@ def _steps(run: Path) -> int:
     return sum(isinstance(line, StepLine) for line in read_every_line(path))
 
 
-def _step_after(run: Path, reached: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
-    # A step may have been on its way when the fault came.
-    while _steps(run) <= reached + 1:
+def _attempt(run: Path) -> int:
+    """Of the newest step line; 0 before there is one."""
+    lines = read_every_line(run / LEDGER_NAME) if (run / LEDGER_NAME).exists() else []
+    return max((line.attempt for line in lines if isinstance(line, StepLine)), default=0)
+
+
+def _step_after(run: Path, attempt: int, process: subprocess.Popen) -> None:
+    """Until a later attempt has made a step: ranks that the fault met may still write one."""
+    deadline = time.monotonic() + 300
+    while _attempt(run) <= attempt:
         assert process.poll() is None, f"the run ended with {process.returncode}"
-        assert time.monotonic() < deadline, "no step in three minutes"
+        assert time.monotonic() < deadline, "no step in five minutes"
         time.sleep(0.1)
 
 
 def _undisturbed(folder: Path, steps: int, asked: argparse.Namespace) -> list[StepLine]:
     """As many steps, in one go."""
     run = folder / "undisturbed"
-    quick = argparse.Namespace(**{**vars(asked), "pause": 0})
+    quick = argparse.Namespace(**{**vars(asked), "pause": 0, "save_every": 10**6})
     process = _start(folder, "undisturbed", quick, "evaluate.every_steps=null")
     while _steps(run) < steps:
         assert process.poll() is None
