@@ -67,6 +67,9 @@ class Supervisor:
             self.tell(f"{self.run / STOP_NOW} is there: not started")
             self._end_chain()
             return EXIT_RESUME
+        if (other := self._held_by()) is not None:
+            self.tell(f"job {other} is at work in {self.run}: not started beside it")
+            return EXIT_USER_MISTAKE
         self.attempt.logs.mkdir(parents=True, exist_ok=True)
         nodes = slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"])
         self._explain_lost()
@@ -96,6 +99,15 @@ class Supervisor:
     # What Slurm tells us. A handler only notes; the watch acts.
     def _note(self, number: int, _frame: object) -> None:
         self.signals.append(signal.Signals(number).name)
+
+    def _held_by(self) -> str | None:
+        """Another job, submitted by hand perhaps, whose ranks are at work on this run."""
+        with contextlib.suppress(SlurmError):
+            for one in attempts(self.run)[-1:]:
+                found = slurm.queue().get(one.job) if one.ended is None else None
+                if one.job != self.number and found and found.state == "RUNNING":
+                    return one.job
+        return None
 
     def _lost_in_a_row(self) -> int | None:
         """How many attempts ended without a word and without a checkpoint, where that is too many:

@@ -1,4 +1,4 @@
-"""The ranks' watch, with a process that stands for srun."""
+"""The batch process without a Slurm, a sleeping process in the place of srun."""
 
 import json
 import subprocess
@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from launch import attempt as attempts
+from launch import slurm
 from launch.attempt import Attempt
+from launch.records import read_records, record
+from launch.slurm import Queued
+from launch.supervise import Supervisor
 from launch.watch import RankWatch
 from megahybrid.config.base import parse
 from megahybrid.config.site import Site
@@ -39,3 +43,15 @@ def test_a_failed_rank_is_no_hang_where_srun_does_not_end_the_others(
     said = RankWatch(_attempt(tmp_path), []).until_end(srun)
     assert srun.poll() is not None
     assert said is None if failed else "ranks 0, 1 gave no sign" in said
+
+
+def test_a_second_job_submitted_by_hand_does_not_start_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, "start", job="6", attempt=0, nodes=["n1"], checkpoint=None)
+    job = _attempt(tmp_path).job
+    state = {"6": Queued("6", "6", "RUNNING", "None", "n1", "1:00", "6", "x")}
+    monkeypatch.setattr(slurm, "queue", lambda: state)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert Supervisor(job, {"SLURM_JOB_ID": "7"}).go() == 2
+    assert len(read_records(tmp_path)) == 1
