@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from data_prep.compressed import BOMB_BYTES, BOMB_RATIO, kind_of, open_stretch, scan
-from data_prep.zip_salvage import SalvagedZip, members_told
+from data_prep.zip_salvage import SalvagedZip, lists_all
 
 BLOCK = 512
 SEARCH_BYTES = 2**20
@@ -105,7 +105,7 @@ def _zip(path: str, size: int, mtime_ns: int) -> zipfile.ZipFile | SalvagedZip:
     listed = found.infolist()
     # Members that share their bytes unpack to any size without one of them standing out.
     shared = sum(info.compress_size for info in listed) > size
-    return SalvagedZip(Path(path)) if shared or len(listed) != members_told(path) else found
+    return SalvagedZip(Path(path)) if shared or not lists_all(path, len(listed)) else found
 
 
 def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:

@@ -20,18 +20,18 @@ MOST_NAME = 1024  # characters: the length in a broken header means nothing
 BROKEN = (0, 0, 1, None)  # nothing has the checksum 0
 
 
-def members_told(path: str | Path) -> int:
-    """How many members the end of a .zip says that there are."""
+def lists_all(path: str | Path, members: int) -> bool:
+    """Whether `members` is how many the end of a .zip says that there are."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - MOST_END))
         raw = file.read()
-        at = raw.rfind(END_MAGIC)
-        count = struct.unpack_from("<H", raw, at + 10)[0]
-        wide = raw.rfind(WIDE_END_MAGIC, 0, at)
-    if count == 0xFFFF and wide >= 0:
-        return int(struct.unpack_from("<Q", raw, wide + 32)[0])
-    return int(count)
+    at = raw.rfind(END_MAGIC)
+    told = int.from_bytes(raw[at + 10 : at + 12], "little")
+    wide = raw.rfind(WIDE_END_MAGIC, 0, max(0, at))
+    if told == 0xFFFF and wide >= 0:
+        return members == int.from_bytes(raw[wide + 32 : wide + 40], "little")
+    return members % 2**16 == told  # old writers let the count run over
 
 
 class SalvagedZip:
