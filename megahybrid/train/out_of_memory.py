@@ -38,12 +38,13 @@ def explain_out_of_memory(run: RunConfig, rank: int, world_size: int) -> str:
         f"{name} {getattr(plan, name) / 2**30:.1f}"
         for name in ("weights", "gradients", "optimizer", "activations", "working")
     )
+    host = ", or set parallel.offload: moments" if run.parallel.offload == "none" else ""
     return (
         f"rank {rank}: out of memory at a peak of {memory_gib(_device()):.1f} GiB{_there()}; stage "
         f"{stage.name} needs {plan.total / 2**30:.1f} GiB by plan ({parts}). Lower "
         f"stages.{index}.micro_batch_tokens={stage.micro_batch_tokens}, set stages.{index}."
         f"recompute: full, or raise parallel.tensor={tensor} or "
-        f"parallel.zero_stage={run.parallel.zero_stage}."
+        f"parallel.zero_stage={run.parallel.zero_stage}{host}."
     )
 
 
