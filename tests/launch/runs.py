@@ -54,7 +54,7 @@ _PROGRESS = r"( \| (step \d+ loss [\d.]+)? ?(ckpt \d+)?)?"
 STATUS = re.compile(
     r"run[^:]*: (?:"
     r"(RUNNING|COMPLETING|CONFIGURING|SUSPENDED) job [\d_]+( try \d+)? t\S* "
-    r"(preparing|(start|compile|data|step|evaluate|save) age \d+s)( step \d+ loss [\d.]+)? "
+    r"(preparing|ending|(start|compile|data|step|evaluate|save) age \d+s)( step \d+ loss [\d.]+)? "
     r"(no ckpt|ckpt \d+) left [\d:-]+( \| .*)?"
     r"|PENDING job \S+( \(\+\d+ in the chain\))? \([^()]+\)( after attempt \d+: .+)?"
     + _PROGRESS
