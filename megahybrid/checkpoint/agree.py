@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megahybrid.checkpoint.ranks import Ranks
-from megahybrid.errors import CheckpointError
+from megahybrid.errors import CheckpointError, MegahybridError
 
 Answer = dict[str, Any]
 
@@ -18,7 +18,7 @@ def perform(action: Callable[[], Any]) -> Answer:
     answer: Answer = {"value": None, "refused": None, "wrong": None, "broken": None}
     try:
         answer["value"] = action()
-    except CheckpointError as error:
+    except MegahybridError as error:
         answer["wrong"] = str(error)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

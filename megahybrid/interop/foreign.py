@@ -85,7 +85,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 for file in found.values()
                 if Path(file).name != file or not file.endswith(".safetensors")
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InteropError(f"{index} is damaged ({error}). Copy it again.") from None
         if wrong:
             raise InteropError(f"{index} names {wrong[0]!r}, which is no safetensors file here.")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megahybrid.checkpoint.reader import verify
 from megahybrid.config import load
 from megahybrid.config.base import dump_yaml
-from megahybrid.errors import ConfigError, InteropError
+from megahybrid.errors import ConfigError, InteropError, MegahybridError
 from megahybrid.interop import foreign
 from megahybrid.interop.bring_in import import_model
 from megahybrid.interop.export import export
@@ -334,6 +334,10 @@ def test_no_pickle_is_ever_read(beside: bool, tmp_path: Path) -> None:
         (folder / foreign.INDEX_NAME).write_text(json.dumps(index))
         with pytest.raises(InteropError, match="no safetensors file here"):
             import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
+        (folder / foreign.INDEX_NAME).unlink()
+        (folder / foreign.INDEX_NAME).mkdir()
+        with pytest.raises(InteropError, match="index.json is damaged"):
+            import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
     assert not canary.exists()
 
 
@@ -370,7 +374,7 @@ def test_what_has_no_word_is_refused_by_its_name(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "extra", "reshaped", "sinks"])
+@pytest.mark.parametrize("kind", ["missing", "extra", "reshaped", "whole", "sinks"])
 def test_tensors_are_neither_guessed_nor_dropped(kind: str, tmp_path: Path) -> None:
     name = "GraniteSWA" if kind == "sinks" else "Llama"
     folder = written(tmp_path / "theirs", name, LLAMA)
@@ -381,6 +385,8 @@ def test_tensors_are_neither_guessed_nor_dropped(kind: str, tmp_path: Path) -> N
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
     elif kind == "reshaped":
         tensors["model.norm.weight"] = torch.ones(31)
+    elif kind == "whole":
+        tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int32)
     else:
         tensors["model.layers.1.self_attn.sinks"][2] = 0.5
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -388,9 +394,10 @@ def test_tensors_are_neither_guessed_nor_dropped(kind: str, tmp_path: Path) -> N
         "missing": "has no model.layers.1.mlp.up_proj.weight",
         "extra": "has also model.layers.0.self_attn.q_proj.bias",
         "reshaped": "model.norm.weight has shape .31.",
+        "whole": "model.norm.weight is torch.int32, not floating point",
         "sinks": "no attention sinks",
     }[kind]
-    with pytest.raises(InteropError, match=words):
+    with pytest.raises(MegahybridError, match=words):
         import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
