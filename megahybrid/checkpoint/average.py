@@ -14,7 +14,9 @@ import numpy as np
 
 from megahybrid.checkpoint.compare import CHUNK_ELEMENTS, row_boxes
 from megahybrid.checkpoint.directory import Owner, check_model
+from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.fragments import Array, Box, Fragment, volume, whole
+from megahybrid.checkpoint.manifest import MANIFEST_NAME
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
 from megahybrid.errors import CheckpointError
@@ -25,8 +27,14 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
 
     Summed in float64, rounded once, a few million elements at a time. Position in the data, stage
     and config are the newest one's; `train_state.averaged` lists what went in. Every byte of every
-    input is verified first. Raises CheckpointError where they are of different models.
+    input is verified first. Raises CheckpointError where they are of different models, or where
+    `out` holds a checkpoint already: a run that found a mean in its place could not go on.
     """
+    if candidates(out) or (out / MANIFEST_NAME).exists():
+        raise CheckpointError(
+            f"--out={out} holds checkpoints already, and the mean would stand among them or in the "
+            "place of one. Name another folder."
+        )
     shares = [1.0] * len(paths) if shares is None else list(shares)
     if len(shares) != len(paths) or not (
         all(share > 0 for share in shares) and math.isfinite(sum(shares))
@@ -64,8 +72,11 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
             config=newest.config,
             states=("weight",),
         )
-        stack.enter_context(Owner(out))
-        check_model(out, newest.model_fingerprint)
+        try:
+            stack.enter_context(Owner(out))
+            check_model(out, newest.model_fingerprint)
+        except OSError as error:
+            raise CheckpointError(f"--out={out} cannot be written ({error.strerror}).") from None
         return save(out, snapshot, keep_last=10**9)
 
 

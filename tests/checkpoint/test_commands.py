@@ -127,6 +127,16 @@ def test_what_cannot_be_averaged_is_refused(
     assert "is of another model" in told and "the newest is another" in told
     told = call(capsys, "average", one, one, "--out", out, "--shares", 1, code=2)
     assert "--shares gives 1 numbers (1) for 2 checkpoints" in told
+    told = call(capsys, "average", one, one, "--out", out, "--shares", 1e308, 1e308, code=2)
+    assert "--shares gives 2 numbers (1e+308, 1e+308)" in told
+    before = verify(one)
+    for place in (tmp_path / "a", one):
+        told = call(capsys, "average", one, one, "--out", place, code=2)
+        assert f"--out={place} holds checkpoints already" in told
+    assert verify(one) == before
+    (tmp_path / "file").touch()
+    told = call(capsys, "average", one, "--out", tmp_path / "file", code=2)
+    assert "file cannot be written (File exists)" in told
     flip(one / FILE, -1)
     with pytest.raises(CheckpointError, match="is damaged"):
         average([one], out)
