@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from data_prep.compressed import BOMB_BYTES, BOMB_RATIO, kind_of, open_stretch, scan
-from data_prep.zip_salvage import SalvagedZip, lists_all
+from data_prep.zip_salvage import SalvagedZip, is_sound
 
 BLOCK = 512
 SEARCH_BYTES = 2**20
@@ -102,10 +102,7 @@ def _zip(path: str, size: int, mtime_ns: int) -> zipfile.ZipFile | SalvagedZip:
         found = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return SalvagedZip(Path(path))
-    listed = found.infolist()
-    # Members that share their bytes unpack to any size without one of them standing out.
-    shared = sum(info.compress_size for info in listed) > size
-    return SalvagedZip(Path(path)) if shared or not lists_all(path, len(listed)) else found
+    return found if is_sound(path, found.infolist()) else SalvagedZip(Path(path))
 
 
 def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
@@ -113,7 +110,8 @@ def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
     if start == 0 and isinstance(archive, SalvagedZip):
         yield Member("", problem="broken or truncated zip", offset=archive.end)
     for info in archive.infolist()[start:stop]:
-        if info.filename.endswith("/") or stat.S_ISLNK(info.external_attr >> 16):
+        folder = info.filename.endswith("/") and not info.file_size
+        if folder or stat.S_ISLNK(info.external_attr >> 16):
             continue
         name = _shown(info.filename)
         if problem := _zip_problem(archive, info):

@@ -3,6 +3,7 @@
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,18 +21,28 @@ MOST_NAME = 1024  # characters: the length in a broken header means nothing
 BROKEN = (0, 0, 1, None)  # nothing has the checksum 0
 
 
-def lists_all(path: str | Path, members: int) -> bool:
-    """Whether `members` is how many the end of a .zip says that there are."""
+def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
+    """Whether a directory that could be read is one of this file: as many members as its end says,
+    which begin where it says and do not share their bytes."""
     with open(path, "rb") as file:
         size = file.seek(0, 2)
+        for info in (*listed[:1], *listed[-1:]):
+            if info.header_offset < 0:
+                return False
+            file.seek(info.header_offset)
+            if file.read(len(LOCAL_MAGIC)) != LOCAL_MAGIC:
+                return False
         file.seek(max(0, size - MOST_END))
         raw = file.read()
+    # Members that share their bytes unpack to any size without one of them standing out.
+    if sum(info.compress_size for info in listed) > size:
+        return False
     at = raw.rfind(END_MAGIC)
     told = int.from_bytes(raw[at + 10 : at + 12], "little")
     wide = raw.rfind(WIDE_END_MAGIC, 0, max(0, at))
     if told == 0xFFFF and wide >= 0:
-        return members == int.from_bytes(raw[wide + 32 : wide + 40], "little")
-    return members % 2**16 == told  # old writers let the count run over
+        return len(listed) == int.from_bytes(raw[wide + 32 : wide + 40], "little")
+    return len(listed) % 2**16 == told  # old writers let the count run over
 
 
 class SalvagedZip:

@@ -184,6 +184,8 @@ def test_zip_without_its_directory_gives_every_whole_member(tmp_path: Path, writ
             list(TEXTS.values()),
             [("", directory, "broken or truncated zip")],
         )
+    path.write_bytes(raw[:-4] + b"\xff" + raw[-3:])  # where the directory begins
+    assert read(path)[0] == list(TEXTS.values())
     third, fourth = (raw.index(name.encode()) - 30 for name in list(TEXTS)[3:5])
     for broken in (
         raw[: third + 5] + b"\xff" * 40 + raw[third + 45 : directory],  # its header and more
