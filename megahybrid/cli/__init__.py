@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megahybrid.cli.models import add_checkpoint_commands, add_interop_commands
 from megahybrid.cli.runs import add_run_commands, add_study_command
@@ -16,7 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(words)
     parsed.words = words  # for ranks that are started with the same command
-    # argparse ends a list of overrides at the first option; they may stand behind it as well.
+    # argparse ends a list of overrides at the first option, and takes an optional suite only ahead
+    # of it; both may stand behind it as well.
+    if rest and "suite" in parsed and parsed.suite is None and not rest[0].startswith("-"):
+        parsed.suite = Path(rest.pop(0))
     strays = [word for word in rest if word.startswith("-") or "=" not in word]
     if strays or (rest and "overrides" not in parsed):
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")

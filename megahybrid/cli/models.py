@@ -45,8 +45,10 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     )
     analyse.add_argument("--examples", type=Path, metavar="FILE.json", help="your own token ids")
     analyse.add_argument("--length", type=int, metavar="N", help="tokens (default: as trained)")
-    analyse.add_argument("--depth", type=float, default=0.5, help="of the needle: 0 to 1")
-    analyse.add_argument("--trials", type=int, default=8, metavar="N", help="texts to average over")
+    analyse.add_argument("--depth", type=float, help="of the needle: 0 to 1 (default: 0.5)")
+    analyse.add_argument(
+        "--trials", type=int, metavar="N", help="texts to average over (default: 8)"
+    )
     analyse.add_argument(
         "--threshold", type=float, default=0.1, help="needle mass of a retrieval head"
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from megahybrid.config.suite import NeedleTask, RulerTask, Suite, SyntheticTask, Task
+from megahybrid.errors import ConfigError
 from megahybrid.evaluate.answers import by_labels, score_answers
 from megahybrid.evaluate.example import Example, same_length
 from megahybrid.evaluate.generation import greedy
@@ -35,7 +36,13 @@ def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Ex
                     draw = drawn(seed, name, length, str(depth), trial)
                     found.append(maker.make(length, depth, draw))
     elif isinstance(task, SyntheticTask):
-        ids = Alphabet(*(task.ids or (0, material.vocab_size)))
+        first, stop = task.ids or (0, material.vocab_size)
+        if not 0 <= first < stop <= material.vocab_size:
+            raise ConfigError(
+                f"tasks.{name}.ids={[first, stop]} reach beyond the vocabulary "
+                f"({material.vocab_size} ids). Use a range within [0, {material.vocab_size}]."
+            )
+        ids = Alphabet(first, stop)
         for length in task.lengths:
             for trial in range(task.trials):
                 draw = drawn(seed, name, length, trial)

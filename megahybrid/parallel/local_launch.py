@@ -103,8 +103,7 @@ def launch_local(
     `hung` is asked now and then; when it names a rank and a reason, every rank is sent
     `stacks_signal` (to write down where it stands) and then killed.
     Signals sent to the launcher reach every rank; `stopping` says what they then do. The rendezvous
-    store lives in this process on a
-    port the system chose, so two launches never compete for one.
+    store lives in this process on a port the system chose, so two launches never compete for one.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     log_directory.mkdir(parents=True, exist_ok=True)

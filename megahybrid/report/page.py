@@ -16,7 +16,7 @@ from megahybrid.config import dump
 from megahybrid.errors import ConfigError, MegahybridError
 from megahybrid.report.kept import Kept, every
 from megahybrid.report.markup import section_html, table_html
-from megahybrid.report.parts import Missing, Section, listed
+from megahybrid.report.parts import Missing, Section, finite, listed
 from megahybrid.report.record import RunRecord, read_record
 from megahybrid.report.sections import not_measured, sections
 from megahybrid.report.summary import comparison, key_figures, sentences
@@ -48,7 +48,7 @@ def content(records: Sequence[RunRecord]) -> tuple[str, dict[str, Any], dict[str
     body = "".join(section_html(section, figures) for section in parts)
     main = _head(records, newest) + body + _missing(parts)
     data = {"runs": [_numbers(r, kept) for r, kept in zip(records, newest, strict=True)]}
-    return main, figures, data
+    return main, finite(figures), finite(data)
 
 
 def page(records: Sequence[RunRecord], live: str = "") -> str:

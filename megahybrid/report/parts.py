@@ -68,6 +68,15 @@ def _rounded(value: float | int | None) -> float | int | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
+def finite(value: Any) -> Any:
+    """A JSON value with None for each number that is not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def listed(names: Sequence[str], most: int = 6) -> str:
     """ "a", "a and b", "a, b and c"; beyond `most` the rest is counted."""
     names = list(names)

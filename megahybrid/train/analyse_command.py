@@ -29,8 +29,8 @@ def analyse(
     suite_file: Path | None = None,
     examples_file: Path | None = None,
     length: int | None = None,
-    depth: float = 0.5,
-    trials: int = 8,
+    depth: float | None = None,
+    trials: int | None = None,
     threshold: float = RETRIEVAL,
     tokenizer: Path | None = None,
     changes: Sequence[str] = (),
@@ -39,18 +39,24 @@ def analyse(
     """Print attention mass, entropy and retrieval heads, and keep them in the run's `evaluations`.
 
     Examples are those of the suite's needle and synthetic tasks, or of a JSON list of {tokens,
-    question, answer, needles}, or `trials` needles at `depth` in texts of `length` tokens (default:
-    the stage's longest). Those of one task, length and depth are averaged. Raises MegahybridError,
+    question, answer, needles}, or `trials` (8) needles at `depth` (0.5) in texts of `length` tokens
+    (the stage's longest). Those of one task, length and depth are averaged. Raises MegahybridError,
     one line, for whatever the user can mend. Returns the exit code.
     """
     if suite_file is not None and examples_file is not None:
         raise ConfigError("--examples and a suite were given (2 sources). Give one of them.")
+    source = suite_file or examples_file
+    for option, value in (("--length", length), ("--depth", depth), ("--trials", trials)):
+        if source is not None and value is not None:
+            raise ConfigError(f"{option}={value:g} says nothing to {source}. Leave it out.")
+    if not threshold >= 0:
+        raise ConfigError(f"--threshold={threshold:g} is no share. Use 0 to 1.")
     trained = load_trained_model(path, mesh, changes)
     if examples_file is not None:
         groups = _own_examples(examples_file, trained.run.model.vocab_size)
         name = examples_file.stem
     else:
-        suite = _suite(trained, suite_file, length, depth, trials)
+        suite = _suite(trained, suite_file, length, 0.5 if depth is None else depth, trials)
         name = "needle" if suite_file is None else suite_file.stem
         material = material_of(trained.run, suite, tokenizer)
         groups = {}
@@ -76,7 +82,7 @@ def analyse(
 
 
 def _suite(
-    trained: TrainedModel, file: Path | None, length: int | None, depth: float, trials: int
+    trained: TrainedModel, file: Path | None, length: int | None, depth: float, trials: int | None
 ) -> Suite:
     if file is not None:
         return load(file, type=Suite)
@@ -86,7 +92,7 @@ def _suite(
         if value is not None and value < (8 if name == "--length" else 1):
             raise ConfigError(f"{name}={value} asks nothing. Use more.")
     task = NeedleTask(
-        kind="needle", lengths=[length or trained.length], depths=[float(depth)], trials=trials
+        kind="needle", lengths=[length or trained.length], depths=[depth], trials=trials or 8
     )
     return Suite(tasks={"needle": task})
 

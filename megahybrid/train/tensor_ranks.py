@@ -19,6 +19,7 @@ from megahybrid.parallel.mesh import (
     shutdown_distributed,
 )
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
+from megahybrid.train.out_of_memory import is_out_of_memory
 
 
 def on_tensor_ranks(
@@ -30,7 +31,7 @@ def on_tensor_ranks(
     this machine. Raises ConfigError where a launcher has started another number.
     """
     if tensor is None:
-        return work(ParallelMesh.single(choose_device(device, 0)))
+        return _within_memory(work, ParallelMesh.single(choose_device(device, 0)))
     if tensor < 1:
         raise ConfigError(f"--tensor={tensor} is no number of ranks. Use 1 or more.")
     place = find_rendezvous(os.environ)
@@ -42,6 +43,19 @@ def on_tensor_ranks(
             f"({place.world_size}). Use --tensor={place.world_size}, or start {tensor}."
         )
     return _rank(work, place, device)
+
+
+def _within_memory(work: Callable[[ParallelMesh], int], mesh: ParallelMesh) -> int:
+    """What `work` returns. Raises MegahybridError where `mesh` has too little memory for it."""
+    try:
+        return work(mesh)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MegahybridError(
+            f"out of memory on {mesh.device} with --tensor={mesh.tensor.size} "
+            f"({first_line(error)[:120]}). Use more ranks, or shorter texts."
+        ) from error
 
 
 def _start(command: Sequence[str], ranks: int) -> int:
@@ -82,7 +96,8 @@ def _rank(work: Callable[[ParallelMesh], int], place: Rendezvous, device: str) -
         os.dup2(silence, 2)
     try:
         world = initialise_distributed(device)
-        code = work(ParallelMesh.from_world(tensor=world.world_size, device=world.device))
+        mesh = ParallelMesh.from_world(tensor=world.world_size, device=world.device)
+        code = _within_memory(work, mesh)
         shutdown_distributed(ok=True)
         return code
     except MegahybridError as error:

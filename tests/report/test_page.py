@@ -75,6 +75,18 @@ def test_many_analyses_are_a_table_and_charts_of_one_length_and_depth(tmp_path: 
     assert len([path for path in write_report(run) if path.stem.startswith("heads_")]) == 1
 
 
+def test_results_of_a_broken_model_are_gaps(tmp_path: Path) -> None:
+    run = write_answers(write_run(tmp_path / "demo"))
+    for path in (run / "evaluations").glob("step-00000196.*"):
+        text = re.sub(r'("(?:log_likelihood|entropy_bits|needle|retrieval)": )[\d.-]+', r"\1NaN",
+                      path.read_text())  # fmt: skip
+        path.write_text(text)
+    main, *numbers = content(read_runs([run]))
+    json.dumps(numbers, allow_nan=False)
+    assert "NaN" not in main
+    assert write_report(run)
+
+
 def test_runs_side_by_side_share_a_chart_of_loss_by_position(runs: list[Path]) -> None:
     figures = content(read_runs(runs))[1]
     assert [line["name"] for line in figures["position-all-sample"]["data"]] == ["demo", "plain"]

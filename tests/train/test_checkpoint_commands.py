@@ -207,6 +207,12 @@ def test_suite_is_scored_and_kept_in_the_run(
     assert "RULER, share of references found" in text and str(kept) in text
     told_of = refused(capsys, "evaluate", trained.run, suite, "--length", "5")
     assert "--length=5 says nothing to a suite" in told_of
+    for option in (["--limit", "3"], ["--include", tmp_path], ["--beyond"]):
+        told_of = refused(capsys, "evaluate", trained.run, suite, *option)
+        assert f"{option[0]}" in told_of and "says nothing to a suite" in told_of
+    suite.write_text("tasks: {a: {kind: recall, lengths: [32], ids: [2, 4300]}}")
+    told_of = refused(capsys, "evaluate", trained.run, suite)
+    assert "tasks.a.ids=[2, 4300] reach beyond the vocabulary (310 ids)" in told_of
     suite.write_text("tasks: {a: {kind: recal, lengths: [32]}}")
     assert "recall" in refused(capsys, "evaluate", trained.run, suite)
 
@@ -231,8 +237,12 @@ def test_analyse_says_where_heads_look_for_a_suite_and_for_own_examples(
     assert len(told["attention"]["layers"][0]["heads"]) == 4
     own.write_text('[{"tokens": [1, 2]}]')
     assert "is not a JSON list of tokens" in refused(capsys, *command)
-    told_of = refused(capsys, "analyse", trained.run, "--depth", "2")
-    assert "--depth=2 is no share" in told_of
+    for option, words in (
+        (["--depth", "2"], "--depth=2 is no share"),
+        (["--threshold", "nan"], "--threshold=nan is no share"),
+        ([suite, "--trials", "3"], f"--trials=3 says nothing to {suite}"),
+    ):  # fmt: skip
+        assert words in refused(capsys, "analyse", trained.run, "--device", "cpu", *option)
 
 
 def test_layers_can_be_changed_for_a_look(

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megahybrid.errors import MegahybridError
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.tensor_ranks import on_tensor_ranks
 from tests.train.forked import Nursery, Ranks
 from tests.train.text_run import Trained, call, refused
 
@@ -113,3 +117,12 @@ def test_ranks_of_a_launcher_must_be_as_many(
     ranks = Ranks(nursery, ["evaluate", str(trained.run), "--tensor", "4"], 2, tmp_path)
     assert ranks.wait() == [2, 2]
     assert "--tensor=4 is not the number of ranks that torchrun has started (2)." in ranks.text()
+
+
+def test_too_little_memory_is_one_line() -> None:
+    def work(mesh: ParallelMesh) -> int:
+        torch.empty(2**60)
+        return 0
+
+    with pytest.raises(MegahybridError, match=r"^out of memory on cpu with --tensor=1 .*shorter"):
+        on_tensor_ranks(work, None, "cpu", [])
