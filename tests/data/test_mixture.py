@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megahybrid.data.batches import make_batch
@@ -264,6 +264,7 @@ def test_what_cannot_be_mixed_is_refused(
 once = st.sampled_from(["stop", "renormalise"])
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(1, 30)), min_size=1, max_size=30),
     once,
