@@ -1,1 +1,1 @@
-"""How well a model predicts: held-out loss, loss by position, plain sampling."""
+"""What a model knows and looks at: held-out loss, questions, attention, text that it writes."""

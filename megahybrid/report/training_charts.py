@@ -115,15 +115,15 @@ def _learning_rate(records: Records) -> Part:
 
 def _throughput(records: Records) -> Part:
     data, highest = [], 0.0
+    several = len(records) > 1
     for number, record in enumerate(records):
         tokens, speeds = record.column("tokens"), record.column("tokens_per_second")
         if np.isnan(speeds).all():
             continue
         x, y, _ = thinned(tokens, speeds)
-        data.append(
-            line(x, y, _name(record, records, "each step"), colour=colour(number), width=1,
-                 opacity=0.45, hovertemplate="%{y:,.0f}")
-        )  # fmt: skip
+        if not several:
+            data.append(line(x, y, "each step", colour=colour(0), width=1, opacity=0.45,
+                             hovertemplate="%{y:,.0f}"))  # fmt: skip
         medians, begin = [], 0
         for stage in record.stages:
             part = speeds[begin : begin + len(stage.steps)]
@@ -132,8 +132,8 @@ def _throughput(records: Records) -> Part:
         xs = [edge for stage in record.stages for edge in (stage.begin, stage.end, None)]
         ys = [value for median in medians for value in (median, median, None)]
         data.append(
-            line(xs, ys, _name(record, records, "median of the stage"), colour=colour(number + 1)
-                 if len(records) == 1 else colour(number), width=3, hovertemplate="%{y:,.0f}")
+            line(xs, ys, _name(record, records, "median of the stage"),
+                 colour=colour(number if several else 1), width=3, hovertemplate="%{y:,.0f}")
         )  # fmt: skip
         # One stalled step must not flatten all others against the axis.
         highest = max(highest, 1.25 * float(np.nanquantile(speeds, 0.98)))

@@ -15,7 +15,7 @@ from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.table import loss_table, position_table, reach_table
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss, open_held_out
-from megahybrid.train.material import keep
+from megahybrid.train.material import header, keep
 from megahybrid.train.trained_model import TrainedModel, known_tokenizer, load_trained_model
 
 TIMES = (1, 2, 4, 8)  # of the trained length
@@ -197,14 +197,4 @@ def _json(
         for rows, by_set in (("stream", stream), ("documents", far))
         for name, score in by_set.items()
     ]
-    return {
-        "checkpoint": str(trained.checkpoint),
-        "step": trained.step,
-        "tokens": trained.tokens,
-        "stage": trained.stage.name,
-        "trained_length": trained.length,
-        "device": trained.mesh.device.type,
-        "precision": trained.precision,
-        "changes": list(trained.changes),
-        "scores": scores,
-    }
+    return {**header(trained), "scores": scores}
