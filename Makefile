@@ -112,7 +112,7 @@ bench: $(DEVELOPMENT) ## our step against Hugging Face's Cohere2, growth with le
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.start_up
 
-bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU
+bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU (ARGS="--parts peers"; EXTRAS with peers)
 	@$(BIN)/python -m benchmarks.train_step --device cuda $(ARGS)
 
 # PYTHON is the other machine's version here, so this one needs its environment already.
