@@ -16,10 +16,9 @@ from tests.parity.test_engine import LEARNING_RATE, PERSISTENT_ELEMENTS, Case
 # shares one parameter between two modules, `kv_heads=1` keeps replicated ones beside cut ones.
 FAMILIES: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
-    "apart": {"tied": False, "kv_heads": 2},
     "replicated": {"tied": False, "kv_heads": 1},
 }
-LAYOUTS = {2: (("tied", 1, "fp32"), ("apart", 2, "bf16")), 4: (("replicated", 2, "bf16"),)}
+LAYOUTS = {2: (("tied", 1, "fp32"),), 4: (("replicated", 2, "bf16"),)}
 
 
 def both_ways(
