@@ -23,7 +23,7 @@ def suite_tables(result: dict[str, Any]) -> Iterator[tuple[str, Table]]:
             )
             yield title, _grid(rows, "depth", "exact")
         table = _table("length")
-        for column in ("trials", "exact", "95 %", "tokens right", "nats/token"):
+        for column in ("trials", "exact", "95 %", "tokens right", "log-lik./token"):
             table.add_column(column, justify="right")
         for row in task["by_length"]:
             table.add_row(
