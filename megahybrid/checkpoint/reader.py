@@ -8,7 +8,6 @@ here can run what a file holds.
 import math
 import stat
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -93,12 +92,7 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _parts(self, name: str, state: str, box: Box) -> list[FragmentRecord]:

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from types import TracebackType
 
 from megahybrid.data.batches import Batch, Documents, make_batch, rank_rows
 from megahybrid.data.mixture import Mixture, RowPlan, State, cursor_crc
@@ -250,10 +249,5 @@ class BatchLoader:
     def __enter__(self) -> "BatchLoader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
