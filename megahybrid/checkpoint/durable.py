@@ -17,6 +17,7 @@ from megahybrid.checkpoint.manifest import BLOCK_BYTES, FileRecord
 
 # Small enough to stay in a core's cache between the read and its checksum.
 READ_BYTES = 2**20
+CHECKERS = 8  # threads, however few the cores: a disk gives more to several who wait
 # As many are given to the disk at a time while later ones are still being written.
 WRITE_BACK_BYTES = 2**24
 
@@ -152,8 +153,8 @@ def damaged_blocks(path: Path, record: FileRecord, blocks: range | None = None) 
 
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # Checksums release the interpreter's lock, so threads do help.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # Reads and checksums release the interpreter's lock.
+        with ThreadPoolExecutor(CHECKERS) as pool:
             found = zip(wanted_blocks, pool.map(checksum, wanted_blocks), strict=True)
             return [index for index, crc in found if crc != record.crc32[index]]
     finally:
