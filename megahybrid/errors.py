@@ -4,6 +4,9 @@ Every message is one line:
 `<dotted name>=<value> <what is wrong> (<the other number>). <What to do>.`
 """
 
+import sys
+from typing import TextIO
+
 EXIT_DONE = 0
 EXIT_USER_MISTAKE = 2
 EXIT_RESUME = 75
@@ -13,6 +16,12 @@ EXIT_DO_NOT_RESTART = 93
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; "" where it says nothing."""
     return (str(error).splitlines() or [""])[0]
+
+
+def tell(message: str, terminal: TextIO | None = None) -> None:
+    """Writes what ended a process to `terminal` (stderr), our name before each line."""
+    for line in message.splitlines():
+        print(f"megahybrid: {line}", file=terminal or sys.stderr, flush=True)
 
 
 class MegahybridError(Exception):

@@ -57,7 +57,7 @@ def heartbeat_file(run_directory: Path, rank: int) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file so that nobody ever reads a part of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megahybrid.cli.models import add_checkpoint_commands, add_interop_commands
 from megahybrid.cli.runs import add_run_commands, add_study_command
-from megahybrid.errors import EXIT_DONE, MegahybridError
+from megahybrid.errors import EXIT_DONE, MegahybridError, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except MegahybridError as error:
-        for line in str(error).splitlines():
-            print(f"megahybrid: {line}", file=sys.stderr)
+        tell(str(error))
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has left (`| head`): nothing is wrong and nothing is owed.

@@ -2,7 +2,7 @@
 
 torch sends fp32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's.
 oneDNN, which torch brings along for its own convolutions and compiled code, computes the same fp32
-products with AVX-512: 226 instead of 106 GFLOP/s on one core of an AMD EPYC. Everything else
+products with AVX-512: twice as fast on an AMD EPYC (docs/performance.md). Everything else
 (float64, bf16, accelerators, small products) is torch's own.
 """
 

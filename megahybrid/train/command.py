@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config import RunConfig, load
-from megahybrid.errors import EXIT_DONE, EXIT_USER_MISTAKE, ConfigError, MegahybridError, first_line
+from megahybrid.errors import (
+    EXIT_DONE,
+    EXIT_USER_MISTAKE,
+    ConfigError,
+    MegahybridError,
+    first_line,
+    tell,
+)
 from megahybrid.heartbeat import LOGS, Heartbeat, write_stacks_on_signal
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 
@@ -127,8 +134,7 @@ def _rank(
     if launched:
         record_failure(logs, rank, message, consequence=consequence)
     else:
-        for line in message.splitlines():
-            print(f"megahybrid: {line}", file=terminal, flush=True)
+        tell(message, terminal)
     if place is None:
         shutdown_distributed(ok=False)
         return code

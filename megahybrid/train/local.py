@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megahybrid.config.site import Watchdog
-from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
+from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, tell
 from megahybrid.heartbeat import STACKS_SIGNAL, Watch, clear, read_beats, remove_empty_stacks
 from megahybrid.train.stop import SAVE_NOW, STOP_NOW
 
@@ -47,8 +47,7 @@ def train_local(
         if failure is None:
             print(f"Run {directory} is complete ({time.perf_counter() - started:.0f} s).")
             return EXIT_DONE
-        for line in failure.message.splitlines():
-            print(f"megahybrid: {line}", file=sys.stderr)
+        tell(failure.message)
         if failure.exit_code in FINAL or failure.stop_asked or restart == max_restarts:
             return failure.exit_code
         print(

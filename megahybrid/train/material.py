@@ -9,6 +9,7 @@ from megahybrid.config import RunConfig
 from megahybrid.config.suite import HeldOutHaystack, NeedleTask, RulerTask, Suite, SyntheticTask
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.evaluate.haystack import Material
+from megahybrid.heartbeat import write_whole
 from megahybrid.train.held_out import open_held_out
 from megahybrid.train.ledger import EVALUATIONS
 from megahybrid.train.sample_command import tokenizer_of
@@ -73,7 +74,5 @@ def write_result(run: Path, step: int, kind: str, name: str, result: dict[str, A
     """Puts a result into the run's `evaluations`, whole or not at all."""
     path = result_path(run, step, kind, name)
     path.parent.mkdir(exist_ok=True)
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(result, indent=1))
     return path

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError, first_line
+from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError, first_line, tell
 from megahybrid.parallel.mesh import (
     ParallelMesh,
     choose_device,
@@ -68,8 +68,7 @@ def _start(command: Sequence[str], ranks: int) -> int:
     if failure is None:
         return EXIT_DONE
     if not failure.stop_asked:
-        for line in failure.message.splitlines():
-            print(f"megahybrid: {line}", file=sys.stderr)
+        tell(failure.message)
     return failure.exit_code
 
 
@@ -109,8 +108,7 @@ def _rank(work: Callable[[ParallelMesh], int], place: Rendezvous, device: str) -
     if logs is not None:
         record_failure(logs, place.rank, message, consequence=lost_peer(message))
     elif not place.rank:
-        for line in message.splitlines():
-            print(f"megahybrid: {line}", file=terminal)
+        tell(message, terminal)
     terminal.flush()
     sys.stdout.flush()
     # Peers may wait in a collective for ever; leaving without teardown closes our connections.
