@@ -7,6 +7,7 @@ import torch
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.model import ModelConfig
 from megahybrid.errors import AuditError
 from megahybrid.model.block import BLOCKS
 from megahybrid.model.context import SequenceContext
@@ -60,7 +61,7 @@ def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> di
             times = measure_tested(names, these, work)
             seconds[kind] = _told(times)
             chosen[kind] = fastest(times) or names[0]
-    if run.kernels.blocks == "auto" and mesh.tensor.size == 1 and run.parallel.zero_stage < 3:
+    if run.kernels.blocks == "auto":
         kernels = {kind: chosen.get(kind, getattr(run.kernels, kind)) for kind in KINDS}
         times = measure_blocks(run, run.plan_at(index), work, kernels)
         seconds["blocks"] = _told(times)
@@ -112,14 +113,17 @@ def measure_tested(
 def measure_blocks(
     run: RunConfig, plan: LayerPlan, work: Workload, kernels: dict[str, str]
 ) -> dict[str, float | str]:
-    """Seconds of forward and backward of one layer as written and compiled."""
+    """Seconds of forward and backward of one layer as written and compiled: whole where that can
+    be (see `Transformer.compile_blocks`), else its pieces, on one tensor rank's heads and part of
+    the MLP and without collectives."""
     scheme = plan.expand()[0]
     kernel = kernels["full" if scheme.window is None else "windowed"]
     mesh = ParallelMesh.single(work.device)
     found: dict[str, float | str] = {}
     block = BLOCKS[run.model.block](
-        0, run.model, scheme, mesh, kernel, "none", norm=run.kernels.norm
+        0, _of_one_rank(run, work), scheme, mesh, kernel, "none", norm=run.kernels.norm
     ).to(work.dtype)
+    whole = run.parallel.tensor == 1 and run.parallel.zero_stage < 3
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=run.model.initial_std)
     shape = (work.length, work.rows, run.model.hidden_size)
@@ -137,11 +141,21 @@ def measure_blocks(
                 from megahybrid.model.compiled import prepare_compiler
 
                 prepare_compiler()
-                block.compile_regions("inductor")
+                (block.compile_regions if whole else block.compile_pieces)("inductor")
             found[name] = least_seconds(step, work.device)
         except Exception as error:  # no compiler there, or one that cannot: then it is not chosen
             found[name] = why_it_failed(error)
     return found
+
+
+def _of_one_rank(run: RunConfig, work: Workload) -> ModelConfig:
+    """A model of one process whose layers have the heads and the MLP that a tensor rank has."""
+    local = {
+        "num_heads": work.heads,
+        "num_kv_heads": work.kv_heads,
+        "intermediate_size": run.model.intermediate_size // run.parallel.tensor,
+    }
+    return run.model.model_copy(update=local)
 
 
 def _told(found: dict[str, float | str]) -> str:
