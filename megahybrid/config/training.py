@@ -156,8 +156,8 @@ class KernelConfig(Frozen):
     )
     blocks: Literal["auto", "plain", "compiled"] = Field(
         default="auto",
-        description="what surrounds attention in a layer: as written, or through torch.compile; "
-        "auto: plain on a CPU, measured on CUDA",
+        description="what surrounds attention in a layer, and the loss's softmax: as written, or "
+        "through torch.compile; auto: plain on a CPU, measured on CUDA",
     )
     norm: Literal["torch", "apex"] = Field(
         default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"

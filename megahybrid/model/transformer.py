@@ -1,6 +1,7 @@
 """The decoder: a list of blocks, each given its scheme. The sequence of schemes is the model."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +11,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention
 from megahybrid.model.block import BLOCKS, Block
-from megahybrid.model.compiled import prepare_compiler
+from megahybrid.model.compiled import prepare_compiler, traced_whole
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.norm import make_norm
@@ -58,17 +59,17 @@ class Transformer(nn.Module):
                 zip(schemes, kernels, self.recompute, strict=True)
             )
         )
-        if compiler is not None:
-            self.compile_blocks(compiler, keeps_weights)
         self.final_norm = make_norm(config, "final_norm", mesh, norm)
         self.head = (
             VocabParallelHead.tied(self.embedding, mesh)
             if config.tie_embeddings
             else VocabParallelHead(config.vocab_size, config.hidden_size, "head.weight", mesh)
         )
+        if compiler is not None:
+            self.compile_blocks(compiler, keeps_weights)
 
     def compile_blocks(self, compiler: str, keeps_weights: bool = True) -> None:
-        """Have every block compiled at its first use, by layer kind and input shape.
+        """Have every block, and the loss's softmax, compiled at first use, by kind and shape.
 
         Whole but for attention; only its pieces where it is cut over tensor ranks, as collectives
         cannot be traced, or where weights come and go inside of a layer (not `keeps_weights`).
@@ -80,6 +81,7 @@ class Transformer(nn.Module):
             block.compile_pieces(compiler)  # used too where an MLP runs in chunks
             if keeps_weights and self.mesh.tensor.size == 1:
                 block.compile_regions(compiler)
+        self.head.fuse(partial(traced_whole, backend=compiler))
 
     def forward(
         self,

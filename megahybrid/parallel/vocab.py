@@ -3,6 +3,7 @@
 Rows are padded so that every rank holds as many; padding is zero and takes no part in anything.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 from megahybrid.parallel.products import accumulate, product, product_exact
 from megahybrid.parallel.sharding import Segment, shard_spec
+from megahybrid.parallel.softmax import WRITTEN_OUT, Softmax, fused_slope, fused_statistics
 
 IGNORED = -100
 
@@ -100,6 +102,7 @@ class VocabParallelHead(nn.Module):
         self.weight = weight
         spec = shard_spec(weight)
         self.rows = spec.box(spec.segments[0])[0]
+        self.softmax = WRITTEN_OUT
 
     @classmethod
     def tied(cls, embedding: VocabParallelEmbedding, mesh: ParallelMesh) -> "VocabParallelHead":
@@ -107,6 +110,11 @@ class VocabParallelHead(nn.Module):
         segment = shard_spec(embedding.weight).segments[0]
         vocab_size, hidden_size = segment.shape
         return cls(vocab_size, hidden_size, segment.name, mesh, weight=embedding.weight)
+
+    def fuse(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Have what the loss makes of its logits compiled by `compile` when gradients are wanted.
+        Products and collectives stay outside."""
+        self.softmax = Softmax(compile(fused_statistics), compile(fused_slope))
 
     def forward(
         self,
@@ -134,6 +142,7 @@ class VocabParallelHead(nn.Module):
             self.rows,
             float(logit_scale),
             chunk,
+            self.softmax,
             torch.is_grad_enabled(),
         )
         return loss, per_token.t()
@@ -172,10 +181,12 @@ class _ChunkedLoss(torch.autograd.Function):
         rows: tuple[int, int],
         scale: float,
         chunk: int,
+        softmax: Softmax,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_weight = grad_enabled and ctx.needs_input_grad[1]
+        needs_slope = needs_hidden or needs_weight
         whole = all_gather(hidden, axis)
         flat, flat_targets = whole.flatten(0, 1), targets.flatten()  # [tokens, hidden], [tokens]
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -192,7 +203,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 axis,
                 rows,
                 scale,
-                needs_hidden or needs_weight,
+                softmax if needs_slope else WRITTEN_OUT,
+                needs_slope,
             )
             if slope is not None:
                 if grad_whole is not None:
@@ -221,7 +233,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden.mul_(grads[0].to(grad_hidden.device))
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _loss_and_slope(
@@ -231,29 +243,24 @@ def _loss_and_slope(
     axis: Axis,
     rows: tuple[int, int],
     scale: float,
+    softmax: Softmax,
     needs_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype.
 
     One collective per chunk: each rank sends its own maximum, its sum of exponentials relative to
-    it, and the target's logit where it holds the target; all combine them alike. Written in the
-    logits' storage; in lower precision beside it.
+    it, and the target's logit where it holds the target; all combine them alike.
     """
     logits = product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
-    if scale != 1.0:
-        logits.mul_(scale)
     counts = targets != IGNORED
     mine = counts & (targets >= rows[0]) & (targets < rows[1])
     column = torch.where(mine, targets - rows[0], 0).unsqueeze(1)
-    if logits.shape[1] == 0:  # a rank that holds nothing but padding
-        peak = logits.new_full(targets.shape, -torch.inf)
-        total = target_logit = at_target = torch.zeros_like(peak)
+    holds_words = logits.shape[1] > 0  # else a rank with nothing but padding
+    if holds_words:
+        peak, total, target_logit = softmax.statistics(logits, column, mine, scale)
     else:
-        target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
-        peak = logits.amax(dim=1)
-        logits.sub_(peak.unsqueeze(1)).exp_()
-        total = logits.sum(dim=1)
-        at_target = logits.gather(1, column).squeeze(1)
+        peak = logits.new_full(targets.shape, -torch.inf)
+        total = target_logit = torch.zeros_like(peak)
     peaks, totals, target_logits = all_gather(
         torch.stack([peak, total, target_logit]).unsqueeze(0), axis
     ).unbind(1)  # each [tensor ranks, tokens]
@@ -263,13 +270,6 @@ def _loss_and_slope(
     if not needs_slope:
         return losses, None
     factor = (peak - top).exp() / denominator * counts * scale
-    if logits.dtype == inputs.dtype:
-        slope = logits.mul_(factor.unsqueeze(1))
-    else:
-        slope = torch.empty_like(logits, dtype=inputs.dtype)
-        torch.mul(logits, factor.unsqueeze(1), out=slope)
-    if slope.shape[1]:
-        # In full precision: near a certain prediction probability - 1 would lose its digits.
-        at_target = at_target * factor - mine.to(factor.dtype) * scale
-        slope.scatter_(1, column, at_target.to(slope.dtype).unsqueeze(1))
-    return losses, slope
+    if not holds_words:
+        return losses, logits.to(inputs.dtype)
+    return losses, softmax.slope(logits, peak, factor, column, mine, scale, inputs.dtype)

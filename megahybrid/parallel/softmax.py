@@ -1,0 +1,90 @@
+"""What the loss makes of one chunk's logits: sums for the loss, and the slope for the gradients.
+
+Two ways of the same numbers. Written out, each operation passes over the logits and leaves its
+result in their place. Fused, for a compiler to make one reading of each of the two: a logit then
+costs 14 bytes of traffic on a device instead of 34 (4 of them the product's own).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# peak, total and target's logit of each token: what the ranks tell one another
+Statistics = tuple[Tensor, Tensor, Tensor]
+
+
+class Softmax(NamedTuple):
+    """`statistics` comes first; `slope` gets the logits as it left them."""
+
+    statistics: Callable[..., Statistics]
+    slope: Callable[..., Tensor]
+
+
+def statistics(
+    logits: Float[Tensor, "tokens words"],
+    column: Int[Tensor, "tokens 1"],
+    mine: Bool[Tensor, " tokens"],
+    scale: float,
+) -> Statistics:
+    """The largest scaled logit, the sum of exponentials relative to it, and the logit in `column`
+    (0 where it is not `mine`), each [tokens]. Leaves the exponentials in the place of `logits`."""
+    if scale != 1.0:
+        logits.mul_(scale)
+    target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
+    peak = logits.amax(dim=1)
+    logits.sub_(peak.unsqueeze(1)).exp_()
+    return peak, logits.sum(dim=1), target_logit
+
+
+def slope(
+    exponentials: Float[Tensor, "tokens words"],
+    peak: Float[Tensor, " tokens"],
+    factor: Float[Tensor, " tokens"],
+    column: Int[Tensor, "tokens 1"],
+    mine: Bool[Tensor, " tokens"],
+    scale: float,
+    dtype: torch.dtype,
+) -> Float[Tensor, "tokens words"]:
+    """exponentials * factor, less `scale` in the column that is `mine`; in their place where
+    `dtype` is theirs."""
+    # In full precision: near a certain prediction probability - 1 would lose its digits.
+    at_target = exponentials.gather(1, column).squeeze(1) * factor - mine.to(factor.dtype) * scale
+    if exponentials.dtype == dtype:
+        found = exponentials.mul_(factor.unsqueeze(1))
+    else:
+        found = torch.empty_like(exponentials, dtype=dtype)
+        torch.mul(exponentials, factor.unsqueeze(1), out=found)
+    return found.scatter_(1, column, at_target.to(dtype).unsqueeze(1))
+
+
+def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float) -> Statistics:
+    """`statistics` that leaves the logits as they are. Written as compilers know a softmax: they
+    find the largest and the sum in one reading."""
+    scaled = logits if scale == 1.0 else logits * scale
+    target_logit = torch.where(mine, scaled.gather(1, column).squeeze(1), 0)
+    peak = scaled.amax(dim=1, keepdim=True)
+    total = (scaled - peak).exp().sum(dim=1, keepdim=True)
+    return peak.squeeze(1), total.squeeze(1), target_logit
+
+
+def fused_slope(
+    logits: Tensor,
+    peak: Tensor,
+    factor: Tensor,
+    column: Tensor,
+    mine: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`slope` from the logits themselves."""
+    scaled = logits if scale == 1.0 else logits * scale
+    exponentials = (scaled - peak.unsqueeze(1)).exp() * factor.unsqueeze(1)
+    word = torch.arange(logits.shape[1], device=logits.device)
+    target = (word == column) & mine.unsqueeze(1)
+    return torch.where(target, exponentials - scale, exponentials).to(dtype)
+
+
+WRITTEN_OUT = Softmax(statistics, slope)
