@@ -28,10 +28,12 @@ from megahybrid.errors import ConfigError
 if TYPE_CHECKING:
     from megahybrid.config.run import RunConfig
 
-# The loss holds fp32 logits of about this many bytes at a time, two such pieces at most. Reading
-# and writing the head's gradient once per chunk must cost less than the product it ends, which on a
-# GPU takes some 700 tokens; 896 of 131,072 words keep the whole loss of 2,048 features under 2 GB.
-LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 448 * 2**20}
+# The loss holds its logits' derivative for a chunk of tokens, about this many bytes, and in lower
+# precision the fp32 logits of one of LOSS_PARTS parts of it. The head's fp32 gradient is read and
+# written once a chunk, which must take less than the product that it ends: on a GPU that is some
+# 700 tokens. 2,048 tokens of 131,072 words keep the whole loss of 2,048 features under 2 GB.
+LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+LOSS_PARTS = 8
 # The MLP of a layer that runs it in chunks sees this many tokens at a time: enough for products to
 # run at their best, and the weights' gradients are read and written once a chunk.
 CHUNK_TOKENS = 8192
@@ -152,11 +154,11 @@ def working(
     width, hidden = _width(precision), model.hidden_size
     local_vocab = -(-model.vocab_size // tensor)
     head = local_vocab * hidden
-    chunk = min(LOSS_CHUNK_BYTES[device], 4 * local_vocab * tokens)
-    # fp32 logits, and in lower precision their derivative beside them; the head's fp32 gradient,
-    # which a CPU adds to by way of a product and a copy of it; the final norm's input and output
-    # and the gradient of the gathered input.
-    logits = chunk + (0 if precision == "fp32" else chunk // 2)
+    chunk = min(LOSS_CHUNK_BYTES[device], width * local_vocab * tokens)
+    # The logits' derivative, in lower precision beside fp32 logits of a part; the head's fp32
+    # gradient, which a CPU adds to by way of a product and a copy of it; the final norm's input and
+    # output and the gradient of the gathered input.
+    logits = chunk if precision == "fp32" else chunk + 4 * chunk // (width * LOSS_PARTS)
     loss = logits + 4 * head * (3 if device == "cpu" else 1)
     loss += width * tokens * hidden * 3
     # In backward a layer's own memory goes when it is done; a tied head's gradient waits for the

@@ -20,7 +20,7 @@ class Softmax(NamedTuple):
     """`statistics` comes first; `slope` gets the logits as it left them."""
 
     statistics: Callable[..., Statistics]
-    slope: Callable[..., Tensor]
+    slope: Callable[..., object]
 
 
 def statistics(
@@ -46,18 +46,14 @@ def slope(
     column: Int[Tensor, "tokens 1"],
     mine: Bool[Tensor, " tokens"],
     scale: float,
-    dtype: torch.dtype,
-) -> Float[Tensor, "tokens words"]:
-    """exponentials * factor, less `scale` in the column that is `mine`; in their place where
-    `dtype` is theirs."""
+    out: Float[Tensor, "tokens words"],
+) -> None:
+    """exponentials * factor, less `scale` in the column that is `mine`, into `out`, which may be
+    the exponentials."""
     # In full precision: near a certain prediction probability - 1 would lose its digits.
     at_target = exponentials.gather(1, column).squeeze(1) * factor - mine.to(factor.dtype) * scale
-    if exponentials.dtype == dtype:
-        found = exponentials.mul_(factor.unsqueeze(1))
-    else:
-        found = torch.empty_like(exponentials, dtype=dtype)
-        torch.mul(exponentials, factor.unsqueeze(1), out=found)
-    return found.scatter_(1, column, at_target.to(dtype).unsqueeze(1))
+    torch.mul(exponentials, factor.unsqueeze(1), out=out)
+    out.scatter_(1, column, at_target.to(out.dtype).unsqueeze(1))
 
 
 def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float) -> Statistics:
@@ -77,14 +73,14 @@ def fused_slope(
     column: Tensor,
     mine: Tensor,
     scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`slope` from the logits themselves."""
+    out: Tensor,
+) -> None:
+    """`slope` from the logits themselves; `out` is another tensor."""
     scaled = logits if scale == 1.0 else logits * scale
     exponentials = (scaled - peak.unsqueeze(1)).exp() * factor.unsqueeze(1)
     word = torch.arange(logits.shape[1], device=logits.device)
     target = (word == column) & mine.unsqueeze(1)
-    return torch.where(target, exponentials - scale, exponentials).to(dtype)
+    out.copy_(torch.where(target, exponentials - scale, exponentials))
 
 
 WRITTEN_OUT = Softmax(statistics, slope)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from megahybrid.config.memory import LOSS_CHUNK_BYTES
+from megahybrid.config.memory import LOSS_CHUNK_BYTES, LOSS_PARTS
 from megahybrid.parallel.collectives import (
     all_gather,
     gather_sequence,
@@ -133,7 +133,7 @@ class VocabParallelHead(nn.Module):
         """
         if targets is None:
             return self._logits(hidden, logit_scale)
-        chunk = chunk_tokens or chunk_size(self.weight.shape[0], hidden.device.type)
+        chunk = chunk_tokens or chunk_size(self.weight.shape[0], hidden)
         loss, per_token = _ChunkedLoss.apply(
             hidden,
             self.weight,
@@ -165,9 +165,10 @@ class VocabParallelHead(nn.Module):
         return joined[: self.vocab_size].movedim(0, -1)
 
 
-def chunk_size(local_vocab: int, device_type: str = "cpu") -> int:
-    """Tokens per chunk whose fp32 logits take about LOSS_CHUNK_BYTES on one rank."""
-    return max(1, LOSS_CHUNK_BYTES[device_type] // (4 * local_vocab))
+def chunk_size(local_vocab: int, hidden: Tensor) -> int:
+    """Tokens per chunk whose slopes, in hidden's dtype, take about LOSS_CHUNK_BYTES on one rank."""
+    of_token = local_vocab * hidden.element_size()
+    return max(1, LOSS_CHUNK_BYTES[hidden.device.type] // of_token)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -194,23 +195,35 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_whole = torch.empty_like(flat) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         used = weight[: rows[1] - rows[0]].to(hidden.dtype)  # without padding
+        # In lower precision the slopes of a chunk are gathered from logits of parts of it. Written
+        # out in the logits' own precision they take the logits' place.
+        lower = hidden.dtype != exact
+        part = -(-chunk // LOSS_PARTS) if lower else chunk
+        slopes = None
+        if needs_slope and (lower or softmax is not WRITTEN_OUT):
+            slopes = flat.new_empty(min(chunk, flat.shape[0]), used.shape[0])
         for start in range(0, flat.shape[0], chunk):
-            piece = slice(start, start + chunk)
-            per_token[piece], slope = _loss_and_slope(
-                flat[piece],
-                used,
-                flat_targets[piece],
-                axis,
-                rows,
-                scale,
-                softmax if needs_slope else WRITTEN_OUT,
-                needs_slope,
-            )
+            stop = min(start + chunk, flat.shape[0])
+            for first in range(start, stop, part):
+                some = slice(first, min(first + part, stop))
+                out = None if slopes is None else slopes[first - start : some.stop - start]
+                per_token[some], slope = _loss_and_slope(
+                    flat[some],
+                    used,
+                    flat_targets[some],
+                    axis,
+                    rows,
+                    scale,
+                    softmax if needs_slope else WRITTEN_OUT,
+                    needs_slope,
+                    out,
+                )
             if slope is not None:
+                slope = slope if slopes is None else slopes[: stop - start]
                 if grad_whole is not None:
-                    product(slope, used, out=grad_whole[piece])
+                    product(slope, used, out=grad_whole[start:stop])
                 if grad_weight is not None:
-                    accumulate(grad_weight[: used.shape[0]], slope, flat[piece])
+                    accumulate(grad_weight[: used.shape[0]], slope, flat[start:stop])
                 del slope  # else it stands beside the next chunk's logits
         # Held as attributes: gradients of this size must be freed or handed over, never copied.
         ctx.grad_weight, ctx.weight_dtype = grad_weight, weight.dtype
@@ -245,10 +258,12 @@ def _loss_and_slope(
     scale: float,
     softmax: Softmax,
     needs_slope: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype.
+    """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype,
+    which is `out` or takes the logits' place.
 
-    One collective per chunk: each rank sends its own maximum, its sum of exponentials relative to
+    One collective per call: each rank sends its own maximum, its sum of exponentials relative to
     it, and the target's logit where it holds the target; all combine them alike.
     """
     logits = product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
@@ -270,6 +285,7 @@ def _loss_and_slope(
     if not needs_slope:
         return losses, None
     factor = (peak - top).exp() / denominator * counts * scale
-    if not holds_words:
-        return losses, logits.to(inputs.dtype)
-    return losses, softmax.slope(logits, peak, factor, column, mine, scale, inputs.dtype)
+    slope = logits if out is None else out
+    if holds_words:
+        softmax.slope(logits, peak, factor, column, mine, scale, slope)
+    return losses, slope

@@ -222,9 +222,10 @@ def test_logits_of_the_batch_are_never_held() -> None:
 
 
 def test_chunk_and_padding_follow_the_size_of_the_shard() -> None:
-    assert chunk_size(131072) * 131072 * 4 == 128 * 2**20
-    assert chunk_size(131072, "cuda") == 896
-    assert chunk_size(10**9) == 1
+    fp32, bf16 = torch.empty(1), torch.empty(1, dtype=torch.bfloat16)
+    assert chunk_size(131072, fp32) * 131072 * 4 == 128 * 2**20
+    assert chunk_size(131072, bf16) == 2 * chunk_size(131072, fp32)
+    assert chunk_size(10**9, fp32) == 1
     assert padded_vocab_size(97, 4) == 128
     assert padded_vocab_size(128, 4) == 128
 
