@@ -72,6 +72,8 @@ class Block(nn.Module):
         for module in self.modules():
             if isinstance(module, GatedProduct):
                 module.swiglu = traced_whole(swiglu, backend)
+            elif isinstance(module, ChunkedMLP):
+                module.compile_pieces(backend)
 
     def compile_regions(self, backend: str) -> None:
         """Have `enter` (with the rotation) and `leave` compiled when gradients are wanted.

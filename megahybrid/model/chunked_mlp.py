@@ -1,7 +1,7 @@
 """The MLP chunk by chunk along the sequence (arXiv 2506.13996): gate, up and their product stand
 for one chunk at a time, and backward computes them again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from megahybrid.config import memory
+from megahybrid.model.compiled import traced_whole
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
     ColumnParallelLinear,
@@ -20,6 +21,38 @@ from megahybrid.parallel.linear import (
 )
 from megahybrid.parallel.mesh import Axis
 from megahybrid.parallel.products import accumulate, linear, product
+
+
+def gated(
+    gate: Float[Tensor, "tokens inner"], up: Float[Tensor, "tokens inner"]
+) -> Float[Tensor, "tokens inner"]:
+    """silu(gate) * up."""
+    return F.silu(gate).mul_(up)
+
+
+def gated_slopes(
+    gate: Float[Tensor, "tokens inner"],
+    up: Float[Tensor, "tokens inner"],
+    grad: Float[Tensor, "tokens inner"],
+) -> Float[Tensor, "tokens inner"]:
+    """silu(gate) * up. With `grad`, the gradient of that, those of gate and up take their place;
+    `grad` is spent. Compiled, it is one kernel: three tensors in, three out."""
+    active = F.silu(gate)
+    made = active * up
+    of_up = active.mul_(grad)
+    # A compiler that sees `grad` change would write it out for nothing.
+    of_active = grad * up if torch.compiler.is_compiling() else grad.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(of_active, gate, grad_input=gate)
+    up.copy_(of_up)
+    return made
+
+
+@dataclass(frozen=True)
+class Between:
+    """What is done between the products of one chunk."""
+
+    gated: Callable[[Tensor, Tensor], Tensor] = gated
+    slopes: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_slopes
 
 
 class ChunkedMLP(nn.Module):
@@ -37,8 +70,13 @@ class ChunkedMLP(nn.Module):
         self.outputs, self.sizes = input.outputs[:-2], input.sizes[:-2]
         self.kept = tuple(output.kept for output in self.outputs if not output.sharded)
         self.axis, self.weight, self.down = input.axis, input.weight, down.weight
+        self.between = Between()
         for index, parameter in enumerate(input.replicated):
             setattr(self, f"replicated_{index}", parameter)
+
+    def compile_pieces(self, backend: str) -> None:
+        """Have what lies between a chunk's products compiled when gradients are wanted."""
+        self.between = Between(traced_whole(gated, backend), traced_whole(gated_slopes, backend))
 
     def forward(
         self, x: Float[Tensor, "seq_local batch hidden"], needed: bool = True
@@ -49,7 +87,8 @@ class ChunkedMLP(nn.Module):
         it nowhere.
         """
         replicated = [getattr(self, f"replicated_{index}") for index in range(len(self.kept))]
-        setup = _Setup(self.axis, sum(self.sizes), self.kept, memory.CHUNK_TOKENS, needed)
+        between = self.between if torch.is_grad_enabled() else Between()
+        setup = _Setup(self.axis, sum(self.sizes), self.kept, memory.CHUNK_TOKENS, needed, between)
         *heads, branch = _ChunkedMLP.apply(x, setup, self.weight, self.down, *replicated)
         pieces = iter(heads.pop(0).split(self.sizes, dim=-1) if self.sizes else ())
         alone = iter(heads)
@@ -63,6 +102,7 @@ class _Setup:
     kept: tuple[tuple[int, int], ...]  # of each replicated weight
     chunk: int  # tokens
     needed: bool
+    between: Between
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         return (slice(at, at + self.chunk) for at in range(0, tokens, self.chunk))
@@ -93,7 +133,7 @@ class _ChunkedMLP(torch.autograd.Function):
         branch = whole.new_empty(shape)
         for chunk in setup.chunks(flat.shape[0]):
             gate, up = linear(flat[chunk], gate_up).chunk(2, dim=-1)
-            product(F.silu(gate).mul_(up), way_down, out=branch.flatten(0, 1)[chunk])
+            product(setup.between.gated(gate, up), way_down, out=branch.flatten(0, 1)[chunk])
         return (*heads, branch)
 
     @staticmethod
@@ -125,21 +165,17 @@ def _of_chunks(
     because a chunk's share would lose its digits in bf16."""
     dtype, exact = inputs.dtype, torch.promote_types(inputs.dtype, torch.float32)
     gate_up, way_down = weight[setup.heads :].to(dtype), down.to(dtype)
-    inner = down.shape[1]
     grad_inputs = torch.empty_like(inputs)
     of_gate_up = torch.zeros_like(gate_up, dtype=exact)
     of_down = torch.zeros_like(down, dtype=exact)
     for chunk in setup.chunks(inputs.shape[0]):
         both = linear(inputs[chunk], gate_up)
-        gate, up = both.chunk(2, dim=-1)
-        active = F.silu(gate)
-        accumulate(of_down, grads[chunk], active * up)
         grad = product(grads[chunk], way_down)
-        grad_up = active.mul_(grad)
-        grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
-        # In the place of gate and up, which are spent.
-        both[:, :inner], both[:, inner:] = grad_gate, grad_up
-        del active, grad, grad_gate, grad_up
+        gate, up = both.chunk(2, dim=-1)
+        made = setup.between.slopes(gate, up, grad)  # `both` is their gradient now
+        del grad
+        accumulate(of_down, grads[chunk], made)
+        del made
         product(both, gate_up, out=grad_inputs[chunk])
         accumulate(of_gate_up, both, inputs[chunk])
     return grad_inputs, of_gate_up.to(weight.dtype), of_down.to(down.dtype)

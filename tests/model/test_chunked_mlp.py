@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megahybrid.config import memory
 from megahybrid.model import chunked_mlp
+from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests import distributed
@@ -90,6 +91,19 @@ def test_in_bf16_chunks_lose_no_more_than_the_whole(
     assert chunked.keys() == truth.keys()
     for name, true in truth.items():
         assert (chunked[name] - true).norm() <= 1.5 * (plain[name] - true).norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunks_slopes_take_the_place_of_gate_and_up(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    both, grad = (torch.randn(7, width, generator=generator).to(dtype) for width in (128, 64))
+    gate, up = (half.clone().requires_grad_() for half in both.chunk(2, dim=-1))
+    made = swiglu(gate.unsqueeze(1), up.unsqueeze(1)).squeeze(1)
+    made.backward(grad)
+    assert torch.equal(chunked_mlp.gated(gate.detach(), up.detach()), made)
+    assert torch.equal(chunked_mlp.gated_slopes(*both.chunk(2, dim=-1), grad), made)
+    assert gate.grad is not None and up.grad is not None
+    assert torch.equal(both, torch.cat((gate.grad, up.grad), dim=-1))
 
 
 def test_a_short_sequence_is_not_cut_under_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,9 @@ CUT = {
     "tensor2-zero3-selective": Case(
         model("ssmax", "pre_norm", "rms"), 2, 1, 3, recompute="selective", compiler=TRACED
     ),
+    "tensor2-chunked": Case(
+        model("rms-shared", "pre_norm", "rms"), 2, recompute="chunked", compiler=TRACED
+    ),
     "data2-zero3-full": Case(
         model("rnope_swa", "post_norm", "rms"), 1, 2, 3, recompute="full", compiler=TRACED
     ),
@@ -167,12 +170,15 @@ def test_of_blocks_cut_over_ranks_the_pieces_are_compiled(name: str) -> None:
         assert relative_error(weight, truth.weights[of]) < BOUND, of
 
 
-@pytest.mark.parametrize("policy", ["chunked", "full"])
+@pytest.mark.parametrize(
+    "block,policy",
+    [("pre_norm", "chunked"), ("post_norm", "full"), ("parallel", "chunked"), ("parallel", "full")],
+)
 def test_the_pieces_are_compiled_where_an_mlp_runs_in_chunks(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+    block: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "CHUNK_TOKENS", 32)
-    config = model("rope", "parallel")
+    monkeypatch.setattr(memory, "CHUNK_TOKENS", 40)
+    config = model("rope", block)
     built = Transformer(config, ParallelMesh.single(), recompute=[policy] * 2).double()
     built.load_canonical(random_tensors(config, 0, torch.float64))
     batch = random_batch(config.vocab_size, 2, LENGTH, seed=0)
@@ -180,8 +186,18 @@ def test_the_pieces_are_compiled_where_an_mlp_runs_in_chunks(
     built.compile_blocks(TRACED)
     compiled = step(built, batch)
     assert found("graph_break") == {}
-    assert found("stats")["unique_graphs"] == 1 + LOSS  # the rotation
+    # The rotation; the gated product and its slopes, for whole chunks and for the last.
+    assert found("stats")["unique_graphs"] == 1 + 2 * 2 + LOSS
     assert max(relative_error(compiled[name], plain[name]) for name in plain) < 1e-10
+
+
+def test_evaluation_in_chunks_compiles_nothing() -> None:
+    config = model("rope", "parallel")
+    built = Transformer(config, ParallelMesh.single(), recompute=["chunked"] * 2, compiler=TRACED)
+    built.load_canonical(random_tensors(config, 0, torch.float32))
+    batch = random_batch(config.vocab_size, 1, LENGTH, seed=0)
+    built.logits(batch.tokens, batch.starts)
+    assert found("stats") == {}
 
 
 def test_programs_are_kept_where_the_run_is(
