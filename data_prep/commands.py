@@ -135,6 +135,9 @@ def _tokenize(args: argparse.Namespace) -> None:
         print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
     if report.duplicates:
         print(f"{report.duplicates:,} copies of documents left out")
+    if report.kept:
+        told = ", ".join(f"{name} of {count:,} rows" for name, count in report.kept.items())
+        print(f"kept beside the tokens: {told}")
     if report.bad:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
         print(f"{report.output}/quarantine.jsonl: {sum(report.bad.values())} bad ({reasons})")

@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class UnitResult:
     tokens: int
     runs: list[int]
     bad: dict[str, int]
+    kept: dict[str, int] = field(default_factory=dict)  # rows that had each field to be kept
 
 
 def unit_path(folder: str | Path, number: int, suffix: str) -> Path:
@@ -83,9 +84,10 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
         return done
     tokenizer = _tokenizer(job.tokenizer, job.eod, job.threads)
     bad: list[BadDocument] = []
+    fields = Fields(job.text_field, job.kept)
     with RunWriter(job.folder, number, np.dtype(tokenizer.info.dtype)) as writer:
         encoder = _Encoder(job.seed, tokenizer, writer, bad)
-        for item in read_unit(unit, Fields(job.text_field, job.kept)):
+        for item in read_unit(unit, fields):
             if isinstance(item, BadDocument):
                 bad.append(item)
             elif isinstance(item, LongDocument):
@@ -95,7 +97,7 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
             else:
                 encoder.add(item)
         encoder.flush()
-        return writer.finish(unit.bytes, bad)
+        return writer.finish(unit.bytes, bad, dict(fields.found))
 
 
 class _Encoder:
@@ -223,11 +225,14 @@ class RunWriter:
         self._records.write(np.asarray(row, RECORD).tobytes())
         self._runs.append(1)
 
-    def finish(self, size: int, bad: list[BadDocument]) -> UnitResult:
+    def finish(
+        self, size: int, bad: list[BadDocument], kept: dict[str, int] | None = None
+    ) -> UnitResult:
         """Makes the unit durable and marks it done: `.done` gets its name once all the rest is."""
         self._write_run()
         counts = dict(sorted(Counter(item.reason for item in bad).items()))
-        result = UnitResult(self.number, size, sum(self._runs), self._written, self._runs, counts)
+        written = (sum(self._runs), self._written, self._runs)
+        result = UnitResult(self.number, size, *written, counts, kept or {})
         done = unit_path(self.folder, self.number, "done")
         unnamed = done.with_suffix(".done.tmp")
         with (

@@ -1,8 +1,9 @@
 """The files that inputs name, cut into units of work that do not depend on the workers."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,19 @@ class Unit:
 
 @dataclass(frozen=True)
 class Fields:
-    """Of a row: the text's field, and those that are kept beside the tokens."""
+    """Of a row: the text's field, and those that are kept beside the tokens. `found` counts the
+    rows that had each of these."""
 
     text: str = "text"
     kept: tuple[str, ...] = ()
+    found: Counter[str] = field(default_factory=Counter)
 
     def note(self, row: Mapping[str, Any]) -> bytes:
         """What is kept of a row, as JSON; nothing where nothing is to be kept."""
         if not self.kept:
             return b""
         value = {name: row[name] for name in self.kept if name in row}
+        self.found.update(value.keys())
         return json.dumps(value, default=str).encode()
 
 

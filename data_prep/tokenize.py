@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,13 +35,15 @@ ENOUGH_TO_JUDGE = 10_000  # documents after which too many bad ones stop the job
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What was written: documents and tokens by part, and what was left out, by reason."""
+    """What was written: documents and tokens by part, what was left out, by reason, and in how many
+    rows each field to be kept was found."""
 
     output: str
     documents: dict[str, int]
     tokens: dict[str, int]
     bad: dict[str, int]
     duplicates: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
 
 
 def tokenize(
@@ -129,6 +131,7 @@ def tokenize(
         tokens={part: manifest.tokens for part, manifest in manifests.items()},
         bad=bad,
         duplicates=merge.duplicates,
+        kept={name: sum(result.kept.get(name, 0) for result in results) for name in kept},
     )
     _publish(folder, parts, identity, report)
     return report
