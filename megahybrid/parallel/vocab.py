@@ -194,7 +194,7 @@ class _ChunkedLoss(torch.autograd.Function):
         per_token = flat.new_empty(flat.shape[0], dtype=exact)
         grad_whole = torch.empty_like(flat) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-        used = weight[: rows[1] - rows[0]].to(hidden.dtype)  # without padding
+        used = weight.to(hidden.dtype)  # with its padding, for which products are faster
         # In lower precision the slopes of a chunk are gathered from logits of parts of it. Written
         # out in the logits' own precision they take the logits' place.
         lower = hidden.dtype != exact
@@ -223,7 +223,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_whole is not None:
                     product(slope, used, out=grad_whole[start:stop])
                 if grad_weight is not None:
-                    accumulate(grad_weight[: used.shape[0]], slope, flat[start:stop])
+                    accumulate(grad_weight, slope, flat[start:stop])
                 del slope  # else it stands beside the next chunk's logits
         # Held as attributes: gradients of this size must be freed or handed over, never copied.
         ctx.grad_weight, ctx.weight_dtype = grad_weight, weight.dtype
@@ -270,9 +270,9 @@ def _loss_and_slope(
     counts = targets != IGNORED
     mine = counts & (targets >= rows[0]) & (targets < rows[1])
     column = torch.where(mine, targets - rows[0], 0).unsqueeze(1)
-    holds_words = logits.shape[1] > 0  # else a rank with nothing but padding
-    if holds_words:
-        peak, total, target_logit = softmax.statistics(logits, column, mine, scale)
+    words = rows[1] - rows[0]  # none on a rank with nothing but padding
+    if words:
+        peak, total, target_logit = softmax.statistics(logits[:, :words], column, mine, scale)
     else:
         peak = logits.new_full(targets.shape, -torch.inf)
         total = target_logit = torch.zeros_like(peak)
@@ -286,6 +286,7 @@ def _loss_and_slope(
         return losses, None
     factor = (peak - top).exp() / denominator * counts * scale
     slope = logits if out is None else out
-    if holds_words:
-        softmax.slope(logits, peak, factor, column, mine, scale, slope)
+    slope[:, words:] = 0
+    if words:
+        softmax.slope(logits[:, :words], peak, factor, column, mine, scale, slope[:, :words])
     return losses, slope

@@ -70,12 +70,17 @@ def loss_errors(
         head.fuse(lambda function: function)
     layers = torch.nn.ModuleList([embedding, head])
     load(layers, {name: weight.detach() for name, weight in full.items()})
+    with torch.no_grad():  # nothing may come of the padding, whatever it holds
+        head.weight[head.rows[1] - head.rows[0] :] = 7.0
     hidden = embedding(tokens)
     hidden.retain_grad()
     loss, per_token = head(hidden.tanh(), targets, scale, chunk_tokens)
     (loss * UPSTREAM).backward()
     assert hidden.grad is not None and plain_hidden.grad is not None
     assert not per_token.requires_grad and per_token.shape == targets.shape
+    assert (
+        head.weight.grad is not None and not head.weight.grad[head.rows[1] - head.rows[0] :].any()
+    )
     grads = {name: weight.grad for name, weight in full.items() if weight.grad is not None}
     errors = gradient_errors(layers, grads) | {
         "hidden": error(hidden, local_slice(plain_hidden, mesh.tensor)),
