@@ -56,7 +56,7 @@ def _precision(run: "RunConfig") -> Iterator[str]:
         yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
 
 
-_CUDA = ("cudnn", "varlen", "flex", "fa3", "fa4")
+_CUDA = ("cudnn", "cudnn_frontend", "varlen", "flex", "fa3", "fa4")
 
 
 def _lengths(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:

@@ -148,12 +148,12 @@ class KernelConfig(Frozen):
     """Kernels. auto takes the fastest that passes its self-test, by a short measurement at a
     stage's start where a device has several; a checkpoint keeps the choice."""
 
-    full: Literal["auto", "reference", "sdpa", "cudnn", "varlen", "flex", "fa3", "fa4"] = Field(
-        default="auto", description="kernel of the layers without a window"
-    )
-    windowed: Literal["auto", "reference", "blocked", "varlen", "flex", "fa3", "fa4"] = Field(
-        default="auto", description="kernel of the layers with a window"
-    )
+    full: Literal[
+        "auto", "reference", "sdpa", "cudnn", "cudnn_frontend", "varlen", "flex", "fa3", "fa4"
+    ] = Field(default="auto", description="kernel of the layers without a window")
+    windowed: Literal[
+        "auto", "reference", "blocked", "cudnn_frontend", "varlen", "flex", "fa3", "fa4"
+    ] = Field(default="auto", description="kernel of the layers with a window")
     blocks: Literal["auto", "plain", "compiled"] = Field(
         default="auto",
         description="what surrounds attention in a layer, and the loss's softmax: as written, or "

@@ -7,7 +7,9 @@ but from a generator of the test's own.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +28,16 @@ from megahybrid.errors import AuditError
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels import choose
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.reference import attend_reference
 from megahybrid.model.logit_scale import QueryScale
-from megahybrid.model.mixing import mix, positioned, score_scale
+from megahybrid.model.mixing import attended, mix, positioned, score_scale
 from megahybrid.model.rotary import RotaryTable, rotate
 from megahybrid.parallel.mesh import ParallelMesh
 
 BEYOND_WINDOW = 72  # tokens past the window, and no multiple of any kernel's block
 FULL_LENGTH = 640  # of layers without a window: more than any kernel treats as a special case
+GRADIENT_WINDOW = 24  # keys
+GRADIENT_DOCUMENTS = [[30, 1, 66, 40], [137]]  # tokens, two rows
 PROBED_SCORE = 20.0  # a probed key outweighs exp(20) keys that nothing points at
 ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 
@@ -100,6 +105,8 @@ class _Run:
         self.shares_each_kv_head()
         self.sees_its_keys(None)
         self.sees_its_keys(self.some_documents())
+        self.differentiates(None)
+        self.differentiates(Documents.from_lengths(GRADIENT_DOCUMENTS).to(self.device))
         if isinstance(self.scheme.position, Nope):
             self.is_blind_to_position()
         if not isinstance(self.logit_scale, SqrtDimScale | FixedScale):
@@ -206,6 +213,44 @@ class _Run:
         out = self.mix(q, k, v.contiguous())[0, 0].mean(-1).cpu()
         if (out.double() - torch.tensor([0.0, 0.0, 1.0, 1.0])).abs().max() > 0.1:
             raise _Violation("does not read KV head h // (heads / kv_heads) at query head h")
+
+    @torch.enable_grad()
+    def differentiates(self, documents: Documents | None) -> None:
+        """Output and gradients of two short rows against the reference's in fp64.
+
+        The window is cut to a few keys, of which one too many or too few moves every gradient by a
+        fifth. The values are a slice of wider rows, as a fused product leaves them.
+        """
+        length, heads, kv_heads = sum(GRADIENT_DOCUMENTS[0]), 4, 2
+        window = self.scheme.window and min(self.scheme.window, GRADIENT_WINDOW)
+        scheme = self.scheme.model_copy(update={"window": window})
+        scale = score_scale(scheme, self.head_dim)
+        counts = (heads, kv_heads, 2 * kv_heads, heads)
+        q, k, wide, slope = (self.draw(length, 2, n, self.head_dim) for n in counts)
+
+        def results(attention: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+            q, k, wide = (x.detach().requires_grad_() for x in leaves)
+            v = wide[:, :, kv_heads:]
+            out = attention(q, k, v)
+            # Of a sum: for a gradient given by hand autograd imports sympy, a third of a second.
+            grads = torch.autograd.grad((out * slope).sum(), (q, k, v))
+            return [x.detach().double() for x in (out, *grads)]
+
+        how: dict[str, Any] = {"window": window, "documents": documents, "scale": scale}
+        exact = partial(attend_reference, **how)
+        context = self.context(length, documents)
+        ours = partial(attended, scheme=scheme, kernel=self.kernel, context=context)
+        expected = results(exact, q.double(), k.double(), wide.double())
+        names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+        least = 0.1 * slope.double().norm()  # under a window of one key two gradients are 0
+        for name, got, right in zip(names, results(ours, q, k, wide), expected, strict=True):
+            wrong = (got - right).norm() / torch.maximum(right.norm(), least)
+            if not wrong < min(0.03, 2e3 * ROUNDING[self.dtype]):
+                rows = "one document" if documents is None else "several documents"
+                raise _Violation(
+                    f"computes another {name} than the reference in rows of {rows} "
+                    f"({float(wrong):.2g} relative)"
+                )
 
     def turns_nothing(self, nope: Nope) -> None:
         """Queries and keys of a layer without position stay as they are."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import attend, choose, flex, sdpa
+from megahybrid.model.kernels import attend, choose, cudnn_frontend, flex, sdpa
 from megahybrid.model.kernels.documents import Documents
 from tests.parallel.compare import EXACT, error
 
@@ -248,6 +248,8 @@ def test_on_cpu_windows_are_blocked_and_the_rest_is_sdpa() -> None:
 
 CUDA_CASES = [
     ("varlen", torch.bfloat16),
+    ("cudnn_frontend", torch.bfloat16),
+    ("cudnn_frontend", torch.float16),
     ("flex", torch.bfloat16),
     ("flex", torch.float32),
     ("sdpa", torch.bfloat16),
@@ -266,6 +268,10 @@ def test_cuda_kernels_stay_near_the_truth(
 ) -> None:
     if (kernel == "sdpa") != (window is None) and kernel in ("sdpa", "blocked"):
         pytest.skip("this kernel is not for this window")
+    if kernel == "cudnn_frontend":
+        why_not = cudnn_frontend.refusal(torch.device("cuda"), dtype, 64)
+        if why_not:
+            pytest.skip(why_not)
     batch, lengths = ROWS[rows]
     documents = None if lengths is None else Documents.from_lengths(lengths).to("cuda")
     rounded = draw(600, batch, 4, 2, 64, dtype=dtype, device="cuda")

@@ -121,6 +121,25 @@ def interleaved_groups(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     return attend(q, k, v, **how)
 
 
+def backward_of(wrong: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The right output, with the gradients of a broken kernel."""
+
+    def broken(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        other = wrong(q, k, v, **how)
+        return other + (attend(q, k, v, **how) - other).detach()
+
+    return broken
+
+
+def of_one_head(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """Keys and values whose gradients come from the first query head of each group alone."""
+    group = q.shape[2] // k.shape[2]
+    first = torch.arange(q.shape[2], device=q.device)[:, None] % group == 0
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    k, v = (torch.where(first, x, x.detach()) for x in (k, v))
+    return attend(q, k, v, **how)
+
+
 KERNEL_FAULTS = {
     "window-one-short": ("rope-window", shifted(-1), "does not see exactly window=64 keys"),
     "window-one-long": ("rope-window", shifted(1), "does not see exactly window=64 keys"),
@@ -132,6 +151,11 @@ KERNEL_FAULTS = {
     "documents-ignored-window": ("rope-window", joined, "mixes documents"),
     "documents-ignored-nope": ("nope", joined, "mixes documents"),
     "groups": ("rope-window", interleaved_groups, "does not read KV head"),
+    "backward-window-one-long": ("rope-window", backward_of(shifted(1)), "gradient of queries"),
+    "backward-window-one-short": ("nope-log", backward_of(shifted(-1)), "gradient of queries"),
+    "backward-window-ignored": ("rope-window-prime", backward_of(full), "one document"),
+    "backward-documents-ignored": ("nope", backward_of(joined), "several documents"),
+    "backward-groups": ("rope-llama3", backward_of(of_one_head), "gradient of keys"),
 }
 
 

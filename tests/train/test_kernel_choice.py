@@ -51,6 +51,24 @@ def test_a_kernel_that_fails_its_self_test_is_not_measured(
     assert fastest(found) == "blocked"
 
 
+def test_a_kernel_with_other_gradients_than_the_first_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megahybrid.model.kernels import attend
+
+    def wrong_backward(*args: Any, window: int, kernel: str, **more: Any) -> Any:
+        out = attend(*args, window=window, kernel=kernel, **more)
+        if kernel != "blocked":
+            return out
+        other = attend(*args, window=window + 1, kernel=kernel, **more)
+        return other + (out - other).detach()
+
+    monkeypatch.setattr(choice, "attend", wrong_backward)
+    found = measure(["reference", "blocked"], 24, WORK, lambda run, device: 1.0)
+    assert found["reference"] == 1.0
+    assert str(found["blocked"]).startswith("ArithmeticError: another dq than the first kernel's")
+
+
 def test_rows_of_several_documents_are_measured_too() -> None:
     several = Workload(1, 3 * choice.DOCUMENT_TOKENS, 1, 1, 8, torch.float32, CPU, documents=True)
     assert [d is None for d in choice._situations(several)] == [True, False]

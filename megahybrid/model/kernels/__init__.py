@@ -3,8 +3,6 @@
 A kernel that cannot do what is asked refuses; none attends to more or less than asked.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +11,7 @@ from megahybrid.errors import ConfigError
 from megahybrid.model.kernels import flex, varlen
 from megahybrid.model.kernels.blocked import attend_blocked
 from megahybrid.model.kernels.cudnn import attend_cudnn
+from megahybrid.model.kernels.cudnn_frontend import attend_cudnn_frontend
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.flash import attend_flash
 from megahybrid.model.kernels.flex import attend_flex
@@ -22,8 +21,17 @@ from megahybrid.model.kernels.varlen import attend_varlen
 
 __all__ = ["KERNELS", "Documents", "attend", "choose"]
 
-KERNELS = ("reference", "blocked", "sdpa", "cudnn", "varlen", "flex", "fa3", "fa4")
-Kernel = Literal["auto", "reference", "blocked", "sdpa", "cudnn", "varlen", "flex", "fa3", "fa4"]
+KERNELS = (
+    "reference",
+    "blocked",
+    "sdpa",
+    "cudnn",
+    "cudnn_frontend",
+    "varlen",
+    "flex",
+    "fa3",
+    "fa4",
+)
 
 
 def attend(
@@ -68,6 +76,8 @@ def attend(
             raise ConfigError(f"kernels={kernel} has no window (window={window}). Use blocked.")
         run = attend_sdpa if kernel == "sdpa" else attend_cudnn
         return run(q, k, v, documents=documents, scale=scale)
+    if kernel == "cudnn_frontend":
+        return attend_cudnn_frontend(q, k, v, window=window, documents=documents, scale=scale)
     if kernel in ("fa3", "fa4"):
         return attend_flash(kernel, q, k, v, window=window, documents=documents, scale=scale)
     if kernel == "varlen":

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
-from megahybrid.model.kernels import attend, choose, cudnn, flash, flex, varlen
+from megahybrid.model.kernels import attend, choose, cudnn, cudnn_frontend, flash, flex, varlen
 from megahybrid.model.kernels.documents import Documents
 
 KINDS = ("full", "windowed")
 REPEATS = 3
+# Of results that differ by rounding alone, relative: bf16 kernels are some 0.005 apart.
+DISAGREEMENT = 0.03
 # Rows of a measurement with documents are cut into pieces of about this many tokens.
 DOCUMENT_TOKENS = 2048
+
+Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: in
     there = {
         "varlen": varlen.refusal(device, dtype, head_dim),
         "flex": flex.refusal(device, dtype, head_dim),
+        "cudnn_frontend": cudnn_frontend.refusal(device, dtype, head_dim),
         "fa3": flash.refusal("fa3", device, dtype, head_dim),
         "fa4": flash.refusal("fa4", device, dtype, head_dim),
     }
@@ -82,18 +88,32 @@ def measure(
     """Seconds of one forward and backward of each kernel, or why it has none.
 
     Rows are one document; where they may hold several, the time of rows cut into pieces is added.
+    A kernel whose output or gradients are not those of the first that ran is not chosen either: at
+    the stage's own length, of which no small test knows.
     """
     clock = seconds_of or least_seconds
     found: dict[str, float | str] = {}
+    situations = _situations(work)
+    first: list[Results] = []
     for name in names:
         try:
-            found[name] = sum(
-                clock(_both(name, window, work, documents), work.device)
-                for documents in _situations(work)
-            )
+            runs = [_both(name, window, work, documents) for documents in situations]
+            seconds = sum(clock(run, work.device) for run in runs)
+            results = [run() for run in runs] if len(names) > 1 else []
+            first = first or results
+            for ours, expected in zip(results, first, strict=True):
+                _demand_agreement(ours, expected)
+            found[name] = seconds
         except Exception as error:  # a kernel may fail in any way: then it is not chosen
             found[name] = why_it_failed(error)
     return found
+
+
+def _demand_agreement(results: Results, expected: Results) -> None:
+    for (what, result), other in zip(results.items(), expected.values(), strict=True):
+        apart, size = (vector_norm(x, dtype=torch.float32) for x in (result - other, other))
+        if not apart <= DISAGREEMENT * size:  # NaN is no agreement
+            raise ArithmeticError(f"another {what} than the first kernel's by {apart / size:.2g}")
 
 
 def why_it_failed(error: Exception) -> str:
@@ -118,7 +138,8 @@ def _situations(work: Workload) -> list[Documents | None]:
 
 def _both(
     name: str, window: int | None, work: Workload, documents: Documents | None
-) -> Callable[[], object]:
+) -> Callable[[], Results]:
+    """A forward and backward on drawn values, the same for every kernel."""
     generator = torch.Generator(work.device).manual_seed(1)
 
     def draw(heads: int) -> Tensor:
@@ -127,13 +148,14 @@ def _both(
         return drawn.requires_grad_()
 
     q, k, v = draw(work.heads), draw(work.kv_heads), draw(work.kv_heads)
-    slope = torch.ones_like(q)
+    slope = draw(work.heads).detach()
 
-    def run() -> object:
+    def run() -> Results:
         out = attend(
             q, k, v, window=window, documents=documents, scale=work.head_dim**-0.5, kernel=name
         )
-        return torch.autograd.grad(out, (q, k, v), slope)
+        results = (out.detach(), *torch.autograd.grad(out, (q, k, v), slope))
+        return dict(zip(("output", "dq", "dk", "dv"), results, strict=True))
 
     return run
 

@@ -1,0 +1,250 @@
+"""cuDNN's attention through nvidia-cudnn-frontend: windows and grouped heads, near FA3's rates.
+
+A graph is built and compiled, about half a second, for each shape, window and scale that a thread
+meets, and kept: plans and handles must not be shared by threads (cuDNN's release notes), and
+autograd has its own.
+"""
+
+import importlib
+import threading
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megahybrid.errors import ConfigError
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.fused import fused_refusal
+from megahybrid.model.kernels.varlen import attend_varlen
+
+LARGEST_HEAD_DIM = 128
+OLDEST_CUDNN = 91500
+ALIGNMENT = 16  # bytes; every step between heads, rows and tokens is a multiple, or reads are wrong
+
+# What a graph calls its tensors.
+Q, K, V, OUT, STATS, SLOPE, DQ, DK, DV = range(1, 10)
+
+
+class Layout(NamedTuple):
+    """[batch, heads, seq, head_dim], the order in which cuDNN names them, and steps in elements."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class Case(NamedTuple):
+    """What one plan is for. `slope`, the gradient of the output, is there for a backward."""
+
+    device: torch.device
+    dtype: torch.dtype
+    window: int | None
+    scale: float
+    deterministic: bool
+    q: Layout
+    k: Layout
+    v: Layout
+    slope: Layout | None = None
+
+
+class Plan(NamedTuple):
+    """A compiled graph, and the bytes it needs beside its tensors."""
+
+    graph: Any
+    workspace: int
+
+
+def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel cannot run there, or None if it can."""
+    why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM)
+    if why_not:
+        return why_not
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs a Hopper device or newer"
+    if package() is None:
+        return "needs the package nvidia-cudnn-frontend"
+    version = package().backend_version()
+    if version < OLDEST_CUDNN:
+        return f"needs cuDNN {OLDEST_CUDNN} or newer (cuDNN={version})"
+    return None
+
+
+def attend_cudnn_frontend(
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "seq batch kv_heads head_dim"],
+    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    *,
+    window: int | None,
+    documents: Documents | None,
+    scale: float,
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """Attention over rows that are one document each, wherever their tokens lie.
+
+    Batches with documents go to varlen, since a graph would be needed for each length; so do rows
+    of a single token, which have no backward here.
+    """
+    if documents is not None or q.shape[0] == 1:
+        return attend_varlen(q, k, v, window=window, documents=documents, scale=scale)
+    why_not = refusal(q.device, q.dtype, q.shape[-1])
+    if why_not:
+        raise ConfigError(f"kernels=cudnn_frontend {why_not}. Use varlen or auto.")
+    return _Attention.apply(q, k, v, window, scale)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, the output, and the logarithm of each query's sum, fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Any:
+        seq, batch, heads, _ = q.shape
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        stats = torch.empty(batch, heads, seq, 1, dtype=torch.float32, device=q.device)
+        buffers = {Q: readable(q), K: readable(k), V: readable(v), OUT: out, STATS: stats}
+        _execute(_case(buffers, window, scale), buffers)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.window, ctx.scale = window, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        q, k, v, out, stats = ctx.saved_tensors
+        buffers = {Q: readable(q), K: readable(k), V: readable(v), OUT: out, STATS: stats}
+        buffers[SLOPE] = readable(slope)
+        for uid, x in ((DQ, q), (DK, k), (DV, v)):
+            buffers[uid] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _execute(_case(buffers, ctx.window, ctx.scale), buffers)
+        return buffers[DQ], buffers[DK], buffers[DV], None, None
+
+
+def readable(x: Tensor) -> Tensor:
+    """x [seq, batch, heads, head_dim], or a copy where cuDNN would read it wrongly: unaligned, or
+    with elements 2³¹ and more behind its first though they would fit in less."""
+    steps = [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    aligned = all(step > 0 and step * x.element_size() % ALIGNMENT == 0 for step in steps[:-1])
+    aligned &= x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0
+    if aligned and (reach < 2**31 or x.numel() >= 2**31):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def layout(x: Tensor) -> Layout:
+    """Of x [seq, batch, heads, head_dim]; an axis of one element steps as far as the next one in
+    memory, whatever torch says of it."""
+    (seq, batch, heads, head_dim), (by_seq, by_batch, by_head, _) = x.shape, x.stride()
+    by_head = by_head if heads > 1 else head_dim
+    by_batch = by_batch if batch > 1 else by_seq
+    return Layout((batch, heads, seq, head_dim), (by_batch, by_head, by_seq, 1))
+
+
+def dense(like: Layout) -> Layout:
+    """A contiguous [seq, batch, heads, head_dim] of the same sizes."""
+    batch, heads, _, head_dim = like.sizes
+    row = heads * head_dim
+    return Layout(like.sizes, (row, head_dim, batch * row, 1))
+
+
+def _case(buffers: dict[int, Tensor], window: int | None, scale: float) -> Case:
+    q = buffers[Q]
+    return Case(
+        device=q.device,
+        dtype=q.dtype,
+        window=window,
+        scale=scale,
+        # Its backward then needs work space that grows with the square of the length.
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        q=layout(q),
+        k=layout(buffers[K]),
+        v=layout(buffers[V]),
+        slope=layout(buffers[SLOPE]) if SLOPE in buffers else None,
+    )
+
+
+def build(case: Case, **where: Any) -> Plan:
+    """The compiled graph of a case; `where` has the handle of a device, or the properties of one
+    that is elsewhere. cuDNN raises where it has no kernel."""
+    cudnn = package()
+    kind = cudnn.data_type
+    half = kind.BFLOAT16 if case.dtype == torch.bfloat16 else kind.HALF
+    graph = cudnn.pygraph(
+        io_data_type=half,
+        intermediate_data_type=kind.FLOAT,
+        compute_data_type=kind.FLOAT,
+        **where,
+    )
+    batch, heads, seq, _ = case.q.sizes
+    stats = Layout((batch, heads, seq, 1), (heads * seq, seq, 1, 1))
+
+    def given(uid: int, at: Layout, dtype: Any = half) -> Any:
+        return graph.tensor(dim=list(at.sizes), stride=list(at.strides), data_type=dtype, uid=uid)
+
+    rule = {
+        "attn_scale": case.scale,
+        "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
+        "diagonal_band_right_bound": 0,
+    }
+    if case.window is not None:
+        # Keeps key j where j + bound > i (sliding_window_mask in its attn_score_modifiers.h): the
+        # bound counts the query's own key, as ours does.
+        rule["diagonal_band_left_bound"] = case.window
+    q, k, v = given(Q, case.q), given(K, case.k), given(V, case.v)
+    if case.slope is None:
+        out, sums = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **rule)
+        results = [(OUT, out, dense(case.q), half), (STATS, sums, stats, kind.FLOAT)]
+    else:
+        grads = graph.sdpa_backward(
+            q=q,
+            k=k,
+            v=v,
+            o=given(OUT, dense(case.q)),
+            dO=given(SLOPE, case.slope),
+            stats=given(STATS, stats, kind.FLOAT),
+            use_deterministic_algorithm=case.deterministic,
+            **rule,
+        )
+        of = zip((DQ, DK, DV), grads, (case.q, case.k, case.v), strict=True)
+        results = [(uid, grad, dense(like), half) for uid, grad, like in of]
+    for uid, result, at, dtype in results:
+        result.set_output(True).set_uid(uid).set_data_type(dtype)
+        result.set_dim(list(at.sizes)).set_stride(list(at.strides))
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    return Plan(graph, graph.get_workspace_size())
+
+
+def _execute(case: Case, buffers: dict[int, Tensor]) -> None:
+    """Queues a plan on torch's current stream."""
+    with torch.cuda.device(case.device):
+        handle, plan = _own.handle(case.device), _own.plan(case)
+        workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=case.device)
+        package().set_stream(handle, torch.cuda.current_stream(case.device).cuda_stream)
+        pointers = {uid: x.data_ptr() for uid, x in buffers.items()}
+        plan.graph.execute(pointers, workspace.data_ptr(), handle)
+
+
+class _OfThread(threading.local):
+    """What a thread has of cuDNN."""
+
+    def __init__(self) -> None:
+        self.handle = cache(lambda device: package().create_handle())
+        self.plan = cache(lambda case: build(case, handle=self.handle(case.device)))
+
+
+_own = _OfThread()
+
+
+@cache
+def package() -> Any:
+    """nvidia-cudnn-frontend; None where it, or the cuDNN that torch brings, cannot be had."""
+    try:
+        found = importlib.import_module("cudnn")
+        found.backend_version()
+    except (ImportError, AttributeError, OSError, RuntimeError):
+        return None
+    return found if hasattr(found, "pygraph") else None
