@@ -117,6 +117,9 @@ class Engine:
                 mpu=Mpu(mesh),
                 dist_init_required=False,
             )
+        from megahybrid.train.engine.sums import sum_directly  # which is DeepSpeed's own class
+
+        sum_directly(self.deepspeed.optimizer)
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )
@@ -139,9 +142,9 @@ class Engine:
             for (decay, multiplier), parameters in groups.items()
         ]
 
-    def _pieces_by_flat(self, run: RunConfig) -> dict[int, list[tuple[int, int, int]]]:
-        """For each flat partition: (kind, start, stop) of the pieces this rank counts in a norm."""
-        table: dict[int, list[tuple[int, int, int]]] = {}
+    def _pieces_by_flat(self, run: RunConfig) -> dict[int, tuple[list[slice], Tensor]]:
+        """For each flat partition: the pieces this rank counts in a norm, and each one's kind."""
+        table: dict[int, list[tuple[slice, int]]] = {}
         counts_replicated = self.mesh.tensor.rank == 0
         for piece in self.state.pieces:
             if not (piece.spec.sharded or counts_replicated):
@@ -151,15 +154,24 @@ class Engine:
             # By segment: the parallel block fuses attention and MLP into one parameter.
             for name, _, _, _, within in piece.segments():
                 kind = KINDS.index(parameter_rule(name, self.model.config, run.optimizer).kind)
-                place = (kind, piece.offset + within.start, piece.offset + within.stop)
-                table.setdefault(id(piece.flat), []).append(place)
-        return table
+                place = slice(piece.offset + within.start, piece.offset + within.stop)
+                table.setdefault(id(piece.flat), []).append((place, kind))
+        return {
+            flat: (
+                [place for place, _ in places],
+                torch.tensor([kind for _, kind in places], device=self.mesh.device),
+            )
+            for flat, places in table.items()
+        }
 
     def _observe(self, flat: Tensor, gradient: Tensor) -> None:
+        if id(flat) not in self._kind_pieces:
+            return
+        places, kinds = self._kind_pieces[id(flat)]
         values = gradient.detach().reshape(-1)
-        for kind, start, stop in self._kind_pieces.get(id(flat), ()):
-            norm = torch.linalg.vector_norm(values[start:stop], dtype=torch.float64)
-            self._squares[kind] += norm.square()
+        # One by one each would be copied to fp64 first.
+        norms = torch._foreach_norm([values[place] for place in places], 2, dtype=torch.float64)
+        self._squares.index_add_(0, kinds, torch.stack(norms).square())
 
     def train_step(
         self,

@@ -55,8 +55,16 @@ def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
         },
     }
     if run.precision == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["bf16"] = {
+            "enabled": True,
+            "check_grad_overflow": True,
+            # Each bf16 gradient goes into its sum, and goes, before the next is made.
+            "immediate_grad_update": True,
+        }
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if stage == 1:
+            # Else the fp32 sums are rounded to bf16 to travel, even where they travel nowhere.
+            settings["communication_data_type"] = "fp32"
     return settings
 
 

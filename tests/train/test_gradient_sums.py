@@ -1,0 +1,90 @@
+"""Sums of gradients in bf16: DeepSpeed's bits in fewer passes, and all of their digits."""
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tests import distributed
+from tests.parity.cases import model
+from tests.parity.test_engine import LEARNING_RATE, Case, build
+
+CASE = Case(model("rms-shared"), zero_stage=1, accumulation=3, precision="bf16")
+
+
+def trained(ranks: distributed.Ranks, case: Case, direct: bool) -> dict[str, Any]:
+    """Losses and norms of steps of 3, 2, 1 and 2 micro-batches, then all masters and moments. The
+    second has a loss that is no number; `direct` or as DeepSpeed sums by itself."""
+    from megahybrid.train.engine import Engine, MicroBatch, engine, settings, sums
+
+    def by_itself(run: Any, hidden_size: int) -> dict[str, Any]:
+        found = settings.engine_settings(run, hidden_size)
+        found["bf16"]["immediate_grad_update"] = False
+        return found
+
+    with (
+        mock.patch.object(sums, "sum_directly", sums.sum_directly if direct else lambda _: None),
+        mock.patch.object(
+            engine, "engine_settings", settings.engine_settings if direct else by_itself
+        ),
+    ):
+        built = build(ranks, case, Engine, engine)
+    assert isinstance(built.deepspeed.optimizer, sums.DirectSums) == direct
+    forward = built.model.forward
+
+    def poisoned(*args: Any) -> Any:
+        loss, per_token = forward(*args)
+        return loss * float("nan"), per_token
+
+    found: dict[str, Any] = {}
+    first = ranks.mesh(case.tensor).data.rank * case.accumulation
+    for step, count in enumerate((3, 2, 1, 2)):
+        batches = [
+            MicroBatch(each.tokens, each.targets, each.starts)
+            for each in case.micro_batches(step)[first : first + count]
+        ]
+        built.model.forward = poisoned if step == 1 else forward
+        result = built.train_step(batches, LEARNING_RATE)
+        assert result.skipped == (step == 1)
+        if not result.skipped:
+            found[f"step {step}"] = (
+                result.loss,
+                result.gradient_norm,
+                result.gradient_norm_by_kind,
+            )
+        gradients = [p.grad for p in built.model.parameters() if p.grad is not None]
+        assert not gradients
+    for each in built.fragments():
+        found[f"{each.tensor} {each.state} {each.box} {each.flat}"] = each.data.tobytes()
+    built.close()
+    return found
+
+
+def both_ways(ranks: distributed.Ranks, case: Case) -> list[dict[str, Any]]:
+    return [trained(ranks, case, direct) for direct in (True, False)]
+
+
+def test_direct_sums_are_deepspeeds_to_the_bit() -> None:
+    for ours, theirs in distributed.run(2, both_ways, replace(CASE, data=2)):
+        assert ours == theirs
+
+
+def rounded(ranks: distributed.Ranks, case: Case) -> float:
+    """The share of a step's gradient that are numbers of bf16."""
+    from megahybrid.train.engine import Engine, MicroBatch, engine
+
+    built = build(ranks, case, Engine, engine)
+    seen: list[torch.Tensor] = []
+    built.clip_norm = built.deepspeed.optimizer.clip_grad = 0.0
+    built.optimizer.observe = lambda flat, gradient: seen.append(gradient.reshape(-1).clone())
+    share = case.micro_batches(0)
+    built.train_step([MicroBatch(b.tokens, b.targets, b.starts) for b in share], LEARNING_RATE)
+    built.close()
+    whole = torch.cat(seen)
+    return (whole.bfloat16() == whole)[whole != 0].float().mean().item()
+
+
+def test_sums_are_not_rounded_on_their_way() -> None:
+    assert distributed.run(1, rounded, CASE)[0] < 0.5
+    assert distributed.run(1, rounded, replace(CASE, accumulation=1))[0] == 1.0
