@@ -184,6 +184,9 @@ def test_a_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "package", lambda: Recorder(90100))
     assert refusal() == "needs cuDNN 91500 or newer (cuDNN=90100)"
     monkeypatch.setattr(kernel, "package", Recorder)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
+    assert refusal() == "found cuDNN 91900 beside torch's 92000"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     assert refusal() is None
     assert "head_dim" in str(refusal(head_dim=256)) and "bf16" in str(refusal(dtype=torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))

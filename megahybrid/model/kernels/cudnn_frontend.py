@@ -68,6 +68,8 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     version = package().backend_version()
     if version < OLDEST_CUDNN:
         return f"needs cuDNN {OLDEST_CUDNN} or newer (cuDNN={version})"
+    if version != torch.backends.cudnn.version():
+        return f"found cuDNN {version} beside torch's {torch.backends.cudnn.version()}"
     return None
 
 
