@@ -120,14 +120,14 @@ class Attention(nn.Module):
         )
 
     def places(self, context: SequenceContext) -> Places:
-        """What `placed` turns and scales this batch's heads by."""
+        """What `placed` turns and scales this batch's heads by, [batch, seq, ...]."""
         position = self.scheme.position
         table = None
         if isinstance(position, Rope):
-            table = context.rotary_table(position, self.head_dim)
+            table = context.rotary_table(position, self.head_dim).rows_first()
         factor = None
         if self.query_scale is not None:
-            factor = self.query_scale.factor(context.documents, context.length, context.device)
+            factor = self.query_scale.factor(context.documents, context.length, context.device).T
         return table, factor
 
     def placed(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention, Places, attention_outputs, query_key_value
 from megahybrid.model.chunked_mlp import ChunkedMLP
-from megahybrid.model.compiled import traced_whole
+from megahybrid.model.compiled import Passed, rows_first, traced_whole
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs, swiglu
 from megahybrid.model.norm import make_norm
@@ -60,8 +60,10 @@ class Block(nn.Module):
         if regions is not None and context.mixing is None and torch.is_grad_enabled():
             enter, leave = regions
             # Made out here, once per batch: a compiled region sees tensors alone.
-            (q, k, v), rest = enter(hidden, self.attention.places(context))
-            return leave(hidden, self.attention.attended(q, k, v, context), *rest)
+            heads, (hidden, *rest) = enter(rows_first(hidden), self.attention.places(context))
+            q, k, v = (x.transpose(0, 1) for x in heads)
+            mixed = self.attention.attended(q, k, v, context)
+            return leave(hidden, rows_first(mixed), *rest).transpose(0, 1)
         (q, k, v), rest = self.enter(hidden)
         return self.leave(hidden, self.attention(q, k, v, context), *rest)
 
@@ -81,15 +83,22 @@ class Block(nn.Module):
         The attention kernel stays outside: it is one call, and what it needs of a batch's documents
         is made on the host.
         """
-        enter, leave = self._enter_placed, self.leave
+        enter, leave = self._enter_region, self.leave
         if self.selective:
             enter, leave = keeping_products(enter), keeping_products(leave)
         self._regions = traced_whole(enter, backend), traced_whole(leave, backend)
 
-    def _enter_placed(self, hidden: Tensor, places: Places) -> tuple[Heads, tuple[Tensor, ...]]:
+    def _enter_region(self, hidden: Tensor, places: Places) -> tuple[Heads, tuple[Any, ...]]:
+        """`enter` and the rotation, all of it [batch, seq, ...]: the order that kernels want heads
+        in, and any other layer does without. The stream comes out as well: its gradient is then
+        added where the norm's is made."""
         (q, k, v), rest = self.enter(hidden)
         q, k = self.attention.placed(q, k, places)
-        return (q, k, v), rest
+        return (q, k, v), (Passed.apply(hidden), *self.folded(rest))
+
+    def folded(self, rest: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """What a compiled `leave` gets of `enter`'s rest."""
+        return rest
 
     def _share(self, input: ColumnParallelLinear, down: RowParallelLinear) -> None:
         """Have an MLP in chunks beside the plain one, with the same parameters."""
@@ -223,6 +232,11 @@ class ParallelBlock(Block):
         projection = self._chunked if self._chunks(hidden) else self.input
         query, key, value, *rest = self._normed(self.norm, projection, hidden)
         return self.attention.heads(query, key, value), tuple(rest)
+
+    def folded(self, rest: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Gate and up multiplied, unless that is computed again: their gradients are then written
+        where the input product's backward reads them."""
+        return rest if self.selective else (swiglu(*rest), None)
 
     def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
         """Adds attention and MLP, scattered together."""

@@ -2,8 +2,12 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 # Two programs for each kind of layer, and each of these again for every (rows, length) of a run:
 # torch's own limit of 8 would refuse a stage that mixes a few lengths.
@@ -13,17 +17,73 @@ MOST_PROGRAMS = 256
 def traced_whole(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """`function` compiled at its first call, by input shapes. What cannot be traced whole is an
     error, never a slower program."""
-    import torch
-
+    if backend == "inductor":
+        _write_gradients_in_place()
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def prepare_compiler() -> None:
     """What a compiler needs before its first program."""
     import torch._dynamo
+    import torch._functorch.config
 
     torch._dynamo.config.recompile_limit = MOST_PROGRAMS
     torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_PROGRAMS
+    # `Passed` is one: without this its programs would be traced again at every restart.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+
+
+@cache
+def _write_gradients_in_place() -> None:
+    """What a product reads as one matrix is written there part by part, by the kernels that make
+    the parts. torch would have one kernel compute every part at every element: for the gradients of
+    q, k, v, gate and up three times the instructions that fit into the time of its bytes."""
+    try:
+        from torch._inductor import ir, lowering
+        from torch._inductor.virtualized import V
+
+        plain = lowering.lowerings[torch.ops.aten.cat.default]
+        joined = ir.ConcatKernel.create
+    except (ImportError, AttributeError, KeyError):
+        return  # another torch: the same numbers, more slowly
+
+    def cat(parts: Any, dim: int = 0) -> Any:
+        alike = len({part.get_dtype() for part in parts}) == 1
+        if len(parts) > 1 and alike and _only_multiplied(V.current_node):
+            return lowering.TensorBox(joined(parts, dim % len(parts[0].get_size())))
+        return plain(parts, dim)
+
+    lowering.lowerings[torch.ops.aten.cat.default] = cat
+
+
+def _only_multiplied(node: Any) -> bool:
+    """Whether matrix products alone read this node of a graph, through views."""
+    aten = torch.ops.aten
+    views = (aten.view.default, aten.reshape.default, aten.permute.default)
+    return bool(node.users) and all(
+        user.target is aten.mm.default or (user.target in views and _only_multiplied(user))
+        for user in node.users
+    )
+
+
+class Passed(torch.autograd.Function):
+    """A region's input among its outputs: what comes back for it is then added inside of the
+    region's backward, not by a kernel of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """[seq, batch, ...] as [batch, seq, ...], copied only where it does not lie so. Flattened in
+    between: programs are kept by strides, those of an axis of 1 as well."""
+    x = x.transpose(0, 1)
+    return x.flatten(0, 1).unflatten(0, x.shape[:2])
 
 
 def keep_programs(folder: Path) -> None:

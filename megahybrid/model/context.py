@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.attention import Rope
+from megahybrid.model.away import Away
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, plain_table
 
@@ -18,6 +19,7 @@ class SequenceContext:
     Tables are made when the first layer asks and shared by all layers of the same rotation.
     `mixing` is called in place of `mixing.mix`, with its arguments, layer by layer: a cache of keys
     that goes on from earlier tokens, or an observer of the attention. Training leaves it None.
+    `away` has the inputs of layers that wait in host memory, the lowest first.
     """
 
     length: int
@@ -26,6 +28,7 @@ class SequenceContext:
     dtype: torch.dtype
     tables: dict[tuple[Rope, int], RotaryTable] = field(default_factory=dict)
     mixing: Callable[..., Tensor] | None = None
+    away: list[Away] = field(default_factory=list)
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""

@@ -61,12 +61,13 @@ class GatedProduct(nn.Module):
     def forward(
         self,
         gate: Float[Tensor, "seq batch features_local"],
-        up: Float[Tensor, "seq batch features_local"],
+        up: Float[Tensor, "seq batch features_local"] | None,
         reduce: bool = True,
     ) -> Float[Tensor, "seq_out batch hidden"]:
-        """The shard of the result, or with reduce=False this rank's part of the sum."""
-        if torch.compiler.is_compiling():
-            return self.down(swiglu(gate, up), reduce=reduce)
+        """The shard of the result, or with reduce=False this rank's part of the sum. Without `up`,
+        `gate` is their product already."""
+        if torch.compiler.is_compiling() or up is None:
+            return self.down(gate if up is None else swiglu(gate, up), reduce=reduce)
         function = self.swiglu if torch.is_grad_enabled() else swiglu
         product = function(gate, up)
         if not (self.selective and torch.is_grad_enabled()):

@@ -5,7 +5,7 @@ selective  norm outputs and the SwiGLU product are dropped and computed again fr
            kept anyway: no matrix product, no attention and no communication is repeated
 chunked    as selective, and the MLP runs chunk by chunk: gate and up are computed again as well
 full       only the layer's input is kept (arXiv 1604.06174); a long sequence's MLP runs in chunks
-offload    as full, and that input waits in host memory
+offload    as full, and that input waits in host memory (model/away.py)
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from megahybrid.model.away import kept_away
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -70,8 +72,13 @@ def keeping_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy: str) -> Tensor:
-    """`block(hidden, context)`, under full recompute where the policy says so."""
-    if policy == "full" and torch.is_grad_enabled():
+    """`block(hidden, context)`, under full recompute where the policy says so. `context.away` is
+    the line of inputs that wait in host memory."""
+    if policy not in ("full", "offload") or not torch.is_grad_enabled():
+        return block(hidden, context)
+    # The checkpoint keeps its input alone; what it keeps inside are its own hooks' affair.
+    keeping = kept_away(context.away) if policy == "offload" else nullcontext()
+    with keeping:
         # The blocks draw nothing at random, so no generator state needs to be put back.
         return checkpoint(
             block,
@@ -81,9 +88,6 @@ def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy
             preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), _again(block)),
         )
-    if policy == "offload" and torch.is_grad_enabled():
-        return _Offloaded.apply(hidden, block, context)
-    return block(hidden, context)
 
 
 @contextmanager
@@ -94,28 +98,3 @@ def _again(block: Any) -> Iterator[None]:
         yield
     finally:
         block.again = False
-
-
-class _Offloaded(torch.autograd.Function):
-    """A block whose input waits in host memory, and which runs again in backward.
-
-    Copies go along the computation's own stream: at 128k tokens of 2,048 values they are 10 ms
-    beside a layer's 300.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, block: Callable[..., Tensor], context: Any) -> Tensor:
-        ctx.block, ctx.context, ctx.device = block, context, hidden.device
-        ctx.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
-        ctx.host.copy_(hidden, non_blocking=True)
-        with torch.no_grad():
-            return block(hidden, context)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        hidden = ctx.host.to(ctx.device, non_blocking=True).detach().requires_grad_()
-        ctx.host = None
-        with torch.enable_grad(), _again(ctx.block):
-            out = ctx.block(hidden, ctx.context)
-        torch.autograd.backward(out, grads[0])
-        return hidden.grad, None, None

@@ -51,6 +51,10 @@ class RotaryTable:
         still = cos.new_ones(*cos.shape[:-1], head_dim - 2 * cos.shape[-1])
         return cls(torch.cat((cos, cos, still), dim=-1).to(dtype), sin.to(dtype))
 
+    def rows_first(self) -> "RotaryTable":
+        """The same for heads that are [batch, seq, ...]."""
+        return RotaryTable(self.cos.transpose(0, 1), self.sin.transpose(0, 1))
+
 
 @lru_cache(maxsize=16)
 def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:

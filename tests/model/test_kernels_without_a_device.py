@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megahybrid.config import memory
 from megahybrid.model import rotary
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.kernels import attend, blocked, documents, flash, varlen
+from megahybrid.model.kernels import attend, blocked, documents, flash, sdpa, varlen
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -122,6 +122,21 @@ def test_a_kernel_gives_heads_where_it_was_given_them(
         assert call["window_size"] == ((none, none) if window is None else (31, 0))
         longest = SEQ
         assert call["max_seqlen_q"] == longest
+
+
+def test_sdpa_hands_no_mask_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = []
+
+    def called(q: Tensor, *_: Tensor, **how: Any) -> Tensor:
+        allowed.append((how["attn_mask"] is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", called)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, 16, device="cuda")
+        for mask in (None, torch.empty(1, 1, 64, 64, device="cuda")):
+            sdpa.attend_heads(q, q, q, mask, 0.25)
+    assert allowed == [(False, True), (True, False)]
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahybrid.model import away
 from megahybrid.model.recompute import rederived, run_block
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -78,7 +82,7 @@ def test_an_offloaded_layer_leaves_nothing_on_the_device_but_its_output() -> Non
     waiting = torch.randn(64, 1, 16, requires_grad=True)
     hidden = waiting * 2
     alive = weakref.ref(hidden)
-    out = run_block(lambda x, _: x.sin().cos(), hidden, None, "offload")
+    out = run_block(lambda x, _: x.sin().cos(), hidden, SimpleNamespace(away=[]), "offload")
     del hidden
     gc.collect()
     assert alive() is None
@@ -87,3 +91,45 @@ def test_an_offloaded_layer_leaves_nothing_on_the_device_but_its_output() -> Non
     plain.sin().cos().sum().backward()
     assert waiting.grad is not None and plain.grad is not None
     assert torch.equal(waiting.grad, 2 * plain.grad)
+
+
+def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+
+    @contextmanager
+    def road(device: torch.device) -> Iterator[None]:
+        told.append("copy")
+        yield
+
+    def layer(name: str) -> Any:
+        def run(x: Tensor, _: Any) -> Tensor:
+            told.append(name)
+            return x.sin()
+
+        return run
+
+    monkeypatch.setattr(away, "beside", road)
+    x, context = torch.randn(8, 1, 4, requires_grad=True), SimpleNamespace(away=[])
+    hidden = x * 1
+    for name in ("first", "second", "third"):
+        hidden = run_block(layer(name), hidden, context, "offload")
+    assert told == ["copy", "first", "copy", "second", "copy", "third"]
+    told.clear()
+    hidden.sum().backward()
+    # The uppermost brings its own and the next one's; the lowest has nothing to send for.
+    assert told == ["copy", "copy", "third", "copy", "second", "first"]
+    assert all(each.arriving is None for each in context.away)
+    (plain,) = torch.autograd.grad(x.sin().sin().sin().sum(), x)
+    assert x.grad is not None and torch.equal(x.grad, plain)
+
+
+def test_what_waits_in_host_memory_is_a_copy_that_can_come_back_twice() -> None:
+    tensor = torch.randn(5, 3)
+    kept = tensor.clone()
+    waiting = away.Away(tensor, None)
+    tensor.zero_()
+    assert torch.equal(waiting.back(), kept)
+    waiting.back().zero_()
+    assert torch.equal(waiting.back(), kept)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.model.kernels.documents import Documents, additive, visible
+from megahybrid.model.kernels.sdpa import attend_heads
 
 # Small blocks waste least: a query block reads window + block keys. Below 64 rows SDPA's own tiles
 # go unfilled, above 512 nothing is gained.
@@ -64,10 +65,7 @@ def _head(
     elif length > window:
         mask = _plain_mask(0, length, length, window, q.dtype, q.device)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [rows, heads, length, head_dim]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return out.permute(2, 0, 1, 3)
+    return attend_heads(q, k, v, mask, scale).permute(2, 0, 1, 3)
 
 
 def _tail(
@@ -86,7 +84,7 @@ def _tail(
         mask = documents.keep(
             ("blocked tail", window, q.dtype), lambda: _tail_masks(documents, window, q.dtype)
         )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = attend_heads(q, k, v, mask, scale)
     out = out.unflatten(0, (rows, blocks)).permute(1, 3, 0, 2, 4).flatten(0, 1)
     return out[:length]
 

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.documents import Documents
@@ -30,9 +31,8 @@ def attend_cudnn(
     documents: Documents | None,
     scale: float,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
-    """`attend_sdpa` by cuDNN alone; torch raises where cuDNN has no kernel for the shape."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """`attend_sdpa`, by cuDNN wherever it hands SDPA no mask; torch raises where cuDNN has no
+    kernel for the shape."""
     why_not = refusal(q.device, q.dtype, q.shape[-1])
     if why_not:
         raise ConfigError(f"kernels=cudnn {why_not}. Use sdpa.")

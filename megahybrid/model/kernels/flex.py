@@ -50,9 +50,8 @@ def attend_flex(
         )
     if not records:
         q, k, v = (x.detach() for x in (q, k, v))  # on CPU it refuses leaves even under no_grad
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-    return out.permute(2, 0, 1, 3)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return _compiled()(q, k, v, mask, scale).transpose(0, 1)
 
 
 @lru_cache(maxsize=32)
@@ -106,5 +105,13 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Any:
+        # [batch, seq, heads, head_dim] in and out: torch copies an output's gradient that is not
+        # contiguous before the backward of a compiled program.
+        shares = k.shape[2] != q.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=shares)
+        return out.transpose(1, 2)
+
     prepare_compiler()  # a program for each window and length; beyond torch's limit none is fused
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(attention, dynamic=False)

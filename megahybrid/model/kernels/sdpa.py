@@ -1,9 +1,12 @@
 """Full causal attention from SDPA; documents are cut apart, so no mask grows with the square."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahybrid.model.kernels.documents import Documents, Span, additive, visible
 
@@ -26,19 +29,24 @@ def attend_sdpa(
     """
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [batch, heads, seq, head_dim]
     if documents is None:
-        out = _attend(q, k, v, None, scale)
+        out = attend_heads(q, k, v, None, scale)
     elif documents.seq <= SHARED_TOKENS:
         mask = documents.keep(("sdpa", q.dtype), lambda: additive(documents.visible(None), q.dtype))
-        out = _attend(q, k, v, mask[:, None], scale)
+        out = attend_heads(q, k, v, mask[:, None], scale)
     else:
         out = _attend_runs(q, k, v, documents, scale)
     return out.permute(2, 0, 1, 3)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """SDPA of [batch, heads, seq, head_dim]: causal, or under an additive mask."""
+    # Masked calls are short, and cuDNN's backward with a mask gives NaN at some lengths on Hopper
+    # (github.com/pytorch/pytorch/issues/196678, torch 2.11 to 2.13; causal calls are right).
+    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(others) if q.is_cuda and mask is not None else nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
 
 
 def _attend_runs(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
@@ -50,7 +58,7 @@ def _attend_runs(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: f
         lengths = [run.stop - run.start for run, _ in runs]
         parts = zip(*(x.split(lengths, dim=1) for x in (row_q, row_k, row_v)), strict=True)
         outs = [
-            _attend(part_q[None], part_k[None], part_v[None], mask, scale)[0]
+            attend_heads(part_q[None], part_k[None], part_v[None], mask, scale)[0]
             for (part_q, part_k, part_v), (_, mask) in zip(parts, runs, strict=True)
         ]
         rows.append(torch.cat(outs, dim=1))
