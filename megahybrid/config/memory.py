@@ -189,6 +189,8 @@ def _one_backward(
     if again:  # but for its input, where that has been kept
         anew = activation_bytes_per_token(model, "none", width, device) * tokens // tensor
         anew -= activation_bytes_per_token(model, policy, width, device) * tokens // tensor
+    if policy == "offload" and device != "cpu":  # the input of the layer below arrives meanwhile
+        anew += width * hidden * tokens // tensor
     parallel = model.block == "parallel"
     if not (policy == "chunked" or (again and tokens > CHUNK_TOKENS)):
         # Beside the product, where that is computed again. Only the parallel block has the

@@ -172,7 +172,12 @@ def test_of_blocks_cut_over_ranks_the_pieces_are_compiled(name: str) -> None:
 
 @pytest.mark.parametrize(
     "block,policy",
-    [("pre_norm", "chunked"), ("post_norm", "full"), ("parallel", "chunked"), ("parallel", "full")],
+    [
+        ("pre_norm", "chunked"),
+        ("post_norm", "full"),
+        ("parallel", "chunked"),
+        ("parallel", "offload"),
+    ],
 )
 def test_the_pieces_are_compiled_where_an_mlp_runs_in_chunks(
     block: str, policy: str, monkeypatch: pytest.MonkeyPatch
