@@ -124,19 +124,25 @@ def test_a_kernel_gives_heads_where_it_was_given_them(
         assert call["max_seqlen_q"] == longest
 
 
-def test_sdpa_hands_no_mask_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_hands_cudnn_whole_rows_alone_and_heads_to_share_where_they_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     allowed = []
 
-    def called(q: Tensor, *_: Tensor, **how: Any) -> Tensor:
-        allowed.append((how["attn_mask"] is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+    def called(q: Tensor, k: Tensor, *_: Tensor, **how: Any) -> Tensor:
+        allowed.append((torch.backends.cuda.cudnn_sdp_enabled(), k.shape[1]))
         return q
 
     monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", called)
     with FakeTensorMode():
-        q = torch.empty(1, 2, 64, 16, device="cuda")
-        for mask in (None, torch.empty(1, 1, 64, 64, device="cuda")):
-            sdpa.attend_heads(q, q, q, mask, 0.25)
-    assert allowed == [(False, True), (True, False)]
+        mask = torch.empty(1, 1, 64, 64, device="cuda")
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k = (torch.empty(1, n, 64, 16, device="cuda", dtype=dtype) for n in (4, 2))
+            sdpa.attend_heads(q, k, k, None, 0.25)
+            sdpa.attend_heads(q, k, k, None, 0.25, part=True)
+            sdpa.attend_heads(q, k, k, mask.to(dtype), 0.25)
+    bf16, fp32 = [(True, 2), (False, 2), (False, 4)], [(True, 4), (False, 4), (False, 4)]
+    assert allowed == bf16 + fp32
 
 
 @contextmanager

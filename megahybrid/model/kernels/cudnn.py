@@ -1,4 +1,4 @@
-"""SDPA held to cuDNN's kernel: on Hopper it is faster than the one SDPA takes by itself."""
+"""SDPA held to cuDNN's kernel, which torch takes by itself on Hopper and on few others."""
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.fused import fused_refusal
 from megahybrid.model.kernels.sdpa import attend_sdpa
+from megahybrid.model.kernels.varlen import attend_varlen
 
 LARGEST_HEAD_DIM = 128
 
@@ -31,10 +32,14 @@ def attend_cudnn(
     documents: Documents | None,
     scale: float,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
-    """`attend_sdpa`, by cuDNN wherever it hands SDPA no mask; torch raises where cuDNN has no
-    kernel for the shape."""
+    """`attend_sdpa` by cuDNN; torch raises where it has no kernel for the shape.
+
+    Batches with documents go to varlen: torch would have cuDNN compile a graph for each length.
+    """
     why_not = refusal(q.device, q.dtype, q.shape[-1])
     if why_not:
         raise ConfigError(f"kernels=cudnn {why_not}. Use sdpa.")
+    if documents is not None:
+        return attend_varlen(q, k, v, window=None, documents=documents, scale=scale)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return attend_sdpa(q, k, v, documents=documents, scale=scale)
+        return attend_sdpa(q, k, v, documents=None, scale=scale)

@@ -12,6 +12,7 @@ from megahybrid.model.kernels.documents import Documents, Span, additive, visibl
 
 # Documents shorter than this share one masked call; a longer one has a call of its own, unmasked.
 SHARED_TOKENS = 512
+BUT_CUDNN = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def attend_sdpa(
@@ -38,12 +39,19 @@ def attend_sdpa(
     return out.permute(2, 0, 1, 3)
 
 
-def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """SDPA of [batch, heads, seq, head_dim]: causal, or under an additive mask."""
-    # Masked calls are short, and cuDNN's backward with a mask gives NaN at some lengths on Hopper
-    # (github.com/pytorch/pytorch/issues/196678, torch 2.11 to 2.13; causal calls are right).
-    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(others) if q.is_cuda and mask is not None else nullcontext():
+def attend_heads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, part: bool = False
+) -> Tensor:
+    """SDPA of [batch, heads, seq, head_dim]: causal, or under an additive mask. `part` says that
+    these are a piece of a row, as long as the documents make it."""
+    # Not by cuDNN, though torch takes it first on Hopper: its backward with a mask gives NaN at
+    # some lengths (github.com/pytorch/pytorch/issues/196678, torch 2.11 to 2.13), and it compiles
+    # a graph for each length that it has not met.
+    elsewhere = q.is_cuda and (mask is not None or part)
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Grouped heads under a mask or in fp32 would get the kernel that holds all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(list(BUT_CUDNN)) if elsewhere else nullcontext():
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
@@ -58,7 +66,7 @@ def _attend_runs(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: f
         lengths = [run.stop - run.start for run, _ in runs]
         parts = zip(*(x.split(lengths, dim=1) for x in (row_q, row_k, row_v)), strict=True)
         outs = [
-            attend_heads(part_q[None], part_k[None], part_v[None], mask, scale)[0]
+            attend_heads(part_q[None], part_k[None], part_v[None], mask, scale, part=True)[0]
             for (part_q, part_k, part_v), (_, mask) in zip(parts, runs, strict=True)
         ]
         rows.append(torch.cat(outs, dim=1))
