@@ -15,9 +15,10 @@ from benchmarks.shapes import SHAPES
 from benchmarks.timing import timed
 from megahybrid.config.counting import attended_pairs
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import attend
+from megahybrid.model.kernels import KERNELS, attend
+from megahybrid.model.kernels.choice import why_it_failed
 
-NAMES = ("sdpa", "varlen", "flex", "blocked")
+NAMES = [name for name in KERNELS if name != "reference"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,8 +79,8 @@ def measure(
                 seconds_both = [timed(both, device) for _ in range(repeats)]
             except ConfigError:
                 continue  # it refuses: no such kernel for this layer on this machine
-            except (RuntimeError, NotImplementedError) as error:
-                row["left_out"] = str(error).splitlines()[0][:120]
+            except Exception as error:  # a kernel may fail in any way
+                row["left_out"] = why_it_failed(error)
             else:
                 # On a CPU the process's own seconds, which neighbours disturb least.
                 clock = 0 if device.type == "cuda" else 1

@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +175,68 @@ def test_a_graph_is_told_the_window_as_it_is(
     assert package.told["attn_scale"] == 0.125
     assert package.told["diagonal_band_right_bound"] == 0
     assert package.told.get("diagonal_band_left_bound") == window
+
+
+def test_a_plan_runs_on_torchs_stream_and_is_built_once_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Package(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.handles, self.graphs, self.streams, self.runs = 0, 0, [], []
+
+        def create_handle(self) -> str:
+            self.handles += 1
+            return f"handle {self.handles}"
+
+        def pygraph(self, **how: Any) -> Any:
+            self.graphs += 1
+            assert how["handle"] == f"handle {self.handles}"
+            return self
+
+        def set_stream(self, handle: str, stream: int) -> None:
+            self.streams.append((handle, stream))
+
+        def execute(self, pointers: dict[int, int], workspace: int, handle: str) -> None:
+            assert workspace % 16 == 0 and set(pointers) == {1, 2, 3, 4, 5}
+            self.runs.append(handle)
+
+    package = Package()
+    monkeypatch.setattr(kernel, "package", lambda: package)
+    monkeypatch.setattr(kernel, "_own", kernel._OfThread())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77)
+    )
+    here = case(32, backward=False)._replace(device=torch.device("cpu"))
+    buffers = {uid: torch.zeros(4) for uid in range(1, 6)}
+    kernel._execute(here, buffers)
+    kernel._execute(here, buffers)
+    assert (package.handles, package.graphs) == (1, 1)
+    other = threading.Thread(target=kernel._execute, args=(here, buffers))
+    other.start()
+    other.join()
+    assert (package.handles, package.graphs) == (2, 2)
+    assert package.runs == ["handle 1", "handle 1", "handle 2"]
+    assert package.streams == [(handle, 77) for handle in package.runs]
+
+
+def test_a_graph_that_cudnn_has_no_kernel_for_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsupported(Exception):
+        pass
+
+    def validate() -> None:
+        raise Unsupported("no engine proposed a plan\nfor many reasons")
+
+    package = Recorder()
+    package.validate, package.cudnnGraphNotSupportedError = validate, Unsupported
+    monkeypatch.setattr(kernel, "package", lambda: package)
+    with pytest.raises(ConfigError) as refused:
+        kernel.build(case(None, backward=False))
+    assert str(refused.value) == (
+        "kernels=cudnn_frontend has no plan for (1, 4, 128, 64) [batch, heads, seq, head_dim] "
+        "(no engine proposed a plan). Use varlen or auto."
+    )
 
 
 def test_a_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megahybrid.errors import ConfigError
+from megahybrid.errors import ConfigError, first_line
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.fused import fused_refusal
 from megahybrid.model.kernels.varlen import attend_varlen
@@ -167,7 +167,7 @@ def _case(buffers: dict[int, Tensor], window: int | None, scale: float) -> Case:
 
 def build(case: Case, **where: Any) -> Plan:
     """The compiled graph of a case; `where` has the handle of a device, or the properties of one
-    that is elsewhere. cuDNN raises where it has no kernel."""
+    that is elsewhere. Raises ConfigError where cuDNN has no kernel."""
     cudnn = package()
     kind = cudnn.data_type
     half = kind.BFLOAT16 if case.dtype == torch.bfloat16 else kind.HALF
@@ -212,11 +212,17 @@ def build(case: Case, **where: Any) -> Plan:
     for uid, result, at, dtype in results:
         result.set_output(True).set_uid(uid).set_data_type(dtype)
         result.set_dim(list(at.sizes)).set_stride(list(at.strides))
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        graph.check_support()
+        graph.build_plans()
+    except cudnn.cudnnGraphNotSupportedError as error:
+        raise ConfigError(
+            f"kernels=cudnn_frontend has no plan for {case.q.sizes} [batch, heads, seq, head_dim] "
+            f"({first_line(error)[:120]}). Use varlen or auto."
+        ) from error
     return Plan(graph, graph.get_workspace_size())
 
 
