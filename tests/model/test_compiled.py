@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megahybrid.config import memory
+from megahybrid.model import attention, mixing
+from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -84,6 +86,29 @@ def test_a_compiled_block_is_one_graph_and_the_same_function(number: int, family
     assert found("stats")["unique_graphs"] <= 4 + LOSS
     errors = {name: relative_error(compiled[name], plain[name]) for name in plain}
     assert max(errors.values()) < 1e-10, max(errors, key=lambda name: errors[name])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_heads_reach_the_kernel_row_by_row_from_one_program_each(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model("rope", "parallel")
+    built = Transformer(config, ParallelMesh.single())
+    built.load_canonical(random_tensors(config, 0, torch.float32))
+    for block in built.blocks:
+        assert isinstance(block, Block)
+        block.compile_regions(TRACED)
+    seen: list[bool] = []
+
+    def watched(*heads: Tensor, **options: Any) -> Tensor:
+        seen.extend(x.transpose(0, 1).is_contiguous() for x in heads[:2])  # v is a slice
+        return mixing.attended(*heads, **options)
+
+    monkeypatch.setattr(attention, "attended", watched)
+    step(built, random_batch(config.vocab_size, rows, LENGTH, seed=0))
+    assert len(seen) == 4 and all(seen)
+    # The first layer's stream lies otherwise than the second's.
+    assert found("stats")["unique_graphs"] == 2
 
 
 def test_layers_lengths_and_documents_share_programs() -> None:
