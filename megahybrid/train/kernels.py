@@ -1,12 +1,14 @@
 """What a stage computes with: attention kernels and compiled blocks, chosen by measurement."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.memory import policies_of
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import AuditError
 from megahybrid.model.block import BLOCKS
@@ -20,6 +22,7 @@ from megahybrid.model.kernels.choice import (
     measure,
     why_it_failed,
 )
+from megahybrid.model.recompute import run_block
 from megahybrid.model.selftest import run_self_test
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
@@ -63,7 +66,8 @@ def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> di
             chosen[kind] = fastest(times) or names[0]
     if run.kernels.blocks == "auto":
         kernels = {kind: chosen.get(kind, getattr(run.kernels, kind)) for kind in KINDS}
-        times = measure_blocks(run, run.plan_at(index), work, kernels)
+        policies = policies_of(run, index, mesh.data.size)
+        times = measure_blocks(run, run.plan_at(index), work, kernels, policies)
         seconds["blocks"] = _told(times)
         chosen["blocks"] = fastest(times) or "plain"
     return {"chosen": chosen, "seconds": seconds}
@@ -111,17 +115,22 @@ def measure_tested(
 
 
 def measure_blocks(
-    run: RunConfig, plan: LayerPlan, work: Workload, kernels: dict[str, str]
+    run: RunConfig,
+    plan: LayerPlan,
+    work: Workload,
+    kernels: dict[str, str],
+    policies: Sequence[str],
 ) -> dict[str, float | str]:
     """Seconds of forward and backward of one layer as written and compiled: whole where that can
     be (see `Transformer.compile_blocks`), else its pieces, on one tensor rank's heads and part of
-    the MLP and without collectives."""
-    scheme = plan.expand()[0]
+    the MLP and without collectives. It is the first layer of the commonest recompute policy."""
+    ((policy, _),) = Counter(policies).most_common(1)
+    scheme = plan.expand()[policies.index(policy)]
     kernel = kernels["full" if scheme.window is None else "windowed"]
     mesh = ParallelMesh.single(work.device)
     found: dict[str, float | str] = {}
     block = BLOCKS[run.model.block](
-        0, _of_one_rank(run, work), scheme, mesh, kernel, "none", norm=run.kernels.norm
+        0, _of_one_rank(run, work), scheme, mesh, kernel, policy, norm=run.kernels.norm
     ).to(work.dtype)
     whole = run.parallel.tensor == 1 and run.parallel.zero_stage < 3
     for parameter in block.parameters():
@@ -129,11 +138,11 @@ def measure_blocks(
     shape = (work.length, work.rows, run.model.hidden_size)
     hidden = torch.randn(shape, device=work.device, dtype=work.dtype).requires_grad_()
     slope = torch.ones_like(hidden)
-    context = SequenceContext(work.length, None, work.device, work.dtype)
     inputs = (hidden, *block.parameters())
 
     def step() -> object:
-        return torch.autograd.grad(block(hidden, context), inputs, slope)
+        context = SequenceContext(work.length, None, work.device, work.dtype)
+        return torch.autograd.grad(run_block(block, hidden, context, policy), inputs, slope)
 
     for name in ("plain", "compiled"):
         try:
@@ -141,7 +150,9 @@ def measure_blocks(
                 from megahybrid.model.compiled import prepare_compiler
 
                 prepare_compiler()
-                (block.compile_regions if whole else block.compile_pieces)("inductor")
+                block.compile_pieces("inductor")
+                if whole:
+                    block.compile_regions("inductor")
             found[name] = least_seconds(step, work.device)
         except Exception as error:  # no compiler there, or one that cannot: then it is not chosen
             found[name] = why_it_failed(error)

@@ -11,7 +11,7 @@ from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.training import KernelConfig
 from megahybrid.model.kernels import choice, flash
 from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
-from megahybrid.model.mlp import swiglu
+from megahybrid.model.rotary import rotate_both
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import kernels
 from tests.parity.cases import model
@@ -154,26 +154,36 @@ def test_a_layer_is_timed_as_written_and_compiled(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("megahybrid.model.block.Block.compile_regions", refused)
     work = kernels.workload(run, 0, 96, ParallelMesh.single())
-    found = kernels.measure_blocks(run, run.plan_at(0), work, chosen)
+    found = kernels.measure_blocks(run, run.plan_at(0), work, chosen, ["none", "none"])
     assert found == {"plain": 1.0, "compiled": "RuntimeError: no compiler here"}
 
 
 @pytest.mark.parametrize(
-    "block,tensor,zero_stage",
-    [("pre_norm", 2, 1), ("parallel", 1, 3), ("post_norm", 4, 3)],
+    "block,tensor,zero_stage,recompute",
+    [
+        ("pre_norm", 2, 1, "selective"),
+        ("parallel", 1, 3, "none"),
+        ("post_norm", 4, 3, "none"),
+        ("parallel", 2, 1, "chunked"),
+    ],
 )
 def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_has_them(
-    monkeypatch: pytest.MonkeyPatch, block: str, tensor: int, zero_stage: int
+    monkeypatch: pytest.MonkeyPatch, block: str, tensor: int, zero_stage: int, recompute: str
 ) -> None:
     run = run_config(model("rms-shared", block), "fp32", zero_stage)
-    run = run.model_copy(update={"parallel": run.parallel.model_copy(update={"tensor": tensor})})
+    run = run.model_copy(
+        update={
+            "parallel": run.parallel.model_copy(update={"tensor": tensor}),
+            "stages": (run.stages[0].model_copy(update={"recompute": recompute}),),
+        }
+    )
     widths: list[dict[str, int]] = []
 
     def piece(function: Any, backend: str) -> Any:
         assert backend == "inductor"
 
         def called(*args: Any) -> Any:
-            widths[-1][function.__name__] = args[0].shape[-1 if function is swiglu else -2]
+            widths[-1][function.__name__] = args[0].shape[-2 if function is rotate_both else -1]
             return function(*args)
 
         return called
@@ -183,7 +193,8 @@ def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_ha
         run()
         return float(3 - len(widths))
 
-    monkeypatch.setattr("megahybrid.model.block.traced_whole", piece)
+    for module in ("block", "chunked_mlp"):
+        monkeypatch.setattr(f"megahybrid.model.{module}.traced_whole", piece)
     monkeypatch.setattr(kernels, "least_seconds", once)
     mesh = ParallelMesh.single()
     cut = replace(mesh, tensor=replace(mesh.tensor, size=tensor))
@@ -191,7 +202,9 @@ def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_ha
     assert found["chosen"]["blocks"] == "compiled"
     assert found["seconds"]["blocks"] == "plain 2000.000 ms, compiled 1000.000 ms"
     # 4 heads and 48 values between the MLP's matrices.
-    assert widths == [{}, {"swiglu": 48 // tensor, "rotate_both": 4 // tensor}]
+    products = ("gated", "gated_slopes") if recompute == "chunked" else ("swiglu",)
+    local = dict.fromkeys(products, 48 // tensor) | {"rotate_both": 4 // tensor}
+    assert widths == [{}, local]
 
 
 @pytest.mark.parametrize("name", flash.MODULES)
