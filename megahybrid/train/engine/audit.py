@@ -56,7 +56,9 @@ def audit_gradients(
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise AuditError(f"audit: {name} has no gradient after the backward pass.")
-        square = gradient.detach().to(torch.float64).square().sum().cpu()
+        # This call sums in fp64 without a copy: one of a large embedding takes gigabytes.
+        (norm,) = torch._foreach_norm([gradient.detach()], 2, dtype=torch.float64)
+        square = norm.square().cpu()
         if spec.sharded:
             square = all_reduce(square.to(mesh.device), mesh.tensor).cpu()
         else:
