@@ -1,22 +1,18 @@
-"""cuDNN's graphs without a device: what is asked of them, what reaches them, and, where the package
-and torch's cuDNN are installed, that cuDNN compiles them for an H200."""
+"""cuDNN's attention without a device: what reaches its graphs, and, where the package and torch's
+cuDNN are installed, that cuDNN compiles them for an H200."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
 from megahybrid.model.kernels import attend
 from megahybrid.model.kernels import cudnn_frontend as kernel
 from megahybrid.model.kernels.cudnn_frontend import Case, Layout
@@ -115,6 +111,13 @@ def test_what_cudnn_would_read_wrongly_is_copied() -> None:
         assert copy is not x and copy.is_contiguous() and copy.shape == x.shape
 
 
+def test_an_axis_of_one_steps_as_far_as_the_next_in_memory() -> None:
+    x = torch.zeros(50 * 64)
+    for strides in ((64, 64, 16, 1), (64, 3, 7, 1), (64, 3200, 64, 1)):
+        one = x.as_strided((50, 1, 1, 16), strides)
+        assert kernel.layout(one) == Layout((1, 1, 50, 16), (64, 16, 64, 1))
+
+
 def test_documents_and_single_tokens_go_to_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -131,134 +134,14 @@ def test_documents_and_single_tokens_go_to_varlen(monkeypatch: pytest.MonkeyPatc
     assert all(how["window"] == 3 and how["scale"] == 0.5 for how in seen)
 
 
-class Recorder:
-    """A package that takes every call and keeps what the two attention operations were told."""
-
-    def __init__(self, version: int = 91900) -> None:
-        self.version, self.told = version, {}
-
-    def backend_version(self) -> int:
-        return self.version
-
-    def get_workspace_size(self) -> int:
-        return 256
-
-    def sdpa(self, **told: Any) -> tuple[Any, ...]:
-        self.told = told
-        return self, self
-
-    def sdpa_backward(self, **told: Any) -> tuple[Any, ...]:
-        self.told = told
-        return self, self, self
-
-    def __getattr__(self, name: str) -> Any:
-        return self
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return self
-
-
-def case(window: int | None, backward: bool) -> Case:
-    """A case of one row of 128 tokens."""
-    q, k = (kernel.dense(Layout((1, heads, 128, 64), ())) for heads in (4, 2))
-    return Case(HOPPER, torch.bfloat16, window, 0.125, False, q, k, k, q if backward else None)
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("window", [None, 1, 32])
-def test_a_graph_is_told_the_window_as_it_is(
-    window: int | None, backward: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_case_says_whether_torch_is_asked_to_repeat_its_bits(
+    asked: bool, executed: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = Recorder()
-    monkeypatch.setattr(kernel, "package", lambda: package)
-    assert kernel.build(case(window, backward)).workspace == 256
-    assert package.told["attn_scale"] == 0.125
-    assert package.told["diagonal_band_right_bound"] == 0
-    assert package.told.get("diagonal_band_left_bound") == window
-
-
-def test_a_plan_runs_on_torchs_stream_and_is_built_once_a_thread(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Package(Recorder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.handles, self.graphs, self.streams, self.runs = 0, 0, [], []
-
-        def create_handle(self) -> str:
-            self.handles += 1
-            return f"handle {self.handles}"
-
-        def pygraph(self, **how: Any) -> Any:
-            self.graphs += 1
-            assert how["handle"] == f"handle {self.handles}"
-            return self
-
-        def set_stream(self, handle: str, stream: int) -> None:
-            self.streams.append((handle, stream))
-
-        def execute(self, pointers: dict[int, int], workspace: int, handle: str) -> None:
-            assert workspace % 16 == 0 and set(pointers) == {1, 2, 3, 4, 5}
-            self.runs.append(handle)
-
-    package = Package()
-    monkeypatch.setattr(kernel, "package", lambda: package)
-    monkeypatch.setattr(kernel, "_own", kernel._OfThread())
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77)
-    )
-    here = case(32, backward=False)._replace(device=torch.device("cpu"))
-    buffers = {uid: torch.zeros(4) for uid in range(1, 6)}
-    kernel._execute(here, buffers)
-    kernel._execute(here, buffers)
-    assert (package.handles, package.graphs) == (1, 1)
-    other = threading.Thread(target=kernel._execute, args=(here, buffers))
-    other.start()
-    other.join()
-    assert (package.handles, package.graphs) == (2, 2)
-    assert package.runs == ["handle 1", "handle 1", "handle 2"]
-    assert package.streams == [(handle, 77) for handle in package.runs]
-
-
-def test_a_graph_that_cudnn_has_no_kernel_for_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unsupported(Exception):
-        pass
-
-    def validate() -> None:
-        raise Unsupported("no engine proposed a plan\nfor many reasons")
-
-    package = Recorder()
-    package.validate, package.cudnnGraphNotSupportedError = validate, Unsupported
-    monkeypatch.setattr(kernel, "package", lambda: package)
-    with pytest.raises(ConfigError) as refused:
-        kernel.build(case(None, backward=False))
-    assert str(refused.value) == (
-        "kernels=cudnn_frontend has no plan for (1, 4, 128, 64) [batch, heads, seq, head_dim] "
-        "(no engine proposed a plan). Use varlen or auto."
-    )
-
-
-def test_a_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusal(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> str | None:
-        return kernel.refusal(HOPPER, dtype, head_dim)
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(kernel, "package", lambda: None)
-    assert refusal() == "needs the package nvidia-cudnn-frontend"
-    monkeypatch.setattr(kernel, "package", lambda: Recorder(90100))
-    assert refusal() == "needs cuDNN 91500 or newer (cuDNN=90100)"
-    monkeypatch.setattr(kernel, "package", Recorder)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
-    assert refusal() == "found cuDNN 91900 beside torch's 92000"
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    assert refusal() is None
-    assert "head_dim" in str(refusal(head_dim=256)) and "bf16" in str(refusal(dtype=torch.float32))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    assert refusal() == "needs a Hopper device or newer"
-    q, k, v, _ = drawn(8, 1, 2, 1)
-    with pytest.raises(ConfigError, match="kernels=cudnn_frontend needs a CUDA device"):
-        kernel.attend_cudnn_frontend(q, k, v, window=3, documents=None, scale=1.0)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: asked)
+    q, k, v, _ = drawn(20, 1, 2, 1)
+    attend(q, k, v, window=5, documents=None, scale=1.0, kernel="cudnn_frontend").sum().backward()
+    assert executed[1].deterministic is asked
 
 
 # An H200, as cuDNN writes a device's properties down.

@@ -97,6 +97,7 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[str] = []
+    coming: list[list[int]] = []
 
     @contextmanager
     def road(device: torch.device) -> Iterator[None]:
@@ -106,6 +107,7 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
     def layer(name: str) -> Any:
         def run(x: Tensor, _: Any) -> Tensor:
             told.append(name)
+            coming.append([n for n, each in enumerate(context.away) if each.arriving])
             return x.sin()
 
         return run
@@ -117,9 +119,11 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
         hidden = run_block(layer(name), hidden, context, "offload")
     assert told == ["copy", "first", "copy", "second", "copy", "third"]
     told.clear()
+    coming.clear()
     hidden.sum().backward()
     # The uppermost brings its own and the next one's; the lowest has nothing to send for.
     assert told == ["copy", "copy", "third", "copy", "second", "first"]
+    assert coming == [[1], [0], []]
     assert all(each.arriving is None for each in context.away)
     (plain,) = torch.autograd.grad(x.sin().sin().sin().sum(), x)
     assert x.grad is not None and torch.equal(x.grad, plain)
