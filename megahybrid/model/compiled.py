@@ -18,7 +18,7 @@ def traced_whole(function: Callable[..., Any], backend: str) -> Callable[..., An
     """`function` compiled at its first call, by input shapes. What cannot be traced whole is an
     error, never a slower program."""
     if backend == "inductor":
-        _write_gradients_in_place()
+        write_gradients_in_place()
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
@@ -29,15 +29,22 @@ def prepare_compiler() -> None:
 
     torch._dynamo.config.recompile_limit = MOST_PROGRAMS
     torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_PROGRAMS
-    # `Passed` is one: without this its programs would be traced again at every restart.
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    for name, value in (
+        # `Passed` is one: without this its programs would be traced again at every restart.
+        ("autograd_cache_allow_custom_autograd_functions", True),
+        # Values are a slice of the input product's output. Newer torch would have their gradient
+        # lie like them, between gaps of the whole product's width.
+        ("guess_tangent_strides_as_outputs", False),
+    ):
+        if hasattr(torch._functorch.config, name):
+            setattr(torch._functorch.config, name, value)
 
 
 @cache
-def _write_gradients_in_place() -> None:
+def write_gradients_in_place() -> None:
     """What a product reads as one matrix is written there part by part, by the kernels that make
     the parts. torch would have one kernel compute every part at every element: for the gradients of
-    q, k, v, gate and up three times the instructions that fit into the time of its bytes."""
+    q, k, v, gate and up its instructions take four times as long as its bytes."""
     try:
         from torch._inductor import ir, lowering
         from torch._inductor.virtualized import V

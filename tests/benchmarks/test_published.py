@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import recompute
+from benchmarks.generated_code import BYTES_PER_SECOND, INSTRUCTIONS_PER_SECOND
 from benchmarks.shapes import hybrid
 from megahybrid.config.counting import flops_per_token, ideal_speedup
 
@@ -106,3 +107,28 @@ def test_what_the_formulas_say_of_one_card() -> None:
         config = hybrid("1b")
         assert f"{flops_per_token(config, length) / 1e9:.2f}" == gflop
         assert gflop in PAGE and f"{ideal_speedup(config, length):.3f}" in PAGE
+
+
+def test_what_the_compiler_makes_of_a_layer() -> None:
+    result = read("generated_code_sm90")
+    assert all(
+        f"{name} {result['machine']['versions'][name]}" in PAGE for name in ("torch", "triton")
+    )
+    floor = 3 * (20 * 2048 + 4 * 20 * 128 + 6 * 8192)
+    assert f"{floor / 1e3:.1f} kB" in PAGE
+    for name, programs in result["parts"].items():
+        kernels = [kernel for program in programs for kernel in program["kernels"]]
+        most = {what: max(k[what] for k in kernels) for what in ("registers", "spilled", "shared")}
+        if name.startswith("flex"):
+            assert most["spilled"] <= 160 and most["registers"] == 255
+            assert most["shared"] // 2**10 == 161
+            continue
+        size = sum(kernel["bytes"] for kernel in kernels)
+        count = sum(kernel["instructions"] or 0 for kernel in kernels)
+        times = (size / BYTES_PER_SECOND, count / INSTRUCTIONS_PER_SECOND)
+        row = (
+            f"| {name} | {len(kernels)} | {size / 1e3:.0f} kB | {size / floor * 100:.0f} % |"
+            f" {times[0] * 1e9:.0f} ns | {times[1] * 1e9:.0f} ns | {most['registers']} |"
+        )
+        assert row in PAGE, row
+        assert most["spilled"] == 0
