@@ -47,6 +47,13 @@ def all_reduce(
     return x
 
 
+def start_all_reduce(x: Shaped[Tensor, "*shape"], axis: Axis) -> Pending:
+    """The sum over the axis, IN PLACE: nobody may touch `x` until it is waited for."""
+    if axis.size == 1:
+        return Pending(x, None, x)
+    return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True), x)
+
+
 def start_all_gather(x: Shaped[Tensor, "n *rest"], axis: Axis) -> Pending:
     """All ranks' slices along dimension 0, in rank order: [n * size, *rest]."""
     x = x.contiguous()

@@ -13,9 +13,12 @@ from tests.parity.test_engine import LEARNING_RATE, Case, build
 CASE = Case(model("rms-shared"), zero_stage=1, accumulation=3, precision="bf16")
 
 
-def trained(ranks: distributed.Ranks, case: Case, direct: bool) -> dict[str, Any]:
+def trained(
+    ranks: distributed.Ranks, case: Case, direct: bool, overlaps: bool = False
+) -> dict[str, Any]:
     """Losses and norms of steps of 3, 2, 1 and 2 micro-batches, then all masters and moments. The
-    second has a loss that is no number; `direct` or as DeepSpeed sums by itself."""
+    second has a loss that is no number; `direct` or as DeepSpeed sums by itself, and reduced while
+    the last backward pass runs where it `overlaps`."""
     from megahybrid.train.engine import Engine, MicroBatch, engine, settings, sums
 
     def by_itself(run: Any, hidden_size: int) -> dict[str, Any]:
@@ -24,13 +27,16 @@ def trained(ranks: distributed.Ranks, case: Case, direct: bool) -> dict[str, Any
         return found
 
     with (
-        mock.patch.object(sums, "sum_directly", sums.sum_directly if direct else lambda _: None),
+        mock.patch.object(sums, "sum_directly", sums.sum_directly if direct else lambda *_: None),
+        mock.patch.object(sums, "PIECE", 4000),
+        mock.patch.object(engine, "run_overlaps", lambda _: overlaps),
         mock.patch.object(
             engine, "engine_settings", settings.engine_settings if direct else by_itself
         ),
     ):
         built = build(ranks, case, Engine, engine)
-    assert isinstance(built.deepspeed.optimizer, sums.DirectSums) == direct
+    zero = built.deepspeed.optimizer
+    assert isinstance(zero, sums.DirectSums) == direct
     forward = built.model.forward
 
     def poisoned(*args: Any) -> Any:
@@ -45,7 +51,13 @@ def trained(ranks: distributed.Ranks, case: Case, direct: bool) -> dict[str, Any
             for each in case.micro_batches(step)[first : first + count]
         ]
         built.model.forward = poisoned if step == 1 else forward
-        result = built.train_step(batches, LEARNING_RATE)
+        with mock.patch.object(sums, "start_all_reduce", wraps=sums.start_all_reduce) as started:
+            before_ends = counted_before_ends(zero, started) if direct else []
+            result = built.train_step(batches, LEARNING_RATE)
+        if direct:
+            # Pieces of matrices, and of vectors; none before the last micro-batch.
+            assert len(zero.pieces) >= 3 and started.call_count == len(zero.pieces)
+            assert before_ends == [0] * (count - 1) + [len(zero.pieces) if overlaps else 0]
         assert result.skipped == (step == 1)
         if not result.skipped:
             found[f"step {step}"] = (
@@ -61,13 +73,26 @@ def trained(ranks: distributed.Ranks, case: Case, direct: bool) -> dict[str, Any
     return found
 
 
-def both_ways(ranks: distributed.Ranks, case: Case) -> list[dict[str, Any]]:
-    return [trained(ranks, case, direct) for direct in (True, False)]
+def counted_before_ends(zero: Any, started: mock.Mock) -> list[int]:
+    """How often something was `started` when each backward pass had made its last gradient."""
+    counts: list[int] = []
+
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        counts.append(started.call_count)
+        type(zero).update_hp_grads(zero)
+
+    zero.update_hp_grads = update_hp_grads
+    return counts
+
+
+def all_ways(ranks: distributed.Ranks, case: Case) -> list[dict[str, Any]]:
+    return [trained(ranks, case, *way) for way in ((False,), (True,), (True, True))]
 
 
 def test_direct_sums_are_deepspeeds_to_the_bit() -> None:
-    for ours, theirs in distributed.run(2, both_ways, replace(CASE, data=2)):
+    for theirs, ours, overlapping in distributed.run(2, all_ways, replace(CASE, data=2)):
         assert ours == theirs
+        assert overlapping == theirs
 
 
 def rounded(ranks: distributed.Ranks, case: Case) -> float:

@@ -29,7 +29,7 @@ from megahybrid.train.engine.marks import Marks
 from megahybrid.train.engine.offload import OffloadedAdamW
 from megahybrid.train.engine.partition import draw_partitioned
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
-from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed
+from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed, run_overlaps
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Engine:
             )
         from megahybrid.train.engine.sums import sum_directly  # which is DeepSpeed's own class
 
-        sum_directly(self.deepspeed.optimizer)
+        sum_directly(self.deepspeed.optimizer, mesh.data, run_overlaps(run))
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )

@@ -3,20 +3,42 @@
 DeepSpeed makes an fp32 copy of each gradient to add it, and sets the sums to zero twice a step: 26
 bytes a parameter for the first micro-batch, 26 with the bf16 gradient's own sum for each that
 follows. Here the first is copied to its place and others are added as they are: 6 bytes and 10, and
-the same bits. To be imported after `prepare_deepspeed`.
+the same bits. It reduces the sums over the data axis when the last backward pass is over; here it
+is done in pieces while that pass runs. To be imported after `prepare_deepspeed`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from megahybrid.parallel.collectives import Pending, start_all_reduce
+from megahybrid.parallel.mesh import Axis
+
+PIECE = 2**26  # elements that are reduced at a time: large enough for a network's best
+
 
 class DirectSums(BF16_Optimizer):
-    """What an optimizer of DeepSpeed's becomes by `sum_directly`. The methods are DeepSpeed's own
-    and private (it is pinned); they are called as each gradient is complete, at the end of each
-    backward pass before sums travel, and twice after an update."""
+    """What an optimizer of DeepSpeed's becomes by `sum_directly`. Its methods have DeepSpeed's
+    names, some of them private (it is pinned), and are called as each backward pass begins, as each
+    gradient is complete, at the end of the pass, and twice after an update."""
+
+    data: Axis
+    overlaps: bool
+    pieces: list[tuple[Tensor, int]]  # in the order they are reduced, and how many gradients each
+    piece_of: list[list[int]]  # by group and parameter
+    boundary = False  # whether this micro-batch is the step's last
+    missing: list[int]  # gradients of each piece
+    reducing: list[Pending]
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self.boundary = is_boundary
+
+    def backward_prologue(self) -> None:
+        super().backward_prologue()
+        self.missing, self.reducing = [count for _, count in self.pieces], []
 
     @torch.no_grad()
     def _update_hp_grad(
@@ -31,6 +53,9 @@ class DirectSums(BF16_Optimizer):
             total.copy_(gradient)
         begun[param_idx] = True
         lp._hp_grad = total
+        self.missing[self.piece_of[group_idx][param_idx]] -= 1
+        if self.boundary and self.overlaps:
+            self._reduce(whatever=False)
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
@@ -39,12 +64,57 @@ class DirectSums(BF16_Optimizer):
                 if not there:  # what stands there is of an earlier step
                     self.fp32_groups_gradients[group][index].zero_()
 
+    def _reduce(self, whatever: bool) -> None:
+        """Sends for the sums of pieces, always in the same order: as far as all of their gradients
+        are complete, or all that is left."""
+        while len(self.reducing) < len(self.pieces):
+            piece = len(self.reducing)
+            if self.missing[piece] and not whatever:
+                return
+            self.reducing.append(start_all_reduce(self.pieces[piece][0], self.data))
+
+    @torch.no_grad()
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """The mean over the data axis, at the end of a step's last backward pass."""
+        if self.data.size == 1:
+            return
+        self._reduce(whatever=True)
+        for pending in self.reducing:
+            pending.wait().mul_(1.0 / self.data.size)
+
     def clear_hp_grads(self) -> None:
         for begun in self.fp32_groups_has_gradients:
             begun[:] = [False] * len(begun)
 
 
-def sum_directly(zero: Any) -> None:
+def sum_directly(zero: Any, data: Axis, overlaps: bool) -> None:
     """Have DeepSpeed's `zero` sum gradients so, if it is the one of stage 1 in bf16."""
-    if isinstance(zero, BF16_Optimizer):
-        zero.__class__ = DirectSums
+    if not isinstance(zero, BF16_Optimizer):
+        return
+    zero.__class__ = DirectSums
+    zero.data, zero.overlaps = data, overlaps and data.size > 1
+    zero.pieces, zero.piece_of = [], []
+    for flat, gradients in zip(
+        zero.fp32_groups_gradients_flat, zero.fp32_groups_gradients, strict=True
+    ):
+        groups = list(_in_pieces([gradient.numel() for gradient in gradients]))
+        zero.piece_of.append([0] * len(gradients))
+        stop = flat.numel()
+        for first, last in groups:
+            start = sum(gradient.numel() for gradient in gradients[:first])
+            for index in range(first, last):
+                zero.piece_of[-1][index] = len(zero.pieces)
+            zero.pieces.append((flat[start:stop], last - first))
+            stop = start
+
+
+def _in_pieces(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of parameters of at least PIECE elements, the last first: so gradients come."""
+    last = len(sizes)
+    while last:
+        first, elements = last, 0
+        while first and elements < PIECE:
+            first -= 1
+            elements += sizes[first]
+        yield first, last
+        last = first
