@@ -137,3 +137,52 @@ def test_what_waits_in_host_memory_is_a_copy_that_can_come_back_twice() -> None:
     assert torch.equal(waiting.back(), kept)
     waiting.back().zero_()
     assert torch.equal(waiting.back(), kept)
+
+
+def test_copies_begin_behind_what_was_queued_and_readers_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event: str) -> None:
+            told.append(f"{self.name} waits for {event}")
+
+        def record_event(self) -> str:
+            told.append("mark")
+            return "the mark"
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        told.append(f"on {stream.name}")
+        yield
+
+    main, road = Stream("main"), Stream("road")
+    beside, copy = away.beside, Tensor.copy_
+    monkeypatch.setattr(away, "_road", lambda device: road)
+    monkeypatch.setattr(away, "beside", lambda device: beside(torch.device("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+
+    def copied(x: Tensor, y: Tensor, non_blocking: bool) -> Tensor:
+        assert non_blocking
+        told.append("copy")
+        return copy(x, y)
+
+    held: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "copy_", copied)
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: held.append(x))
+    tensor = torch.arange(3.0)
+    waiting = away.Away(tensor, None)
+    leaving = ["road waits for main", "on road", "copy"]
+    assert told == leaving and held[0] is tensor
+    told.clear()
+    back = waiting.back()
+    assert told == [*leaving, "mark", "main waits for the mark"]
+    assert held[1] is back and torch.equal(back, tensor)
