@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# Of a row of logits, each summed up by itself. With fewer sums than a device wants (256 rows, on an
+# H200) torch's compiler cuts the rows, and then reads them twice: once to find the largest.
+PIECES = 8
+
 # peak, total and target's logit of each token: what the ranks tell one another
 Statistics = tuple[Tensor, Tensor, Tensor]
 
@@ -61,9 +65,13 @@ def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float)
     find the largest and the sum in one reading."""
     scaled = logits if scale == 1.0 else logits * scale
     target_logit = torch.where(mine, scaled.gather(1, column).squeeze(1), 0)
-    peak = scaled.amax(dim=1, keepdim=True)
-    total = (scaled - peak).exp().sum(dim=1, keepdim=True)
-    return peak.squeeze(1), total.squeeze(1), target_logit
+    pieces = PIECES if logits.shape[1] % PIECES == 0 else 1
+    parts = scaled.unflatten(1, (pieces, -1))  # [tokens, pieces, words / pieces]
+    peaks = parts.amax(dim=2, keepdim=True)
+    totals = (parts - peaks).exp().sum(dim=2, keepdim=True)
+    peak = peaks.amax(dim=1, keepdim=True)
+    total = (totals * (peaks - peak).exp()).sum(dim=1)
+    return peak.flatten(), total.flatten(), target_logit
 
 
 def fused_slope(

@@ -8,6 +8,7 @@ from torch import Tensor
 from megahybrid.parallel.collectives import gather_sequence_replicated, local_slice
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import shard_spec
+from megahybrid.parallel.softmax import PIECES, fused_statistics
 from megahybrid.parallel.vocab import (
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -198,6 +199,15 @@ def bf16_errors(ranks: Ranks, fused: bool) -> dict[str, tuple[float, float]]:
             error(split({"w": usual[2]}), split({"w": truth[2]})),
         ),
     }
+
+
+@pytest.mark.parametrize("words", [VOCAB, 8 * PIECES])
+def test_the_pieces_of_a_row_have_its_sum_and_its_largest_logit(words: int) -> None:
+    logits = 300 * draw("logits", 6, words)
+    column, mine = torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
+    peak, total, _ = fused_statistics(logits, column, mine, 0.5)
+    assert torch.equal(peak, logits.amax(dim=1) / 2)
+    assert (total.log() + peak - (logits / 2).logsumexp(dim=1)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
