@@ -145,6 +145,22 @@ def test_sdpa_hands_cudnn_whole_rows_alone_and_heads_to_share_where_they_can_be(
     assert allowed == bf16 + fp32
 
 
+def test_pieces_of_rows_are_called_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[bool] = []
+
+    def called(q: Tensor, *_: Any, part: bool = False) -> Tensor:
+        parts.append(part)
+        return q
+
+    monkeypatch.setattr(sdpa, "attend_heads", called)
+    length = sdpa.SHARED_TOKENS + 60
+    q = torch.zeros(length, 1, 2, 16)
+    several = Documents.from_lengths([[length - 50, 30, 20]])
+    for where in (None, several):
+        sdpa.attend_sdpa(q, q, q, documents=where, scale=0.25)
+    assert parts == [False, True, True]
+
+
 @contextmanager
 def host_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors without storage that say they are on the host, where autograd asks no driver."""
