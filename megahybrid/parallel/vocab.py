@@ -245,7 +245,9 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden.mul_(grads[0].to(grad_hidden.device))
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
+            same = grad_weight.dtype == ctx.weight_dtype
+            out = grad_weight if same else torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            grad_weight = torch.mul(grad_weight, grads[0], out=out)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
