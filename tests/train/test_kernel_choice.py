@@ -9,6 +9,7 @@ import torch
 
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.training import KernelConfig
+from megahybrid.model.block import BLOCKS
 from megahybrid.model.kernels import choice, flash
 from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
 from megahybrid.model.rotary import rotate_both
@@ -67,6 +68,19 @@ def test_a_kernel_with_other_gradients_than_the_first_is_not_chosen(
     found = measure(["reference", "blocked"], 24, WORK, lambda run, device: 1.0)
     assert found["reference"] == 1.0
     assert str(found["blocked"]).startswith("ArithmeticError: another dq than the first kernel's")
+
+
+def test_what_is_no_number_agrees_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megahybrid.model.kernels import attend
+
+    def broken(*args: Any, kernel: str, **more: Any) -> Any:
+        out = attend(*args, kernel=kernel, **more)
+        return out * float("nan") if kernel == "blocked" else out
+
+    monkeypatch.setattr(choice, "attend", broken)
+    found = measure(["reference", "blocked"], 24, WORK, lambda run, device: 1.0)
+    assert found["reference"] == 1.0
+    assert str(found["blocked"]).startswith("ArithmeticError: another output than the first")
 
 
 def test_rows_of_several_documents_are_measured_too() -> None:
@@ -156,6 +170,29 @@ def test_a_layer_is_timed_as_written_and_compiled(monkeypatch: pytest.MonkeyPatc
     work = kernels.workload(run, 0, 96, ParallelMesh.single())
     found = kernels.measure_blocks(run, run.plan_at(0), work, chosen, ["none", "none"])
     assert found == {"plain": 1.0, "compiled": "RuntimeError: no compiler here"}
+
+
+def test_the_layer_that_is_timed_is_the_first_of_the_commonest_policy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def layer(index: int, config: Any, scheme: Any, mesh: Any, *how: str, norm: str) -> Any:
+        made.append((scheme.window, *how))
+        return BLOCKS["parallel"](index, config, scheme, mesh, *how, norm=norm)
+
+    run = run_config(model("rnope_swa", "parallel"), "fp32", 1)
+    monkeypatch.setattr(kernels, "least_seconds", lambda run, device: run() and 1.0)
+    monkeypatch.setattr(kernels, "BLOCKS", {"parallel": layer})
+    plan = run.plan_at(0)
+    windows = [scheme.window for scheme in plan.expand()]
+    first = next(n for n, window in enumerate(windows) if window != windows[0])
+    policies = ["none"] * first + ["full"] * (first + 1)
+    work = kernels.workload(run, 0, 96, ParallelMesh.single())
+    chosen = {"full": "sdpa", "windowed": "blocked"}
+    kernels.measure_blocks(run, plan, work, chosen, policies)
+    kind = "full" if windows[first] is None else "windowed"
+    assert made == [(windows[first], chosen[kind], "full")]
 
 
 @pytest.mark.parametrize(
