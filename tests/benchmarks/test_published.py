@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import recompute
+from benchmarks import predict, recompute
 from benchmarks.generated_code import BYTES_PER_SECOND, INSTRUCTIONS_PER_SECOND
 from benchmarks.shapes import hybrid
 from megahybrid.config.counting import flops_per_token, ideal_speedup
@@ -132,3 +132,11 @@ def test_what_the_compiler_makes_of_a_layer() -> None:
         )
         assert row in PAGE, row
         assert most["spilled"] == 0
+
+
+def test_what_is_expected_of_one_card() -> None:
+    assert predict.table(predict.expected([8192, 32768, 131072])) in PAGE
+    step = predict.predict(hybrid("1b"), 8192, "cudnn_frontend", "cudnn_frontend")
+    floor = flops_per_token(hybrid("1b"), 8192) / 790e12
+    assert floor < sum(step["microseconds"].values()) / 1e6 < 2 * floor
+    assert step["mfu"] == step["tokens_per_second"] * flops_per_token(hybrid("1b"), 8192) / 989e12
