@@ -17,13 +17,14 @@ from torch import Tensor
 PIECES = 8
 
 # peak, total and target's logit of each token: what the ranks tell one another
-Statistics = tuple[Tensor, Tensor, Tensor]
+Statistics = Float[Tensor, "3 tokens"]
 
 
 class Softmax(NamedTuple):
-    """`statistics` comes first; `slope` gets the logits as it left them."""
+    """`statistics` comes first, then `combine`; `slope` gets the logits as the first left them."""
 
     statistics: Callable[..., Statistics]
+    combine: Callable[..., tuple[Tensor, Tensor]]
     slope: Callable[..., object]
 
 
@@ -34,13 +35,28 @@ def statistics(
     scale: float,
 ) -> Statistics:
     """The largest scaled logit, the sum of exponentials relative to it, and the logit in `column`
-    (0 where it is not `mine`), each [tokens]. Leaves the exponentials in the place of `logits`."""
+    (0 where it is not `mine`). Leaves the exponentials in the place of `logits`."""
     if scale != 1.0:
         logits.mul_(scale)
     target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
     peak = logits.amax(dim=1)
     logits.sub_(peak.unsqueeze(1)).exp_()
-    return peak, logits.sum(dim=1), target_logit
+    return torch.stack([peak, logits.sum(dim=1), target_logit])
+
+
+def combine(
+    of_ranks: Float[Tensor, "ranks 3 tokens"],
+    peak: Float[Tensor, " tokens"],
+    counts: Bool[Tensor, " tokens"],
+    scale: float,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Each token's loss, 0 where it does not count, and the `factor` of `slope` on the rank whose
+    largest logit is `peak`."""
+    peaks, totals, target_logits = of_ranks.unbind(1)
+    top = peaks.amax(dim=0)
+    denominator = (totals * (peaks - top).exp()).sum(dim=0)
+    losses = torch.where(counts, denominator.log() + top - target_logits.sum(dim=0), 0)
+    return losses, (peak - top).exp() / denominator * counts * scale
 
 
 def slope(
@@ -71,7 +87,7 @@ def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float)
     totals = (parts - peaks).exp().sum(dim=2, keepdim=True)
     peak = peaks.amax(dim=1, keepdim=True)
     total = (totals * (peaks - peak).exp()).sum(dim=1)
-    return peak.flatten(), total.flatten(), target_logit
+    return torch.stack([peak.flatten(), total.flatten(), target_logit])
 
 
 def fused_slope(
@@ -91,4 +107,5 @@ def fused_slope(
     out.copy_(torch.where(target, exponentials - scale, exponentials))
 
 
-WRITTEN_OUT = Softmax(statistics, slope)
+WRITTEN_OUT = Softmax(statistics, combine, slope)
+FUSED = Softmax(fused_statistics, combine, fused_slope)

@@ -22,7 +22,7 @@ from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 from megahybrid.parallel.products import accumulate, product, product_exact
 from megahybrid.parallel.sharding import Segment, shard_spec
-from megahybrid.parallel.softmax import WRITTEN_OUT, Softmax, fused_slope, fused_statistics
+from megahybrid.parallel.softmax import FUSED, WRITTEN_OUT, Softmax
 
 IGNORED = -100
 
@@ -114,7 +114,7 @@ class VocabParallelHead(nn.Module):
     def fuse(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Have what the loss makes of its logits compiled by `compile` when gradients are wanted.
         Products and collectives stay outside."""
-        self.softmax = Softmax(compile(fused_statistics), compile(fused_slope))
+        self.softmax = Softmax(*map(compile, FUSED))
 
     def forward(
         self,
@@ -195,6 +195,9 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_whole = torch.empty_like(flat) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         used = weight.to(hidden.dtype)  # with its padding, for which products are faster
+        counts = flat_targets != IGNORED
+        mine = counts & (flat_targets >= rows[0]) & (flat_targets < rows[1])
+        columns = torch.where(mine, flat_targets - rows[0], 0).unsqueeze(1)
         # In lower precision the slopes of a chunk are gathered from logits of parts of it. Written
         # out in the logits' own precision they take the logits' place.
         lower = hidden.dtype != exact
@@ -210,9 +213,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 per_token[some], slope = _loss_and_slope(
                     flat[some],
                     used,
-                    flat_targets[some],
+                    (counts[some], mine[some], columns[some]),
                     axis,
-                    rows,
+                    rows[1] - rows[0],
                     scale,
                     softmax if needs_slope else WRITTEN_OUT,
                     needs_slope,
@@ -254,41 +257,36 @@ class _ChunkedLoss(torch.autograd.Function):
 def _loss_and_slope(
     inputs: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    targets: tuple[Tensor, Tensor, Tensor],
     axis: Axis,
-    rows: tuple[int, int],
+    words: int,
     scale: float,
     softmax: Softmax,
     needs_slope: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype,
-    which is `out` or takes the logits' place.
+    which is `out` or takes the logits' place. `targets` say of each token whether it counts,
+    whether its target is one of this rank's `words` (none where all is padding), and which.
 
     One collective per call: each rank sends its own maximum, its sum of exponentials relative to
     it, and the target's logit where it holds the target; all combine them alike.
     """
+    counts, mine, column = targets
     logits = product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
-    counts = targets != IGNORED
-    mine = counts & (targets >= rows[0]) & (targets < rows[1])
-    column = torch.where(mine, targets - rows[0], 0).unsqueeze(1)
-    words = rows[1] - rows[0]  # none on a rank with nothing but padding
     if words:
-        peak, total, target_logit = softmax.statistics(logits[:, :words], column, mine, scale)
+        statistics = softmax.statistics(logits[:, :words], column, mine, scale)
     else:
-        peak = logits.new_full(targets.shape, -torch.inf)
-        total = target_logit = torch.zeros_like(peak)
-    peaks, totals, target_logits = all_gather(
-        torch.stack([peak, total, target_logit]).unsqueeze(0), axis
-    ).unbind(1)  # each [tensor ranks, tokens]
-    top = peaks.amax(dim=0)
-    denominator = (totals * (peaks - top).exp()).sum(dim=0)
-    losses = torch.where(counts, denominator.log() + top - target_logits.sum(dim=0), 0)
+        statistics = logits.new_zeros(3, len(counts))
+        statistics[0] = -torch.inf
+    of_ranks = all_gather(statistics.unsqueeze(0), axis)  # [tensor ranks, 3, tokens]
+    losses, factor = softmax.combine(of_ranks, statistics[0], counts, scale)
     if not needs_slope:
         return losses, None
-    factor = (peak - top).exp() / denominator * counts * scale
     slope = logits if out is None else out
     slope[:, words:] = 0
     if words:
-        softmax.slope(logits[:, :words], peak, factor, column, mine, scale, slope[:, :words])
+        softmax.slope(
+            logits[:, :words], statistics[0], factor, column, mine, scale, slope[:, :words]
+        )
     return losses, slope

@@ -27,7 +27,7 @@ from tests.plain_training import random_batch
 # Front end and autograd as inductor has them, without its code: what breaks, breaks here.
 TRACED = "aot_eager"
 LENGTH = 48
-LOSS = 2  # programs of a chunk of logits: sums, and slope
+LOSS = 3  # programs of a part of the logits: sums, losses, and slope
 POLICIES = ("none", "selective", "full")
 
 
