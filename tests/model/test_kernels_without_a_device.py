@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megahybrid.config import memory
 from megahybrid.model import rotary
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.kernels import attend, blocked, documents, flash, sdpa, varlen
+from megahybrid.model.kernels import attend, blocked, documents, flash, flex, sdpa, varlen
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -213,3 +213,24 @@ def test_a_model_keeps_to_its_device(
         assert hidden.dtype == torch.bfloat16 and loss.dtype == torch.float32
         assert hidden.device.type == loss.device.type == per_token.device.type == CUDA.type
         assert per_token.shape == tokens.shape
+
+
+def test_flex_copies_rows_that_its_indices_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def program(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+        given.extend((q, k, v))
+        return q
+
+    monkeypatch.setattr(flex, "_compiled", lambda: program)
+    monkeypatch.setattr(flex, "_plain_mask", lambda *what: None)
+    # v as the 1B shape's parallel block has it: a slice of rows of 19,456.
+    seq, options = 2**31 // 19_456 + 2, {"device": "meta", "dtype": torch.bfloat16}
+    q, k = torch.empty(seq, 1, 4, 16, **options), torch.empty(seq, 1, 2, 16, **options)
+    wide = torch.empty(seq, 1, 19_456, **options)
+    for length, copied in ((seq, True), (seq - 1, False)):
+        given.clear()
+        v = wide[:length, :, 64:96].unflatten(-1, (2, 16))
+        with torch.no_grad():
+            attend(q[:length], k[:length], v, window=9, documents=None, scale=0.25, kernel="flex")
+        assert given[2].is_contiguous() == copied and given[2].shape == (1, length, 2, 16)
