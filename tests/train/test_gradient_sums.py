@@ -16,9 +16,10 @@ CASE = Case(model("rms-shared"), zero_stage=1, accumulation=3, precision="bf16")
 def trained(
     ranks: distributed.Ranks, case: Case, direct: bool, overlaps: bool = False
 ) -> dict[str, Any]:
-    """Losses and norms of steps of 3, 2, 1 and 2 micro-batches, then all masters and moments. The
-    second has a loss that is no number; `direct` or as DeepSpeed sums by itself, and reduced while
-    the last backward pass runs where it `overlaps`."""
+    """Losses and norms of steps of some micro-batches, then all masters and moments. The second has
+    a loss that is no number, and the last two a micro-batch that reaches one parameter alone, once
+    on every data rank and once on the first only; `direct` or as DeepSpeed sums by itself, and
+    reduced while the last backward pass runs where it `overlaps`."""
     from megahybrid.train.engine import Engine, MicroBatch, engine, settings, sums
 
     def by_itself(run: Any, hidden_size: int) -> dict[str, Any]:
@@ -43,21 +44,31 @@ def trained(
         loss, per_token = forward(*args)
         return loss * float("nan"), per_token
 
+    def sparse(*_: Any) -> Any:
+        return built.model.final_norm.weight.float().square().sum(), None
+
+    todo: list[Any] = []
+    built.model.forward = lambda *args: todo.pop(0)(*args)
     found: dict[str, Any] = {}
-    first = ranks.mesh(case.tensor).data.rank * case.accumulation
-    for step, count in enumerate((3, 2, 1, 2)):
+    data_rank = ranks.mesh(case.tensor).data.rank
+    first = data_rank * case.accumulation
+    for step, count in enumerate((3, 2, 1, 2, 1, 2)):
         batches = [
             MicroBatch(each.tokens, each.targets, each.starts)
             for each in case.micro_batches(step)[first : first + count]
         ]
-        built.model.forward = poisoned if step == 1 else forward
+        ways = [poisoned if step == 1 else forward] * count
+        if step == 4 or (step == 5 and data_rank == 0):
+            ways[-1] = sparse
+        todo[:] = ways
         with mock.patch.object(sums, "start_all_reduce", wraps=sums.start_all_reduce) as started:
             before_ends = counted_before_ends(zero, started) if direct else []
             result = built.train_step(batches, LEARNING_RATE)
         if direct:
             # Pieces of matrices, and of vectors; none before the last micro-batch.
             assert len(zero.pieces) >= 3 and started.call_count == len(zero.pieces)
-            assert before_ends == [0] * (count - 1) + [len(zero.pieces) if overlaps else 0]
+            whole = overlaps and sparse not in ways
+            assert before_ends == [0] * (count - 1) + [len(zero.pieces) if whole else 0]
         assert result.skipped == (step == 1)
         if not result.skipped:
             found[f"step {step}"] = (
