@@ -215,7 +215,10 @@ def test_a_model_keeps_to_its_device(
         assert per_token.shape == tokens.shape
 
 
-def test_flex_copies_rows_that_its_indices_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["flex", "sdpa"])
+def test_what_indices_of_32_bits_cannot_reach_is_copied(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[Tensor] = []
 
     def program(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
@@ -224,6 +227,12 @@ def test_flex_copies_rows_that_its_indices_cannot_reach(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(flex, "_compiled", lambda: program)
     monkeypatch.setattr(flex, "_plain_mask", lambda *what: None)
+
+    def heads(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+        program(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale)
+        return q
+
+    monkeypatch.setattr(sdpa, "attend_heads", heads)
     # v as the 1B shape's parallel block has it: a slice of rows of 19,456.
     seq, options = 2**31 // 19_456 + 2, {"device": "meta", "dtype": torch.bfloat16}
     q, k = torch.empty(seq, 1, 4, 16, **options), torch.empty(seq, 1, 2, 16, **options)
@@ -232,5 +241,7 @@ def test_flex_copies_rows_that_its_indices_cannot_reach(monkeypatch: pytest.Monk
         given.clear()
         v = wide[:length, :, 64:96].unflatten(-1, (2, 16))
         with torch.no_grad():
-            attend(q[:length], k[:length], v, window=9, documents=None, scale=0.25, kernel="flex")
+            attend(
+                q[:length], k[:length], v, window=None, documents=None, scale=0.25, kernel=kernel
+            )
         assert given[2].is_contiguous() == copied and given[2].shape == (1, length, 2, 16)

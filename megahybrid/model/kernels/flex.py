@@ -11,6 +11,7 @@ from torch import Tensor
 from megahybrid.errors import ConfigError
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.fused import near
 
 BLOCK = 128  # tokens; FlexAttention's own
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,17 +51,8 @@ def attend_flex(
         )
     if not records:
         q, k, v = (x.detach() for x in (q, k, v))  # on CPU it refuses leaves even under no_grad
-    q, k, v = (_near(x.transpose(0, 1)) for x in (q, k, v))
+    q, k, v = (near(x.transpose(0, 1)) for x in (q, k, v))
     return _compiled()(q, k, v, mask, scale).transpose(0, 1)
-
-
-def _near(
-    x: Float[Tensor, "batch seq heads head_dim"],
-) -> Float[Tensor, "batch seq heads head_dim"]:
-    """x, or a copy where a row reaches over 2³¹ elements: torch's kernel (2.11) multiplies a
-    token's index by its step in 32 bits. The 1B shape's values, a slice of wide rows, do at 128k.
-    """
-    return x if (x.shape[1] - 1) * x.stride(1) < 2**31 else x.contiguous()
 
 
 @lru_cache(maxsize=32)

@@ -1,6 +1,8 @@
-"""What the fused kernels of a CUDA device have in common: where they can run."""
+"""What the fused kernels of a CUDA device have in common: where they can run, and how far they
+reach."""
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -16,3 +18,14 @@ def fused_refusal(
     if head_dim > largest_head_dim or head_dim % 8:
         return f"needs head_dim a multiple of 8 up to {largest_head_dim} (head_dim={head_dim})"
     return None
+
+
+def near(x: Tensor) -> Tensor:
+    """x, or a copy where its elements lie 2³¹ and more apart though they would fit in less, as a
+    slice of wide rows: values of the 1B shape from 110,377 tokens on.
+
+    FlexAttention multiplies a token's index by its step in 32 bits (its code for torch 2.11 does;
+    github.com/pytorch/pytorch/issues/190857), and cuDNN may count what holds fewer in as many.
+    """
+    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x if reach < 2**31 else x.contiguous()

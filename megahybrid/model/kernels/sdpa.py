@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahybrid.model.kernels.documents import Documents, Span, additive, visible
+from megahybrid.model.kernels.fused import near
 
 # Documents shorter than this share one masked call; a longer one has a call of its own, unmasked.
 SHARED_TOKENS = 512
@@ -28,7 +29,8 @@ def attend_sdpa(
     No key outside a document is ever computed: a document, or a run of short ones, is attention on
     its own slice.
     """
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [batch, heads, seq, head_dim]
+    # [batch, heads, seq, head_dim]
+    q, k, v = (near(x.transpose(0, 1)).transpose(1, 2) for x in (q, k, v))
     if documents is None:
         out = attend_heads(q, k, v, None, scale)
     elif documents.seq <= SHARED_TOKENS:
