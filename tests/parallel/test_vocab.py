@@ -1,10 +1,13 @@
 """The cut vocabulary: embedding and chunked loss equal F.embedding and F.cross_entropy."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahybrid.config.memory import LOSS_PARTS
 from megahybrid.parallel.collectives import gather_sequence_replicated, local_slice
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import shard_spec
@@ -126,6 +129,8 @@ def small_vocabulary(ranks: Ranks) -> float:
     mesh = ranks.mesh()
     weight = draw("w", 5, HIDDEN).requires_grad_()
     hidden, targets = draw("h", SEQ, 1, HIDDEN), torch.arange(SEQ).remainder(5).view(1, SEQ)
+    with torch.no_grad():  # logits of which none is near 0, as those of padding are
+        hidden[..., 0], weight[:, 0] = 1, -1000
     F.cross_entropy((hidden @ weight.t()).squeeze(1), targets[0], reduction="sum").backward()
     head = VocabParallelHead(5, HIDDEN, "w", mesh, dtype=torch.float64)
     load(head, {"w": weight.detach()})
@@ -137,6 +142,28 @@ def small_vocabulary(ranks: Ranks) -> float:
 
 def test_rank_that_holds_only_padding_takes_part() -> None:
     assert max(run(4, small_vocabulary)) < 1e-12
+
+
+def test_lower_precision_takes_logits_in_parts_and_fuses_them_for_gradients_alone() -> None:
+    seen: list[int] = []
+
+    def compile(function: Any) -> Any:
+        def called(first: Tensor, *more: Any) -> Any:
+            seen.extend([len(first)] if function is fused_statistics else [])
+            return function(first, *more)
+
+        return called
+
+    head = VocabParallelHead(VOCAB, HIDDEN, "w", ParallelMesh.single(), dtype=torch.bfloat16)
+    load(head, {"w": draw("w", VOCAB, HIDDEN).bfloat16()})
+    head.fuse(compile)
+    hidden = draw("h", SEQ, BATCH, HIDDEN).bfloat16().requires_grad_()
+    head(hidden, some_tokens()[1], chunk_tokens=17)
+    assert LOSS_PARTS == 8 and seen == [3, 3, 3, 3, 3, 2, 3, 3, 1]
+    seen.clear()
+    with torch.no_grad():
+        head(hidden, some_tokens()[1], chunk_tokens=17)
+    assert not seen
 
 
 def test_targets_that_all_do_not_count_give_zero_loss_and_gradient() -> None:
