@@ -22,7 +22,7 @@ def fused_refusal(
 
 def near(x: Tensor) -> Tensor:
     """x, or a copy where its elements lie 2³¹ and more apart though they would fit in less, as a
-    slice of wide rows: values of the 1B shape from 110,377 tokens on.
+    slice of wide rows: values of the 1B shape from 110,378 tokens on.
 
     FlexAttention multiplies a token's index by its step in 32 bits (its code for torch 2.11 does;
     github.com/pytorch/pytorch/issues/190857), and cuDNN may count what holds fewer in as many.
