@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megahybrid.errors import ConfigError, first_line
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.fused import fused_refusal
+from megahybrid.model.kernels.fused import fused_refusal, near
 from megahybrid.model.kernels.varlen import attend_varlen
 
 LARGEST_HEAD_DIM = 128
@@ -123,14 +123,11 @@ class _Attention(torch.autograd.Function):
 
 def readable(x: Tensor) -> Tensor:
     """x [seq, batch, heads, head_dim], or a copy where cuDNN would read it wrongly: unaligned, or
-    with elements 2³¹ and more behind its first though they would fit in less."""
+    not `near`."""
     steps = [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
-    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
     aligned = all(step > 0 and step * x.element_size() % ALIGNMENT == 0 for step in steps[:-1])
     aligned &= x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0
-    if aligned and (reach < 2**31 or x.numel() >= 2**31):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return near(x) if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def layout(x: Tensor) -> Layout:
