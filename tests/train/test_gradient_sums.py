@@ -25,6 +25,7 @@ def trained(
     def by_itself(run: Any, hidden_size: int) -> dict[str, Any]:
         found = settings.engine_settings(run, hidden_size)
         found["bf16"]["immediate_grad_update"] = False
+        found["communication_data_type"] = "fp32"  # else it rounds the sums to bf16 to reduce them
         return found
 
     with (

@@ -64,9 +64,6 @@ def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
             "immediate_grad_update": True,
         }
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        if stage == 1:
-            # Else the fp32 sums are rounded to bf16 to travel, even where they travel nowhere.
-            settings["communication_data_type"] = "fp32"
     return settings
 
 

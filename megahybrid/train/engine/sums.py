@@ -3,8 +3,9 @@
 DeepSpeed makes an fp32 copy of each gradient to add it, and sets the sums to zero twice a step: 26
 bytes a parameter for the first micro-batch, 26 with the bf16 gradient's own sum for each that
 follows. Here the first is copied to its place and others are added as they are: 6 bytes and 10, and
-the same bits. It reduces the sums over the data axis when the last backward pass is over; here it
-is done in pieces while that pass runs. To be imported after `prepare_deepspeed`.
+the same bits. It reduces the sums over the data axis when the last backward pass is over, rounded
+to bf16 unless told otherwise; here they travel as they are, in pieces while that pass runs. To be
+imported after `prepare_deepspeed`.
 """
 
 from collections.abc import Iterator
@@ -52,7 +53,6 @@ class DirectSums(BF16_Optimizer):
         else:
             total.copy_(gradient)
         begun[param_idx] = True
-        lp._hp_grad = total
         self.missing[self.piece_of[group_idx][param_idx]] -= 1
         if self.boundary and self.overlaps:
             self._reduce(whatever=False)
