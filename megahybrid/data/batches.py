@@ -89,7 +89,8 @@ class Batch:
             ids &= 2 ** (8 * self.ids.dtype.itemsize) - 1
         # A copy also of a single row, whose slice is contiguous as it lies.
         targets = ids[:, 1:].clone(memory_format=torch.contiguous_format)
-        targets.view(-1)[move(self.ignored)] = IGNORED
+        # Set by an index, a value would travel to a GPU as a tensor, and be waited for.
+        targets.view(-1).index_fill_(0, move(self.ignored), IGNORED)
         starts = torch.from_numpy(self.starts)
         return Tensors(ids[:, :-1].contiguous(), targets, starts)
 
