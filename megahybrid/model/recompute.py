@@ -51,13 +51,16 @@ class rederived(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(pack, unpack)
 
 
+def _keeps_products(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def keeping_products(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under selective recompute as a compiler knows it: outputs of matrix products are
     kept, whatever lies between them is computed again."""
-
-    def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = operator in PRODUCTS
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    contexts: Any = partial(create_selective_checkpoint_contexts, _keeps_products)
+    contexts.cache_hash = "products are kept"  # torch keeps no program of a policy without a name
 
     def run(*args: Any) -> Any:
         return checkpoint(
@@ -65,7 +68,7 @@ def keeping_products(function: Callable[..., Any]) -> Callable[..., Any]:
             *args,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=partial(create_selective_checkpoint_contexts, policy),
+            context_fn=contexts,
         )
 
     return run
