@@ -145,6 +145,20 @@ def test_sdpa_hands_cudnn_whole_rows_alone_and_heads_to_share_where_they_can_be(
     assert allowed == bf16 + fp32
 
 
+def test_heads_that_are_written_out_stay_beside_their_own_queries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        sdpa.F, "scaled_dot_product_attention", lambda *heads, **how: seen.extend(heads) or heads[0]
+    )
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    q, k, v = (torch.randn(1, heads, 5, 8) for heads in (6, 2, 2))
+    sdpa.attend_heads(q, k, v, None, 0.25)
+    for whole, shared in zip(seen[1:], (k, v), strict=True):
+        assert all(torch.equal(whole[:, head], shared[:, head // 3]) for head in range(6))
+
+
 def test_pieces_of_rows_are_called_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[bool] = []
 
