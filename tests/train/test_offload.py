@@ -10,6 +10,7 @@ import torch
 from megahybrid.config.base import parse
 from megahybrid.config.memory import OFFLOAD_PIECE, OFFLOAD_ROOMS, memory_per_rank
 from megahybrid.config.run import RunConfig
+from megahybrid.train.engine.offload import locked_zeros
 from tests import distributed
 from tests.config.example import example
 from tests.parity.cases import model
@@ -89,6 +90,23 @@ def test_every_bit_is_that_of_a_run_without(layout: tuple[int, int, str]) -> Non
         for mine, other in zip(plain[1], offloaded[1], strict=True):
             assert mine[:4] == other[:4]
             assert np.array_equal(mine[4].view(np.uint32), other[4].view(np.uint32)), mine[:4]
+
+
+def test_host_memory_is_locked_as_it_is_long_until_its_last_tensor_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = mock.Mock()
+    device.cudaHostRegister.return_value = 0
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: device)
+    zeros = locked_zeros(torch.Size([3, 335]), torch.float32)
+    assert zeros.shape == (3, 335) and not zeros.any()
+    address = zeros.data_ptr()
+    assert device.cudaHostRegister.call_args.args == (address, 4020, 0)
+    part = zeros.view(-1)[7:].fill_(1)
+    del zeros
+    assert part.sum() == 998 and not device.cudaHostUnregister.called
+    del part
+    assert device.cudaHostUnregister.call_args.args == (address,)
 
 
 def test_moments_are_not_counted_among_the_memory_of_a_device() -> None:

@@ -6,6 +6,8 @@ run is what it is without. While one piece is updated, the next arrives and the 
 """
 
 import contextlib
+import math
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +26,9 @@ class OffloadedAdamW(ObservedAdamW):
     _visits: "_Visits | None" = None
 
     def _zeros(self, flat: Tensor) -> Tensor:
-        pinned = flat.device.type == "cuda"
-        return torch.zeros(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=pinned)
+        if flat.device.type == "cuda":
+            return locked_zeros(flat.shape, flat.dtype)
+        return torch.zeros(flat.shape, dtype=flat.dtype, device="cpu")
 
     def _update(self, closure: Any) -> Any:
         for group in self.param_groups:
@@ -70,6 +73,31 @@ class OffloadedAdamW(ObservedAdamW):
                 self._visits.finish()
             self._visits = _Visits(size, weight)
         return self._visits
+
+
+class _Locked(mmap.mmap):
+    """Host memory that is let go of when its last tensor is."""
+
+    address: int | None = None  # where it is locked
+
+    def __del__(self) -> None:
+        if self.address is not None:
+            with contextlib.suppress(Exception):  # the process may be ending
+                torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def locked_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """In host memory that copies need not wait for, of as many bytes: torch's own allocator takes
+    the next power of two, up to twice as much, and touches it with one thread."""
+    size = max(1, math.prod(shape)) * dtype.itemsize
+    memory = _Locked(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    zeros = torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(shape).zero_()
+    if int(torch.cuda.cudart().cudaHostRegister(zeros.data_ptr(), size, 0)) != 0:
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device="cuda")  # the next kernel is told of the error: this one
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    memory.address = zeros.data_ptr()
+    return zeros
 
 
 class _Visits:
