@@ -39,7 +39,7 @@ def stand_in(case: Case, buffers: dict[int, Tensor]) -> None:
         grads = torch.autograd.grad(out, (q, k, v), slope)
         results = dict(zip((kernel.DQ, kernel.DK, kernel.DV), grads, strict=True))
     for uid, result in results.items():
-        assert kernel.layout(buffers[uid]) == kernel.dense(kernel.layout(result))
+        assert kernel.layout(buffers[uid]) == kernel.dense(kernel.layout(result), case.q)
         buffers[uid].copy_(result)
 
 
@@ -57,19 +57,30 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     return cases
 
 
-def drawn(seq: int, batch: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
-    """q, k, v and a gradient of the output; v is a slice of wider rows."""
+def drawn(
+    seq: int, batch: int, heads: int, kv_heads: int, rows_first: bool = False
+) -> tuple[Tensor, ...]:
+    """q, k, v and a gradient of the output; v is a slice of wider rows. With `rows_first` they lie
+    as a compiled layer leaves them."""
     generator = torch.Generator().manual_seed(seq)
     counts = (heads, kv_heads, 3 * kv_heads, heads)
     q, k, wide, slope = (
-        torch.randn(seq, batch, n, HEAD_DIM, generator=generator, dtype=torch.float64)
+        torch.randn(batch, seq, n, HEAD_DIM, generator=generator, dtype=torch.float64)
         for n in counts
     )
+    if rows_first:
+        q, k, wide, slope = (x.transpose(0, 1) for x in (q, k, wide, slope))
+    else:
+        q, k, wide, slope = (x.transpose(0, 1).contiguous() for x in (q, k, wide, slope))
     return q.requires_grad_(), k.requires_grad_(), wide[:, :, kv_heads:-kv_heads], slope
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 70])
-@pytest.mark.parametrize("shape", [(50, 1, 4, 2), (33, 3, 6, 1), (2, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(50, 1, 4, 2), (33, 3, 6, 1), (2, 2, 2, 2), (33, 3, 6, 1, True), (50, 1, 4, 2, True)],
+    ids=str,
+)
 def test_values_and_gradients_reach_their_places(
     shape: tuple[int, ...], window: int | None, executed: list[Case]
 ) -> None:
@@ -82,18 +93,20 @@ def test_values_and_gradients_reach_their_places(
     )
     for ours, expected in zip(found, right, strict=True):
         assert ours.shape == expected.shape
+        assert ours.transpose(0, 1).is_contiguous() == (shape[1] == 1 or len(shape) == 5)
         assert (ours - expected).norm() <= EXACT * expected.norm().clamp(min=1)
     forward, backward = executed
     inside = window is not None and window < shape[0]
     assert forward.window == backward.window == (window if inside else None)
     assert forward.slope is None and backward.slope is not None
-    assert forward.v.strides[2] == 3 * shape[3] * HEAD_DIM * shape[1]  # read where it lies
+    row = 3 * shape[3] * HEAD_DIM
+    assert forward.v.strides[2] == (row if len(shape) == 5 else row * shape[1])  # where it lies
 
 
 def test_a_gradient_of_a_sum_is_written_out_first(executed: list[Case]) -> None:
     q, k, v, _ = drawn(20, 1, 2, 1)
     attend(q, k, v, window=5, documents=None, scale=1.0, kernel="cudnn_frontend").sum().backward()
-    assert executed[1].slope == kernel.dense(executed[1].q)
+    assert executed[1].slope == kernel.dense(executed[1].q, executed[1].q)
     assert q.grad is not None and k.grad is not None
 
 
@@ -186,7 +199,9 @@ for length, rows, heads, kv_heads, head_dim, window, half in json.loads(sys.argv
     def layout(count, row=None):
         row = row or count * head_dim
         sizes = (rows, count, length, head_dim)
-        return Layout(sizes, (row, head_dim, rows * row, 1))
+        rows_first = half == "bfloat16"
+        return Layout(sizes, (length * row if rows_first else row, head_dim,
+                              row if rows_first else rows * row, 1))
     q, k, v = layout(heads), layout(kv_heads), layout(kv_heads, 19456)
     dtype = getattr(torch, half)
     for slope in (None, q):

@@ -101,9 +101,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Any:
         seq, batch, heads, _ = q.shape
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         stats = torch.empty(batch, heads, seq, 1, dtype=torch.float32, device=q.device)
-        buffers = {Q: readable(q), K: readable(k), V: readable(v), OUT: out, STATS: stats}
+        buffers = {Q: readable(q), K: readable(k), V: readable(v), STATS: stats}
+        out = buffers[OUT] = empty(q, buffers[Q])
         _execute(_case(buffers, window, scale), buffers)
         ctx.save_for_backward(q, k, v, out, stats)
         ctx.window, ctx.scale = window, scale
@@ -116,7 +116,7 @@ class _Attention(torch.autograd.Function):
         buffers = {Q: readable(q), K: readable(k), V: readable(v), OUT: out, STATS: stats}
         buffers[SLOPE] = readable(slope)
         for uid, x in ((DQ, q), (DK, k), (DV, v)):
-            buffers[uid] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            buffers[uid] = empty(x, buffers[Q])
         _execute(_case(buffers, ctx.window, ctx.scale), buffers)
         return buffers[DQ], buffers[DK], buffers[DV], None, None
 
@@ -139,10 +139,21 @@ def layout(x: Tensor) -> Layout:
     return Layout((batch, heads, seq, head_dim), (by_batch, by_head, by_seq, 1))
 
 
-def dense(like: Layout) -> Layout:
-    """A contiguous [seq, batch, heads, head_dim] of the same sizes."""
-    batch, heads, _, head_dim = like.sizes
-    row = heads * head_dim
+def empty(like: Tensor, order: Tensor) -> Tensor:
+    """Room for a result of like's shape, its rows one behind the other if those of `order` are: a
+    layer whose heads lie so wants its results so."""
+    (seq, batch, *rest), (by_seq, by_batch, *_) = like.shape, order.stride()
+    if batch > 1 and by_batch > by_seq:
+        return like.new_empty((batch, seq, *rest)).transpose(0, 1)
+    return like.new_empty(like.shape)
+
+
+def dense(like: Layout, order: Layout) -> Layout:
+    """That of `empty`."""
+    batch, heads, seq, head_dim = like.sizes
+    row, (by_batch, _, by_seq, _) = heads * head_dim, order.strides
+    if by_batch > by_seq:
+        return Layout(like.sizes, (seq * row, head_dim, row, 1))
     return Layout(like.sizes, (row, head_dim, batch * row, 1))
 
 
@@ -192,20 +203,20 @@ def build(case: Case, **where: Any) -> Plan:
     q, k, v = given(Q, case.q), given(K, case.k), given(V, case.v)
     if case.slope is None:
         out, sums = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **rule)
-        results = [(OUT, out, dense(case.q), half), (STATS, sums, stats, kind.FLOAT)]
+        results = [(OUT, out, dense(case.q, case.q), half), (STATS, sums, stats, kind.FLOAT)]
     else:
         grads = graph.sdpa_backward(
             q=q,
             k=k,
             v=v,
-            o=given(OUT, dense(case.q)),
+            o=given(OUT, dense(case.q, case.q)),
             dO=given(SLOPE, case.slope),
             stats=given(STATS, stats, kind.FLOAT),
             use_deterministic_algorithm=case.deterministic,
             **rule,
         )
         of = zip((DQ, DK, DV), grads, (case.q, case.k, case.v), strict=True)
-        results = [(uid, grad, dense(like), half) for uid, grad, like in of]
+        results = [(uid, grad, dense(like, case.q), half) for uid, grad, like in of]
     for uid, result, at, dtype in results:
         result.set_output(True).set_uid(uid).set_data_type(dtype)
         result.set_dim(list(at.sizes)).set_stride(list(at.strides))
