@@ -57,7 +57,10 @@ def write_gradients_in_place() -> None:
     def cat(parts: Any, dim: int = 0) -> Any:
         alike = len({part.get_dtype() for part in parts}) == 1
         if len(parts) > 1 and alike and _only_multiplied(V.current_node):
-            return lowering.TensorBox(joined(parts, dim % len(parts[0].get_size())))
+            try:
+                return lowering.TensorBox(joined(parts, dim % len(parts[0].get_size())))
+            except (AttributeError, TypeError):
+                pass  # another torch
         return plain(parts, dim)
 
     lowering.lowerings[torch.ops.aten.cat.default] = cat
