@@ -15,8 +15,10 @@ from megahybrid.model.block import BLOCKS
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.choice import (
     KINDS,
+    Results,
     Workload,
     candidates,
+    demand_agreement,
     fastest,
     least_seconds,
     measure,
@@ -123,7 +125,8 @@ def measure_blocks(
 ) -> dict[str, float | str]:
     """Seconds of forward and backward of one layer as written and compiled: whole where that can
     be (see `Transformer.compile_blocks`), else its pieces, on one tensor rank's heads and part of
-    the MLP and without collectives. It is the first layer of the commonest recompute policy."""
+    the MLP and without collectives. It is the first layer of the commonest recompute policy. Why it
+    is not chosen, where a layer does not run, or compiled gives other gradients than as written."""
     ((policy, _),) = Counter(policies).most_common(1)
     scheme = plan.expand()[policies.index(policy)]
     kernel = kernels["full" if scheme.window is None else "windowed"]
@@ -138,12 +141,15 @@ def measure_blocks(
     shape = (work.length, work.rows, run.model.hidden_size)
     hidden = torch.randn(shape, device=work.device, dtype=work.dtype).requires_grad_()
     slope = torch.ones_like(hidden)
-    inputs = (hidden, *block.parameters())
+    inputs = {"input": hidden, **dict(block.named_parameters())}
 
-    def step() -> object:
+    def step() -> Results:
         context = SequenceContext(work.length, None, work.device, work.dtype)
-        return torch.autograd.grad(run_block(block, hidden, context, policy), inputs, slope)
+        out = run_block(block, hidden, context, policy)
+        grads = torch.autograd.grad(out, tuple(inputs.values()), slope)
+        return {f"gradient of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
+    first: Results = {}
     for name in ("plain", "compiled"):
         try:
             if name == "compiled":
@@ -153,7 +159,11 @@ def measure_blocks(
                 block.compile_pieces("inductor")
                 if whole:
                     block.compile_regions("inductor")
-            found[name] = least_seconds(step, work.device)
+            seconds = least_seconds(step, work.device)
+            gradients = step()
+            first = first or gradients
+            demand_agreement(gradients, first, "the plain layer's")
+            found[name] = seconds
         except Exception as error:  # no compiler there, or one that cannot: then it is not chosen
             found[name] = why_it_failed(error)
     return found

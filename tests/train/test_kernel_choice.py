@@ -172,6 +172,22 @@ def test_a_layer_is_timed_as_written_and_compiled(monkeypatch: pytest.MonkeyPatc
     assert found == {"plain": 1.0, "compiled": "RuntimeError: no compiler here"}
 
 
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_compiler_that_gives_other_gradients_is_not_chosen(
+    wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "least_seconds", lambda run, device: run() and 1.0)
+    monkeypatch.setattr(
+        "megahybrid.model.block.traced_whole",
+        lambda function, backend: lambda gate, up: function(gate, up) * wrong,
+    )
+    run = run_config(model("nope", "pre_norm"), "fp32", 3)
+    work = kernels.workload(run, 0, 96, ParallelMesh.single())
+    found = kernels.measure_blocks(run, run.plan_at(0), work, {"full": "sdpa"}, ["none"])
+    assert found["plain"] == 1.0
+    assert str(found["compiled"]).startswith("ArithmeticError: another gradient of")
+
+
 def test_the_layer_that_is_timed_is_the_first_of_the_commonest_policy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

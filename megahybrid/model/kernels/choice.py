@@ -102,18 +102,20 @@ def measure(
             results = [run() for run in runs] if len(names) > 1 else []
             first = first or results
             for ours, expected in zip(results, first, strict=True):
-                _demand_agreement(ours, expected)
+                demand_agreement(ours, expected, "the first kernel's")
             found[name] = seconds
         except Exception as error:  # a kernel may fail in any way: then it is not chosen
             found[name] = why_it_failed(error)
     return found
 
 
-def _demand_agreement(results: Results, expected: Results) -> None:
+def demand_agreement(results: Results, expected: Results, whose: str) -> None:
+    """Raises ArithmeticError at the first of `results` that differs from `expected`, which are
+    `whose`, by more than rounding."""
     for (what, result), other in zip(results.items(), expected.values(), strict=True):
         apart, size = (vector_norm(x, dtype=torch.float32) for x in (result - other, other))
         if not apart <= DISAGREEMENT * size:  # NaN is no agreement
-            raise ArithmeticError(f"another {what} than the first kernel's by {apart / size:.2g}")
+            raise ArithmeticError(f"another {what} than {whose} by {apart / size:.2g}")
 
 
 def why_it_failed(error: Exception) -> str:
