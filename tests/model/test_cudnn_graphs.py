@@ -66,7 +66,7 @@ class Recorder:
 
 def case(window: int | None, backward: bool) -> Case:
     """A case of one row of 128 tokens."""
-    q, k = (kernel.dense(Layout((1, heads, 128, 64), ())) for heads in (4, 2))
+    q, k = (Layout((1, heads, 128, 64), (64 * heads, 64, 64 * heads, 1)) for heads in (4, 2))
     return Case(HOPPER, torch.bfloat16, window, 0.125, False, q, k, k, q if backward else None)
 
 
@@ -84,9 +84,10 @@ def test_a_graph_is_told_the_window_as_it_is(
     assert package.told.get("diagonal_band_left_bound") == window
 
 
+@pytest.mark.parametrize("rows_first", [False, True], ids=["tokens_first", "rows_first"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_graphs_tensors_are_the_buffers_that_it_is_given(
-    backward: bool, monkeypatch: pytest.MonkeyPatch
+    backward: bool, rows_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Recorder()
     monkeypatch.setattr(kernel, "package", lambda: package)
@@ -94,7 +95,8 @@ def test_a_graphs_tensors_are_the_buffers_that_it_is_given(
 
     def of(count: int, *, of_sums: bool = False) -> dict[str, list[int]]:
         """As the kernel makes its buffers, in cuDNN's order of axes."""
-        x = torch.empty(length, rows, count, head_dim).permute(1, 2, 0, 3)
+        x = torch.empty(length, rows, count, head_dim).transpose(0, 1)
+        x = (x.contiguous() if rows_first else x).transpose(1, 2)
         x = torch.empty(rows, count, length, 1) if of_sums else x
         return {"dim": list(x.shape), "stride": list(x.stride())}
 

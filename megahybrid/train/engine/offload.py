@@ -91,6 +91,7 @@ def locked_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     the next power of two, up to twice as much, and touches it with one thread."""
     size = max(1, math.prod(shape)) * dtype.itemsize
     memory = _Locked(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)  # a write beside a child would move what a device reads
     zeros = torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(shape).zero_()
     if int(torch.cuda.cudart().cudaHostRegister(zeros.data_ptr(), size, 0)) != 0:
         with contextlib.suppress(RuntimeError):
