@@ -99,8 +99,8 @@ def evaluations_of(checkpoint: Path, step: int) -> list[str]:
         "| held out | length | loss (nats per token) | tokens |",
         "|---|---|---|---|",
         *(
-            f"| {s} | {length} | {loss:.4f} | {tokens:,} |"
-            for s, length, loss, tokens in sorted(rows)
+            f"| {s} | {length} | {'–' if loss is None else format(loss, '.4f')} | {tokens:,} |"
+            for s, length, loss, tokens in sorted(rows, key=lambda row: (*row[:2], row[3]))
         ),
     ]
 

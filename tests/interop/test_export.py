@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError, InteropError
 from megahybrid.interop import names, said
+from megahybrid.interop.card import evaluations_of
 from megahybrid.interop.compare import quiet
 from megahybrid.interop.export import choose, export
 from tests.interop.examples import (
@@ -277,6 +278,18 @@ def test_an_export_never_replaces_anything(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(InteropError, match="exists"):
         export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+
+
+def test_the_card_has_a_place_for_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    events = [
+        {"kind": "event", "event": "evaluate", "step": 5, "stage": "a", "tokens": 9,
+         "detail": {"set": "held", "length": 64, "loss": loss, "tokens": 1000},
+         "attempt": 1, "time_unix": 1.0}
+        for loss in (None, 2.5)
+    ]  # fmt: skip
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    rows = evaluations_of(tmp_path / "checkpoints" / "step-00000005", 5)[2:]
+    assert sorted(rows) == ["| held | 64 | 2.5000 | 1,000 |", "| held | 64 | – | 1,000 |"]
 
 
 def test_the_card_tells_the_plan_and_the_proof(tmp_path: Path) -> None:
