@@ -21,6 +21,8 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return why_not
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cudnn.is_available():
         return "needs cuDNN and an Ampere device or newer"
+    if torch.are_deterministic_algorithms_enabled():
+        return "cannot repeat its bits (deterministic=true)"
     return None
 
 
