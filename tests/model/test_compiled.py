@@ -16,6 +16,7 @@ from megahybrid.config import memory
 from megahybrid.model import attention, mixing
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
+from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests import distributed
@@ -109,6 +110,19 @@ def test_heads_reach_the_kernel_row_by_row_from_one_program_each(
     assert len(seen) == 4 and all(seen)
     # The first layer's stream lies otherwise than the second's.
     assert found("stats")["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_gate_and_up_are_kept_apart_where_their_product_is_computed_again(policy: str) -> None:
+    built = Transformer(model("rope", "parallel"), ParallelMesh.single(), recompute=[policy] * 2)
+    block = built.blocks[0]
+    assert isinstance(block, Block)
+    gate, up = torch.randn(2, 3, 5).unbind()
+    first, second = block.folded((gate, up))
+    if policy == "selective":
+        assert first is gate and second is up
+    else:
+        assert torch.equal(first, swiglu(gate, up)) and second is None
 
 
 def test_layers_lengths_and_documents_share_programs() -> None:
