@@ -6,7 +6,7 @@ import pytest
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.counting import layer_flops_per_token
-from megahybrid.config.memory import memory_per_rank, policies_of
+from megahybrid.config.memory import memory_per_rank, policies_of, working
 from megahybrid.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,6 +32,19 @@ def needed(run: RunConfig, policies: list[str]) -> float:
         policies=policies,
     )
     return memory.total / 2**30
+
+
+@pytest.mark.parametrize("device,inputs", [("cpu", 1), ("cuda", 2)])
+def test_an_offloaded_layers_input_comes_back_and_on_a_device_the_next_ones_with_it(
+    device: str, inputs: int
+) -> None:
+    # A vocabulary whose loss takes less than a layer.
+    model = long_stage(1000).model.model_copy(update={"vocab_size": 1024})
+    one = 2 * 2**15 * model.hidden_size
+    full, away = (
+        working(model, [policy] * 32, 2**15, 1, "bf16", device) for policy in ("full", "offload")
+    )
+    assert away - full == inputs * one
 
 
 def test_what_fits_is_not_recomputed() -> None:
