@@ -68,5 +68,8 @@ def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
 
 
 def run_overlaps(run: RunConfig) -> bool:
-    """Whether ZeRO's communication overlaps the backward pass: on CUDA, unless bits must repeat."""
-    return torch.cuda.is_available() and run.device != "cpu" and not run.deterministic
+    """Whether ZeRO's communication overlaps the backward pass: on CUDA, unless bits must repeat.
+    Where there is nobody to talk to, its streams would only have the host wait for them."""
+    alone = torch.distributed.get_world_size() == run.parallel.tensor
+    on_cuda = torch.cuda.is_available() and run.device != "cpu"
+    return on_cuda and not alone and not run.deterministic
