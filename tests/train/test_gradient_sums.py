@@ -22,8 +22,8 @@ def trained(
     reduced while the last backward pass runs where it `overlaps`."""
     from megahybrid.train.engine import Engine, MicroBatch, engine, settings, sums
 
-    def by_itself(run: Any, hidden_size: int) -> dict[str, Any]:
-        found = settings.engine_settings(run, hidden_size)
+    def by_itself(*args: Any) -> dict[str, Any]:
+        found = settings.engine_settings(*args)
         found["bf16"]["immediate_grad_update"] = False
         found["communication_data_type"] = "fp32"  # else it rounds the sums to bf16 to reduce them
         return found
@@ -31,7 +31,7 @@ def trained(
     with (
         mock.patch.object(sums, "sum_directly", sums.sum_directly if direct else lambda *_: None),
         mock.patch.object(sums, "PIECE", 4000),
-        mock.patch.object(engine, "run_overlaps", lambda _: overlaps),
+        mock.patch.object(engine, "run_overlaps", lambda *_: overlaps),
         mock.patch.object(
             engine, "engine_settings", settings.engine_settings if direct else by_itself
         ),

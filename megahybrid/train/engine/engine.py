@@ -91,7 +91,7 @@ class Engine:
         import deepspeed
 
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        settings = engine_settings(run, model.config.hidden_size)
+        settings = engine_settings(run, model.config.hidden_size, mesh.data)
         if model.final_norm.weight.is_meta:
             draw_partitioned(model, run, mesh, settings)
         self.model = model
@@ -119,7 +119,7 @@ class Engine:
             )
         from megahybrid.train.engine.sums import sum_directly  # which is DeepSpeed's own class
 
-        sum_directly(self.deepspeed.optimizer, mesh.data, run_overlaps(run))
+        sum_directly(self.deepspeed.optimizer, mesh.data, run_overlaps(run, mesh.data))
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megahybrid.config.run import RunConfig
+from megahybrid.parallel.mesh import Axis
 
 
 def prepare_deepspeed(device: torch.device) -> None:
@@ -31,7 +32,7 @@ def prepare_deepspeed(device: torch.device) -> None:
     )
 
 
-def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
+def engine_settings(run: RunConfig, hidden_size: int, data: Axis) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run.
 
     Accumulation is 1 and the boundary is set by hand: one global normaliser needs the number of
@@ -50,7 +51,7 @@ def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
-            "overlap_comm": run_overlaps(run),
+            "overlap_comm": run_overlaps(run, data),
             "round_robin_gradients": False,
             # Gathering a norm weight costs a message and saves nothing worth one.
             "stage3_param_persistence_threshold": max(100_000, hidden_size),
@@ -67,9 +68,8 @@ def engine_settings(run: RunConfig, hidden_size: int) -> dict[str, Any]:
     return settings
 
 
-def run_overlaps(run: RunConfig) -> bool:
+def run_overlaps(run: RunConfig, data: Axis) -> bool:
     """Whether ZeRO's communication overlaps the backward pass: on CUDA, unless bits must repeat.
     Where there is nobody to talk to, its streams would only have the host wait for them."""
-    alone = torch.distributed.get_world_size() == run.parallel.tensor
     on_cuda = torch.cuda.is_available() and run.device != "cpu"
-    return on_cuda and not alone and not run.deterministic
+    return on_cuda and data.size > 1 and not run.deterministic
