@@ -200,16 +200,18 @@ def test_the_layer_that_is_timed_is_the_first_of_the_commonest_policy(
     run = run_config(model("rnope_swa", "parallel"), "fp32", 1)
     monkeypatch.setattr(kernels, "least_seconds", lambda run, device: run() and 1.0)
     monkeypatch.setattr(kernels, "BLOCKS", {"parallel": layer})
-    monkeypatch.setattr("megahybrid.model.block.traced_whole", lambda function, backend: function)
+    for module in ("block", "chunked_mlp"):
+        plain = f"megahybrid.model.{module}.traced_whole"
+        monkeypatch.setattr(plain, lambda function, backend: function)
     plan = run.plan_at(0)
     windows = [scheme.window for scheme in plan.expand()]
     first = next(n for n, window in enumerate(windows) if window != windows[0])
-    policies = ["none"] * first + ["full"] * (first + 1)
+    policies = ["none"] * first + ["chunked"] * (first + 1)
     work = kernels.workload(run, 0, 96, ParallelMesh.single())
     chosen = {"full": "sdpa", "windowed": "blocked"}
     kernels.measure_blocks(run, plan, work, chosen, policies)
     kind = "full" if windows[first] is None else "windowed"
-    assert made == [(windows[first], chosen[kind], "full")]
+    assert made == [(windows[first], chosen[kind], "chunked")]
 
 
 @pytest.mark.parametrize(
