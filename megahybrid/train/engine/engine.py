@@ -143,7 +143,7 @@ class Engine:
         ]
 
     def _pieces_by_flat(self, run: RunConfig) -> dict[int, tuple[list[slice], Tensor]]:
-        """For each flat partition: the pieces this rank counts in a norm, and each one's kind."""
+        """For each flat partition: the pieces this rank counts in a norm, and which are of a kind."""
         table: dict[int, list[tuple[slice, int]]] = {}
         counts_replicated = self.mesh.tensor.rank == 0
         for piece in self.state.pieces:
@@ -159,7 +159,10 @@ class Engine:
         return {
             flat: (
                 [place for place, _ in places],
-                torch.tensor([kind for _, kind in places], device=self.mesh.device),
+                torch.tensor(
+                    [[kind == of for _, kind in places] for of in range(len(KINDS))],
+                    device=self.mesh.device,
+                ),
             )
             for flat, places in table.items()
         }
@@ -167,11 +170,12 @@ class Engine:
     def _observe(self, flat: Tensor, gradient: Tensor) -> None:
         if id(flat) not in self._kind_pieces:
             return
-        places, kinds = self._kind_pieces[id(flat)]
+        places, of_kind = self._kind_pieces[id(flat)]
         values = gradient.detach().reshape(-1)
         # One by one each would be copied to fp64 first.
         norms = torch._foreach_norm([values[place] for place in places], 2, dtype=torch.float64)
-        self._squares.index_add_(0, kinds, torch.stack(norms).square())
+        # Summed in one order: index_add_ has none on CUDA.
+        self._squares += torch.where(of_kind, torch.stack(norms).square(), 0).sum(dim=1)
 
     def train_step(
         self,
