@@ -143,7 +143,7 @@ class Engine:
         ]
 
     def _pieces_by_flat(self, run: RunConfig) -> dict[int, tuple[list[slice], Tensor]]:
-        """For each flat partition: the pieces this rank counts in a norm, and which are of a kind."""
+        """Of each flat partition: the pieces this rank counts in a norm; which are of each kind."""
         table: dict[int, list[tuple[slice, int]]] = {}
         counts_replicated = self.mesh.tensor.rank == 0
         for piece in self.state.pieces:
