@@ -56,9 +56,7 @@ def audit_gradients(
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             raise AuditError(f"audit: {name} has no gradient after the backward pass.")
-        # This call sums in fp64 without a copy: one of a large embedding takes gigabytes.
-        (norm,) = torch._foreach_norm([gradient.detach()], 2, dtype=torch.float64)
-        square = norm.square().cpu()
+        square = squared_norms([gradient.detach()]).squeeze(0).cpu()
         if spec.sharded:
             square = all_reduce(square.to(mesh.device), mesh.tensor).cpu()
         else:
@@ -67,6 +65,12 @@ def audit_gradients(
                 worst_replica, worst_difference = name, difference
         squares += square
     return Audit(squares.sqrt().item(), worst_replica, worst_difference)
+
+
+def squared_norms(gradients: list[Tensor]) -> Tensor:
+    """The sum of the squares of each, fp64 [gradients]. This call makes no copy in fp64, as others
+    do: one of a large embedding takes gigabytes."""
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square()
 
 
 def canonical_name(spec: ShardSpec) -> str:

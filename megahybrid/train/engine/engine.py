@@ -24,6 +24,7 @@ from megahybrid.train.engine.audit import (
     check_data_replicas,
     check_marks,
     check_replicas,
+    squared_norms,
 )
 from megahybrid.train.engine.marks import Marks
 from megahybrid.train.engine.offload import OffloadedAdamW
@@ -172,10 +173,9 @@ class Engine:
             return
         places, of_kind = self._kind_pieces[id(flat)]
         values = gradient.detach().reshape(-1)
-        # One by one each would be copied to fp64 first.
-        norms = torch._foreach_norm([values[place] for place in places], 2, dtype=torch.float64)
         # Summed in one order: index_add_ has none on CUDA.
-        self._squares += torch.where(of_kind, torch.stack(norms).square(), 0).sum(dim=1)
+        of_pieces = squared_norms([values[place] for place in places])
+        self._squares += torch.where(of_kind, of_pieces, 0).sum(dim=1)
 
     def train_step(
         self,
