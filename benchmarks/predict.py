@@ -1,7 +1,7 @@
 """What one step of the 1B shape should take on one H200, part by part: to be held against the first
 measurement, where a part that is off says where to look. Arithmetic, no measurement.
 
-    python -m benchmarks.predict [--attention cudnn_frontend] [--lengths 8192 32768 131072]
+    python -m benchmarks.predict [--lengths 8192 32768 131072]
 """
 
 import argparse
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import recompute
+from benchmarks.ours import MEMORY_SHARES, PEAK
+from benchmarks.plan import TOKENS_PER_STEP
 from benchmarks.shapes import full, hybrid
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.counting import (
-    attended_pairs,
     flops_per_token,
     matrix_parameters,
+    mean_keys,
     parameters,
 )
 from megahybrid.config.model import ModelConfig
 
-PEAK = 989e12
 PRODUCTS = 660e12  # FLOP/s of a step's bf16 products; large ones of one shape reach 790
 COPIES = 4.0e12  # bytes per second between products; copies alone reach 4.3
 # FLOP/s forward and backward on Hopper, head_dim 128: arXiv 2407.08608 for FlashAttention 2 and
@@ -29,8 +30,7 @@ ATTENTION = {"varlen": (360e12, 337e12), "cudnn_frontend": (600e12, 500e12)}
 WINDOW_TILES = 0.85  # of a windowed kernel's tiles that are inside the window, both edges counted
 LOSS_BYTES = 14  # of each logit, its product's writing included
 UPDATE_BYTES = 56  # of each parameter and step, clipping and new weights included
-STEP_TOKENS = 32768
-CARD, SHARE = 139 * 2**30, 0.86  # bytes, and what of them a plan may take
+CARD = 139 * 2**30  # bytes
 STATIC = Path(__file__).parent / "results/generated_code_sm90.json"
 
 
@@ -47,8 +47,8 @@ def layer_bytes() -> dict[str, float]:
 
 def predict(config: ModelConfig, length: int, windowed: str, in_full: str) -> dict[str, Any]:
     """Microseconds a token of each part, tokens per second and causal MFU of 989 TFLOP/s."""
-    tokens = max(length, STEP_TOKENS)
-    policies = recompute.solve(config, tokens, SHARE * CARD, length)
+    tokens = max(length, TOKENS_PER_STEP)
+    policies = recompute.solve(config, tokens, MEMORY_SHARES[0] * CARD, length)
     schemes = config.layer_plan.expand()
     moved = layer_bytes()
     # Chunked layers repeat the product with gate and up, and full ones all of theirs.
@@ -82,8 +82,7 @@ def attention_seconds(
     config: ModelConfig, scheme: AttentionScheme, length: int, kernel: str
 ) -> float:
     """Of one layer and token: two products forward, five backward."""
-    pairs = attended_pairs(length, scheme.window) / length
-    flops = 4 * config.num_heads * config.head_dim * pairs
+    flops = 4 * config.num_heads * config.head_dim * mean_keys(length, scheme.window)
     forward, backward = ATTENTION[kernel]
     tiles = WINDOW_TILES if scheme.window is not None and scheme.window < length else 1.0
     return flops * (1 / forward + 2.5 / backward) / tiles
