@@ -1,21 +1,14 @@
 """The figures of data, checkpoints and the soak are those of the files that their pages name."""
 
-import json
 import statistics
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.test_published import ROOT, read
 
 
 def page(name: str) -> str:
     return (ROOT / f"docs/{name}.md").read_text()
-
-
-def read(name: str) -> Any:
-    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,14 @@
 """What docs/scaling.md says of memory and of failures is what the commands it names say."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
 from benchmarks import failure_arithmetic
 from megahybrid.config.base import load
 from megahybrid.config.memory import Memory, memory_per_rank
+from tests.benchmarks.test_published import ROOT, read
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/scaling.md").read_text()
 EIGHT, COMMAND = "paper_rnope_swa_8b", "command_a"
 
@@ -67,7 +65,7 @@ def test_what_failures_cost(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_save_was_measured_to_take() -> None:
-    found = json.loads((ROOT / "benchmarks/results/checkpoint_io_cpu.json").read_text())
+    found = read("checkpoint_io_cpu")
     seconds = found["seconds"]
     waits = seconds["asynchronous: training waits"]
     told = (

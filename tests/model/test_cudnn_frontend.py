@@ -238,8 +238,10 @@ def test_cudnn_compiles_the_graphs_for_a_device_that_is_elsewhere(tmp_path: Path
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        timeout=300,
     )
-    if "RUNTIME_PREREQUISITE_MISSING" in done.stderr:
+    other = kernel.package().backend_version() // 100 != 919
+    if other and "RUNTIME_PREREQUISITE_MISSING" in done.stderr:
         pytest.skip("this cuDNN looks for more of a driver than 9.19 does")
     assert done.returncode == 0, done.stderr[-3000:]
     workspaces = [int(line) for line in done.stdout.split()]
