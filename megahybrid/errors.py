@@ -4,11 +4,14 @@ Every message is one line:
 `<dotted name>=<value> <what is wrong> (<the other number>). <What to do>.`
 """
 
+import errno
+import os
 import sys
 from typing import TextIO
 
 EXIT_DONE = 0
 EXIT_USER_MISTAKE = 2
+EXIT_STORAGE = 74  # EX_IOERR
 EXIT_RESUME = 75
 EXIT_DO_NOT_RESTART = 93
 
@@ -46,6 +49,17 @@ class InteropError(MegahybridError):
     """A model that cannot leave or enter as it is, or that came out another function."""
 
 
+class StorageError(MegahybridError):
+    """Storage failed beneath us: no space, a quota, a disk or file system that fails. Nothing that
+    was there is lost, and another attempt may do better."""
+
+    exit_code = EXIT_STORAGE
+
+
+class PathError(MegahybridError):
+    """A path that somebody typed: it is missing, not readable, no folder, too long."""
+
+
 class MeshError(MegahybridError):
     """Ranks that cannot form the mesh: missing variables, a taken port, degrees that do not fit."""
 
@@ -79,3 +93,40 @@ class GateError(MegahybridError):
     not either."""
 
     exit_code = EXIT_DO_NOT_RESTART
+
+
+# What a wrong path gives, until a run has begun; and what storage itself gives, at any time.
+_TYPED = frozenset(
+    (
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.EINVAL,
+    )
+)
+_STORAGE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+)
+
+
+def from_os_error(error: OSError, *, began: bool = False) -> MegahybridError | None:
+    """Return the one-line error for what the operating system refused, or None where it is neither
+    a path nor storage (a refused connection, too many open files).
+
+    `began`: the run has taken its first step, so its paths were right once and no path is the
+    user's mistake any more (exit code 74 in place of 2).
+    """
+    if error.errno not in _TYPED | _STORAGE:
+        return None
+    path = error.filename if error.filename is not None else "a file"
+    reason = error.strerror or os.strerror(error.errno)
+    if error.errno in _STORAGE or began:
+        return StorageError(
+            f"{path} could not be read or written ({reason}). Nothing that was saved is lost. "
+            "Make room or mend the file system, then give the same command again."
+        )
+    return PathError(f"{path} cannot be used ({reason}). Name a path that can be.")
