@@ -1,5 +1,6 @@
 """Showing what a dataset holds, on the console."""
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
 
 SHOWN_CHARACTERS = 400
+HIDDEN = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
 NOTE_CHARACTERS = 160
 BAR = 30
 
@@ -30,19 +32,21 @@ def inspect_dataset(
     `picture` is an .svg to write the lengths to.
     """
     dataset = TokenDataset(path, vocab_size=vocab_size)
-    console = Console()
+    console = Console(markup=False)  # a path in [brackets] is no style
     console.print(
-        f"{path}: {dataset.documents:,} documents, {dataset.tokens:,} tokens, "
+        f"{visible(path)}: {dataset.documents:,} documents, {dataset.tokens:,} tokens, "
         f"{len(dataset.shards)} shards, vocab_size={dataset.vocab_size}, eod_id={dataset.eod_id}",
         highlight=False,
         soft_wrap=True,
     )
     if dataset.manifest is not None:
-        console.print(dataset.manifest.command, style="dim", highlight=False, soft_wrap=True)
+        console.print(
+            visible(dataset.manifest.command), style="dim", highlight=False, soft_wrap=True
+        )
         console.print(_histogram(dataset))
         if picture is not None:
             Path(picture).write_text(length_picture(dataset.manifest.length_histogram, path))
-            console.print(f"{picture} written", highlight=False)
+            console.print(f"{visible(picture)} written", highlight=False)
     if dataset.plan is not None:
         info = dataset.plan.info
         console.print(
@@ -60,12 +64,23 @@ def inspect_dataset(
             console.print(Text(shown_note(dataset.note(index))), style="dim", soft_wrap=True)
         part = tokens[:SHOWN_CHARACTERS].tolist()
         shown = text.decode(part) if text else " ".join(map(str, part))
-        console.print(Text(shown[:SHOWN_CHARACTERS]), soft_wrap=True)
+        console.print(Text(visible(shown[:SHOWN_CHARACTERS])), soft_wrap=True)
 
 
 def shown_note(note: dict[str, Any]) -> str:
     """What is kept of a document's row, on one line."""
-    return ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
+    shown = ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
+    return visible(shown).replace("\n", "\\n")
+
+
+def visible(text: str) -> str:
+    """The text with its control characters spelled out: none of it steers a terminal."""
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if letter not in "\n\t" and unicodedata.category(letter) in HIDDEN
+        else letter
+        for letter in text
+    )
 
 
 def _histogram(dataset: TokenDataset) -> Table:
