@@ -90,7 +90,8 @@ def _print_row(
     filling = f", {length - filled:,} filling" if filled < length else ""
     console.print(
         f"\nrow {number}: {plan.source} ({visible(str(dataset.path))}), tokens {places}{more}; "
-        f"{len(first)} documents, {int((targets >= 0).sum()):,} of {length:,} targets count{filling}"
+        f"{len(first)} documents{filling}, {int((targets >= 0).sum()):,} of {length:,} targets "
+        "count"
     )
     # One character stands for length / WIDTH tokens and has the shade of its first one's document.
     columns = (np.arange(WIDTH) * length) // WIDTH

@@ -20,16 +20,21 @@ from rich.progress import Progress
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
 from data_prep.hub import is_hub
 from data_prep.inputs import Unit, cut_units, list_files, shared_unit_bytes, size_of
-from data_prep.merge import Merge, Split, runs_of
+from data_prep.job_folder import (
+    JOB,
+    QUARANTINE,
+    WORK,
+    begin_job,
+    identity_of,
+    released_if_refused,
+)
+from data_prep.merge import Merge, Refused, Split, runs_of
 from data_prep.progress import byte_bars
-from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
+from megahybrid.data.manifest import sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import DataError
 
-WORK = ".work"
-QUARANTINE = "quarantine.jsonl"
-JOB = "job.json"  # in WORK: the unfinished job; in the output: the one that made it
 ENOUGH_TO_JUDGE = 10_000  # documents after which too many bad ones stop the job early
 
 
@@ -75,8 +80,9 @@ def tokenize(
     it was and ends with the same bytes (a finished one says what it made); `workers` and
     `memory_bytes` may differ.
 
-    Raises DataError when nothing is left to write, or more than `max_bad_fraction` of the documents
-    is bad at the end or after ENOUGH_TO_JUDGE of them.
+    Raises DataError when nothing is left to write or a part would be empty, or more than
+    `max_bad_fraction` of the documents is bad at the end or after ENOUGH_TO_JUDGE of them. Another
+    call may then begin anew in the same folder.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
@@ -89,10 +95,10 @@ def tokenize(
     job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads, tuple(kept))
     split = Split(held_out, longest, deduplicate)
     # How units are cut may change with the version; what another one has left is not gone on with.
-    identity = _identity(job, files, info, split, shard_tokens) | {"units": len(units)}
-    if (report := _begin(folder, identity)) is not None:
-        return report
-    with byte_bars(quiet) as progress:
+    identity = identity_of(job, files, info, split, shard_tokens) | {"units": len(units)}
+    if (made := begin_job(folder, identity)) is not None:
+        return TokenizeReport(**made | {"output": str(folder)})
+    with released_if_refused(folder), byte_bars(quiet) as progress:
         results = _encode_all(job, units, workers, progress, max_bad_fraction)
         bad = _quarantine(folder, len(units))
         documents = sum(result.documents for result in results)
@@ -124,7 +130,7 @@ def tokenize(
         )
         merge.run()
         manifests = {part: writer.close() for part, writer in writers.items()}
-    split.refuse_empty(manifests)
+        merge.refuse_empty_parts(manifests)
     report = TokenizeReport(
         output=str(folder),
         documents={part: manifest.documents for part, manifest in manifests.items()},
@@ -207,42 +213,6 @@ def _begin_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> TokenizeReport | None:
-    """Makes the work folder, or goes on with the one of the same job; what it made, if finished."""
-    work, finished = folder / WORK, folder / JOB
-    if finished.exists() and (value := json.loads(finished.read_text()))["job"] == identity:
-        report = TokenizeReport(**value["report"] | {"output": str(folder)})
-        if all((folder / part / MANIFEST_NAME).exists() for part in report.tokens):
-            shutil.rmtree(work, ignore_errors=True)
-            return report
-    job_file = work / JOB
-    if job_file.exists():
-        if json.loads(job_file.read_text()) != identity:
-            raise DataError(
-                f"{folder} holds an unfinished job with other inputs or options. "
-                "Call it with the same ones, or remove the folder."
-            )
-        return None
-    if folder.exists() and any(entry.name != WORK for entry in folder.iterdir()):
-        raise DataError(f"{folder} is not empty. Name a new folder, or remove this one.")
-    work.mkdir(parents=True, exist_ok=True)
-    write_durably(job_file, json.dumps(identity).encode())
-    return None
-
-
-def _identity(
-    job: EncodeJob, files: Sequence[Path], info: TokenizerInfo, split: Split, shard_tokens: int
-) -> dict[str, Any]:
-    listed = [
-        [str(file)] if is_hub(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-    ]
-    value = asdict(job) | asdict(info) | asdict(split)
-    del value["folder"], value["threads"]
-    value["kept"] = list(job.kept)
-    return value | {"files": listed, "shard_tokens": shard_tokens}
-
-
 def _quarantine(folder: Path, units: int) -> dict[str, int]:
     """Joins the units' lists of what was bad into one file; counts by reason."""
     reasons: Counter[str] = Counter()
@@ -264,9 +234,9 @@ def _refuse_bad(
     count = sum(bad.values())
     reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items()) or "none bad"
     if documents == 0:
-        raise DataError(f"the inputs hold no document ({reasons}). Check --field and the files.")
+        raise Refused(f"the inputs hold no document ({reasons}). Check --field and the files.")
     if count > max_bad_fraction * (documents + count):
-        raise DataError(
+        raise Refused(
             f"{count} of {documents + count} documents are bad ({reasons}), more than "
             f"max_bad_fraction={max_bad_fraction}. See {_listing(folder)}, or raise the limit: the "
             "same command then goes on."

@@ -206,8 +206,9 @@ def test_finished_job_is_not_done_again(corpus: Path, model: Path, tmp_path: Pat
     before = contents(tmp_path / "out")
     assert run(corpus, model, tmp_path / "out") == report
     assert contents(tmp_path / "out") == before
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(DataError, match="is not empty: it was made .* \\(--seed was 0, is 1\\)"):
         run(corpus, model, tmp_path / "out", seed=1)
+    assert contents(tmp_path / "out") == before
 
 
 def test_output_among_the_inputs_is_no_input(corpus: Path, model: Path, tmp_path: Path) -> None:
