@@ -274,7 +274,10 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from data_prep.picture_file import check_picture
+
     path = args.path
+    check_picture(args.picture)
     if path.endswith((".yaml", ".yml")) or os.path.exists(os.path.join(path, "config.yaml")):
         from data_prep.show_batch import show_batch
 

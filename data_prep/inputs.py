@@ -1,6 +1,5 @@
 """The files that inputs name, cut into units of work that do not depend on the workers."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 from data_prep import hub, tables
 from data_prep.archives import is_archive, member_ranges
 from data_prep.compressed import kind_of
+from data_prep.kept_fields import note_line
 from megahybrid.errors import DataError
 
 UNIT_BYTES = 8 * 2**20
@@ -55,12 +55,12 @@ class Fields:
     found: Counter[str] = field(default_factory=Counter)
 
     def note(self, row: Mapping[str, Any]) -> bytes:
-        """What is kept of a row, as JSON; nothing where nothing is to be kept."""
+        """What is kept of a row, as strict JSON; nothing where nothing is to be kept."""
         if not self.kept:
             return b""
         value = {name: row[name] for name in self.kept if name in row}
         self.found.update(value.keys())
-        return json.dumps(value, default=str).encode()
+        return note_line(value)
 
 
 def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path]:

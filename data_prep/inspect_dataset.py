@@ -13,6 +13,7 @@ from rich.text import Text
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.errors import DataError
 
 SHOWN_CHARACTERS = 400
 HIDDEN = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
@@ -32,6 +33,11 @@ def inspect_dataset(
     `picture` is an .svg to write the lengths to.
     """
     dataset = TokenDataset(path, vocab_size=vocab_size)
+    if picture is not None and dataset.manifest is None:
+        raise DataError(
+            f"{path} has no manifest, so the lengths of its documents are not known and --picture "
+            "would show nothing. Import it first with `megahybrid data import`."
+        )
     console = Console(markup=False)  # a path in [brackets] is no style
     console.print(
         f"{visible(path)}: {dataset.documents:,} documents, {dataset.tokens:,} tokens, "

@@ -28,7 +28,8 @@ TRAINER_THREADS = 4  # written into the model file, so a constant: its hash must
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no special token and reads none in the text."""
+    """Text to ids and back. `encode` adds no special token and reads none in the text; it takes
+    several texts, and raises TypeError for one that is not in a list."""
 
     info: TokenizerInfo
 
@@ -58,7 +59,7 @@ class _Arrays:
     def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
         """Ids of each text in the dtype of `info`, word by word where that gives the same."""
         if self._words is not None:
-            return self._words.encode(texts)
+            return self._words.encode(several(texts))
         return [np.asarray(ids, self.info.dtype) for ids in self.encode(texts)]
 
     def _use_words(self, cuts: Cuts | None, whole: re.Pattern[str]) -> None:
@@ -92,7 +93,7 @@ class SentencePieceTokenizer(_Arrays):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
-        return self._processor.encode(list(texts), num_threads=self._threads)
+        return self._processor.encode(several(texts), num_threads=self._threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
@@ -130,12 +131,22 @@ class HuggingFaceTokenizer(_Arrays):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._backend.encode_batch_fast(several(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def several(texts: Sequence[str]) -> list[str]:
+    """A list of texts; raises TypeError for one text, which is itself a sequence: of letters."""
+    if isinstance(texts, str | bytes | bytearray):
+        raise TypeError(
+            f"encode takes a list of texts, not one {type(texts).__name__} (whose letters it would "
+            "take for texts). Pass [text], and take [0] of what comes back."
+        )
+    return list(texts)
 
 
 def load_tokenizer(path: str | Path, eod: str | None = None, threads: int = 1) -> Tokenizer:

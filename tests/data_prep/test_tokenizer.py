@@ -31,6 +31,18 @@ def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer, text: st
     assert tokenizer.decode(tokenizer.encode([text])[0]) == text
 
 
+@pytest.mark.parametrize("one", ["text", ""])
+def test_one_text_without_a_list_is_refused(one: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer._words is not None  # both ways to arrays: word by word, and whole
+    for words in (tokenizer, load_tokenizer(write_hugging_face(tmp_path))):
+        for encode in (words.encode, words.encode_arrays):
+            with pytest.raises(
+                TypeError, match=r"takes a list of texts, not one \w+ .*Pass \[text\]"
+            ):
+                encode(one)
+            assert [len(ids) > 0 for ids in encode(("text", "more"))] == [True, True]
+
+
 def test_training_gives_the_same_bytes_again(corpus: Path, model: Path, tmp_path: Path) -> None:
     train_tokenizer([corpus], tmp_path / "again.model", 400)
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
