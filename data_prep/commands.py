@@ -9,7 +9,8 @@ from typing import Any
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen command; returns the exit code. MegahybridError is the caller's to show."""
-    from megahybrid.errors import DataError
+    from data_prep.given_paths import check_paths
+    from megahybrid.errors import DataError, from_os_error
 
     command = {
         "gather-stdlib": _gather,
@@ -26,12 +27,14 @@ def run(args: argparse.Namespace) -> int:
         "audit": _audit,
     }[args.data_command]
     try:
+        check_paths(args)
         command(args)
     except OSError as error:
-        name = error.filename or getattr(args, "output", args.data_command)
-        raise DataError(
-            f"{name} failed ({error.strerror or error}). Free space or correct the path, then call "
-            "the command again."
+        if error.filename is None:
+            error.filename = getattr(args, "output", args.data_command)
+        raise from_os_error(error) or DataError(
+            f"{error.filename} failed ({error.strerror or error}). Correct the path, then call the "
+            "command again."
         ) from None
     return 0
 

@@ -38,6 +38,9 @@ def inspect_dataset(
             f"{path} has no manifest, so the lengths of its documents are not known and --picture "
             "would show nothing. Import it first with `megahybrid data import`."
         )
+    text = load_tokenizer(tokenizer) if tokenizer else None
+    if text is not None:
+        dataset.check_tokenizer(text.info.sha256, "--tokenizer")
     console = Console(markup=False)  # a path in [brackets] is no style
     console.print(
         f"{visible(path)}: {dataset.documents:,} documents, {dataset.tokens:,} tokens, "
@@ -60,9 +63,6 @@ def inspect_dataset(
             f"{info.documents:,} documents, {info.tokens:,} tokens",
             highlight=False,
         )
-    text = load_tokenizer(tokenizer) if tokenizer else None
-    if text is not None:
-        dataset.check_tokenizer(text.info.sha256, "--tokenizer")
     for index in range(min(documents, dataset.documents)):
         tokens = dataset.document(index)
         console.rule(f"document {index}: {len(tokens):,} tokens")

@@ -41,6 +41,8 @@ def show_batch(
     mixture = open_mixture(run)
     directory = Path(path) if Path(path).is_dir() else None
     found = find_step(run, mixture, stage, step, directory)
+    words = tokenizer or run.data.tokenizer
+    text = load_tokenizer(words) if words else None
     console = Console(soft_wrap=True, highlight=False, markup=False)
     point = found.point
     title = (
@@ -49,8 +51,6 @@ def show_batch(
     )
     console.print(f"{title}, learning rate {point.learning_rate:.3g}")
     _print_mix(console, found.plans, point.length, mixture.epochs(found.state))
-    words = tokenizer or run.data.tokenizer
-    text = load_tokenizer(words) if words else None
     chosen = found.plans[:rows]
     batch = make_batch(mixture.datasets, chosen, point.length, run.data.documents)
     for number, plan in enumerate(chosen):

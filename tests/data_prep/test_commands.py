@@ -9,7 +9,7 @@ import pytest
 from data_prep.arguments import add_arguments
 from data_prep.commands import run
 from data_prep.gather_stdlib import stdlib_documents
-from megahybrid.errors import DataError
+from megahybrid.errors import DataError, PathError
 from tests.data.corpus import write_corpus
 
 
@@ -35,7 +35,7 @@ def test_commands_lead_from_text_to_a_verified_dataset(
 def test_place_that_cannot_be_written_is_one_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = f"{tmp_path}/file/a.model"
-    with pytest.raises(DataError, match="file failed \\((Not a directory|File exists)\\)"):
+    with pytest.raises(PathError, match="file cannot be used \\(Not a directory\\)"):
         call("tokenizer", str(corpus), "--vocab-size", "400", "--output", output)
 
 
@@ -46,7 +46,7 @@ def test_place_that_cannot_be_written_is_one_line(corpus: Path, tmp_path: Path) 
         ("a", "a is no .svg"),
         (".svg", ".svg is no .svg"),
         ("nowhere/a.svg", "nowhere, which is no folder"),
-        ("folder.svg", "folder.svg is a folder"),
+        ("folder.svg", "folder.svg is there already \\(a folder\\)"),
     ],
 )
 @pytest.mark.parametrize("of", ["dataset", "run"])
