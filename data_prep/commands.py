@@ -214,6 +214,7 @@ def _import(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from data_prep.rewrite import import_dataset
+    from megahybrid.config.base import parse
     from megahybrid.data.manifest import TokenizerInfo
     from megahybrid.data.tokenizer import load_tokenizer
     from megahybrid.errors import DataError
@@ -226,7 +227,8 @@ def _import(args: argparse.Namespace) -> None:
             "hand). Name the one that made the ids."
         )
     else:
-        info = TokenizerInfo("unknown", "", args.vocab_size, args.eod_id)
+        given = {"vocab_size": args.vocab_size, "eod_id": args.eod_id}
+        info = parse(TokenizerInfo, {"kind": "unknown", "sha256": ""} | given)
     with _bar("import", [args.path], 1, info.vocab_size) as progress:
         made = import_dataset(
             args.path,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megahybrid.errors import DataError
+from megahybrid.printable import shortened
 
 READ = ("inputs", "path", "paths", "run_directory", "other", "tokenizer", "against")
 WRITTEN = ("output", "prefix", "picture")
@@ -44,8 +45,7 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _said(name: str, text: str) -> str:
-    shown = text if len(text) <= 80 else text[:77] + "…"
-    shown = shown.encode("unicode_escape").decode() if not shown.isprintable() else shown
+    shown = shortened(text)
     return f"--{name}={shown}" if name in OPTIONS else f"{name}={shown}"
 
 

@@ -1,6 +1,5 @@
 """Showing what a dataset holds, on the console."""
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import DataError
+from megahybrid.printable import printable
 
 SHOWN_CHARACTERS = 400
-HIDDEN = ("Cc", "Cs")  # Unicode's categories of control characters and lone surrogates
 NOTE_CHARACTERS = 160
 BAR = 30
 
@@ -76,17 +75,12 @@ def inspect_dataset(
 def shown_note(note: dict[str, Any]) -> str:
     """What is kept of a document's row, on one line."""
     shown = ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
-    return visible(shown).replace("\n", "\\n")
+    return printable(shown)
 
 
 def visible(text: str) -> str:
-    """The text with its control characters spelled out: none of it steers a terminal."""
-    return "".join(
-        letter.encode("unicode_escape").decode()
-        if letter not in "\n\t" and unicodedata.category(letter) in HIDDEN
-        else letter
-        for letter in text
-    )
+    """The text with its control characters spelled out, but for the ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _histogram(dataset: TokenDataset) -> Table:

@@ -43,7 +43,7 @@ def identity_of(
         [str(file)] if is_hub(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
         for file in files
     ]
-    value = asdict(job) | asdict(info) | asdict(split)
+    value = asdict(job) | info.model_dump() | asdict(split)
     del value["folder"], value["threads"]
     # As it is read again: tuples come back as lists.
     return dict(json.loads(json.dumps(value | {"files": listed, "shard_tokens": shard_tokens})))

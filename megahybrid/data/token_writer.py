@@ -62,7 +62,7 @@ class TokenWriter:
         if any(self.folder.iterdir()):
             raise DataError(f"{self.folder} is not empty. Name a new folder, or remove this one.")
         self.tokenizer, self.shard_tokens, self.block_bytes = tokenizer, shard_tokens, block_bytes
-        self._sources, self._command = tuple(sources), command
+        self._sources, self._command = tuple(map(dict, sources)), command
         self._dtype, self._noted = np.dtype(tokenizer.dtype), noted
         self._shards: list[ShardEntry] = []
         self._histogram = np.zeros((64, 2), np.int64)
@@ -199,7 +199,7 @@ class TokenWriter:
             documents=sum(shard.documents for shard in self._shards),
             tokens=sum(shard.tokens for shard in self._shards),
             length_histogram=tuple(
-                LengthBin(2**power, int(documents), int(tokens))
+                LengthBin(min_tokens=2**power, documents=int(documents), tokens=int(tokens))
                 for power, (documents, tokens) in enumerate(self._histogram)
                 if documents
             ),

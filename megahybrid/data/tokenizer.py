@@ -87,7 +87,9 @@ class SentencePieceTokenizer(_Arrays):
             raise DataError(
                 f"{path} has no piece {eod or 'for the end of a sentence'}. Name one with --eod."
             )
-        self.info = TokenizerInfo("sentencepiece", _sha256(raw), piece.vocab_size(), eod_id)
+        self.info = TokenizerInfo(
+            kind="sentencepiece", sha256=_sha256(raw), vocab_size=piece.vocab_size(), eod_id=eod_id
+        )
         names = [piece.id_to_piece(token) for token in range(piece.vocab_size())]
         self._use_words(sentencepiece_words(raw, names), re.compile(SPACE_SIGN))
 
@@ -126,7 +128,9 @@ class HuggingFaceTokenizer(_Arrays):
             raise DataError(f"{path} has no token {' or '.join(names)}. Name its eod with --eod.")
         size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._backend = backend
-        self.info = TokenizerInfo("huggingface", _sha256(raw), size, eod_id)
+        self.info = TokenizerInfo(
+            kind="huggingface", sha256=_sha256(raw), vocab_size=size, eod_id=eod_id
+        )
         self._use_words(hugging_face_words(backend.to_str()), SEPARATORS)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

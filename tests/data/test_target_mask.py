@@ -14,7 +14,7 @@ from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.verify import verify_dataset
 from megahybrid.errors import DataError
 
-INFO = TokenizerInfo("test", "0" * 64, 50, eod_id=1)
+INFO = TokenizerInfo(kind="test", sha256="0" * 64, vocab_size=50, eod_id=1)
 
 
 @pytest.fixture
