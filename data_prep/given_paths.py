@@ -75,11 +75,11 @@ def _check_written(name: str, text: str, is_file: bool) -> None:
         raise DataError(f"{_said(name, text)} has no name of its own. Name a new one.")
     try:
         mode = os.stat(text).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         mode = None
     if mode is not None and not stat.S_ISREG(mode) and (is_file or not stat.S_ISDIR(mode)):
         raise DataError(f"{_said(name, text)} is there already ({_kind(mode)}). Name a new one.")
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path.with_name(path.name + LONGEST_SUFFIX))
     parent = next(place for place in path.absolute().parents if place.exists())
     if not parent.is_dir():
