@@ -71,7 +71,7 @@ def begin_job(folder: Path, identity: Identity) -> dict[str, Any] | None:
             f"{folder} holds an unfinished job with other inputs or options "
             f"({_difference(unfinished, identity)}). Call it with the same ones, or remove {work}."
         )
-    refuse_occupied(folder, {WORK} if unfinished is None else {WORK, QUARANTINE})
+    refuse_occupied(folder, (WORK, QUARANTINE))
     shutil.rmtree(work, ignore_errors=True)
     (folder / QUARANTINE).unlink(missing_ok=True)
     work.mkdir(parents=True)
@@ -81,11 +81,18 @@ def begin_job(folder: Path, identity: Identity) -> dict[str, Any] | None:
 
 @contextmanager
 def released_if_refused(folder: Path) -> Iterator[None]:
-    """Leaves the folder to any other call where this one is refused."""
+    """Leaves the folder to any other call where this one is refused, and no folder where nothing
+    was encoded or listed."""
     try:
         yield
     except Refused:
-        write_durably(folder / WORK / REFUSED, b"")
+        work = folder / WORK
+        if any(tokens.stat().st_size for tokens in work.glob("unit-*.tokens")):
+            write_durably(work / REFUSED, b"")
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
         raise
 
 

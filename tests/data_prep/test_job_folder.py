@@ -65,6 +65,17 @@ def test_refused_call_leaves_the_folder_to_any_other(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_inputs_without_any_document_leave_no_folder(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="the inputs hold no document"):
+        run(tmp_path / "empty.txt", model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match="the inputs hold no document \\(1 broken json\\)"):
+        run(tmp_path / "bad.jsonl", model, tmp_path / "out")
+    assert list(contents(tmp_path / "out")) == ["quarantine.jsonl"]
+
+
 def test_refused_call_leaves_the_folder_to_other_inputs(
     rows: Path, model: Path, tmp_path: Path
 ) -> None:
