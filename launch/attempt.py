@@ -1,7 +1,9 @@
 """`Attempt`: one start of a job's ranks, as its batch process knows it."""
 
 import contextlib
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,12 +57,22 @@ class Attempt:
         return read_beats(self.run, self.name)
 
     def tell(self, message: str) -> None:
-        """One line in the batch log."""
-        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
+        """One line in the batch log. That may lie on a full disk, and costs nothing but itself."""
+        try:
+            print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else Python itself ends with 120)
 
     def record(self, event: str, **facts: Any) -> None:
         """One line in the run's records, with the job's number."""
         record(self.run, event, job=self.number, **facts)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """The same, of what is only told: a full disk must not end ranks that compute."""
+        try:
+            self.record(event, **facts)
+        except OSError as error:
+            self.tell(f"{event} could not be recorded ({error.strerror})")
 
     def step(self, nodes: Sequence[str]) -> dict[str, str]:
         """The environment of a step on `nodes`."""

@@ -7,6 +7,7 @@ from megahybrid.config.site import JobName, Line, Site
 
 FOLDER = "slurm"  # in the run's directory: scripts, jobs, attempts
 DONE = "DONE"  # in FOLDER: the run is complete, no further attempt is wanted
+BEGAN = "began"  # in an attempt's logs: its batch process was started
 DECIDED = "decided"  # in an attempt's logs: its batch process ended as it wanted to
 UNDECIDED = "undecided"  # in FOLDER: a line for each end of a batch process since one began well
 STOP_NOW = "stop-now"  # in the run's directory: save, then end, and do not come back
