@@ -93,6 +93,7 @@ def requeue(run_directory: Path) -> str:
     running = [one for one in found if one.state == "RUNNING"]
     pending = [one for one in found if one.state == "PENDING"]
     if running:
+        record(run_directory, "requeue", job=running[0].job)  # the counts begin anew
         slurm.warn(running[0].job)
         return f"job {running[0].task} saves and starts again"
     if pending:

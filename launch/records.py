@@ -72,6 +72,8 @@ def record(run_directory: Path, event: str, **facts: Any) -> None:
             line = "\n" + line
         os.write(descriptor, line.encode())
         os.fsync(descriptor)
+    except OSError as error:  # from a descriptor it does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -87,11 +89,12 @@ def read_records(run_directory: Path) -> list[dict[str, Any]]:
 
 
 def attempts(run_directory: Path, *, since_submit: bool = False) -> list[AttemptRecord]:
-    """The attempts in their order; `since_submit`: of the last submission by hand alone."""
+    """The attempts in their order; `since_submit`: those that began after the last submission or
+    requeue by hand."""
     found: list[AttemptRecord] = []
     for line in read_records(run_directory):
         match line.get("event"):
-            case "submit" if since_submit:
+            case "submit" | "requeue" if since_submit:
                 found = []
             case "start":
                 found.append(

@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megahybrid.errors import MegahybridError
 
@@ -87,7 +87,8 @@ def queue() -> dict[str, Queued]:
     text = call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
     rows = [line.split("|", 7) for line in text.splitlines()]
     restarts = _restarts() if rows else {}
-    return {row[0]: Queued(*row, restarts.get(row[0])) for row in rows if len(row) == 8}
+    known = [(Queued(*row), restarts.get(row[0])) for row in rows if len(row) == 8]
+    return {one.job: replace(one, restarts=number) for one, number in known}
 
 
 def _restarts() -> dict[str, int]:

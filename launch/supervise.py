@@ -31,7 +31,7 @@ from launch.policy import (
     lost_in_a_row,
     outcome,
 )
-from launch.records import attempts, jobs, ledger_tail, newest_checkpoint
+from launch.records import AttemptRecord, attempts, jobs, ledger_tail, newest_checkpoint
 from launch.slurm import SlurmError
 from launch.step import hostfile, hostfile_text, train_step
 from launch.watch import RankWatch
@@ -154,7 +154,7 @@ class Supervisor:
         ended = Outcome(EXIT_DO_NOT_RESTART, reason)
         self._record_end(ended)
         self.tell(f"given up: {reason}")
-        self.attempt.record("verdict", code=ended.code, reason=reason)
+        self.attempt.note("verdict", code=ended.code, reason=reason)
         self._end_chain()
         return ended.code
 
@@ -214,7 +214,7 @@ class Supervisor:
 
     def _record_end(self, ended: Outcome) -> None:
         step = next((line["step"] for line in ledger_tail(self.run) if "step" in line), None)
-        self.attempt.record(
+        self.attempt.note(
             "end",
             attempt=self.attempt.restart,
             code=ended.code,
@@ -233,10 +233,11 @@ class Supervisor:
         ended = self._explained(ended, user)
         self._record_end(ended)
         if not user:
-            (self.run / STOP_NOW).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.run / STOP_NOW).unlink(missing_ok=True)
         decision = decide(
             ended,
-            attempts(self.run, since_submit=True),
+            self._history(ended),
             self.job.site.caps,
             by_user=user,
             time_is_up=self.watch.time_is_up,
@@ -245,15 +246,25 @@ class Supervisor:
         if decision.again:
             return self._requeue(decision)
         self.tell(f"ended with {decision.exit_code}: {decision.reason}")
-        self.attempt.record("verdict", code=decision.exit_code, reason=decision.reason)
+        self.attempt.note("verdict", code=decision.exit_code, reason=decision.reason)
         if decision.exit_code == EXIT_DONE:
-            (self.run / FOLDER / DONE).write_text(f"job {self.number}\n")
+            with contextlib.suppress(OSError):
+                (self.run / FOLDER / DONE).write_text(f"job {self.number}\n")
         if decision.end_chain:
             self._end_chain()
         if ended.interruption is Interruption.NODE_LOST:
             with contextlib.suppress(SlurmError):  # Slurm itself has put the job back
                 slurm.cancel([self.number])
         return decision.exit_code
+
+    def _history(self, ended: Outcome) -> list[AttemptRecord]:
+        """This submission's attempts, also where the disk had no room for the end of this one."""
+        history = attempts(self.run, since_submit=True)
+        for one in history[-1:]:
+            if (one.job, one.attempt) == (self.number, self.attempt.restart) and one.code is None:
+                one.code, one.interruption = ended.code, ended.interruption
+                one.checkpoint = newest_checkpoint(self.run)
+        return history
 
     def _explained(self, ended: Outcome, user: str | None) -> Outcome:
         """The outcome, and what from outside it comes from."""
@@ -345,7 +356,9 @@ def main(arguments: Sequence[str]) -> int:
         return _told(str(error), error.exit_code)
     except OSError as error:
         known = from_os_error(error)
-        return _told(str(known or error), known.exit_code if known else EXIT_STORAGE)
+        # A node whose file system is ill: not decided here, so that the script leaves it out.
+        mistake = known is not None and not isinstance(known, StorageError)
+        return _told(str(known or error), EXIT_USER_MISTAKE if mistake else 1)
     except (IndexError, KeyError) as error:
         return _told(f"no batch job of ours ({error!r}).", EXIT_USER_MISTAKE)
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm as slurm_commands
-from launch.control import cancel
 from launch.records import attempts, read_records
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import Run, cluster, slurm, until

@@ -138,12 +138,13 @@ class Run(Submitted):
         limit: str = "0:30:00",
         more: str = "",
         check: str = "pairs: false",
+        python: str = sys.executable,
         **options: Any,
     ) -> None:
         directory = folder / "run; $(touch pwned)"
         site = folder / "site.yaml"
         facts = {"steps": steps, "save": save, "limit": limit, "more": more, "check": check}
-        site.write_text(SITE.format(python=sys.executable, **facts))
+        site.write_text(SITE.format(python=python, **facts))
         (folder / "run.yaml").write_text(RUN)
         # As the command line would, except for what a rank runs.
         job, resolved = plan(
