@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megahybrid.errors import MegahybridError
 
@@ -87,8 +87,13 @@ def queue() -> dict[str, Queued]:
     text = call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
     rows = [line.split("|", 7) for line in text.splitlines()]
     restarts = _restarts() if rows else {}
-    known = [(Queued(*row), restarts.get(row[0])) for row in rows if len(row) == 8]
-    return {one.job: replace(one, restarts=number) for one, number in known}
+    found = {}
+    for job, array, state, reason, nodes, left, task, name in (
+        row for row in rows if len(row) == 8
+    ):
+        known = restarts.get(job)
+        found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
+    return found
 
 
 def _restarts() -> dict[str, int]:
