@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import control
+from launch import slurm as slurm_commands
 from launch.records import attempts, read_records
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import ROOT, Run, cluster, slurm, until
@@ -18,12 +19,6 @@ pytestmark = [
     pytest.mark.usefixtures("slurm"),
     pytest.mark.timeout(300),
 ]
-
-
-def _start_now(run: Run) -> None:
-    run.until("PENDING", 60)
-    until(lambda: run.status and "BeginTime" not in run.status, "a status", 10)
-    control.requeue(run.directory)
 
 
 @pytest.mark.quick
@@ -39,7 +34,7 @@ def test_a_job_comes_back_without_every_node_that_cannot_start_python(tmp_path: 
         run.until(
             rf"PENDING .* after the batch process could not be started on {node} \(code 127", 60
         )
-        _start_now(run)
+        control.requeue(run.directory)
     run.until("DONE after 1 attempt", 60)
     assert attempts(run.directory)[0].nodes == ["t3"]
     assert not (run.directory / "slurm/undecided").exists()
@@ -78,10 +73,8 @@ def test_a_script_that_an_older_version_wrote_still_works(tmp_path: Path) -> Non
         text = text.replace(f"@{name}@", value)
     (run.directory / "slurm/batch.sh").write_text(text)
     control.requeue(run.directory)
-    run.until("RUNNING .*try 1 .* step")
-    from launch import slurm as commands
-
-    commands.warn(commands.queue().popitem()[0])
+    run.until("RUNNING .*try 1 .* step age")
+    slurm_commands.warn(control.queued(run.directory)[0].job)
     run.start_now()
     run.until("DONE after 3 attempts", 90)
     assert run.codes() == [75, 75, 0]
@@ -119,6 +112,7 @@ def test_a_job_that_an_operator_ends_or_puts_back_while_preparing_has_not_failed
         assert "put back into the queue" in line, line
         control.requeue(run.directory)
     run.until("RUNNING .*try 4 .*preparing .* 3 interrupted by Slurm before", 60)
+    until(lambda: len(attempts(run.directory)) == 4, "an attempt", 30)
     cluster.call("scancel", run.numbers[0])
     line = run.until("STOPPED", 60)
     assert "STOPPED with code 75: cancelled in Slurm" in line
