@@ -41,6 +41,13 @@ class Attempt:
         return f"{self.number}.{self.restart}"
 
     @property
+    def task(self) -> str:
+        """The job as scontrol must name it: the number of an array's last task is that of the whole
+        array, and would put every other task back too."""
+        array = self.environment.get("SLURM_ARRAY_JOB_ID")
+        return f"{array}_{self.environment['SLURM_ARRAY_TASK_ID']}" if array else self.number
+
+    @property
     def logs(self) -> Path:
         """Where this attempt's logs are."""
         return self.run / "logs" / self.name
@@ -49,7 +56,10 @@ class Attempt:
     def superseded(self) -> bool:
         """Whether a later one has begun: this node was silent for long, Slurm took it for dead and
         went on elsewhere. Then the run's files and the job's steps are that one's."""
-        newest = attempts(self.run)[-1:]
+        try:
+            newest = attempts(self.run)[-1:]
+        except OSError:  # a file system that stumbles says nothing
+            return False
         return any((one.job, one.attempt) != (self.number, self.restart) for one in newest)
 
     def beats(self) -> dict[int, Beat]:

@@ -56,7 +56,7 @@ class JobEvents:
     def begin(self) -> None:
         """Read the time limit. A preemption would move it, and is none of it."""
         with contextlib.suppress(SlurmError, ValueError, KeyError):
-            fields = slurm.job_fields(self.attempt.number)
+            fields = slurm.job_fields(self.attempt.task)
             self.judge(fields)
             if self.interruption is None:
                 end = time.mktime(time.strptime(fields["EndTime"], "%Y-%m-%dT%H:%M:%S"))
@@ -68,7 +68,7 @@ class JobEvents:
         if self.interruption in (None, Interruption.ENDED):
             fields = None
             with contextlib.suppress(SlurmError):
-                fields = slurm.job_fields(self.attempt.number)
+                fields = slurm.job_fields(self.attempt.task)
             self.judge(fields)
         return self.interruption
 

@@ -88,5 +88,8 @@ def _wait(attempt: Attempt, process: subprocess.Popen, seconds: float, events: J
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline and not events.signals:
         time.sleep(0.1)
-    if process.poll() is None:
+    if process.poll() is None and events.terminated:
+        process.kill()  # Slurm ends the step, and soon us
+        process.wait()
+    elif process.poll() is None:
         attempt.kill(process)

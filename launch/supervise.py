@@ -110,6 +110,10 @@ class Supervisor:
         if lost >= self.job.site.caps.without_checkpoint:
             return self._give_up(lost)
         self.tell(f"job {self.number}, attempt {self.attempt.restart + 1}, on {' '.join(nodes)}")
+        return self._begun(nodes)
+
+    def _begun(self, nodes: Sequence[str]) -> int:
+        """From the recorded start to what comes after its end."""
         try:
             self.events.begin()
             good, bad = fit_nodes(self.attempt, nodes, self.events)
@@ -254,7 +258,7 @@ class Supervisor:
             self._end_chain()
         if ended.interruption is Interruption.NODE_LOST:
             with contextlib.suppress(SlurmError):  # Slurm itself has put the job back
-                slurm.cancel([self.number])
+                slurm.cancel([self.attempt.task])
         return decision.exit_code
 
     def _history(self, ended: Outcome) -> list[AttemptRecord]:
@@ -295,21 +299,21 @@ class Supervisor:
         """Unless Slurm has done that, or the job is cancelled: neither is ours to undo. In a
         preemption's grace time it still runs, and would count as complete if it left by itself; at
         its time limit nobody else requeues it."""
-        fields = slurm.job_fields(self.number)
+        fields = slurm.job_fields(self.attempt.task)
         if put_back(fields, self.attempt.restart):
             self.tell(f"Slurm has put the job back into the queue itself ({reason})")
         elif self.events.judge(fields) is Interruption.CANCELLED:
             self.tell(f"the job was cancelled meanwhile ({reason})")
         else:
             self.tell(f"back into the queue ({reason})")
-            slurm.requeue(self.number)
+            slurm.requeue(self.attempt.task)
 
     def _exclude(self, nodes: Sequence[str]) -> None:
         """Beside those nodes that it was kept off before."""
-        before = slurm.job_fields(self.number).get("ExcNodeList", "(null)")
+        before = slurm.job_fields(self.attempt.task).get("ExcNodeList", "(null)")
         known = slurm.hostnames(before) if before != "(null)" else []
         ours = (*self.job.exclude, *self.job.site.exclude)
-        slurm.exclude(self.number, sorted({*ours, *known, *nodes}))
+        slurm.exclude(self.attempt.task, sorted({*ours, *known, *nodes}))
 
     def _next_waits(self) -> bool:
         with contextlib.suppress(SlurmError):
@@ -352,6 +356,8 @@ def main(arguments: Sequence[str]) -> int:
     """The entry of the batch script."""
     try:
         return Supervisor(read_job(Path(arguments[0])), dict(os.environ)).go()
+    except SlurmError as error:  # Slurm was away: nothing was decided, which the script mends
+        return _told(str(error), 1)
     except MegahybridError as error:
         return _told(str(error), error.exit_code)
     except OSError as error:

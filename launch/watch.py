@@ -48,7 +48,10 @@ class RankWatch:
                 self.attempt.kill(process)
                 return "another attempt has gone on with this run"
             self._stop_in_time()
-            beats = self.attempt.beats()
+            try:
+                beats = self.attempt.beats()
+            except OSError:  # a file system that stumbles; the silence will be noticed
+                continue
             self._look_whether_preempted(len(beats))
             self._tell_slow(beats)
             hang = watch.judge(beats, now)

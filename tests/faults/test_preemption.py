@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import control
+from launch import slurm as slurm_commands
 from launch.records import attempts, read_records
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import Run, cluster, slurm, until
@@ -74,7 +76,7 @@ def test_a_storm_of_preemptions_before_the_first_save_costs_no_attempt(
     check_seconds: int, tmp_path: Path, cluster: Cluster
 ) -> None:
     check = CHECK.format(seconds=check_seconds)
-    run = Run(tmp_path, nodes=3, steps=20, more="partition: low", check=check)
+    run = Run(tmp_path, nodes=3, steps=80, more="partition: low", check=check)
     storm = Storm(run, cluster)
     for seconds in (2, 5, 7, 10):
         storm.preempt(seconds)
@@ -85,3 +87,25 @@ def test_a_storm_of_preemptions_before_the_first_save_costs_no_attempt(
     assert all("preempted" in one.reason for one in sent_away), sent_away
     assert not any(one.failed or one.counts for one in sent_away)
     assert not [line for line in read_records(run.directory) if line["event"] == "bad_node"]
+
+
+@pytest.mark.parametrize("options", [{"chain": 2}, {"chain": 2, "array": True}], ids=str)
+def test_a_preempted_link_of_a_chain_goes_on_itself(
+    options: dict, tmp_path: Path, cluster: Cluster
+) -> None:
+    """Of an array the last task has the array's own number; the others are not put back with it."""
+    run = Run(tmp_path, nodes=1, steps=40, more="partition: low", **options)
+    run.until("RUNNING .* step age")
+    (running,) = [one for one in control.queued(run.directory) if one.state == "RUNNING"]
+    slurm_commands.warn(running.job)  # the first link is over
+    until(lambda: len(attempts(run.directory)) == 2, "the second link", 60)
+    run.until("RUNNING .*try 1 .* step age", 60)
+    nodes = f"-N{len(cluster.nodes)}"
+    away = ("-p", "high", nodes, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    cluster.call("sbatch", *away)
+    run.until("PENDING .* after attempt 2: stopped and saved: preempted", 60)
+    control.requeue(run.directory)
+    run.until("DONE after 3 attempts", 90)
+    first, second, third = attempts(run.directory)
+    assert first.job != second.job and (second.job, 1) == (third.job, third.attempt)
+    until(lambda: not slurm_commands.queue(), "an empty queue", 30)

@@ -26,6 +26,8 @@
 logs='/data/my runs/100%/demo/logs'
 undecided='/data/my runs/100%/demo/slurm/undecided'
 attempt=$logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+task=${task:-$SLURM_JOB_ID}
 supervisor= ended=
 finish() {
   code=$?
@@ -43,11 +45,11 @@ finish() {
     times=$((${SLURM_RESTART_COUNT:-0} + 1))
   fi
   [ "$times" -le 3 ] || return
-  scontrol requeue "$SLURM_JOB_ID" || { sleep 60; scontrol requeue "$SLURM_JOB_ID"; }
+  scontrol requeue "$task" || { sleep 60; scontrol requeue "$task"; }
   if [ ! -e "$attempt/began" ]; then
     # Beside the nodes that the job was kept off before.
-    others=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${others:+$others,}$SLURMD_NODENAME"
+    others=$(scontrol -o show job "$task" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
+    scontrol update "JobId=$task" "ExcNodeList=${others:+$others,}$SLURMD_NODENAME"
   fi
 }
 trap finish EXIT

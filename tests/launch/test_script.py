@@ -103,7 +103,8 @@ def test_what_nobody_decided_goes_back_into_the_queue_three_times(how: str, tmp_
             (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     facts = os.environ | path | {"SLURM_JOB_ID": "5", "SLURMD_NODENAME": "n1"}
-    facts.pop("SLURM_RESTART_COUNT", None)
+    for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
+        facts.pop(name, None)
 
     def run() -> list[str]:
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=facts, capture_output=True)
