@@ -92,6 +92,7 @@ def queue() -> dict[str, Queued]:
         row for row in rows if len(row) == 8
     ):
         known = restarts.get(job)
+        state = "RUNNING" if state == "SIGNALING" else state  # what it is while a signal travels
         found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
     return found
 

@@ -34,7 +34,7 @@ class Storm:
     def _job(self) -> tuple[str, str]:
         words = ("squeue", "-h", "-j", self.run.numbers[0], "-O", "State:20,RestartCnt:20")
         state, restarts = (*self.cluster.call(*words, check=False).split(), "", "")[:2]
-        return state, restarts
+        return "RUNNING" if state == "SIGNALING" else state, restarts
 
     def look(self) -> str:
         """The state in squeue's words. Where it stayed the same meanwhile, status says the same."""
