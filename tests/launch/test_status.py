@@ -306,9 +306,9 @@ def test_a_job_that_is_being_signalled_runs_and_its_restarts_are_known(
     """Between a requeue and the first record of the new attempt, too."""
     from launch import slurm
 
-    rows = {"-o": "7|7|SIGNALING|None|n[1-2]|1:00|7|demo", "-O": "7                   3   "}
     (tmp_path / "squeue").write_text(
-        f'#!/bin/sh\ncase "$*" in *RestartCnt*) echo "{rows["-O"]}";; *) echo "{rows["-o"]}";; esac\n'
+        '#!/bin/sh\ncase "$*" in *RestartCnt*) echo "7                   3   " ;;\n'
+        '*) echo "7|7|SIGNALING|None|n[1-2]|1:00|7|demo" ;; esac\n'
     )
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
