@@ -91,16 +91,34 @@ def test_an_end_that_cannot_be_recorded_is_decided_all_the_same(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "attempts.jsonl")
 
+    supervisor, put_back = _begun(tmp_path, monkeypatch)
+    monkeypatch.setattr(attempts_module, "record", full)
+    assert supervisor._after(Outcome(code, "why")) == code
+    assert put_back == (["5"] if again else [])
+    assert attempts(tmp_path)[0].code is None
+
+
+def test_no_room_while_nodes_are_looked_at_is_74_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "node-check.log")
+
+    supervisor, put_back = _begun(tmp_path, monkeypatch)
+    monkeypatch.setattr("launch.supervise.fit_nodes", full)
+    assert supervisor._begun(["n1"]) == 74 and put_back == ["5"]
+    (one,) = attempts(tmp_path)
+    assert one.code == 74 and one.failed and "(Disk quota exceeded)" in one.reason
+
+
+def _begun(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Supervisor, list[str]]:
+    """An attempt that has begun, and the jobs that it puts back."""
     put_back: list[str] = []
     fields = {"JobState": "RUNNING", "Restarts": "0"}
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(slurm, "job_fields", lambda job: fields)
     monkeypatch.setattr(slurm, "queue", dict)
     monkeypatch.setattr(slurm, "requeue", put_back.append)
-    job = _job(run_directory=str(tmp_path), nodes=1)
-    record(tmp_path, "start", job="5", attempt=0, nodes=["n1"], checkpoint=None)
-    monkeypatch.setattr(attempts_module, "record", full)
-    supervisor = Supervisor(job, {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1"})
-    assert supervisor._after(Outcome(code, "why")) == code
-    assert put_back == (["5"] if again else [])
-    assert attempts(tmp_path)[0].code is None
+    record(run, "start", job="5", attempt=0, nodes=["n1"], checkpoint=None)
+    job = _job(run_directory=str(run), nodes=1)
+    return Supervisor(job, {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "n1"}), put_back

@@ -162,3 +162,9 @@ def test_a_person_who_cancels_is_heard_over_slurm() -> None:
     ended = _end("node-check", "scancel")
     decision = decide(ended, [_record(ended)], CAPS, by_user="cancelled")
     assert decision == Decision(False, True, 75, "cancelled on request")
+
+
+def test_a_preempted_job_comes_back_itself_also_where_the_next_of_its_chain_waits() -> None:
+    ended = _end("training", "preempted-with-grace")
+    decision = decide(ended, [_record(ended)], CAPS, time_is_up=True, next_waits=True)
+    assert decision.again and not decision.end_chain
