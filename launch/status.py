@@ -45,7 +45,7 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     active = next((one for one in found if one.state not in ("PENDING",)), None)
     pending = [one for one in found if one.state == "PENDING"]
     if active is not None:
-        return _running(run_directory, active, last, len(pending))
+        return _running(run_directory, active, history, len(pending))
     verdict, undecided = _verdict(run_directory), _undecided(run_directory)
     if pending:
         first = pending[0]
@@ -82,8 +82,9 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     return f"{run_directory.name}: {state} ({ended}){_progress(run_directory)}{where}"
 
 
-def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -> str:
+def _running(run: Path, job: Queued, history: Sequence[AttemptRecord], waiting: int) -> str:
     parts = [f"{run.name}: {job.state} job {job.task}"]
+    last = history[-1] if history else None
     going = last is not None and last.job == job.job and not last.ended
     if going and last and job.restarts is not None and job.state == "RUNNING":
         going = last.attempt == job.restarts  # else it has begun again, and recorded nothing yet
@@ -101,7 +102,6 @@ def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -
     checkpoint = newest_checkpoint(run)
     parts.append(f"ckpt {checkpoint}" if checkpoint is not None else "no ckpt")
     parts.append(f"left {job.left}")
-    history = attempts(run)
     parts += _trouble(run, beats, waiting, history[:-1] if going else history)
     return " ".join(part for part in parts if part)
 

@@ -116,6 +116,8 @@ class Supervisor:
         """From the recorded start to what comes after its end."""
         try:
             self.events.begin()
+            if self.events.signals or self.events.interruption is not None:
+                self.events.check("its batch process started")
             good, bad = fit_nodes(self.attempt, nodes, self.events)
             if len(good) < self.job.nodes:
                 return self._without_nodes(bad)
