@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.documents import BadText, Document, Item, LongDocument, read_unit
-from data_prep.inputs import Fields, Unit, cut_units, list_files
+from data_prep.inputs import Unit
+from data_prep.items import Fields
+from data_prep.survey import Tell, silent, survey
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError
@@ -29,11 +31,13 @@ def train_tokenizer(
     sample_bytes: int = SAMPLE_BYTES,
     seed: int = 0,
     text_field: str = "text",
+    format: str = "auto",
     pattern: str = "**/*",
     special_tokens: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     digits_apart: bool = True,
     space_runs: bool = True,
+    tell: Tell = silent,
 ) -> TokenizerInfo:
     """Trains on about `sample_bytes` of documents chosen by keyed hash; writes the model file.
 
@@ -57,9 +61,10 @@ def train_tokenizer(
             f"{', '.join(f'{weight:g}' for weight in weights)}). Give each input a "
             "positive one, in their order, or none."
         )
-    sources = [list(cut_units(list_files([given], pattern))) for given in inputs]
+    fields = Fields(text_field, format=format)
+    found = survey(inputs, pattern, fields, tell=tell)
     model = train_sentencepiece(
-        sampled_texts(sources, weights, sample_bytes, seed, text_field),
+        sampled_texts(found.units(), weights, sample_bytes, seed, fields),
         vocab_size=vocab_size,
         kind=kind,
         special_tokens=special_tokens,
@@ -76,7 +81,7 @@ def sampled_texts(
     weights: Sequence[float] | None,
     sample_bytes: int,
     seed: int,
-    text_field: str,
+    fields: Fields,
 ) -> Iterator[str]:
     """About `sample_bytes` of documents, shared among the sources by weight (default: by size).
 
@@ -91,9 +96,7 @@ def sampled_texts(
         limit = int(min(1.0, SPARE * quota / max(1, looked)) * 2**64)
         order = sorted(range(len(units)), key=lambda index: _draw(seed, f"{number} {index}"))
         left = quota
-        for item in chain.from_iterable(
-            read_unit(units[index], Fields(text_field)) for index in order
-        ):
+        for item in chain.from_iterable(read_unit(units[index], fields) for index in order):
             for text in _texts(item):
                 if left > 0 and _draw(seed, text) < limit:
                     left -= len(text.encode())
