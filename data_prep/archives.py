@@ -242,8 +242,9 @@ class _Tar:
             header = _header(block)
             if header is None:
                 cut = len(block) < BLOCK
-                found = not cut and self._find_header(block)
-                yield self._bad("truncated tar" if cut else "broken tar header", at)
+                found, passed = (False, len(block)) if cut else self._find_header(block)
+                problem = "truncated tar" if cut else "broken tar header"
+                yield Member("", problem=problem, offset=at, packed=passed * self.rate)
                 if not found:
                     return
                 name, size = "", -1
@@ -252,7 +253,8 @@ class _Tar:
             if header.type in _LONG_HEADERS:
                 extra = self._extra(header)
                 if extra is None:
-                    yield self._bad("broken tar header", at)
+                    packed = (self._offset - at) * self.rate
+                    yield Member("", problem="broken tar header", offset=at, packed=packed)
                     name, size = "", -1
                 elif header.type == tarfile.GNUTYPE_LONGNAME:
                     name = extra.split(b"\0")[0].decode("utf-8", "surrogateescape")
@@ -264,7 +266,7 @@ class _Tar:
             name, size = "", -1
             empty = not header.isreg() and header.type in tarfile.SUPPORTED_TYPES
             inside = _Payload(self, 0 if empty else length)
-            packed = length * self.rate
+            packed = (BLOCK + length + inside.padding) * self.rate
             if header.type == tarfile.GNUTYPE_SPARSE:
                 yield Member(shown, problem="sparse tar member", offset=at, packed=packed)
             elif header.isreg():
@@ -278,10 +280,6 @@ class _Tar:
         if not ended and self._whole:
             yield Member("", problem="truncated tar", offset=self._offset)
 
-    def _bad(self, problem: str, at: int) -> Member:
-        """What was passed over from `at` on."""
-        return Member("", problem=problem, offset=at, packed=(self._offset - at) * self.rate)
-
     def _extra(self, header: tarfile.TarInfo) -> bytes | None:
         if header.size > MOST_HEADER_BYTES:
             return None
@@ -289,8 +287,10 @@ class _Tar:
         data = self.read(padded)
         return data[: header.size] if len(data) == padded else None
 
-    def _find_header(self, block: bytes) -> bool:
-        """Goes on at the next header, wherever it begins; False where there is none."""
+    def _find_header(self, block: bytes) -> tuple[bool, int]:
+        """Goes on at the next header, wherever it begins. Returns whether there is one, and how
+        many bytes were passed over for it; the zeros at an archive's end are none."""
+        begun, used = self._offset - len(block), len(block)
         data = block[1:] + self.read(SEARCH_BYTES)
         while len(data) >= BLOCK:
             place = data.find(b"ustar", USTAR_PLACE)
@@ -301,13 +301,15 @@ class _Tar:
                 if _header(data[begin : begin + BLOCK]) is not None:
                     self._ahead = data[begin:] + self._ahead
                     self._offset -= len(data) - begin
-                    return True
+                    return True, self._offset - begun
                 place = data.find(b"ustar", place + 1)
+            if held := len(data.rstrip(b"\0")):
+                used = self._offset - len(data) + held - begun
             more = self.read(SEARCH_BYTES)
             if not more:
-                return False
+                break
             data = data[-BLOCK:] + more
-        return False
+        return False, used
 
 
 _LONG_HEADERS = (
@@ -347,7 +349,7 @@ class _Payload(io.RawIOBase):
 
     def __init__(self, tar: _Tar, size: int) -> None:
         self._tar, self._left = tar, size
-        self._padding = -size % BLOCK
+        self.padding = -size % BLOCK
         self.told = False
 
     @property
@@ -374,4 +376,4 @@ class _Payload(io.RawIOBase):
             if not data:
                 return False
             self._left -= len(data)
-        return len(self._tar.read(self._padding)) == self._padding
+        return len(self._tar.read(self.padding)) == self.padding

@@ -9,7 +9,7 @@ broken member does not take the others with it.
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,6 +20,7 @@ GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 MAGIC: dict[Packing, bytes] = {"gzip": GZIP_MAGIC, "zstd": ZSTD_MAGIC}
 KINDS: dict[str, Packing] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd"}
 INPUT_BYTES = 2**16
+SURE_BYTES = 2**18  # of text that tell how well a member is packed; a zstd block gives half of it
 MOST_HEADER_BYTES = 18  # of a zstd frame
 ZSTD_INPUT_BYTES = 2**11  # a zstd block of 4 bytes can mean 128 KiB: more input, more memory
 OUTPUT_BYTES = 2**20
@@ -68,16 +69,21 @@ def packing_of(beginning: bytes) -> Packing | None:
 
 
 def beginning_of(file: BinaryIO, kind: Packing, size: int) -> bytes:
-    """Up to `size` first bytes of the text; fewer where it ends or breaks before."""
-    found = b""
-    try:
-        for chunk in _members(file, kind, 0):
-            found += chunk
-            if len(found) >= size:
-                break
-    except OSError:
-        pass
-    return found[:size]
+    """Up to `size` first bytes of the text; of the next member that gives any where the first is
+    broken from its beginning."""
+    end = file.seek(0, io.SEEK_END)
+    return _beginning(file, kind, 0, size) or _beginning(
+        file, kind, _next_member(file, kind, 1, end), size
+    )
+
+
+def _beginning(file: BinaryIO, kind: Packing, begin: int, size: int) -> bytes:
+    found = bytearray()
+    for chunk in _members(file, kind, begin):
+        found += chunk
+        if len(found) >= size:
+            break
+    return bytes(found[:size])
 
 
 def scan(path: str | Path, kind: Packing, content: bytes | None = None) -> list[Stretch]:
@@ -90,12 +96,11 @@ def scan(path: str | Path, kind: Packing, content: bytes | None = None) -> list[
     with _open(path, content) as file:
         start = begin = offset = begin_offset = 0
 
-        def end_here(problem: str = "", lost: int = 0, absent: float = 0.0) -> None:
+        def end_here(problem: str = "", lost: int = 0) -> Stretch:
             unpacked = offset - begin_offset
-            if not unpacked:
-                lost += begin - start
-            found.append(
-                Stretch(start, begin_offset, unpacked, problem, begin - start, lost, absent)
+            packed = begin - start if unpacked else 0
+            return Stretch(
+                start, begin_offset, unpacked, problem, packed, lost + begin - start - packed
             )
 
         while begin < size:
@@ -103,23 +108,50 @@ def scan(path: str | Path, kind: Packing, content: bytes | None = None) -> list[
                 end, length, told = _measure(file, kind, begin)
             except _Broken as error:
                 if str(error) == BOMB:
-                    end_here(BOMB, lost=size - begin)
-                    return found
+                    return [*found, end_here(BOMB, size - begin)]
                 following = _next_member(file, kind, begin + 1, size)
-                end_here(str(error), lost=following - begin)
+                found.append(end_here(str(error), following - begin))
                 begin = start = following
                 begin_offset = offset
                 continue
-            offset += length
             if end is None:
-                packed, begin = size - begin, size
-                more = max(0, told - length) * packed / max(1, length)
-                end_here(f"truncated {kind}", absent=more)
-                return found
+                part = _cut_off(size - begin, length, told, begin / offset if offset else None)
+                offset += length
+                return [*found, part.joined(end_here(f"truncated {kind}"))]
+            offset += length
             begin = end
         if offset > begin_offset:
-            end_here()
+            found.append(end_here())
     return found
+
+
+@dataclass(frozen=True)
+class _CutOff:
+    """A truncated member: bytes on disk that were used, that were not, and that are not there."""
+
+    used: int
+    lost: int
+    absent: float
+
+    def joined(self, stretch: Stretch) -> Stretch:
+        """The stretch of the members before it, which ends with it."""
+        used = stretch.packed + self.used if stretch.bytes else 0
+        return replace(
+            stretch,
+            packed=used,
+            lost=stretch.lost + stretch.packed + self.used + self.lost - used,
+            absent=self.absent,
+        )
+
+
+def _cut_off(here: int, length: int, told: int, rate: float | None) -> _CutOff:
+    """What `here` bytes of a member are that gave `length` bytes of text, `told` in all; `rate`:
+    bytes on disk for each byte of the text before it."""
+    if rate is None or length >= SURE_BYTES:
+        rate = here / length if length else 0.0
+    # The last block gives nothing where it is not whole.
+    used = min(here, round(length * rate))
+    return _CutOff(used, here - used, max(0.0, told * rate - here))
 
 
 def open_stretch(

@@ -7,6 +7,7 @@ bytes that are lost with it, never an exception.
 """
 
 import io
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import BinaryIO, assert_never
@@ -195,12 +196,21 @@ def _read_array(file: BinaryIO, origin: Origin) -> Iterator[Item]:
         if not element.problem:
             inside = replace(origin, strings=reader.of_strings)
             (item,) = document_of_line(element.raw, element.size, element.offset, inside)
-            if not (isinstance(item, BadDocument) and item.reason == "broken json"):
+            if not isinstance(item, BadDocument) or _is_json(element.raw):
                 reader.learn(element)
                 yield item
                 continue
-            element = reader.skip_broken(element)
+            # Its end may be another's.
+            element = reader.skip_broken(element, item.reason)
         yield origin.bad(element.offset, element.problem, element.raw[:80], element.size)
+
+
+def _is_json(raw: bytes) -> bool:
+    try:
+        json.loads(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_rows(origin: Origin, rows: Iterator[tables.Row]) -> Iterator[Item]:

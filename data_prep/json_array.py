@@ -59,11 +59,10 @@ class ArrayReader:
             return self._search(self._place, "broken json")
         return self._element()
 
-    def skip_broken(self, element: Element) -> Element:
-        """What is lost with an element that is no JSON; goes on behind it, or within it where its
-        end was another's."""
-        start = element.offset - self._base
-        return self._search(start, "broken json", least=1)
+    def skip_broken(self, element: Element, reason: str) -> Element:
+        """What is lost with the last element, which is no JSON for that reason; goes on behind it,
+        or within it where its end was another's."""
+        return self._search(element.offset - self._base, reason, least=1)
 
     def learn(self, element: Element) -> None:
         """Learns from an element that was JSON how one begins."""
@@ -154,7 +153,7 @@ class ArrayReader:
     def _search(self, start: int, problem: str, least: int = 0) -> Element:
         """Gives up what begins at `start`; the next element is looked for at least so far on."""
         offset, beginning = self._base + start, bytes(self._held[start : start + 80])
-        after = rb"\}\s*,\s*(?=\{\s*" + re.escape(self._first_key)
+        after = rb"\}\s*,\s*(?=\{\s*" + re.escape(self._first_key) + rb")"
         place, pattern = start + least, re.compile(rb'"\s*,\s*(?=")' if self.of_strings else after)
         while True:
             found = pattern.search(self._held, place)
@@ -163,7 +162,9 @@ class ArrayReader:
                 self._place = found.start() + 1
                 del found
                 size = self._at() - offset
-                if size <= self._most:
+                if problem == "truncated json" or (
+                    problem == "line too long" and size <= self._most
+                ):
                     problem = "broken json"
                 return Element(beginning, offset, size, problem)
             self._drop(max(place, len(self._held) - OVERLAP))
