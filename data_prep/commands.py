@@ -94,6 +94,7 @@ def _tokenizer_report(args: argparse.Namespace) -> None:
         text_field=args.field,
         format=args.format,
         pattern=args.glob,
+        tell=print,
     )
     print_report(inputs[0], sources, used, against=args.against, eod=args.eod)
 

@@ -112,7 +112,7 @@ class ArrayReader:
     def _end(self, start: int) -> int:
         """Behind the value that begins at `start`; -1 where the file ends, or too much is held."""
         if self._held[start] not in b'"{[':
-            while not (found := _SCALAR_END.search(self._held, start)):
+            while not (found := _SCALAR_END.search(self._held, start + 1)):
                 if not self._more_of_one():
                     return -1
             return found.start()

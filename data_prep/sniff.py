@@ -48,6 +48,7 @@ MAGIC = {
     b"Rar!": "rar, which is not read",
 }
 TABLES = (".csv", ".tsv", ".psv")
+_NUMBER = re.compile(r"\s*[-+]?\d[\d.]*([eE][-+]?\d+)?\s*")
 _HEX = r"([0-9a-fA-F]{32}|[0-9a-fA-F]{40}|[0-9a-fA-F]{56,64}|[0-9a-fA-F]{96,128})"
 _DIGEST = re.compile(rf"\\?{_HEX}([ \t]+[*]?\S.*)?\s*|[\w/-]+ ?\(.+\) ?= ?{_HEX}\s*")
 
@@ -244,13 +245,17 @@ def _no_prose(text: str, suffix: str, whole: bool) -> str:
 
 
 def _is_table(lines: list[str]) -> bool:
-    for sign, least in (("\t", 1), (",", 3), (";", 3), ("|", 3)):
-        if lines[0].count(sign) < least or lines[0].startswith((sign, " ")):
+    """Whether all lines have as many cells, and one column is of numbers: verse has no such."""
+    for sign, least in (("\t", 1), (",", 2), (";", 2), ("|", 2)):
+        if lines[0].count(sign) < least:
             continue
         try:
-            widths = {len(row) for row in csv.reader(lines, delimiter=sign)}
+            rows = list(csv.reader(lines, delimiter=sign))
         except csv.Error:
             continue
-        if len(widths) == 1 and widths != {1}:
+        if len({len(row) for row in rows}) == 1 and any(
+            all(_NUMBER.fullmatch(cell) for cell in column)
+            for column in zip(*rows[1:], strict=True)
+        ):
             return True
     return False

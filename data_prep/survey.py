@@ -84,11 +84,13 @@ class Survey:
         """Tells as a table what is taken and what is left out, by suffix."""
         files, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         left_out = {file.path: file for source in self.sources for file in source.left_out}
-        rows = [(_suffix(file.path, file.shown), str(file.format), file) for file in self.files]
-        rows += [(_suffix(f.path), f"left out: {f.why}", f) for f in left_out.values()]  # type: ignore[misc]
-        for suffix, what, file in rows:
+        rows = [
+            (_suffix(file.path, file.shown), str(file.format), file.size) for file in self.files
+        ]
+        rows += [(_suffix(f.path), f"left out: {f.why}", f.size) for f in left_out.values()]
+        for suffix, what, size in rows:
             files[suffix, what] += 1
-            sizes[suffix, what] += file.size
+            sizes[suffix, what] += size
         wide = max([len("suffix"), *(len(suffix) for suffix, _ in files)])
         tell(f"{'suffix':{wide}}  {'files':>9}  {'bytes':>17}  read as")
         shown = sorted(files, key=lambda row: (-sizes[row], row))

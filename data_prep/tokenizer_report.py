@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.items import Fields
-from data_prep.survey import survey
+from data_prep.survey import Tell, silent, survey
 from data_prep.vocabulary import sampled_texts
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -52,6 +52,7 @@ def report(
     text_field: str = "text",
     format: str = "auto",
     pattern: str = "**/*",
+    tell: Tell = silent,
 ) -> tuple[list[SourceReport], Counter[int]]:
     """Counts for each input, on about `sample_bytes` of it, and how often each id was used."""
     tokenizer = load_tokenizer(tokenizer_path, eod)
@@ -59,10 +60,10 @@ def report(
     used: Counter[int] = Counter()
     found = []
     fields = Fields(text_field, format=format)
-    looked = survey(inputs, pattern, fields)
+    looked = survey(inputs, pattern, fields, tell=tell)
     for given, units in zip(inputs, looked.units(), strict=True):
         source = SourceReport(str(given))
-        texts = sampled_texts([units], None, sample_bytes, seed, fields)
+        texts = sampled_texts([units], None, sample_bytes, seed, fields, tell)
         for batch in _batches(texts):
             _count(source, batch, tokenizer, other, used)
         found.append(source)
