@@ -143,7 +143,7 @@ def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
             yield Member(
                 name,
                 info.file_size,
-                _buffered(file),
+                _buffered(file, info.file_size),
                 offset=info.header_offset,
                 packed=info.compress_size,
             )
@@ -167,8 +167,8 @@ def _zip_problem(archive: zipfile.ZipFile | SalvagedZip, info: zipfile.ZipInfo) 
     return "" if size == info.file_size else "broken zip member"
 
 
-def _buffered(file: Any) -> io.BufferedReader:
-    return io.BufferedReader(file, BUFFER_BYTES)
+def _buffered(file: Any, size: int) -> io.BufferedReader:
+    return io.BufferedReader(file, max(1, min(size, BUFFER_BYTES)))
 
 
 def _shown(name: str) -> str:
@@ -270,7 +270,7 @@ class _Tar:
             if header.type == tarfile.GNUTYPE_SPARSE:
                 yield Member(shown, problem="sparse tar member", offset=at, packed=packed)
             elif header.isreg():
-                yield Member(shown, length, _buffered(inside), offset=at, packed=packed)
+                yield Member(shown, length, _buffered(inside, length), offset=at, packed=packed)
             if not inside.skip():
                 if not inside.told:
                     yield Member(

@@ -1,5 +1,6 @@
 """What reading gives: documents, and what is none, each with the bytes on disk that it took up."""
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -7,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EMPTY = "empty"
+BOM = codecs.BOM_UTF8
+WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ Where one is broken, the next is looked for: behind a comma, with the first key 
 import re
 from typing import BinaryIO, NamedTuple
 
+from data_prep.items import BOM
+
 CHUNK_BYTES = 2**20
 SPACE = b" \t\r\n"
-BOM = b"\xef\xbb\xbf"
 OVERLAP = 4096  # a place to go on at is not longer
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SCALAR_END = re.compile(rb"[,\]\s]")

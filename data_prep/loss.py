@@ -66,12 +66,15 @@ def refuse_nothing(documents: int, bad: Mapping[str, int], loss: Loss) -> None:
         )
 
 
-def refuse_loss(bad: Mapping[str, int], loss: Loss, limit: float, listing: str) -> None:
-    """Raises DataError where more than `limit` is lost."""
+def refuse_loss(
+    bad: Mapping[str, int], loss: Loss, limit: float, listing: str, *, so_far: bool = False
+) -> None:
+    """Raises DataError where more than `limit` is lost. so_far: not all is read yet."""
     if loss.fraction > limit:
         field = "Correct --field, or see" if any("no text field" in why for why in bad) else "See"
         raise DataError(
-            f"max_bad_fraction={limit} is less than what is lost: {loss} ({_reasons(bad)}). "
+            f"max_bad_fraction={limit} is less than what is lost{so_far * ' so far'}: {loss} "
+            f"({_reasons(bad)}). "
             f"{field} {listing}, or raise the limit: the same command then goes on."
         )
 

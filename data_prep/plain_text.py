@@ -8,7 +8,9 @@ from typing import Any, BinaryIO
 
 from data_prep.archives import Truncated
 from data_prep.items import (
+    BOM,
     EMPTY,
+    WIDE_BOMS,
     BadDocument,
     BadText,
     Document,
@@ -22,8 +24,6 @@ from data_prep.long_line import MARK, parse_long, pieces_of
 MAX_LINE_BYTES = 2**28  # of lines, elements of an array and rows; texts are streamed without limit
 LONG_BYTES = 4 * 2**20  # a text file or line from this size on is a LongDocument
 CHUNK_BYTES = 2**20
-BOM = b"\xef\xbb\xbf"
-WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 CHANGED = "changed while it was read"
 
 

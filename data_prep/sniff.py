@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from data_prep.compressed import Packing, beginning_of, kind_of, packing_of
+from data_prep.items import BOM, WIDE_BOMS
 
 Kind = Literal["text", "jsonl", "strings", "json", "parquet", "tar", "zip", "hub"]
 FORMATS = ("auto", "text", "jsonl", "json", "parquet")  # what may be asked for
 LOOKS = (2**16, 2**20, 2**24)  # bytes; more where a first line goes on beyond
 LINES = 100  # of a beginning, that are parsed
-BOM = b"\xef\xbb\xbf"
-WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
 JSON_LINES = (".jsonl", ".ndjson")
 JSON_NAMES = (*JSON_LINES, ".json")
 MOST_CONTROLS = 0.02  # of the bytes of a text; a tenth of random bytes are control characters

@@ -185,7 +185,7 @@ def _encode_all(
         loss += result.loss
         if len(results) < len(units) and loss.is_sure_to_exceed(max_bad_fraction, on_disk):
             so_far = replace(loss, bytes=max(loss.bytes, on_disk))
-            refuse_loss(bad, so_far, max_bad_fraction, f"{job.folder}/unit-*.bad")
+            refuse_loss(bad, so_far, max_bad_fraction, f"{job.folder}/unit-*.bad", so_far=True)
     return sorted(results, key=lambda result: result.number)
 
 

@@ -271,7 +271,7 @@ def test_nine_of_ten_broken_files_are_refused(model: Path, tmp_path: Path) -> No
         if number:
             raw[len(raw) // 2] ^= 8
         (folder / f"{number}.json.gz").write_bytes(raw)
-    with pytest.raises(DataError, match=r"what is lost: (89|9\d)\.\d\d% .*9 broken gzip member"):
+    with pytest.raises(DataError, match=r"what is lost.*: (89|9\d)\.\d\d% .*9 broken gzip member"):
         tokenize([folder], model, tmp_path / "out", quiet=True)
     report = tokenize([folder], model, tmp_path / "out", quiet=True, max_bad_fraction=0.95)
     assert report.documents == {"train": 40} and 0.88 < report.loss.fraction < 0.92
@@ -293,7 +293,7 @@ def test_one_broken_file_of_many_is_no_reason_to_stop(model: Path, tmp_path: Pat
 def test_two_tables_of_which_one_names_its_column_otherwise(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet())
     (tmp_path / "b.parquet").write_bytes(parquet("raw_content"))
-    with pytest.raises(DataError, match=r"what is lost: (49|50)\..*Correct --field"):
+    with pytest.raises(DataError, match=r"what is lost.*: (49|50)\..*Correct --field"):
         tokenize([tmp_path / "*.parquet"], model, tmp_path / "out", quiet=True)
 
 
