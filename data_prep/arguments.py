@@ -67,7 +67,12 @@ def add_arguments(subparsers: Any) -> None:
         "--memory-mib", type=_from(1, LARGEST_MIB), default=256, help="for the shuffle"
     )
     tokenize.add_argument("--shard-tokens", type=_from(1, 2**31 - 1), default=2**30)
-    tokenize.add_argument("--max-bad-fraction", type=_fraction, default=0.05)
+    tokenize.add_argument(
+        "--max-bad-fraction",
+        type=_fraction,
+        default=0.05,
+        help="of the inputs' bytes that may be lost",
+    )
 
     pack = commands.add_parser("pack", help="rows of whole documents for one length")
     pack.add_argument("path", help="dataset")
@@ -174,8 +179,14 @@ def _add_rewriting(commands: Any) -> None:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", help=".jsonl, .parquet, text, folders, globs or hf:NAME"
+        "inputs", nargs="+", help="JSON, .parquet, text, folders, globs, hf:NAME, or - for stdin"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl", "json", "parquet"),
+        default="auto",
+        help="how every file is read; by default its content says",
     )
     parser.add_argument("--glob", default="**/*", help="which files of a folder")
-    parser.add_argument("--field", default="text", help="the text's field in .jsonl")
+    parser.add_argument("--field", default="text", help="the text's field of a row")
     parser.add_argument("--seed", type=_from(-(2**62)), default=0)

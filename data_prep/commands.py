@@ -66,11 +66,13 @@ def _tokenizer(args: argparse.Namespace) -> None:
         sample_bytes=args.sample_mib * 2**20,
         seed=args.seed,
         text_field=args.field,
+        format=args.format,
         pattern=args.glob,
         special_tokens=args.special_token,
         weights=args.weight,
         digits_apart=args.digits == "apart",
         space_runs=args.spaces == "runs",
+        tell=print,
     )
     print(
         f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
@@ -93,7 +95,9 @@ def _tokenizer_report(args: argparse.Namespace) -> None:
         sample_bytes=args.sample_mib * 2**20,
         seed=args.seed,
         text_field=args.field,
+        format=args.format,
         pattern=args.glob,
+        tell=print,
     )
     print_report(inputs[0], sources, used, against=args.against, eod=args.eod)
 
@@ -125,6 +129,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         deduplicate=args.deduplicate,
         seed=args.seed,
         text_field=args.field,
+        format=args.format,
         kept=args.keep,
         pattern=args.glob,
         eod=args.eod,
@@ -133,6 +138,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         shard_tokens=args.shard_tokens,
         max_bad_fraction=args.max_bad_fraction,
         quiet=not sys.stderr.isatty(),
+        tell=print,
     )
     for part, documents in report.documents.items():
         print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
@@ -141,9 +147,15 @@ def _tokenize(args: argparse.Namespace) -> None:
     if report.kept:
         told = ", ".join(f"{name} of {count:,} rows" for name, count in report.kept.items())
         print(f"kept beside the tokens: {told}")
+    if report.loss.empty:
+        print(f"{report.loss.empty:,} documents without text left out")
     if report.bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
-        print(f"{report.output}/quarantine.jsonl: {sum(report.bad.values())} bad ({reasons})")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.bad.items())
+        count = sum(report.bad.values())
+        # How much a file was cut by, nothing in it may say.
+        least = "at least " if any(reason.startswith("truncated") for reason in report.bad) else ""
+        print(f"{report.output}/quarantine.jsonl: {count:,} bad ({reasons})")
+        print(f"lost: {least}{report.loss}")
 
 
 def _pack(args: argparse.Namespace) -> None:

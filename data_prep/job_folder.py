@@ -18,7 +18,9 @@ from typing import Any
 from data_prep.encode_unit import EncodeJob
 from data_prep.fresh import refuse_occupied
 from data_prep.hub import is_hub
-from data_prep.merge import Refused, Split
+from data_prep.inputs import InputFile
+from data_prep.loss import Refused
+from data_prep.merge import Split
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, write_durably
 from megahybrid.errors import DataError
 
@@ -36,17 +38,28 @@ Identity = dict[str, Any]
 
 
 def identity_of(
-    job: EncodeJob, files: Sequence[Path], info: TokenizerInfo, split: Split, shard_tokens: int
+    job: EncodeJob,
+    files: Sequence[InputFile],
+    info: TokenizerInfo,
+    split: Split,
+    shard_tokens: int,
 ) -> Identity:
     """All that the bytes of a job's output depend on."""
-    listed = [
-        [str(file)] if is_hub(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-    ]
+    listed = [_named(file) for file in files]
     value = asdict(job) | info.model_dump() | asdict(split)
     del value["folder"], value["threads"]
     # As it is read again: tuples come back as lists.
     return dict(json.loads(json.dumps(value | {"files": listed, "shard_tokens": shard_tokens})))
+
+
+def _named(file: InputFile) -> list[Any]:
+    """What says that an input is still the same: its size and time, or its content where it is a
+    copy of a stream."""
+    if is_hub(file.path):
+        return [str(file.path)]
+    if file.held is not None:
+        return [file.shown, file.size, file.digest]
+    return [str(file.path), file.size, file.path.stat().st_mtime_ns]
 
 
 def begin_job(folder: Path, identity: Identity) -> dict[str, Any] | None:
@@ -121,7 +134,7 @@ def _finished(folder: Path, value: Mapping[str, Any], identity: Identity) -> dic
 
 
 def _is_report(value: Mapping[str, Any]) -> bool:
-    counts = [value.get(name) for name in ("documents", "tokens", "bad", "kept")]
+    counts = [value.get(name) for name in ("documents", "tokens", "bad", "kept", "loss")]
     return all(
         isinstance(count, dict) and all(type(number) is int for number in count.values())
         for count in counts
@@ -181,6 +194,8 @@ def _changed_files(before: Any, now: Sequence[Sequence[Any]]) -> Iterator[str]:
         (_, size, moment), (_, size_now, moment_now) = old[name], new[name]
         if size != size_now:
             yield f"input {name} had {size:,} bytes, has {size_now:,}"
+        elif isinstance(moment, str) or isinstance(moment_now, str):
+            yield f"input {name} holds something else"
         else:
             yield f"input {name} was modified at {_time(moment)}, then at {_time(moment_now)}"
     if len(changed) > TOLD:

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
+from data_prep.loss import Refused
 from megahybrid.data.manifest import Manifest
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.errors import DataError
 
 Digest = tuple[int, int]
 Tokens = npt.NDArray[Any]
@@ -39,10 +39,6 @@ class Split:
     held_out: float
     longest: int
     deduplicate: bool = False
-
-
-class Refused(DataError):
-    """What was read or made is refused: the same call would be refused again."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data_prep import vocabulary
 from data_prep.inputs import cut_units
+from data_prep.items import Fields
 from data_prep.tokenizer_report import report
 from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -142,7 +143,7 @@ def test_sample_is_shared_by_weight_and_not_all_is_read(
 
     def sample(weights: list[float] | None, seed: int = 0) -> list[str]:
         met.clear()
-        return list(vocabulary.sampled_texts(sources, weights, 20_000, seed, "text"))
+        return list(vocabulary.sampled_texts(sources, weights, 20_000, seed, Fields()))
 
     texts = sample([1, 3])
     size = {name: sum(len(t) for t in texts if t[0] == name) for name in "ab"}
