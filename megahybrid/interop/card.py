@@ -67,7 +67,7 @@ def model_card(
         "## Verified",
         "",
         "Every tensor was read back: the bits are those of the model that was trained, rounded to "
-        f"{dtype}. Loaded with transformers on a CPU in fp32 and compared with it on random tokens, "
+        f"{dtype}. Loaded with transformers on a CPU in fp32 and compared with it on random ids, "
         "below and above the window (long windows shrunk in both); `generate` wrote the last ones:",
         "",
         "| run | tokens | largest logit difference | bound | largest logit |",

@@ -7,7 +7,7 @@ is then the same code over the edge of a window, at lengths that a CPU can compu
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megahybrid.interop.generation import (
     cached_logits,
     generate_greedily,
 )
+from megahybrid.interop.names import HEAD
 from megahybrid.interop.read_back import check_bits
 from megahybrid.interop.said import MODEL_TYPES
 from megahybrid.interop.streamed import StreamedOurs, streamed_theirs
@@ -304,6 +305,9 @@ def prove(
     try:
         with Reader(checkpoint) as reader, ForeignWeights(folder) as weights, quiet():
             names = check_tensors(weights, model, plan, _architecture(config))
+            if model.tie_embeddings and HEAD in weights.names():
+                # Some classes load it though the config ties it: then it must be the embedding.
+                names.append(replace(names[0], theirs=HEAD))
             check_bits(reader, weights, names, model.head_dim, dtype)
             if 8 * parameters <= whole_bytes:
                 ours = our_model(model, small, reader, dtype)

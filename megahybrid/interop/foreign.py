@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
-from megahybrid.interop.names import NO_SINK, TensorName, tensor_names
+from megahybrid.interop.names import HEAD, NO_SINK, TensorName, tensor_names
 from megahybrid.interop.shards import INDEX_NAME, reordered
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
@@ -107,7 +107,7 @@ def check_tensors(
     names = list(tensor_names(model, plan, architecture))
     held = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
     if model.tie_embeddings:
-        held.discard("lm_head.weight")
+        held.discard(HEAD)
     wanted = {name.theirs for name in names}
     for what, some in (("has no", wanted - held), ("has also", held - wanted)):
         if some:

@@ -212,6 +212,22 @@ def test_an_import_that_loses_rows_is_refused(
     assert not (tmp_path / "ours").exists() and not (tmp_path / "run.yaml").exists()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_tied_embeddings_must_be_the_embedding(same: bool, tmp_path: Path) -> None:
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE]))
+    export(tmp_path / "run", tmp_path / "theirs", tokenizer="none")
+    path = tmp_path / "theirs/model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][60] *= 1 if same else 1 + 1e-6
+    save_file(tensors, path, {"format": "pt"})
+    if same:
+        import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    else:
+        with pytest.raises(InteropError, match="lm_head.weight is not .* row 60 first"):
+            import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+
+
 def test_bits_are_compared_a_band_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
