@@ -27,31 +27,29 @@ def check_bits(
     dtype: torch.dtype,
 ) -> None:
     """Raise InteropError unless each tensor of a folder holds the bits of the checkpoint's, rounded
-    to `dtype`; the first row that does not is named. A band of rows at a time is in memory."""
+    to `dtype`; the first row that does not is named. A band of rows at a time is in memory.
+
+    What only the folder has (sinks) may be any number that takes no weight: `check_tensors` looks.
+    """
     for name in names:
+        if name.ours is None:
+            continue
         for start, stop in row_bands(name, head_dim):
             theirs = reordered(weights.rows(name.theirs, start, stop), name, head_dim, inverse=True)
             weights.close()
-            ours = _ours(reader, name, start, stop, dtype)
+            box = ((start, stop), *((0, size) for size in name.shape[1:]))
+            ours = _rounded(reader.read(name.ours, "weight", box), dtype)
+            reader.close()
             wrong = np.flatnonzero((_bits(theirs) != _bits(ours)).reshape(stop - start, -1).any(1))
             if len(wrong):
-                source = name.ours or f"a constant ({name.constant:g})"
                 raise InteropError(
-                    f"{name.theirs} is not what the checkpoint holds as {source}: "
+                    f"{name.theirs} is not what the checkpoint holds as {name.ours}: "
                     f"{len(wrong)} of rows {start} to {stop - 1} differ, row {start + wrong[0]} "
                     "first (in the checkpoint's order). Nothing was published."
                 )
 
 
-def _ours(
-    reader: Reader, name: TensorName, start: int, stop: int, dtype: torch.dtype
-) -> np.ndarray:
-    if name.ours is None:
-        values = np.full((stop - start, *name.shape[1:]), name.constant, dtype=np.float32)
-    else:
-        box = ((start, stop), *((0, size) for size in name.shape[1:]))
-        values = reader.read(name.ours, "weight", box)
-        reader.close()
+def _rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).float().numpy()
 
 
