@@ -76,3 +76,30 @@ def test_a_broken_suite_and_versions_that_do_not_fit_both_end_well(
     monkeypatch.setattr(latest, "install", lambda *given: "ERROR: ResolutionImpossible")
     latest.main(tmp_path / "latest", ["dev"], "", [])
     assert "ResolutionImpossible" in (tmp_path / "latest/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [
+        ("def test_it():\n    assert 1 == 2\n", "What broke (1)"),
+        ("def test_it():\n    assert 1 == 1\n", "What broke (0)"),
+        (None, "pytest itself ended with 4"),
+    ],
+)
+def test_the_suite_that_ran_is_the_one_reported(
+    test: str | None,
+    words: str,
+    tmp_path: Path,
+    latest: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bin_folder = tmp_path / "latest/venv/bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (bin_folder / "python").chmod(0o755)
+    monkeypatch.setattr(latest, "install", lambda *given: "")
+    if test is not None:
+        (tmp_path / "test_one.py").write_text(test)
+    options = ["--rootdir", str(tmp_path), "-c", "/dev/null", str(tmp_path / "test_one.py")]
+    latest.main(tmp_path / "latest", ["dev"], "", options)
+    assert words in (tmp_path / "latest/report.md").read_text()
