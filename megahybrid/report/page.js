@@ -108,7 +108,7 @@
       }
       old.dataset.is = fresh.dataset.is;
     } else {
-      old.innerHTML = fresh.innerHTML;
+      old.replaceChildren(...fresh.childNodes);
       old.dataset.is = fresh.dataset.is;
     }
     old.querySelectorAll("details").forEach((one, n) => { one.open = open[n] ?? one.open; });
