@@ -28,7 +28,9 @@ def every(directory: Path) -> list[Kept]:
     """Every result of the run, by step. Raises MegahybridError where a file is damaged."""
     found = []
     for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
-        parts = re.fullmatch(rf"step-([0-9]{{1,15}})\.({'|'.join(KINDS)})\.(.+)\.json", path.name)
+        parts = re.fullmatch(
+            rf"step-([0-9]{{1,15}})\.({'|'.join(KINDS)})\.(.+)\.json", path.name, re.S
+        )
         if parts is None:
             continue
         try:
