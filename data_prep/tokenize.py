@@ -93,9 +93,9 @@ def tokenize(
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
     check_shard_tokens(shard_tokens)
     folder = Path(output)
+    info = load_tokenizer(tokenizer, eod).info
     found = survey(inputs, pattern, Fields(text_field, format=format), output=folder, tell=tell)
     files = found.files
-    info = load_tokenizer(tokenizer, eod).info
     units = list(cut_units(files, shared_unit_bytes(files)))
     threads = workers if len(units) == 1 else 1
     work = str(folder / WORK)
