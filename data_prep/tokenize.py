@@ -94,7 +94,13 @@ def tokenize(
     check_shard_tokens(shard_tokens)
     folder = Path(output)
     info = load_tokenizer(tokenizer, eod).info
-    found = survey(inputs, pattern, Fields(text_field, format=format), output=folder, tell=tell)
+    table: list[str] = []
+    try:
+        fields = Fields(text_field, format=format)
+        found = survey(inputs, pattern, fields, output=folder, tell=table.append)
+    except DataError:
+        _tell_all(table, tell)  # a refusal of what is left out is read beside it
+        raise
     files = found.files
     units = list(cut_units(files, shared_unit_bytes(files)))
     threads = workers if len(units) == 1 else 1
@@ -105,6 +111,7 @@ def tokenize(
     identity = identity_of(job, files, info, split, shard_tokens) | {"units": len(units)}
     if (made := begin_job(folder, identity)) is not None:
         return TokenizeReport(**made | {"output": str(folder), "loss": Loss(**made["loss"])})
+    _tell_all(table, tell)
     with released_if_refused(folder), byte_bars(quiet) as progress:
         results = _encode_all(job, units, workers, progress, max_bad_fraction)
         bad = _quarantine(folder, len(units))
@@ -151,6 +158,11 @@ def tokenize(
     )
     _publish(folder, parts, identity, report)
     return report
+
+
+def _tell_all(lines: Sequence[str], tell: Tell) -> None:
+    for line in lines:
+        tell(line)
 
 
 def _publish(

@@ -80,8 +80,8 @@ def test_refused_call_leaves_the_folder_to_other_inputs(
     rows: Path, model: Path, tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(rows.read_text() + "{\n" * 30)
-    with pytest.raises(DataError, match="30 of 70 documents are bad"):
+    bad.write_text(rows.read_text() + ("{" + "x" * 999 + "\n") * 30)
+    with pytest.raises(DataError, match="is less than what is lost.*broken json"):
         run(bad, model, tmp_path / "out")
     run(rows, model, tmp_path / "out")
     run(rows, model, tmp_path / "fresh")
