@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import EXIT_DONE, CheckpointError
+from megahybrid.errors import EXIT_DONE, CheckpointError, tell
 
 
 def add_arguments(commands: argparse._SubParsersAction) -> None:
@@ -53,9 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chosen(path: Path) -> Path:
-    """A checkpoint's own folder, or the newest one of a run's by name (its bytes are not read)."""
+    """A checkpoint's own folder, or the newest one of a run's (its bytes are not read). One that is
+    named after another step is passed over, and told."""
     from megahybrid.checkpoint.folders import candidates
-    from megahybrid.checkpoint.manifest import MANIFEST_NAME
+    from megahybrid.checkpoint.manifest import MANIFEST_NAME, Misnamed, read_manifest
 
     if (path / MANIFEST_NAME).exists():
         return path
@@ -65,12 +66,24 @@ def chosen(path: Path) -> Path:
             f"{path} is no checkpoint and holds none (looked for {MANIFEST_NAME} and "
             "checkpoints/). Name a checkpoint's folder or a run's."
         )
-    return found[0]
+    misnamed = []
+    for folder in found:
+        try:
+            read_manifest(folder)
+        except Misnamed as error:
+            misnamed.append(f"Passing over {error}")
+            continue
+        except CheckpointError:
+            pass  # whoever opens it says what is wrong
+        tell("\n".join(misnamed))
+        return folder
+    raise CheckpointError("\n".join(misnamed))
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from megahybrid.checkpoint.folders import candidates, checkpoints_of
+    from megahybrid.checkpoint.folders import candidates
     from megahybrid.checkpoint.manifest import read_manifest
+    from megahybrid.checkpoint.names import checkpoints_of
     from megahybrid.checkpoint.reader import quick_check
 
     paths = candidates(arguments.run_directory)

@@ -26,6 +26,7 @@ from megahybrid.checkpoint.fragments import (
     volume,
     whole,
 )
+from megahybrid.checkpoint.names import name_fault
 from megahybrid.errors import CheckpointError
 
 FORMAT = "megahybrid-checkpoint"
@@ -118,7 +119,8 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and fully check `folder`/manifest.json. Raises CheckpointError, one line."""
+    """Read and fully check `folder`/manifest.json. Raises CheckpointError, one line; Misnamed where
+    the folder stands among a run's checkpoints under another step's name."""
     path = folder / MANIFEST_NAME
     try:
         # A pipe or a device in its place would be waited for, or read, without end.
@@ -139,7 +141,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is damaged: it is not JSON ({error}). Use another step's folder."
         ) from None
-    return parse(values, path)
+    manifest = parse(values, path)
+    if fault := name_fault(folder, manifest.step):
+        raise Misnamed(f"{folder}: {fault}.")
+    return manifest
+
+
+class Misnamed(CheckpointError):
+    """A folder of a run's checkpoints that is named after another step than it holds."""
 
 
 def parse(values: Any, path: Path) -> Manifest:
@@ -215,6 +224,12 @@ _FIELDS: dict[str, type] = {
 
 def _read_version_1(values: dict[str, Any], check: _Check) -> Manifest:
     check.fields(values, _FIELDS, "manifest")
+    for name in ("step", "tokens"):
+        kept = values["train_state"].get(name, values[name])
+        check.that(
+            type(kept) is int and kept == values[name],
+            f"train_state.{name}={kept!r} is not the {name}={values[name]} of the manifest",
+        )
     tensors = {
         name: _tensor(record, check, f"tensors.{name}")
         for name, record in values["tensors"].items()

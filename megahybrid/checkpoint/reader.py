@@ -232,11 +232,15 @@ def _table_problems(path: Path, name: str, manifest: Manifest) -> list[str]:
 def quick_check(path: Path) -> str | None:
     """What is wrong with a checkpoint's manifest or its files' sizes, or None; reads no data."""
     try:
-        manifest = read_manifest(path)
-        _raise(path, size_problems(path, manifest))
+        check_sizes(path)
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def check_sizes(path: Path) -> None:
+    """Raise CheckpointError where a manifest or the size of a file is wrong; reads no data."""
+    _raise(path, size_problems(path, read_manifest(path)))
 
 
 def size_problems(path: Path, manifest: Manifest) -> list[str]:

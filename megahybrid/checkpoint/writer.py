@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megahybrid.checkpoint import durable, folders
+from megahybrid.checkpoint import durable, folders, names
 from megahybrid.checkpoint.agree import Refused, agree
 from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.fragments import STATES, Fragment
@@ -137,8 +137,8 @@ def phases(
     """The actions of a save in their order."""
     started = time.monotonic()
     own = OwnFile(snapshot.fragments, ranks.rank)
-    temporary = folders.temporary_path(run_directory, snapshot.step)
-    published = folders.published_path(run_directory, snapshot.step)
+    temporary = names.temporary_path(run_directory, snapshot.step)
+    published = names.published_path(run_directory, snapshot.step)
     first = ranks.rank == 0
 
     def prepare() -> None:
@@ -206,7 +206,7 @@ def _prepare(run_directory: Path, temporary: Path, total: int) -> None:
 
 def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, Any] | None]) -> None:
     """Rank 0's part: the manifest, and the rename that makes the folder a checkpoint."""
-    temporary = folders.temporary_path(run_directory, snapshot.step)
+    temporary = names.temporary_path(run_directory, snapshot.step)
     manifest = _manifest(snapshot, written)
     text = manifest.to_json()
     # What is written must be what a reader takes: the same checks, before it is published.
@@ -219,8 +219,8 @@ def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, An
     _wait_until_visible(temporary, manifest.files)
     durable.write(temporary / MANIFEST_NAME, [memoryview(text.encode())])
     durable.sync_directory(temporary)
-    published = folders.published_path(run_directory, snapshot.step)
-    replaced = folders.replaced_path(run_directory, snapshot.step)
+    published = names.published_path(run_directory, snapshot.step)
+    replaced = names.replaced_path(run_directory, snapshot.step)
     if published.is_dir() and not replaced.exists():
         durable.rename(published, replaced)
     else:
@@ -233,12 +233,12 @@ def _conclude(
     run_directory: Path, step: int, damaged: list[str], retention: Retention
 ) -> dict[str, Any]:
     """Rank 0's last part: delete what the new checkpoint makes needless, or take that back."""
-    published = folders.published_path(run_directory, step)
+    published = names.published_path(run_directory, step)
     if damaged:
         folders.withdraw(run_directory, step)
         return {"removed": [], "warning": None}
     try:
-        durable.remove(folders.replaced_path(run_directory, step))
+        durable.remove(names.replaced_path(run_directory, step))
         removed = folders.retain(run_directory, retention, verified=[published])
     except OSError as error:
         return {"removed": [], "warning": f"old checkpoints stay: {error}"}

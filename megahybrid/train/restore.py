@@ -9,9 +9,10 @@ from typing import Any
 
 from megahybrid.checkpoint.directory import check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
-from megahybrid.checkpoint.folders import candidates, checkpoints_of
+from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megahybrid.checkpoint.names import checkpoints_of
 from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
