@@ -31,6 +31,21 @@ class MegahybridError(Exception):
     """Base of every error that is reported as one line without a traceback."""
 
     exit_code = EXIT_USER_MISTAKE
+    system_errno: int | None = None  # what the operating system refused, where that is the cause
+
+    def because(self, cause: OSError | int | None) -> "MegahybridError":
+        """This error, with the exit code of the refusal (or its errno) that caused it: words of its
+        own must not turn storage that fails into a user's mistake, which nobody tries again."""
+        self.system_errno = cause.errno if isinstance(cause, OSError) else cause
+        if self.system_errno in _STORAGE:
+            self.exit_code = EXIT_STORAGE
+        return self
+
+    def in_training(self) -> "MegahybridError":
+        """This error, met after an attempt's first step: no path is the user's mistake then."""
+        if self.system_errno in _TYPED and self.exit_code == EXIT_USER_MISTAKE:
+            self.exit_code = EXIT_STORAGE
+        return self
 
 
 class ConfigError(MegahybridError):
@@ -130,3 +145,13 @@ def from_os_error(error: OSError, *, began: bool = False) -> MegahybridError | N
             "Make room or mend the file system, then give the same command again."
         )
     return PathError(f"{path} cannot be used ({reason}). Name a path that can be.")
+
+
+def raise_in_training(error: BaseException) -> None:
+    """Raise what an attempt met after its first step, when every path had once been right, as
+    failing storage; return where it is neither a path nor storage."""
+    if isinstance(error, MegahybridError):
+        raise error.in_training()
+    known = from_os_error(error, began=True) if isinstance(error, OSError) else None
+    if known is not None:
+        raise known from error

@@ -128,15 +128,15 @@ def read_manifest(folder: Path) -> Manifest:
             raise OSError(errno.EINVAL, "it is no plain file")
         text = path.read_bytes().decode("utf-8")
         values = json.loads(text, parse_constant=_refuse_constant)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing, so {folder.name} is not a complete checkpoint. "
             "Use another step's folder."
-        ) from None
+        ).because(error) from None
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}). Use another step's folder."
-        ) from None
+        ).because(error) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged: it is not JSON ({error}). Use another step's folder."

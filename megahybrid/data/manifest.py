@@ -96,13 +96,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         raw = path.read_bytes()
         value = json.loads(raw)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing (a prepared dataset has one). "
             "Prepare the data with `megahybrid data tokenize`."
-        ) from None
+        ).because(error) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.").because(
+            error
+        ) from None
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON (damaged). Prepare or copy the data again.") from None
     return _Fields(path, value).manifest(), hashlib.sha256(raw).hexdigest()

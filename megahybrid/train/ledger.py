@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import MegahybridError
+from megahybrid.errors import MegahybridError, StorageError
 
 LEDGER_NAME = "ledger.jsonl"
 EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
@@ -118,9 +118,11 @@ class LedgerWriter:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError as error:
-            # Half a line in the middle of the file would make the whole ledger unreadable.
-            os.ftruncate(self._file, before)
-            raise MegahybridError(
+            # Half a line in the middle of the file would make the whole ledger unreadable. Where
+            # that is refused as well it is the last one, which the next attempt cuts off.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
+            raise StorageError(
                 f"{self.path} could not be written ({error.strerror}). "
                 "Make room there, then give the same command again: it resumes."
             ) from error
@@ -171,7 +173,7 @@ def read_every_line(path: Path) -> Iterator[Line]:
     except OSError as error:
         raise MegahybridError(
             f"{path} could not be read ({error.strerror}). Name the directory of a run."
-        ) from error
+        ).because(error) from error
     texts = content.split(b"\n")
     # The piece after the last newline is empty, or a line that was never finished.
     for number, text in enumerate(texts[:-1], start=1):

@@ -17,9 +17,16 @@ from megahybrid.config.explain import show
 from megahybrid.data.held_out import Rows
 from megahybrid.data.loader import BatchLoader, StepData
 from megahybrid.data.mixture import open_mixture
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError, first_line
+from megahybrid.errors import (
+    EXIT_DONE,
+    EXIT_RESUME,
+    ExhaustedError,
+    MegahybridError,
+    first_line,
+    raise_in_training,
+)
 from megahybrid.evaluate.loss import HeldOutLoss
-from megahybrid.heartbeat import Heartbeat
+from megahybrid.heartbeat import Heartbeat, write_whole
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
@@ -367,14 +374,18 @@ def run_attempt(
         )
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])
         if mesh.rank == 0:
-            (directory / "config.yaml").write_text(dump_yaml(run))
+            write_whole(directory / "config.yaml", dump_yaml(run))
         attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat, allow)
         for warning in warnings:
             listeners.on_event("warning", {"message": warning})
         try:
             return attempt.go(beginning)
         except BaseException as error:
-            listeners.on_end("failed", {"error": first_line(error)})
+            # The disk that ended the run may refuse its last line too: the cause is what is told.
+            with contextlib.suppress(MegahybridError, OSError):
+                listeners.on_end("failed", {"error": first_line(error)})
+            if listeners.began:
+                raise_in_training(error)
             raise
 
 
