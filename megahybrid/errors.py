@@ -98,6 +98,12 @@ class NoProgressError(MegahybridError):
     exit_code = EXIT_DO_NOT_RESTART
 
 
+class RepeatError(MegahybridError):
+    """A resume came to other data than an earlier attempt had at the same step: do not restart."""
+
+    exit_code = EXIT_DO_NOT_RESTART
+
+
 class ExhaustedError(NoProgressError):
     """The data have come to their end. Training saves and ends as done where the run file says
     data.exhausted=stop."""

@@ -42,6 +42,7 @@ from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
+from megahybrid.train.repeated import RepeatedSteps
 from megahybrid.train.restore import Beginning, find_beginning, locate
 from megahybrid.train.rewind import go_back, past_spikes
 from megahybrid.train.saving import RunSaver, ranks_of
@@ -78,6 +79,7 @@ class Attempt:
             self.listeners.on_event,
             self._meanwhile,
         )
+        self.repeats = RepeatedSteps(run, self.mesh, self.allow)
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
 
     def go(self, beginning: Beginning) -> int:
@@ -101,6 +103,7 @@ class Attempt:
             held=(state.step, source) if beginning.resumes and source is not None else None,
         )
         owed = self._owed_evaluation(state) if beginning.resumes else None
+        self.repeats.begin(self.directory, state.step, beginning.parent)
         self.listeners.on_start(self._info(state, beginning))
         for path, old, new in beginning.changes:
             change = {"field": path, "before": show(old), "now": show(new)}
@@ -160,6 +163,7 @@ class Attempt:
     def _go_back(self, spike: TrainState, reason: str) -> Beginning:
         """To the newest checkpoint, with the data after the spike. Collective."""
         self.saver.finish()
+        self.repeats.forget()
         located = locate(self.run, self.directory, self._warn, ranks_of(self.mesh))
         beginning, detail = on_first(
             self.mesh.world,
@@ -216,7 +220,8 @@ class Attempt:
                 "index": index,
                 "kernels": self.kernels,
                 "self_test_seconds": layers.self_test_seconds,
-            },
+            }
+            | self.repeats.stage(index, self.kernels),
             stage=run.stages[index].name,
         )
         if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
@@ -257,6 +262,7 @@ class Attempt:
                     run.optimizer.skip_spikes,
                 ),
                 listeners=self.listeners,
+                repeats=self.repeats,
                 stop=self.stop,
                 profiler=self.profiler,
                 save=lambda state: self.save(engine, state),

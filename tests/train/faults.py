@@ -306,3 +306,42 @@ def a_data_file_that_vanishes(rank: int) -> None:
 def a_run_folder_that_vanishes(rank: int) -> None:
     if rank == 0:
         _at_step(6, lambda _engine: shutil.rmtree("run"))
+
+
+def a_cursor_too_far(rank: int) -> None:
+    """The data begin some rows after where the checkpoint says."""
+    from megahybrid.data.mixture import Mixture
+
+    restore = Mixture.restore
+
+    def elsewhere(mixture: Any, plain: Any) -> Any:
+        return mixture.plan_step(restore(mixture, plain), 64, 4)[1]
+
+    Mixture.restore = elsewhere  # type: ignore[method-assign]
+
+
+def a_moment_lost(rank: int) -> None:
+    """The first moments come back as zeros."""
+    from megahybrid.train.engine import Engine
+
+    load = Engine.load
+
+    def lossy(engine: Any, read: Any, step: Any) -> None:
+        def without(name: str, state: str, *rest: Any, **more: Any) -> Any:
+            found = read(name, state, *rest, **more)
+            if state == "exp_avg":
+                found[:] = 0
+            return found
+
+        load(engine, without, step)
+
+    Engine.load = lossy  # type: ignore[method-assign]
+
+
+def a_rate_a_hundredth_higher(rank: int) -> None:
+    from megahybrid.train.engine import Engine
+
+    step = Engine.train_step
+    Engine.train_step = (  # type: ignore[method-assign]
+        lambda engine, batches, rate, **more: step(engine, batches, rate * 1.01, **more)
+    )
