@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megahybrid.checkpoint import durable, folders, names
 from megahybrid.checkpoint.agree import Refused, agree
 from megahybrid.checkpoint.folders import Retention
-from megahybrid.checkpoint.fragments import STATES, Fragment
+from megahybrid.checkpoint.fragments import STATES, Fragment, State
 from megahybrid.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -249,23 +249,25 @@ def _manifest(snapshot: Snapshot, written: list[dict[str, Any] | None]) -> Manif
     parts = [part for part in written if part is not None]
     fragments = tuple(_fragment_record(row) for part in parts for row in part["fragments"])
     files = {
-        part["name"]: FileRecord(part["bytes"], part["block_bytes"], tuple(part["crc32"]))
+        part["name"]: FileRecord(
+            bytes=part["bytes"], block_bytes=part["block_bytes"], crc32=tuple(part["crc32"])
+        )
         for part in parts
     }
-    states = tuple(snapshot.states)
+    states = cast(tuple[State, ...], tuple(snapshot.states))
     return Manifest(
         step=snapshot.step,
         tokens=snapshot.tokens,
         model_fingerprint=snapshot.model_fingerprint,
         optimizer_step=snapshot.optimizer_step,
         tensors={
-            name: TensorRecord(tuple(int(size) for size in shape), states)
+            name: TensorRecord(shape=tuple(int(size) for size in shape), states=states)
             for name, shape in snapshot.tensors.items()
         },
         fragments=fragments,
         files=files,
-        train_state=snapshot.train_state,
-        config=snapshot.config,
+        train_state=dict(snapshot.train_state),
+        config=dict(snapshot.config),
         written_by={"megahybrid": _version(), "ranks": len(written), "time_unix": time.time()},
     )
 
@@ -274,7 +276,7 @@ def _fragment_record(row: Mapping[str, Any]) -> FragmentRecord:
     """What a rank told of a fragment; on its way a tuple may have become a list."""
     box = tuple((start, stop) for start, stop in row["box"])
     start, stop = row["flat"]
-    return FragmentRecord(row["tensor"], row["state"], box, (start, stop), row["file"], row["key"])
+    return FragmentRecord(**{**row, "box": box, "flat": (start, stop)})
 
 
 def _version() -> str:

@@ -78,6 +78,21 @@ def parse_json(type: type[Value], text: str | bytes) -> Value:
     return type.model_validate_json(text)
 
 
+def first_fault(error: ValueError, type: type[BaseModel], plain: Any, where: str = "") -> str:
+    """The first thing that `parse_json` found wrong with `plain`, in one line without advice, and
+    how many more there are."""
+    from megahybrid.config.explain import explain
+    from megahybrid.printable import shortened
+
+    if isinstance(error, ValidationError):
+        lines = explain(error, type, plain, where)
+    else:
+        lines = [str(error).splitlines()[0]]
+    more = f" (and {len(lines) - 1} more such faults)" if len(lines) > 1 else ""
+    # What to do about a value of a run file is nothing to do about a file that we wrote.
+    return shortened(lines[0].rsplit(". ", 1)[0], 300).removesuffix(".") + more
+
+
 def dump(value: BaseModel) -> dict[str, Any]:
     """Plain dicts, lists and scalars, every default written out; `parse` reads it back."""
     return cast(dict[str, Any], _without_tuples(value.model_dump(mode="python")))

@@ -192,7 +192,7 @@ class Attempt:
             elif every is not None and state.step % every == 0:
                 owed = "stream"
             scored = {
-                line.detail["set"]
+                line.detail.get("set")
                 for line in read_ledger(path).named("evaluate")
                 if line.step == state.step and line.detail.get("rows") == owed
             }

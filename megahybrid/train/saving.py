@@ -135,12 +135,11 @@ def _scores(run: RunConfig, directory: Path) -> dict[int, float]:
     path, name = directory / LEDGER_NAME, run.checkpoint.keep_best
     if name is None or not path.exists():
         return {}
-    told = [line.detail for line in read_ledger(path).named("evaluate")]
     return {
-        detail["step"]: detail["loss"]
-        for detail in told
-        if (detail.get("set"), detail.get("rows")) == (name, "stream")
-        and detail["loss"] is not None
+        line.step: line.detail["loss"]
+        for line in read_ledger(path).named("evaluate")
+        if (line.detail.get("set"), line.detail.get("rows")) == (name, "stream")
+        and line.detail.get("loss") is not None
     }
 
 
