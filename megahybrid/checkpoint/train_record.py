@@ -35,12 +35,30 @@ class KernelRecord(KernelConfig, extra="allow"):
     length: str | None = None
 
 
+class SourceRecord(Frozen, extra="allow"):
+    """Where one source of the data stands; its cursor is checked by the source's own order."""
+
+    cursor: Any = None
+    tokens: Count = 0
+    fingerprint: str = ""
+
+
+class DataRecord(Frozen, extra="allow"):
+    """Where the data stand. Empty before the first row."""
+
+    weights: dict[str, float] | None = None
+    since: dict[str, Count] | None = None
+    longest: Count = 0
+    gone: tuple[str, ...] = ()
+    sources: dict[str, SourceRecord] | None = None
+
+
 class TrainRecord(Frozen, extra="allow"):
     """`train_state` of a manifest."""
 
     step: Count = 0
     tokens: Count = 0
-    data: dict[str, Any] | None = None
+    data: DataRecord | None = None
     skipped_in_a_row: Count = 0
     recent: tuple[tuple[float, float], ...] = ()
     kernels: KernelRecord | None = None

@@ -23,8 +23,9 @@ from megahybrid.config.counting import parameters
 from megahybrid.config.explain import show
 from megahybrid.config.model import ModelConfig
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.mixture import carried_state
+from megahybrid.data.mixture import Mixture, carried_state
 from megahybrid.errors import CheckpointError, ConfigError, first_line
+from megahybrid.printable import shortened
 from megahybrid.train.state import TrainState
 
 # What may change while a run goes on: how fast, how often, and what is written beside it.
@@ -126,10 +127,33 @@ def find_beginning(
     return Beginning(state, located, take, kernels, parent)
 
 
+def positioned(mixture: Mixture, data: dict[str, Any]) -> dict[str, Any]:
+    """The position in the data that a checkpoint holds, or their beginning. Raises DataError where
+    it does not fit the data, CheckpointError where it is none."""
+    try:
+        found = mixture.restore(data) if data else mixture.start()
+        for name in ("weights", "since", "longest"):
+            _ = found[name]  # asked for by the first row
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _no_position(error) from error
+
+
+def _no_position(error: Exception) -> CheckpointError:
+    what = shortened(f"{type(error).__name__}: {first_line(error)}")
+    return CheckpointError(
+        f"train_state.data of the checkpoint is no position in the data ({what}). "
+        "Use another step's folder."
+    )
+
+
 def _carried(run: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     numbers = {"seed": run.seed, "block_tokens": run.data.block_tokens, "lanes": run.data.lanes}
     files = {name: TokenDataset(it.path).fingerprint for name, it in run.data.sources.items()}
-    return carried_state(data, numbers, files)
+    try:
+        return carried_state(data, numbers, files)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _no_position(error) from error
 
 
 def _check_parent(run: RunConfig, manifest: Manifest) -> None:

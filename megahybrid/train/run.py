@@ -43,7 +43,7 @@ from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
 from megahybrid.train.repeated import RepeatedSteps
-from megahybrid.train.restore import Beginning, find_beginning, locate
+from megahybrid.train.restore import Beginning, find_beginning, locate, positioned
 from megahybrid.train.rewind import go_back, past_spikes
 from megahybrid.train.saving import RunSaver, ranks_of
 from megahybrid.train.state import TrainState
@@ -237,7 +237,7 @@ class Attempt:
         self, engine: Engine, layers: Layers, index: int, state: TrainState
     ) -> tuple[TrainState, Ending]:
         run, until = self.run, self.plan.stage_ends[index]
-        data = self.mixture.restore(state.data) if state.data else self.mixture.start()
+        data = positioned(self.mixture, state.data)
         data = self.mixture.reweight(data, run.stages[index].weights)
         with BatchLoader(
             self.mixture,
