@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,13 +156,25 @@ def last_submission(run_directory: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(run_directory: Path) -> int | None:
-    """Step of the newest published checkpoint: one with a manifest."""
-    steps = [
-        int(path.parent.name.removeprefix("step-"))
+    """Step of the newest published checkpoint: one with a manifest that is of its name's step."""
+    found = {
+        int(path.parent.name.removeprefix("step-")): path
         for path in (run_directory / "checkpoints").glob("step-*/manifest.json")
         if path.parent.name.removeprefix("step-").isdigit()
-    ]
-    return max(steps, default=None)
+    }
+    # A folder that was renamed or copied is passed over by the run as well.
+    return next((step for step in sorted(found, reverse=True) if _says(found[step], step)), None)
+
+
+def _says(manifest: Path, step: int) -> bool:
+    """Whether a manifest's first lines name the step; what follows may be many megabytes."""
+    try:
+        with open(manifest, "rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    stated = re.search(rb'"step":\s*(\d+)\s*[,}]', head)
+    return stated is None or int(stated[1]) == step
 
 
 def ledger_tail(run_directory: Path, nbytes: int = 1 << 20) -> Iterator[dict[str, Any]]:

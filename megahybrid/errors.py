@@ -35,6 +35,21 @@ class MegahybridError(Exception):
     """Base of every error that is reported as one line without a traceback."""
 
     exit_code = EXIT_USER_MISTAKE
+    system_errno: int | None = None  # what the operating system refused, where that is the cause
+
+    def because(self, cause: OSError | int | None) -> "MegahybridError":
+        """This error, with the exit code of the refusal (or its errno) that caused it: words of its
+        own must not turn storage that fails into a user's mistake, which nobody tries again."""
+        self.system_errno = cause.errno if isinstance(cause, OSError) else cause
+        if self.system_errno in _STORAGE:
+            self.exit_code = EXIT_STORAGE
+        return self
+
+    def in_training(self) -> "MegahybridError":
+        """This error, met after an attempt's first step: no path is the user's mistake then."""
+        if self.system_errno in _TYPED and self.exit_code == EXIT_USER_MISTAKE:
+            self.exit_code = EXIT_STORAGE
+        return self
 
 
 class ConfigError(MegahybridError):
@@ -83,6 +98,12 @@ class AuditError(MegahybridError):
 
 class NoProgressError(MegahybridError):
     """The run cannot go on by itself, for example after too many skipped updates in a row."""
+
+    exit_code = EXIT_DO_NOT_RESTART
+
+
+class RepeatError(MegahybridError):
+    """A resume came to other data than an earlier attempt had at the same step: do not restart."""
 
     exit_code = EXIT_DO_NOT_RESTART
 
@@ -192,3 +213,13 @@ def _while_parsing(error: RecursionError) -> bool:
     return any(
         name == known or name.startswith(f"{known}.") for name in modules for known in _PARSERS
     )
+
+
+def raise_in_training(error: BaseException) -> None:
+    """Raise what an attempt met after its first step, when every path had once been right, as
+    failing storage; return where it is neither a path nor storage."""
+    if isinstance(error, MegahybridError):
+        raise error.in_training()
+    known = from_os_error(error, began=True) if isinstance(error, OSError) else None
+    if known is not None:
+        raise known from error

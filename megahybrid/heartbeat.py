@@ -55,10 +55,15 @@ def heartbeat_file(run_directory: Path, rank: int) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file so that nobody ever reads a part of it."""
+    """Replaces a file so that nobody ever reads a part of it. Raises OSError that names it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # half a file would keep what little room there is
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 class Heartbeat:

@@ -15,11 +15,11 @@ class Refused(Exception):
 
 def perform(action: Callable[[], Any]) -> Answer:
     """The result of an action or what it failed with, JSON-able, to be told to the other ranks."""
-    answer: Answer = {"value": None, "refused": None, "wrong": None, "broken": None}
+    answer: Answer = {"value": None, "refused": None, "wrong": None, "code": 0, "broken": None}
     try:
         answer["value"] = action()
     except MegahybridError as error:
-        answer["wrong"] = str(error)
+        answer["wrong"], answer["code"] = str(error), error.exit_code
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         answer["refused"] = f"{error.strerror or error}{where}"
@@ -36,7 +36,9 @@ def exchange(ranks: Ranks, answer: Answer) -> list[Any]:
         if other["broken"]:
             raise RuntimeError(f"rank {rank} could not save: {other['broken']}")
         if other["wrong"]:
-            raise CheckpointError(other["wrong"])
+            wrong = CheckpointError(other["wrong"])
+            wrong.exit_code = other["code"]
+            raise wrong
     for rank, other in enumerate(answers):
         if other["refused"]:
             raise Refused(f"rank {rank}: {other['refused']}")

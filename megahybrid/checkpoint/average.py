@@ -76,7 +76,9 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
             stack.enter_context(Owner(out))
             check_model(out, newest.model_fingerprint)
         except OSError as error:
-            raise CheckpointError(f"--out={out} cannot be written ({error.strerror}).") from None
+            raise CheckpointError(f"--out={out} cannot be written ({error.strerror}).").because(
+                error
+            ) from None
         return save(out, snapshot, keep_last=10**9)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import EXIT_DONE, CheckpointError
+from megahybrid.errors import EXIT_DONE, CheckpointError, tell
+from megahybrid.printable import printable
 
 
 def add_arguments(commands: argparse._SubParsersAction) -> None:
@@ -53,9 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chosen(path: Path) -> Path:
-    """A checkpoint's own folder, or the newest one of a run's by name (its bytes are not read)."""
+    """A checkpoint's own folder, or the newest one of a run's (its bytes are not read). One that is
+    named after another step is passed over, and told."""
     from megahybrid.checkpoint.folders import candidates
-    from megahybrid.checkpoint.manifest import MANIFEST_NAME
+    from megahybrid.checkpoint.manifest import MANIFEST_NAME, Misnamed, read_manifest
 
     if (path / MANIFEST_NAME).exists():
         return path
@@ -65,12 +67,24 @@ def chosen(path: Path) -> Path:
             f"{path} is no checkpoint and holds none (looked for {MANIFEST_NAME} and "
             "checkpoints/). Name a checkpoint's folder or a run's."
         )
-    return found[0]
+    misnamed = []
+    for folder in found:
+        try:
+            read_manifest(folder)
+        except Misnamed as error:
+            misnamed.append(f"Passing over {error}")
+            continue
+        except CheckpointError:
+            pass  # whoever opens it says what is wrong
+        tell("\n".join(misnamed))
+        return folder
+    raise CheckpointError("\n".join(misnamed))
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from megahybrid.checkpoint.folders import candidates, checkpoints_of
+    from megahybrid.checkpoint.folders import candidates
     from megahybrid.checkpoint.manifest import read_manifest
+    from megahybrid.checkpoint.names import checkpoints_of
     from megahybrid.checkpoint.reader import quick_check
 
     paths = candidates(arguments.run_directory)
@@ -141,7 +155,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if facts["schemes"]:
         shown["layers"] = "; ".join(f"{k}: {_scheme(v)}" for k, v in facts["schemes"].items())
     for name, text in shown.items():
-        print(f"{name + ':':<12} {text.strip()}")
+        print(f"{name + ':':<12} {printable(text.strip())}")
     print()
     table = [("tensor", "shape", "states", "fragments")]
     table += [
@@ -175,7 +189,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         for row in rows:
             if row["problem"] is None:
-                print(f"{row['path']}: every one of its {_size(row['bytes'])} is as written")
+                found = _size(row["bytes"])
+                print(f"{printable(row['path'])}: every one of its {found} is as written")
     problems = [row["problem"] for row in rows if row["problem"]]
     if problems:
         raise CheckpointError("\n".join(problems))
@@ -198,10 +213,10 @@ def _diff(arguments: argparse.Namespace) -> int:
         print(json.dumps(whole, indent=2))
         return EXIT_DONE
     for name, old, new in found.facts:
-        print(f"{name}: {old} → {new}")
+        print(printable(f"{name}: {old} → {new}"))
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         for name in names:
-            print(f"only in {side}: {name}")
+            print(printable(f"only in {side}: {name}"))
     changed = [change for change in found.changes if change.changed]
     print(f"{len(changed)} of {len(found.changes)} tensors differ")
     table = [("tensor", "state", "changed", "‖B-A‖/‖A‖", "max |B-A|")]
@@ -224,7 +239,7 @@ def _average(arguments: argparse.Namespace) -> int:
     result = average(paths, arguments.out, arguments.shares)
     if result.path is None:
         raise CheckpointError(f"--out={arguments.out} could not be written ({result.error}).")
-    print(f"{result.path}: the mean of {len(paths)} checkpoints' weights")
+    print(f"{printable(str(result.path))}: the mean of {len(paths)} checkpoints' weights")
     return EXIT_DONE
 
 
@@ -238,7 +253,7 @@ def _summary(manifest: Any) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "files": len(manifest.files),
         "ranks": manifest.written_by.get("ranks"),
-        "time_unix": manifest.written_by.get("time_unix", 0),
+        "time_unix": manifest.written_by.get("time_unix", 0.0),
         "written_by": manifest.written_by.get("megahybrid"),
         "version": manifest.version,
         "parent": manifest.train_state.get("parent"),
@@ -248,11 +263,13 @@ def _summary(manifest: Any) -> dict[str, Any]:
 
 
 def _scheme(scheme: dict[str, Any]) -> str:
-    """ "rope theta 10000, window 640"."""
-    position = scheme["position"]
-    theta = f" theta {position['theta']:g}" if "theta" in position else ""
-    window = "all keys" if scheme["window"] is None else f"window {scheme['window']}"
-    return f"{position['kind']}{theta}, {window}"
+    """ "rope theta 10000, window 640"; of another version's scheme, what it says."""
+    position, window = scheme.get("position"), scheme.get("window")
+    if not isinstance(position, dict):
+        return str(scheme)
+    theta = f" theta {position['theta']}" if "theta" in position else ""
+    keys = "all keys" if window is None else f"window {window}"
+    return f"{position.get('kind')}{theta}, {keys}"
 
 
 def _finite(value: float) -> float | None:
@@ -273,6 +290,8 @@ def _time(unix: float) -> str:
 
 
 def _print(table: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Columns; names and texts of a manifest cannot steer the terminal."""
+    table = [[printable(cell) for cell in row] for row in table]
     widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
     for row in table:
         cells = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.checkpoint import durable
-from megahybrid.errors import CheckpointError
+from megahybrid.errors import CheckpointError, StorageError
 
 OWNER_NAME = "owner.lock"
 MODEL_NAME = "model_fingerprint"
@@ -85,7 +85,8 @@ class Owner:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        with _one_at_a_time(self.path.with_name(f".{OWNER_NAME}.guard")):
+        # A lock that cannot be removed is known as a dead process's; what ended us is what counts.
+        with suppress(OSError), _one_at_a_time(self.path.with_name(f".{OWNER_NAME}.guard")):
             if (_read(self.path) or {}).get("token") == self._token:
                 self.path.unlink(missing_ok=True)
 
@@ -96,7 +97,17 @@ class Owner:
             self._refuse_if_alive(found, time.time())
 
     def check(self) -> None:
-        """Raise CheckpointError when the directory was taken over: to be asked before each save."""
+        """Raise CheckpointError when the directory was taken over, StorageError when it is gone: to
+        be asked at each step and before each save, which would make another one in its place."""
+        try:
+            os.stat(self.path.parent)
+        except FileNotFoundError:
+            raise StorageError(
+                f"directory={self.path.parent} is gone (deleted, renamed, or no longer mounted) "
+                "while this run trained. Bring it back, then give the same command again."
+            ) from None
+        except OSError:
+            pass  # a file system that is away for a moment is no reason to give up the run
         if self._lost:
             this = _words({"pid": os.getpid(), "host": socket.gethostname()})
             raise CheckpointError(

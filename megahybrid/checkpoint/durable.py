@@ -57,7 +57,8 @@ class BlockChecksums:
         """The sizes and checksums of all that was counted."""
         if self._block:
             self._finish_block()
-        return FileRecord(self.bytes, self.block_bytes, tuple(each.result() for each in self._done))
+        checksums = tuple(each.result() for each in self._done)
+        return FileRecord(bytes=self.bytes, block_bytes=self.block_bytes, crc32=checksums)
 
 
 def _checksum(pieces: Iterable[memoryview]) -> int:

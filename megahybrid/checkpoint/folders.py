@@ -1,21 +1,23 @@
-"""The names in `RUN/checkpoints`, what each means, and which of them may be deleted.
+"""The checkpoints in `RUN/checkpoints`: which there are, in order, and which may be deleted."""
 
-`step-00001234` is published. `.step-00001234.tmp` is being written or deleted, and is nobody's.
-`.step-00001234.replaced` is a published one that a save of the same step has just put aside: it
-still counts while no `step-00001234` stands in its place.
-"""
-
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megahybrid.checkpoint import durable
-from megahybrid.checkpoint.reader import quick_check, verify
+from megahybrid.checkpoint.manifest import Misnamed
+from megahybrid.checkpoint.names import (
+    PUBLISHED,
+    TEMPORARY,
+    checkpoints_of,
+    published_path,
+    replaced_path,
+    step_of,
+    temporary_path,
+)
+from megahybrid.checkpoint.reader import check_sizes, quick_check, verify
 from megahybrid.errors import CheckpointError
-
-_PUBLISHED = re.compile(r"(\.?)step-(\d{8,})(\.replaced)?")
-_TEMPORARY = re.compile(r"\.step-\d{8,}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -36,39 +38,12 @@ class Retention:
         return bool(scored) and step == min(scored, key=lambda each: (self.scores[each], -each))
 
 
-def checkpoints_of(run_directory: Path) -> Path:
-    """The folder that holds a run's checkpoints."""
-    return Path(run_directory) / "checkpoints"
-
-
-def published_path(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands when it is complete."""
-    return checkpoints_of(run_directory) / f"step-{step:08d}"
-
-
-def temporary_path(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written."""
-    return checkpoints_of(run_directory) / f".step-{step:08d}.tmp"
-
-
-def replaced_path(run_directory: Path, step: int) -> Path:
-    """Where a checkpoint waits while another of the same step takes its place."""
-    return checkpoints_of(run_directory) / f".step-{step:08d}.replaced"
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
-    match = _PUBLISHED.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[2])
-
-
 def candidates(run_directory: Path) -> list[Path]:
     """Every folder that may be a checkpoint, the one to prefer first: by step, newest first."""
     found = []
     folder = checkpoints_of(run_directory)
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _PUBLISHED.fullmatch(path.name)
+        match = PUBLISHED.fullmatch(path.name)
         if match and bool(match[1]) == bool(match[3]) and path.is_dir():
             found.append((int(match[2]), not match[3], path))
     return [path for *_, path in sorted(found, reverse=True)]
@@ -79,10 +54,10 @@ def reap(run_directory: Path) -> list[str]:
     folder = checkpoints_of(run_directory)
     gone = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name):
             durable.remove(path)
             gone.append(path.name)
-        elif path.name.endswith(".replaced") and _PUBLISHED.fullmatch(path.name):
+        elif path.name.endswith(".replaced") and PUBLISHED.fullmatch(path.name):
             original = folder / path.name.removeprefix(".").removesuffix(".replaced")
             if not original.exists():
                 durable.rename(path, original)
@@ -95,15 +70,18 @@ def reap(run_directory: Path) -> list[str]:
 def retain(run_directory: Path, retention: Retention, verified: Collection[Path] = ()) -> list[str]:
     """Delete the checkpoints that `retention` does not keep; returns the names deleted.
 
-    Damaged ones do not count. Nothing is deleted before the bytes of one that stays have been
-    verified, here or (those in `verified`) by the caller; the others that stay are only looked at.
+    Damaged ones do not count. Those that hold another step than their name says do not count and
+    are never deleted: somebody put them there. Nothing is deleted before the bytes of one that
+    stays have been verified, here or (those in `verified`) by the caller; the others that stay are
+    only looked at.
     """
     if retention.keep_last < 1:
         raise ValueError(f"keep_last={retention.keep_last} would delete the last checkpoint")
     proven, kept, gone = False, 0, []
-    found = candidates(run_directory)
+    looks = {path: _look(path) for path in candidates(run_directory)}
+    found = [path for path, look in looks.items() if look != "misnamed"]
     steps = {path: step_of(path) for path in found}
-    whole = {step for path, step in steps.items() if not quick_check(path)}
+    whole = {step for path, step in steps.items() if looks[path] == "whole"}
     for path in found:
         if kept >= retention.keep_last and proven:
             if steps[path] in whole and retention.spares(steps[path], whole):
@@ -126,6 +104,17 @@ def withdraw(run_directory: Path, step: int) -> None:
     durable.remove(hidden)
     if (waiting := replaced_path(run_directory, step)).exists():
         durable.rename(waiting, published)
+
+
+def _look(path: Path) -> Literal["whole", "damaged", "misnamed"]:
+    """What a folder is, by its manifest, its name and the sizes of its files."""
+    try:
+        check_sizes(path)
+    except Misnamed:
+        return "misnamed"
+    except CheckpointError:
+        return "damaged"
+    return "whole"
 
 
 def _verifies(path: Path) -> bool:

@@ -35,9 +35,8 @@ class FragmentFile:
             self._data = 8 + length
         except (SafetensorError, OSError, ValueError) as error:
             self.close()
-            raise CheckpointError(
-                f"{path} is damaged ({error}). Use another step's folder."
-            ) from None
+            damaged = CheckpointError(f"{path} is damaged ({error}). Use another step's folder.")
+            raise (damaged.because(error) if isinstance(error, OSError) else damaged) from None
 
     def check(self, part: FragmentRecord) -> int:
         """Where a fragment's data begins in the file; proven to be what the manifest says."""
@@ -79,7 +78,7 @@ class FragmentFile:
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path} cannot be read ({error.strerror}). Use another step's folder."
-                ) from None
+                ).because(error) from None
             if got == 0:
                 raise CheckpointError(
                     f"{self.path} ends within {part.key!r}. Use another step's folder."

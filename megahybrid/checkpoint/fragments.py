@@ -9,7 +9,7 @@ other.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ Box = tuple[tuple[int, int], ...]
 Flat = tuple[int, int]
 Array = NDArray[np.float32]
 
-STATES = ("weight", "exp_avg", "exp_avg_sq")
+State = Literal["weight", "exp_avg", "exp_avg_sq"]
+STATES: tuple[State, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 
 def shape_of(box: Box) -> tuple[int, ...]:

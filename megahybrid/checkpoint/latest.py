@@ -20,10 +20,12 @@ def latest(
     """The newest checkpoint that verifies, or None where there are none. Collective over `ranks`.
 
     A damaged one is reported in one line and the one before is tried. Where all are damaged
-    CheckpointError is raised: to begin again from nothing is the user's decision, not ours.
+    CheckpointError is raised: to begin again from nothing is the user's decision, not ours. Its
+    exit code is that of failing storage where one could not be read for that reason.
     """
     ranks = ranks or Ranks()
     damaged = []
+    refusal: int | None = None
     # What rank 0 sees, for all: on a network file system another rank may see it a moment later.
     found = candidates(Path(run_directory)) if ranks.rank == 0 else []
     for path in map(Path, ranks.gather([str(path) for path in found])[0]):
@@ -31,6 +33,7 @@ def latest(
             verify(path, ranks)
         except CheckpointError as error:
             damaged.append(path.name)
+            refusal = refusal or error.system_errno
             report(f"Passing over {error}")
             continue
         return path
@@ -38,5 +41,5 @@ def latest(
         raise CheckpointError(
             f"{run_directory}: none of its {len(damaged)} checkpoints can be read "
             f"({', '.join(damaged)}). Restore one, or start again in another directory."
-        )
+        ).because(refusal)
     return None

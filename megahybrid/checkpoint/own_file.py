@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class OwnFile:
              "file": self.name, "key": key}
             for key, part in zip(self.keys, self.fragments, strict=True)
         ]  # fmt: skip
-        return {"name": self.name, "fragments": table, **asdict(record)}
+        return {"name": self.name, "fragments": table, **record.model_dump()}
 
     def damage(self, folder: Path) -> str | None:
         """What reading the file back finds wrong, or None. Raises OSError."""

@@ -148,33 +148,36 @@ def verify(path: Path | str, ranks: Ranks | None = None) -> Manifest:
     path, ranks = Path(path), ranks or Ranks()
     manifest: Manifest | None = None
     bad: dict[str, list[int]] = {}
+    refusal: int | None = None  # errno of a file system that did not give what it holds
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        problems = [str(error)]
+        problems, refusal = [str(error)], error.system_errno
         if ranks.count == 1:
             raise
     else:
         problems = size_problems(path, manifest)
-        unreadable, bad = _share_of_bytes(path, manifest, ranks, problems)
+        unreadable, bad, refusal = _share_of_bytes(path, manifest, ranks, problems)
         problems += unreadable
-    answers = ranks.gather([problems, bad])
-    found = list(dict.fromkeys(line for lines, _ in answers for line in lines))
+    answers = ranks.gather([problems, bad, refusal])
+    found = list(dict.fromkeys(line for lines, *_ in answers for line in lines))
+    refusal = next((number for *_, number in answers if number is not None), None)
     damaged: dict[str, list[int]] = {}
-    for _, of_rank in answers:
+    for _, of_rank, _ in answers:
         for name, blocks in of_rank.items():
             damaged[name] = sorted([*damaged.get(name, []), *blocks])
     if manifest is None:
-        raise CheckpointError(found[0])
+        raise CheckpointError(found[0]).because(refusal)
     found += [_damage(name, manifest.files[name], damaged[name]) for name in sorted(damaged)]
-    _raise(path, found + manifest.coverage())
+    _raise(path, found + manifest.coverage(), refusal)
     return manifest
 
 
 def _share_of_bytes(
     path: Path, manifest: Manifest, ranks: Ranks, known: list[str]
-) -> tuple[list[str], dict[str, list[int]]]:
-    """Of one rank's part of all blocks: what could not be read, and the damaged ones by file.
+) -> tuple[list[str], dict[str, list[int]], int | None]:
+    """Of one rank's part of all blocks: what could not be read, the damaged ones by file, and the
+    errno of the last refusal.
 
     Files that the lines `known` begin with are left out.
 
@@ -185,6 +188,7 @@ def _share_of_bytes(
     low, high = (total * edge // ranks.count for edge in (ranks.rank, ranks.rank + 1))
     problems: list[str] = []
     bad: dict[str, list[int]] = {}
+    refusal: int | None = None
     at = 0
     for name, record in manifest.files.items():
         blocks = range(max(low - at, 0), min(high - at, len(record.crc32)))
@@ -195,12 +199,13 @@ def _share_of_bytes(
             found = durable.damaged_blocks(path / name, record, blocks)
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
+            refusal = error.errno
             continue
         if found:
             bad[name] = found
         elif blocks.start == 0:
             problems += _table_problems(path, name, manifest)
-    return problems, bad
+    return problems, bad, refusal
 
 
 def _damage(name: str, record: FileRecord, bad: list[int]) -> str:
@@ -232,11 +237,15 @@ def _table_problems(path: Path, name: str, manifest: Manifest) -> list[str]:
 def quick_check(path: Path) -> str | None:
     """What is wrong with a checkpoint's manifest or its files' sizes, or None; reads no data."""
     try:
-        manifest = read_manifest(path)
-        _raise(path, size_problems(path, manifest))
+        check_sizes(path)
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def check_sizes(path: Path) -> None:
+    """Raise CheckpointError where a manifest or the size of a file is wrong; reads no data."""
+    _raise(path, size_problems(path, read_manifest(path)))
 
 
 def size_problems(path: Path, manifest: Manifest) -> list[str]:
@@ -260,9 +269,11 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _raise(path: Path, problems: list[str]) -> None:
+def _raise(path: Path, problems: list[str], refusal: int | None = None) -> None:
     if problems:
         listed = "; ".join(problems[:LISTED_PROBLEMS])
         more = len(problems) - LISTED_PROBLEMS
         rest = f"; and {more} more" if more > 0 else ""
-        raise CheckpointError(f"{path}: {listed}{rest}. Use another step's folder.")
+        raise CheckpointError(f"{path}: {listed}{rest}. Use another step's folder.").because(
+            refusal
+        )

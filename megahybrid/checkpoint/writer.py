@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from megahybrid.checkpoint import durable, folders
+from megahybrid.checkpoint import durable, folders, names
 from megahybrid.checkpoint.agree import Refused, agree
 from megahybrid.checkpoint.folders import Retention
-from megahybrid.checkpoint.fragments import STATES, Fragment
+from megahybrid.checkpoint.fragments import STATES, Fragment, State
 from megahybrid.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -137,8 +137,8 @@ def phases(
     """The actions of a save in their order."""
     started = time.monotonic()
     own = OwnFile(snapshot.fragments, ranks.rank)
-    temporary = folders.temporary_path(run_directory, snapshot.step)
-    published = folders.published_path(run_directory, snapshot.step)
+    temporary = names.temporary_path(run_directory, snapshot.step)
+    published = names.published_path(run_directory, snapshot.step)
     first = ranks.rank == 0
 
     def prepare() -> None:
@@ -206,7 +206,7 @@ def _prepare(run_directory: Path, temporary: Path, total: int) -> None:
 
 def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, Any] | None]) -> None:
     """Rank 0's part: the manifest, and the rename that makes the folder a checkpoint."""
-    temporary = folders.temporary_path(run_directory, snapshot.step)
+    temporary = names.temporary_path(run_directory, snapshot.step)
     manifest = _manifest(snapshot, written)
     text = manifest.to_json()
     # What is written must be what a reader takes: the same checks, before it is published.
@@ -219,8 +219,8 @@ def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, An
     _wait_until_visible(temporary, manifest.files)
     durable.write(temporary / MANIFEST_NAME, [memoryview(text.encode())])
     durable.sync_directory(temporary)
-    published = folders.published_path(run_directory, snapshot.step)
-    replaced = folders.replaced_path(run_directory, snapshot.step)
+    published = names.published_path(run_directory, snapshot.step)
+    replaced = names.replaced_path(run_directory, snapshot.step)
     if published.is_dir() and not replaced.exists():
         durable.rename(published, replaced)
     else:
@@ -233,12 +233,12 @@ def _conclude(
     run_directory: Path, step: int, damaged: list[str], retention: Retention
 ) -> dict[str, Any]:
     """Rank 0's last part: delete what the new checkpoint makes needless, or take that back."""
-    published = folders.published_path(run_directory, step)
+    published = names.published_path(run_directory, step)
     if damaged:
         folders.withdraw(run_directory, step)
         return {"removed": [], "warning": None}
     try:
-        durable.remove(folders.replaced_path(run_directory, step))
+        durable.remove(names.replaced_path(run_directory, step))
         removed = folders.retain(run_directory, retention, verified=[published])
     except OSError as error:
         return {"removed": [], "warning": f"old checkpoints stay: {error}"}
@@ -249,23 +249,25 @@ def _manifest(snapshot: Snapshot, written: list[dict[str, Any] | None]) -> Manif
     parts = [part for part in written if part is not None]
     fragments = tuple(_fragment_record(row) for part in parts for row in part["fragments"])
     files = {
-        part["name"]: FileRecord(part["bytes"], part["block_bytes"], tuple(part["crc32"]))
+        part["name"]: FileRecord(
+            bytes=part["bytes"], block_bytes=part["block_bytes"], crc32=tuple(part["crc32"])
+        )
         for part in parts
     }
-    states = tuple(snapshot.states)
+    states = cast(tuple[State, ...], tuple(snapshot.states))
     return Manifest(
         step=snapshot.step,
         tokens=snapshot.tokens,
         model_fingerprint=snapshot.model_fingerprint,
         optimizer_step=snapshot.optimizer_step,
         tensors={
-            name: TensorRecord(tuple(int(size) for size in shape), states)
+            name: TensorRecord(shape=tuple(int(size) for size in shape), states=states)
             for name, shape in snapshot.tensors.items()
         },
         fragments=fragments,
         files=files,
-        train_state=snapshot.train_state,
-        config=snapshot.config,
+        train_state=dict(snapshot.train_state),
+        config=dict(snapshot.config),
         written_by={"megahybrid": _version(), "ranks": len(written), "time_unix": time.time()},
     )
 
@@ -274,7 +276,7 @@ def _fragment_record(row: Mapping[str, Any]) -> FragmentRecord:
     """What a rank told of a fragment; on its way a tuple may have become a list."""
     box = tuple((start, stop) for start, stop in row["box"])
     start, stop = row["flat"]
-    return FragmentRecord(row["tensor"], row["state"], box, (start, stop), row["file"], row["key"])
+    return FragmentRecord(**{**row, "box": box, "flat": (start, stop)})
 
 
 def _version() -> str:

@@ -33,6 +33,8 @@ Name = Annotated[str, StringConstraints(pattern=NAME)]
 # Numbers of files: what is beyond an int64 with room to add is damage, whatever it counts.
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Positive = Annotated[int, Field(ge=1, le=2**62)]
+# Until the year 9999: what a calendar can say.
+UnixSeconds = Annotated[float, Field(ge=0, le=253402300799)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -117,6 +119,21 @@ def read_record(type: type[Value], raw: bytes) -> Value:
     except ValidationError as error:
         lines = explain(error, type, plain)
     raise ConfigError("\n".join(lines))
+
+
+def first_fault(error: ValueError, type: type[BaseModel], plain: Any, where: str = "") -> str:
+    """The first thing that `parse_json` found wrong with `plain`, in one line without advice, and
+    how many more there are."""
+    from megahybrid.config.explain import explain
+    from megahybrid.printable import shortened
+
+    if isinstance(error, ValidationError):
+        lines = explain(error, type, plain, where)
+    else:
+        lines = [str(error).splitlines()[0]]
+    more = f" (and {len(lines) - 1} more such faults)" if len(lines) > 1 else ""
+    # What to do about a value of a run file is nothing to do about a file that we wrote.
+    return shortened(lines[0].rsplit(". ", 1)[0], 300).removesuffix(".") + more
 
 
 def dump(value: BaseModel) -> dict[str, Any]:

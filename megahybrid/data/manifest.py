@@ -140,13 +140,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         if not isinstance(value, dict) or "format" not in value or "version" not in value:
             raise DataError(f"{path} has no format and version. {again}")
         return read_record(Manifest, raw), hashlib.sha256(raw).hexdigest()
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing (a prepared dataset has one). "
             "Prepare the data with `megahybrid data tokenize`."
-        ) from None
+        ).because(error) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.").because(
+            error
+        ) from None
     except ConfigError as error:
         fault = first_line(error).removesuffix(" Change it.").removesuffix(".")
         raise DataError(f"{path}: {fault}. {again}") from None

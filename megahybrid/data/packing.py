@@ -74,7 +74,9 @@ class PackPlan:
                 raise ValueError
             self.dataset = folder / self.info.dataset
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
+            raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.").because(
+                error
+            ) from None
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             raise _damaged(path, "is no plan of this version") from None
         self.fingerprint = hashlib.sha256(raw).hexdigest()
@@ -92,7 +94,9 @@ class PackPlan:
         try:
             found = os.stat(path).st_size
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}). Pack again.") from None
+            raise DataError(f"{path} cannot be read ({error.strerror}). Pack again.").because(
+                error
+            ) from None
         if found != expected:
             raise _damaged(path, f"has {found} bytes, not {expected} (plan.json)")
         return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)

@@ -55,7 +55,7 @@ class ShardFiles:
         except OSError as error:
             raise DataError(
                 f"{self._shards[number].bin_path} cannot be read ({error.strerror}). {RESTORE}"
-            ) from None
+            ).because(error) from None
 
     def _too_short(self, number: int, end: int) -> DataError:
         shard = self._shards[number]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megahybrid.errors import DataError
+from megahybrid.errors import DataError, MegahybridError
 
 Array = npt.NDArray[Any]
 Facts = tuple[int, int, int]
@@ -234,8 +234,10 @@ def _entry(file: int, form: str, offset: int) -> int:
     return int(struct.unpack(form, os.pread(file, struct.calcsize(form), offset))[0])
 
 
-def _unreadable(path: Path | int, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read ({error.strerror}). Copy or prepare the data again.")
+def _unreadable(path: Path | int, error: OSError) -> MegahybridError:
+    return DataError(
+        f"{path} cannot be read ({error.strerror}). Copy or prepare the data again."
+    ).because(error)
 
 
 def _damaged(path: Path, what: str) -> DataError:

@@ -238,7 +238,7 @@ def _read(path: Path) -> bytes:
         raise DataError(
             f"tokenizer {path} cannot be read ({error.strerror}). Correct the path, or train one "
             "with `megahybrid data tokenizer`."
-        ) from None
+        ).because(error) from None
 
 
 def _sha256(raw: bytes) -> str:

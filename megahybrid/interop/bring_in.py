@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
-from megahybrid.checkpoint.folders import published_path
 from megahybrid.checkpoint.fragments import Fragment, whole
+from megahybrid.checkpoint.names import published_path
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.writer import Snapshot, save
 from megahybrid.config import RunConfig, counting, load, parse

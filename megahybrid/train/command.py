@@ -1,7 +1,6 @@
 """`megahybrid train`: check in the parent, start the ranks, end with the first failure's code."""
 
 import contextlib
-import errno
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from megahybrid.errors import (
     ConfigError,
     MegahybridError,
     first_line,
+    from_os_error,
     tell,
 )
 from megahybrid.heartbeat import LOGS, Heartbeat, write_stacks_on_signal
@@ -80,7 +80,7 @@ def _make_directory(directory: Path) -> None:
         raise ConfigError(
             f"directory={directory} cannot be written to ({error.strerror}). "
             "Name a folder that can be, or free space there."
-        ) from None
+        ).because(error) from None
 
 
 def _default_processes(run: RunConfig) -> int:
@@ -110,7 +110,7 @@ def _rank(
         end_with_launcher()
     rank = place.rank if place else 0
     logs = _logs(directory)
-    heartbeat = Heartbeat(directory, rank).start()
+    heartbeat = Heartbeat(directory, rank)
     if place is not None:
         with contextlib.suppress(OSError):
             write_stacks_on_signal(logs / f"stacks-{rank:04d}.txt")
@@ -118,6 +118,7 @@ def _rank(
     terminal = os.fdopen(os.dup(2), "w") if rank else sys.stderr
     consequence = False
     try:
+        heartbeat.start()
         code, message = _attempt(run, directory, allow, heartbeat, track), _stopped(directory)
         shutdown_distributed(ok=True)
         if code == EXIT_DONE:
@@ -134,15 +135,26 @@ def _rank(
     if launched:
         record_failure(logs, rank, message, consequence=consequence)
     else:
-        tell(message, terminal)
+        with contextlib.suppress(OSError):  # the terminal may be a file on the disk that is full
+            tell(message, terminal)
     if place is None:
         shutdown_distributed(ok=False)
+        _flush()
         return code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     # Peers may wait in a collective for ever; leaving without teardown closes our connections,
     # which is how they learn of it.
     os._exit(code)
+
+
+def _flush() -> None:
+    """What was printed, as far as it can be: a full disk under it must not change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # The interpreter flushes once more as it ends, and would end with 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _logs(directory: Path) -> Path:
@@ -178,12 +190,11 @@ def _explain(
     """What ended a rank in one line, and the exit code for it."""
     if isinstance(error, MegahybridError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return (
-            f"{error.filename or directory} could not be written ({error.strerror}). "
-            "Make room there, then give the same command again: it resumes.",
-            EXIT_USER_MISTAKE,
-        )
+    if isinstance(error, OSError):
+        if error.filename is None:
+            error.filename = str(directory)
+        if (known := from_os_error(error)) is not None:
+            return str(known), known.exit_code
     from megahybrid.train.out_of_memory import explain_out_of_memory, is_out_of_memory
 
     if is_out_of_memory(error):
@@ -192,9 +203,6 @@ def _explain(
     name = type(error).__name__
     where = _logs(directory) / f"rank-{rank:04d}.log"
     return f"rank {rank}: {name}: {first_line(error)} (traceback in {where})", EXIT_FAILURE
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def _keep_traceback(logs: Path, rank: int, *, show: bool) -> None:

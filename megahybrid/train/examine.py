@@ -63,7 +63,7 @@ class Examiner:
         path = self.directory / LEDGER_NAME
         if self.mesh.rank == 0 and found and path.exists():
             asked = read_ledger(path).named("suite")
-            known = {line.detail["suite"] for line in asked if line.step == step}
+            known = {line.detail.get("suite") for line in asked if line.step == step}
             found = [name for name in found if name not in known]
         return broadcast_object(found, self.mesh.world)
 
@@ -128,8 +128,8 @@ class Examiner:
         if isinstance(gate, LossGate):
             for line in reversed(read_ledger(self.directory / LEDGER_NAME).named("evaluate")):
                 told = line.detail
-                if (line.step, told["set"], told.get("rows")) == (step, gate.set, "stream"):
-                    return told["loss"]
+                if (line.step, told.get("set"), told.get("rows")) == (step, gate.set, "stream"):
+                    return told.get("loss")
             return None
         path = result_path(self.directory, step, "suite", gate.suite)
         if not path.exists():

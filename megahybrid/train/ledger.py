@@ -9,12 +9,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import MegahybridError
+from megahybrid.errors import MegahybridError, StorageError
+from megahybrid.printable import shortened
 
 LEDGER_NAME = "ledger.jsonl"
 EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
@@ -118,9 +119,11 @@ class LedgerWriter:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError as error:
-            # Half a line in the middle of the file would make the whole ledger unreadable.
-            os.ftruncate(self._file, before)
-            raise MegahybridError(
+            # Half a line in the middle of the file would make the whole ledger unreadable. Where
+            # that is refused as well it is the last one, which the next attempt cuts off.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, before)
+            raise StorageError(
                 f"{self.path} could not be written ({error.strerror}). "
                 "Make room there, then give the same command again: it resumes."
             ) from error
@@ -171,13 +174,13 @@ def read_every_line(path: Path) -> Iterator[Line]:
     except OSError as error:
         raise MegahybridError(
             f"{path} could not be read ({error.strerror}). Name the directory of a run."
-        ) from error
+        ).because(error) from error
     texts = content.split(b"\n")
     # The piece after the last newline is empty, or a line that was never finished.
     for number, text in enumerate(texts[:-1], start=1):
         try:
             yield _parse(text)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(texts) - 1 and not texts[-1]:
                 return
             raise MegahybridError(
@@ -192,7 +195,81 @@ def _parse(text: bytes) -> Line:
         raise ValueError("no kind of step or event")
     kind = record["kind"]
     # Fields of a newer version are left out, so that an older report still reads the run.
-    return _KINDS[kind](**{key: record[key] for key in record.keys() & _FIELDS[kind]})
+    known = {key: record[key] for key in record.keys() & _FIELDS[kind]}
+    for name, value in known.items():
+        if not _IS[name](value):
+            raise ValueError(f"{name}={shortened(json.dumps(value))} is not {_WANTED[_IS[name]]}")
+    line = _KINDS[kind](**known)
+    if isinstance(line, EventLine):
+        _check_detail(line)
+    return line
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number_or_null, value.values()))
+
+
+_WANTED: dict[Callable[[Any], bool], str] = {
+    _is_count: "a count",
+    _is_number: "a number",
+    _is_number_or_null: "a number or null",
+    _is_text: "text",
+    _is_flag: "true or false",
+    _is_object: "an object",
+    _is_counts: "an object of counts",
+    _is_numbers: "an object of numbers",
+}
+# Somebody may have edited a line by hand: what is computed with is what it should be.
+_IS: dict[str, Callable[[Any], bool]] = (
+    dict.fromkeys(("step", "tokens", "length", "cursor_crc", "attempt"), _is_count)
+    | dict.fromkeys(("stage", "event"), _is_text)
+    | dict.fromkeys(("learning_rate", "time_unix"), _is_number)
+    | dict.fromkeys(
+        ("loss", "gradient_norm", "tokens_per_second", "mfu", "memory_gib"), _is_number_or_null
+    )
+    | dict.fromkeys(("gradient_norm_by_kind", "seconds"), _is_numbers)
+    | {"source_tokens": _is_counts, "skipped": _is_flag, "detail": _is_object}
+)
+# Of events that decide how a run goes on.
+_DETAILS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "evaluate": {"set": _is_text, "loss": _is_number_or_null},
+    "suite": {"suite": _is_text},
+    REWIND: {"data": _is_object},
+}
+
+
+def _check_detail(line: EventLine) -> None:
+    for name, right in _DETAILS.get(line.event, {}).items():
+        if name in line.detail and not right(line.detail[name]):
+            raise ValueError(f"detail.{name} of event {line.event} is not {_WANTED[right]}")
 
 
 def _last_line(file: int, path: Path) -> tuple[int, Line | None]:

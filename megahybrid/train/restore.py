@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,18 +10,22 @@ from typing import Any
 
 from megahybrid.checkpoint.directory import check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
-from megahybrid.checkpoint.folders import candidates, checkpoints_of
+from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from megahybrid.checkpoint.names import checkpoints_of
 from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
 from megahybrid.config.attention import LayerPlan
-from megahybrid.config.base import dump
+from megahybrid.config.base import did_you_mean, dump, first_fault
+from megahybrid.config.counting import parameters
 from megahybrid.config.explain import show
+from megahybrid.config.model import ModelConfig
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.mixture import carried_state
-from megahybrid.errors import CheckpointError
+from megahybrid.data.mixture import Mixture, carried_state
+from megahybrid.errors import CheckpointError, ConfigError, first_line
+from megahybrid.printable import shortened
 from megahybrid.train.state import TrainState
 
 # What may change while a run goes on: how fast, how often, and what is written beside it.
@@ -49,6 +54,7 @@ def check_beginning(run: RunConfig, directory: Path, allow: Sequence[str] = ()) 
 
     Reads manifests alone and writes nothing; `locate` verifies every byte.
     """
+    _check_allowed(allow, run)
     check_model(directory, model_fingerprint(run.model), claim=False)
     for path in candidates(directory):
         with contextlib.suppress(CheckpointError):
@@ -93,6 +99,11 @@ def find_beginning(
         return Beginning(TrainState())
     manifest = read_manifest(located)
     saved = dict(manifest.train_state)
+    if missing := [name for name in TrainState.KEPT if name not in saved]:
+        raise CheckpointError(
+            f"{located}: train_state lacks {', '.join(missing)}, so training cannot go on from it. "
+            "Start from its weights alone (start.take=weights), or use another step's folder."
+        )
     state = TrainState.from_json(saved)
     kernels, parent = saved.get("kernels"), saved.get("parent")
     if checkpoints_of(directory) == located.parent:
@@ -116,10 +127,33 @@ def find_beginning(
     return Beginning(state, located, take, kernels, parent)
 
 
+def positioned(mixture: Mixture, data: dict[str, Any]) -> dict[str, Any]:
+    """The position in the data that a checkpoint holds, or their beginning. Raises DataError where
+    it does not fit the data, CheckpointError where it is none."""
+    try:
+        found = mixture.restore(data) if data else mixture.start()
+        for name in ("weights", "since", "longest"):
+            _ = found[name]  # asked for by the first row
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _no_position(error) from error
+
+
+def _no_position(error: Exception) -> CheckpointError:
+    what = shortened(f"{type(error).__name__}: {first_line(error)}")
+    return CheckpointError(
+        f"train_state.data of the checkpoint is no position in the data ({what}). "
+        "Use another step's folder."
+    )
+
+
 def _carried(run: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     numbers = {"seed": run.seed, "block_tokens": run.data.block_tokens, "lanes": run.data.lanes}
     files = {name: TokenDataset(it.path).fingerprint for name, it in run.data.sources.items()}
-    return carried_state(data, numbers, files)
+    try:
+        return carried_state(data, numbers, files)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise _no_position(error) from error
 
 
 def _check_parent(run: RunConfig, manifest: Manifest) -> None:
@@ -163,7 +197,7 @@ def plan_of(run: RunConfig, manifest: Manifest, path: Path) -> LayerPlan:
     """The layer plan of the step that wrote a checkpoint: the stage's, and where it anneals, that
     of its last token. Raises CheckpointError where the checkpoint says another."""
     plan = run.plan_after(manifest.tokens)
-    for name, kept in manifest.train_state.get("schemes", {}).items():
+    for name, kept in (manifest.train_state.get("schemes") or {}).items():
         found = dump(plan.schemes[name]) if name in plan.schemes else None
         if found != kept:
             raise CheckpointError(
@@ -175,13 +209,37 @@ def plan_of(run: RunConfig, manifest: Manifest, path: Path) -> LayerPlan:
 
 
 def _config_of(manifest: Manifest, path: Path) -> RunConfig:
-    try:
-        return parse_json(RunConfig, json.dumps(manifest.config))
-    except ValueError as error:
-        first = str(error).splitlines()[0]
+    """The resolved run file in a manifest. Raises CheckpointError where its model is not the one
+    whose tensors the checkpoint holds: nothing is built or counted of another."""
+    layers = _inner(_inner(_inner(manifest.config, "model"), "layer_plan"), "num_layers")
+    if isinstance(layers, int) and layers > len(manifest.tensors):  # a billion would be written out
         raise CheckpointError(
-            f"{path}: its config cannot be read by this version ({first})."
+            f"{path}: its config describes another model ({layers} layers) than the one it holds "
+            f"({manifest.model_fingerprint}). Use another step's folder."
+        )
+    try:
+        run = parse_json(RunConfig, json.dumps(manifest.config))
+    except (ValueError, ConfigError) as error:
+        wrong = first_line(error)
+        if isinstance(error, ValueError):
+            wrong = first_fault(error, RunConfig, manifest.config)
+        raise CheckpointError(
+            f"{path}: its config cannot be read by this version ({wrong}). Use the version that "
+            f"wrote it ({manifest.written_by.get('megahybrid', 'unknown')})."
         ) from error
+    if not _describes(run.model, manifest):
+        raise CheckpointError(
+            f"{path}: its config describes another model "
+            f"({run.model.layer_plan.num_layers} layers of {run.model.hidden_size}) than the one "
+            f"it holds ({manifest.model_fingerprint}). Use another step's folder."
+        )
+    return run
+
+
+def _describes(model: ModelConfig, manifest: Manifest) -> bool:
+    """Whether a checkpoint's tensors, bounded by the bytes that there are, are of this model."""
+    held = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
+    return model_fingerprint(model) == manifest.model_fingerprint and parameters(model) == held
 
 
 def _check_same_run(
@@ -199,6 +257,7 @@ def _check_same_run(
             "Use another directory, or the model it had."
         )
     begun = sum(end < manifest.tokens for end in saved.stage_plan.stage_ends) + 1
+    _check_allowed(allow, run, saved)
     changes = [
         row for row in compare(saved, run) if not row[0].startswith("(") and row[0] != "directory"
     ]
@@ -210,6 +269,40 @@ def _check_same_run(
                 f"directory, or say that it is meant: --allow {path}."
             )
     return changes
+
+
+def _check_allowed(allow: Sequence[str], *runs: RunConfig) -> None:
+    """Raise ConfigError for a name in `allow` that is no field, now or in the checkpoint."""
+    from megahybrid.config.explain import fields_at
+
+    for name in allow:
+        parts = name.split(".")
+        for run in runs:
+            plain = dump(run)
+            here, known = plain, True
+            for at, part in enumerate(parts):
+                names = fields_at(RunConfig, parts[:at], plain)
+                if isinstance(here, dict):
+                    names += [str(key) for key in here]
+                elif isinstance(here, list):
+                    names += [str(index) for index in range(len(here))]
+                if part not in names:
+                    known = False
+                    break
+                here = _inner(here, part)
+            if known:
+                break
+        else:
+            nearest = did_you_mean(part, names) or f" Fields here: {', '.join(names[:8])}."
+            raise ConfigError(
+                f"--allow={name} names no field of this run ('{part}' is none).{nearest}"
+            )
+
+
+def _inner(plain: Any, part: str) -> Any:
+    if isinstance(plain, dict):
+        return plain.get(part)
+    return plain[int(part)] if isinstance(plain, list) and part.isdecimal() else None
 
 
 def _named_in(path: str, allow: Sequence[str]) -> bool:

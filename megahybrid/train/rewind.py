@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import NoProgressError
+from megahybrid.errors import CheckpointError, NoProgressError
 from megahybrid.train.ledger import LEDGER_NAME, REWIND, EventLine, read_ledger
 from megahybrid.train.restore import Beginning
 from megahybrid.train.state import TrainState
@@ -46,4 +46,10 @@ def _rewinds_to(directory: Path, step: int) -> list[EventLine]:
     path = directory / LEDGER_NAME
     if not path.exists():
         return []
-    return [line for line in read_ledger(path).named(REWIND) if line.step == step]
+    rewinds = [line for line in read_ledger(path).named(REWIND) if line.step == step]
+    if not all("data" in line.detail for line in rewinds):
+        raise CheckpointError(
+            f"{path}: the rewind to step {step} does not say with which data it went on "
+            "(detail.data). Restore the ledger, or start from an earlier checkpoint."
+        )
+    return rewinds

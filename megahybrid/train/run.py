@@ -17,9 +17,16 @@ from megahybrid.config.explain import show
 from megahybrid.data.held_out import Rows
 from megahybrid.data.loader import BatchLoader, StepData
 from megahybrid.data.mixture import open_mixture
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError, first_line
+from megahybrid.errors import (
+    EXIT_DONE,
+    EXIT_RESUME,
+    ExhaustedError,
+    MegahybridError,
+    first_line,
+    raise_in_training,
+)
 from megahybrid.evaluate.loss import HeldOutLoss
-from megahybrid.heartbeat import Heartbeat
+from megahybrid.heartbeat import Heartbeat, write_whole
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
@@ -35,7 +42,8 @@ from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
-from megahybrid.train.restore import Beginning, find_beginning, locate
+from megahybrid.train.repeated import RepeatedSteps
+from megahybrid.train.restore import Beginning, find_beginning, locate, positioned
 from megahybrid.train.rewind import go_back, past_spikes
 from megahybrid.train.saving import RunSaver, ranks_of
 from megahybrid.train.state import TrainState
@@ -71,6 +79,7 @@ class Attempt:
             self.listeners.on_event,
             self._meanwhile,
         )
+        self.repeats = RepeatedSteps(run, self.mesh, self.allow)
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
 
     def go(self, beginning: Beginning) -> int:
@@ -94,6 +103,7 @@ class Attempt:
             held=(state.step, source) if beginning.resumes and source is not None else None,
         )
         owed = self._owed_evaluation(state) if beginning.resumes else None
+        self.repeats.begin(self.directory, state.step, beginning.parent)
         self.listeners.on_start(self._info(state, beginning))
         for path, old, new in beginning.changes:
             change = {"field": path, "before": show(old), "now": show(new)}
@@ -153,6 +163,7 @@ class Attempt:
     def _go_back(self, spike: TrainState, reason: str) -> Beginning:
         """To the newest checkpoint, with the data after the spike. Collective."""
         self.saver.finish()
+        self.repeats.forget()
         located = locate(self.run, self.directory, self._warn, ranks_of(self.mesh))
         beginning, detail = on_first(
             self.mesh.world,
@@ -181,7 +192,7 @@ class Attempt:
             elif every is not None and state.step % every == 0:
                 owed = "stream"
             scored = {
-                line.detail["set"]
+                line.detail.get("set")
                 for line in read_ledger(path).named("evaluate")
                 if line.step == state.step and line.detail.get("rows") == owed
             }
@@ -209,7 +220,8 @@ class Attempt:
                 "index": index,
                 "kernels": self.kernels,
                 "self_test_seconds": layers.self_test_seconds,
-            },
+            }
+            | self.repeats.stage(index, self.kernels),
             stage=run.stages[index].name,
         )
         if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
@@ -225,7 +237,7 @@ class Attempt:
         self, engine: Engine, layers: Layers, index: int, state: TrainState
     ) -> tuple[TrainState, Ending]:
         run, until = self.run, self.plan.stage_ends[index]
-        data = self.mixture.restore(state.data) if state.data else self.mixture.start()
+        data = positioned(self.mixture, state.data)
         data = self.mixture.reweight(data, run.stages[index].weights)
         with BatchLoader(
             self.mixture,
@@ -250,6 +262,7 @@ class Attempt:
                     run.optimizer.skip_spikes,
                 ),
                 listeners=self.listeners,
+                repeats=self.repeats,
                 stop=self.stop,
                 profiler=self.profiler,
                 save=lambda state: self.save(engine, state),
@@ -367,14 +380,18 @@ def run_attempt(
         )
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])
         if mesh.rank == 0:
-            (directory / "config.yaml").write_text(dump_yaml(run))
+            write_whole(directory / "config.yaml", dump_yaml(run))
         attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat, allow)
         for warning in warnings:
             listeners.on_event("warning", {"message": warning})
         try:
             return attempt.go(beginning)
         except BaseException as error:
-            listeners.on_end("failed", {"error": first_line(error)})
+            # The disk that ended the run may refuse its last line too: the cause is what is told.
+            with contextlib.suppress(MegahybridError, OSError):
+                listeners.on_end("failed", {"error": first_line(error)})
+            if listeners.began:
+                raise_in_training(error)
             raise
 
 

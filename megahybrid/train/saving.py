@@ -10,7 +10,7 @@ from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult, Snapshot
 from megahybrid.config import RunConfig, dump
-from megahybrid.errors import CheckpointError
+from megahybrid.errors import StorageError
 from megahybrid.parallel.collectives import gather_objects
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
@@ -60,13 +60,13 @@ class RunSaver:
 
     def save_and_wait(self, engine: Engine, state: TrainState) -> Path:
         """Write a checkpoint that the run cannot go on without, unless this step's is there
-        already. Raises CheckpointError."""
+        already. Raises StorageError: what a disk refuses now it may take in the next attempt."""
         self.finish()
         if self._held is not None and self._held[0] == state.step:
             return self._held[1]
         result = self._saver.save(*self._snapshot(engine, state))
         if result.path is None:
-            raise CheckpointError(
+            raise StorageError(
                 f"directory={self._directory} could not take the checkpoint of step {result.step} "
                 f"({result.error}). Make room there, then give the same command again: it resumes."
             )
@@ -135,12 +135,11 @@ def _scores(run: RunConfig, directory: Path) -> dict[int, float]:
     path, name = directory / LEDGER_NAME, run.checkpoint.keep_best
     if name is None or not path.exists():
         return {}
-    told = [line.detail for line in read_ledger(path).named("evaluate")]
     return {
-        detail["step"]: detail["loss"]
-        for detail in told
-        if (detail.get("set"), detail.get("rows")) == (name, "stream")
-        and detail["loss"] is not None
+        line.step: line.detail["loss"]
+        for line in read_ledger(path).named("evaluate")
+        if (line.detail.get("set"), line.detail.get("rows")) == (name, "stream")
+        and line.detail.get("loss") is not None
     }
 
 

@@ -1,13 +1,15 @@
 """All that training remembers besides the weights: small, JSON-able, the same on every rank."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
 class TrainState:
     """Steps and tokens done, and where each source's lanes stand. Stage, learning rate, length and
     batch size are functions of `tokens` (config/stages.py)."""
+
+    KEPT: ClassVar = ("step", "tokens", "data", "skipped_in_a_row")  # by every checkpoint of a run
 
     step: int = 0
     tokens: int = 0
@@ -23,6 +25,5 @@ class TrainState:
     @staticmethod
     def from_json(value: dict[str, Any]) -> "TrainState":
         """The state a manifest holds."""
-        known = ("step", "tokens", "data", "skipped_in_a_row")
         recent = tuple((loss, norm) for loss, norm in value.get("recent", ()))
-        return TrainState(**{name: value[name] for name in known}, recent=recent)
+        return TrainState(**{name: value[name] for name in TrainState.KEPT}, recent=recent)

@@ -1,7 +1,7 @@
 """The loop: one step after another until a stage's tokens are seen or somebody asks to stop."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -20,6 +20,7 @@ from megahybrid.train.listeners import Listeners
 from megahybrid.train.metrics import StepClock, memory_gib, mfu, training_seconds
 from megahybrid.train.probe import probe_seconds
 from megahybrid.train.profile import Profiler
+from megahybrid.train.repeated import RepeatedSteps
 from megahybrid.train.spikes import Recent, judge_spike, remember
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopAsked, StopRequest
@@ -62,6 +63,7 @@ class Trainer:
     peak: float | None  # FLOP/s of one device, for MFU
     habits: Habits
     listeners: Listeners
+    repeats: RepeatedSteps
     stop: StopRequest
     profiler: Profiler
     save: SaveOrEvaluate
@@ -213,7 +215,11 @@ class Trainer:
             memory_gib=memory_gib(self.mesh.device),
             seconds=seconds,
         )
+        differs = self.repeats.check(line)  # before the ledger, or a checkpoint, holds this step
         self.listeners.on_step(line)
+        if differs is not None:
+            self.listeners.on_event("repeat_differs", asdict(differs))
+            self.listeners.on_event("warning", {"message": differs.message})
         for name, epochs in data.exhausted.items():
             self.listeners.on_event("exhausted", {"source": name, "epochs": round(epochs, 4)})
         if result.skipped:

@@ -128,19 +128,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown_field": (
         lambda folder: rewrite(folder, lambda values: values.update(extra=1)),
-        "manifest has unknown fields \\['extra'\\]",
+        "manifest.json: extra is not a field",
     ),
     "lost_field": (
         lambda folder: rewrite(folder, lambda values: values.pop("tokens")),
-        "manifest has no field 'tokens'",
+        "manifest.json: tokens is missing",
     ),
     "wrong_type": (
         lambda folder: rewrite(folder, lambda values: values.update(step=True)),
-        "manifest.step=True is not of type int",
+        "manifest.json: step=true is not an integer",
     ),
     "negative": (
         lambda folder: rewrite(folder, lambda values: values.update(step=-1)),
-        "manifest.step=-1 is negative",
+        "manifest.json: step=-1 must be at least 0",
     ),
     "path_outside": (
         lambda folder: rewrite(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megahybrid.checkpoint import durable, folders, writer
+from megahybrid.checkpoint import durable, names, writer
 from megahybrid.checkpoint.fragments import STATES, whole
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.own_file import OwnFile
@@ -92,7 +92,7 @@ def test_a_kill_at_any_point_leaves_a_checkpoint_to_resume(tmp_path: Path, step:
                 save_plain(run, step, keep_last=1)
         found = latest(run)
         assert found is not None and content_is_of_its_step(found), point
-        if found == folders.published_path(run, 2):
+        if found == names.published_path(run, 2):
             published_from = published_from or point
         else:
             assert published_from is None, "once published, a later kill takes nothing back"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megahybrid.checkpoint import durable, folders
+from megahybrid.checkpoint import durable, names
 from megahybrid.checkpoint.folders import Retention, candidates
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.host_copy import HostCopy
@@ -91,7 +91,7 @@ def test_a_save_at_once_follows_one_that_is_under_way(tmp_path: Path) -> None:
     one = saver(tmp_path, told)
     one.start(snapshot(1), KEEP)
     assert one.save(snapshot(2), KEEP) is told[1]
-    assert latest(tmp_path) == folders.published_path(tmp_path, 2)
+    assert latest(tmp_path) == names.published_path(tmp_path, 2)
 
 
 def test_several_ranks_publish_at_a_common_boundary(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_several_ranks_publish_at_a_common_boundary(tmp_path: Path) -> None:
 
     for (result,) in together(3, rank):
         assert result.path == latest(tmp_path)
-    assert content_is_of_its_step(folders.published_path(tmp_path, 3))
+    assert content_is_of_its_step(names.published_path(tmp_path, 3))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """One example's data for all tests of this folder."""
 
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megahybrid.parallel.local_launch import STOP_SIGNALS
 from tests.train.example import write_example
 from tests.train.text_run import Trained, train_text_run
 
@@ -27,3 +30,12 @@ def example(prepared: Path, tmp_path: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run on text with checkpoints; its `evaluations` are anyone's."""
     return train_text_run(tmp_path_factory.mktemp("text_run"))
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The launcher takes the process's signals; give them back."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

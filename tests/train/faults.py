@@ -1,11 +1,14 @@
 """What goes wrong on purpose: each function prepares one rank of a run before it starts."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.train.example import STEPS
@@ -267,3 +270,78 @@ def _poison(when: Callable[[int], bool], factor: float = float("nan")) -> None:
 
     _before(Engine, "train_step", count)
     Transformer.forward = forward  # type: ignore[method-assign]
+
+
+def slow_steps_on_a_small_disk(rank: int) -> None:
+    """No fault: a save that asks for no more room than it takes."""
+    from megahybrid.checkpoint import writer
+
+    slow_steps(rank)
+    writer.SPARE_BYTES = 0
+
+
+def a_data_file_that_fails(rank: int) -> None:
+    """From step 6 on the disk under the data gives nothing."""
+    from megahybrid.data import shard_files
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    broken = SimpleNamespace(open=os.open, close=os.close, O_RDONLY=os.O_RDONLY, preadv=refuse)
+    _at_step(6, lambda _engine: setattr(shard_files, "os", broken))
+
+
+def a_data_file_that_vanishes(rank: int) -> None:
+    """From step 6 on; a file is opened anew for each read, as of a dataset with many."""
+    from megahybrid.data.shard_files import ShardFiles
+
+    def delete(_engine: Any) -> None:
+        for path in Path().glob("*/shard-*.bin"):
+            path.unlink(missing_ok=True)
+
+    _before(ShardFiles, "read_into", lambda files, *_: files._open.clear())
+    _at_step(6, delete)
+
+
+def a_run_folder_that_vanishes(rank: int) -> None:
+    if rank == 0:
+        _at_step(6, lambda _engine: shutil.rmtree("run"))
+
+
+def a_cursor_too_far(rank: int) -> None:
+    """The data begin some rows after where the checkpoint says."""
+    from megahybrid.data.mixture import Mixture
+
+    restore = Mixture.restore
+
+    def elsewhere(mixture: Any, plain: Any) -> Any:
+        return mixture.plan_step(restore(mixture, plain), 64, 4)[1]
+
+    Mixture.restore = elsewhere  # type: ignore[method-assign]
+
+
+def a_moment_lost(rank: int) -> None:
+    """The first moments come back as zeros."""
+    from megahybrid.train.engine import Engine
+
+    load = Engine.load
+
+    def lossy(engine: Any, read: Any, step: Any) -> None:
+        def without(name: str, state: str, *rest: Any, **more: Any) -> Any:
+            found = read(name, state, *rest, **more)
+            if state == "exp_avg":
+                found[:] = 0
+            return found
+
+        load(engine, without, step)
+
+    Engine.load = lossy  # type: ignore[method-assign]
+
+
+def a_rate_a_hundredth_higher(rank: int) -> None:
+    from megahybrid.train.engine import Engine
+
+    step = Engine.train_step
+    Engine.train_step = (  # type: ignore[method-assign]
+        lambda engine, batches, rate, **more: step(engine, batches, rate * 1.01, **more)
+    )

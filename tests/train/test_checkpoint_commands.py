@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,7 +170,7 @@ def test_run_without_held_out_sets_or_tokenizer_says_what_to_name(
     shutil.copytree(trained.run / "checkpoints" / "step-00000008", checkpoint)
     manifest = read_manifest(checkpoint)
     data = manifest.config["data"] | {"held_out": {}, "tokenizer": None}
-    manifest = replace(manifest, config={**manifest.config, "data": data})
+    manifest = manifest.model_copy(update={"config": {**manifest.config, "data": data}})
     (checkpoint / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     told = refused(capsys, "evaluate", checkpoint, "--device", "cpu")
     assert "data.held_out names no set" in told and "--data" in told

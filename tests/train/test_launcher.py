@@ -5,26 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megahybrid.parallel import local_launch
-from megahybrid.parallel.local_launch import STOP_SIGNALS, launch_local
+from megahybrid.parallel.local_launch import launch_local
 from tests.train.example import arithmetic_of, steps_so_far
 from tests.train.forked import ROOT, Nursery, Ranks
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The launcher takes the process's signals; give them back."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
 
 ENDINGS: dict[str, tuple[str, int, int, str]] = {
     "every code comes back as it was": ("sys.exit(3 if rank == 1 else 0)", 1, 3, "code 3"),

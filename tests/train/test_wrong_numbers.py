@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,9 @@ def _oracle(example: Path, nursery: Nursery, before: int, spike: int) -> Path:
     there = read_manifest(plain / "checkpoints" / f"step-{spike:08d}").train_state["data"]
     manifest = read_manifest(folder)
     state = {**manifest.train_state, "data": there}
-    (folder / MANIFEST_NAME).write_text(replace(manifest, train_state=state).to_json())
+    (folder / MANIFEST_NAME).write_text(
+        manifest.model_copy(update={"train_state": state}).to_json()
+    )
     ranks = Ranks(nursery, ["train", "run.yaml", "directory=oracle", *REWIND], 2, example)
     assert ranks.wait() == [0, 0], ranks.text()
     return oracle

@@ -61,6 +61,7 @@ class Listeners:
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = list(listeners)
         self._step, self._stage, self._tokens = 0, "", 0
+        self.began = False  # whether a step of this attempt is done; known on every rank
 
     def on_start(self, run: RunInfo) -> None:
         """Begins an attempt and tells everyone `start`, or `resume` when it goes on."""
@@ -72,6 +73,7 @@ class Listeners:
     def on_step(self, line: StepLine) -> None:
         """Tells everyone of a step."""
         self._step, self._stage, self._tokens = line.step, line.stage, line.tokens
+        self.began = True
         for listener in self._each():
             self._tell(listener, listener.on_step, line)
 
