@@ -6,6 +6,8 @@ import shlex
 import sys
 from typing import Any
 
+from megahybrid.plain_file import refuse_other_than_file
+
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen command; returns the exit code. MegahybridError is the caller's to show."""
@@ -275,6 +277,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     path = args.path
+    if args.picture is not None:
+        refuse_other_than_file(args.picture, "--picture")
     if path.endswith((".yaml", ".yml")) or os.path.exists(os.path.join(path, "config.yaml")):
         from data_prep.show_batch import show_batch
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megahybrid.config.explain import show
+from megahybrid.config.limits import AtMost
 from megahybrid.config.run import RunConfig
 
 HEAD = """# The run file, field by field
@@ -111,6 +112,8 @@ def _name(annotation: Any) -> str:
 def _bounds(metadata: Any) -> str:
     words = []
     for item in metadata:
+        if isinstance(item, AtMost):
+            words.append(f"≤ {item.limit:,}")
         for kind, name, sign in (
             (annotated_types.Gt, "gt", ">"),
             (annotated_types.Ge, "ge", "≥"),
