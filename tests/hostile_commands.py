@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NOBODY = 65534
-SECONDS = 10  # no refusal may take as long
+SECONDS = 60  # by the clock: no refusal waits as long, even on a machine that is shared
 MEMORY = 2 * 2**30  # bytes beyond what is mapped when all is imported
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -495,6 +495,9 @@ def _main(folder: Path, results: Path, pattern: str) -> None:
     sys.argv = ["megahybrid"]
     make_material(folder)
     import megahybrid.interop.bring_in
+    import megahybrid.report.page
+    import megahybrid.report.plots
+    import megahybrid.report.watch
     import megahybrid.train.analyse_command
     import megahybrid.train.evaluate_command
     import megahybrid.train.lm_eval_command  # noqa: F401
