@@ -29,8 +29,8 @@ whole; lists and values replace. Last, each `key.sub=value` of the command line 
 there; `stages.0.tokens=1_000_000` counts items from 0.
 
 Only plain files are read, at most 128 KiB and 100 files with all that is included, and 20,000
-values after aliases. Sizes have limits (`≤` below): larger ones are refused at once, with the reason. What
-is quoted of a file in a message is short, because a wrong name may point at anything.
+values after aliases. Sizes have limits (`≤` below): larger ones are refused at once, with the
+reason. What a message quotes of a file is short, because a wrong name may point at anything.
 
 `directory` is new, empty or a run's: a folder that holds a dataset, a model, a study or other files
 is refused. A run file, notes and logs of a job may lie there already.
