@@ -97,9 +97,6 @@ def _named_files(given: str | Path, pattern: str) -> list[Path]:
             for entry in path.glob(pattern)
             if entry.is_file() and not _hidden(entry.relative_to(path))
         )
-    if path.is_char_device() or path.is_block_device():
-        # It has no end, or no size that units could be cut from.
-        raise DataError(f"input {given} is a device, not a file. Name files or folders.")
     if path.exists():
         return [path]
     anchor = Path(path.anchor)
