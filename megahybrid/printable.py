@@ -6,8 +6,8 @@ import unicodedata
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def printable(text: str) -> str:
-    """Return text with control characters written as escapes.
+def printable(text: str, *, lines: bool = False) -> str:
+    """Return text with control characters written as escapes; `lines` keeps line breaks and tabs.
 
     A control character, a line or paragraph separator, a mark of direction and a byte that was no
     UTF-8 (a lone surrogate) become `\\n`, `\\x1b`, `\\u2028` and the like: text of a file moves no
@@ -15,7 +15,8 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    return "".join(_escaped(character) for character in text)
+    kept = "\n\t" if lines else ""
+    return "".join(character if character in kept else _escaped(character) for character in text)
 
 
 def shortened(text: str, most: int = 80) -> str:

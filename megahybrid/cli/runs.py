@@ -142,15 +142,16 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from megahybrid.printable import printable
     from megahybrid.report import write_page, write_report
 
     if arguments.out is not None and not arguments.html:
         raise ConfigError(f"--out={arguments.out} is for the page alone. Add --html.")
     if arguments.html:
-        print(write_page(arguments.runs, arguments.out))
+        print(printable(str(write_page(arguments.runs, arguments.out))))
     for run in arguments.runs:
         for path in [] if arguments.html else write_report(run):
-            print(path)
+            print(printable(str(path)))
         if arguments.wandb:
             from megahybrid.report.tracked import send_report
 

@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, how it was trained, and how it was verified."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megahybrid.config.describe import position_in_words
 from megahybrid.interop.compare import Row
 from megahybrid.interop.names import OWN
 from megahybrid.interop.tokenizer import WrittenTokenizer
+from megahybrid.printable import printable
 from megahybrid.train.ledger import read_ledger
 
 
@@ -66,8 +68,9 @@ def model_card(
         *(["## Evaluation", "", *evaluations, ""] if evaluations else []),
         "## Verified",
         "",
-        "Loaded with transformers on a CPU in fp32 and compared with the model that was trained, "
-        "on random tokens, below and above the window (long windows shrunk in both):",
+        "Every tensor was read back: the bits are those of the model that was trained, rounded to "
+        f"{dtype}. Loaded with transformers on a CPU in fp32 and compared with it on random ids, "
+        "below and above the window (long windows shrunk in both); `generate` wrote the last ones:",
         "",
         "| run | tokens | largest logit difference | bound | largest logit |",
         "|---|---|---|---|---|",
@@ -99,10 +102,16 @@ def evaluations_of(checkpoint: Path, step: int) -> list[str]:
         "| held out | length | loss (nats per token) | tokens |",
         "|---|---|---|---|",
         *(
-            f"| {s} | {length} | {'–' if loss is None else format(loss, '.4f')} | {tokens:,} |"
-            for s, length, loss, tokens in sorted(rows, key=lambda row: (*row[:2], row[3]))
+            f"| {_cell(name)} | {length} | {'–' if loss is None else format(loss, '.4f')} "
+            f"| {tokens:,} |"
+            for name, length, loss, tokens in sorted(rows, key=lambda row: (*row[:2], row[3]))
         ),
     ]
+
+
+def _cell(text: str) -> str:
+    """A name in a table of Markdown, where it can end no cell and be no HTML."""
+    return re.sub(r"([\\`*<>|&~$]|\[|\])", r"\\\1", printable(text))
 
 
 def _layer_rows(plan: LayerPlan) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahybrid.errors import ConfigError
+from megahybrid.errors import ConfigError, from_os_error
 from megahybrid.plain_file import refuse_other_than_file
 
 PAGE = "report.html"
@@ -20,8 +20,11 @@ def write_report(directory: Path) -> list[Path]:
 
     record = read_record(directory)
     folder = directory / "report"
-    folder.mkdir(exist_ok=True)
-    pictures = draw_all(record, folder) + draw_answers(directory, folder)
+    try:
+        folder.mkdir(exist_ok=True)
+        pictures = draw_all(record, folder) + draw_answers(directory, folder)
+    except OSError as error:
+        raise from_os_error(error) or error from None
     return [write_page([directory]), *(picture.path for picture in pictures)]
 
 

@@ -15,7 +15,7 @@ from megahybrid.report.figures import (
     line,
     short_tokens,
 )
-from megahybrid.report.parts import Chart, Html, Missing, Part, Table
+from megahybrid.report.parts import Chart, Heading, Missing, Part, Table
 from megahybrid.report.record import RunRecord
 
 Found = Sequence[tuple[RunRecord, list[Kept]]]
@@ -213,6 +213,6 @@ def harness_parts(found: Found) -> list[Part]:
                     f"megahybrid evaluate {record.directory} --lm-eval TASK …")
         ]  # fmt: skip
     return [
-        Html("<h3>lm-evaluation-harness</h3>"),
+        Heading("lm-evaluation-harness"),
         Table(("run", "task", "metric", "value", "standard error"), rows),
     ]

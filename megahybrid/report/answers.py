@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from megahybrid.report.kept import Kept, newest, typical
 from megahybrid.report.plots import Picture
+from megahybrid.report.rendering import identifier
 from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save
 
 # Begin, needle, context, end: the needle stands out, the rest recedes.
@@ -31,7 +32,7 @@ def draw_kept(results: Sequence[Kept], folder: Path) -> list[Picture]:
                 drawn += _of_attention(kept)
         pictures = []
         for name, caption, figure in drawn:
-            path = folder / f"{name}.png"
+            path = folder / f"{identifier(name)}.png"  # a task's name may hold a slash
             save(figure, path)
             pictures.append(Picture(path, caption))
     return pictures

@@ -87,7 +87,8 @@ def log_axis(title: str, values: Iterable[float | int | None], **more: Any) -> F
     known = [value for value in values if value is not None and value > 0]
     if not known:
         return axis(title, **more)
-    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    low = max(-300, math.floor(math.log10(min(known))))  # a double ends at 308
+    high = min(300, math.ceil(math.log10(max(known))))
     steps = (1, 2, 5) if high - low <= 3 else (1,)
     ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
     words = [f"{tick:g}" if tick >= 1e-4 else f"{tick:.0e}".replace("e-0", "e-") for tick in ticks]
@@ -113,7 +114,7 @@ def context_axis(longest: int, shortest: int = 1, title: str = "tokens of contex
 
 def bands(stages: Sequence[StageRecord]) -> Figure:
     """Shapes and annotations for stages on a token axis: every other one shaded, all named."""
-    span = stages[-1].end - stages[0].begin
+    span = max(1, stages[-1].end - stages[0].begin)
     shapes, notes = [], []
     for index, stage in enumerate(stages):
         if index % 2 == 0:

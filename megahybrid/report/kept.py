@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import MegahybridError
+from megahybrid.errors import MegahybridError, first_line, from_os_error
+from megahybrid.report.shapes import wrong_result
 from megahybrid.train.ledger import EVALUATIONS
 
 KINDS = ("attention", "lm_eval", "loss", "suite")
@@ -27,13 +28,22 @@ def every(directory: Path) -> list[Kept]:
     """Every result of the run, by step. Raises MegahybridError where a file is damaged."""
     found = []
     for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
-        parts = re.fullmatch(rf"step-(\d+)\.({'|'.join(KINDS)})\.(.+)\.json", path.name)
+        parts = re.fullmatch(
+            rf"step-([0-9]{{1,15}})\.({'|'.join(KINDS)})\.(.+)\.json", path.name, re.S
+        )
         if parts is None:
             continue
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MegahybridError(f"{path} is damaged ({error}). Remove it.") from None
+        except (ValueError, RecursionError) as error:
+            raise MegahybridError(f"{path} is damaged ({first_line(error)}). Remove it.") from None
+        except FileNotFoundError:
+            continue  # removed since it was listed
+        except OSError as error:
+            raise from_os_error(error) or error from None
+        wrong = wrong_result(parts[2], result)
+        if wrong is not None:
+            raise MegahybridError(f"{path} is damaged ({wrong}). Remove it.")
         found.append(Kept(parts[2], parts[3], int(parts[1]), result))
     return sorted(found, key=lambda one: one.step)
 

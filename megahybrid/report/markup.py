@@ -1,126 +1,102 @@
 """Parts as HTML: tables that sort, charts with captions, notes about what is missing."""
 
 import hashlib
-from html import escape
-from typing import Any
+from typing import Any, assert_never
 
-from megahybrid.report.parts import Cell, Chart, Html, Missing, Part, Section, Table
+from markupsafe import Markup
+
+from megahybrid.report.parts import (
+    Chart,
+    Heading,
+    Listing,
+    Missing,
+    Note,
+    Part,
+    Section,
+    Strip,
+    Table,
+)
+from megahybrid.report.rendering import Verbatim, identifier, in_figure, render
 
 LONG_TABLE = 12  # rows; longer ones are folded
 WIDE_FROM = 380  # pixels: charts at least so high take the whole width
+NUMBERED = 48  # layers; with more the cells of a strip are too narrow for numbers
 
 
-def section_html(section: Section, figures: dict[str, Any]) -> str:
+def section_html(section: Section, figures: dict[str, Any]) -> Markup:
     """A section; the figures of its charts are added to `figures` by id."""
-    parts = "".join(
+    parts = Markup("").join(
         part_html(part, f"{section.id}-{number}", figures)
         for number, part in enumerate(section.parts)
     )
-    return (
-        f'<section id="{section.id}" aria-labelledby="{section.id}-title">'
-        f'<h2 id="{section.id}-title">{escape(section.title)}</h2>'
-        f'<p class="lead">{escape(section.lead)}</p><div class="parts">{parts}</div></section>'
+    return render(
+        "section.html", id=section.id, title=section.title, lead=section.lead, parts=parts
     )
 
 
-def part_html(part: Part, place: str, figures: dict[str, Any]) -> str:
+def part_html(part: Part, place: str, figures: dict[str, Any]) -> Markup:
     """One part, in a box whose id stays the same while a live page changes."""
-    wide = True
-    if isinstance(part, Chart):
-        place, inner, wide = part.id, _chart(part), part.figure["layout"]["height"] >= WIDE_FROM
-        figures[part.id] = part.figure
-    elif isinstance(part, Table):
-        inner = _folded(part) if len(part.rows) > LONG_TABLE else table_html(part)
-    elif isinstance(part, Missing):
-        inner, wide = _missing(part), False
-    else:
-        assert isinstance(part, Html)
-        inner = part.text
-    shape = "wide" if wide else "half"
-    digest = hashlib.sha256(inner.encode()).hexdigest()[:12]
-    return f'<div class="part {shape}" id="part-{escape(place)}" data-is="{digest}">{inner}</div>'
+    shape = "wide"
+    match part:
+        case Chart():
+            place, inside = identifier(part.id), _chart(part)
+            shape = "wide" if part.figure["layout"]["height"] >= WIDE_FROM else "half"
+            figures[place] = in_figure(part.figure)
+        case Table():
+            inside = _folded(part) if len(part.rows) > LONG_TABLE else table_html(part)
+        case Missing():
+            why = part.why[:1].upper() + part.why[1:]
+            inside, shape = render("missing.html", missing=part, why=why), "half"
+        case Heading():
+            inside = render("heading.html", text=part.text)
+        case Note():
+            inside = render("note.html", text=part.text)
+        case Listing():
+            text = Verbatim(part.text)
+            inside = render("listing.html", title=part.title, text=text, folded=part.folded)
+        case Strip():
+            spoken = ", ".join(f"{n} {layer.kind}" for n, layer in enumerate(part.layers))
+            numbered = len(part.layers) <= NUMBERED
+            inside = render("strip.html", strip=part, spoken=spoken, numbered=numbered)
+        case _:
+            assert_never(part)
+    return boxed(inside, place, shape)
 
 
-def _chart(chart: Chart) -> str:
-    spoken = f"{chart.title}. {chart.says}"
-    below = ""
+def boxed(inside: Markup, place: str, shape: str = "wide") -> Markup:
+    """A part's box; a live page replaces it when its digest has changed."""
+    digest = hashlib.sha256(inside.encode()).hexdigest()[:12]
+    return render("part.html", inside=inside, place=place, shape=shape, digest=digest)
+
+
+def _chart(chart: Chart) -> Markup:
+    numbers = Markup("")
     if chart.table is not None and chart.table.rows:
-        below = (
-            "<details><summary>The numbers</summary>"
-            f"{table_html(chart.table, label=chart.title)}</details>"
-        )
-    height = chart.figure["layout"]["height"]
-    return (
-        f'<figure><h3 class="name">{escape(chart.title)}</h3>'
-        f'<div class="plot" role="img" aria-label="{escape(spoken)}" '
-        f'data-figure="{escape(chart.id)}" style="min-height:{height}px"></div>'
-        f'<figcaption class="says">{escape(chart.says)}</figcaption>'
-        f'<div class="numbers">{below}</div></figure>'
-    )
+        table = table_html(chart.table, label=chart.title)
+        numbers = render("folded.html", title="The numbers", inside=table)
+    return render(
+        "chart.html", chart=chart, spoken=f"{chart.title}. {chart.says}", numbers=numbers,
+        height=chart.figure["layout"]["height"],
+    )  # fmt: skip
 
 
-def _folded(table: Table) -> str:
+def _folded(table: Table) -> Markup:
     name = table.caption or "The numbers"
-    return (
-        f"<details><summary>{escape(name)} ({len(table.rows)} rows)</summary>"
-        f"{table_html(Table(table.head, table.rows), label=name)}</details>"
-    )
+    inside = table_html(Table(table.head, table.rows), label=name)
+    return render("folded.html", title=f"{name} ({len(table.rows)} rows)", inside=inside)
 
 
-def table_html(table: Table, label: str = "") -> str:
+def table_html(table: Table, label: str = "") -> Markup:
     """A table whose column heads are buttons that sort it. A column `run` that says the same in
     every row is left out."""
-    keep = [
-        place
+    columns = [
+        {
+            "place": place,
+            "name": name,
+            "numeric": all(isinstance(row[place], int | float | None) for row in table.rows),
+        }
         for place, name in enumerate(table.head)
         if name != "run" or len({row[place] for row in table.rows}) > 1
     ]
-    numeric = [
-        all(isinstance(row[place], int | float | None) for row in table.rows)
-        for place in range(len(table.head))
-    ]
-    heads = "".join(
-        f'<th scope="col"{" class=n" if numeric[place] else ""}>'
-        f'<button type="button">{escape(table.head[place])}</button></th>'
-        for place in keep
-    )
-    body = "".join(
-        "<tr>" + "".join(_cell(row[place], numeric[place]) for place in keep) + "</tr>"
-        for row in table.rows
-    )
-    # Outside the table: a caption would scroll away with it on a phone.
-    caption = f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
-    name = escape(table.caption or label or "table")
-    return (
-        f'{caption}<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _cell(value: Cell, numeric: bool) -> str:
-    if value is None:
-        return '<td class="n none">–</td>'
-    if isinstance(value, str):
-        return f"<td>{escape(value)}</td>"
-    return f'<td{" class=n" if numeric else ""} data-value="{value!r}">{number_text(value)}</td>'
-
-
-def number_text(value: int | float) -> str:
-    """1,234 for whole numbers; four significant digits and no needless zeros for others."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e7):
-        return f"{value:.2e}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def _missing(missing: Missing) -> str:
-    command = f"<code>{escape(missing.command)}</code>" if missing.command else ""
-    return (
-        f'<div class="missing"><p><b>Not measured:</b> {escape(missing.what)}. '
-        f"{escape(missing.why[:1].upper() + missing.why[1:])}.</p>{command}</div>"
-    )
+    name = table.caption or label or "table"
+    return render("table.html", caption=table.caption, label=name, columns=columns, rows=table.rows)

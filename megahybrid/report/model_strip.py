@@ -1,15 +1,11 @@
 """The plan of a model as a coloured strip of layers, and what each kind of layer sees."""
 
-from html import escape
-
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.describe import position_in_words
 from megahybrid.report.attention_charts import kind_colours
-from megahybrid.report.parts import Cell, Html, Missing, Part, Table, short_number
+from megahybrid.report.parts import Cell, Missing, Part, Strip, StripLayer, Table, short_number
 from megahybrid.report.record import RunRecord
-
-NUMBERED = 48  # with more layers the cells are too narrow for numbers
 
 
 def strip_part(record: RunRecord, several: bool) -> list[Part]:
@@ -21,25 +17,15 @@ def strip_part(record: RunRecord, several: bool) -> list[Part]:
     plan = run.plan_at(len(run.stages) - 1)
     names = plan.names()
     colours = kind_colours(names)
-    cells = "".join(
-        f'<li style="--kind:{colours[name]}" title="layer {index}: {escape(name)}, '
-        f'{escape(scheme_in_words(plan.schemes[name]))}">'
-        f"{index if len(names) <= NUMBERED else ''}</li>"
-        for index, name in enumerate(names)
+    words = {name: scheme_in_words(plan.schemes[name]) for name in colours}
+    strip = Strip(
+        heading=record.name if several else "",
+        layers=tuple(StripLayer(name, colours[name], words[name]) for name in names),
+        kinds=tuple(
+            StripLayer(name, ink, words[name], names.count(name)) for name, ink in colours.items()
+        ),
     )
-    legend = "".join(
-        f'<li><span class="swatch" style="--kind:{ink}"></span><b>{escape(name)}</b> × '
-        f"{names.count(name)}: {escape(scheme_in_words(plan.schemes[name]))}</li>"
-        for name, ink in colours.items()
-    )
-    heading = f"<h3>{escape(record.name)}</h3>" if several else ""
-    spoken = ", ".join(f"{index} {name}" for index, name in enumerate(names))
-    strip = (
-        f'{heading}<ol class="strip" role="img" aria-label="Layers from first to last: '
-        f'{escape(spoken)}">{cells}</ol><p class="ends"><span>first layer</span>'
-        f'<span>last layer</span></p><ul class="legend">{legend}</ul>'
-    )
-    return [Html(strip), _kinds_table(run, plan)]
+    return [strip, _kinds_table(run, plan)]
 
 
 def scheme_in_words(scheme: AttentionScheme) -> str:

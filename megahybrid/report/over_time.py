@@ -41,12 +41,14 @@ def suite_curves(records: Sequence[RunRecord], every: Sequence[list[Kept]]) -> l
 
 
 def _curve(record: RunRecord, name: str, runs: list[Kept], several: bool) -> Part:
-    points: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    points: dict[tuple[str, int], list[tuple[int, float | None]]] = {}
     for one in runs:
+        if "tokens" not in one.result:  # of an older version
+            continue
         for task, told in one.result["tasks"].items():
-            for row in told.get("by_length", told["rows"]):
+            for row in told.get("by_length") or told["rows"]:
                 label = task if told["kind"] != "ruler" else f"{task} {row['task']}"
-                score = row["score"] if told["kind"] == "ruler" else row["token_accuracy"]
+                score = row["score"] if told["kind"] == "ruler" else row.get("token_accuracy")
                 points.setdefault((label, row["length"]), []).append((one.result["tokens"], score))
     lengths = sorted({length for _, length in points})
     tasks = list(dict.fromkeys(task for task, _ in points))

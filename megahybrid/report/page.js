@@ -108,7 +108,7 @@
       }
       old.dataset.is = fresh.dataset.is;
     } else {
-      old.innerHTML = fresh.innerHTML;
+      old.replaceChildren(...fresh.childNodes);
       old.dataset.is = fresh.dataset.is;
     }
     old.querySelectorAll("details").forEach((one, n) => { one.open = open[n] ?? one.open; });
@@ -119,7 +119,7 @@
     for (;;) {
       try {
         const answer = await fetch(`${address}?after=${version}`);
-        if (!answer.ok) throw new Error(answer.statusText);
+        if (!answer.ok) throw new Error(await answer.text());
         const state = await answer.json();
         if (state.version !== version) {
           version = state.version;
@@ -134,7 +134,8 @@
         if (state.ended) return;
       } catch (error) {
         status.textContent = "";
-        notice("The server has gone: this page shows the run as it last was.");
+        const why = error instanceof TypeError ? "The server has gone:" : `${error.message.trim()} Until then`;
+        notice(`${why} this page shows the run as it last was.`);
         await new Promise((done) => setTimeout(done, 3000));
       }
       await new Promise((done) => setTimeout(done, 1000));

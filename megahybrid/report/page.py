@@ -2,22 +2,24 @@
 
 import base64
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
-from html import escape
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from markupsafe import Markup
 
 from megahybrid.config import dump
 from megahybrid.errors import ConfigError, MegahybridError
 from megahybrid.report.kept import Kept, every
-from megahybrid.report.markup import section_html, table_html
-from megahybrid.report.parts import Missing, Section, finite, listed
+from megahybrid.report.markup import boxed, section_html, table_html
+from megahybrid.report.parts import Section, finite, listed
 from megahybrid.report.record import RunRecord, read_record
+from megahybrid.report.rendering import render
 from megahybrid.report.sections import not_measured, sections
 from megahybrid.report.summary import comparison, key_figures, sentences
 
@@ -39,13 +41,13 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
     ]
 
 
-def content(records: Sequence[RunRecord]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def content(records: Sequence[RunRecord]) -> tuple[Markup, dict[str, Any], dict[str, Any]]:
     """The page's `<main>`, its figures by id, and the numbers behind it."""
     everything = [every(record.directory) for record in records]
     newest = [list({(one.kind, one.name): one for one in kept}.values()) for kept in everything]
     parts = sections(records, newest, everything)
     figures: dict[str, Any] = {}
-    body = "".join(section_html(section, figures) for section in parts)
+    body = Markup("").join(section_html(section, figures) for section in parts)
     main = _head(records, newest) + body + _missing(parts)
     data = {"runs": [_numbers(r, kept) for r, kept in zip(records, newest, strict=True)]}
     return main, finite(figures), finite(data)
@@ -55,32 +57,48 @@ def page(records: Sequence[RunRecord], live: str = "") -> str:
     """The page as HTML text. `live` is where a served page asks for changes."""
     main, figures, data = content(records)
     folder = files("megahybrid.report")
-    template = Template(folder.joinpath("page.html").read_text("utf-8"))
-    return template.substitute(
-        title=escape(listed([record.name for record in records])),
-        style=folder.joinpath("page.css").read_text("utf-8"),
-        script=folder.joinpath("page.js").read_text("utf-8"),
-        nav=_nav(),
+    # Ours as they are: a stylesheet, scripts, and base64.
+    style, script = (
+        Markup(folder.joinpath(name).read_text("utf-8")) for name in ("page.css", "page.js")
+    )
+    return render(
+        "page.html",
+        policy=_policy(script, _plotly(), live=live),
+        title=listed([record.name for record in records]),
+        style=style,
+        script=script,
+        sections=_SECTIONS,
         main=main,
-        figures=script_json(figures),
+        figures=figures,
         data=packed(json.dumps(data, allow_nan=False).encode()),
         library=_library(),
-        live=escape(live),
+        live=live,
     )
 
 
-def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+def _policy(*scripts: str, live: str) -> str:
+    """What a browser may do for the page: run these very scripts, and ask where it is live."""
+    digests = (base64.b64encode(hashlib.sha256(one.encode()).digest()) for one in scripts)
+    allowed = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+    reach = "'self'" if live else "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; connect-src {reach}; base-uri 'none'; form-action 'none'"
+    )
 
 
-def packed(content: bytes) -> str:
+def packed(content: bytes) -> Markup:
     """gzip in base64: a quarter of the page."""
-    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii")
+    return Markup(base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii"))
 
 
 @cache
-def _library() -> str:
+def _library() -> Markup:
+    return packed(_plotly().encode())
+
+
+@cache
+def _plotly() -> str:
     """Plotly's own bundle, as its Python package ships it."""
     try:
         from plotly.offline import get_plotlyjs
@@ -89,7 +107,7 @@ def _library() -> str:
             f"the page's charts need the package plotly ({error}). "
             "Run `pip install 'plotly>=6,<8'`."
         ) from None
-    return packed(get_plotlyjs().encode())
+    return get_plotlyjs()
 
 
 _SECTIONS = (
@@ -99,45 +117,24 @@ _SECTIONS = (
 )  # fmt: skip
 
 
-def _nav() -> str:
-    return "".join(f'<a href="#{name}">{title}</a>' for name, title in _SECTIONS)
-
-
-def _head(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> str:
+def _head(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> Markup:
     names = [record.name for record in records]
     title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
-    blocks = []
-    for record, mine in zip(records, kept, strict=True):
-        told = "".join(f"<p>{one}</p>" for one in sentences(record, mine))
-        tiles = "".join(
-            f"<div><dt>{escape(figure.what)}</dt><dd>{escape(figure.value)}"
-            f"<small>{escape(figure.note)}</small></dd></div>"
-            for figure in key_figures(record, mine)
-        )
-        blocks.append(f'<div class="about"><div class="told">{told}</div><dl>{tiles}</dl></div>')
-    side = table_html(comparison(records, kept)) if len(records) > 1 else ""
-    return (
-        f'<header id="top"><p class="eyebrow">megahybrid run report</p><h1>{escape(title)}</h1>'
-        f"{side}{''.join(blocks)}</header>"
-    )
+    abouts = [
+        {"sentences": sentences(record, mine), "figures": key_figures(record, mine)}
+        for record, mine in zip(records, kept, strict=True)
+    ]
+    side = table_html(comparison(records, kept)) if len(records) > 1 else Markup("")
+    return render("head.html", title=title, side=side, abouts=abouts)
 
 
-def _missing(parts: Sequence[Section]) -> str:
-    found: list[Missing] = not_measured(parts)
-    lead = "What this page could show and does not, and the command that would measure it."
-    if not found:
-        items = "<p>Everything this page can show was measured.</p>"
-    else:
-        items = "<ul class=todo>" + "".join(
-            f"<li><b>{escape(one.what)}</b>: {escape(one.why)}."
-            + (f"<code>{escape(one.command)}</code>" if one.command else "")
-            + "</li>"
-            for one in found
-        ) + "</ul>"  # fmt: skip
-    return (
-        '<section id="missing" aria-labelledby="missing-title"><h2 id="missing-title">Not '
-        f'measured</h2><p class="lead">{lead}</p><div class="parts"><div class="part wide" '
-        f'id="part-missing">{items}</div></div></section>'
+def _missing(parts: Sequence[Section]) -> Markup:
+    return render(
+        "section.html",
+        id="missing",
+        title="Not measured",
+        lead="What this page could show and does not, and the command that would measure it.",
+        parts=boxed(render("todo.html", missing=not_measured(parts)), "missing"),
     )
 
 

@@ -38,13 +38,48 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Html:
-    """Markup that is ready."""
+class Heading:
+    """A heading within a section."""
 
     text: str
 
 
-Part = Chart | Table | Missing | Html
+@dataclass(frozen=True)
+class Note:
+    """A sentence of good news."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text as it stands in a file, its lines kept."""
+
+    title: str
+    text: str
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class StripLayer:
+    """One layer of a strip, or one kind of layer of its legend."""
+
+    kind: str
+    colour: str
+    words: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The layers of a model as coloured cells, and the kinds they are of."""
+
+    heading: str
+    layers: tuple[StripLayer, ...]
+    kinds: tuple[StripLayer, ...]
+
+
+Part = Chart | Table | Missing | Heading | Note | Listing | Strip
 
 
 @dataclass(frozen=True)
@@ -75,6 +110,19 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number_text(value: int | float) -> str:
+    """1,234 for whole numbers; four significant digits and no needless zeros for others."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e7):
+        return f"{value:.2e}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -81,7 +81,7 @@ def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
     curves = [_curve(one) for one in evaluations]
     known = [loss for curve in curves for loss in curve[1] if loss is not None]
     longest = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
-    low, high = min(known), max(known)
+    low, high = min(known, default=0.0), max(known, default=1.0)
     margin = 0.06 * (high - low or 1)
     chance = math.log(record.config.model.vocab_size) if record.config else None
     parts: list[Part] = []

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from megahybrid.config import RunConfig, load
-from megahybrid.errors import MegahybridError
+from megahybrid.config.shape import shown
+from megahybrid.errors import MegahybridError, from_os_error
+from megahybrid.report.shapes import wrong_line
 from megahybrid.train.ledger import (
     LEDGER_NAME,
     EventLine,
@@ -23,6 +26,7 @@ from megahybrid.train.ledger import (
 
 CONFIG_NAME = "config.yaml"
 SAMPLES_NAME = "samples.txt"
+MOST_OF_SAMPLES = 1_000_000  # characters; a page shows fewer
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class RunRecord:
     @cached_property
     def every_line(self) -> list[Line]:
         """The lines of every attempt, also those that a resume made void."""
-        return list(read_every_line(self.directory / LEDGER_NAME))
+        return _checked(self.directory, read_every_line)
 
     @cached_property
     def steps(self) -> list[StepLine]:
@@ -116,21 +120,49 @@ class RunRecord:
 
 def read_record(directory: Path, label: str | None = None) -> RunRecord:
     """Reads `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
-    ledger = read_ledger(directory / LEDGER_NAME)
+    ledger = Ledger(tuple(_checked(directory, lambda path: read_ledger(path).lines)))
     if not ledger.steps:
         raise MegahybridError(
             f"{directory / LEDGER_NAME} holds no step yet. Train the run first: megahybrid train."
         )
-    config, samples = directory / CONFIG_NAME, directory / SAMPLES_NAME
+    config = directory / CONFIG_NAME
     return RunRecord(
         directory=directory,
         ledger=ledger,
         config=load(config) if config.exists() else None,
-        samples=samples.read_text(encoding="utf-8") if samples.exists() else None,
+        samples=_samples(directory / SAMPLES_NAME),
         stages=_stages(ledger.steps),
         evaluations=tuple(_evaluation(line) for line in ledger.named("evaluate")),
         label=label,
     )
+
+
+def _checked(directory: Path, read: Callable[[Path], Iterable[Line]]) -> list[Line]:
+    """Lines of a ledger whose fields are what their names say."""
+    path = directory / LEDGER_NAME
+    try:
+        lines = list(read(path))
+    except (RecursionError, OverflowError):
+        raise MegahybridError(f"{path} is damaged (endless lists). Restore the file.") from None
+    for line in lines:
+        wrong = wrong_line(line)
+        if wrong is not None:
+            kind = line.event if isinstance(line, EventLine) else "step line"
+            raise MegahybridError(
+                f"{path} is damaged at step {shown(line.step)} ({shown(kind)}: {wrong}). "
+                "Restore the file, or remove this line."
+            )
+    return lines
+
+
+def _samples(path: Path) -> str | None:
+    try:
+        with path.open(encoding="utf-8", errors="backslashreplace") as file:
+            return file.read(MOST_OF_SAMPLES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise from_os_error(error) or error from None
 
 
 def _stages(steps: list[StepLine]) -> tuple[StageRecord, ...]:
@@ -159,5 +191,9 @@ def _evaluation(line: EventLine) -> Evaluation:
         length=detail["length"],
         loss=detail["loss"],
         tokens=detail["tokens"],
-        by_position=tuple(detail.get("by_position", ())),
+        by_position=tuple(
+            # Nothing was counted: no mean of it is known.
+            bucket if bucket["tokens"] else bucket | {"loss": None}
+            for bucket in detail.get("by_position", ())
+        ),
     )

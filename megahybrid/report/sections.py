@@ -1,7 +1,6 @@
 """The page's sections, in the order in which a reader new to the run would ask."""
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from megahybrid.config.base import dump_yaml
@@ -11,7 +10,7 @@ from megahybrid.report.data_charts import data_parts
 from megahybrid.report.kept import Kept
 from megahybrid.report.model_strip import strip_part
 from megahybrid.report.over_time import suite_curves, telemetry_charts
-from megahybrid.report.parts import Cell, Html, Missing, Part, Section, Table
+from megahybrid.report.parts import Cell, Heading, Listing, Missing, Note, Part, Section, Table
 from megahybrid.report.position_charts import position_parts
 from megahybrid.report.record import RunRecord
 from megahybrid.report.summary import duration, is_fault
@@ -123,7 +122,7 @@ def _fault_parts(records: Records) -> list[Part]:
         names = ("run", "attempt", "step", "stage", "event", "detail")
         parts.append(Table(names, events, "Events"))
     else:
-        parts.append(Html('<p class="good">No update was skipped, nothing warned or failed.</p>'))
+        parts.append(Note("No update was skipped, nothing warned or failed."))
     return parts
 
 
@@ -148,15 +147,12 @@ def _environment(record: RunRecord, several: bool) -> list[Part]:
     if memory:
         rows.append(["peak memory of rank 0, GiB", round(max(memory), 3)])
     rows.append(["folder", str(record.directory)])
-    parts: list[Part] = [Html(f"<h3>{escape(record.name)}</h3>")] if several else []
+    parts: list[Part] = [Heading(record.name)] if several else []
     parts.append(Table(("fact", "value"), rows, "" if several else "Environment"))
     if record.config:
-        text = escape(dump_yaml(record.config))
-        parts.append(
-            Html(f"<details><summary>The run file, complete</summary><pre>{text}</pre></details>")
-        )
+        parts.append(Listing("The run file, complete", dump_yaml(record.config), folded=True))
     if record.samples:
-        parts.append(Html(f"<h3>A sample</h3><pre>{escape(record.samples.strip())}</pre>"))
+        parts.append(Listing("A sample", record.samples.strip()))
     else:
         parts.append(
             Missing(

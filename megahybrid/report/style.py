@@ -10,9 +10,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 from PIL import Image
 
+from megahybrid.printable import printable
 from megahybrid.report.parts import short_number
 from megahybrid.report.record import StageRecord
 
@@ -23,6 +25,7 @@ INK = "#333333"
 FAINT = "#9a9a9a"
 # Legible when a page shows a picture 800 pixels wide.
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 9.0, 4.4, 150
+MOST_LETTERS = 32  # of a label; longer names would leave the curves no room
 _LETTER_INCHES = 0.085  # of a stage's label, on average
 
 _SETTINGS: dict[Any, Any] = {
@@ -50,6 +53,7 @@ _SETTINGS: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "agg.path.chunksize": 20_000,
+    "text.parse_math": False,  # a name with two dollars is no formula
 }
 
 
@@ -91,7 +95,7 @@ def _stage_labels(axes: Axes, stages: Sequence[StageRecord]) -> None:
     grid = axes.get_subplotspec()
     columns = grid.get_gridspec().ncols if grid else 1
     letters = 0.75 * WIDTH_INCHES / columns / _LETTER_INCHES
-    span = stages[-1].end - stages[0].begin
+    span = max(1, stages[-1].end - stages[0].begin)
     for stage in stages:
         room = letters * (stage.end - stage.begin) / span
         forms = (f"{stage.name} · length {stage.longest:,}", f"{stage.name} · {stage.longest:,}")
@@ -109,8 +113,25 @@ def _stage_labels(axes: Axes, stages: Sequence[StageRecord]) -> None:
         )
 
 
+def _short(text: str) -> str:
+    text = printable(text, lines=True)
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
+
+
+def _shorten_labels(figure: Figure) -> None:
+    """Names are other people's text: controls have no glyph, and some have no end."""
+    for text in figure.findobj(Text):
+        text.set_text(_short(text.get_text()))
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            names = axis.get_major_formatter()
+            if isinstance(names, FixedFormatter):
+                names.seq = [_short(name) for name in names.seq]
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG with at most 128 colours: a third of the size, and the page holds them all."""
+    _shorten_labels(figure)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     image = Image.open(content).convert("RGB")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from megahybrid.config import RunConfig
@@ -29,17 +28,25 @@ class Figure:
     note: str = ""
 
 
-def sentences(record: RunRecord, kept: Sequence[Kept]) -> list[str]:
-    """The model, its training and what came out, each in a sentence or two, as HTML."""
+@dataclass(frozen=True)
+class Sentence:
+    """What is said; `subject` is what it begins with, in bold."""
+
+    text: str
+    subject: str = ""
+
+
+def sentences(record: RunRecord, kept: Sequence[Kept]) -> list[Sentence]:
+    """The model, its training and what came out, each in a sentence or two."""
     told = []
     if record.config:
-        told.append(_model(record.name, record.config))
-    told.append(_training(record))
-    told.append(_outcome(record, kept))
-    return [one for one in told if one]
+        told.append(Sentence(_model(record.config), record.name))
+    told.append(Sentence(_training(record)))
+    told.append(Sentence(_outcome(record, kept)))
+    return [one for one in told if one.text]
 
 
-def _model(name: str, run: RunConfig) -> str:
+def _model(run: RunConfig) -> str:
     names = run.model.layer_plan.names()
     plan = run.plan_at(len(run.stages) - 1)
     kinds = []
@@ -48,9 +55,9 @@ def _model(name: str, run: RunConfig) -> str:
         words = scheme_in_words(scheme)
         if count:
             sees = words if count == 1 else words.replace("sees", "see", 1)
-            kinds.append(f"{_count(count)} ({escape(kind)}) {sees}")
+            kinds.append(f"{_count(count)} ({kind}) {sees}")
     return (
-        f"<b>{escape(name)}</b> is a language model of {short_number(parameters(run.model))} "
+        f"is a language model of {short_number(parameters(run.model))} "
         f"parameters in {_count(len(names))} layers: {'; '.join(kinds)}."
     )
 
@@ -75,7 +82,7 @@ def _training(record: RunRecord) -> str:
     return (
         f"It has learnt from {short_number(steps[-1].tokens)} tokens in {_count(len(stages))} "
         f"stage{'s' if len(stages) > 1 else ''}, {span}: {steps[-1].step:,} steps in "
-        f"{duration(seconds)}{escape(where)}. {state(record)}"
+        f"{duration(seconds)}{where}. {state(record)}"
     )
 
 
@@ -124,7 +131,7 @@ def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
             change = "no worse" if far <= near + 0.005 else f"{far - near:.2f} nats worse"
             told.append(
                 f"At four times the length it was trained at, it predicts the held-out text "
-                f"“{escape(one.held_out)}” {change} than within that length ({far:.2f} against "
+                f"“{one.held_out}” {change} than within that length ({far:.2f} against "
                 f"{near:.2f} nats per token)."
             )
     rate = needle_rate(kept)

@@ -4,20 +4,18 @@ The page asks after what it shows; the server answers as soon as a ledger or a r
 and the page puts what is new in place. Nothing is written and nothing is taken in.
 """
 
-import errno
-import ipaddress
 import json
 import signal
 import threading
 import time
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
-from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
+from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.printable import printable
+from megahybrid.report.http import is_loopback, server
 from megahybrid.report.page import content, packed, page, read_runs
 from megahybrid.report.record import RunRecord
 from megahybrid.train.ledger import EVALUATIONS, LEDGER_NAME, read_ledger
@@ -52,7 +50,8 @@ class Watched:
 
     def page(self) -> str:
         """The whole page, which then follows."""
-        return page(read_runs(self.directories), live="live.json")
+        with self._lock:  # one drawing at a time, whoever asks
+            return page(read_runs(self.directories), live="live.json")
 
     def state(self, after: str) -> dict[str, Any]:
         """What a page that shows version `after` needs; waits a while for news."""
@@ -89,71 +88,9 @@ def _ended(record: RunRecord) -> bool:
     return getattr(record.ledger.lines[-1], "event", "") == "end"
 
 
-def server(watched: Watched, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is bound and not yet serving. Raises ConfigError for a port that is taken."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            address = urlsplit(self.path)
-            try:
-                if address.path == "/":
-                    self._answer("text/html; charset=utf-8", watched.page().encode())
-                elif address.path == "/live.json":
-                    after = parse_qs(address.query).get("after", [""])[0]
-                    state = watched.state(after)
-                    self._answer("application/json", json.dumps(state, allow_nan=False).encode())
-                else:
-                    self.send_error(404)
-            except MegahybridError as error:
-                # A ledger that is being replaced, say: the page tries again.
-                self.send_error(503, str(error).splitlines()[0])
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the page was closed while it waited
-
-        def _answer(self, kind: str, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing: the terminal is the user's."""
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        allow_reuse_address = True
-
-        def server_bind(self) -> None:
-            # The base class would look up its own name, which may take seconds without a network.
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = str(host), self.server_address[1]
-
-    try:
-        return Server((host, port), Handler)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"--port={port} is taken by another program on {host}. "
-                "Name another one, or 0 for any that is free."
-            ) from None
-        raise ConfigError(
-            f"--host={host} --port={port} cannot be listened on ({error.strerror or error}). "
-            "Use 127.0.0.1 and a port above 1023."
-        ) from None
-    except OverflowError:
-        raise ConfigError(f"--port={port} is no port. Use 0 to 65535.") from None
-
-
 def check_host(host: str, allow_others: bool) -> None:
     """Raises ConfigError for an address that other machines reach, unless they may."""
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local and not allow_others:
+    if not is_loopback(host) and not allow_others:
         raise ConfigError(
             f"--host={host} lets other machines read the run (only 127.0.0.1 does not). "
             "Add --allow-others if they may; better, forward the port: ssh -L 8800:localhost:8800."
@@ -165,7 +102,7 @@ def _wait_for_steps(directories: Sequence[Path]) -> None:
         told = False
         while not read_ledger(directory / LEDGER_NAME).steps:
             if not told:
-                print(f"waiting for the first step of {directory}", flush=True)
+                print(printable(f"waiting for the first step of {directory}"), flush=True)
             told = True
             time.sleep(LOOK_SECONDS)
 
@@ -177,7 +114,8 @@ def watch(directories: Sequence[Path], *, host: str, port: int, allow_others: bo
     watched = Watched(directories)
     with server(watched, host, port) as serving:
         place = serving.server_address[1]
-        print(f"http://{host}:{place}/   (Ctrl-C ends it)", flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        print(printable(f"http://{shown}:{place}/   (Ctrl-C ends it)"), flush=True)
 
         def stop(_: int, __: FrameType | None) -> None:
             watched.closing.set()

@@ -77,7 +77,8 @@ def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
     rules = judge(plan, rows)
     table = {"rows": rows, "rules": rules}
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    console = Console(highlight=False, width=max(110, Console().width))
+    # A name in brackets is a name.
+    console = Console(highlight=False, markup=False, width=max(110, Console().width))
     console.print(runs_table(plan, rows))
     if rules:
         console.print(rules_table(rules))

@@ -6,7 +6,9 @@ from typing import Any
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.compare import compare, render_comparison
-from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.config.shape import Count, NotRequired, TypedDict, checker
+from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
+from megahybrid.printable import printable
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 
 
@@ -25,9 +27,10 @@ def compare_runs(first: Path, second: Path) -> int:
     for side, other in (sides, sides[::-1]):
         parent = parent_of(side.directory) or _named_parent(side.run)
         if parent is not None:
-            print(_in_words(side, other, parent))
+            print(printable(_in_words(side, other, parent)))
     rows = compare(sides[0].run, sides[1].run)
-    print(render_comparison(rows, sides[0].name, sides[1].name), end="")
+    told = render_comparison(rows, sides[0].name, sides[1].name)
+    print(printable(told, lines=True), end="")
     return EXIT_DONE
 
 
@@ -42,15 +45,31 @@ def _side(path: Path) -> _Side:
     return _Side(str(path), load(path / "config.yaml"), path)
 
 
+class _Parent(TypedDict):
+    checkpoint: str
+    take: str
+    step: NotRequired[Count]
+    tokens: NotRequired[Count]
+
+
 def parent_of(directory: Path) -> dict[str, Any] | None:
     """The checkpoint a run branched off, as its last start or resume told: {checkpoint, step,
     tokens, take}; None for a run that began from nothing, or has not begun."""
     path = directory / LEDGER_NAME
     if not path.exists():
         return None
-    ledger = read_ledger(path)
+    try:
+        ledger = read_ledger(path)
+    except RecursionError:
+        raise MegahybridError(f"{path} is damaged (endless lists). Restore the file.") from None
     told = [*ledger.named("start"), *ledger.named("resume")]
-    return max(told, key=lambda line: line.attempt).detail.get("parent") if told else None
+    parent = max(told, key=lambda line: line.attempt).detail.get("parent") if told else None
+    if parent is None:
+        return None
+    wrong = checker(_Parent)(parent)
+    if wrong is not None:
+        raise MegahybridError(f"{path} is damaged (parent.{wrong}). Restore the file.")
+    return parent
 
 
 def _named_parent(run: RunConfig) -> dict[str, Any] | None:
@@ -60,11 +79,21 @@ def _named_parent(run: RunConfig) -> dict[str, Any] | None:
     return {"checkpoint": run.start.checkpoint, "take": run.start.take}
 
 
+def _within(checkpoint: str, directory: Path) -> bool:
+    """Whether a checkpoint is one of the run in `directory`."""
+    try:
+        place = Path(checkpoint).resolve()
+    except (OSError, ValueError, RuntimeError):  # no path at all: a NUL, a name too long, a circle
+        return False
+    return directory.resolve() in (place, *place.parents)
+
+
 def _in_words(side: _Side, other: _Side, parent: dict[str, Any]) -> str:
-    checkpoint = Path(parent["checkpoint"]).resolve()
-    where = str(parent["checkpoint"])
-    if other.directory.resolve() in (checkpoint, *checkpoint.parents):
+    where = parent["checkpoint"]
+    if _within(where, other.directory):
         where = f"{other.name} ({where})"
     taken = "weights alone" if parent["take"] == "weights" else "weights, moments and data order"
-    since = f"step {parent['step']:,}, {parent['tokens']:,} tokens; " if "step" in parent else ""
+    since = ""
+    if "step" in parent and "tokens" in parent:
+        since = f"step {parent['step']:,}, {parent['tokens']:,} tokens; "
     return f"{side.name} is a branch of {where}: {since}{taken}"

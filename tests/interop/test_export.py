@@ -292,6 +292,19 @@ def test_the_card_has_a_place_for_a_loss_that_is_no_number(tmp_path: Path) -> No
     assert sorted(rows) == ["| held | 64 | 2.5000 | 1,000 |", "| held | 64 | – | 1,000 |"]
 
 
+def test_a_name_in_the_card_ends_no_cell_and_is_no_html(tmp_path: Path) -> None:
+    name = "a|b<img src=x onerror=x>[c](javascript:x)`d`\n# e\x1b"
+    event = {"kind": "event", "event": "evaluate", "step": 5, "stage": "a", "tokens": 9,
+             "detail": {"set": name, "length": 64, "loss": 2.5, "tokens": 1000},
+             "attempt": 1, "time_unix": 1.0}  # fmt: skip
+    (tmp_path / "ledger.jsonl").write_text(json.dumps(event) + "\n")
+    (row,) = evaluations_of(tmp_path / "checkpoints" / "step-00000005", 5)[2:]
+    assert row == (
+        r"| a\|b\<img src=x onerror=x\>\[c\](javascript:x)\`d\`\\n# e\\x1b "
+        "| 64 | 2.5000 | 1,000 |"
+    )
+
+
 def test_the_card_tells_the_plan_and_the_proof(tmp_path: Path) -> None:
     checkpoint_of_model(tmp_path / "run", model_of([LOCAL, LOCAL, LOCAL, NOPE]))
     export(tmp_path / "run", tmp_path / "out", tokenizer="none")

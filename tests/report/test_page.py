@@ -11,8 +11,8 @@ import pytest
 from megahybrid.errors import ConfigError
 from megahybrid.report import write_page, write_report
 from megahybrid.report.figures import thinned
-from megahybrid.report.markup import number_text
 from megahybrid.report.page import content, read_runs
+from megahybrid.report.parts import number_text
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation
 from tests.report.browser import requests, show, wait

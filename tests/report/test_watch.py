@@ -79,7 +79,7 @@ def test_a_signal_ends_it_cleanly_while_a_page_waits(tmp_path: Path, number: int
         with pytest.raises(HTTPError):
             urlopen(address + "../../etc/passwd", timeout=30)
         waiting = socket.create_connection(("127.0.0.1", int(address.split(":")[2].strip("/"))))
-        waiting.sendall(b"GET /live.json?after=x HTTP/1.1\r\n\r\n")
+        waiting.sendall(b"GET /live.json?after=x HTTP/1.1\r\nHost: localhost\r\n\r\n")
         os.kill(process.pid, number)
         assert process.wait(timeout=40) == 0
         assert process.stderr is not None and process.stderr.read() == ""

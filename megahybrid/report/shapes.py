@@ -1,0 +1,306 @@
+"""The shapes of what a run's ledger and `evaluations` hold, as far as the report reads them."""
+
+from typing import Annotated, Any, Literal
+
+from megahybrid.config.shape import (
+    AT_LEAST_ONE,
+    DEEPEST,
+    Count,
+    Digits,
+    Finite,
+    NotRequired,
+    Positive,
+    Seconds,
+    Share,
+    TypedDict,
+    checker,
+    too_deep,
+)
+from megahybrid.printable import printable
+from megahybrid.train.ledger import EventLine, StepLine
+
+Number = float | None  # None, NaN and infinities are gaps
+Segment = Literal["begin", "needle", "context", "end"]
+
+
+class Step(TypedDict):
+    """A step line; see `train.ledger.StepLine`."""
+
+    step: Count
+    stage: str
+    tokens: Count
+    length: Positive
+    source_tokens: dict[str, Count]
+    learning_rate: Finite | None
+    loss: Finite | None
+    gradient_norm: Finite | None
+    gradient_norm_by_kind: dict[str, Finite | None]
+    skipped: bool
+    tokens_per_second: Finite | None
+    mfu: Finite | None
+    memory_gib: Finite | None
+    seconds: dict[str, Seconds]
+    attempt: Count
+    time_unix: Seconds
+
+
+class Event(TypedDict):
+    """An event line; see `train.ledger.EventLine`."""
+
+    event: str
+    step: Count
+    stage: str
+    tokens: Count
+    detail: dict[str, Any]
+    attempt: Count
+    time_unix: Seconds
+
+
+class Bucket(TypedDict):
+    start: Count
+    stop: Positive
+    tokens: Count
+    loss: Number
+
+
+class EvaluateDetail(TypedDict):
+    set: str
+    rows: NotRequired[str]
+    stage: NotRequired[str]
+    length: Positive
+    loss: Number
+    tokens: Count
+    by_position: NotRequired[list[Bucket]]
+
+
+class GateDetail(TypedDict):
+    gate: str
+    value: Number
+    bound: str
+    ok: bool
+
+
+class AttentionDetail(TypedDict):
+    queries: NotRequired[Count]
+    by_kind: dict[str, "Sampled"]
+
+
+class Sampled(TypedDict):
+    entropy_bits: NotRequired[Number]
+    distance: NotRequired[Number]
+    sink: NotRequired[Number]
+    max_logit: NotRequired[Number]
+
+
+class EndDetail(TypedDict):
+    outcome: NotRequired[str]
+
+
+class BeginDetail(TypedDict):
+    world_size: NotRequired[Count]
+    device: NotRequired[str]
+
+
+DETAILS: dict[str, Any] = {
+    "evaluate": EvaluateDetail, "gate": GateDetail, "attention": AttentionDetail,
+    "end": EndDetail, "start": BeginDetail, "resume": BeginDetail,
+}  # fmt: skip
+
+
+class NeedleRow(TypedDict):
+    length: Positive
+    depth: Share
+    exact: float
+    trials: NotRequired[Positive]
+    exact_low: NotRequired[float]
+    exact_high: NotRequired[float]
+    token_accuracy: NotRequired[float]
+    log_likelihood_per_token: NotRequired[float]
+
+
+class RulerRow(TypedDict):
+    task: str
+    length: Positive
+    score: float
+    standard_error: Number
+    trials: NotRequired[Count]
+
+
+class PuzzleRow(TypedDict):
+    length: Positive
+    token_accuracy: float
+
+
+class NeedleTask(TypedDict):
+    variant: str
+    haystack: str
+    trials: Positive
+    rows: Annotated[list[NeedleRow], AT_LEAST_ONE]
+    by_length: NotRequired[list[PuzzleRow]]
+
+
+class RulerTask(TypedDict):
+    trials: NotRequired[Count]
+    rows: Annotated[list[RulerRow], AT_LEAST_ONE]
+
+
+class PuzzleTask(TypedDict):
+    trials: Count
+    by_length: Annotated[list[PuzzleRow], AT_LEAST_ONE]
+
+
+class Task(TypedDict):
+    kind: str
+
+
+class Suite(TypedDict):
+    trained_length: NotRequired[Positive | None]
+    tokens: NotRequired[Count]
+    tasks: dict[str, Task]
+
+
+class Score(TypedDict):
+    loss: Number
+    perplexity: Number
+    tokens: Count
+
+
+class Reach(TypedDict):
+    trained_length: Positive
+    rows: dict[Digits, dict[str, Score]]
+    sliding: dict[str, Score]
+
+
+class Harness(TypedDict):
+    results: dict[str, dict[str, Any]]
+
+
+class Mass(TypedDict):
+    begin: float
+    needle: float
+    context: float
+    end: float
+
+
+class Head(TypedDict):
+    head: Count
+    entropy_bits: float
+    distance: float
+    sink: float
+    retrieval: float
+
+
+class Mean(TypedDict):
+    mass: Mass
+    entropy_nats: float
+    entropy_bits: float
+    max_logit: float
+    distance: float
+    sink: float
+    retrieval: float
+    by_position: list[Number]
+    logit_by_lag: list[Number]
+
+
+class Layer(TypedDict):
+    layer: Count
+    kind: str
+    mass: Mass
+    entropy_nats: float
+    entropy_bits: float
+    max_logit: float
+    distance: float
+    sink: float
+    retrieval: float
+    heads: Annotated[list[Head], AT_LEAST_ONE]
+
+
+class RetrievalHead(TypedDict):
+    layer: Count
+    head: Count
+
+
+class Statistics(TypedDict):
+    segments: list[Segment]
+    all: Mean
+    by_kind: dict[str, Mean]
+    layers: Annotated[list[Layer], AT_LEAST_ONE]
+    retrieval_threshold: Finite
+    retrieval_heads: list[RetrievalHead]
+    position_edges: Annotated[list[Count], AT_LEAST_ONE]
+    lag_edges: Annotated[list[Count], AT_LEAST_ONE]
+
+
+class Analysis(TypedDict):
+    task: str
+    length: Positive
+    depth: NotRequired[Share]
+    trials: Count
+    exact: float
+    attention: Statistics
+
+
+class Attention(TypedDict):
+    trained_length: NotRequired[Positive]
+    results: list[Analysis]
+
+
+RESULTS: dict[str, Any] = {
+    "suite": Suite, "loss": Reach, "lm_eval": Harness, "attention": Attention,
+}  # fmt: skip
+
+
+def wrong_line(line: StepLine | EventLine) -> str | None:
+    """What is wrong with a line of a ledger, for one who reads a message; None: nothing."""
+    if isinstance(line, StepLine):
+        return checker(Step)(vars(line))
+    wrong = checker(Event)(vars(line))
+    if wrong is not None:
+        return wrong
+    if too_deep(line.detail):
+        return f"detail: mappings within one another, more than {DEEPEST} deep"
+    shape = DETAILS.get(line.event)
+    return None if shape is None else checker(shape)(line.detail)
+
+
+def wrong_result(kind: str, result: Any) -> str | None:
+    """The same of a file of `evaluations`."""
+    if too_deep(result):
+        return f"lists within one another, more than {DEEPEST} deep"
+    wrong = checker(RESULTS[kind])(result)
+    if wrong is not None:
+        return wrong
+    if kind == "suite":
+        return _wrong_task(result["tasks"])
+    if kind == "attention":
+        found = (_disagreement(one["attention"]) for one in result["results"])
+        return next((wrong for wrong in found if wrong), None)
+    return None
+
+
+def _wrong_task(tasks: dict[str, Any]) -> str | None:
+    shapes = {"needle": NeedleTask, "ruler": RulerTask}
+    for name, task in tasks.items():
+        wrong = checker(shapes.get(task["kind"], PuzzleTask))(task)
+        if wrong is not None:
+            return f"tasks.{printable(name)}.{wrong}"
+    return None
+
+
+def _disagreement(figures: Any) -> str | None:
+    """What no shape tells: parts that must fit together."""
+    layers = figures["layers"]
+    if list(dict.fromkeys(layer["kind"] for layer in layers)) != list(figures["by_kind"]):
+        return "by_kind: other kinds than the layers have"
+    if len({len(layer["heads"]) for layer in layers}) > 1:
+        return "layers: not all have as many heads"
+    if any(head["layer"] >= len(layers) for head in figures["retrieval_heads"]):
+        return "retrieval_heads: a layer that is not there"
+    for name in ("position", "lag"):
+        edges = figures[f"{name}_edges"]
+        field = "by_position" if name == "position" else "logit_by_lag"
+        if edges != sorted(set(edges)):
+            return f"{name}_edges: they do not rise"
+        if any(len(part[field]) != len(edges) - 1 for part in figures["by_kind"].values()):
+            return f"by_kind: not one value between two of {name}_edges"
+    return None
