@@ -358,7 +358,7 @@ RIGHT = {
         *THERE,
         *ENDS,
     },  # .bin is put behind it
-    "text": {"file", "folder", "read_only_folder"},
+    "text": {"file", "folder", "read_only_folder", "noise"},  # bad text is kept in quarantine
 }
 
 
