@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.run_folder import holds_run
 
 
 def add_arguments(commands: argparse._SubParsersAction) -> None:
@@ -57,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "status":
         return _status(arguments.runs)
     directory = arguments.run_directory
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is no folder. Name the directory of a run.")
+    _check_run(directory)
     if arguments.verb == "tail":
         return _tail(directory, arguments.lines, arguments.follow)
     if arguments.verb == "nodes":
@@ -76,6 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
     }
     print(actions[arguments.verb](directory))
     return EXIT_DONE
+
+
+def _check_run(directory: Path) -> None:
+    """Raise ConfigError where no run is: a request that is written there would reach nobody."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no folder. Name the directory of a run.")
+    if not holds_run(directory):
+        raise ConfigError(
+            f"{directory} holds no run (no ledger, checkpoints, job or logs). Name the directory "
+            "of a run."
+        )
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -122,8 +133,7 @@ def _status(runs: list[Path]) -> int:
     from launch.status import read_queue, status_line
 
     for path in runs:
-        if not path.is_dir():
-            raise ConfigError(f"{path} is no folder. Name the directory of a run.")
+        _check_run(path)
     named = runs or sorted(path.parent for path in Path("runs").glob(f"*/{FOLDER}"))
     queue = read_queue()
     for path in named:

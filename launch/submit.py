@@ -13,9 +13,12 @@ from launch.records import jobs, read_records, record, stop_lead
 from launch.script import batch_script
 from megahybrid.config import RunConfig, dump_yaml, load
 from megahybrid.config.base import parse
+from megahybrid.config.explain import show
+from megahybrid.config.limits import NODES
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
 from megahybrid.heartbeat import write_whole
+from megahybrid.run_folder import refuse_foreign_run_folder
 
 _SYSTEM = (Path("/usr/bin"), Path("/bin"))  # on every PATH, and not to be put before others
 
@@ -37,9 +40,15 @@ def plan(
     for option, value, least in (("nodes", nodes, 1), ("spares", spares, 0), jobs_asked):
         if value < least:
             raise ConfigError(f"--{option}={value} is too few. Use {least} or more.")
+        if value > NODES:
+            raise ConfigError(
+                f"--{option}={show(value)} is more than {NODES:,} (a line of the plan for each). "
+                "Use fewer."
+            )
     facts = load_site(site)
     run = load(run_file, overrides)
     directory = run.run_directory(run_file).absolute()
+    refuse_foreign_run_folder(directory)
     # The script lies in the run's folder and may be read on nodes with another working directory.
     run = run.model_copy(update={"directory": str(directory)})
     run.check(nodes * facts.ranks)

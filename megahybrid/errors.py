@@ -6,6 +6,7 @@ Every message is one line:
 
 import errno
 import os
+import re
 import sys
 import traceback
 from typing import TextIO
@@ -24,11 +25,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
+# A path of thousands of characters hides what is wrong with it.
+_LONG_WORD = re.compile(r"\S{250,}")
+
+
 def tell(message: str, terminal: TextIO | None = None) -> None:
     """Writes what ended a process to `terminal` (stderr), our name before each line. What a message
     quotes of a file or a name cannot steer the terminal."""
     for line in message.split("\n"):
-        print(f"megahybrid: {printable(line)}", file=terminal or sys.stderr, flush=True)
+        words = _LONG_WORD.sub(lambda found: shortened(found[0], 200), printable(line))
+        print(f"megahybrid: {words}", file=terminal or sys.stderr, flush=True)
 
 
 class MegahybridError(Exception):

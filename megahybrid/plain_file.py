@@ -16,7 +16,7 @@ _KINDS = (
 )
 
 
-def read_plain_file(path: str | Path, most_bytes: int) -> bytes:
+def read_plain_file(path: str | Path, most_bytes: int = 2**30) -> bytes:
     """Return the bytes of a plain file.
 
     A pipe would wait for a writer and a device may have no end, so neither is opened. Raises
@@ -29,6 +29,19 @@ def read_plain_file(path: str | Path, most_bytes: int) -> bytes:
         facts = os.fstat(file.fileno())
         _check(path, facts, most_bytes)
         return file.read(facts.st_size)
+
+
+def refuse_other_than_file(path: str | Path, option: str) -> None:
+    """Raise PathError where a pipe, a socket or a folder stands in the place of a file that is to
+    be written: opening a pipe waits for a reader that may never come. A device such as /dev/null
+    may be meant."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # whoever opens it tells
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISDIR(mode):
+        name = shortened(str(path), 200)
+        raise PathError(f"{option}={name} is there and is no file. Name a file.")
 
 
 def _check(path: str | Path, facts: os.stat_result, most_bytes: int) -> None:

@@ -106,8 +106,8 @@ TYPED = {
     TRAIN + "data.block_tokens=256": "data.block_tokens=256 is shorter than the longest length "
     "(stages.2.lengths names 512). Use at least 512.",
     # data and tokenizer
-    TRAIN + "directory=books": "directory=books holds a dataset (manifest.json), not a run. Name a "
-    "folder that is the run's own.",
+    TRAIN + "directory=books": "directory=books holds a dataset or a checkpoint "
+    "(manifest.json), which is not a run's. Name a new or empty folder, or a run's.",
     TRAIN + "data.sources.code.path=nowhere": "nowhere is no dataset: no manifest.json and no "
     ".idx. Prepare the data with `megahybrid data tokenize`, or correct the path.",
     TRAIN + "data.held_out.held.path=nowhere": "nowhere is no dataset: no manifest.json and no "

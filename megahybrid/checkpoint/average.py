@@ -20,6 +20,7 @@ from megahybrid.checkpoint.manifest import MANIFEST_NAME
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
 from megahybrid.errors import CheckpointError
+from megahybrid.run_folder import refuse_foreign_run_folder
 
 
 def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = None) -> SaveResult:
@@ -35,6 +36,7 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
             f"--out={out} holds checkpoints already, and the mean would stand among them or in the "
             "place of one. Name another folder."
         )
+    refuse_foreign_run_folder(out, "--out")
     shares = [1.0] * len(paths) if shares is None else list(shares)
     if len(shares) != len(paths) or not (
         all(share > 0 for share in shares) and math.isfinite(sum(shares))

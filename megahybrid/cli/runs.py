@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from megahybrid.config import RunConfig
 
 
+MOST_RANKS = 10_000_000  # what is counted for each of them stays within 64 bits
+
+
 def add_run_commands(commands: argparse._SubParsersAction) -> None:
     train = command(commands, "train", _train, "train a run, or go on with it where it stopped")
     run_file(train)
@@ -95,12 +98,13 @@ def _track(directory: Path, suite: str | None, step: int) -> Any:
 def _checked(arguments: argparse.Namespace) -> "RunConfig":
     """The run that is named, checked against --world-size where that is given."""
     from megahybrid.config import load
+    from megahybrid.config.explain import show
 
     run = load(arguments.run_file, arguments.overrides)
-    if arguments.world_size is not None and arguments.world_size < 1:
-        raise ConfigError(
-            f"--world-size={arguments.world_size} is no number of ranks. Use 1 or more."
-        )
+    ranks = arguments.world_size
+    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
+        least = "1 or more" if ranks < 1 else f"{MOST_RANKS:,} or fewer"
+        raise ConfigError(f"--world-size={show(ranks)} is no number of ranks. Use {least}.")
     run.check(arguments.world_size)
     return run
 

@@ -4,13 +4,15 @@ Everything here is a value. A rotary scheme is a vector of angular frequencies a
 factor.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from megahybrid.config.base import Frozen, Name, did_you_mean, dump, parse
+from megahybrid.config import limits
+from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few, parse
 from megahybrid.config.scaling import Array, Scaling, plain_frequencies
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
@@ -199,9 +201,9 @@ Pattern = Annotated[
 class LayerPlan(Frozen):
     """Which scheme each layer has: the sequence of schemes is the architecture."""
 
-    num_layers: int = Field(ge=1, description="blocks")
+    num_layers: Annotated[int, limits.LAYERS] = Field(ge=1, description="blocks")
     pattern: Pattern = Field(description="one period of scheme names, or a rule")
-    schemes: dict[Name, AttentionScheme] = Field(
+    schemes: Annotated[dict[Name, AttentionScheme], limits.SCHEMES] = Field(
         min_length=1, description="attention schemes by name"
     )
 
@@ -223,17 +225,18 @@ class LayerPlan(Frozen):
                 f"pattern.prefix has {len(self.pattern.prefix)} entries, more than "
                 f"num_layers={self.num_layers}. Shorten the prefix."
             )
-        for name in self.names():
+        used = dict.fromkeys(self.names())
+        for name in used:
             if name not in self.schemes:
                 raise ValueError(
                     f"pattern names '{name}', which schemes does not define."
                     f"{did_you_mean(name, self.schemes)}"
                 )
-        unused = [name for name in self.schemes if name not in self.names()]
+        unused = [name for name in self.schemes if name not in used]
         if unused:
             raise ValueError(
                 f"schemes defines '{unused[0]}', which no layer uses "
-                f"(pattern uses {', '.join(sorted(set(self.names())))}). "
+                f"(pattern uses {few(sorted(used))}). "
                 "Remove it or name it in pattern."
             )
         return self
@@ -254,6 +257,11 @@ class LayerPlan(Frozen):
         """One scheme per layer, first layer first."""
         return tuple(self.schemes[name] for name in self.names())
 
+    def counts(self) -> list[tuple[AttentionScheme, int]]:
+        """Each scheme that layers have, with how many have it, in the order of first layers. What
+        is the same in each of them is worked out once."""
+        return [(self.schemes[name], count) for name, count in Counter(self.names()).items()]
+
     def with_overrides(
         self, overrides: Mapping[str, Mapping[str, Any]], where: str = "schemes"
     ) -> "LayerPlan":
@@ -269,7 +277,7 @@ class LayerPlan(Frozen):
             if name not in schemes:
                 lines.append(
                     f"{where}.{name} names no scheme of model.layer_plan.schemes "
-                    f"({', '.join(self.schemes)}).{did_you_mean(name, self.schemes)}"
+                    f"({few(self.schemes)}).{did_you_mean(name, self.schemes)}"
                 )
                 continue
             try:

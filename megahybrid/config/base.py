@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", bound=BaseModel)
 
 # Names of stages, schemes and sources are parts of dotted paths and of file names.
-NAME = r"^[A-Za-z0-9_-]+$"
+NAME = r"^[A-Za-z0-9_-]{1,100}$"
+LONGEST_NAME, MOST_CANDIDATES = 100, 200
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 # Numbers of files: what is beyond an int64 with room to add is damage, whatever it counts.
@@ -36,6 +37,13 @@ Positive = Annotated[int, Field(ge=1, le=2**62)]
 # Until the year 9999: what a calendar can say.
 UnixSeconds = Annotated[float, Field(ge=0, le=253402300799)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def few(names: Iterable[str], most: int = 10) -> str:
+    """The first of many names: "a, b, c and 97 more"."""
+    known = list(names)
+    more = f" and {len(known) - most:,} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
 
 
 class Frozen(BaseModel):
@@ -62,7 +70,10 @@ class Record(Frozen):
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """ " Did you mean 'x'?" with the nearest candidate, or nothing when none is near."""
-    near = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=1, cutoff=0.6)
+    name, known = str(name), [str(c) for c in candidates]
+    if len(name) > LONGEST_NAME or len(known) > MOST_CANDIDATES:  # comparing takes their product
+        return ""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
@@ -91,9 +102,12 @@ def parse(type: type[Value], plain: Any, where: str = "") -> Value:
 
     `where` is the dotted path of `plain`. Raises ConfigError, one line per mistake.
     """
-    from megahybrid.config.explain import explain
+    from megahybrid.config.explain import explain, too_large
     from megahybrid.errors import ConfigError
 
+    line = too_large(plain, where)
+    if line is not None:
+        raise ConfigError(line)
     try:
         return type.model_validate(plain)
     except ValidationError as error:

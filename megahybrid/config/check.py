@@ -3,45 +3,56 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
-from megahybrid.config.base import did_you_mean
+from megahybrid.config.base import did_you_mean, few
+from megahybrid.config.explain import MOST_LINES
 from megahybrid.config.gates import LossGate
 from megahybrid.config.memory import policies_of
 from megahybrid.config.model import rotation_problems
 from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
+from megahybrid.printable import shortened
 
 if TYPE_CHECKING:
     from megahybrid.config.run import RunConfig
 
 
 def problems(run: "RunConfig", world_size: int | None) -> list[str]:
-    """Everything that config alone can tell to be wrong."""
-    lines = run.parallel.problems(run.model, world_size)
-    lines += _precision(run)
+    """What config alone can tell to be wrong: the first MOST_LINES of it."""
+    lines: dict[str, None] = {}
+    for line in _problems(run, world_size):
+        lines.setdefault(line)
+        if len(lines) == MOST_LINES:
+            break
+    return list(lines)
+
+
+def _problems(run: "RunConfig", world_size: int | None) -> Iterator[str]:
+    yield from run.parallel.problems(run.model, world_size)
+    yield from _precision(run)
     data_degree = None
     if world_size is not None and world_size % run.parallel.tensor == 0:
         data_degree = run.parallel.data_degree(world_size)
     for index, stage in enumerate(run.stages):
-        lines += _lengths(run, stage, f"stages.{index}")
-        lines += _batches(stage, f"stages.{index}", data_degree)
-        lines += _sources(run, stage, f"stages.{index}")
-        lines += _budget(run, index, data_degree)
-        lines += _gates(run, stage, f"stages.{index}.gates")
+        yield from _lengths(run, stage, f"stages.{index}")
+        yield from _batches(stage, f"stages.{index}", data_degree)
+        yield from _sources(run, stage, f"stages.{index}")
+        yield from _budget(run, index, data_degree)
+        yield from _gates(run, stage, f"stages.{index}.gates")
         if isinstance(stage.recompute, list) and len(stage.recompute) != (
             layers := run.model.layer_plan.num_layers
         ):
-            lines.append(
+            yield (
                 f"stages.{index}.recompute has {len(stage.recompute)} entries "
                 f"(model.layer_plan.num_layers={layers}). Give one per layer, or one word for all."
             )
-    lines += _scheme_overrides(run)
+    yield from _scheme_overrides(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
-        lines.append(
-            f"checkpoint.keep_best names '{best}', which data.held_out does not define."
+        yield (
+            f"checkpoint.keep_best names '{shortened(best)}', which data.held_out does not define."
             f"{did_you_mean(best, run.data.held_out)}"
         )
-    return list(dict.fromkeys(lines))
 
 
 def _precision(run: "RunConfig") -> Iterator[str]:
@@ -131,7 +142,15 @@ def _gates(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
 
 def _budget(run: "RunConfig", index: int, data_degree: int | None) -> Iterator[str]:
     """A budget that no recomputation meets; only the number of ranks can tell."""
-    if not isinstance(run.stages[index].recompute, RecomputeBudget) or data_degree is None:
+    if not isinstance(run.stages[index].recompute, RecomputeBudget):
+        return
+    if (layers := run.model.layer_plan.num_layers) > limits.BUDGET_LAYERS:
+        yield (
+            f"stages.{index}.recompute.budget_gib is solved for {limits.BUDGET_LAYERS:,} layers at "
+            f"most (model.layer_plan.num_layers={layers:,}). Name a policy."
+        )
+        return
+    if data_degree is None:
         return
     try:
         policies_of(run, index, data_degree)
@@ -150,7 +169,7 @@ def _sources(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
         if name not in known:
             yield (
                 f"{where}.weights names '{name}', which data.sources does not define "
-                f"({', '.join(known)}).{did_you_mean(name, known) or ' Define it, or remove it.'}"
+                f"({few(known)}).{did_you_mean(name, known) or ' Define it, or remove it.'}"
             )
 
 

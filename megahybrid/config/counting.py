@@ -63,7 +63,10 @@ def layer_parameters(model: ModelConfig, scheme: AttentionScheme) -> int:
 
 def parameters(model: ModelConfig) -> int:
     """Parameters of the model."""
-    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    outside = model.hidden_size * (1 + model.vocab_size * (1 if model.tie_embeddings else 2))
+    return outside + sum(
+        count * layer_parameters(model, scheme) for scheme, count in model.layer_plan.counts()
+    )
 
 
 def attended_pairs(length: int, window: int | None) -> int:
@@ -95,9 +98,10 @@ def training_flops(
 ) -> int:
     """FLOPs of forward and backward over documents that do not see each other."""
     lengths = list(document_lengths)
-    schemes = (plan or model.layer_plan).expand()
-    pairs_of = {w: attended_pairs_of(lengths, w) for w in {s.window for s in schemes}}
-    pairs = sum(pairs_of[scheme.window] for scheme in schemes)
+    pairs = sum(
+        count * attended_pairs_of(lengths, scheme.window)
+        for scheme, count in (plan or model.layer_plan).counts()
+    )
     per_pair = 12 * model.num_heads * model.head_dim
     return 6 * matrix_parameters(model) * sum(lengths) + per_pair * pairs
 
@@ -144,6 +148,6 @@ def kv_cache_bytes(
 ) -> int:
     """Keys and values that all layers keep for one sequence of `length` tokens."""
     return sum(
-        layer_kv_cache_bytes(model, scheme, length, bytes_per_value)
-        for scheme in (plan or model.layer_plan).expand()
+        count * layer_kv_cache_bytes(model, scheme, length, bytes_per_value)
+        for scheme, count in (plan or model.layer_plan).counts()
     )

@@ -1,9 +1,10 @@
 """`DataConfig`: which token files are read, and how documents and blocks are served."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name
 
 
@@ -18,18 +19,24 @@ class Source(Frozen):
 class DataConfig(Frozen):
     """What is trained on and in what order it is served (contracts: lanes of long blocks)."""
 
-    sources: dict[Name, Source] = Field(min_length=1, description="training data by name")
-    held_out: dict[Name, Source] = Field(default={}, description="validation data by name")
+    sources: Annotated[dict[Name, Source], limits.SOURCES] = Field(
+        min_length=1, description="training data by name"
+    )
+    held_out: Annotated[dict[Name, Source], limits.SOURCES] = Field(
+        default={}, description="validation data by name"
+    )
     documents: Literal["masked", "joined"] = Field(
         default="masked",
         description="masked: a token sees its own document only; joined: its whole row so far",
     )
-    block_tokens: int = Field(
+    block_tokens: Annotated[int, limits.BATCH_TOKENS] = Field(
         gt=0,
         description="tokens of the contiguous blocks that are permuted; at least the longest "
         "length",
     )
-    lanes: int = Field(default=64, gt=0, description="blocks of a source that are read at a time")
+    lanes: Annotated[int, limits.LANES] = Field(
+        default=64, gt=0, description="blocks of a source that are read at a time"
+    )
     exhausted: Literal["repeat", "stop", "renormalise"] = Field(
         default="repeat",
         description="when a source was served once. repeat: again in another order; stop: the run "

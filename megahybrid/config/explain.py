@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megahybrid.config.base import NAME, did_you_mean
+from megahybrid.config.limits import BEYOND
 from megahybrid.config.site import JOB_NAME, LINE, TIME_LIMIT
+from megahybrid.printable import printable, shortened
+
+# A file that is not ours, named by mistake, is not printed: so many lines tell of it, and so many
+# of its keys.
+MOST_LINES = 20
+MOST_UNKNOWN = 5
+# Text is read as a number for Python's integers have no end; all that computes has 64 bits.
+MOST_WHOLE = 2**63
 
 _WANTED = {
     "int_type": "an integer",
@@ -35,11 +44,36 @@ def explain(
 ) -> list[str]:
     """One line per mistake, in the order of the fields; `where` is the dotted path of `plain`."""
     lines: dict[str, None] = {}
+    unknown = 0
     for item in error.errors(include_url=False):
         if item["type"] == "default_factory_not_called":
             continue  # follows from another mistake, which has its own line
+        unknown += item["type"] == "extra_forbidden"
+        if item["type"] == "extra_forbidden" and unknown > MOST_UNKNOWN:
+            continue
         lines.setdefault(_line(dict(item), type_, plain, where))
-    return list(lines)
+        if len(lines) == MOST_LINES:
+            break
+    told = list(lines)
+    if unknown > MOST_UNKNOWN:
+        told.append(f"and {unknown - MOST_UNKNOWN:,} more keys are not fields. Remove them.")
+    if len(lines) == MOST_LINES:
+        told.append("More may be wrong; these are the first lines. Correct them and try again.")
+    return told
+
+
+def too_large(plain: Any, where: str = "") -> str | None:
+    """One line about a whole number beyond 64 bits anywhere in `plain`, or None."""
+    if isinstance(plain, dict | list):
+        items = plain.items() if isinstance(plain, dict) else enumerate(plain)
+        lines = (too_large(item, _join(where, [str(key)])) for key, item in items)
+        return next((line for line in lines if line is not None), None)
+    if type(plain) is int and abs(plain) > MOST_WHOLE:
+        return (
+            f"{where or 'the file'}={show(plain)} has more than 64 bits ({plain.bit_length():,}). "
+            "Write a smaller number."
+        )
+    return None
 
 
 def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) -> str:
@@ -63,6 +97,11 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
         return f"{path} is missing. Give it a value."
     if kind in ("value_error", "assertion_error"):
         return _join(where, parts, str(context.get("error", item["msg"])))
+    if kind == BEYOND and is_key:
+        return f"{_join(where, parts[:-1])} has the key '{value}', which {item['msg']}. Use less."
+    if kind == BEYOND:
+        value = "" if isinstance(item["input"], dict | list) else f"={value}"
+        return f"{path}{value} {item['msg']}. Use less."
     if is_key:
         return f"{_join(where, parts[:-1])} has the key '{value}', which {_says(kind, context)}."
     if kind == "union_tag_not_found":
@@ -84,7 +123,7 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
 
 
 _PATTERNS = {
-    NAME: "is not a name (letters, digits, _ and - only)",
+    NAME: "is not a name (letters, digits, _ and - only, at most 100)",
     LINE: "is empty or more than one line",
     JOB_NAME: "is not one line of at most 200 characters",
     TIME_LIMIT: "is not a time limit (minutes, H:MM:SS or D-HH:MM:SS)",
@@ -133,7 +172,7 @@ def _is_number(text: str) -> bool:
 
 def show(value: Any) -> str:
     """A value as one would write it in YAML, on one line and short."""
-    text = " ".join(_flow(value).split())
+    text = printable(" ".join(_flow(value).split()))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -144,11 +183,14 @@ def _flow(value: Any) -> str:
         return "[" + ", ".join(map(_flow, value)) + "]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python writes out no more digits
+        return f"a number of {value.bit_length():,} bits"
     return str(value)
 
 
 def _join(where: str, parts: list[str], last: str = "") -> str:
-    return ".".join(p for p in (where, *parts, last) if p) or "the file"
+    named = [shortened(p) for p in parts]
+    return ".".join(p for p in (where, *named, last) if p) or "the file"
 
 
 def _list(names: list[str]) -> str:

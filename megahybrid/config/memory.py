@@ -15,12 +15,13 @@ end of the forward pass, and one layer's backward.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megahybrid.config.attention import LayerPlan
-from megahybrid.config.counting import Shape, layer_flops_per_token, parameter_shapes
+from megahybrid.config.counting import Shape, layer_flops_per_token, layer_shapes
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
@@ -64,9 +65,16 @@ class Memory:
 
 def local_parameters(model: ModelConfig, tensor: int) -> int:
     """Parameters that one rank of `tensor` tensor ranks holds, before ZeRO."""
-    return sum(
-        _local(model, name, shape, tensor) for name, shape in parameter_shapes(model).items()
-    )
+    outside = {"embedding.weight": (model.vocab_size, model.hidden_size)}
+    if not model.tie_embeddings:
+        outside["head.weight"] = outside["embedding.weight"]
+    local = sum(_local(model, name, shape, tensor) for name, shape in outside.items())
+    local += _local(model, "final_norm.weight", (model.hidden_size,), tensor)
+    for scheme, count in model.layer_plan.counts():
+        shapes = layer_shapes(model, scheme)
+        # Names within a block are told apart by the dot before them.
+        local += count * sum(_local(model, f".{name}", shapes[name], tensor) for name in shapes)
+    return local
 
 
 def _local(model: ModelConfig, name: str, shape: Shape, tensor: int) -> int:
@@ -110,11 +118,11 @@ def activation_bytes_per_token(
     norms = 1 if model.block == "parallel" else 2
     whole = 2 * norms * hidden + 4 * queries + 3 * keys + 3 * inner
     if device == "cpu":
-        schemes = model.layer_plan.expand()
-        windowed = sum(scheme.window is not None for scheme in schemes)
+        schemes = model.layer_plan.counts()
+        windowed = sum(count for scheme, count in schemes if scheme.window is not None)
         # Blocks of queries and keys are copies; RMSNorm has no kernel there and keeps one value
         # more.
-        whole += (queries + 2 * keys) * windowed // len(schemes)
+        whole += (queries + 2 * keys) * windowed // model.layer_plan.num_layers
         whole += norms * hidden if model.norm == "rms" else 0
     # In the post-norm block no product reads a norm's output.
     dropped = inner + (0 if model.block == "post_norm" else norms * hidden)
@@ -128,6 +136,49 @@ def activation_bytes_per_token(
     return kept[policy] * bytes_per_value
 
 
+class MicroBatch:
+    """What one micro batch of `tokens` takes on a rank beside the states, whatever the policies of
+    the layers: worked out once for each policy, because a budget tries thousands of lists."""
+
+    def __init__(
+        self, model: ModelConfig, tokens: int, tensor: int, precision: str, device: str
+    ) -> None:
+        width = _width(precision)
+        self._tokens, self._tensor = tokens, tensor
+        self._per_token = {
+            policy: activation_bytes_per_token(model, policy, width, device) for policy in POLICIES
+        }
+        self._kept = {policy: size * tokens // tensor for policy, size in self._per_token.items()}
+        self._backward = {
+            policy: _one_backward(model, policy, tokens, tensor, width, device)
+            for policy in POLICIES
+        }
+        self._loss = _loss(model, tokens, tensor, precision, device)
+        # A tied head's gradient waits for the embedding's.
+        head = -(-model.vocab_size // tensor) * model.hidden_size
+        self._waiting = width * head * model.tie_embeddings
+
+    def activations(self, policies: Sequence[str]) -> int:
+        """What all layers keep."""
+        per_token = sum(count * self._per_token[p] for p, count in Counter(policies).items())
+        return per_token * self._tokens // self._tensor
+
+    def working(self, policies: Sequence[str]) -> int:
+        """The most that stands beside the kept activations: in the loss, or in one layer's
+        backward. In backward a layer's own memory goes when it is done."""
+        left, gone = set(policies), 0  # gone: what the layers above have kept
+        found: list[int] = []
+        for policy in reversed(policies):
+            if policy in left:
+                # The last layer of a policy: of those below it with the same, more has gone.
+                found.append(self._backward[policy] - gone)
+                left.discard(policy)
+                if not left:
+                    break
+            gone += self._kept[policy]
+        return max(self._loss, self._waiting + max(found))
+
+
 def activations(
     model: ModelConfig,
     policies: Sequence[str],
@@ -137,9 +188,7 @@ def activations(
     device: str,
 ) -> int:
     """What all layers keep of one micro batch of `tokens`, on one rank."""
-    width = _width(precision)
-    per_token = sum(activation_bytes_per_token(model, policy, width, device) for policy in policies)
-    return per_token * tokens // tensor
+    return MicroBatch(model, tokens, tensor, precision, device).activations(policies)
 
 
 def working(
@@ -150,30 +199,21 @@ def working(
     precision: str,
     device: str,
 ) -> int:
-    """The most that stands beside the kept activations: in the loss, or in one layer's backward."""
+    """The most that stands beside the kept activations, on one rank."""
+    return MicroBatch(model, tokens, tensor, precision, device).working(policies)
+
+
+def _loss(model: ModelConfig, tokens: int, tensor: int, precision: str, device: str) -> int:
+    """What the loss needs at the end of the forward pass."""
     width, hidden = _width(precision), model.hidden_size
     local_vocab = -(-model.vocab_size // tensor)
-    head = local_vocab * hidden
     chunk = min(LOSS_CHUNK_BYTES[device], width * local_vocab * tokens)
     # The logits' derivative, in lower precision beside fp32 logits of a part; the head's fp32
     # gradient, which a CPU adds to by way of a product and a copy of it; the final norm's input and
     # output and the gradient of the gathered input.
     logits = chunk if precision == "fp32" else chunk + 4 * chunk // (width * LOSS_PARTS)
-    loss = logits + 4 * head * (3 if device == "cpu" else 1)
-    loss += width * tokens * hidden * 3
-    # In backward a layer's own memory goes when it is done; a tied head's gradient waits for the
-    # embedding's.
-    kept = [
-        activation_bytes_per_token(model, policy, width, device) * tokens // tensor
-        for policy in policies
-    ]
-    most = max(
-        sum(kept[: layer + 1])
-        - sum(kept)
-        + _one_backward(model, policy, tokens, tensor, width, device)
-        for layer, policy in enumerate(policies)
-    )
-    return max(loss, width * head * model.tie_embeddings + most)
+    loss = logits + 4 * local_vocab * hidden * (3 if device == "cpu" else 1)
+    return loss + width * tokens * hidden * 3
 
 
 def _one_backward(
@@ -256,13 +296,13 @@ def memory_per_rank(
         )
     if policies is None:
         policies = [stage.recompute_of_layer(n) for n in range(model.layer_plan.num_layers)]
-    batch = (policies, stage.micro_batch_tokens, tensor, precision, device)
+    batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device)
     return Memory(
         weights=int(local * weights),
         gradients=int(local * gradients),
         optimizer=int(local * optimizer) + (_visitors(local) if offload == "moments" else 0),
-        activations=activations(model, *batch),
-        working=working(model, *batch),
+        activations=batch.activations(policies),
+        working=batch.working(policies),
     )
 
 
@@ -308,15 +348,20 @@ def policies_within(
     repeats no product, on as many layers as it takes; else chunked, which repeats the one with gate
     and up; else full on as few as it takes, those with the fewest FLOPs first; then off-loaded as
     well, where even that does not fit."""
+    tensor, precision = where["tensor"], where["precision"]
+    device = where.get("device", "cuda")
+    batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device)
+    start = ["none"] * plan.num_layers
+    whole = memory_per_rank(model, stage, policies=start, **where)
+    states = whole.weights + whole.gradients + whole.optimizer
 
     def fits(policies: list[str]) -> bool:
-        needed = memory_per_rank(model, stage, policies=policies, **where).total
-        return needed <= budget_bytes
+        return states + batch.activations(policies) + batch.working(policies) <= budget_bytes
 
     length = max(stage.lengths)
     flops = [layer_flops_per_token(model, scheme, length) for scheme in plan.expand()]
     cheapest = sorted(range(len(flops)), key=lambda layer: (flops[layer], layer))
-    policies = ["none"] * len(flops)
+    policies = start
     for policy in POLICIES[1:]:
         for layer in cheapest:
             if fits(policies):

@@ -1,10 +1,11 @@
 """`ModelConfig`: the shape of the network and the sequence of its attention schemes."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.base import Frozen
 from megahybrid.config.scaling import NtkScaling
@@ -13,16 +14,22 @@ from megahybrid.config.scaling import NtkScaling
 class ModelConfig(Frozen):
     """A decoder: embedding, blocks of attention and SwiGLU MLP, a final norm, a head. No biases."""
 
-    vocab_size: int = Field(ge=1, description="tokens in the vocabulary, without padding")
-    hidden_size: int = Field(ge=1, description="width of the residual stream")
-    intermediate_size: int = Field(ge=1, description="width of the SwiGLU MLP")
-    num_heads: int = Field(ge=1, description="query heads")
-    num_kv_heads: int = Field(
+    vocab_size: Annotated[int, limits.VOCABULARY] = Field(
+        ge=1, description="tokens in the vocabulary, without padding"
+    )
+    hidden_size: Annotated[int, limits.WIDTH] = Field(
+        ge=1, description="width of the residual stream"
+    )
+    intermediate_size: Annotated[int, limits.WIDTH] = Field(
+        ge=1, description="width of the SwiGLU MLP"
+    )
+    num_heads: Annotated[int, limits.HEADS] = Field(ge=1, description="query heads")
+    num_kv_heads: Annotated[int, limits.HEADS] = Field(
         ge=1,
         default_factory=lambda data: data["num_heads"],
         description="key and value heads; num_heads when left out",
     )
-    head_dim: int = Field(
+    head_dim: Annotated[int, limits.HEAD_DIM] = Field(
         ge=1,
         default_factory=lambda data: max(1, data["hidden_size"] // data["num_heads"]),
         description="dimensions of one head; hidden_size / num_heads when left out",

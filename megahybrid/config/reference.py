@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megahybrid.config.explain import show
+from megahybrid.config.limits import AtMost
 from megahybrid.config.run import RunConfig
 
 HEAD = """# The run file, field by field
@@ -26,6 +27,13 @@ written twice is refused, an unknown key is refused with the nearest name.
 file itself: mappings key by key, except that a mapping of another `kind` replaces the old one
 whole; lists and values replace. Last, each `key.sub=value` of the command line replaces what was
 there; `stages.0.tokens=1_000_000` counts items from 0.
+
+Only plain files are read, at most 128 KiB and 100 files with all that is included, and 20,000
+values after aliases. Sizes have limits (`≤` below): larger ones are refused at once, with the
+reason. What a message quotes of a file is short, because a wrong name may point at anything.
+
+`directory` is new, empty or a run's: a folder that holds a dataset, a model, a study or other files
+is refused. A run file, notes and logs of a job may lie there already.
 """
 
 
@@ -111,6 +119,8 @@ def _name(annotation: Any) -> str:
 def _bounds(metadata: Any) -> str:
     words = []
     for item in metadata:
+        if isinstance(item, AtMost):
+            words.append(f"≤ {item.limit:,}")
         for kind, name, sign in (
             (annotated_types.Gt, "gt", ">"),
             (annotated_types.Ge, "ge", "≥"),

@@ -3,10 +3,11 @@
 import bisect
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import Frozen
@@ -32,7 +33,9 @@ class RunConfig(Frozen):
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="degrees of parallelism")
     data: DataConfig = Field(description="token files and how they are served")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW's numbers")
-    stages: list[Stage] = Field(min_length=1, description="stretches of training, in order")
+    stages: Annotated[list[Stage], limits.STAGES] = Field(
+        min_length=1, description="stretches of training, in order"
+    )
     checkpoint: CheckpointConfig = Field(
         default=CheckpointConfig(), description="when checkpoints are written"
     )

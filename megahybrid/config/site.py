@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, load
 from megahybrid.errors import ConfigError
 
 # What ends up in a line of its own must not end that line.
 LINE = r"^[^\n\r\x00]+$"
 JOB_NAME = r"^[^\n\r\x00]{1,200}$"
-TIME_LIMIT = r"^(\d+-)?\d+(:\d{2}){0,2}$"
+TIME_LIMIT = r"^(\d{1,4}-)?\d{1,7}(:\d{2}){0,2}$"
 Line = Annotated[str, StringConstraints(pattern=LINE)]
 JobName = Annotated[str, StringConstraints(pattern=JOB_NAME)]
 TimeLimit = Annotated[str, StringConstraints(pattern=TIME_LIMIT)]
@@ -94,15 +95,19 @@ class Site(Frozen):
     reservation: Line | None = Field(default=None, description="--reservation")
     constraint: Line | None = Field(default=None, description="--constraint")
     time_limit: TimeLimit = Field(description="--time of one job: minutes, H:MM:SS or D-HH:MM:SS")
-    gpus_per_node: int = Field(ge=0, description="GPUs of a node; 0: ranks compute on CPUs")
-    ranks_per_node: int | None = Field(
+    gpus_per_node: Annotated[int, limits.RANKS] = Field(
+        ge=0, description="GPUs of a node; 0: ranks compute on CPUs"
+    )
+    ranks_per_node: Annotated[int, limits.RANKS] | None = Field(
         default=None, ge=1, description="default: one per GPU, or one"
     )
     gpu_memory_gib: float | None = Field(default=None, gt=0, description="of one GPU, for check")
     gpu_request: Literal["gpus-per-node", "gres", "none"] = Field(
         default="gpus-per-node", description="the option that asks for GPUs"
     )
-    cpus_per_rank: int = Field(default=1, ge=1, description="--cpus-per-task")
+    cpus_per_rank: Annotated[int, limits.CPUS] = Field(
+        default=1, ge=1, description="--cpus-per-task"
+    )
     memory: Line | None = Field(default="0", description="--mem; 0: all of the node")
     exclusive: bool = Field(default=True, description="whole nodes")
     directives: list[Line] = Field(

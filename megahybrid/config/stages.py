@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.anneal import Anneal
 from megahybrid.config.base import Frozen, Name
 from megahybrid.config.gates import Gate
@@ -17,16 +18,20 @@ from megahybrid.config.learning_rate import LearningRate
 
 Recompute = Literal["none", "selective", "chunked", "full", "offload"]
 Positive = Annotated[int, Field(gt=0)]
+Tokens = Annotated[Positive, limits.TOKENS]
+BatchTokens = Annotated[Positive, limits.BATCH_TOKENS]
+Length = Annotated[Positive, limits.LENGTH]
+Ratio = Annotated[Positive, limits.RATIO]
 
 
 class BatchRamp(Frozen):
     """A batch that grows: `start` tokens, then `increment` more in equal stretches of tokens, until
     `end` is reached after `over_tokens` of the stage."""
 
-    start: Positive = Field(description="tokens of the first steps")
-    end: Positive = Field(description="tokens of every step after the ramp")
-    increment: Positive = Field(description="tokens added at a time")
-    over_tokens: Positive = Field(description="tokens of the stage that the ramp takes")
+    start: BatchTokens = Field(description="tokens of the first steps")
+    end: BatchTokens = Field(description="tokens of every step after the ramp")
+    increment: BatchTokens = Field(description="tokens added at a time")
+    over_tokens: Tokens = Field(description="tokens of the stage that the ramp takes")
 
     @model_validator(mode="after")
     def _check_ramp(self) -> "BatchRamp":
@@ -36,6 +41,11 @@ class BatchRamp(Frozen):
             raise ValueError(
                 f"increment={self.increment} does not divide end - start={self.end - self.start}. "
                 "Change one of them."
+            )
+        if (self.end - self.start) // self.increment > limits.RAMP_LEVELS:
+            raise ValueError(
+                f"increment={self.increment} makes {(self.end - self.start) // self.increment:,} "
+                f"levels, more than {limits.RAMP_LEVELS:,} (each is kept and searched). Raise it."
             )
         return self
 
@@ -70,19 +80,19 @@ class Stage(Frozen):
     """A stretch of training under one recipe."""
 
     name: Name = Field(description="name in the ledger and the plots")
-    tokens: Positive = Field(description="the stage ends with the first step that reaches these")
-    lengths: dict[Positive, Positive] = Field(
+    tokens: Tokens = Field(description="the stage ends with the first step that reaches these")
+    lengths: Annotated[dict[Length, Ratio], limits.LENGTHS] = Field(
         min_length=1,
         description="sequence lengths with their ratio by sequences; a step has one length",
     )
     batch_tokens: Annotated[
-        Annotated[Positive, Tag("constant")] | Annotated[BatchRamp, Tag("ramp")],
+        Annotated[BatchTokens, Tag("constant")] | Annotated[BatchRamp, Tag("ramp")],
         Discriminator(_batch_form),
     ] = Field(description="tokens of one step over all ranks; a multiple of every length")
-    micro_batch_tokens: Positive = Field(
+    micro_batch_tokens: Annotated[Positive, limits.MICRO_BATCH_TOKENS] = Field(
         description="tokens of one forward and backward on a data rank; a multiple of every length"
     )
-    weights: dict[Name, Annotated[float, Field(ge=0)]] = Field(
+    weights: Annotated[dict[Name, Annotated[float, Field(ge=0)]], limits.SOURCES] = Field(
         description="shares of the sources, by tokens; they need not sum to 1"
     )
     schemes: dict[Name, dict[str, Any]] = Field(

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean
 from megahybrid.config.suite import IdRange, NeedleTask
+from megahybrid.printable import shortened
 
 RULE = re.compile(r"(\S+):(\S+) (>=|<=|>|<) (?:(\S+):(\S+)|(-?[0-9.]+))")
 
@@ -16,9 +18,13 @@ class Puzzles(Frozen):
     """Documents drawn for a study: one puzzle each, of `length` tokens."""
 
     kind: Literal["recall", "copy", "induction", "phonebook"]
-    length: int = Field(ge=8, description="tokens of a puzzle, without what ends the document")
-    rows: int = Field(ge=1, description="puzzles")
-    pairs: int = Field(default=4, ge=1, description="recall: pairs in a puzzle")
+    length: Annotated[int, limits.LENGTH] = Field(
+        ge=8, description="tokens of a puzzle, without what ends the document"
+    )
+    rows: Annotated[int, limits.ROWS] = Field(ge=1, description="puzzles")
+    pairs: Annotated[int, limits.LENGTH] = Field(
+        default=4, ge=1, description="recall: pairs in a puzzle"
+    )
     targets: Literal["answers", "all"] = Field(
         default="answers", description="answers: nothing else counts in the loss"
     )
@@ -33,7 +39,7 @@ class NeedleDocuments(Frozen):
 
     kind: Literal["needles"]
     task: NeedleTask = Field(description="what a document is; `trials` are not used")
-    rows: int = Field(ge=1, description="documents")
+    rows: Annotated[int, limits.ROWS] = Field(ge=1, description="documents")
     hay: str | None = Field(default=None, description="dataset of which a held_out haystack is")
     tokenizer: str = Field(description="tokenizer file")
     targets: Literal["answers", "all"] = Field(
@@ -56,7 +62,9 @@ class Gate(Frozen):
 class HeldOut(Frozen):
     """Held-out loss by position, as `megahybrid evaluate` gives it."""
 
-    length: int = Field(ge=1, description="tokens of a row; positions reach as far")
+    length: Annotated[int, limits.LENGTH] = Field(
+        ge=1, description="tokens of a row; positions reach as far"
+    )
     max_tokens: int | None = Field(default=None, ge=1, description="of each set at most")
 
 
@@ -74,7 +82,7 @@ class Study(Frozen):
         "of medians over the runs that count",
     )
     run: str = Field(description="the run file that all share")
-    variants: dict[Name, list[str]] = Field(
+    variants: Annotated[dict[Name, list[str]], limits.VARIANTS] = Field(
         min_length=1, description="overrides of the run file, key=value, by name"
     )
     common: list[str] = Field(default=[], description="overrides that all variants share")
@@ -82,7 +90,9 @@ class Study(Frozen):
     prepare: list[str] = Field(
         default=[], description="megahybrid data commands, each given once before anything else"
     )
-    data: dict[Name, Drawn] = Field(default={}, description="sources to draw, by name")
+    data: Annotated[dict[Name, Drawn], limits.SOURCES] = Field(
+        default={}, description="sources to draw, by name"
+    )
     ids: IdRange = Field(default=[2, 90], description="ids of puzzles: first, last + 1")
     suite: str | None = Field(default=None, description="what each run is scored on")
     analyse: str | None = Field(default=None, description="suite on which attention is looked at")
@@ -102,7 +112,12 @@ class Study(Frozen):
         if self.suite is None and self.analyse is None and self.held_out is None:
             raise ValueError("names no suite, analyse or held_out (0 figures). Name one.")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} names one twice. Name each once.")
+            raise ValueError(f"seeds={shortened(str(self.seeds))} names one twice. Name each once.")
+        if (runs := len(self.variants) * len(self.seeds)) > limits.RUNS:
+            raise ValueError(
+                f"seeds has {len(self.seeds):,} entries for {len(self.variants):,} variants: "
+                f"{runs:,} runs, more than {limits.RUNS:,} (each is trained). Name fewer."
+            )
         for rule in self.rules:
             for variant, _ in rule_parts(rule)[0::2]:
                 if variant is not None and variant not in self.variants:

@@ -4,9 +4,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name
 
-Lengths = Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=1)]
+Lengths = Annotated[list[Annotated[int, Field(ge=8), limits.LENGTH]], Field(min_length=1)]
 Depths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 IdRange = Annotated[list[int], Field(min_length=2, max_length=2)]
 Strings = Annotated[list[str], Field(min_length=2)]
@@ -63,8 +64,12 @@ class NeedleTask(Frozen):
     variant: Literal["single", "multi_key", "multi_value", "multi_query"] = "single"
     lengths: Lengths = Field(description="tokens of haystack, needles, question and answer")
     depths: Depths = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], description="0: at the beginning")
-    trials: int = Field(default=10, ge=1, description="examples per length and depth")
-    needles: int = Field(default=4, ge=2, description="sentences, unless single")
+    trials: Annotated[int, limits.TRIALS] = Field(
+        default=10, ge=1, description="examples per length and depth"
+    )
+    needles: Annotated[int, limits.NEEDLES] = Field(
+        default=4, ge=2, description="sentences, unless single"
+    )
     haystack: Haystack = Field(default=NoiseHaystack(kind="noise"), description="what hides them")
     keys: Draw = Field(default="words", description="what is asked about; or a list of strings")
     values: Draw = Field(default="numbers", description="what is to be found; or a list")
@@ -78,6 +83,11 @@ class NeedleTask(Frozen):
     )
     answer: str = Field(default=" {value}", description="the completion, with {value}")
     joint: str = Field(default=", ", description="between several keys or values")
+
+    @property
+    def questions(self) -> int:
+        """Examples of the task."""
+        return self.trials * len(self.lengths) * len(self.depths)
 
     @model_validator(mode="after")
     def _check_templates(self) -> "NeedleTask":
@@ -105,9 +115,16 @@ class SyntheticTask(Frozen):
 
     kind: Literal["recall", "copy", "induction", "phonebook"]
     lengths: Lengths = Field(description="tokens, question and answer included")
-    pairs: int = Field(default=4, ge=1, description="recall: pairs in a row, whatever its length")
-    trials: int = Field(default=100, ge=1, description="rows per length")
+    pairs: Annotated[int, limits.LENGTH] = Field(
+        default=4, ge=1, description="recall: pairs in a row, whatever its length"
+    )
+    trials: Annotated[int, limits.TRIALS] = Field(default=100, ge=1, description="rows per length")
     ids: IdRange | None = Field(default=None, description="first id, last id + 1")
+
+    @property
+    def questions(self) -> int:
+        """Examples of the task."""
+        return self.trials * len(self.lengths)
 
 
 RulerName = Literal[
@@ -137,13 +154,22 @@ class RulerTask(Frozen):
     """
 
     kind: Literal["ruler"]
-    tasks: list[RulerName] = Field(min_length=1, description="of the thirteen")
+    tasks: Annotated[list[RulerName], limits.TASKS] = Field(
+        min_length=1, description="of the thirteen"
+    )
     lengths: Lengths = Field(description="tokens of prompt and generation")
-    trials: int = Field(default=10, ge=1, description="examples per task and length")
+    trials: Annotated[int, limits.TRIALS] = Field(
+        default=10, ge=1, description="examples per task and length"
+    )
     essay: Haystack = Field(default=NoiseHaystack(kind="noise"), description="haystack of needles")
     passages: dict[Literal["qa_1", "qa_2"], str] = Field(
         default={}, description="files of questions"
     )
+
+    @property
+    def questions(self) -> int:
+        """Examples of the task."""
+        return self.trials * len(self.lengths) * len(self.tasks)
 
     @model_validator(mode="after")
     def _check_passages(self) -> "RulerTask":
@@ -163,5 +189,20 @@ class Suite(Frozen):
     """Tasks by name. Every example is drawn from (seed, task, length, depth, trial) alone."""
 
     seed: int = Field(default=1, description="of every draw")
-    batch_tokens: int = Field(default=16_384, ge=1, description="tokens passed at once, at most")
-    tasks: dict[Name, Task] = Field(min_length=1, description="what is asked")
+    batch_tokens: Annotated[int, limits.BATCH_TOKENS] = Field(
+        default=16_384, ge=1, description="tokens passed at once, at most"
+    )
+    tasks: Annotated[dict[Name, Task], limits.TASKS] = Field(
+        min_length=1, description="what is asked"
+    )
+
+    @model_validator(mode="after")
+    def _check_questions(self) -> "Suite":
+        for name, task in self.tasks.items():
+            if task.questions > limits.QUESTIONS:
+                raise ValueError(
+                    f"tasks.{name}.trials={task.trials} asks {task.questions:,} questions over all "
+                    f"lengths, more than {limits.QUESTIONS:,} (each is drawn and answered). Lower "
+                    "it, or name fewer lengths."
+                )
+        return self

@@ -12,7 +12,7 @@ from megahybrid.printable import shortened
 
 # Aliases are shared when read but walked one by one when checked: a few lines can stand for
 # billions of values.
-MAX_VALUES = 100_000
+MAX_VALUES = 20_000
 # Of a file with all that it includes, and of one override: the reader takes some 30 kB a second at
 # worst, and our longest run has 6 kB.
 MAX_BYTES = 128 * 1024

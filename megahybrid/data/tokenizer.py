@@ -20,6 +20,7 @@ from megahybrid.data.words import (
     sentencepiece_words,
 )
 from megahybrid.errors import DataError
+from megahybrid.plain_file import read_plain_file
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|END_OF_TURN_TOKEN|>", "<eos>", "</s>", "<eod>")
 SENTENCE_BYTES = 16_384  # sentencepiece drops what is longer than its limit, silently
@@ -233,7 +234,7 @@ def _sentences(texts: Iterable[str]) -> Iterable[str]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_plain_file(path)
     except OSError as error:
         raise DataError(
             f"tokenizer {path} cannot be read ({error.strerror}). Correct the path, or train one "

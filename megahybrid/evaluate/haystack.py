@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import UUID
 
 import numpy as np
@@ -11,6 +10,7 @@ from megahybrid.config.suite import HeldOutHaystack, NoiseHaystack, TextHaystack
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import ConfigError, DataError
+from megahybrid.plain_file import read_plain_file
 
 # Hay of a number of tokens, and the places in it where a sentence may be put (None: anywhere).
 Hay = Callable[[int, np.random.Generator], tuple[list[int], list[int] | None]]
@@ -77,7 +77,7 @@ def make_hay(source: HeldOutHaystack | TextHaystack | NoiseHaystack, material: M
         )
     if isinstance(source, TextHaystack):
         try:
-            ids = material.encode(Path(source.path).read_text(encoding="utf-8"))
+            ids = material.encode(read_plain_file(source.path).decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"haystack.path={source.path} cannot be read ({error}).") from None
         return _endless(ids, source.path)

@@ -18,6 +18,7 @@ from megahybrid.errors import ConfigError, DataError
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.haystack import Hay, Material, draw_strings, make_hay
 from megahybrid.evaluate.needle import NeedleMaker
+from megahybrid.plain_file import read_plain_file
 
 # Tokens that may be generated, as RULER's own settings have them.
 GENERATED = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -241,7 +242,7 @@ def question(
 
 def _read_questions(path: Path, name: str) -> list[dict[str, Any]]:
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
+        items = json.loads(read_plain_file(path))
     except (OSError, ValueError) as error:
         raise DataError(f"passages.{name}={path} cannot be read as JSON ({error}).") from None
     fields = ("question", "answers", "passages")

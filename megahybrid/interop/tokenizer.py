@@ -18,6 +18,7 @@ from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.errors import DataError, InteropError
 from megahybrid.interop.compare import quiet
 from megahybrid.interop.sentencepiece_model import CONTROL, UNKNOWN, parse, tokenizer_json
+from megahybrid.plain_file import read_plain_file
 from megahybrid.train.trained_model import known_tokenizer
 
 TEXT_CHARACTERS = 1_000_000
@@ -86,7 +87,7 @@ def _file(path: Path) -> Path:
 
 def _forms(file: Path, eod_id: int) -> list[dict[str, bytes]]:
     """Files by name, for each form that may give the same ids, the better one first."""
-    raw = file.read_bytes()
+    raw = read_plain_file(file)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "split_special_tokens": True,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.errors import ConfigError, from_os_error
+from megahybrid.plain_file import refuse_other_than_file
 
 PAGE = "report.html"
 
@@ -39,6 +40,7 @@ def write_page(directories: Sequence[Path], out: Path | None = None) -> Path:
     if out is None:
         out = directories[0] / "report" / PAGE if len(directories) == 1 else Path(PAGE)
     text = page(records)
+    refuse_other_than_file(out, "--out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")

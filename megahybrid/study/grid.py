@@ -18,6 +18,7 @@ from megahybrid.config import load
 from megahybrid.config.study import Study
 from megahybrid.config.suite import RulerTask, Suite
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, ConfigError, DataError
+from megahybrid.run_folder import refuse_foreign_study_folder
 from megahybrid.study.figures import judge, tabulate
 from megahybrid.study.material import prepare
 from megahybrid.study.one_run import OneRun
@@ -53,6 +54,7 @@ def study(
     grid = [OneRun(plan, folder, out, *one) for one in asked]
     if not tabulate_only:
         _check(plan, folder, grid)
+        refuse_foreign_study_folder(out)
         with _alone(out):
             missing = [run for run in grid if not run.result.exists()]
             if missing:

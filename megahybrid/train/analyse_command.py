@@ -16,6 +16,7 @@ from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.suite import examples_of
 from megahybrid.evaluate.suite_table import attention_tables
 from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.plain_file import read_plain_file
 from megahybrid.train.material import header, keep, material_of
 from megahybrid.train.trained_model import TrainedModel, load_trained_model
 
@@ -99,7 +100,7 @@ def _suite(
 
 def _own_examples(file: Path, vocab_size: int) -> dict[str, list[Example]]:
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        given = json.loads(read_plain_file(file))
         examples = [
             Example(
                 tuple(int(token) for token in one["tokens"]),

@@ -21,6 +21,7 @@ from megahybrid.errors import (
 )
 from megahybrid.heartbeat import LOGS, Heartbeat, write_stacks_on_signal
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
+from megahybrid.run_folder import refuse_foreign_run_folder
 
 EXIT_FAILURE = 1
 
@@ -40,6 +41,7 @@ def train(
     """
     run = load(run_file, overrides)
     directory = run.run_directory(run_file)
+    refuse_foreign_run_folder(directory)
     place = find_rendezvous(os.environ)
     if place is not None:
         if processes not in (None, place.world_size):

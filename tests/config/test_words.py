@@ -124,7 +124,7 @@ READING = [
     (
         "model.layer_plan.schemes={a.b: {position: {kind: nope}}}",
         "model.layer_plan.schemes has the key 'a.b', which is not a name "
-        "(letters, digits, _ and - only).",
+        "(letters, digits, _ and - only, at most 100).",
     ),
     (
         "model.num_heads=7",
