@@ -159,7 +159,8 @@ def own_rows(window: int | None, kernel: str) -> Rows:
 
 def _short(total: int, block: int) -> list[int]:
     """Documents of less than a block that fill `total` tokens."""
-    sizes, found = [block // 2 + 3, 1, block // 3 + 1, block - 7, 2], []
+    sizes = [block // 2 + 3, 1, block // 3 + 1, block - 7, 2]
+    found: list[int] = []
     while sum(found) < total:
         found.append(min(sizes[len(found) % len(sizes)], total - sum(found)))
     return found

@@ -4,7 +4,7 @@ Only the queries asked for are computed: memory is queries × keys × heads.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import assert_never
 
 import torch
@@ -66,7 +66,7 @@ def normed(x: Tensor, norm: QKNorm, weight: Tensor | None) -> Tensor:
     where the norm is `layernorm`; times the weight."""
     if norm.kind == "none":
         return x
-    over: Sequence[int] = (-2, -1) if norm.over == "projection" else (-1,)
+    over: tuple[int, ...] = (-2, -1) if norm.over == "projection" else (-1,)
     if norm.kind == "layernorm":
         x = x - x.mean(over, keepdim=True)
     assert weight is not None
