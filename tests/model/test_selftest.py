@@ -13,6 +13,7 @@ from megahybrid.config.attention import (
     Llama4Scale,
     LogScale,
     Nope,
+    QKNorm,
     Rope,
     SsmaxScale,
 )
@@ -56,6 +57,31 @@ SCHEMES = {
     ),
     "nope-ssmax": AttentionScheme(position=NOPE, logit_scale=SsmaxScale(kind="ssmax")),
     "rope-fixed": AttentionScheme(position=rope(), logit_scale=FixedScale(kind="fixed", scale=0.1)),
+}
+# At the ends of what a run file can say: honest rounding is no violation there either.
+SCHEMES |= {
+    "far-log-of-a-small-base": AttentionScheme(
+        position=NOPE, logit_scale=LogScale(kind="log", base=1.1)
+    ),
+    "far-log": AttentionScheme(position=NOPE, logit_scale=LogScale(kind="log", base=3)),
+    "far-llama4": AttentionScheme(
+        position=rope(), logit_scale=Llama4Scale(kind="llama4", floor=2, coefficient=5)
+    ),
+    "far-ssmax": AttentionScheme(
+        position=rope(), logit_scale=SsmaxScale(kind="ssmax", initial=3), window=300
+    ),
+    "far-fixed-large": AttentionScheme(
+        position=rope(), logit_scale=FixedScale(kind="fixed", scale=10)
+    ),
+    "far-fixed-small": AttentionScheme(
+        position=rope(), logit_scale=FixedScale(kind="fixed", scale=1e-3)
+    ),
+    "far-window": AttentionScheme(
+        position=rope(),
+        window=1,
+        qk_norm=QKNorm(kind="rms"),
+        logit_scale=LogScale(kind="log", base=50),
+    ),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 for family, layers in FAMILIES.items():

@@ -112,24 +112,24 @@ class _OneScheme:
             for compiler in compilers:
                 self.numbers(self.scheme, self.shape, rows, compiler)
         if isinstance(self.scheme.position, Nope):
-            block = self.block(self.scheme, self.shape)
+            block = self.block(self.scheme, self.shape, TOGETHER.length)
             laws.is_blind_to_position(block, self.shape, self.contexts)
 
     def numbers(
         self, scheme: AttentionScheme, shape: HeadShape, rows: Rows, compiler: str | None = None
     ) -> None:
         """Output and gradients, of a block without gradients too where it is compiled."""
-        block, context = self.block(scheme, shape), self.contexts.of(rows)
+        block, context = self.block(scheme, shape, rows.length), self.contexts.of(rows)
         drawn = draw(scheme, shape, rows, torch.Generator().manual_seed(20250118))
         if compiler is not None:
             block.compile_as(compiler, self.whole)
             compare(block, shape, context, rows, drawn, evaluates=True)
         compare(block, shape, context, rows, drawn)
 
-    def block(self, scheme: AttentionScheme, shape: HeadShape) -> HeadsOnly:
-        """With weights of its own."""
+    def block(self, scheme: AttentionScheme, shape: HeadShape, length: int) -> HeadsOnly:
+        """With weights of its own, for rows of so many tokens."""
         block = HeadsOnly(shape, scheme, self.kernel)
-        fill_learned(block, shape, torch.Generator().manual_seed(7))
+        fill_learned(block, shape, length, torch.Generator().manual_seed(7))
         return block
 
     def kernel_name(self) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, FixedScale, Rope
+from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.selftest.expected import expected_output, visible_keys
+from megahybrid.model.selftest.expected import expected_output, score_factor, visible_keys
 from megahybrid.model.selftest.subject import HeadShape, HeadsOnly, Rows, Violation
 
 # Of one head's vector at one token, relative to it and not below the usual size of such vectors:
@@ -19,7 +19,6 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
 USUAL = 0.3  # of the root of the mean square
 LEAST = 0.05  # of a vector of normal numbers: under a window of one key two gradients are 0
 SCORE = 1.0  # standard deviation of the scores: all keys count, none alone
-USUAL_LOGARITHM = 7.0  # of as many keys as queries see here
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,16 @@ class Draw:
     queries: Tensor
 
 
-def fill_learned(block: HeadsOnly, shape: HeadShape, generator: torch.Generator) -> None:
-    """Have no two weights alike, and of QK-norm such that scores are about SCORE."""
+def fill_learned(
+    block: HeadsOnly, shape: HeadShape, length: int, generator: torch.Generator
+) -> None:
+    """Have no two weights alike, and of QK-norm and SSMax such that scores are about SCORE."""
     for name, parameter in block.learned().items():
         around = 1 + 0.3 * normal(generator, *parameter.shape)
         if name == "qk_norm.query_weight":
-            around *= _gain(block.attention.scheme, shape)
+            around *= _gain(block.attention.scheme, shape, length)
         if name == "query_scale.logit_scale":
-            around /= USUAL_LOGARITHM
+            around /= math.log(_most_keys(block.attention.scheme, length) + 1)
         with torch.no_grad():
             parameter.copy_(around)
 
@@ -48,12 +49,20 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def _gain(scheme: AttentionScheme, shape: HeadShape) -> float:
-    """What queries are multiplied by before anything else is done to them."""
-    scale = scheme.logit_scale
-    of_score = scale.scale if isinstance(scale, FixedScale) else shape.head_dim**-0.5
+def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
+    """What queries are multiplied by before anything else is done to them: in bf16 scores of
+    several times SCORE are rounded by as much as would hide what is wrong."""
     rotation = scheme.position.attention_factor() if isinstance(scheme.position, Rope) else 1.0
-    return SCORE / (of_score * math.sqrt(shape.head_dim) * rotation**2)
+    # A row's last query has the largest factor; SSMax's own is small by what it has learned.
+    position = torch.tensor([[length - 1]])
+    keys = torch.tensor([[_most_keys(scheme, length)]])
+    learned = 1 / (keys[0] + 1).double().log()
+    largest = float(score_factor(scheme.logit_scale, position, keys, learned, shape.head_dim))
+    return SCORE / (max(largest, 1e-3 / shape.head_dim) * math.sqrt(shape.head_dim) * rotation**2)
+
+
+def _most_keys(scheme: AttentionScheme, length: int) -> int:
+    return min(scheme.window or length, length)
 
 
 def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
@@ -61,7 +70,7 @@ def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch
     gets a gradient as large as one of three does."""
     wide = normal(generator, rows.length, len(rows.documents), shape.features)
     if scheme.qk_norm.kind == "none":
-        wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape)
+        wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
     queries = queries_of(rows, scheme.window)
     seen = visible_keys(rows.starts, queries, scheme.window).sum(-1).T
     slope = torch.zeros(rows.length, len(rows.documents), shape.heads, shape.head_dim)
@@ -184,6 +193,8 @@ def _demand_each(
 
 
 def _demand_whole(what: str, got: Tensor, right: Tensor, shape: HeadShape) -> None:
-    wrong = float((got.double() - right).norm() / right.norm().clamp(min=1e-6))
+    """A parameter's gradient, relative to itself and not below what a few queries give."""
+    least = 10 * LEAST * math.sqrt(right.numel())
+    wrong = float((got.double() - right).norm() / right.norm().clamp(min=least))
     if not wrong <= TOLERANCE[shape.dtype]:
         raise Violation(f"computes another {what} than it says: off by {wrong:.2g} (relative)")

@@ -9,6 +9,8 @@ from torch import Tensor
 from megahybrid.config.attention import (
     AttentionScheme,
     Llama4Scale,
+    LogitScale,
+    LogScale,
     Nope,
     QKNorm,
     Rope,
@@ -188,11 +190,18 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
             if isinstance(scale, SsmaxScale):
                 learned = torch.tensor([scale.initial], dtype=torch.float64)
             wanted = float(score_factor(scale, position, keys, learned, 1))
-            if not abs(factors[index] - wanted) <= 1e-5 + 4 * ROUNDING[shape.dtype] * abs(wanted):
+            if not abs(factors[index] - wanted) <= 1e-5 + _rounding(scale, shape) * abs(wanted):
                 raise Violation(
                     f"scales the query at position {index - begins} of its document by "
                     f"{float(factors[index]):.6g}, not {wanted:.6g}"
                 )
+
+
+def _rounding(scale: LogitScale, shape: HeadShape) -> float:
+    """Of a factor, relative: it is made in fp32, from logarithms which are small for a small base,
+    and multiplies in the run's dtype."""
+    of_base = 2.0**-22 / math.log(scale.base) if isinstance(scale, LogScale) else 0.0
+    return 4 * ROUNDING[shape.dtype] + 1e-6 + of_base
 
 
 def _places(scheme: AttentionScheme, begins: int, length: int) -> list[int]:
