@@ -108,3 +108,31 @@ def plain_adamw_run(
             group["lr"] = rate * multiplier(group["name"])
         optimizer.step()
     return PlainRun(losses, norms, first, {name: leaf.detach() for name, leaf in leaves.items()})
+
+
+def plain_kind(name: str) -> str:
+    """What a canonical tensor is counted as, by its name."""
+    part = name.split(".")[-2]
+    if part == "embedding" or part == "head":
+        return part
+    if part.endswith("norm"):
+        return "norm"
+    if part in ("query", "key", "value", "output") or name.endswith("attention.logit_scale"):
+        return "attention"
+    assert part in ("gate", "up", "down"), name
+    return "mlp"
+
+
+def plain_decay(name: str, width_ratio: float = 1.0) -> float:
+    """What multiplies weight decay: nothing decays but matrices; under muP (`width_ratio` hidden /
+    base_hidden) hidden matrices and the head decay by so much more as they learn more slowly."""
+    if plain_kind(name) == "norm" or name.endswith("logit_scale"):
+        return 0.0
+    return 1.0 if name == "embedding.weight" else width_ratio
+
+
+def plain_multiplier(name: str, width_ratio: float = 1.0) -> float:
+    """What multiplies the learning rate: under muP all but the embedding and vectors learn so many
+    times more slowly."""
+    decays = plain_decay(name, width_ratio)
+    return 1.0 if decays == 0.0 or name == "embedding.weight" else 1 / width_ratio

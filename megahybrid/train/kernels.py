@@ -25,10 +25,10 @@ from megahybrid.model.kernels.choice import (
     why_it_failed,
 )
 from megahybrid.model.recompute import run_block
-from megahybrid.model.selftest import run_self_test
+from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.layers import DTYPES
+from megahybrid.train.layers import DTYPES, compiled_whole
 
 Tell = Callable[[str, dict[str, Any]], object]
 
@@ -96,17 +96,11 @@ def measure_tested(
     """`measure` of the kernels that every scheme of the kind passes its self-test on, at the widest
     window; of the others, what they violate."""
     widest = max((scheme.window or 0 for scheme in schemes.values()), default=0)
+    heads = HeadShape(work.heads, work.kv_heads, work.head_dim, work.dtype, work.device)
     passed, found = [], {}
     for name in names:
         try:
-            run_self_test(
-                schemes,
-                head_dim=work.head_dim,
-                dtype=work.dtype,
-                device=work.device,
-                kernels=dict.fromkeys(schemes, name),
-                rank=0,
-            )
+            run_self_test(schemes, heads, dict.fromkeys(schemes, name), rank=0)
         except AuditError as error:
             found[name] = str(error)
         except Exception as error:  # it does not run there
@@ -135,7 +129,6 @@ def measure_blocks(
     block = BLOCKS[run.model.block](
         0, _of_one_rank(run, work), scheme, mesh, kernel, policy, norm=run.kernels.norm
     ).to(work.dtype)
-    whole = run.parallel.tensor == 1 and run.parallel.zero_stage < 3
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=run.model.initial_std)
     shape = (work.length, work.rows, run.model.hidden_size)
@@ -157,7 +150,7 @@ def measure_blocks(
 
                 prepare_compiler()
                 block.compile_pieces("inductor")
-                if whole:
+                if compiled_whole(run):
                     block.compile_regions("inductor")
             seconds = least_seconds(step, work.device)
             gradients = step()

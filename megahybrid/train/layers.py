@@ -11,7 +11,7 @@ from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.memory import policies_of
 from megahybrid.config.stages import RecomputeBudget
-from megahybrid.model.selftest import run_self_test
+from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.metrics import StepFlops
@@ -51,7 +51,7 @@ class Layers:
             kernels=self._kernel_names(self.plan),
             recompute=self._policies(index),
             norm=run.kernels.norm,
-            compiler="inductor" if self._kernels.get("blocks") == "compiled" else None,
+            compiler=self._compiler,
             keeps_weights=run.parallel.zero_stage < 3,
         )
         return self.model
@@ -79,12 +79,13 @@ class Layers:
     def _adopt(self, plan: LayerPlan) -> None:
         new = {name: s for name, s in plan.schemes.items() if s not in self._tested}
         tested = run_self_test(
-            new,
-            head_dim=self._run.model.head_dim,
-            dtype=DTYPES[self._run.precision],
-            device=self._mesh.device,
-            kernels={name: self._kernel(scheme) for name, scheme in new.items()},
+            plan.schemes,
+            self._head_shape(),
+            kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
             rank=self._mesh.rank,
+            passed=[name for name in plan.schemes if name not in new],
+            compiler=self._compiler,
+            whole=compiled_whole(self._run),
         )
         self._tested += new.values()
         self.self_test_seconds = round(sum(seconds for *_, seconds in tested), 3)
@@ -92,11 +93,31 @@ class Layers:
         windows = [scheme.window for scheme in plan.expand()]
         self.flops = StepFlops.from_model(self._run.model, windows)
 
+    def _head_shape(self) -> HeadShape:
+        """What this rank computes of each layer's attention."""
+        model, tensor = self._run.model, self._mesh.tensor.size
+        return HeadShape(
+            model.num_heads // tensor,
+            max(1, model.num_kv_heads // tensor),
+            model.head_dim,
+            DTYPES[self._run.precision],
+            self._mesh.device,
+        )
+
+    @property
+    def _compiler(self) -> str | None:
+        return "inductor" if self._kernels.get("blocks") == "compiled" else None
+
     def _kernel(self, scheme: AttentionScheme) -> str:
         return self._kernels["full" if scheme.window is None else "windowed"]
 
     def _kernel_names(self, plan: LayerPlan) -> list[str]:
         return [self._kernel(scheme) for scheme in plan.expand()]
+
+
+def compiled_whole(run: RunConfig) -> bool:
+    """Whether compiled layers are one region on each side of attention; else pieces of them are."""
+    return run.parallel.tensor == 1 and run.parallel.zero_stage < 3
 
 
 def _changes(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What must not pass: broken marks, missing wraps and wrong means, on purpose."""
 
+import math
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -149,3 +152,106 @@ def test_a_mean_per_micro_batch_is_another_gradient() -> None:
         }
     right, wrong = (global_norm(gradients[each]) for each in (False, True))
     assert abs(wrong / right - 1) > 1000 * BOUND
+
+
+def _norm_times(factor: float) -> Callable[[Any], None]:
+    """DeepSpeed's own global norm wrong by `factor`: reported so, and clipped by."""
+
+    def plant(built: Any) -> None:
+        zero = built.deepspeed.optimizer
+        if hasattr(zero, "scaled_global_norm"):  # stages 1 and 2
+            whole = zero.scaled_global_norm
+            zero.scaled_global_norm = lambda *args: whole(*args) * factor
+        else:
+            groups = zero._get_norm_groups
+            zero._get_norm_groups = lambda: [norm * factor for norm in groups()]
+
+    return plant
+
+
+def _clips_at(clip_norm: float) -> Callable[[Any], None]:
+    def plant(built: Any) -> None:
+        built.deepspeed.optimizer.clip_grad = clip_norm
+
+    return plant
+
+
+def _reported_times(factor: float) -> Callable[[Any], None]:
+    """The engine tells another norm than it clipped by."""
+
+    def plant(built: Any) -> None:
+        right = built.deepspeed.get_global_grad_norm
+        built.deepspeed.get_global_grad_norm = lambda: right() * factor
+
+    return plant
+
+
+def _loses_a_kind(built: Any) -> None:
+    """The optimizer is given no gradient of its largest partition's first half."""
+    observe = built.optimizer.observe
+
+    def halved(flat: Tensor, gradient: Tensor) -> None:
+        gradient.view(-1)[: gradient.numel() // 2] = 0
+        observe(flat, gradient)
+
+    built.optimizer.observe = halved
+
+
+PLANTS: dict[str, Callable[[Any], None]] = {
+    "nothing": lambda built: None,
+    "a norm of half the size": _norm_times(0.5),
+    "a norm of twice the size": _norm_times(2.0),
+    "clipping at another norm": _clips_at(0.1),
+    "no clipping": _clips_at(0.0),
+    "another norm reported": _reported_times(1.01),
+    "a lost half": _loses_a_kind,
+}
+
+
+def planted_step(
+    ranks: distributed.Ranks, case: Case, plants: list[str]
+) -> list[tuple[str, float, float]]:
+    """Of each plant: what the audit says, the engine's norm and that of all kinds together."""
+    from megahybrid.errors import AuditError
+    from megahybrid.train.engine import Engine, engine
+    from megahybrid.train.engine import MicroBatch as EngineMicroBatch
+
+    found = []
+    for name in plants:
+        built = build(ranks, case, Engine, engine)
+        PLANTS[name](built)
+        batch = case.micro_batches(0)[0]
+        batches = [EngineMicroBatch(batch.tokens, batch.targets, batch.starts)]
+        said = ""
+        with mock.patch.object(engine, "check_audit", wraps=engine.check_audit) as checked:
+            try:
+                built.train_step(batches, 1e-3, audit=True)
+            except AuditError as error:
+                said = str(error)
+        _, norm, by_kind = checked.call_args.args
+        found.append((said, norm, math.hypot(*by_kind.values())))
+        built.close()
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_wrong_norm_or_clipping_of_the_engine_is_found(zero_stage: int) -> None:
+    case = Case(CASE.config, zero_stage=zero_stage)
+    (found,) = distributed.run(1, planted_step, case, list(PLANTS))
+    told = dict(zip(PLANTS, found, strict=True))
+    said, norm, of_kinds = told.pop("nothing")
+    assert said == "" and abs(of_kinds / norm - 1) < 1e-5
+    for name, (said, norm, of_kinds) in told.items():
+        assert said.startswith("audit: the "), name
+        # Of kinds alone, without the audit, all show in the ledger but what scales with the norm.
+        assert (abs(of_kinds / norm - 1) > 5e-3) == (name != "another norm reported"), name
+
+
+def test_norms_by_kind_do_not_follow_a_wrong_engine_norm() -> None:
+    case = Case(CASE.config)
+    plants = ["nothing", "a norm of half the size", "a norm of twice the size"]
+    (found,) = distributed.run(1, planted_step, case, plants)
+    (_, norm, truth), *wrong = found
+    for (_, wrong_norm, of_kinds), factor in zip(wrong, (0.5, 2.0), strict=True):
+        assert abs(wrong_norm / (factor * norm) - 1) < 1e-5
+        assert abs(of_kinds / truth - 1) < 1e-5

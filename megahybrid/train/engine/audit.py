@@ -8,7 +8,7 @@ axis. Every rank must call it.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +84,14 @@ def parameter_class(name: str) -> str:
     return ".".join(parts[2:]) if parts[0] == "blocks" else name
 
 
-def check_audit(audit: Audit, engine_norm: float | None) -> None:
-    """Raise AuditError where the engine disagrees, naming the parameter class."""
+def check_audit(
+    audit: Audit, engine_norm: float, norm_by_kind: Mapping[str, float] | None = None
+) -> None:
+    """Raise AuditError where the engine disagrees, naming the parameter class.
+
+    `norm_by_kind` was summed from the gradient that the optimizer was given, with clipping undone
+    by its rule: a third sum beside the engine's and the audit's own.
+    """
     if audit.worst_difference > REPLICA_TOLERANCE:
         raise AuditError(
             f"audit: gradients of the replicated parameter {audit.worst_replica} differ across "
@@ -93,7 +99,7 @@ def check_audit(audit: Audit, engine_norm: float | None) -> None:
             f"Read {parameter_class(audit.worst_replica)} through copy_to_tensor in its "
             "module's forward."
         )
-    if engine_norm is None or not math.isfinite(engine_norm) or not audit.gradient_norm:
+    if not math.isfinite(engine_norm) or not audit.gradient_norm:
         return
     error = abs(engine_norm - audit.gradient_norm) / audit.gradient_norm
     if error > NORM_TOLERANCE:
@@ -101,6 +107,18 @@ def check_audit(audit: Audit, engine_norm: float | None) -> None:
             f"audit: the engine's gradient norm {engine_norm:.6g} is not the gradient's "
             f"({audit.gradient_norm:.6g}, off by {error:.2e}). A sharded parameter lacks the "
             "tensor-parallel mark, or a replicated one has it; see parallel/sharding.py: mark."
+        )
+    if norm_by_kind is None:
+        return
+    given = math.hypot(*norm_by_kind.values())
+    error = abs(given - audit.gradient_norm) / audit.gradient_norm
+    if not error <= NORM_TOLERANCE:
+        kinds = ", ".join(f"{kind} {norm:.4g}" for kind, norm in norm_by_kind.items())
+        raise AuditError(
+            f"audit: the gradient that the optimizer was given has the norm {given:.6g} when "
+            f"clipping is undone ({kinds}), not {audit.gradient_norm:.6g} (off by {error:.2e}). "
+            "It was clipped or scaled by another number than optimizer.clip_norm asks for, or a "
+            "part of it is missing; see train/engine/engine.py: _update."
         )
 
 

@@ -51,7 +51,7 @@ class StepResult:
     loss: float  # nats per valid token over the whole step
     valid_tokens: int
     gradient_norm: float  # before clipping
-    gradient_norm_by_kind: dict[str, float]
+    gradient_norm_by_kind: dict[str, float]  # summed from what the optimizer was given
     skipped: bool  # the update was not applied: the gradient was not finite, or refused
     seconds_forward_backward: float
     seconds_update: float
@@ -219,7 +219,8 @@ class Engine:
         found = audit_gradients(self.parameters, self.mesh) if audit else None
         update = self._update(learning_rate, loss_mean, valid, judge)
         if found is not None:
-            check_audit(found, None if update.skipped else update.gradient_norm)
+            if not update.skipped:
+                check_audit(found, update.gradient_norm, update.gradient_norm_by_kind)
             check_replicas(self.parameters, self.mesh)
         forward_backward, updating = marks.seconds()
         return StepResult(
@@ -258,10 +259,10 @@ class Engine:
         if getattr(self.deepspeed.optimizer, "overflow", False):
             return _Update.skip(loss_value, valid_tokens)
         norm = numbers[-1] if there else float(known)
-        # The optimizer saw clipped gradients; what it is told about is the gradient itself.
-        clipped_norm = math.sqrt(sum(by_kind))
-        unclip = norm / clipped_norm if clipped_norm > 0 else 1.0
-        norms = [math.sqrt(square) * unclip for square in by_kind]
+        # The optimizer saw clipped gradients. What clipping divided by is taken from its rule, not
+        # from these sums: scaled to `norm` they would agree with it however wrong it is.
+        clipped_by = max(1.0, (norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
+        norms = [math.sqrt(square) * clipped_by for square in by_kind]
         refused = verdict[0] if verdict else None
         return _Update(
             loss_value,

@@ -1,0 +1,200 @@
+"""Output and every gradient of a layer's attention against `expected`, query by query and head by
+head: what is wrong at one document's border or in one head is not lost among all that is right."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.selftest.expected import expected_output, score_factor, visible_keys
+from megahybrid.model.selftest.subject import HeadShape, HeadsOnly, Rows, Violation
+
+# Of one head's vector at one token, relative to it and not below the usual size of such vectors:
+# some ten times what honest kernels were seen to differ by.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
+USUAL = 0.3  # of the root of the mean square
+LEAST = 0.05  # of a vector of normal numbers: under a window of one key two gradients are 0
+SCORE = 1.0  # standard deviation of the scores: all keys count, none alone
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Normal numbers of a generator of the test's own: layers' inputs and the output's gradient."""
+
+    hidden: Tensor  # [seq, rows, features], in the run's dtype
+    grad_output: Tensor  # [seq, rows, heads, head_dim]; 0 but at `queries`
+    queries: Tensor
+
+
+def fill_learned(
+    block: HeadsOnly, shape: HeadShape, length: int, generator: torch.Generator
+) -> None:
+    """Have no two weights alike, and of QK-norm and SSMax such that scores are about SCORE."""
+    for name, parameter in block.learned().items():
+        around = 1 + 0.3 * normal(generator, *parameter.shape)
+        if name == "qk_norm.query_weight":
+            around *= _gain(block.attention.scheme, shape, length)
+        if name == "query_scale.logit_scale":
+            around /= math.log(_most_keys(block.attention.scheme, length) + 1)
+        with torch.no_grad():
+            parameter.copy_(around)
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """fp64, on the host."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
+    """What queries are multiplied by before anything else is done to them: in bf16 scores of
+    several times SCORE are rounded by as much as would hide what is wrong."""
+    rotation = scheme.position.attention_factor() if isinstance(scheme.position, Rope) else 1.0
+    # A row's last query has the largest factor; SSMax's own is small by what it has learned.
+    position = torch.tensor([[length - 1]])
+    keys = torch.tensor([[_most_keys(scheme, length)]])
+    learned = 1 / (keys[0] + 1).double().log()
+    largest = float(score_factor(scheme.logit_scale, position, keys, learned, shape.head_dim))
+    return SCORE / (max(largest, 1e-3 / shape.head_dim) * math.sqrt(shape.head_dim) * rotation**2)
+
+
+def _most_keys(scheme: AttentionScheme, length: int) -> int:
+    return min(scheme.window or length, length)
+
+
+def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
+    """Queries' gradients weigh as many as the keys that they see, so that each of a thousand keys
+    gets a gradient as large as one of three does."""
+    wide = normal(generator, rows.length, len(rows.documents), shape.features)
+    if scheme.qk_norm.kind == "none":
+        wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
+    queries = queries_of(rows, scheme.window)
+    seen = visible_keys(rows.starts, queries, scheme.window).sum(-1).T
+    slope = torch.zeros(rows.length, len(rows.documents), shape.heads, shape.head_dim)
+    drawn = normal(generator, len(queries), *slope.shape[1:]) * seen[..., None, None]
+    slope[queries] = drawn.to(slope.dtype)
+    where: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
+    return Draw(wide.to(**where), slope.to(**where), queries)
+
+
+def queries_of(rows: Rows, window: int | None) -> Tensor:
+    """Two in each 64 tokens, the first and last of documents, and those about a window's end."""
+    length = rows.length
+    chosen = {block + 7 * block // 64 % 32 for block in range(0, length, 32)}
+    for row in range(len(rows.documents)):
+        borders = rows.borders(row)
+        for border in borders[:-64:-1]:
+            chosen |= {border - 1, border, border + 1}
+    chosen |= {0, 1, length - 1, length - 2}
+    if window is not None:
+        chosen |= {window - 1, window, window + 1}
+    return torch.tensor(sorted(query for query in chosen if 0 <= query < length))
+
+
+def compare(
+    block: HeadsOnly,
+    shape: HeadShape,
+    context: SequenceContext,
+    rows: Rows,
+    drawn: Draw,
+    *,
+    evaluates: bool = False,
+) -> None:
+    """Raise Violation at the first number that is another one; `evaluates`: without
+    gradients, where a compiled layer goes another way, the output alone."""
+    names = ["output", "queries", "keys", "values", *block.learned()]
+    got = _numbers(block, shape, context, drawn, evaluates)
+    right = _expected(block, shape, rows, drawn)
+    seen = visible_keys(rows.starts, drawn.queries, block.attention.scheme.window).sum(-1).T
+    root = seen.double().sqrt().to(shape.device)[..., None]
+    for name, ours, theirs in zip(names, got, right, strict=False):
+        what = "output" if name == "output" else f"gradient of {name}"
+        if name in block.learned():
+            _demand_whole(what, ours, theirs, shape)
+            continue
+        weight = {"output": root, "queries": 1 / root}.get(name)
+        places = torch.arange(rows.length) if name in ("keys", "values") else drawn.queries
+        _demand_each(what, ours, theirs, weight, places, rows, shape)
+
+
+def _numbers(
+    block: HeadsOnly, shape: HeadShape, context: SequenceContext, drawn: Draw, evaluates: bool
+) -> list[Tensor]:
+    """Output, gradients of q, k and v and of what is learned; of q at the queries asked for."""
+    hidden = drawn.hidden.detach().clone().requires_grad_()
+    if evaluates:
+        with torch.no_grad():
+            return [block.mixed(hidden, context)[drawn.queries]]
+    out = block.mixed(hidden, context)
+    learned = tuple(block.learned().values())
+    # Of a sum: for a gradient given by hand autograd imports sympy, a third of a second.
+    summed, leaves = (out * drawn.grad_output).sum(), (hidden, *learned)
+    # What reaches nothing has a gradient of 0, and is named below.
+    grads = torch.autograd.grad(summed, leaves, allow_unused=True, materialize_grads=True)
+    q, k, v = _split(grads[0], shape)
+    return [out[drawn.queries], q[drawn.queries], k, v, *grads[1:]]
+
+
+def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> list[Tensor]:
+    leaves = [x.detach().double().requires_grad_() for x in _split(drawn.hidden, shape)]
+    learned = {
+        name: parameter.detach().double().requires_grad_()
+        for name, parameter in block.learned().items()
+    }
+    queries = drawn.queries.to(shape.device)
+    q, k, v = leaves
+    scheme, starts = block.attention.scheme, rows.starts.to(shape.device)
+    out = expected_output(scheme, (q, k, v), learned, starts, queries)
+    slope = drawn.grad_output[queries].double()
+    grads = torch.autograd.grad((out * slope).sum(), (q, k, v, *learned.values()))
+    return [out.detach(), grads[0][queries], *grads[1:]]
+
+
+def _split(wide: Tensor, shape: HeadShape) -> list[Tensor]:
+    counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+    parts = wide.split([n * shape.head_dim for n in counts], dim=-1)
+    return [_heads(part, shape) for part in parts]
+
+
+def _heads(x: Tensor, shape: HeadShape) -> Tensor:
+    return x.unflatten(-1, (-1, shape.head_dim))
+
+
+def _demand_each(
+    what: str,
+    got: Tensor,
+    right: Tensor,
+    weight: Tensor | None,
+    places: Tensor,
+    rows: Rows,
+    shape: HeadShape,
+) -> None:
+    """Each [token, row, head] for itself; `weight` [tokens, rows, 1] makes them alike in size."""
+    wrong, size = ((x.detach().double()).norm(dim=-1) for x in (got.double() - right, right))
+    if weight is not None:
+        wrong, size = wrong * weight, size * weight
+    usual = USUAL * size.square().mean().sqrt()
+    least = LEAST * math.sqrt(shape.head_dim)
+    relative = wrong / torch.maximum(size, usual).clamp(min=least)
+    if (relative <= TOLERANCE[shape.dtype]).all():
+        return
+    relative = relative.nan_to_num(nan=math.inf)
+    token, row, head = (int(n) for n in (relative == relative.max()).nonzero()[0])
+    place = int(places[token])
+    begin = int(rows.starts[row, place])
+    raise Violation(
+        f"computes another {what} than it says: off by {float(relative[token, row, head]):.2g} "
+        f"(relative) at token {place} of row {row} (position {place - begin} of its document), "
+        f"head {head}"
+    )
+
+
+def _demand_whole(what: str, got: Tensor, right: Tensor, shape: HeadShape) -> None:
+    """A parameter's gradient, relative to itself and not below what a few queries give."""
+    least = 10 * LEAST * math.sqrt(right.numel())
+    wrong = float((got.double() - right).norm() / right.norm().clamp(min=least))
+    if not wrong <= TOLERANCE[shape.dtype]:
+        raise Violation(f"computes another {what} than it says: off by {wrong:.2g} (relative)")

@@ -1,0 +1,112 @@
+"""What a scheme says, written out once more, in fp64: nothing of the code that trains is used here.
+
+Only the queries asked for are computed: memory is queries × keys × heads.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from megahybrid.config.attention import (
+    AttentionScheme,
+    FixedScale,
+    Llama4Scale,
+    LogitScale,
+    LogScale,
+    QKNorm,
+    Rope,
+    SqrtDimScale,
+    SsmaxScale,
+)
+from megahybrid.model.selftest.subject import EPS
+
+
+def expected_output(
+    scheme: AttentionScheme,
+    heads: tuple[Tensor, Tensor, Tensor],  # q, k, v [seq, rows, heads, head_dim], neither normed
+    learned: Mapping[str, Tensor],
+    starts: Tensor,  # [rows, seq]
+    queries: Tensor,  # indices
+) -> Tensor:
+    """The mixed values of these queries, [queries, rows, heads, head_dim]."""
+    q, k, v = heads
+    q = normed(q, scheme.qk_norm, learned.get("qk_norm.query_weight"))
+    k = normed(k, scheme.qk_norm, learned.get("qk_norm.key_weight"))
+    positions = torch.arange(starts.shape[1], device=starts.device) - starts
+    if isinstance(scheme.position, Rope):
+        q, k = (turned(x, positions.T, scheme.position) for x in (q, k))
+    seen = visible_keys(starts, queries, scheme.window)
+    scale = score_factor(
+        scheme.logit_scale,
+        positions[:, queries].T,
+        seen.sum(-1).T,
+        learned.get("query_scale.logit_scale"),
+        q.shape[-1],
+    )
+    group = q.shape[2] // k.shape[2]
+    owner = torch.tensor([head // group for head in range(q.shape[2])], device=q.device)
+    scores = torch.einsum("ibhd,jbhd->bhij", q[queries] * scale[..., None], k[:, :, owner])
+    weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhij,jbhd->ibhd", weights, v[:, :, owner])
+
+
+def visible_keys(starts: Tensor, queries: Tensor, window: int | None) -> Tensor:
+    """[rows, queries, keys]: not later, of the same document, and among the last `window`."""
+    key = torch.arange(starts.shape[1], device=starts.device)
+    distance = queries[:, None] - key
+    seen = (distance >= 0) & (key >= starts[:, queries, None])
+    return seen if window is None else seen & (distance < window)
+
+
+def normed(x: Tensor, norm: QKNorm, weight: Tensor | None) -> Tensor:
+    """x over the root of its mean square, a head or all heads together, without its mean before
+    where the norm is `layernorm`; times the weight."""
+    if norm.kind == "none":
+        return x
+    over: tuple[int, ...] = (-2, -1) if norm.over == "projection" else (-1,)
+    if norm.kind == "layernorm":
+        x = x - x.mean(over, keepdim=True)
+    assert weight is not None
+    x = x / (x.square().mean(over, keepdim=True) + EPS).sqrt()
+    return x * weight.view(-1, x.shape[-1])  # [heads, head_dim], or one for all heads
+
+
+def angles(positions: Tensor, rope: Rope, head_dim: int) -> Tensor:
+    """[..., pairs] in fp32: those of released models, bit for bit."""
+    frequencies = rope.frequencies(head_dim, torch, torch.float32).to(positions.device)
+    return positions.float()[..., None] * frequencies
+
+
+def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """x with dimensions i and i + pairs turned as a pair, and what is behind them left as it is."""
+    turn = angles(positions, rope, x.shape[-1])[:, :, None]
+    factor, pairs = rope.attention_factor(), turn.shape[-1]
+    cos, sin = turn.cos().double() * factor, turn.sin().double() * factor
+    first, second, still = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat((first * cos - second * sin, first * sin + second * cos, still), dim=-1)
+
+
+def score_factor(
+    scale: LogitScale, position: Tensor, keys: Tensor, learned: Tensor | None, head_dim: int
+) -> Tensor:
+    """What q·k is multiplied by, [queries, rows, heads or 1]; `position` and the number of `keys`
+    seen are [queries, rows]."""
+    match scale:
+        case FixedScale():
+            return torch.full_like(position, 1, dtype=torch.float64)[..., None] * scale.scale
+        case SqrtDimScale():
+            factor = torch.ones_like(position, dtype=torch.float64)[..., None]
+        case Llama4Scale():
+            steps = (position + 1) // scale.floor
+            factor = 1 + scale.coefficient * (1 + steps).double().log()[..., None]
+        case LogScale():
+            factor = (scale.base + keys).double().log()[..., None] / math.log(scale.base)
+        case SsmaxScale():
+            assert learned is not None
+            factor = keys.double().log()[..., None] * learned
+        case _:
+            assert_never(scale)
+    return factor / math.sqrt(head_dim)

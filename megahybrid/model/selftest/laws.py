@@ -1,0 +1,214 @@
+"""What every scheme must obey, by probes that name the law: which keys are seen, where positions
+begin, how queries are scaled. Each goes through the code that trains."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megahybrid.config.attention import (
+    AttentionScheme,
+    Llama4Scale,
+    LogitScale,
+    LogScale,
+    Nope,
+    QKNorm,
+    Rope,
+    SqrtDimScale,
+    SsmaxScale,
+)
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.logit_scale import QueryScale
+from megahybrid.model.selftest.comparison import normal
+from megahybrid.model.selftest.expected import angles, score_factor, visible_keys
+from megahybrid.model.selftest.subject import (
+    ROUNDING,
+    Contexts,
+    HeadShape,
+    HeadsOnly,
+    Rows,
+    Violation,
+)
+from megahybrid.parallel.mesh import ParallelMesh
+
+PROBED_SCORE = 20.0  # a probed key outweighs exp(20) keys that nothing points at
+MOST_PROBES = 32
+LOW_SCORE = -120.0
+
+
+def bare(scheme: AttentionScheme) -> AttentionScheme:
+    """What a scheme sees, without norm, rotation or scale: of these `compare` judges."""
+    plain = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "logit_scale": SqrtDimScale()}
+    return scheme.model_copy(update=plain)
+
+
+def sees_its_keys(block: HeadsOnly, shape: HeadShape, context: SequenceContext, rows: Rows) -> None:
+    """Causality, exactly `window` keys, documents isolated, KV heads shared in groups.
+
+    Every query points at the probed keys alone, and each has a value channel of its own, so channel
+    c of a query's output is 1 / (probes it sees) where it sees probe c, and else 0. The last
+    channel holds the number of the KV head.
+    """
+    window = block.attention.scheme.window
+    probes = [_probes(rows, row, window, shape.head_dim) for row in range(len(rows.documents))]
+    direction = normal(torch.Generator().manual_seed(1), shape.head_dim)
+    pointed = direction * math.sqrt(PROBED_SCORE * math.sqrt(shape.head_dim)) / direction.norm()
+    length, count = rows.length, len(probes[0])
+    q = pointed.expand(length, len(probes), shape.heads, -1)
+    k = torch.zeros(length, len(probes), shape.kv_heads, shape.head_dim, dtype=torch.float64)
+    v = torch.zeros_like(k)
+    v[..., -1] = torch.arange(shape.kv_heads) / shape.kv_heads
+    for row, these in enumerate(probes):
+        for channel, probe in enumerate(these):
+            k[probe, row] = pointed
+            v[probe, row, :, channel] = 1
+    hidden = torch.cat([x.flatten(-2) for x in (q, k, v)], dim=-1)
+    out = block.mixed(hidden.to(shape.device, shape.dtype), context)
+    out = out.detach().double().cpu()
+
+    of_group = torch.arange(shape.heads) // (shape.heads // shape.kv_heads) / shape.kv_heads
+    if shape.head_dim > count and not (out[..., -1] - of_group).abs().max() < 0.3 / shape.kv_heads:
+        raise Violation("does not read KV head h // (heads / kv_heads) at query head h")
+    seen = out[..., :count] > 0.5 / count
+    for row, these in enumerate(probes):
+        for head in range(shape.heads):
+            _demand_right(seen[:, row, head], torch.tensor(these), rows.starts[row], window)
+
+
+def _demand_right(got: Tensor, probes: Tensor, starts: Tensor, window: int | None) -> None:
+    """`got` [queries, probes]: whether a query sees a probe."""
+    query = torch.arange(len(got))[:, None]
+    causal, alike = probes <= query, probes >= starts[:, None]
+    within = torch.ones_like(causal) if window is None else probes > query - window
+    exactly = f"does not see exactly window={window} keys"
+    for wrong, message in (
+        (got & ~causal, "is not causal: query {0} sees key {1}"),
+        (got & ~alike, "mixes documents: query {0} sees key {1} of another"),
+        (got & ~within, exactly + ": query {0} sees key {1}"),
+        (causal & alike & within & ~got, exactly + ": query {0} misses key {1}"),
+    ):
+        if wrong.any():
+            at, channel = (int(n) for n in wrong.nonzero()[0])
+            raise Violation(message.format(at, int(probes[channel])))
+
+
+def _probes(rows: Rows, row: int, window: int | None, head_dim: int) -> list[int]:
+    """Keys at the ends, at the window's edge and at the documents' borders: as many in each row."""
+    length = rows.length
+    last, reach = length - 1, min(window or length, length)
+    borders = rows.borders(row)
+    wanted = [0, borders[-1] - 1, borders[-1], borders[0] - 1, borders[0]] if borders else []
+    wanted += [0, length - reach, last, last // 2, last - reach, last - 1, 1]
+    wanted += [key for border in borders[::-1] for key in (border - 1, border)]
+    wanted += list(range(2, length, max(1, length // MOST_PROBES)))
+    kept = list(dict.fromkeys(key for key in wanted if 0 <= key <= last))
+    # One channel is the KV head's, where there is one to spare.
+    return kept[: min(MOST_PROBES, max(head_dim - 1, 1), length)]
+
+
+def stays_finite(block: HeadsOnly, shape: HeadShape, context: SequenceContext, rows: Rows) -> None:
+    """Where all scores are low there are gradients still."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = normal(generator, rows.length, len(rows.documents), shape.features)
+    slope = normal(generator, *hidden.shape[:2], shape.heads, shape.head_dim)
+    low = math.sqrt(-LOW_SCORE / math.sqrt(shape.head_dim))
+    of_queries = shape.heads * shape.head_dim
+    hidden[..., :of_queries] -= low
+    hidden[..., of_queries : of_queries + shape.kv_heads * shape.head_dim] += low
+    moved = hidden.to(shape.device, shape.dtype).requires_grad_()
+    out = block.mixed(moved, context)
+    (grad,) = torch.autograd.grad((out * slope.to(out)).sum(), moved)
+    if not (out.isfinite().all() and grad.isfinite().all()):
+        raise Violation(f"computes what is no number where all scores are about {LOW_SCORE}")
+
+
+def is_blind_to_position(block: HeadsOnly, shape: HeadShape, contexts: Contexts) -> None:
+    """Keys in another order, or the same text further on, leave a NoPE query's output alone."""
+    length, apart = 192, 33
+    reach = min(block.attention.scheme.window or length, length)
+    generator = torch.Generator().manual_seed(3)
+    text = normal(generator, length, 1, shape.features).expand(-1, 2, -1).clone()
+    kv = slice(shape.heads * shape.head_dim, None)
+    text[length - reach : -1, 1, kv] = text[length - reach : -1, 1, kv].flip(0)
+    rows = Rows.of([length], [length])
+    out = block.mixed(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
+    _demand_same(out[-1, 0], out[-1, 1], "the order of keys matters", shape)
+
+    text = normal(generator, length, 2, shape.features)
+    text[apart:, 0] = text[: length - apart, 1]
+    rows = Rows.of([apart, length - apart], [length - apart, apart])
+    out = block.mixed(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
+    _demand_same(out[apart:, 0], out[: length - apart, 1], "a common shift matters", shape)
+
+
+def _demand_same(before: Tensor, after: Tensor, what: str, shape: HeadShape) -> None:
+    difference = float((before.double() - after.double()).norm() / before.double().norm())
+    if not difference < min(0.1, 1e3 * ROUNDING[shape.dtype]) + 10 * ROUNDING[shape.dtype]:
+        raise Violation(f"is not blind to position: {what} ({difference:.2g} relative)")
+
+
+def turns_by_its_frequencies(
+    rope: Rope, shape: HeadShape, context: SequenceContext, rows: Rows
+) -> None:
+    """The table that layers turn by has this scheme's angles, from 0 at each document's start, in
+    every pair: those that turn by a thousandth of a radian here turn round at a million tokens."""
+    table = context.rotary_table(rope, shape.head_dim)
+    positions = torch.arange(rows.length)[:, None] - (rows.starts.T if rows.several else 0)
+    angle = angles(positions, rope, shape.head_dim)[:, :, None]
+    factor, pairs = rope.attention_factor(), angle.shape[-1]
+    for got, right in ((table.cos[..., :pairs], angle.cos()), (table.sin, angle.sin())):
+        expected = right.double() * factor
+        wrong = (got.double().cpu() - expected).abs()
+        if not (wrong <= 2 * ROUNDING[shape.dtype] * expected.abs() + 5e-7).all():
+            where = int((wrong.amax((1, 2, 3)) > 0).nonzero()[0]) if rows.several else 0
+            if rows.several:
+                raise Violation(
+                    f"does not restart its positions at documents (token {where}), or does not "
+                    "turn by position * frequency there"
+                )
+            raise Violation("does not turn by position * frequency")
+
+
+def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -> None:
+    """The factor that depends on the query, number by number: at the steps of `llama4` as well,
+    which may be beyond any probe."""
+    scale = scheme.logit_scale
+    if isinstance(scale, Llama4Scale):
+        length = max(length, 3 * scale.floor + 2)
+    module = QueryScale.of(scheme, 1, "selftest", ParallelMesh.single(shape.device))
+    assert module is not None
+    for rows in (Rows.of([length]), Rows.of([length // 3, length - length // 3])):
+        documents = Documents(rows.starts).to(shape.device) if rows.several else None
+        ones = torch.ones(length, 1, 1, 1, dtype=shape.dtype, device=shape.device)
+        factors = module(ones, documents, length)[:, 0, 0, 0].detach().double().cpu()
+        begins = int(rows.starts[0, -1])
+        for index in _places(scheme, begins, length):
+            position = torch.tensor([[index - begins]])
+            keys = visible_keys(rows.starts, torch.tensor([index]), scheme.window).sum(-1)
+            learned = None
+            if isinstance(scale, SsmaxScale):
+                learned = torch.tensor([scale.initial], dtype=torch.float64)
+            wanted = float(score_factor(scale, position, keys, learned, 1))
+            if not abs(factors[index] - wanted) <= 1e-5 + _rounding(scale, shape) * abs(wanted):
+                raise Violation(
+                    f"scales the query at position {index - begins} of its document by "
+                    f"{float(factors[index]):.6g}, not {wanted:.6g}"
+                )
+
+
+def _rounding(scale: LogitScale, shape: HeadShape) -> float:
+    """Of a factor, relative: it is made in fp32, from logarithms which are small for a small base,
+    and multiplies in the run's dtype."""
+    of_base = 2.0**-22 / math.log(scale.base) if isinstance(scale, LogScale) else 0.0
+    return 4 * ROUNDING[shape.dtype] + 1e-6 + of_base
+
+
+def _places(scheme: AttentionScheme, begins: int, length: int) -> list[int]:
+    """Queries at which the factor is about to change, and some where it is not."""
+    window, scale = scheme.window or 2, scheme.logit_scale
+    steps = [0, 1, 7, window, window - 1]
+    if isinstance(scale, Llama4Scale):
+        steps += [scale.floor - 2, scale.floor - 1, 2 * scale.floor - 1]
+    steps += [length - begins - 1]
+    return sorted({begins + step for step in steps if 0 <= step < length - begins})

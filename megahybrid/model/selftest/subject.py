@@ -1,0 +1,154 @@
+"""What the self-test asks: a block as it trains, without the projections around its attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.model import ModelConfig
+from megahybrid.model.attention import Attention
+from megahybrid.model.block import Block, Heads
+from megahybrid.model.compiled import prepare_compiler
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.parallel.mesh import ParallelMesh
+
+# Relative, of one number: half a unit in its last place and that again for what it is made of.
+ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+EPS = 1e-5  # of QK-norm; what it is called with in the run moves nothing here
+
+
+class Violation(Exception):
+    """What a scheme did that it must not."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """One rank's heads, and what they are computed in and on."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def features(self) -> int:
+        """Queries, keys and values of a token side by side."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def smaller(self) -> "HeadShape | None":
+        """The same with fewer heads: half the KV heads, of the last one half the queries."""
+        group = self.heads // self.kv_heads
+        if self.kv_heads > 1:
+            kv_heads = self.kv_heads // 2
+            return replace(self, heads=group * kv_heads, kv_heads=kv_heads)
+        return replace(self, heads=self.heads // 2) if self.heads > 1 else None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one length by the lengths of their documents."""
+
+    documents: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, *rows: Sequence[int]) -> "Rows":
+        """Rows that are cut so."""
+        return cls(tuple(tuple(row) for row in rows))
+
+    def joined(self) -> "Rows":
+        """The same rows, each a single document."""
+        return Rows(tuple((sum(row),) for row in self.documents))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return sum(self.documents[0])
+
+    @property
+    def several(self) -> bool:
+        """Whether some row holds several documents."""
+        return any(len(row) > 1 for row in self.documents)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[row, token]: where the token's document begins."""
+        starts: list[list[int]] = []
+        for row in self.documents:
+            starts.append([])
+            for length in row:
+                starts[-1] += [len(starts[-1])] * length
+        return torch.tensor(starts)
+
+    def borders(self, row: int) -> list[int]:
+        """Where the documents of a row begin, but for the first."""
+        return sorted({int(start) for start in self.starts[row]} - {0})
+
+
+class Contexts:
+    """What all layers of a batch share, made once for each kind of rows: schemes that are asked one
+    after the other share it as layers do, so that one which is given what another made is seen."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        self._shape = shape
+        self._made: dict[Rows, SequenceContext] = {}
+
+    def of(self, rows: Rows) -> SequenceContext:
+        """The context of these rows; without documents where each row is one, as in training."""
+        if rows not in self._made:
+            device = self._shape.device
+            documents = Documents(rows.starts).to(device) if rows.several else None
+            self._made[rows] = SequenceContext(rows.length, documents, device, self._shape.dtype)
+        return self._made[rows]
+
+
+class HeadsOnly(Block):
+    """A block whose stream is [seq, batch, q, k and v side by side] and which leaves behind what
+    attention mixed: norm, rotation, scale and kernel are reached by the code of every block."""
+
+    def __init__(self, shape: HeadShape, scheme: AttentionScheme, kernel: str) -> None:
+        mesh = ParallelMesh.single(shape.device)
+        super().__init__("none", mesh)
+        config = ModelConfig(
+            vocab_size=1,
+            hidden_size=1,
+            intermediate_size=1,
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            eps=EPS,
+            layer_plan=LayerPlan(num_layers=1, pattern=["only"], schemes={"only": scheme}),
+        )
+        self.sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        self.attention = Attention("blocks.0.attention", config, scheme, mesh, kernel)
+        self.to(shape.dtype)
+
+    def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
+        """Slices of wide rows, as one product leaves them."""
+        return self.attention.heads(*hidden.split(self.sizes, dim=-1)), ()
+
+    def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
+        """The mixed values, and zeros: a stream is as wide behind a layer as before it."""
+        return F.pad(mixed.flatten(-2), (0, sum(self.sizes[1:])))
+
+    def mixed(self, hidden: Tensor, context: SequenceContext) -> Tensor:
+        """[seq, batch, heads, head_dim]: what the heads make of a stream."""
+        out: Tensor = self(hidden, context)
+        return out[..., : self.sizes[0]].unflatten(-1, (-1, self.attention.head_dim))
+
+    def compile_as(self, compiler: str, whole: bool) -> None:
+        """As `Transformer.compile_blocks` does: its pieces, and where it can be all of it."""
+        prepare_compiler()
+        self.compile_pieces(compiler)
+        if whole:
+            self.compile_regions(compiler)
+
+    def learned(self) -> dict[str, torch.nn.Parameter]:
+        """What attention learns beside its projections."""
+        named = self.attention.named_parameters()
+        return {name: each for name, each in named if not name.startswith("output.")}

@@ -1,0 +1,359 @@
+"""Ways to break a layer's attention, one thing at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megahybrid.config.attention import Nope, Rope
+from megahybrid.model import attention, context, logit_scale, mixing, norm, rotary
+from megahybrid.model.kernels import attend, blocked, documents, sdpa
+from megahybrid.model.rotary import RotaryTable, rotate, rotate_both
+
+Patch = pytest.MonkeyPatch
+
+
+def attended_by(broken: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    """Another kernel in the layer."""
+    return lambda patch: patch.setattr(mixing, "attend", broken)
+
+
+def tail_blocks(which: slice) -> Callable[[Patch], None]:
+    """`blocked` knows nothing of documents in some of its tail blocks."""
+    right = blocked._tail_masks
+
+    def masks(docs: Any, window: int, dtype: torch.dtype) -> Tensor:
+        joined = documents.Documents(torch.zeros_like(docs.starts))
+        rows = docs.starts.shape[0]
+        made, wrong = (right(x, window, dtype).unflatten(0, (rows, -1)) for x in (docs, joined))
+        made[:, which] = wrong[:, which]
+        return made.flatten(0, 1)
+
+    return lambda patch: patch.setattr(blocked, "_tail_masks", masks)
+
+
+def first_rows_runs(patch: Patch) -> None:
+    """SDPA beyond its shared length cuts each row where the first one is cut."""
+    right = sdpa._masks
+    patch.setattr(sdpa, "_masks", lambda *args: [right(*args)[0]] * len(right(*args)))
+
+
+def first_rows_mask(patch: Patch) -> None:
+    """SDPA up to its shared length has the first row's mask for all."""
+    right = documents.Documents.visible
+    patch.setattr(
+        documents.Documents, "visible", lambda *args: right(*args)[:1].expand_as(right(*args))
+    )
+
+
+def forward_with(change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[[Patch], None]:
+    """`Attention.forward` does something to q, k and v first."""
+    right = attention.Attention.forward
+
+    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        return right(self, *change(self, q, k, v, batch), batch)
+
+    return lambda patch: patch.setattr(attention.Attention, "forward", forward)
+
+
+def nope_turned(self: Any, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Any:
+    """Layers without position rotate."""
+    if isinstance(self.scheme.position, Nope):
+        table = batch.rotary_table(Rope(kind="rope", theta=10000.0), self.head_dim)
+        q, k = rotate_both(q, k, table)
+    return q, k, v
+
+
+def values_of_one_row(self: Any, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Any:
+    """All rows read the first one's values."""
+    return q, k, v[:, :1].expand_as(v)
+
+
+def one_head_still(patch: Patch) -> None:
+    """Head 3 is not rotated."""
+
+    def turned(x: Tensor, table: RotaryTable) -> Tensor:
+        out = rotate(x, table)
+        return torch.cat((out[:, :, :3], x[:, :, 3:4], out[:, :, 4:]), dim=2)
+
+    patch.setattr(rotary, "rotate", turned)
+
+
+def wrong_way_back(patch: Patch) -> None:
+    """The rotation's gradient is turned forward once more."""
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return rotary._turn(grads[0], *ctx.saved_tensors, 1), None, None
+
+    patch.setattr(rotary._Rotation, "backward", staticmethod(backward))
+
+
+def one_table(patch: Patch) -> None:
+    """Tables are kept by head_dim alone: the second theta gets the first one's."""
+    right = context.SequenceContext.rotary_table
+    found: dict[Any, Any] = {}
+
+    def table(self: Any, rope: Rope, head_dim: int) -> Any:
+        return found.setdefault((id(self), head_dim), right(self, rope, head_dim))
+
+    patch.setattr(context.SequenceContext, "rotary_table", table)
+
+
+def scaled_by(wrong: Callable[[Any, int], float]) -> Callable[[Patch], None]:
+    """The part of the scale that is the same for every query."""
+    return lambda patch: patch.setattr(mixing, "score_scale", wrong)
+
+
+def unscaled_queries(patch: Patch) -> None:
+    """No temperature at all."""
+    patch.setattr(logit_scale.QueryScale, "scaled", lambda self, q, factor: q)
+
+
+def factor_of(wrong: Callable[..., Tensor]) -> Callable[[Patch], None]:
+    """Another count of keys or positions in the query's factor; nothing kept from before."""
+
+    def plant(patch: Patch) -> None:
+        patch.setattr(logit_scale, "query_factor", wrong)
+        patch.setattr(
+            logit_scale,
+            "_plain_factor",
+            lambda scale, window, length, device: wrong(scale, window, None, length, device),
+        )
+
+    return plant
+
+
+query_factor = logit_scale.query_factor
+
+
+def one_late(*args: Any) -> Tensor:
+    """The factor of the query before."""
+    return query_factor(*args).roll(1, 0)
+
+
+def unwindowed(scale: Any, window: Any, *args: Any) -> Tensor:
+    """Keys counted beyond the window."""
+    return query_factor(scale, None, *args)
+
+
+def through_documents(scale: Any, window: Any, docs: Any, length: int, device: Any) -> Tensor:
+    """Keys and positions counted from the row's start."""
+    plain = query_factor(scale, window, None, length, device)
+    return plain if docs is None else plain.expand(-1, docs.starts.shape[0])
+
+
+def one_factor_for_all_windows(patch: Patch) -> None:
+    """Kept by kind alone: the second window gets the first one's count."""
+    right = documents.Documents.keep
+
+    def keep(self: Any, key: Any, make: Any) -> Any:
+        return right(self, key[:1] if key[0] == "query_factor" else key, make)
+
+    patch.setattr(documents.Documents, "keep", keep)
+
+
+def one_mask_for_all_windows(patch: Patch) -> None:
+    """The reference's mask made once per batch."""
+    right = documents.Documents.visible
+
+    def visible(self: Any, window: int | None) -> Tensor:
+        return self.keep("visible", lambda: right(self, window))
+
+    patch.setattr(documents.Documents, "visible", visible)
+
+
+def another_heads_factor(patch: Patch) -> None:
+    """Each head has the learned scale of the head before."""
+    right = logit_scale.QueryScale.scaled
+
+    def scaled(self: Any, q: Tensor, factor: Tensor) -> Tensor:
+        return right(self, q.roll(1, 2), factor).roll(-1, 2)
+
+    patch.setattr(logit_scale.QueryScale, "scaled", scaled)
+
+
+def unlearned(patch: Patch) -> None:
+    """The learned scale gets no gradient of its last head."""
+    right = logit_scale.QueryScale.scaled
+
+    def scaled(self: Any, q: Tensor, factor: Tensor) -> Tensor:
+        if self.logit_scale is None:
+            return right(self, q, factor)
+        learned = torch.cat((self.logit_scale[:-1], self.logit_scale[-1:].detach()))
+        return q * (factor[..., None, None] * learned[:, None]).to(q.dtype)
+
+    patch.setattr(logit_scale.QueryScale, "scaled", scaled)
+
+
+def normed_over_heads(patch: Patch) -> None:
+    """QK-norm over the heads of each dimension."""
+    right = norm.QKNormModule._over_head
+
+    def over(self: Any, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide / wide.square().mean(-2, keepdim=True).sqrt() * weight).to(x.dtype)
+
+    assert right
+    patch.setattr(norm.QKNormModule, "_over_head", over)
+
+
+def projection_normed_by_head(patch: Patch) -> None:
+    """The mean of each head where that of all is meant."""
+
+    def over(self: Any, q: Tensor, k: Tensor, weights: Any) -> Any:
+        return tuple(
+            (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight).to(x.dtype)
+            for x, weight in zip((q, k), weights, strict=True)
+        )
+
+    patch.setattr(norm.QKNormModule, "_over_projection", over)
+
+
+def unnormed_keys(patch: Patch) -> None:
+    """QK-norm of queries alone."""
+    right = norm.QKNormModule.forward
+    patch.setattr(norm.QKNormModule, "forward", lambda self, q, k: (right(self, q, k)[0], k))
+
+
+def positioned_by(wrong: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
+    """Another placing of q and k."""
+    return lambda patch: patch.setattr(mixing, "positioned", wrong)
+
+
+def with_tables(of: Callable[[Any, Rope, int], tuple[RotaryTable, RotaryTable]]) -> Any:
+    """q and k by tables of their own."""
+
+    def positioned(q: Tensor, k: Tensor, position: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(position, Nope):
+            return q, k
+        of_queries, of_keys = of(batch, position, q.shape[-1])
+        return rotate(q, of_queries), rotate(k, of_keys)
+
+    return positioned_by(positioned)
+
+
+def still(table: RotaryTable) -> RotaryTable:
+    """Nothing turns."""
+    return RotaryTable(torch.ones_like(table.cos), torch.zeros_like(table.sin))
+
+
+def keys_alone(batch: Any, rope: Rope, head_dim: int) -> Any:
+    table = batch.rotary_table(rope, head_dim)
+    return still(table), table
+
+
+def queries_alone(batch: Any, rope: Rope, head_dim: int) -> Any:
+    table = batch.rotary_table(rope, head_dim)
+    return table, still(table)
+
+
+def neither(batch: Any, rope: Rope, head_dim: int) -> Any:
+    return (still(batch.rotary_table(rope, head_dim)),) * 2
+
+
+def keys_backwards(batch: Any, rope: Rope, head_dim: int) -> Any:
+    table = batch.rotary_table(rope, head_dim)
+    return table, RotaryTable(table.cos, -table.sin)
+
+
+def keys_one_ahead(batch: Any, rope: Rope, head_dim: int) -> Any:
+    table = batch.rotary_table(rope, head_dim)
+    return table, RotaryTable(table.cos.roll(-1, 0), table.sin.roll(-1, 0))
+
+
+def other_theta(batch: Any, rope: Rope, head_dim: int) -> Any:
+    return (batch.rotary_table(rope.model_copy(update={"theta": rope.theta * 2}), head_dim),) * 2
+
+
+def unscaled_frequencies(batch: Any, rope: Rope, head_dim: int) -> Any:
+    return (batch.rotary_table(rope.model_copy(update={"scaling": None}), head_dim),) * 2
+
+
+def first_rows_positions(batch: Any, rope: Rope, head_dim: int) -> Any:
+    table = batch.rotary_table(rope, head_dim)
+    return (RotaryTable(table.cos[:, :1], table.sin[:, :1]),) * 2
+
+
+def built_with(change: Callable[..., dict[str, Any]]) -> Callable[[Patch], None]:
+    """Tables of other positions or frequencies, nothing kept from before."""
+    right = RotaryTable.build.__func__  # type: ignore[attr-defined]
+
+    def plant(patch: Patch) -> None:
+        names = ("rope", "head_dim", "length", "documents", "device", "dtype")
+
+        def build(cls: Any, *args: Any) -> Any:
+            return right(cls, **change(dict(zip(names, args, strict=True))))
+
+        patch.setattr(RotaryTable, "build", classmethod(build))
+        patch.setattr(
+            context, "plain_table", lambda *args: build(RotaryTable, *args[:3], None, *args[3:])
+        )
+
+    return plant
+
+
+def running_on(how: dict[str, Any]) -> dict[str, Any]:
+    """Positions go on through documents."""
+    return how | {"documents": None}
+
+
+def slow_pairs_stand(how: dict[str, Any]) -> dict[str, Any]:
+    """Frequencies of another scaling, far beyond the lengths probed."""
+    scaling = how["rope"].scaling.model_copy(update={"original_length": 4096})
+    return how | {"rope": how["rope"].model_copy(update={"scaling": scaling})}
+
+
+def turns_all(how: dict[str, Any]) -> dict[str, Any]:
+    """The whole head turns where a part of it should."""
+    return how | {"rope": how["rope"].model_copy(update={"rotary_fraction": 1.0})}
+
+
+def no_attention_factor(patch: Patch) -> None:
+    """YaRN without its factor."""
+    right = RotaryTable.build.__func__  # type: ignore[attr-defined]
+
+    def build(cls: Any, rope: Rope, *args: Any) -> Any:
+        made, factor = right(cls, rope, *args), rope.attention_factor()
+        return RotaryTable(made.cos / factor, made.sin / factor)
+
+    patch.setattr(RotaryTable, "build", classmethod(build))
+    patch.setattr(
+        context, "plain_table", lambda *args: build(RotaryTable, *args[:3], None, *args[3:])
+    )
+
+
+def lost_value_gradient(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """The last query head gives values no gradient."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    v = torch.cat((v[:, :, :-1], v[:, :, -1:].detach()), dim=2)
+    return attend(q, k, v, **how)
+
+
+def late_gradient_lost(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """The last 16 keys have none."""
+    kept, last = k[:-16], k[-16:].detach()
+    return attend(q, torch.cat((kept, last)), v, **how)
+
+
+def neighbours_head(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """Keys in their groups, values of the other one."""
+    return attend(q, k, v.flip(2), **how)
+
+
+def later_documents_joined(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """Documents beyond the first thousand tokens pass for one."""
+    docs = how["documents"]
+    if docs is not None and docs.seq > 1000:
+        starts = torch.where(docs.starts > 1000, 1000, docs.starts)
+        how = {**how, "documents": documents.Documents(starts)}
+    return attend(q, k, v, **how)
+
+
+def window_of_documents_alone(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """The window is off where rows hold documents."""
+    if how["documents"] is not None:
+        how = {**how, "window": how["window"] + 1}
+    return attend(q, k, v, **how)
