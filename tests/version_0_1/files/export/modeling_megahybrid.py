@@ -1,0 +1,385 @@
+"""A megahybrid model for transformers: one causal decoder, a scheme per layer.
+
+Attention is torch's, over blocks of queries and the keys their window reaches, so that a long
+prompt needs no mask of its whole square. The cache of a windowed layer holds window - 1 keys.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .cache_megahybrid import CACHE_NAME, CACHE_NAMES, check_mask, given_cache, windowed
+from .configuration_megahybrid import MegahybridConfig
+
+QUERY_BLOCK = 1024
+
+
+class MegahybridNorm(nn.Module):
+    """RMSNorm or bias-free LayerNorm over the last dimension, in fp32."""
+
+    def __init__(self, shape: tuple[int, ...], kind: str, eps: float) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of the same shape and dtype."""
+        wide = x.float()
+        if self.kind == "layernorm":
+            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight.float()).to(x.dtype)
+
+
+class Places:
+    """Where the queries of one forward stand: made once, used by every layer.
+
+    `position` [batch, seq] counts a row's own tokens, padding left out; `valid` [batch, seen + seq]
+    is None where nothing is padded.
+    """
+
+    def __init__(self, seen: int, seq: int, position: Tensor, valid: Tensor | None) -> None:
+        self.seen, self.seq, self.position, self.valid = seen, seq, position, valid
+        self._turns: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def turn(
+        self, name: str, rotation: dict[str, Any], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [batch, 1, seq, pairs] of a scheme's rotation; angles in fp32."""
+        if name not in self._turns:
+            device = self.position.device
+            frequencies = torch.tensor(rotation["frequencies"], dtype=torch.float32, device=device)
+            angles = self.position[:, None, :, None].float() * frequencies
+            factor = rotation["attention_factor"]
+            self._turns[name] = (
+                (angles.cos() * factor).to(dtype),
+                (angles.sin() * factor).to(dtype),
+            )
+        return self._turns[name]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [batch, heads, seq, head_dim] with its first 2 * pairs dimensions turned."""
+    pairs = cos.shape[-1]
+    a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+class MegahybridAttention(nn.Module):
+    """What a scheme says, with a cache."""
+
+    def __init__(self, config: MegahybridConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.name = layer, config.layer_schemes[layer]
+        self.scheme = config.schemes[self.name]
+        self.head_dim = config.head_dim
+        hidden, heads, kv_heads = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+        self.groups = heads // kv_heads
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        self.qk_norm = self.scheme["qk_norm"]
+        if self.qk_norm["kind"] != "none":
+            self.q_norm = self._norm(heads, config.norm_eps)
+            self.k_norm = self._norm(kv_heads, config.norm_eps)
+        if self.scheme["logit_scale"]["kind"] == "ssmax":
+            self.logit_scale = nn.Parameter(torch.ones(heads))
+
+    def _norm(self, heads: int, eps: float) -> MegahybridNorm:
+        if self.qk_norm["over"] == "projection":
+            shape: tuple[int, ...] = (heads * self.head_dim,)
+        elif self.qk_norm["weight"] == "per_head":
+            shape = (heads, self.head_dim)
+        else:
+            shape = (self.head_dim,)
+        return MegahybridNorm(shape, self.qk_norm["kind"], eps)
+
+    def forward(self, hidden: Tensor, places: Places, cache: Cache | None) -> Tensor:
+        """[batch, seq, hidden] -> the same."""
+        q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        split = (-1, self.head_dim)
+        if self.qk_norm["kind"] == "none":
+            q, k = q.unflatten(-1, split), k.unflatten(-1, split)
+        elif self.qk_norm["over"] == "projection":
+            q, k = self.q_norm(q).unflatten(-1, split), self.k_norm(k).unflatten(-1, split)
+        else:
+            q, k = self.q_norm(q.unflatten(-1, split)), self.k_norm(k.unflatten(-1, split))
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, seq, head_dim]
+        v = v.unflatten(-1, split).transpose(1, 2)
+        if self.scheme["rotation"] is not None:
+            cos, sin = places.turn(self.name, self.scheme["rotation"], q.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, scale = self._scaled(q, places)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        mixed = self._attend(q, k, v, scale, places)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _scaled(self, q: Tensor, places: Places) -> tuple[Tensor, float]:
+        """q times what depends on its position, and what every score is multiplied by."""
+        scale = self.scheme["logit_scale"]
+        kind = scale["kind"]
+        if kind == "fixed":
+            return q, scale["scale"]
+        plain = self.head_dim**-0.5
+        if kind == "sqrt_dim":
+            return q, plain
+        position = places.position[:, None, :, None]
+        if kind == "llama4":
+            steps = (position + 1) // scale["floor"]
+            factor = 1 + scale["coefficient"] * torch.log1p(steps.float())
+        else:
+            keys = position + 1
+            if self.scheme["window"] is not None:
+                keys = keys.clamp(max=self.scheme["window"])
+            if kind == "log":
+                base = torch.tensor(float(scale["base"]), device=q.device)
+                factor = torch.log(scale["base"] + keys.float()) / torch.log(base)
+            else:
+                factor = torch.log(keys.float()) * self.logit_scale.float()[:, None, None]
+        return q * factor.to(q.dtype), plain
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, places: Places) -> Tensor:
+        """Softmax over the visible keys, a block of queries at a time."""
+        k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        window = self.scheme["window"]
+        total = places.seen + places.seq
+        first = total - k.shape[2]  # the place of the oldest key that is held
+        parts = []
+        for start in range(0, places.seq, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, places.seq)
+            low = first
+            if window is not None:
+                low = max(first, places.seen + start - window + 1)
+            high = places.seen + stop
+            query = torch.arange(places.seen + start, high, device=q.device)[:, None]
+            key = torch.arange(low, high, device=q.device)[None]
+            mask = key <= query
+            if window is not None:
+                mask = mask & (key > query - window)
+            if places.valid is not None:
+                # A padded query sees itself: a row of softmax must have something in it.
+                mask = mask & places.valid[:, None, None, low:high] | (key == query)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start:stop],
+                    k[:, :, low - first : high - first],
+                    v[:, :, low - first : high - first],
+                    attn_mask=mask,
+                    scale=scale,
+                )
+            )
+        return torch.cat(parts, dim=2)
+
+
+class MegahybridMLP(nn.Module):
+    """down(silu(gate) * up)."""
+
+    def __init__(self, config: MegahybridConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, seq, hidden] -> the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MegahybridDecoderLayer(nn.Module):
+    """pre_norm x + f(norm(x)) · post_norm x + norm(f(x)) · parallel one norm, x + attn + mlp."""
+
+    input_layernorm: MegahybridNorm
+    post_attention_layernorm: MegahybridNorm
+    post_feedforward_layernorm: MegahybridNorm
+
+    def __init__(self, config: MegahybridConfig, layer: int) -> None:
+        super().__init__()
+        self.block = config.block
+        self.self_attn = MegahybridAttention(config, layer)
+        self.mlp = MegahybridMLP(config)
+        names = {
+            "parallel": ("input_layernorm",),
+            "pre_norm": ("input_layernorm", "post_attention_layernorm"),
+            "post_norm": ("post_attention_layernorm", "post_feedforward_layernorm"),
+        }[config.block]
+        for name in names:
+            norm = MegahybridNorm((config.hidden_size,), config.norm, config.norm_eps)
+            setattr(self, name, norm)
+
+    def forward(self, hidden: Tensor, places: Places, cache: Cache | None) -> Tensor:
+        """[batch, seq, hidden] -> the same."""
+        if self.block == "parallel":
+            normed = self.input_layernorm(hidden)
+            return hidden + self.self_attn(normed, places, cache) + self.mlp(normed)
+        if self.block == "pre_norm":
+            hidden = hidden + self.self_attn(self.input_layernorm(hidden), places, cache)
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        mixed = self.self_attn(hidden, places, cache)
+        hidden = hidden + self.post_attention_layernorm(mixed)
+        return hidden + self.post_feedforward_layernorm(self.mlp(hidden))
+
+
+class MegahybridPreTrainedModel(PreTrainedModel):
+    """How transformers makes and loads one."""
+
+    config_class = MegahybridConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MegahybridDecoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, MegahybridNorm):
+            nn.init.ones_(module.weight)
+
+
+class MegahybridModel(MegahybridPreTrainedModel):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: MegahybridConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MegahybridDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = MegahybridNorm((config.hidden_size,), config.norm, config.norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids or inputs_embeds; attention_mask [batch, seen + seq] marks padding with 0.
+
+        `past_key_values` is what transformers before 5.24 calls `cache`.
+        Hidden states are the embedding, each layer's output, and the last one's after the norm.
+        """
+        cache = given_cache(cache, past_key_values, kwargs)
+        if output_attentions:
+            raise ValueError("output_attentions: torch's attention keeps no weights to give.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache or cache is not None:
+            cache = windowed(cache, self.config.windows())
+        seen = 0 if cache is None else cache.get_seq_length()
+        places = self._places(inputs_embeds, attention_mask, position_ids, seen)
+        hidden, seen_by = inputs_embeds, [inputs_embeds]
+        for layer in self.layers:
+            hidden = layer(hidden, places, cache)
+            if output_hidden_states:
+                seen_by.append(hidden)
+        hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            hidden_states=(*seen_by[:-1], hidden) if output_hidden_states else None,
+            **{CACHE_NAME: cache},
+        )
+
+    def _places(self, x: Tensor, mask: Tensor | None, position: Tensor | None, seen: int) -> Places:
+        batch, seq = x.shape[:2]
+        valid = None
+        if mask is not None:
+            check_mask(mask, seen, seq)
+            valid = mask.to(device=x.device, dtype=torch.bool)
+            if bool(valid.all()):
+                valid = None
+        if position is None:
+            if valid is None:
+                position = torch.arange(seen, seen + seq, device=x.device)[None]
+            else:
+                position = (valid.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
+        return Places(seen, seq, position.to(x.device).expand(batch, -1), valid)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embed_tokens
+
+
+class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
+    """With the head: logits are multiplied by config.logit_scale."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MegahybridConfig) -> None:
+        super().__init__(config)
+        self.model = MegahybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, seq, vocab], of the last `logits_to_keep` tokens where that is not 0."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=given_cache(cache, past_key_values, kwargs),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep]) * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        """Windows before the first token: assisted decoding asks these layers to remember more."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        for name in CACHE_NAMES:
+            if isinstance(cache := model_kwargs.get(name), DynamicCache):
+                windowed(cache, self.config.windows())
+                if getattr(generation_config, "is_assistant", False):
+                    cache.activate_past_recording()
