@@ -78,7 +78,7 @@ class Course:
         """The changes of `Repeatable.config` alone."""
         found: list[tuple[int, str | None]] = []
         for step, told in self.changes:
-            config = told and told.config
+            config = None if told is None else told.config
             if not found or found[-1][1] != config:
                 found.append((step, config))
         return found
@@ -160,10 +160,10 @@ def repeatable(
 def _machines(mesh: ParallelMesh) -> list[tuple[int, str, int | None]]:
     """Of each rank: the number of its machine, and what decides the order of its additions."""
     if mesh.device.type == "cuda":
-        mine = socket.gethostname(), torch.cuda.get_device_name(mesh.device), None
+        kind, threads = torch.cuda.get_device_name(mesh.device), None
     else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        mine = socket.gethostname(), capability, torch.get_num_threads()
+        kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    mine = (socket.gethostname(), kind, threads)
     ranks = gather_objects(mine, mesh.world)
     hosts = list(dict.fromkeys(host for host, *_ in ranks))
     return [(hosts.index(host), kind, threads) for host, kind, threads in ranks]
