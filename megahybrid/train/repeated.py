@@ -6,20 +6,24 @@ later. The run ends before anything of it is saved. Another loss means a wrong m
 weight, or a machine that computes differently: it is told, and the run goes on.
 
 Only what is the same on purpose is compared. Each stage of an attempt tells what decides its data
-and arithmetic (`Repeatable`); lines of attempts that told none, or another one, are passed over.
+and arithmetic (`Repeatable`). A step is compared where all steps before it were decided alike too:
+a change that was tried for a while and taken back has left its trace in cursors and weights. Lines
+of attempts that told nothing are passed over.
 """
 
 import hashlib
 import json
 import math
+import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megahybrid.config import RunConfig, dump
+from megahybrid.data.mixture import STATE_VERSION
 from megahybrid.errors import RepeatError
 from megahybrid.parallel.collectives import gather_objects, on_first
 from megahybrid.parallel.mesh import ParallelMesh
@@ -40,6 +44,10 @@ ROUNDING = ("parallel", "kernels", "device", "deterministic")
 ROUNDING_IN_STAGES = ("micro_batch_tokens", "recompute")
 # Relative, of two layouts; docs/checkpoint_format.md has what tests hold.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-3}
+# For how many steps after two attempts parted those bounds hold: later, last bits have grown.
+TOLERATED_STEPS = 40
+# Fields of the data that have no part in what is trained on.
+BESIDE_THE_ORDER = ("tokenizer", "held_out")
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,49 @@ class Repeatable:
 
 
 @dataclass(frozen=True)
+class Course:
+    """What decided all steps of a run up to one: each change, with the first step that it held for;
+    None for those of a version that told nothing."""
+
+    changes: tuple[tuple[int, Repeatable | None], ...] = ()
+
+    @property
+    def told(self) -> Repeatable | None:
+        """What decided the last step."""
+        return self.changes[-1][1] if self.changes else None
+
+    @property
+    def config(self) -> list[tuple[int, str | None]]:
+        """The changes of `Repeatable.config` alone."""
+        found: list[tuple[int, str | None]] = []
+        for step, told in self.changes:
+            config = None if told is None else told.config
+            if not found or found[-1][1] != config:
+                found.append((step, config))
+        return found
+
+    def until(self, step: int) -> "Course":
+        """The course of the steps up to `step`."""
+        return Course(tuple(change for change in self.changes if change[0] <= step))
+
+    def then(self, step: int, told: Repeatable | None) -> "Course":
+        """The course through `step`, which `told` decided."""
+        told = told and replace(told, anew=False)  # whoever meant another order may mean it again
+        if self.changes and self.told == told:
+            return self
+        return Course((*self.changes, (step, told)))
+
+
+@dataclass(frozen=True)
 class EarlierStep:
-    """What the ledger holds of a step that is to be repeated."""
+    """What the ledger holds of a step that is to be repeated. `parted`: the last step before it
+    that was not done again since."""
 
     attempt: int
     cursor_crc: int
     loss: float | None
-    told: Repeatable
+    course: Course
+    parted: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,9 +134,11 @@ def repeatable(
     mesh: ParallelMesh,
     kernels: Mapping[str, str],
     parent: Mapping[str, Any] | None,
+    files: Mapping[str, str],
     anew: bool = False,
 ) -> Repeatable:
-    """What decides the steps of stage `index`: later stages may still change and have no part."""
+    """What decides the steps of stage `index`: later stages, and sources that none has read yet,
+    may still change and have no part. `files`: the fingerprint of each source. Collective."""
     whole = dump(run)
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
@@ -102,15 +148,25 @@ def repeatable(
     for stage in stages:
         del stage["gates"]
     config = {name: value for name, value in whole.items() if name not in WITHOUT_EFFECT}
-    for name in ("tokenizer", "held_out"):
+    for name in BESIDE_THE_ORDER:
         config["data"].pop(name)
-    cuda = mesh.device.type == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
-    threads = None if cuda else torch.get_num_threads()
-    layout = [rounding, kernels, mesh.world_size, mesh.device.type, machine, threads]
-    return Repeatable(
-        _digest([config, stages, parent]), _digest([*layout, torch.__version__]), anew
-    )
+    # Which files, not where they lie: folders move, and data not yet read may be made anew.
+    read = {name for stage in stages for name in stage["weights"]}
+    config["data"]["sources"] = {name: files.get(name) for name in read}
+    layout = [rounding, kernels, mesh.device.type, _machines(mesh), torch.__version__]
+    return Repeatable(_digest([STATE_VERSION, config, stages, parent]), _digest(layout), anew)
+
+
+def _machines(mesh: ParallelMesh) -> list[tuple[int, str, int | None]]:
+    """Of each rank: the number of its machine, and what decides the order of its additions."""
+    if mesh.device.type == "cuda":
+        kind, threads = torch.cuda.get_device_name(mesh.device), None
+    else:
+        kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    mine = (socket.gethostname(), kind, threads)
+    ranks = gather_objects(mine, mesh.world)
+    hosts = list(dict.fromkeys(host for host, *_ in ranks))
+    return [(hosts.index(host), kind, threads) for host, kind, threads in ranks]
 
 
 def _digest(plain: Any) -> str:
@@ -118,9 +174,9 @@ def _digest(plain: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def steps_beyond(lines: Iterable[Line], step: int) -> dict[int, EarlierStep]:
+def steps_beyond(lines: Iterable[Line], step: int) -> tuple[dict[int, EarlierStep], Course]:
     """The steps beyond `step` that an attempt which begins there repeats, each as the newest
-    attempt had it that came by the same data.
+    attempt had it that came by the same data; and what decided the steps up to `step`.
 
     Which data that is, rewinds decide: a line counts where the rewinds in force when it was written
     are those in force at `step`. The rule is `read_ledger`'s: a beginning or a rewind makes void
@@ -128,25 +184,44 @@ def steps_beyond(lines: Iterable[Line], step: int) -> dict[int, EarlierStep]:
     """
     found: dict[tuple[int, ...], dict[int, EarlierStep]] = {}
     rewinds: list[tuple[int, int]] = []  # (step, number), those in force
-    told: Repeatable | None = None
+    course, told = Course(), None
+    begun: list[tuple[int, int]] = []  # (attempt, step) of each beginning
     for number, line in enumerate(lines):
         if isinstance(line, EventLine):
             if line.event in BEGINNINGS or line.event == REWIND:
                 rewinds = [each for each in rewinds if each[0] <= line.step]
-                told = None
-            if line.event == REWIND:
+                course, told = course.until(line.step), None
+            if line.event in BEGINNINGS:
+                begun.append((line.attempt, line.step))
+            elif line.event == REWIND:
                 rewinds.append((line.step, number))
             elif line.event == "stage":
                 told = _told(line.detail)
                 if told is not None and told.anew:
                     _drop_before(found, line.attempt)
-        elif line.step > step:
-            here = found.setdefault(tuple(number for _, number in rewinds), {})
-            if told is None:
-                here.pop(line.step, None)
-            else:
-                here[line.step] = EarlierStep(line.attempt, line.cursor_crc, line.loss, told)
-    return found.get(tuple(number for at, number in rewinds if at <= step), {})
+        else:
+            course = course.then(line.step, told)
+            if line.step > step:
+                here = found.setdefault(tuple(number for _, number in rewinds), {})
+                here[line.step] = EarlierStep(line.attempt, line.cursor_crc, line.loss, course)
+    course = course.until(step)
+    steps = found.get(tuple(number for at, number in rewinds if at <= step), {})
+    parted = _parted(begun, step)
+    return {
+        at: replace(earlier, parted=parted.get(earlier.attempt, step))
+        for at, earlier in steps.items()
+        if earlier.course.told is not None
+    }, course
+
+
+def _parted(begun: Sequence[tuple[int, int]], step: int) -> dict[int, int]:
+    """By attempt, the last of its steps that neither a later attempt did again, nor one that begins
+    at `step`."""
+    found: dict[int, int] = {}
+    for attempt, began in reversed(begun):
+        found[attempt] = step
+        step = min(step, began)
+    return found
 
 
 def _drop_before(found: dict[tuple[int, ...], dict[int, EarlierStep]], attempt: int) -> None:
@@ -164,17 +239,19 @@ def _told(detail: Mapping[str, Any]) -> Repeatable | None:
 
 
 def difference(
-    line: StepLine, earlier: EarlierStep, told: Repeatable, precision: str, deterministic: bool
+    line: StepLine, earlier: EarlierStep, course: Course, precision: str, deterministic: bool
 ) -> Difference | None:
-    """How a step differs from the same one of an earlier attempt; None where it does not, or where
-    they are not to be compared."""
-    if earlier.told.config != told.config:
+    """How a step, which `course` leads to, differs from the same one of an earlier attempt; None
+    where it does not, or where they are not to be compared."""
+    if earlier.course.config != course.config:
         return None
     if line.cursor_crc != earlier.cursor_crc:
         return Difference(
             line.step, earlier.attempt, "cursor_crc", earlier.cursor_crc, line.cursor_crc
         )
-    exact = deterministic and earlier.told.layout == told.layout
+    exact = deterministic and earlier.course == course
+    if not exact and line.step > earlier.parted + TOLERATED_STEPS:
+        return None
     bound = 0.0 if exact else TOLERANCE[precision]
     if _same(line.loss, earlier.loss, bound):
         return None
@@ -190,14 +267,22 @@ def _same(a: float | None, b: float | None, bound: float) -> bool:
 
 
 class RepeatedSteps:
-    """Compares the steps that an attempt repeats. `check` is collective while there are any."""
+    """Compares the steps that an attempt repeats. `check` is collective while there are any.
+    `files` are the fingerprints of the run's sources."""
 
-    def __init__(self, run: RunConfig, mesh: ParallelMesh, allow: Sequence[str] = ()) -> None:
-        self._run, self._mesh = run, mesh
+    def __init__(
+        self,
+        run: RunConfig,
+        mesh: ParallelMesh,
+        files: Mapping[str, str],
+        allow: Sequence[str] = (),
+    ) -> None:
+        self._run, self._mesh, self._files = run, mesh, files
         self._deterministic = mesh.device.type == "cpu" or run.deterministic
-        self._anew = any(name.split(".")[0] == "data" for name in allow)
+        self._anew = any(_means_another_order(name) for name in allow)
         self._parent: Mapping[str, Any] | None = None
         self._earlier: dict[int, EarlierStep] = {}
+        self._course = Course()
         self._compares_losses = True
         self._told: Repeatable | None = None
 
@@ -207,10 +292,12 @@ class RepeatedSteps:
         self._parent = parent
         path = directory / LEDGER_NAME
 
-        def read() -> dict[int, EarlierStep]:
-            return steps_beyond(read_every_line(path), step) if path.exists() else {}
+        def read() -> tuple[dict[int, EarlierStep], Course]:
+            return steps_beyond(read_every_line(path) if path.exists() else (), step)
 
-        self._earlier = {} if self._anew else on_first(self._mesh.world, read)
+        self._earlier, self._course = on_first(self._mesh.world, read)
+        if self._anew:
+            self.forget()
 
     def forget(self) -> None:
         """From here on other data come, after a rewind: nothing is repeated."""
@@ -218,16 +305,19 @@ class RepeatedSteps:
 
     def stage(self, index: int, kernels: Mapping[str, str]) -> dict[str, Any]:
         """The steps that follow are of stage `index`. Returns what the ledger is to say of it."""
-        self._told = repeatable(self._run, index, self._mesh, kernels, self._parent, self._anew)
+        self._told = repeatable(
+            self._run, index, self._mesh, kernels, self._parent, self._files, self._anew
+        )
         return {"repeatable": asdict(self._told)}
 
     def check(self, line: StepLine) -> Difference | None:
         """The first loss that differs, alike on every rank, or None. Raises RepeatError on every
         rank where the cursors of any rank differ: other data have come."""
+        self._course = self._course.then(line.step, self._told)
         earlier = self._earlier.pop(line.step, None)
-        if earlier is None or self._told is None:
+        if earlier is None:
             return None
-        mine = difference(line, earlier, self._told, self._run.precision, self._deterministic)
+        mine = difference(line, earlier, self._course, self._run.precision, self._deterministic)
         found = [each for each in gather_objects(mine, self._mesh.world) if each is not None]
         for each in found:
             if each.field == "cursor_crc":
@@ -240,3 +330,8 @@ class RepeatedSteps:
             return None
         self._compares_losses = False  # what differs now differs ever after: it is told once
         return found[0]
+
+
+def _means_another_order(allowed: str) -> bool:
+    head, *rest = allowed.split(".")
+    return head == "data" and rest[:1] not in ([name] for name in BESIDE_THE_ORDER)

@@ -79,7 +79,8 @@ class Attempt:
             self.listeners.on_event,
             self._meanwhile,
         )
-        self.repeats = RepeatedSteps(run, self.mesh, self.allow)
+        files = {name: it.fingerprint for name, it in self.mixture.datasets.items()}
+        self.repeats = RepeatedSteps(run, self.mesh, files, self.allow)
         self.profiler = Profiler(run.log.profile_steps, self.directory / "profile", self.mesh)
 
     def go(self, beginning: Beginning) -> int:

@@ -119,6 +119,18 @@ def raises_on_one_rank(rank: int) -> None:
         _at_step(3, divide)
 
 
+def killed_in_third_step(rank: int) -> None:
+    _at_step(3, lambda _engine: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def killed_in_seventh_step(rank: int) -> None:
+    _at_step(7, lambda _engine: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def killed_in_thirteenth_step(rank: int) -> None:
+    _at_step(13, lambda _engine: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def user_mistake_on_one_rank(rank: int) -> None:
     from megahybrid.errors import DataError
 

@@ -150,7 +150,11 @@ def test_a_field_to_allow_must_be_one(
     base = ["train", str(trained.folder / "run.yaml"), f"directory={tmp_path / 'run'}"]
     for name, words in (
         ("model.layer_plam", "Did you mean 'layer_plan'?"),
-        ("seed.more", "'more' is none"),
+        ("seed.more", "('more' is none). Leave it out."),
+        (
+            "data..lanes",
+            "Fields here: sources, held_out, documents, block_tokens, lanes, exhausted, tokenizer.",
+        ),
         ("stages.7", "'7' is none"),
         ("optimizr", "Did you mean 'optimizer'?"),
     ):

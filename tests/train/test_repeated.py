@@ -20,6 +20,8 @@ from megahybrid.train.ledger import (
     read_ledger,
 )
 from megahybrid.train.repeated import (
+    TOLERATED_STEPS,
+    Course,
     EarlierStep,
     Repeatable,
     difference,
@@ -56,7 +58,7 @@ def back(number: int, step: int, *steps: int, crc: int) -> list[Line]:
 
 
 def crcs(lines: Sequence[Line], step: int) -> dict[int, int]:
-    return {at: earlier.cursor_crc - at for at, earlier in steps_beyond(lines, step).items()}
+    return {at: earlier.cursor_crc - at for at, earlier in steps_beyond(lines, step)[0].items()}
 
 
 def test_only_steps_beyond_the_checkpoint_and_of_the_newest_attempt_that_reached_them() -> None:
@@ -64,7 +66,7 @@ def test_only_steps_beyond_the_checkpoint_and_of_the_newest_attempt_that_reached
     assert crcs(lines, 4) == {5: 0, 6: 100, 7: 100, 8: 0, 9: 0, 10: 0}
     assert crcs(lines, 6) == {7: 100, 8: 0, 9: 0, 10: 0}
     assert crcs(lines, 10) == {}
-    assert [earlier.attempt for earlier in steps_beyond(lines, 4).values()].count(2) == 2
+    assert [earlier.attempt for earlier in steps_beyond(lines, 4)[0].values()].count(2) == 2
 
 
 def test_lines_of_an_attempt_that_told_nothing_are_not_compared() -> None:
@@ -74,7 +76,7 @@ def test_lines_of_an_attempt_that_told_nothing_are_not_compared() -> None:
     assert crcs(lines, 0) == {3: 0}
     strange = {"repeatable": {"config": "c", "layout": "l", "more": 1}}
     unknown = [event("start", 0, 1), event("stage", 0, 1, **strange), step_line(1, attempt=1)]
-    assert steps_beyond(unknown, 0) == {}
+    assert steps_beyond(unknown, 0) == ({}, Course())
 
 
 def test_a_rewind_parts_the_lines_before_it_from_those_after() -> None:
@@ -105,6 +107,7 @@ def test_another_order_that_was_meant_voids_what_came_before_it() -> None:
 
 
 LOSS = 2.0
+ALIKE = Course().then(1, SAME)
 CASES: dict[str, tuple[dict[str, Any], Repeatable, str, bool, str | None]] = {
     "the same": ({}, SAME, "fp32", True, None),
     "one bit": ({"loss": LOSS * (1 + 2**-52)}, SAME, "fp32", True, "loss"),
@@ -131,7 +134,8 @@ CASES: dict[str, tuple[dict[str, Any], Repeatable, str, bool, str | None]] = {
 def test_what_counts_as_the_same(case: str) -> None:
     changes, told, precision, deterministic, expected = CASES[case]
     line = replace(step_line(7, loss=LOSS, cursor_crc=7), **changes)
-    found = difference(line, EarlierStep(3, 7, LOSS, SAME), told, precision, deterministic)
+    now = Course().then(1, told)
+    found = difference(line, EarlierStep(3, 7, LOSS, ALIKE), now, precision, deterministic)
     assert (found and found.field) == expected
     if found is not None:
         assert found.message.startswith("step 7 was repeated with ")
@@ -140,7 +144,44 @@ def test_what_counts_as_the_same(case: str) -> None:
 
 def test_no_number_twice_is_the_same() -> None:
     line = step_line(7, loss=float("inf"), cursor_crc=7)
-    assert difference(line, EarlierStep(3, 7, None, SAME), SAME, "fp32", True) is None
+    assert difference(line, EarlierStep(3, 7, None, ALIKE), ALIKE, "fp32", True) is None
+
+
+OTHER = {"config": Repeatable("d", "l"), "layout": Repeatable("c", "m"), "nothing told": None}
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_a_change_that_was_taken_back_parts_the_steps_after_it(change: str) -> None:
+    """Attempt 3 goes on at step 8, which attempt 2 did otherwise; attempt 1 never came that way."""
+    lines = attempt(1, 0, *range(1, 13)) + attempt(2, 6, 7, 8, told=OTHER[change])
+    earlier, course = steps_beyond(lines, 8)
+    now = course.then(9, SAME)
+    other_data = step_line(9, cursor_crc=1, loss=1.0)
+    other_loss = step_line(9, cursor_crc=9, loss=1.0 + 2**-50)
+    found = [difference(x, earlier[9], now, "fp32", True) for x in (other_data, other_loss)]
+    # Data do not depend on the layout; losses do, by their last bits.
+    expected = ["cursor_crc", None] if change == "layout" else [None, None]
+    assert [each and each.field for each in found] == expected
+    # From before the change it is the same again.
+    earlier, course = steps_beyond(lines, 6)
+    found = [
+        difference(x, earlier[9], course.then(7, SAME), "fp32", True)
+        for x in (other_data, other_loss)
+    ]
+    assert [each and each.field for each in found] == ["cursor_crc", "loss"]
+
+
+def test_last_bits_may_grow_after_some_steps() -> None:
+    """Attempts 1 and 3 parted at step 6, and not at step 60, where attempt 3 begins."""
+    lines = attempt(1, 0, *range(1, 90)) + attempt(2, 6, *range(7, 62))
+    earlier, course = steps_beyond(lines, 60)
+    assert [earlier[step].parted for step in (61, 62)] == [60, 6]
+    differs = [
+        difference(step_line(s, cursor_crc=s, loss=1.1), earlier[s], course, "fp32", exact)
+        for s, exact in ((61, False), (62, False), (62, True))
+    ]
+    assert [each is not None for each in differs] == [True, False, True]
+    assert TOLERATED_STEPS < 56
 
 
 CHANGES = {  # what may be compared of stage 1 (of 0, 1, 2) afterwards: bits, losses or nothing
@@ -155,7 +196,7 @@ CHANGES = {  # what may be compared of stage 1 (of 0, 1, 2) afterwards: bits, lo
     "stages.1.learning_rate.start=9.0e-3": "nothing",
     "stages.0.weights.code=1": "nothing",
     "data.lanes=8": "nothing",
-    "data.sources.books.path=code": "nothing",
+    "data.sources.books.path=code": "bits",  # which files lie there is what counts
     "precision=bf16": "nothing",
 }
 
@@ -165,14 +206,27 @@ def test_a_change_decides_what_is_compared(change: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN)
     mesh = ParallelMesh.single(device="cpu")
     plain, changed = (load(tmp_path / "run.yaml", words) for words in ([], [change]))
-    a, b = (repeatable(run, 1, mesh, {"full": "sdpa"}, None) for run in (plain, changed))
+    files = {"books": "f", "code": "g"}
+    a, b = (repeatable(run, 1, mesh, {"full": "sdpa"}, None, files) for run in (plain, changed))
     same = {"bits": (True, True), "losses": (True, False)}.get(CHANGES[change])
     if same is None:
         assert a.config != b.config
     else:
         assert (a.config == b.config, a.layout == b.layout) == same
-    assert repeatable(plain, 1, mesh, {"full": "reference"}, None).layout != a.layout
-    assert repeatable(plain, 1, mesh, {"full": "sdpa"}, {"step": 1}).config != a.config
+    assert repeatable(plain, 1, mesh, {"full": "reference"}, None, files).layout != a.layout
+    assert repeatable(plain, 1, mesh, {"full": "sdpa"}, {"step": 1}, files).config != a.config
+
+
+def test_only_files_that_were_read_decide_what_is_compared(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN)
+    run, mesh = load(tmp_path / "run.yaml", []), ParallelMesh.single(device="cpu")
+
+    def config(index: int, **files: str) -> str:
+        return repeatable(run, index, mesh, {}, None, files).config
+
+    assert config(0, books="f", code="g") == config(0, books="f", code="h")
+    assert config(0, books="f", code="g") != config(0, books="h", code="g")
+    assert config(1, books="f", code="g") != config(1, books="f", code="h")
 
 
 def killed_after(example: Path, nursery: Nursery, step: int, *more: str, world: int = 1) -> Path:
