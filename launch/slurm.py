@@ -95,6 +95,7 @@ def queue() -> dict[str, Queued]:
     ):
         known = restarts.get(job)
         state = "RUNNING" if state == "SIGNALING" else state  # what it is while a signal travels
+        left = "0:00" if left == "INVALID" else left  # what it says when the time is over
         found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm
 from launch.forecast import forecast
 from launch.records import attempts, read_records, record, records_file, stop_lead
 from launch.slurm import Queued
@@ -139,6 +140,17 @@ def test_a_run_that_was_cancelled_before_anything_was_recorded_is_told_as_cancel
     assert "STOPPED with code 75: cancelled in Slurm" in status_line(tmp_path, {})
     monkeypatch.setattr("launch.slurm.fate", lambda job: "NODE_FAIL, code 0:0")
     assert "NOT IN THE QUEUE (job 7 try 1" in status_line(tmp_path, {})
+
+
+def test_a_time_limit_that_is_over_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\ncase $* in *%A*) echo '7|7|RUNNING|None|n1|INVALID|7|demo' ;; esac\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert slurm.queue()["7"].left == "0:00"
 
 
 def test_between_a_runs_end_and_its_jobs_it_is_not_preparing(run: Path) -> None:
