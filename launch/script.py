@@ -89,11 +89,11 @@ def batch_script(job: Job) -> str:
         "set -eo pipefail",
         'ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"',
         "ulimit -c 0",
-        *_environment(job),
     ]
     if site.modules:
-        # A batch shell is no login shell and may not know them yet.
+        # A batch shell is no login shell and may not know them yet. A profile may set PATH anew.
         lines.append("type module >/dev/null 2>&1 || . /etc/profile || true")
+    lines += _environment(job)
     lines += [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += [

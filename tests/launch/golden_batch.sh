@@ -75,11 +75,11 @@ mkdir "$attempt" 2>/dev/null || true
 set -eo pipefail
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 ulimit -c 0
+type module >/dev/null 2>&1 || . /etc/profile || true
 [ -n "$HOME" ] || export HOME=~
 unset SLURM_EXPORT_ENV SLURM_GET_USER_ENV
 export PATH='/home/me/mega hybrid/.venv/bin':"${PATH:-/usr/local/bin:/usr/bin:/bin}":/opt/slurm/bin
 export PYTHONPATH='/home/me/mega hybrid'
-type module >/dev/null 2>&1 || . /etc/profile || true
 module load cuda/12.8
 module load 'x; touch pwned'
 export NCCL_SOCKET_IFNAME=ib0

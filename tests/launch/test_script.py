@@ -193,6 +193,20 @@ def test_what_nobody_decided_goes_back_into_the_queue_three_times(how: str, tmp_
         assert len((tmp_path / "slurm/undecided").read_text().splitlines()) == 4
 
 
+def test_a_profile_that_brings_modules_keeps_the_submitting_python_on_the_path(
+    tmp_path: Path,
+) -> None:
+    """Debian's /etc/profile sets PATH anew."""
+    profile = tmp_path / "profile"
+    profile.write_text('PATH=/usr/bin:/bin\nmodule() { PATH="/of-$2:$PATH"; }\n')
+    site = SITE.model_copy(update={"modules": ["cuda"], "prologue": ['echo "$PATH"; exit 0']})
+    text = batch_script(_job(work_directory=str(tmp_path), run_directory=str(tmp_path), site=site))
+    text = text.replace("/etc/profile", str(profile))
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    path = "/of-cuda:/home/me/mega hybrid/.venv/bin:/usr/bin:/bin:/opt/slurm/bin"
+    assert done.stdout.splitlines() == [path], done.stderr
+
+
 @pytest.mark.parametrize("name", ["two\nlines", "", "x" * 201, "nul\0"])
 def test_a_name_that_would_end_its_line_is_refused(name: str) -> None:
     with pytest.raises(ValueError):
