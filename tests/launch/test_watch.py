@@ -13,6 +13,7 @@ from launch.attempt import Attempt
 from launch.events import JobEvents
 from launch.records import read_records, record
 from launch.slurm import Queued
+from launch.status import status_line
 from launch.supervise import Supervisor
 from launch.watch import END_BEFORE_LIMIT, RankWatch
 from megahybrid.config.base import parse
@@ -93,6 +94,19 @@ def test_at_the_time_limit_nobody_waits_for_ranks_any_more(
     began = time.monotonic()
     assert RankWatch(events.attempt, events).until_end(srun) == "the time limit was reached"
     assert time.monotonic() < began + 10 and srun.poll() is not None
+
+
+@pytest.mark.parametrize(("word", "told"), [("stop", "stopped"), ("cancel", "cancelled")])
+def test_a_run_that_was_stopped_before_its_process_began_is_told_as_stopped(
+    word: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    record(tmp_path, "submit", jobs=["7"], nodes=1)
+    (tmp_path / "stop-now").write_text(f"{word}\n")
+    assert Supervisor(_attempt(tmp_path).job, {"SLURM_JOB_ID": "7"}).go() == 75
+    line = status_line(tmp_path, {})
+    assert line == f"{tmp_path.name}: STOPPED with code 75: {told} on request"
 
 
 def test_a_second_job_submitted_by_hand_does_not_start_beside_the_first(
