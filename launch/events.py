@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from launch import slurm
 from launch.attempt import Attempt
-from launch.interruption import Interruption, interruption
+from launch.interruption import Interruption, ended, interruption
 from launch.job import STOP_NOW
 from launch.slurm import SlurmError
 
@@ -31,6 +31,9 @@ class JobEvents:
         """From now on signals are noted; they end nothing by themselves."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+            # One that came before is a file of the batch script's.
+            if (self.attempt.logs / number.name.removeprefix("SIG")).exists():
+                self._note(number, None)
 
     def _note(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
@@ -74,11 +77,12 @@ class JobEvents:
 
     def judge(self, fields: Mapping[str, str] | None) -> Interruption | None:
         """What these `fields` of the job say was done to the attempt; recorded."""
+        over = self.terminated or ended(fields or {}, self.attempt.restart)
         how = interruption(
             fields,
             restart=self.attempt.restart,
             terminated=self.terminated,
-            nodes_ill=self.terminated and bool(self.ill_nodes(self._own_nodes())),
+            nodes_ill=over and bool(self.ill_nodes(self._own_nodes())),
             seconds_left=self.seconds_left,
         )
         if how is not None and how is not self.interruption:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from megahybrid.config.site import seconds_of
 
 LIMIT_SLACK_SECONDS = 30.0  # Slurm's clock for time limits is that coarse
+_ENDED = ("CANCELLED", "COMPLETING", "NODE_FAIL", "TIMEOUT")
 
 
 class Interruption(StrEnum):
@@ -39,14 +40,15 @@ def interruption(
     """What happened to attempt number `restart` (from 0) of a job with these `fields` (as `scontrol
     show job` names them; None where Slurm did not answer).
 
-    `terminated`: the batch process got TERM. `seconds_left`: until the time limit that the attempt
-    began with; a preemption moves Slurm's own end time. Where Slurm preempts with a grace time, the
-    steps get TERM and the batch process gets nothing.
+    `terminated`: the batch process got TERM; one that came before it could take any is in
+    `fields` alone. `seconds_left`: until the time limit that the attempt began with; a preemption
+    moves Slurm's own end time. Where Slurm preempts with a grace time, the steps get TERM and the
+    batch process gets nothing.
     """
     fields = fields or {}
     if fields.get("JobState") == "PREEMPTED" or _preempted(fields, restart):
         return Interruption.PREEMPTED
-    if not terminated:
+    if not terminated and not ended(fields, restart):
         return None
     if nodes_ill or fields.get("JobState") == "NODE_FAIL":
         return Interruption.NODE_LOST
@@ -60,6 +62,12 @@ def interruption(
     if fields.get("JobState") in ("CANCELLED", "COMPLETING"):
         return Interruption.CANCELLED
     return Interruption.ENDED
+
+
+def ended(fields: Mapping[str, str], restart: int) -> bool:
+    """Whether Slurm says that it has ended attempt `restart`, whose batch process is still there to
+    ask."""
+    return fields.get("JobState") in _ENDED or put_back(fields, restart)
 
 
 def put_back(fields: Mapping[str, str], restart: int) -> bool:

@@ -22,13 +22,29 @@ _ENDING = f"""\
 attempt=$logs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
 task=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 task=${{task:-$SLURM_JOB_ID}}
-supervisor= ended=
+supervisor= starting= ended=
+hand_on() {{
+  # A process that does not listen yet looks for the file.
+  : 2>/dev/null >"$attempt/$1" || true
+  [ -z "$supervisor" ] || kill "-$1" "$supervisor" || true
+}}
+put_back_preempted() {{
+  # Where Slurm preempts by a cancel, and at once, nobody else does.
+  fields=" $(scontrol -o show job "$task") " || return
+  when=${{fields#* PreemptTime=}} began=${{fields#* StartTime=}}
+  when=${{when%% *}} began=${{began%% *}}
+  case $fields in *" JobState=PENDING "*) return ;; esac
+  case $fields in *" Restarts=${{SLURM_RESTART_COUNT:-0}} "*) ;; *) return ;; esac
+  case $when in [0-9]*) ;; *) return ;; esac
+  [[ $when < $began ]] || scontrol requeue "$task"  # else it was an earlier start of the job
+}}
 finish() {{
   code=$?
   set +e
   trap '' USR1 TERM  # a requeue ends what is left of this shell
   case $code in {EXIT_DONE}|{EXIT_USER_MISTAKE}|{EXIT_STORAGE}) return ;; esac
-  if [ -n "$ended" ] || [ -e "$attempt/{DECIDED}" ]; then return; fi
+  if [ -e "$attempt/{DECIDED}" ]; then return; fi
+  if [ -n "$ended" ]; then put_back_preempted; return; fi
   why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
   [ -e "$attempt/{BEGAN}" ] ||
     why="the batch process could not be started on $SLURMD_NODENAME (code $code)"
@@ -47,8 +63,9 @@ finish() {{
   fi
 }}
 trap finish EXIT
-trap '[ -z "$supervisor" ] || kill -USR1 "$supervisor" || true' USR1
-trap 'ended=1; [ -n "$supervisor" ] || exit 143; kill -TERM "$supervisor" || true' TERM
+trap 'hand_on USR1' USR1
+trap 'ended=1; hand_on TERM; [ -n "$starting" ] || exit 143' TERM
+mkdir "$attempt" 2>/dev/null || true
 """
 
 
@@ -72,16 +89,17 @@ def batch_script(job: Job) -> str:
         "set -eo pipefail",
         'ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"',
         "ulimit -c 0",
-        *_environment(job),
     ]
     if site.modules:
-        # A batch shell is no login shell and may not know them yet.
+        # A batch shell is no login shell and may not know them yet. A profile may set PATH anew.
         lines.append("type module >/dev/null 2>&1 || . /etc/profile || true")
+    lines += _environment(job)
     lines += [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += [
         f"cd {shlex.quote(job.work_directory)}",
         *site.prologue,
+        "starting=1",
         # Not to be ended by a signal before it can take one.
         f"(trap '' USR1 TERM; exec {shlex.join(site.python)} -m launch.supervise "
         f"{shlex.quote(job.file)}) &",

@@ -84,15 +84,18 @@ class Queued:
 
 def queue() -> dict[str, Queued]:
     """This user's jobs by number; ended ones leave it after some minutes, or at once."""
+    # First the counts: a job is put back and COMPLETING at once, so that a state read after its
+    # count is of this start or says that it has ended, and never RUNNING with the next one's count.
+    restarts = _restarts()
     text = call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
     rows = [line.split("|", 7) for line in text.splitlines()]
-    restarts = _restarts() if rows else {}
     found = {}
     for job, array, state, reason, nodes, left, task, name in (
         row for row in rows if len(row) == 8
     ):
         known = restarts.get(job)
         state = "RUNNING" if state == "SIGNALING" else state  # what it is while a signal travels
+        left = "0:00" if left == "INVALID" else left  # what it says when the time is over
         found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch import slurm
+from launch.interruption import Interruption
 from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, read_job
 from launch.records import (
     AttemptRecord,
@@ -78,6 +79,12 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
         ended += f"; {undecided}"
     state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
     if queue is not None and (fate := slurm.fate(ours[-1])):
+        if fate.startswith("CANCELLED"):  # nobody was there to record it
+            reason = Interruption.CANCELLED
+            return (
+                f"{run_directory.name}: STOPPED with code {EXIT_RESUME}: {reason}"
+                f"{_progress(run_directory)}"
+            )
         ended += f"; Slurm says {fate}"
     return f"{run_directory.name}: {state} ({ended}){_progress(run_directory)}{where}"
 
@@ -85,16 +92,18 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
 def _running(run: Path, job: Queued, history: Sequence[AttemptRecord], waiting: int) -> str:
     parts = [f"{run.name}: {job.state} job {job.task}"]
     last = history[-1] if history else None
-    going = last is not None and last.job == job.job and not last.ended
-    if going and last and job.restarts is not None and job.state == "RUNNING":
-        going = last.attempt == job.restarts  # else it has begun again, and recorded nothing yet
+    here = last is not None and last.job == job.job  # the records' last start is the queue's
+    if here and last and job.restarts is not None and job.state == "RUNNING":
+        here = last.attempt == job.restarts  # else it has begun again, and recorded nothing yet
+    going = here and last is not None and not last.ended
     number = last.attempt if going and last else job.restarts
     if number is not None and (going or job.state == "RUNNING"):
         parts.append(f"try {number + 1}")
     parts.append(job.nodes)
     beats = read_beats(run, f"{last.job}.{last.attempt}") if last and going else {}
     line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
-    parts += _phase(run, beats) if going or job.state != "COMPLETING" else ["ending"]
+    over = job.state == "COMPLETING" or (here and last is not None and bool(last.ended))
+    parts += _phase(run, beats) if going or not over else ["ending"]
     if line is not None:
         loss = line.get("loss")
         parts.append(f"step {line['step']}")

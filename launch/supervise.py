@@ -86,8 +86,9 @@ class Supervisor:
             self.tell("the run is complete: nothing to do")
             self._end_chain()
             return EXIT_DONE
-        if user_stop(self.attempt):
+        if user := user_stop(self.attempt):
             self.tell(f"{self.run / STOP_NOW} is there: not started")
+            self.attempt.note("verdict", code=EXIT_RESUME, reason=f"{user} on request")
             self._end_chain()
             return EXIT_RESUME
         if (other := self._held_by()) is not None:

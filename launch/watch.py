@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from launch import slurm
 from launch.attempt import Attempt
 from launch.events import JobEvents, user_stop
+from launch.interruption import Interruption
 from launch.job import STOP_NOW
 from launch.records import stop_lead
 from launch.slurm import SlurmError
@@ -16,6 +17,7 @@ from megahybrid.errors import EXIT_RESUME
 from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, first_failure, slow_ranks
 
 POLL_SECONDS = 0.5
+END_BEFORE_LIMIT = 20.0  # seconds that it takes to end ranks that do not stop, and to requeue
 STACKS_SECONDS = 3.0  # what writing the stacks may take before the ranks are killed
 
 
@@ -41,7 +43,10 @@ class RankWatch:
             now = time.monotonic()
             if self.events.signals and not self.attempt.superseded:
                 self._on_signals()
-            if now < look_at:
+            if self.events.interruption is Interruption.TIME_LIMIT:
+                self.attempt.kill(process)  # Slurm kills us next, and nobody would requeue
+                return str(Interruption.TIME_LIMIT)
+            if now < look_at and not self._must_end():
                 continue
             look_at = now + limits.every
             if self.attempt.superseded:
@@ -59,6 +64,8 @@ class RankWatch:
                 stop_by = stop_by or now + limits.after_stop
                 if hang is None and now > stop_by:
                     hang = Hang((), f"not stopped {limits.after_stop:.0f} s after being asked")
+                elif hang is None and self._must_end():
+                    hang = Hang((), "not stopped before the time limit")
             # Ranks that still end by themselves tell more than a kill.
             if hang is not None and process.poll() is None:
                 if _failed(beats):
@@ -77,6 +84,12 @@ class RankWatch:
                 self.time_is_up = True
                 self._ask(f"the time limit is {left:.0f} s away")
 
+    def _must_end(self) -> bool:
+        """Whether ranks that were asked to stop would overrun the time limit, with which Slurm ends
+        whoever could put the job back."""
+        left = self.events.seconds_left
+        return self.asked is not None and left is not None and left < END_BEFORE_LIMIT
+
     def _look_whether_preempted(self, began: int) -> None:
         """Once, when all ranks are there: a TERM that came before their step existed reached
         nobody, and the grace time goes by."""
@@ -88,6 +101,7 @@ class RankWatch:
     def _on_signals(self) -> None:
         name = self.events.signals[0]
         if self.asked is None and name == "SIGUSR1":
+            self.events.begin()  # an operator may have moved the limit
             self.time_is_up = user_stop(self.attempt) is None
             self._ask("on request" if user_stop(self.attempt) else "warned by USR1")
         elif self.asked is None:

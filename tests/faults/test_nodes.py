@@ -186,3 +186,18 @@ def test_a_stopped_rank_is_noticed_named_and_replaced(tmp_path: Path, cluster: C
     assert second.checkpoint_before == first.checkpoint >= 10
     stacks = run.directory / "logs" / f"{run.numbers[0]}.0" / "stacks-0001.txt"
     assert "pretend.py" in stacks.read_text()
+
+
+def test_ranks_that_would_overrun_the_time_limit_cost_an_attempt_and_not_the_run(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    """At the limit Slurm kills the batch process too, and nobody would be left to requeue."""
+    run = Run(tmp_path, "hang@3", steps=16)
+    run.until("RUNNING .* step 3 loss", 60)
+    cluster.call("scontrol", "update", f"JobId={run.numbers[0]}", "TimeLimit=1")
+    line = run.until("PENDING .* after attempt 1", 90)
+    assert "after attempt 1: hang: not stopped before the time limit" in line
+    cluster.call("scontrol", "update", f"JobId={run.numbers[0]}", "TimeLimit=30")
+    run.start_now()
+    run.until("DONE after 2 attempts", 60)
+    assert run.codes() == [137, 0]

@@ -28,13 +28,29 @@ undecided='/data/my runs/100%/demo/slurm/undecided'
 attempt=$logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 task=${task:-$SLURM_JOB_ID}
-supervisor= ended=
+supervisor= starting= ended=
+hand_on() {
+  # A process that does not listen yet looks for the file.
+  : 2>/dev/null >"$attempt/$1" || true
+  [ -z "$supervisor" ] || kill "-$1" "$supervisor" || true
+}
+put_back_preempted() {
+  # Where Slurm preempts by a cancel, and at once, nobody else does.
+  fields=" $(scontrol -o show job "$task") " || return
+  when=${fields#* PreemptTime=} began=${fields#* StartTime=}
+  when=${when%% *} began=${began%% *}
+  case $fields in *" JobState=PENDING "*) return ;; esac
+  case $fields in *" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;; *) return ;; esac
+  case $when in [0-9]*) ;; *) return ;; esac
+  [[ $when < $began ]] || scontrol requeue "$task"  # else it was an earlier start of the job
+}
 finish() {
   code=$?
   set +e
   trap '' USR1 TERM  # a requeue ends what is left of this shell
   case $code in 0|2|74) return ;; esac
-  if [ -n "$ended" ] || [ -e "$attempt/decided" ]; then return; fi
+  if [ -e "$attempt/decided" ]; then return; fi
+  if [ -n "$ended" ]; then put_back_preempted; return; fi
   why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
   [ -e "$attempt/began" ] ||
     why="the batch process could not be started on $SLURMD_NODENAME (code $code)"
@@ -53,22 +69,24 @@ finish() {
   fi
 }
 trap finish EXIT
-trap '[ -z "$supervisor" ] || kill -USR1 "$supervisor" || true' USR1
-trap 'ended=1; [ -n "$supervisor" ] || exit 143; kill -TERM "$supervisor" || true' TERM
+trap 'hand_on USR1' USR1
+trap 'ended=1; hand_on TERM; [ -n "$starting" ] || exit 143' TERM
+mkdir "$attempt" 2>/dev/null || true
 set -eo pipefail
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 ulimit -c 0
+type module >/dev/null 2>&1 || . /etc/profile || true
 [ -n "$HOME" ] || export HOME=~
 unset SLURM_EXPORT_ENV SLURM_GET_USER_ENV
 export PATH='/home/me/mega hybrid/.venv/bin':"${PATH:-/usr/local/bin:/usr/bin:/bin}":/opt/slurm/bin
 export PYTHONPATH='/home/me/mega hybrid'
-type module >/dev/null 2>&1 || . /etc/profile || true
 module load cuda/12.8
 module load 'x; touch pwned'
 export NCCL_SOCKET_IFNAME=ib0
 export NOTE='$(touch pwned)'
 cd '/home/me/mega hybrid'
 source .venv/bin/activate
+starting=1
 (trap '' USR1 TERM; exec python -m launch.supervise '/data/my runs/100%/demo/slurm/job.json') &
 supervisor=$!
 while true; do

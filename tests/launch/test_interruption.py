@@ -65,6 +65,15 @@ EVENTS = {
     "time-limit-said": Event(
         RUNNING | {"JobState": "TIMEOUT", "Reason": "TimeLimit"}, how=Interruption.TIME_LIMIT
     ),
+    # TERM came before the batch process could take it.
+    "put-back-unheard": Event(PUT_BACK, terminated=False, how=Interruption.REQUEUED),
+    "scancel-unheard": Event(ENDING, terminated=False, how=Interruption.CANCELLED, again=False),
+    "a-node-lost-unheard": Event(
+        PUT_BACK, terminated=False, nodes_ill=True, how=Interruption.NODE_LOST
+    ),
+    "time-limit-unheard": Event(
+        ENDING, terminated=False, seconds_left=-3.0, how=Interruption.TIME_LIMIT
+    ),
     "TERM-by-hand": Event(RUNNING, how=Interruption.ENDED),
     "TERM-and-no-answer": Event(None, how=Interruption.ENDED),
     # Of the start before this one.

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,78 @@ ENDINGS: dict[str, tuple[str, int, list[str]]] = {
 }
 
 
+PREEMPTED = "PreemptTime=2026-05-04T10:20:33 StartTime=2026-05-04T10:20:29"
+ENDED: dict[str, tuple[str, list[str]]] = {
+    "cancelled": ("JobState=COMPLETING Restarts=0 PreemptTime=None StartTime=2026-05-04", []),
+    "preempted by a cancel": (f"JobState=COMPLETING Restarts=0 {PREEMPTED}", ["requeue 5"]),
+    "preempted and put back": (f"JobState=COMPLETING Restarts=1 {PREEMPTED}", []),
+    "preempted and waiting": (f"JobState=PENDING Restarts=0 {PREEMPTED}", []),
+    "cancelled, and preempted once before": (
+        "JobState=COMPLETING Restarts=0 PreemptTime=2026-05-04T10:20:33 "
+        "StartTime=2026-05-04T11:20:29",
+        [],
+    ),
+    "Slurm does not answer": ("", []),
+}
+
+
+@pytest.mark.parametrize("how", ENDED)
+def test_ended_before_its_process_a_job_comes_back_only_where_slurm_preempted_it(
+    how: str, tmp_path: Path
+) -> None:
+    fields, said = ENDED[how]
+    site = SITE.model_copy(update={"modules": [], "prologue": ["kill -TERM $$"]})
+    script = batch_script(
+        _job(run_directory=str(tmp_path), work_directory=str(tmp_path), site=site)
+    )
+    shown = f"case $* in -o*) {f'echo JobId=5 {fields} X=y' if fields else 'exit 1'} ;;"
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\n{shown} *) echo "$@" >>calls ;; esac\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    facts = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5"}
+    for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
+        facts.pop(name, None)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=facts, capture_output=True)
+    assert done.returncode == 143, done.stderr
+    calls = tmp_path / "calls"
+    assert (calls.read_text().splitlines() if calls.exists() else []) == said
+    assert (tmp_path / "logs/5.0/TERM").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "early"),
+    [("USR1", True), ("USR1", False), ("TERM", False)],  # a TERM ends the site's own lines
+    ids=["USR1-in-the-sites-own-lines", "USR1", "TERM"],
+)
+def test_a_signal_before_the_process_listens_is_heard(
+    name: str, early: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").mkdir()
+    process = tmp_path / "process"
+    process.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\n"
+        + ("" if early else f"os.kill(os.getppid(), signal.SIG{name})\n")
+        + f"time.sleep(0.5)\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom launch.attempt import Attempt\n"
+        "from launch.events import JobEvents\nfrom launch.job import read_job\n"
+        "events = JobEvents(Attempt(read_job(Path(sys.argv[-1])), '5', 0, os.environ))\n"
+        "events.listen()\nprint(events.signals)\n"
+    )
+    process.chmod(0o755)
+    prologue = [f"kill -{name} $$"] if early else []
+    site = SITE.model_copy(update={"modules": [], "prologue": prologue, "python": [str(process)]})
+    folders = {"run_directory": str(tmp_path), "work_directory": str(tmp_path)}
+    job = _job(**folders, file=str(tmp_path / "job.json"), site=site)
+    Path(job.file).write_text(job.model_dump_json())
+    facts = os.environ | {"SLURM_JOB_ID": "5"}
+    for one in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
+        facts.pop(one, None)
+    done = subprocess.run(
+        ["bash", "-c", batch_script(job)], env=facts, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1:] == [f"['SIG{name}']"], done.stderr
+
+
 @pytest.mark.parametrize("how", ENDINGS)
 def test_what_nobody_decided_goes_back_into_the_queue_three_times(how: str, tmp_path: Path) -> None:
     body, code, said = ENDINGS[how]
@@ -118,6 +191,20 @@ def test_what_nobody_decided_goes_back_into_the_queue_three_times(how: str, tmp_
             calls = run()
         assert calls == said * 3
         assert len((tmp_path / "slurm/undecided").read_text().splitlines()) == 4
+
+
+def test_a_profile_that_brings_modules_keeps_the_submitting_python_on_the_path(
+    tmp_path: Path,
+) -> None:
+    """Debian's /etc/profile sets PATH anew."""
+    profile = tmp_path / "profile"
+    profile.write_text('PATH=/usr/bin:/bin\nmodule() { PATH="/of-$2:$PATH"; }\n')
+    site = SITE.model_copy(update={"modules": ["cuda"], "prologue": ['echo "$PATH"; exit 0']})
+    text = batch_script(_job(work_directory=str(tmp_path), run_directory=str(tmp_path), site=site))
+    text = text.replace("/etc/profile", str(profile))
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    path = "/of-cuda:/home/me/mega hybrid/.venv/bin:/usr/bin:/bin:/opt/slurm/bin"
+    assert done.stdout.splitlines() == [path], done.stderr
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "", "x" * 201, "nul\0"])

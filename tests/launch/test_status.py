@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm
 from launch.forecast import forecast
 from launch.records import attempts, read_records, record, records_file, stop_lead
 from launch.slurm import Queued
@@ -124,6 +125,38 @@ def test_what_slurm_still_knows_of_a_lost_job_is_told(
     assert "no end was written; Slurm says OUT_OF_MEMORY, code 0:125) |" in status_line(run, {})
     program("scontrol", "echo JobId=8 JobState=FAILED Reason=NonZeroExitCode ExitCode=0:9")
     assert "Slurm says FAILED, code 0:9)" in status_line(run, {})
+
+
+def test_a_run_that_was_cancelled_before_anything_was_recorded_is_told_as_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, "submit", jobs=["7"], nodes=2)
+    monkeypatch.setattr("launch.slurm.fate", lambda job: "CANCELLED, code 0:0")
+    line = status_line(tmp_path, {})
+    assert line == f"{tmp_path.name}: STOPPED with code 75: cancelled in Slurm"
+    monkeypatch.setattr("launch.slurm.fate", lambda job: "CANCELLED by 0, code 0:0")  # sacct's
+    assert status_line(tmp_path, {}) == line
+    record(tmp_path, "start", job="7", attempt=0, nodes=["n1"], checkpoint=None)
+    assert "STOPPED with code 75: cancelled in Slurm" in status_line(tmp_path, {})
+    monkeypatch.setattr("launch.slurm.fate", lambda job: "NODE_FAIL, code 0:0")
+    assert "NOT IN THE QUEUE (job 7 try 1" in status_line(tmp_path, {})
+
+
+def test_a_time_limit_that_is_over_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\ncase $* in *%A*) echo '7|7|RUNNING|None|n1|INVALID|7|demo' ;; esac\n"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert slurm.queue()["7"].left == "0:00"
+
+
+def test_between_a_runs_end_and_its_jobs_it_is_not_preparing(run: Path) -> None:
+    _end(run, 1, 0, "done", step=42, checkpoint=40)
+    line = status_line(run, _queue("RUNNING"))
+    assert " ending " in line and " preparing " not in line, line
 
 
 def test_what_the_batch_shell_said_is_told_where_nothing_began(tmp_path: Path, monkeypatch) -> None:
