@@ -22,6 +22,7 @@ KINDS: dict[str, Packing] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tz
 INPUT_BYTES = 2**16
 SURE_BYTES = 2**18  # of text that tell how well a member is packed; a zstd block gives half of it
 MOST_HEADER_BYTES = 18  # of a zstd frame
+MOST_WINDOW_BYTES = 2**31
 ZSTD_INPUT_BYTES = 2**11  # a zstd block of 4 bytes can mean 128 KiB: more input, more memory
 OUTPUT_BYTES = 2**20
 # Text compresses 3 to 30 times, very repetitive text 100 times; a file of zeros 1000 times.
@@ -267,7 +268,8 @@ class _Member:
 
     def _zstd(self) -> Iterator[bytes]:
         zstandard = _zstandard()
-        unpack = zstandard.ZstdDecompressor().decompressobj()
+        # A window of 2 GiB is what `zstd --long=31` writes; only what is filled of it takes memory.
+        unpack = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW_BYTES).decompressobj()
         position = self.begin
         while not unpack.eof:
             raw = self.file.read(ZSTD_INPUT_BYTES)

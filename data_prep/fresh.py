@@ -1,5 +1,7 @@
 """New folders that appear whole: written beside their place and moved there at the end."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -41,9 +43,39 @@ def refuse_occupied(folder: Path, ours: Collection[str] = ()) -> None:
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """An empty folder that is removed at the end, also one that a killed call has left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with alone_in(folder):
+        for entry in folder.iterdir():
+            entry.unlink() if entry.is_symlink() or not entry.is_dir() else shutil.rmtree(entry)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other calls out of a folder, which is made where it is not there and does not stay
+    where it is empty. Two that write the same names would each publish what the other has begun.
+
+    The system lets go of it however the process ends. Raises DataError where another call has it.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        refuse_occupied(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield folder
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{folder} is being written by another call. Wait for it, or name another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+        if made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()

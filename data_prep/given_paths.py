@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ WRITTEN = ("output", "prefix", "picture")
 OPTIONS = ("tokenizer", "against", "output", "picture")
 STDIN = ("-", "/dev/stdin")  # as an input
 FILES = ("gather-stdlib", "tokenizer")  # commands whose output is a file
+OPEN_FILE = re.compile(r"/dev/fd/\d+|/proc/(self|\d+)/fd/\d+")
 LONGEST_SUFFIX = ".bin.runs.tmp"  # at most this is put behind a name while it is written
 
 
@@ -61,12 +63,25 @@ def _check_read(name: str, text: str) -> None:
         mode = os.stat(text).st_mode
     except FileNotFoundError:
         return  # a glob, a prefix, or missing: the command says what it has looked for
+    if name == "inputs" and is_kernels(text):
+        raise DataError(f"{_said(name, text)} is the kernel's, no text on a disk. Name another.")
     if stat.S_ISDIR(mode):
         os.scandir(text).close()
     elif stat.S_ISREG(mode):
         open(text, "rb").close()
-    else:
+    elif not (name == "inputs" and stat.S_ISFIFO(mode) and is_open_file(text)):
         raise DataError(f"{_said(name, text)} is no file and no folder ({_kind(mode)}). Name one.")
+
+
+def is_open_file(given: str | Path) -> bool:
+    """Whether this names what the process has open: a pipe of `<(command)` has its writer."""
+    return given in STDIN or OPEN_FILE.fullmatch(os.path.abspath(given)) is not None
+
+
+def is_kernels(given: str | Path) -> bool:
+    """Whether the kernel makes this up when it is read: it has no size, and may never end."""
+    real = os.path.realpath(given) + "/"
+    return real.startswith(("/proc/", "/sys/")) and not is_open_file(given)
 
 
 def _check_written(name: str, text: str, is_file: bool) -> None:

@@ -85,13 +85,7 @@ def named_entries(given: str | Path, pattern: str) -> list[Path]:
         return [Path(given)]
     path = Path(given)
     if path.is_dir():
-        if "**" in pattern:
-            _refuse_closed(path)
-        entries = sorted(
-            entry
-            for entry in path.glob(pattern)
-            if (entry.is_file() or entry.is_symlink()) and not _hidden(entry.relative_to(path))
-        )
+        entries = _searched(path, pattern)
     elif path.exists():
         entries = [path]
         if path.suffix.lower() in UNREAD:
@@ -100,15 +94,43 @@ def named_entries(given: str | Path, pattern: str) -> list[Path]:
                 "as .gz or .zst, .parquet, .tar and .zip are). Unpack it first."
             )
     else:
-        anchor = Path(path.anchor)
-        relative = str(path.relative_to(anchor)) if path.anchor else str(path)
-        globbed = anchor.glob(relative) if any(c in relative for c in "*?[") else ()
-        entries = sorted(entry for entry in globbed if entry.is_file())
+        entries = _globbed(path, pattern) if any(sign in str(path) for sign in "*?[") else []
     if not entries:
         raise DataError(
             f"input {given} names no file (pattern {pattern}). Correct the path or --glob."
         )
     return entries
+
+
+def _searched(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder, and links that lead to no file."""
+    if "**" in pattern:
+        _refuse_closed(folder)
+    return sorted(
+        entry
+        for entry in folder.glob(pattern)
+        if (entry.is_file() or entry.is_symlink()) and not _hidden(entry.relative_to(folder).parts)
+    )
+
+
+def _globbed(written: Path, pattern: str) -> list[Path]:
+    """What a glob names, as a shell has it: hidden names only where it spells them, and the files
+    of the folders among them."""
+    parts = written.parts
+    literal = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    spelt = _hidden(parts[literal:])
+    anchor = Path(written.anchor)
+    entries: dict[Path, None] = {}
+    folders: set[Path] = set()
+    for path in sorted(anchor.glob(str(written.relative_to(anchor)))):
+        if _hidden(path.parts[literal:]) and not spelt:
+            continue
+        if path.is_file():
+            entries[path] = None
+        elif path.is_dir() and folders.isdisjoint(path.parents):
+            folders.add(path)
+            entries.update(dict.fromkeys(_searched(path, pattern)))
+    return list(entries)
 
 
 def _refuse_closed(folder: Path) -> None:
@@ -121,12 +143,12 @@ def _refuse_closed(folder: Path) -> None:
         )
 
     for place, folders, _ in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not _hidden(Path(name))]
+        folders[:] = [name for name in folders if not _hidden((name,))]
         del place
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+def _hidden(parts: Sequence[str]) -> bool:
+    return any((part[0] == "." and part != "..") or part == "__pycache__" for part in parts)
 
 
 def look_at(path: Path, fields: Fields, name: str | None = None) -> InputFile | NoText:

@@ -181,8 +181,9 @@ def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NoText 
         return _array(body, whole, named, field)
     if _begins_json(body, whole):
         return NoText(NO_LIST) if body.startswith(b"{") or named else None
-    # One object after another, over many lines.
-    return NoText(NO_LIST) if suffix not in JSON_LINES and isinstance(_first(body), dict) else None
+    if suffix in JSON_LINES or not _many_objects(body):
+        return None
+    return NoText(NO_LIST)
 
 
 def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NoText | None:
@@ -230,6 +231,16 @@ def _first(body: bytes) -> Any:
         return json.JSONDecoder().raw_decode(body.decode("utf-8", "replace"))[0]
     except (ValueError, RecursionError):
         return None
+
+
+def _many_objects(body: bytes) -> bool:
+    """Whether this is one object after another, over many lines: text may begin with braces."""
+    text = body.decode("utf-8", "replace")
+    try:
+        first, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and text[end:].lstrip()[:1] in ("", "{")
 
 
 def _no_prose(text: str, suffix: str, whole: bool) -> str:

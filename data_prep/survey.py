@@ -1,5 +1,6 @@
 """What inputs give: the files that are read and how, those that are left out and why."""
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 
 from data_prep import hub
 from data_prep.compressed import kind_of
+from data_prep.given_paths import is_kernels, is_open_file
 from data_prep.inputs import InputFile, Unit, cut_units, look_at, named_entries
 from data_prep.items import Fields
 from data_prep.sniff import NoText
@@ -72,8 +74,11 @@ class Survey:
 
     @property
     def files(self) -> list[InputFile]:
-        """The files to read, each once."""
-        found = {file.path: file for source in self.sources for file in source.taken}
+        """The files to read, each once, by however many names."""
+        found: dict[str, InputFile] = {}
+        for source in self.sources:
+            for file in source.taken:
+                found.setdefault(os.path.realpath(file.path), file)
         return list(found.values())
 
     def units(self) -> list[list[Unit]]:
@@ -142,7 +147,10 @@ def _source(given: str | Path, pattern: str, fields: Fields, written: Path | Non
         if written and not hub.is_hub(path) and path.absolute().is_relative_to(written):
             continue
         if not hub.is_hub(path) and not path.is_file():
-            left_out.append(LeftOut(path, 0, "link to a folder" if path.is_dir() else "dead link"))
+            left_out.append(_link(path, Path(given)))
+            continue
+        if path.is_symlink() and is_kernels(path):
+            left_out.append(LeftOut(path, 0, "the kernel's"))
             continue
         found = look_at(path, fields)
         if isinstance(found, NoText):
@@ -150,6 +158,21 @@ def _source(given: str | Path, pattern: str, fields: Fields, written: Path | Non
         else:
             taken.append(found)
     return Source(str(given), tuple(taken), tuple(left_out), is_file=Path(given).is_file())
+
+
+def _link(path: Path, folder: Path) -> LeftOut:
+    """A link that is not followed, with the bytes that it keeps from being read: none where they
+    are in the folder that is searched as well."""
+    if not path.is_dir():
+        return LeftOut(path, 0, "dead link")
+    real, searched = os.path.realpath(path), os.path.realpath(folder)
+    size = 0
+    if os.path.commonpath([real, searched]) not in (real, searched):
+        for place, _, names in os.walk(real):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    size += os.lstat(os.path.join(place, name)).st_size
+    return LeftOut(path, size, "link to a folder")
 
 
 def _refuse_left_out(sources: Iterable[Source]) -> None:
@@ -182,12 +205,13 @@ def _suffix(path: Path, shown: str = "") -> str:
 
 def _is_stream(given: str | Path) -> bool:
     """Whether an input can be read only once, or only by this process."""
-    if str(given) == STDIN or str(given).startswith(("/dev/", "/proc/")):
+    if is_open_file(str(given)):
         return True
     try:
-        return stat.S_ISFIFO(os.stat(given).st_mode)
+        mode = os.stat(given).st_mode
     except (OSError, ValueError):
         return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _spooled(given: str, fields: Fields) -> InputFile | LeftOut:

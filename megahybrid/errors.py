@@ -38,10 +38,14 @@ def tell(message: str, terminal: TextIO | None = None) -> None:
 
 
 class MegahybridError(Exception):
-    """Base of every error that is reported as one line without a traceback."""
+    """Base of every error that is reported without a traceback: each argument is one line."""
 
     exit_code = EXIT_USER_MISTAKE
     system_errno: int | None = None  # what the operating system refused, where that is the cause
+
+    def __str__(self) -> str:
+        # A line end within a line is one of a name or a value that it quotes.
+        return "\n".join(printable(str(line)) for line in self.args)
 
     def because(self, cause: OSError | int | None) -> "MegahybridError":
         """This error, with the exit code of the refusal (or its errno) that caused it: words of its

@@ -78,7 +78,7 @@ def chosen(path: Path) -> Path:
             pass  # whoever opens it says what is wrong
         tell("\n".join(misnamed))
         return folder
-    raise CheckpointError("\n".join(misnamed))
+    raise CheckpointError(*misnamed)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -193,7 +193,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 print(f"{printable(row['path'])}: every one of its {found} is as written")
     problems = [row["problem"] for row in rows if row["problem"]]
     if problems:
-        raise CheckpointError("\n".join(problems))
+        raise CheckpointError(*problems)
     return EXIT_DONE
 
 

@@ -74,7 +74,7 @@ def stretches(
         for line in _problems(name, plan, end, f"{where}.schemes.{name}")
     ]
     if lines:
-        raise ConfigError("\n".join(lines))
+        raise ConfigError(*lines)
     found = [PlanStretch(0, plan)]
     for step in range(1, anneal.steps):
         changed = {

@@ -283,7 +283,7 @@ class LayerPlan(Frozen):
             try:
                 schemes[name] = self.schemes[name].with_overrides(fields, f"{where}.{name}")
             except ConfigError as error:
-                lines.append(str(error))
+                lines += str(error).splitlines()
         if lines:
-            raise ConfigError("\n".join(lines))
+            raise ConfigError(*lines)
         return self.model_copy(update={"schemes": schemes})

@@ -112,7 +112,7 @@ def parse(type: type[Value], plain: Any, where: str = "") -> Value:
         return type.model_validate(plain)
     except ValidationError as error:
         lines = explain(error, type, plain, where)
-    raise ConfigError("\n".join(lines))
+    raise ConfigError(*lines)
 
 
 def parse_json(type: type[Value], text: str | bytes) -> Value:
@@ -132,7 +132,7 @@ def read_record(type: type[Value], raw: bytes) -> Value:
         return type.model_validate_json(raw)
     except ValidationError as error:
         lines = explain(error, type, plain)
-    raise ConfigError("\n".join(lines))
+    raise ConfigError(*lines)
 
 
 def first_fault(error: ValueError, type: type[BaseModel], plain: Any, where: str = "") -> str:

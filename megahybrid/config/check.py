@@ -155,7 +155,7 @@ def _budget(run: "RunConfig", index: int, data_degree: int | None) -> Iterator[s
     try:
         policies_of(run, index, data_degree)
     except ConfigError as error:
-        yield str(error)
+        yield from str(error).splitlines()
 
 
 def _multiple(value: int, of: int) -> str:

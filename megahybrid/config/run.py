@@ -128,4 +128,4 @@ class RunConfig(Frozen):
 
         lines = problems(self, world_size)
         if lines:
-            raise ConfigError("\n".join(lines))
+            raise ConfigError(*lines)

@@ -136,7 +136,7 @@ def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunCo
     else:
         lines.append(_plan_difference(said, model.layer_plan, run_file))
     if lines:
-        raise ConfigError("\n".join(lines))
+        raise ConfigError(*lines)
     return parse(RunConfig, dump(run) | {"model": dump(target), "start": None})
 
 

@@ -41,7 +41,7 @@ def read_plan(path: Path, model: ModelConfig) -> LayerPlan:
     plan = parse(LayerPlan, found, where="model.layer_plan")
     problems = rotation_problems(plan.schemes, model.head_dim, "model.layer_plan.schemes")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return plan
 
 
