@@ -146,6 +146,7 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
     from megahybrid.train.listeners import Listeners
     from megahybrid.train.metrics import StepClock
     from megahybrid.train.profile import Profiler
+    from megahybrid.train.repeated import RepeatedSteps
     from megahybrid.train.state import TrainState
     from megahybrid.train.stop import StopRequest
     from megahybrid.train.trainer import Habits, Trainer, step_shapes
@@ -172,6 +173,7 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
             peak=None,
             habits=Habits(10**6, None, 1, 3),
             listeners=Listeners([listener]),
+            repeats=RepeatedSteps(run, mesh, []),
             stop=StopRequest(),
             profiler=Profiler(None, folder, mesh),
             save=nothing,
