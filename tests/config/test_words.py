@@ -255,6 +255,11 @@ CHECKING = [
         "kernels.windowed=flex needs CUDA (device=cpu). Use auto.",
     ),
     (
+        ["kernels.norm=apex", "kernels.blocks=compiled"],
+        "kernels.norm=apex cannot be traced by the compiler (kernels.blocks=compiled). "
+        "Use kernels.norm=torch, which compiled layers fuse, or kernels.blocks=plain.",
+    ),
+    (
         ["stages.0.lengths={257: 1}"],
         "stages.0.lengths names 257, which parallel.tensor=2 does not divide (each tensor rank "
         "holds a part of the sequence). Use a multiple of 2.",

@@ -293,12 +293,12 @@ def test_flex_is_measured_only_where_no_fused_kernel_serves(
 ) -> None:
     bf16 = torch.bfloat16
     assert candidates("windowed", gpu, bf16, 128) == ["varlen", "cudnn_frontend"]
+    assert choose(32, 128, None, gpu, bf16, 128) == "varlen"
     assert candidates("full", gpu, bf16, 128) == ["sdpa", "cudnn", "varlen", "cudnn_frontend"]
     monkeypatch.setattr(choice.varlen, "refusal", lambda *where: "an older torch")
     assert candidates("windowed", gpu, bf16, 128) == ["cudnn_frontend"]
     monkeypatch.setattr(choice.cudnn_frontend, "refusal", lambda *where: "no such package")
     assert candidates("windowed", gpu, bf16, 128) == ["flex"]
-    assert choose(32, 128, None, gpu, bf16, 128) == "varlen"
 
 
 def test_windows_in_fp32_on_a_gpu_wait_for_no_compiler(gpu: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The host waits for the device once a step, when all of its work is queued."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -101,6 +102,7 @@ def counted_steps(ranks: distributed.Ranks, precision: str, zero_stage: int) -> 
     mesh = ranks.mesh(1)
     built = Transformer(config, mesh)
     built.load_canonical(random_tensors(config, 0, torch.float32))
+    os.environ["LOCAL_RANK"] = "5"  # the launcher's word, whatever DeepSpeed wants to read there
     engine = Engine(built, run_config(config, precision, zero_stage), mesh)
     tokens = torch.randint(config.vocab_size, (ROWS, LENGTH))
     starts = Documents.from_lengths([[100, 600], [300, 400]]).starts
@@ -131,6 +133,7 @@ def counted_steps(ranks: distributed.Ranks, precision: str, zero_stage: int) -> 
                 engine.train_step([batch, batch], 1e-3)
         ours = counts - before_update - theirs
     engine.close()
+    assert os.environ.pop("LOCAL_RANK") == "5"
     return dict(before_update), dict(theirs), dict(ours), waits.call_count
 
 
