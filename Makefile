@@ -4,6 +4,8 @@ VENV ?= .venv
 # What pip installs as torch, before anything else. TORCH=system uses the torch that PYTHON already
 # has (a GPU machine's own build); any other value goes to pip as it is, with its options.
 TORCH ?= torch==2.13.0
+# Where the tested versions stand, a file for each Python. CONSTRAINTS=none: whatever is newest.
+CONSTRAINTS ?= constraints
 WHEELHOUSE ?= wheelhouse
 EXTRAS ?= dev,data,oracle,tensorboard
 ARGS ?=
@@ -11,19 +13,25 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-faults check format bench bench-gpu wheelhouse docs clean distclean
+.PHONY: help install install-dev demo test test-faults test-latest check format bench bench-gpu \
+	wheelhouse constraints docs clean distclean
 
 RUNTIME := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
 BIN := $(VENV)/bin
+# Written after torch is in: nothing installed later may pull another one, or a version not tested.
+PIN := $(VENV)/constraints.txt
 # DeepSpeed as a pure wheel: its operators are never built here, and building them needs a compiler.
-PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -q
+# Builds are held to the same versions: older pips read the first variable for them, newer the last.
+# Both are lists that spaces part, so the file is named as an address.
+EMPTY :=
+PIN_URL := file://$(subst $(EMPTY) $(EMPTY),%20,$(abspath $(PIN)))
+PIP := DS_BUILD_OPS=0 PIP_CONSTRAINT="$(PIN_URL) $${PIP_CONSTRAINT:-}" PIP_BUILD_CONSTRAINT=$(PIN_URL) \
+	$(BIN)/python -m pip install --disable-pip-version-check -q
 MEGAHYBRID := $(BIN)/megahybrid
 DEMO := build/demo
 # The demo's two tensor ranks need a device each; with a single GPU one rank does it all.
 LOCAL_RANKS := import torch; print('--processes 1 parallel.tensor=1' if torch.cuda.device_count() == 1 else '--processes 2')
-# Written after torch is in: nothing installed later may pull another one.
-PIN := $(VENV)/torch-pin.txt
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +40,7 @@ install: $(RUNTIME) ## .venv with megahybrid (PYTHON=python3.12, TORCH=system)
 
 install-dev: $(DEVELOPMENT) ## the same, and what tests and checks need
 
-$(PIN): pyproject.toml
+$(PIN): pyproject.toml .ci/pin $(wildcard $(CONSTRAINTS)/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing) (megahybrid needs Python 3.11 or newer). Use for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
 		exit 2; }
@@ -46,20 +54,20 @@ ifeq ($(TORCH),system)
 		exit 2; }
 else
 	@echo "Installing $(TORCH)"
-	@$(PIP) $(TORCH)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q $(TORCH)
 endif
-	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@.new
+	@$(BIN)/python .ci/pin $@.new $(CONSTRAINTS)
 	@mv $@.new $@
 
 $(RUNTIME): $(PIN)
-	@echo "Installing megahybrid beside $$(cat $(PIN))"
-	@$(PIP) -c $(PIN) setuptools wheel
-	@$(PIP) -c $(PIN) -e .
+	@echo "Installing megahybrid beside $$(head -1 $(PIN))"
+	@$(PIP) setuptools wheel
+	@$(PIP) -e .
 	@touch $@
 
 $(DEVELOPMENT): $(RUNTIME)
 	@echo "Installing what tests and checks need"
-	@$(PIP) -c $(PIN) -e ".[$(EXTRAS)]"
+	@$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, about 5 minutes on 2 cores
@@ -97,6 +105,10 @@ test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytes
 test-faults: $(DEVELOPMENT) ## ranks killed and hung, nodes lost, on this machine and on a Slurm of its own
 	@$(BIN)/python -m pytest tests/faults $(ARGS)
 
+# An environment of its own, and never a reason not to merge: it reports, and ends well.
+test-latest: ## the suite with the newest of everything: what moved, what broke (build/latest)
+	@$(PYTHON) .ci/latest build/latest "$(EXTRAS)" "$(if $(filter file,$(origin TORCH)),,$(TORCH))" $(ARGS)
+
 check: $(DEVELOPMENT) ## format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -119,6 +131,12 @@ bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU (ARGS="
 wheelhouse: ## wheels for an offline GPU machine (PYTHON=3.12: that machine's); make install-dev first
 	@test -f $(DEVELOPMENT) || { echo "$(VENV) is not installed yet. First: make install-dev" >&2; exit 2; }
 	@DS_BUILD_OPS=0 $(BIN)/python .ci/wheelhouse "$(PYTHON)" "$(WHEELHOUSE)" "$(EXTRAS)"
+
+# uv resolves for a Python that is not here; it has an environment of its own.
+constraints: ## write constraints/ anew: the newest versions that pyproject.toml allows
+	@test -x build/uv/bin/uv || { $(PYTHON) -m venv build/uv && \
+		build/uv/bin/python -m pip install --disable-pip-version-check -q "uv>=0.9,<0.14"; }
+	@$(PYTHON) .ci/constraints build/uv/bin/uv
 
 docs: $(RUNTIME) ## write the reference of the run file from its classes
 	@$(BIN)/python -m megahybrid.config.reference > docs/config.md.new

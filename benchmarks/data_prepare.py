@@ -216,14 +216,22 @@ def write_sparse_corpus(folder: Path, tokens: int, documents: int) -> None:
         blocks, rest = divmod(2 * count, BLOCK_BYTES)
         crc = (whole,) * blocks + ((zlib.crc32(zeros[:rest]),) if rest else ())
         shards.append(
-            ShardEntry(f"{name}.bin", f"{name}.idx", held, count, 2 * count, BLOCK_BYTES, crc)
+            ShardEntry(
+                bin=f"{name}.bin",
+                idx=f"{name}.idx",
+                documents=held,
+                tokens=count,
+                bytes=2 * count,
+                block_bytes=BLOCK_BYTES,
+                crc32=crc,
+            )
         )
     manifest = Manifest(
-        tokenizer=TokenizerInfo("sentencepiece", "0" * 64, 50_000, 1),
+        tokenizer=TokenizerInfo(kind="sentencepiece", sha256="0" * 64, vocab_size=50_000, eod_id=1),
         dtype="uint16",
         documents=sum(shard.documents for shard in shards),
         tokens=tokens,
-        length_histogram=(LengthBin(512, documents, tokens),),
+        length_histogram=(LengthBin(min_tokens=512, documents=documents, tokens=tokens),),
         shards=tuple(shards),
         sources=(),
         command="sparse",

@@ -33,7 +33,7 @@ LENGTH, VOCAB, EOD, BATCH = 8192, 50_000, 0, 64
 def write_corpus(folder: Path, tokens: int) -> None:
     """Log-normal documents, mean about 812 tokens, as in real web text."""
     draw = np.random.default_rng(0)
-    info = TokenizerInfo("sentencepiece", "0" * 64, VOCAB, EOD)
+    info = TokenizerInfo(kind="sentencepiece", sha256="0" * 64, vocab_size=VOCAB, eod_id=EOD)
     with TokenWriter(folder, info) as writer:
         while tokens > 0:
             lengths = np.maximum(2, draw.lognormal(6.0, 1.2, 5000)).astype(np.int64)

@@ -77,7 +77,7 @@ def measure(steps: int) -> dict[str, Any]:
     wall, cpu = _import_torch()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = TokenizerInfo("sentencepiece", "0" * 64, 97, eod_id=1)
+        tokenizer = TokenizerInfo(kind="sentencepiece", sha256="0" * 64, vocab_size=97, eod_id=1)
         draw = np.random.default_rng(0)
         with TokenWriter(folder / "text", tokenizer) as writer:
             for length in draw.integers(50, 700, 40):

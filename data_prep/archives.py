@@ -15,18 +15,31 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from data_prep.compressed import BOMB_BYTES, BOMB_RATIO, kind_of, open_stretch, scan
+from data_prep.compressed import (
+    BOMB,
+    BOMB_BYTES,
+    BOMB_RATIO,
+    Packing,
+    kind_of,
+    open_stretch,
+    scan,
+)
 from data_prep.zip_salvage import SalvagedZip, is_sound
 
 BLOCK = 512
-SEARCH_BYTES = 2**20
+SEARCH_BYTES = BUFFER_BYTES = 2**20
 MOST_HEADER_BYTES = 2**20  # of a long name or pax header
 USTAR_PLACE = 257
 LEFT_OUT = ("__pycache__", "__MACOSX")
 
 
 class Truncated(OSError):
-    """A member that ends before its size."""
+    """A member that ends before its size. left: bytes on disk that it lacks; absent: those that are
+    in no other part of the file either."""
+
+    def __init__(self, reason: str, left: float = 0.0, absent: float = 0.0) -> None:
+        super().__init__(reason)
+        self.left, self.absent = left, absent
 
 
 @dataclass(frozen=True)
@@ -34,13 +47,22 @@ class Member:
     """One file of an archive, to be read before the next is asked for.
 
     problem: why it, or the archive at byte `offset` (of the unpacked tar), cannot be used.
+    packed: bytes on disk that it takes up, or that are lost with it; of these `absent` are named
+    by a header but not there any more.
     """
 
     name: str
     size: int = 0
-    file: BinaryIO = io.BytesIO()  # noqa: RUF009 (empty, for a member with a problem)
+    file: io.BufferedReader = io.BufferedReader(io.BytesIO())  # type: ignore[arg-type]  # noqa: RUF009
     problem: str = ""
     offset: int = 0
+    packed: float = 0.0
+    absent: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Bytes on disk for each byte of its text."""
+        return self.packed / self.size if self.size else 0.0
 
 
 def is_archive(name: str | Path) -> bool:
@@ -52,14 +74,8 @@ def is_archive(name: str | Path) -> bool:
 
 
 def member_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """First and last + 1 of members that make about `unit_bytes` on disk, and that size.
-
-    A .tar is one range: its members are found only by reading it.
-    """
+    """First and last + 1 of a .zip's members that make about `unit_bytes` on disk; that size."""
     size = path.stat().st_size
-    if path.suffix.lower() != ".zip":
-        yield 0, 1, size
-        return
     try:
         sizes = [info.compress_size for info in _zip(str(path), *_facts(path)).infolist()]
     except OSError:
@@ -76,11 +92,15 @@ def member_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]
     yield start, len(sizes), held
 
 
-def members(path: str | Path, start: int, stop: int) -> Iterator[Member]:
-    """The files of an archive, hidden ones left out; of a .zip members start … stop - 1."""
+def zip_members(path: str | Path, start: int, stop: int) -> Iterator[Member]:
+    """The files start … stop - 1 of a .zip, hidden ones left out."""
     read = _zip_members(Path(path), start, stop)
-    if Path(path).suffix.lower() != ".zip":
-        read = _tar_members(Path(path))
+    return (member for member in read if not _hidden(member.name))
+
+
+def tar_members(path: str | Path, packing: Packing | None) -> Iterator[Member]:
+    """The files of a .tar, hidden ones left out."""
+    read = _tar_members(Path(path), packing)
     return (member for member in read if not _hidden(member.name))
 
 
@@ -108,17 +128,25 @@ def _zip(path: str, size: int, mtime_ns: int) -> zipfile.ZipFile | SalvagedZip:
 def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
     archive = _zip(str(path), *_facts(path))
     if start == 0 and isinstance(archive, SalvagedZip):
-        yield Member("", problem="broken or truncated zip", offset=archive.end)
+        yield Member("", problem="broken or truncated zip", offset=archive.end, packed=archive.lost)
     for info in archive.infolist()[start:stop]:
         folder = info.filename.endswith("/") and not info.file_size
         if folder or stat.S_ISLNK(info.external_attr >> 16):
             continue
         name = _shown(info.filename)
         if problem := _zip_problem(archive, info):
-            yield Member(name, problem=problem, offset=info.header_offset)
+            yield Member(
+                name, problem=problem, offset=info.header_offset, packed=info.compress_size
+            )
             continue
         with archive.open(info) as file:
-            yield Member(name, info.file_size, _buffered(file), offset=info.header_offset)
+            yield Member(
+                name,
+                info.file_size,
+                _buffered(file, info.file_size),
+                offset=info.header_offset,
+                packed=info.compress_size,
+            )
 
 
 def _zip_problem(archive: zipfile.ZipFile | SalvagedZip, info: zipfile.ZipInfo) -> str:
@@ -131,7 +159,7 @@ def _zip_problem(archive: zipfile.ZipFile | SalvagedZip, info: zipfile.ZipInfo) 
             while data := file.read(2**20):
                 size += len(data)
                 if size > BOMB_BYTES and size > BOMB_RATIO * info.compress_size:
-                    return "decompression bomb"
+                    return BOMB
     except NotImplementedError:
         return "zip method not read"
     except Exception:  # zlib, bz2, lzma, struct and zipfile each raise their own
@@ -139,8 +167,8 @@ def _zip_problem(archive: zipfile.ZipFile | SalvagedZip, info: zipfile.ZipInfo) 
     return "" if size == info.file_size else "broken zip member"
 
 
-def _buffered(file: Any) -> BinaryIO:
-    return io.BufferedReader(file, 2**20)
+def _buffered(file: Any, size: int) -> io.BufferedReader:
+    return io.BufferedReader(file, max(1, min(size, BUFFER_BYTES)))
 
 
 def _shown(name: str) -> str:
@@ -148,27 +176,49 @@ def _shown(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _tar_members(path: Path) -> Iterator[Member]:
-    if kind_of(path) is None:
+def _tar_members(path: Path, packing: Packing | None) -> Iterator[Member]:
+    if packing is None:
         with open(path, "rb") as file:
-            yield from _Tar(file, 0).members()
+            yield from _Tar(file).members()
         return
-    stretches = scan(path)
+    stretches = scan(path, packing)
     if not stretches:
         yield Member("", problem="truncated tar")
     for stretch in stretches:
-        with open_stretch(path, stretch) as file:
-            yield from _Tar(file, stretch.offset, whole=not stretch.problem).members()
+        with open_stretch(path, packing, stretch) as file:
+            # What a member lacks before a broken stretch is among the bytes of that.
+            yield from _Tar(
+                file,
+                stretch.offset,
+                rate=stretch.rate,
+                whole=not stretch.problem,
+                ends=not stretch.lost and not stretch.absent,
+            ).members()
         if stretch.problem:
-            end = stretch.offset + stretch.bytes
-            yield Member("", problem=stretch.problem, offset=end)
+            yield Member(
+                "",
+                problem=stretch.problem,
+                offset=stretch.offset + stretch.bytes,
+                packed=stretch.lost + stretch.absent,
+                absent=stretch.absent,
+            )
 
 
 class _Tar:
-    """A .tar read forwards. whole=False: that it has no end is told by the caller."""
+    """A .tar read forwards. rate: bytes on disk for each of its own. whole=False: that it has no
+    end is told by the caller. ends: what a last member lacks is nowhere else."""
 
-    def __init__(self, file: BinaryIO, offset: int, whole: bool = True) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        offset: int = 0,
+        *,
+        rate: float = 1.0,
+        whole: bool = True,
+        ends: bool = True,
+    ) -> None:
         self._file, self._offset, self._whole = file, offset, whole
+        self.rate, self.ends = rate, ends
         self._ahead = b""
 
     def read(self, size: int) -> bytes:
@@ -192,8 +242,10 @@ class _Tar:
             header = _header(block)
             if header is None:
                 cut = len(block) < BLOCK
-                yield Member("", problem="truncated tar" if cut else "broken tar header", offset=at)
-                if cut or not self._find_header(block):
+                found, passed = (False, len(block)) if cut else self._find_header(block)
+                problem = "truncated tar" if cut else "broken tar header"
+                yield Member("", problem=problem, offset=at, packed=passed * self.rate)
+                if not found:
                     return
                 name, size = "", -1
                 continue
@@ -201,7 +253,8 @@ class _Tar:
             if header.type in _LONG_HEADERS:
                 extra = self._extra(header)
                 if extra is None:
-                    yield Member("", problem="broken tar header", offset=at)
+                    packed = (self._offset - at) * self.rate
+                    yield Member("", problem="broken tar header", offset=at, packed=packed)
                     name, size = "", -1
                 elif header.type == tarfile.GNUTYPE_LONGNAME:
                     name = extra.split(b"\0")[0].decode("utf-8", "surrogateescape")
@@ -213,13 +266,16 @@ class _Tar:
             name, size = "", -1
             empty = not header.isreg() and header.type in tarfile.SUPPORTED_TYPES
             inside = _Payload(self, 0 if empty else length)
+            packed = (BLOCK + length + inside.padding) * self.rate
             if header.type == tarfile.GNUTYPE_SPARSE:
-                yield Member(shown, problem="sparse tar member", offset=at)
+                yield Member(shown, problem="sparse tar member", offset=at, packed=packed)
             elif header.isreg():
-                yield Member(shown, length, io.BufferedReader(inside, 2**16), offset=at)
+                yield Member(shown, length, _buffered(inside, length), offset=at, packed=packed)
             if not inside.skip():
                 if not inside.told:
-                    yield Member(shown, problem="truncated tar", offset=self._offset)
+                    yield Member(
+                        shown, problem="truncated tar", offset=self._offset, absent=inside.absent
+                    )
                 return
         if not ended and self._whole:
             yield Member("", problem="truncated tar", offset=self._offset)
@@ -231,8 +287,10 @@ class _Tar:
         data = self.read(padded)
         return data[: header.size] if len(data) == padded else None
 
-    def _find_header(self, block: bytes) -> bool:
-        """Goes on at the next header, wherever it begins; False where there is none."""
+    def _find_header(self, block: bytes) -> tuple[bool, int]:
+        """Goes on at the next header, wherever it begins. Returns whether there is one, and how
+        many bytes were passed over for it; the zeros at an archive's end are none."""
+        begun, used = self._offset - len(block), len(block)
         data = block[1:] + self.read(SEARCH_BYTES)
         while len(data) >= BLOCK:
             place = data.find(b"ustar", USTAR_PLACE)
@@ -243,13 +301,15 @@ class _Tar:
                 if _header(data[begin : begin + BLOCK]) is not None:
                     self._ahead = data[begin:] + self._ahead
                     self._offset -= len(data) - begin
-                    return True
+                    return True, self._offset - begun
                 place = data.find(b"ustar", place + 1)
+            if held := len(data.rstrip(b"\0")):
+                used = self._offset - len(data) + held - begun
             more = self.read(SEARCH_BYTES)
             if not more:
-                return False
+                break
             data = data[-BLOCK:] + more
-        return False
+        return False, used
 
 
 _LONG_HEADERS = (
@@ -289,8 +349,13 @@ class _Payload(io.RawIOBase):
 
     def __init__(self, tar: _Tar, size: int) -> None:
         self._tar, self._left = tar, size
-        self._padding = -size % BLOCK
+        self.padding = -size % BLOCK
         self.told = False
+
+    @property
+    def absent(self) -> float:
+        """Bytes on disk that it lacks and that are nowhere else."""
+        return self._left * self._tar.rate if self._tar.ends else 0.0
 
     def readable(self) -> bool:
         return True
@@ -299,7 +364,7 @@ class _Payload(io.RawIOBase):
         data = self._tar.read(min(len(buffer), self._left))
         if not data and self._left and len(buffer):
             self.told = True
-            raise Truncated("truncated tar")
+            raise Truncated("truncated tar", self._left * self._tar.rate, self.absent)
         buffer[: len(data)] = data
         self._left -= len(data)
         return len(data)
@@ -311,4 +376,4 @@ class _Payload(io.RawIOBase):
             if not data:
                 return False
             self._left -= len(data)
-        return len(self._tar.read(self._padding)) == self._padding
+        return len(self._tar.read(self.padding)) == self.padding

@@ -4,6 +4,11 @@ import argparse
 import os
 from typing import Any
 
+LARGEST_VOCABULARY = 2**31  # ids are int32
+LARGEST_MIB = 2**30
+LONGEST_ROW = 2**24  # pack holds some tens of bytes for each possible length of a document
+MOST_WORKERS = 1024
+
 
 def add_arguments(subparsers: Any) -> None:
     """Adds the `data` command to the subparsers of `megahybrid`; call `run(args)` for it."""
@@ -22,9 +27,11 @@ def add_arguments(subparsers: Any) -> None:
     )
     _add_inputs(tokenizer)
     tokenizer.add_argument("--output", help=".model to write")
-    tokenizer.add_argument("--vocab-size", type=_from(1))
+    tokenizer.add_argument("--vocab-size", type=_from(1, LARGEST_VOCABULARY))
     tokenizer.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
-    tokenizer.add_argument("--sample-mib", type=_from(1), default=64, help="text to look at")
+    tokenizer.add_argument(
+        "--sample-mib", type=_from(1, LARGEST_MIB), default=64, help="text to look at"
+    )
     tokenizer.add_argument("--special-token", action="append", default=[])
     tokenizer.add_argument(
         "--weight", type=float, action="append", help="share of the text, once for each input"
@@ -53,29 +60,44 @@ def add_arguments(subparsers: Any) -> None:
         default=[],
         help="keep this field of each row beside the tokens: an id, a url",
     )
-    tokenize.add_argument("--workers", type=_from(1), default=len(os.sched_getaffinity(0)))
-    tokenize.add_argument("--memory-mib", type=_from(1), default=256, help="for the shuffle")
-    tokenize.add_argument("--shard-tokens", type=_from(1), default=2**30)
-    tokenize.add_argument("--max-bad-fraction", type=_fraction, default=0.05)
+    tokenize.add_argument(
+        "--workers", type=_from(1, MOST_WORKERS), default=len(os.sched_getaffinity(0))
+    )
+    tokenize.add_argument(
+        "--memory-mib", type=_from(1, LARGEST_MIB), default=256, help="for the shuffle"
+    )
+    tokenize.add_argument("--shard-tokens", type=_from(1, 2**31 - 1), default=2**30)
+    tokenize.add_argument(
+        "--max-bad-fraction",
+        type=_fraction,
+        default=0.05,
+        help="of the inputs' bytes that may be lost",
+    )
 
     pack = commands.add_parser("pack", help="rows of whole documents for one length")
     pack.add_argument("path", help="dataset")
     pack.add_argument("--output", required=True, help="new folder; the path of a source in a run")
-    pack.add_argument("--length", type=_from(1), required=True, help="tokens of a row")
+    pack.add_argument("--length", type=_from(1, LONGEST_ROW), required=True, help="tokens of a row")
     pack.add_argument("--method", choices=("best_fit", "stream"), default="best_fit")
     pack.add_argument("--min-document-tokens", type=_from(1), default=1)
     pack.add_argument("--max-document-tokens", type=_from(1))
-    pack.add_argument("--vocab-size", type=_from(1), help="for files without a manifest")
+    pack.add_argument(
+        "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
+    )
 
     _add_rewriting(commands)
 
     verify = commands.add_parser("verify", help="read every byte and compare with the checksums")
     verify.add_argument("path")
-    verify.add_argument("--vocab-size", type=_from(1), help="for files without a manifest")
+    verify.add_argument(
+        "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
+    )
 
     inspect = commands.add_parser("inspect", help="what a dataset, or one step of a run, holds")
     inspect.add_argument("path", help="dataset, run file or a run's folder")
-    inspect.add_argument("--vocab-size", type=_from(1), help="for files without a manifest")
+    inspect.add_argument(
+        "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
+    )
     inspect.add_argument("--tokenizer", help="to show documents as text")
     inspect.add_argument("--documents", type=_from(0), default=3, help="how many to show")
     inspect.add_argument("--picture", metavar="FILE.svg", help="lengths, or mix and rows, drawn")
@@ -88,8 +110,8 @@ def add_arguments(subparsers: Any) -> None:
     audit.add_argument("other", metavar="RUN2", nargs="?", help="compare with this run")
 
 
-def _from(lowest: int) -> Any:
-    """Whole numbers of at least `lowest`, as an argument's type."""
+def _from(lowest: int, highest: int = 2**62) -> Any:
+    """Whole numbers from `lowest` to `highest`, as an argument's type."""
 
     def whole(text: str) -> int:
         try:
@@ -97,7 +119,11 @@ def _from(lowest: int) -> Any:
         except ValueError:
             value = lowest - 1
         if value < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {lowest}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]} is not a whole number of at least {lowest}"
+            )
+        if value > highest:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is more than {highest:,}")
         return value
 
     return whole
@@ -109,7 +135,7 @@ def _fraction(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not from 0 to 1")
     return value
 
 
@@ -120,10 +146,12 @@ def _add_rewriting(commands: Any) -> None:
     for parser, paths in ((merge, "+"), (shuffle, "+"), (split, 1)):
         parser.add_argument("paths", nargs=paths, help="datasets made with one tokenizer")
         parser.add_argument("--output", required=True, help="new folder")
-        parser.add_argument("--shard-tokens", type=_from(1), default=2**30)
+        parser.add_argument("--shard-tokens", type=_from(1, 2**31 - 1), default=2**30)
     for parser in (shuffle, split):
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--memory-mib", type=_from(1), default=256, help="to work in")
+        parser.add_argument("--seed", type=_from(-(2**62)), default=0)
+        parser.add_argument(
+            "--memory-mib", type=_from(1, LARGEST_MIB), default=256, help="to work in"
+        )
     split.add_argument("--held-out", type=_fraction, default=0.0, help="fraction of documents")
     split.add_argument("--longest", type=_from(0), default=0, help="longest documents held out")
     split.add_argument(
@@ -135,20 +163,30 @@ def _add_rewriting(commands: Any) -> None:
     imported.add_argument("--output", required=True, help="new folder")
     imported.add_argument("--tokenizer", help=".model or tokenizer.json that made the ids")
     imported.add_argument("--eod", help="the token that follows every document")
-    imported.add_argument("--vocab-size", type=_from(1), help="without --tokenizer")
-    imported.add_argument("--eod-id", type=_from(0), help="without --tokenizer")
-    imported.add_argument("--shard-tokens", type=_from(1), default=2**30)
+    imported.add_argument(
+        "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="without --tokenizer"
+    )
+    imported.add_argument("--eod-id", type=_from(0, LARGEST_VOCABULARY), help="without --tokenizer")
+    imported.add_argument("--shard-tokens", type=_from(1, 2**31 - 1), default=2**30)
 
     export = commands.add_parser("export", help="one .bin and .idx that Megatron reads")
     export.add_argument("path")
     export.add_argument("prefix", help="PREFIX.bin and PREFIX.idx are written")
-    export.add_argument("--vocab-size", type=_from(1), help="for files without a manifest")
+    export.add_argument(
+        "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
+    )
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "inputs", nargs="+", help=".jsonl, .parquet, text, folders, globs or hf:NAME"
+        "inputs", nargs="+", help="JSON, .parquet, text, folders, globs, hf:NAME, or - for stdin"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("auto", "text", "jsonl", "json", "parquet"),
+        default="auto",
+        help="how every file is read; by default its content says",
     )
     parser.add_argument("--glob", default="**/*", help="which files of a folder")
-    parser.add_argument("--field", default="text", help="the text's field in .jsonl")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--field", default="text", help="the text's field of a row")
+    parser.add_argument("--seed", type=_from(-(2**62)), default=0)

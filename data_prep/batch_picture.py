@@ -11,6 +11,7 @@ from jaxtyping import Int
 from megahybrid.data.mixture import RowPlan
 
 WIDTH, ROW, LEFT = 900, 14, 150  # of the rows, in pixels
+FILLING = "#e8e8e8"
 # By source: the shades of documents that follow one another.
 COLOURS = (
     ("#4878a8", "#9dbad5"),
@@ -31,7 +32,7 @@ def batch_picture(
     """An .svg of the step's rows by source beside the stage's weights, and of its first rows.
 
     `plans` are all rows of the step, `starts` where each token's document begins, of those to draw.
-    A black line is a join: what follows it lies elsewhere on disk.
+    A black line is a join: what follows it lies elsewhere on disk. What fills a row is light grey.
     """
     names = sorted({plan.source for plan in plans} | set(weights))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
@@ -59,10 +60,14 @@ def batch_picture(
     )
     for number, (plan, row) in enumerate(zip(plans, starts, strict=False)):
         parts.append(_text(10, top + 11, f"{number} {plan.source[:16]}"))
-        edges = [*np.unique(row).tolist(), length]
+        filled = sum(size for _, size in plan.spans)
+        edges = [*np.unique(row[:filled]).tolist(), filled]
         for index, (begin, end) in enumerate(pairwise(edges)):
             x, width = begin * WIDTH / length, (end - begin) * WIDTH / length
             parts.append(_box(LEFT + x, top, width, ROW, colours[plan.source][index % 2]))
+        if filled < length:
+            x, width = filled * WIDTH / length, (length - filled) * WIDTH / length
+            parts.append(_box(LEFT + x, top, width, ROW, FILLING))
         for place in accumulate(size for _, size in plan.spans[:-1]):
             parts.append(_box(LEFT + place * WIDTH / length - 1, top - 1, 2, ROW + 2, "black"))
         top += ROW + 4

@@ -9,7 +9,8 @@ from typing import Any
 
 def run(args: argparse.Namespace) -> int:
     """Runs the chosen command; returns the exit code. MegahybridError is the caller's to show."""
-    from megahybrid.errors import DataError
+    from data_prep.given_paths import check_paths
+    from megahybrid.errors import DataError, from_os_error
 
     command = {
         "gather-stdlib": _gather,
@@ -26,12 +27,14 @@ def run(args: argparse.Namespace) -> int:
         "audit": _audit,
     }[args.data_command]
     try:
+        check_paths(args)
         command(args)
     except OSError as error:
-        name = error.filename or getattr(args, "output", args.data_command)
-        raise DataError(
-            f"{name} failed ({error.strerror or error}). Free space or correct the path, then call "
-            "the command again."
+        if error.filename is None:
+            error.filename = getattr(args, "output", args.data_command)
+        raise from_os_error(error) or DataError(
+            f"{error.filename} failed ({error.strerror or error}). Correct the path, then call the "
+            "command again."
         ) from None
     return 0
 
@@ -63,11 +66,13 @@ def _tokenizer(args: argparse.Namespace) -> None:
         sample_bytes=args.sample_mib * 2**20,
         seed=args.seed,
         text_field=args.field,
+        format=args.format,
         pattern=args.glob,
         special_tokens=args.special_token,
         weights=args.weight,
         digits_apart=args.digits == "apart",
         space_runs=args.spaces == "runs",
+        tell=print,
     )
     print(
         f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
@@ -90,7 +95,9 @@ def _tokenizer_report(args: argparse.Namespace) -> None:
         sample_bytes=args.sample_mib * 2**20,
         seed=args.seed,
         text_field=args.field,
+        format=args.format,
         pattern=args.glob,
+        tell=print,
     )
     print_report(inputs[0], sources, used, against=args.against, eod=args.eod)
 
@@ -122,6 +129,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         deduplicate=args.deduplicate,
         seed=args.seed,
         text_field=args.field,
+        format=args.format,
         kept=args.keep,
         pattern=args.glob,
         eod=args.eod,
@@ -130,6 +138,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         shard_tokens=args.shard_tokens,
         max_bad_fraction=args.max_bad_fraction,
         quiet=not sys.stderr.isatty(),
+        tell=print,
     )
     for part, documents in report.documents.items():
         print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
@@ -138,9 +147,15 @@ def _tokenize(args: argparse.Namespace) -> None:
     if report.kept:
         told = ", ".join(f"{name} of {count:,} rows" for name, count in report.kept.items())
         print(f"kept beside the tokens: {told}")
+    if report.loss.empty:
+        print(f"{report.loss.empty:,} documents without text left out")
     if report.bad:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
-        print(f"{report.output}/quarantine.jsonl: {sum(report.bad.values())} bad ({reasons})")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.bad.items())
+        count = sum(report.bad.values())
+        # How much a file was cut by, nothing in it may say.
+        least = "at least " if any(reason.startswith("truncated") for reason in report.bad) else ""
+        print(f"{report.output}/quarantine.jsonl: {count:,} bad ({reasons})")
+        print(f"lost: {least}{report.loss}")
 
 
 def _pack(args: argparse.Namespace) -> None:
@@ -211,6 +226,7 @@ def _import(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from data_prep.rewrite import import_dataset
+    from megahybrid.config.base import parse
     from megahybrid.data.manifest import TokenizerInfo
     from megahybrid.data.tokenizer import load_tokenizer
     from megahybrid.errors import DataError
@@ -223,7 +239,8 @@ def _import(args: argparse.Namespace) -> None:
             "hand). Name the one that made the ids."
         )
     else:
-        info = TokenizerInfo("unknown", "", args.vocab_size, args.eod_id)
+        given = {"vocab_size": args.vocab_size, "eod_id": args.eod_id}
+        info = parse(TokenizerInfo, {"kind": "unknown", "sha256": ""} | given)
     with _bar("import", [args.path], 1, info.vocab_size) as progress:
         made = import_dataset(
             args.path,
@@ -274,7 +291,10 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from data_prep.picture_file import check_picture
+
     path = args.path
+    check_picture(args.picture)
     if path.endswith((".yaml", ".yml")) or os.path.exists(os.path.join(path, "config.yaml")):
         from data_prep.show_batch import show_batch
 

@@ -9,19 +9,24 @@ broken member does not take the others with it.
 import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from megahybrid.errors import DataError
 
+Packing = Literal["gzip", "zstd"]
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-KINDS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd"}
+MAGIC: dict[Packing, bytes] = {"gzip": GZIP_MAGIC, "zstd": ZSTD_MAGIC}
+KINDS: dict[str, Packing] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd"}
 INPUT_BYTES = 2**16
+SURE_BYTES = 2**18  # of text that tell how well a member is packed; a zstd block gives half of it
+MOST_HEADER_BYTES = 18  # of a zstd frame
 ZSTD_INPUT_BYTES = 2**11  # a zstd block of 4 bytes can mean 128 KiB: more input, more memory
 OUTPUT_BYTES = 2**20
 # Text compresses 3 to 30 times, very repetitive text 100 times; a file of zeros 1000 times.
 BOMB_RATIO, BOMB_BYTES = 200, 64 * 2**20
+BOMB = "decompression bomb"
 
 
 @dataclass(frozen=True)
@@ -30,60 +35,129 @@ class Stretch:
 
     problem: what comes behind (or instead, when `bytes` is 0) and cannot be used; "" for nothing.
     A truncated last member is used up to where it breaks off.
+
+    packed, lost: bytes on disk of the whole members, and of what cannot be used. absent: bytes on
+    disk that a truncated member would go on for, where it says how long it is.
     """
 
     start: int
     offset: int
     bytes: int
     problem: str = ""
+    packed: int = 0
+    lost: int = 0
+    absent: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Bytes on disk for each byte of the text."""
+        return self.packed / self.bytes if self.bytes else 0.0
 
 
 class _Broken(Exception):
     """A member that cannot be unpacked."""
 
 
-def kind_of(path: str | Path) -> str | None:
+def kind_of(path: str | Path) -> Packing | None:
     """gzip, zstd or None, by the file's name."""
     return KINDS.get(Path(path).suffix.lower())
 
 
-def scan(path: str | Path, content: bytes | None = None) -> list[Stretch]:
+def packing_of(beginning: bytes) -> Packing | None:
+    """gzip, zstd or None, by a file's first bytes."""
+    return next((kind for kind, magic in MAGIC.items() if beginning.startswith(magic)), None)
+
+
+def beginning_of(file: BinaryIO, kind: Packing, size: int) -> bytes:
+    """Up to `size` first bytes of the text; of the next member that gives any where the first is
+    broken from its beginning."""
+    end = file.seek(0, io.SEEK_END)
+    return _beginning(file, kind, 0, size) or _beginning(
+        file, kind, _next_member(file, kind, 1, end), size
+    )
+
+
+def _beginning(file: BinaryIO, kind: Packing, begin: int, size: int) -> bytes:
+    found = bytearray()
+    for chunk in _members(file, kind, begin):
+        found += chunk
+        if len(found) >= size:
+            break
+    return bytes(found[:size])
+
+
+def scan(path: str | Path, kind: Packing, content: bytes | None = None) -> list[Stretch]:
     """The usable stretches of a compressed file, in order; one with a problem ends at it.
 
     `content` is that of a file within an archive, where `path` is only its name.
     """
-    kind = kind_of(path)
-    assert kind is not None
     found: list[Stretch] = []
     size = Path(path).stat().st_size if content is None else len(content)
     with _open(path, content) as file:
         start = begin = offset = begin_offset = 0
+
+        def end_here(problem: str = "", lost: int = 0) -> Stretch:
+            unpacked = offset - begin_offset
+            packed = begin - start if unpacked else 0
+            return Stretch(
+                start, begin_offset, unpacked, problem, packed, lost + begin - start - packed
+            )
+
         while begin < size:
             try:
-                end, length, whole = _measure(file, kind, begin)
+                end, length, told = _measure(file, kind, begin)
             except _Broken as error:
-                found.append(Stretch(start, begin_offset, offset - begin_offset, str(error)))
-                if str(error) == "decompression bomb":
-                    return found
-                begin = start = _next_member(file, kind, begin + 1, size)
+                if str(error) == BOMB:
+                    return [*found, end_here(BOMB, size - begin)]
+                following = _next_member(file, kind, begin + 1, size)
+                found.append(end_here(str(error), following - begin))
+                begin = start = following
                 begin_offset = offset
                 continue
+            if end is None:
+                part = _cut_off(size - begin, length, told, begin / offset if offset else None)
+                offset += length
+                return [*found, part.joined(end_here(f"truncated {kind}"))]
             offset += length
             begin = end
-            if not whole:
-                found.append(
-                    Stretch(start, begin_offset, offset - begin_offset, f"truncated {kind}")
-                )
-                return found
         if offset > begin_offset:
-            found.append(Stretch(start, begin_offset, offset - begin_offset))
+            found.append(end_here())
     return found
 
 
-def open_stretch(path: str | Path, stretch: Stretch, content: bytes | None = None) -> BinaryIO:
+@dataclass(frozen=True)
+class _CutOff:
+    """A truncated member: bytes on disk that were used, that were not, and that are not there."""
+
+    used: int
+    lost: int
+    absent: float
+
+    def joined(self, stretch: Stretch) -> Stretch:
+        """The stretch of the members before it, which ends with it."""
+        used = stretch.packed + self.used if stretch.bytes else 0
+        return replace(
+            stretch,
+            packed=used,
+            lost=stretch.lost + stretch.packed + self.used + self.lost - used,
+            absent=self.absent,
+        )
+
+
+def _cut_off(here: int, length: int, told: int, rate: float | None) -> _CutOff:
+    """What `here` bytes of a member are that gave `length` bytes of text, `told` in all; `rate`:
+    bytes on disk for each byte of the text before it."""
+    if rate is None or length >= SURE_BYTES:
+        rate = here / length if length else 0.0
+    # The last block gives nothing where it is not whole.
+    used = min(here, round(length * rate))
+    return _CutOff(used, here - used, max(0.0, told * rate - here))
+
+
+def open_stretch(
+    path: str | Path, kind: Packing, stretch: Stretch, content: bytes | None = None
+) -> BinaryIO:
     """The text of a stretch as a file to read forwards."""
-    kind = kind_of(path)
-    assert kind is not None
     return io.BufferedReader(_Unpacked(_open(path, content), kind, stretch), OUTPUT_BYTES)
 
 
@@ -92,7 +166,7 @@ def _open(path: str | Path, content: bytes | None) -> BinaryIO:
 
 
 class _Unpacked(io.RawIOBase):
-    def __init__(self, file: BinaryIO, kind: str, stretch: Stretch) -> None:
+    def __init__(self, file: BinaryIO, kind: Packing, stretch: Stretch) -> None:
         self._file, self._left = file, stretch.bytes
         self._chunks = _members(file, kind, stretch.start)
         self._chunk = memoryview(b"")
@@ -116,7 +190,7 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _members(file: BinaryIO, kind: str, begin: int) -> Iterator[bytes]:
+def _members(file: BinaryIO, kind: Packing, begin: int) -> Iterator[bytes]:
     """Text of the members from `begin` on; ends where one is truncated or broken."""
     while True:
         member = _Member(file, kind, begin)
@@ -132,21 +206,22 @@ def _members(file: BinaryIO, kind: str, begin: int) -> Iterator[bytes]:
         begin = member.end
 
 
-def _measure(file: BinaryIO, kind: str, begin: int) -> tuple[int, int, bool]:
-    """Where the member at `begin` ends, the bytes it unpacks to, and whether it is whole."""
+def _measure(file: BinaryIO, kind: Packing, begin: int) -> tuple[int | None, int, int]:
+    """Where the member at `begin` ends (None: it is truncated), the bytes that it unpacks to, and
+    those that it says it does, or 0."""
     member = _Member(file, kind, begin)
     length = 0
     for chunk in member.chunks():
         length += len(chunk)
         if length > BOMB_BYTES and length > BOMB_RATIO * member.consumed:
-            raise _Broken("decompression bomb")
-    return member.end, length, member.whole
+            raise _Broken(BOMB)
+    return (member.end, length, 0) if member.whole else (None, length, member.told_length())
 
 
 class _Member:
     """One gzip member or zstd frame at byte `begin`; `end` and `whole` are known after `chunks`."""
 
-    def __init__(self, file: BinaryIO, kind: str, begin: int) -> None:
+    def __init__(self, file: BinaryIO, kind: Packing, begin: int) -> None:
         self.file, self.kind, self.begin, self.end = file, kind, begin, begin
         self.whole, self.consumed = False, 0
 
@@ -158,6 +233,17 @@ class _Member:
             return
         self.file.seek(self.begin)
         yield from self._gzip() if self.kind == "gzip" else self._zstd()
+
+    def told_length(self) -> int:
+        """The bytes of text that its header names; 0 where it names none, as in gzip."""
+        if self.kind != "zstd":
+            return 0
+        zstandard = _zstandard()
+        self.file.seek(self.begin)
+        try:
+            return max(0, int(zstandard.frame_content_size(self.file.read(MOST_HEADER_BYTES))))
+        except zstandard.ZstdError:
+            return 0
 
     def _gzip(self) -> Iterator[bytes]:
         unpack = zlib.decompressobj(31)
@@ -199,7 +285,7 @@ class _Member:
         self.whole = True
 
 
-def _next_member(file: BinaryIO, kind: str, begin: int, size: int) -> int:
+def _next_member(file: BinaryIO, kind: Packing, begin: int, size: int) -> int:
     """Where the next member begins whose first MiB can be unpacked; `size` where none does."""
     magic = GZIP_MAGIC if kind == "gzip" else ZSTD_MAGIC
     position = begin
@@ -215,7 +301,7 @@ def _next_member(file: BinaryIO, kind: str, begin: int, size: int) -> int:
     return size
 
 
-def _begins(file: BinaryIO, kind: str, begin: int) -> bool:
+def _begins(file: BinaryIO, kind: Packing, begin: int) -> bool:
     member = _Member(file, kind, begin)
     length = 0
     try:
@@ -233,7 +319,7 @@ def _zstandard() -> Any:
         import zstandard
     except ImportError:
         raise DataError(
-            "inputs that end in .zst need the package zstandard, which is not installed. "
+            "inputs packed by zstd need the package zstandard, which is not installed. "
             "Run `pip install megahybrid[data]`."
         ) from None
     return zstandard

@@ -1,320 +1,228 @@
-"""Reading documents: .jsonl (one a line), .parquet (one a row), any other text (one a file).
+"""Reading documents: lines of JSON and JSON arrays (one an element), .parquet (one a row), any
+other text (one a file).
 
-Text and .jsonl may be packed as .gz or .zst, and all of them may lie in a .tar or .zip; `hf:NAME`
-is a Hugging Face dataset. What cannot be a document becomes a `BadDocument` with its reason, never
-an exception.
+Text and JSON may be packed as .gz or .zst, and all of them may lie in a .tar or .zip; `hf:NAME`
+is a Hugging Face dataset. What cannot be a document becomes a `BadDocument` with its reason and the
+bytes that are lost with it, never an exception.
 """
 
-import codecs
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import BinaryIO, assert_never
 
 from data_prep import hub, tables
-from data_prep.archives import Member, Truncated, is_archive, members
-from data_prep.compressed import kind_of, open_stretch, scan
-from data_prep.inputs import Fields, Piece, Unit, format_of
-from data_prep.long_line import MARK, parse_long, pieces_of
+from data_prep.archives import Member, Truncated, is_archive, tar_members, zip_members
+from data_prep.compressed import open_stretch, scan
+from data_prep.inputs import Piece, Unit
+from data_prep.items import (
+    BadDocument,
+    BadText,
+    Document,
+    Fields,
+    Item,
+    LongDocument,
+    Origin,
+    checked,
+)
+from data_prep.json_array import ArrayReader
+from data_prep.plain_text import (
+    MAX_LINE_BYTES,
+    document_of_line,
+    read_lines,
+    read_text,
+    stream_lines,
+    unreadable,
+)
+from data_prep.sniff import LOOKS, Format, NoText, judge, look, packing_of_file
 
-MAX_LINE_BYTES = 2**28  # of .jsonl and .parquet; text files are streamed and have no limit
-LONG_BYTES = 4 * 2**20  # a text file or line from this size on is a LongDocument
-CHUNK_BYTES = 2**20
+__all__ = ["BadDocument", "BadText", "Document", "Item", "LongDocument", "read_unit"]
+
 TEXT = Fields()
-BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text; `name` says where it came from: file:byte (file:row in .parquet), `note` what is
-    kept of its row."""
-
-    name: str
-    text: str
-    note: bytes = b""
-
-
-@dataclass(frozen=True)
-class LongDocument:
-    """A text too long to hold: its pieces in order. They raise BadText where it is no text."""
-
-    name: str
-    pieces: Iterator[str]
-    note: bytes = b""
-
-
-@dataclass(frozen=True)
-class BadDocument:
-    """Something at byte `offset` of `file` that is no document, and the first bytes of it.
-
-    In a packed file the offset is that of the unpacked text, in .parquet the number of the row.
-    """
-
-    file: str
-    offset: int
-    reason: str
-    beginning: bytes
-
-
-class BadText(Exception):
-    """Text that cannot be used; the message is the reason."""
-
-
-Item = Document | LongDocument | BadDocument
 
 
 def read_unit(unit: Unit, fields: Fields = TEXT) -> Iterator[Item]:
     """The documents of a unit, in order. A LongDocument's pieces are to be used before the next."""
     for piece in unit.pieces:
+        known = _Known()
         try:
-            if hub.is_hub(piece.path):
-                rows = hub.read_shard(piece.path, piece.start, fields.text)
-                yield from _read_rows(f"{piece.path}#{piece.start}", rows, fields)
-            elif is_archive(piece.path):
-                yield from _read_archive(piece, fields)
-            elif kind_of(piece.path):
-                yield from _read_packed(piece.path, piece.path, fields)
-            elif format_of(piece.path) == "parquet":
-                rows = tables.read_rows(
-                    piece.path, piece.start, piece.stop, fields.text, fields.kept
-                )
-                yield from _read_rows(piece.path, rows, fields)
-            else:
-                with open(piece.path, "rb") as file:
-                    if format_of(piece.path) == "jsonl":
-                        yield from _read_lines(file, piece, fields)
-                    else:
-                        yield _read_text(file, piece.path, piece.size)
+            yield from known.of(_read_piece(piece, fields))
         except OSError as error:
-            reason = f"unreadable: {error.strerror or error}"
-            yield BadDocument(piece.path, piece.start, reason, b"")
+            rest = max(0.0, piece.size - known.size)
+            yield BadDocument(piece.shown, piece.start, unreadable(error), b"", rest)
 
 
-def _read_archive(piece: Piece, fields: Fields) -> Iterator[Item]:
-    for member in members(piece.path, piece.start, piece.stop):
-        name = f"{piece.path}!{member.name}" if member.name else piece.path
+class _Known:
+    """Sums up the bytes on disk that are accounted for: the rest is lost where reading fails."""
+
+    def __init__(self) -> None:
+        self.size = 0.0
+
+    def of(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            self.size += item.size
+            yield item
+
+
+def _read_piece(piece: Piece, fields: Fields) -> Iterator[Item]:
+    kind, packed = piece.format.kind, piece.format.packed
+    origin = Origin(piece.shown, fields, strings=kind == "strings")
+    if kind == "hub":
+        rows = hub.read_shard(piece.path, piece.start, fields.text)
+        yield from _read_rows(replace(origin, file=f"{piece.shown}#{piece.start}"), rows)
+    elif kind == "zip" and not packed:
+        yield from _read_archive(zip_members(piece.path, piece.start, piece.stop), origin)
+    elif kind == "tar":
+        yield from _read_archive(tar_members(piece.path, packed), origin)
+    elif packed:
+        yield from _read_packed(piece.path, piece.format, origin, piece.size)
+    elif kind == "parquet":
+        rows = tables.read_rows(
+            piece.path, piece.start, piece.stop, piece.size, fields.text, fields.kept
+        )
+        yield from _read_rows(origin, rows)
+    else:
+        with open(piece.path, "rb") as file:
+            if kind in ("jsonl", "strings"):
+                yield from read_lines(file, piece.start, piece.stop, origin)
+            else:
+                yield from _read_forwards(file, piece.format, origin, piece.size)
+
+
+def _read_archive(archive: Iterator[Member], origin: Origin) -> Iterator[Item]:
+    for member in archive:
+        name = f"{origin.file}!{member.name}" if member.name else origin.file
         if member.problem:
-            yield BadDocument(name, member.offset, member.problem, b"")
+            yield BadDocument(
+                name, member.offset, member.problem, b"", member.packed, member.absent
+            )
             continue
+        known = _Known()
         try:
-            yield from _read_member(member, name, fields)
+            yield from known.of(_read_member(member, name, origin.fields))
         except Truncated as error:
-            yield BadDocument(name, 0, str(error), b"")
+            # What it lacks and others have is lost with those.
+            rest = member.packed - known.size - (error.left - error.absent)
+            yield BadDocument(name, 0, str(error), b"", max(error.absent, rest), error.absent)
 
 
 def _read_member(member: Member, name: str, fields: Fields) -> Iterator[Item]:
-    form, packed = format_of(member.name), kind_of(member.name)
+    head = member.file.peek(LOOKS[1])
+    origin = Origin(name, fields, member.rate)
+    found: Format | NoText | None
     if is_archive(member.name):
-        yield BadDocument(name, 0, "archive within an archive", b"")
-    elif packed or form == "parquet":
+        found = Format("tar")
+    elif packing_of_file(head, member.name):
+        found = Format("text", "gzip")
+    else:
+        found = judge(head, len(head) >= member.size, member.name, fields.text, fields.format)
+    assert found is not None
+    if isinstance(found, Format) and (found.packed or found.kind == "parquet"):
         # These are read twice or out of order, for which an archive has no second pass.
         if member.size > MAX_LINE_BYTES:
-            yield BadDocument(name, 0, "packed member too long", b"")
+            yield BadDocument(name, 0, "packed member too long", b"", member.packed)
             return
         content = member.file.read()
-        if packed:
-            yield from _read_packed(member.name, name, fields, content)
-        else:
-            rows = tables.read_rows(io.BytesIO(content), 0, 2**62, fields.text, fields.kept)
-            yield from _read_rows(name, rows, fields)
-    elif form == "jsonl":
-        yield from _stream_lines(member.file, name, 0, fields, True)
+        if found.kind == "parquet":
+            held = io.BytesIO(content)
+            rows = tables.read_rows(held, 0, 2**62, member.packed, fields.text, fields.kept)
+            yield from _read_rows(origin, rows)
+            return
+        found = look(io.BytesIO(content), member.name, fields.text, fields.format)
+        if isinstance(found, Format):
+            yield from _read_packed(member.name, found, origin, len(content), content)
+            return
+    if isinstance(found, NoText):
+        yield BadDocument(name, 0, found.why, b"", member.packed)
     else:
-        yield _read_text(member.file, name, member.size)
+        yield from _read_forwards(member.file, found, origin, member.size)
 
 
 def _read_packed(
-    path: str, name: str, fields: Fields, content: bytes | None = None
+    path: str, form: Format, origin: Origin, size: int, content: bytes | None = None
 ) -> Iterator[Item]:
-    """A .gz or .zst; `content` where it is a member of an archive, called `name` in all."""
-    if format_of(path) == "parquet":
-        yield BadDocument(name, 0, "packed parquet", b"")
+    """A packed file of `size` bytes; `content` where it is a member of an archive."""
+    if form.kind in ("parquet", "tar", "zip") or form.packed is None:
+        yield from _read_forwards(io.BytesIO(), form, origin, size)
         return
-    stretches = scan(path, content)
-    if format_of(path) == "text":
-        problems = [stretch.problem for stretch in stretches if stretch.problem]
-        if problems:
-            yield BadDocument(name, stretches[0].bytes, problems[0], b"")
-        for stretch in stretches if not problems else ():
-            with open_stretch(path, stretch, content) as file:
-                yield _read_text(file, name, stretch.bytes)
+    stretches = scan(path, form.packed, content)
+    problems = [stretch.problem for stretch in stretches if stretch.problem]
+    if form.kind == "text" and problems:
+        absent = sum(stretch.absent for stretch in stretches) * origin.rate
+        lost = size * origin.rate + absent
+        yield BadDocument(origin.file, stretches[0].bytes, problems[0], b"", lost, absent)
         return
     for stretch in stretches:
-        with open_stretch(path, stretch, content) as file:
-            whole = not stretch.problem.startswith("truncated")
-            yield from _stream_lines(file, name, stretch.offset, fields, whole)
+        inside = replace(origin, rate=origin.rate * stretch.rate)
+        unused = 0
+        with open_stretch(path, form.packed, stretch, content) as file:
+            if form.kind in ("jsonl", "strings"):
+                whole = not stretch.problem.startswith("truncated")
+                inside = replace(inside, strings=form.kind == "strings")
+                unused = yield from stream_lines(file, inside, stretch.offset, whole)
+            elif stretch.bytes:
+                yield from _read_forwards(file, form, inside, stretch.bytes)
         if stretch.problem:
-            yield BadDocument(name, stretch.offset + stretch.bytes, stretch.problem, b"")
+            absent = stretch.absent * origin.rate
+            lost = unused * inside.rate + stretch.lost * origin.rate + absent
+            place = stretch.offset + stretch.bytes
+            yield BadDocument(origin.file, place, stretch.problem, b"", lost, absent)
 
 
-def _stream_lines(
-    file: BinaryIO, path: str, offset: int, fields: Fields, whole: bool
-) -> Iterator[Item]:
-    """Lines of a file read forwards; whole=False: what follows the last newline is not used."""
-    while True:
-        line, size = _line(file)
-        if not line or (not whole and len(line) == size and not line.endswith(b"\n")):
-            return
-        yield from _document_of_line(line, size, path, offset, fields)
-        offset += size
+def _read_forwards(file: BinaryIO, form: Format, origin: Origin, size: int) -> Iterator[Item]:
+    """A file of `size` bytes that may be no more than read forwards, once."""
+    origin = replace(origin, strings=form.kind == "strings")
+    match form.kind:
+        case "text":
+            yield read_text(file, origin, size)
+        case "jsonl" | "strings":
+            yield from stream_lines(file, origin, 0)
+        case "json":
+            yield from _read_array(file, origin)
+        case "parquet":
+            yield origin.bad(0, "packed parquet", b"", size)
+        case "tar" | "zip":
+            yield origin.bad(0, "archive within an archive", b"", size)
+        case "hub":
+            raise AssertionError("a hub dataset is no file")
+        case _:
+            assert_never(form.kind)
 
 
-def _read_lines(file: BinaryIO, piece: Piece, fields: Fields) -> Iterator[Item]:
-    offset = piece.start
-    if offset:
-        # A line belongs to the piece in which its first byte lies.
-        file.seek(offset - 1)
-        offset += _line(file)[1] - 1
-    while offset < piece.stop:
-        line, size = _line(file)
-        if not line:
-            return
-        yield from _document_of_line(line, size, piece.path, offset, fields)
-        offset += size
+def _read_array(file: BinaryIO, origin: Origin) -> Iterator[Item]:
+    reader = ArrayReader(file, MAX_LINE_BYTES)
+    while (element := reader.next()) is not None:
+        if not element.problem:
+            inside = replace(origin, strings=reader.of_strings)
+            (item,) = document_of_line(element.raw, element.size, element.offset, inside)
+            if not isinstance(item, BadDocument) or _is_json(element.raw):
+                reader.learn(element)
+                yield item
+                continue
+            # Its end may be another's.
+            element = reader.skip_broken(element, item.reason)
+        yield origin.bad(element.offset, element.problem, element.raw[:80], element.size)
 
 
-def _document_of_line(
-    line: bytes, size: int, path: str, offset: int, fields: Fields
-) -> Iterator[Item]:
-    if LONG_BYTES <= len(line) == size:
-        yield _parse_long(line, path, offset, fields)
-        return
-    raw = line.removeprefix(BOM) if offset == 0 else line
-    if len(line) < size:
-        yield BadDocument(path, offset, "line too long", line[:80])
-    elif raw.strip(b" \t\r\n"):
-        yield _parse(raw.rstrip(b"\r\n"), path, offset, fields)
-
-
-def _line(file: BinaryIO) -> tuple[bytes, int]:
-    """The next line and its size; beyond MAX_LINE_BYTES only its beginning is kept."""
-    line = file.readline(MAX_LINE_BYTES)
-    if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
-        return line, len(line)
-    beginning, size = line[:80], len(line)
-    del line
-    while rest := file.readline(2**20):
-        size += len(rest)
-        if rest.endswith(b"\n"):
-            break
-    return beginning, size
-
-
-def _parse_long(line: bytes, file: str, offset: int, fields: Fields) -> Item:
-    """As `_parse`, without a second copy of the text."""
+def _is_json(raw: bytes) -> bool:
     try:
-        value, long = parse_long(line.removeprefix(BOM) if offset == 0 else line)
-    except UnicodeDecodeError:
-        return BadDocument(file, offset, "broken utf-8", line[:80])
+        json.loads(raw.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
-        return BadDocument(file, offset, "broken json", line[:80])
-    text = value.get(fields.text) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        return BadDocument(file, offset, f"no text field '{fields.text}'", line[:80])
-    if not text.startswith(MARK):
-        return _of_row(checked(text, file, offset), line, value, fields)
-    start, stop = long[int(text.removeprefix(MARK))]
-    short = {k: v for k, v in value.items() if not (isinstance(v, str) and v.startswith(MARK))}
-    return LongDocument(f"{file}:{offset}", _long_pieces(line, start, stop), fields.note(short))
+        return False
+    return True
 
 
-def _of_row(
-    found: Document | BadDocument, line: bytes, row: dict[str, Any], fields: Fields
-) -> Document | BadDocument:
-    if isinstance(found, BadDocument):
-        return replace(found, beginning=line[:80])
-    return replace(found, note=fields.note(row)) if fields.kept else found
-
-
-def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
-    blank = True
-    try:
-        for text in pieces_of(line, start, stop):
-            if "\0" in text:
-                raise BadText("NUL character")
-            blank = blank and text.isspace()
-            yield text
-    except UnicodeDecodeError:
-        raise BadText("broken utf-8") from None
-    except ValueError:
-        raise BadText("broken json") from None
-    if blank:
-        raise BadText("empty")
-
-
-def _parse(line: bytes, file: str, offset: int, fields: Fields) -> Document | BadDocument:
-    try:
-        value: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return BadDocument(file, offset, "broken utf-8", line[:80])
-    except (ValueError, RecursionError):
-        return BadDocument(file, offset, "broken json", line[:80])
-    if not isinstance(value, dict) or not isinstance(value.get(fields.text), str):
-        return BadDocument(file, offset, f"no text field '{fields.text}'", line[:80])
-    return _of_row(checked(value[fields.text], file, offset), line, value, fields)
-
-
-def checked(text: str, file: str, offset: int) -> Document | BadDocument:
-    """The text as a document, unless it is none."""
-    reason = ""
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            reason = "lone surrogate"
-    if "\0" in text:
-        reason = reason or "NUL character"
-    elif not text or text.isspace():
-        reason = reason or "empty"
-    if reason:
-        return BadDocument(file, offset, reason, text[:80].encode("utf-8", "surrogatepass"))
-    return Document(f"{file}:{offset}", text)
-
-
-def _read_rows(path: str, rows: Iterator[tables.Row], fields: Fields) -> Iterator[Item]:
-    for row, text, more in rows:
+def _read_rows(origin: Origin, rows: Iterator[tables.Row]) -> Iterator[Item]:
+    path, fields = origin.file, origin.fields
+    each = replace(origin, rate=1.0)
+    for row, text, more, size in rows:
         if isinstance(text, tables.BadRow):
-            yield BadDocument(path, row, text.reason, b"")
+            yield BadDocument(path, row, text.reason, b"", size)
         elif len(text) > MAX_LINE_BYTES:
-            yield BadDocument(path, row, "line too long", b"")
+            yield BadDocument(path, row, "line too long", b"", size)
         else:
-            found = checked(text, path, row)
+            found = checked(text, each, row, size)
             if fields.kept and isinstance(found, Document):
                 found = replace(found, note=fields.note(more))
             yield found
-
-
-def _read_text(file: BinaryIO, path: str, size: int) -> Item:
-    if size >= LONG_BYTES:
-        return LongDocument(f"{path}:0", _text_pieces(file))
-    raw = file.read().removeprefix(BOM)
-    try:
-        return checked(raw.decode("utf-8"), path, 0)
-    except UnicodeDecodeError as error:
-        return BadDocument(path, error.start, "broken utf-8", raw[error.start :][:80])
-
-
-def _text_pieces(file: BinaryIO) -> Iterator[str]:
-    decode = codecs.getincrementaldecoder("utf-8-sig")()
-    blank = True
-    while True:
-        try:
-            raw = file.read(CHUNK_BYTES)
-            text = decode.decode(raw)
-        except UnicodeDecodeError:
-            raise BadText("broken utf-8") from None
-        except Truncated as error:
-            raise BadText(str(error)) from None
-        if not raw:
-            break
-        if "\0" in text:
-            raise BadText("NUL character")
-        blank = blank and (not text or text.isspace())
-        yield text
-    try:
-        decode.decode(b"", True)
-    except UnicodeDecodeError:
-        raise BadText("broken utf-8") from None
-    if blank:
-        raise BadText("empty")

@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
-from data_prep.inputs import Fields, Unit
+from data_prep.inputs import Unit
+from data_prep.items import EMPTY, Fields
 from data_prep.long_text import encode_pieces, slices
+from data_prep.loss import Loss, loss_of
 from megahybrid.data.manifest import sync_folder
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,6 +38,7 @@ BATCH_CHARACTERS = 2**20
 LONG_CHARACTERS = 4 * 2**20  # from here on a text is encoded in pieces
 RUN_BYTES = 64 * 2**20  # of tokens held by a worker before they are sorted and written
 
+NO_LOSS = Loss()
 Records = npt.NDArray[np.void]
 
 
@@ -50,6 +53,7 @@ class EncodeJob:
     folder: str
     threads: int = 1
     kept: tuple[str, ...] = ()
+    format: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class UnitResult:
     runs: list[int]
     bad: dict[str, int]
     kept: dict[str, int] = field(default_factory=dict)  # rows that had each field to be kept
+    loss: Loss = NO_LOSS
 
 
 def unit_path(folder: str | Path, number: int, suffix: str) -> Path:
@@ -73,9 +78,10 @@ def unit_path(folder: str | Path, number: int, suffix: str) -> Path:
 def read_result(folder: str | Path, number: int) -> UnitResult | None:
     """What is known of a unit that is done; None for one that is not."""
     try:
-        return UnitResult(**json.loads(unit_path(folder, number, "done").read_bytes()))
+        told = json.loads(unit_path(folder, number, "done").read_bytes())
     except FileNotFoundError:
         return None
+    return UnitResult(**told | {"loss": Loss(**told["loss"])})
 
 
 def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
@@ -83,34 +89,44 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
     if (done := read_result(job.folder, number)) is not None:
         return done
     tokenizer = _tokenizer(job.tokenizer, job.eod, job.threads)
-    bad: list[BadDocument] = []
-    fields = Fields(job.text_field, job.kept)
+    fields = Fields(job.text_field, job.kept, format=job.format)
     with RunWriter(job.folder, number, np.dtype(tokenizer.info.dtype)) as writer:
-        encoder = _Encoder(job.seed, tokenizer, writer, bad)
+        encoder = _Encoder(job.seed, tokenizer, writer)
+        size = 0.0
         for item in read_unit(unit, fields):
+            size += item.size
             if isinstance(item, BadDocument):
-                bad.append(item)
+                encoder.leave_out(item)
             elif isinstance(item, LongDocument):
-                encoder.add_long(item.name, item.pieces, item.note)
+                encoder.add_long(item)
             elif len(item.text) >= LONG_CHARACTERS:
-                encoder.add_long(item.name, slices(item.text), item.note)
+                encoder.add_long(LongDocument(item.name, slices(item.text), item.note, item.size))
             else:
                 encoder.add(item)
         encoder.flush()
-        return writer.finish(unit.bytes, bad, dict(fields.found))
+        rows = round(size) if unit.of_rows else None
+        loss = loss_of(unit.bytes, rows, encoder.bad, encoder.empty)
+        return writer.finish(unit.bytes, encoder.bad, dict(fields.found), loss)
 
 
 class _Encoder:
-    """Documents in, encoded in batches."""
+    """Documents in, encoded in batches. `bad`: what was left out; `empty`: how many had no text."""
 
-    def __init__(
-        self, seed: int, tokenizer: Tokenizer, writer: "RunWriter", bad: list[BadDocument]
-    ) -> None:
-        self.seed, self.tokenizer, self.writer, self.bad = seed, tokenizer, writer, bad
+    def __init__(self, seed: int, tokenizer: Tokenizer, writer: "RunWriter") -> None:
+        self.seed, self.tokenizer, self.writer = seed, tokenizer, writer
+        self.bad: list[BadDocument] = []
+        self.empty = 0
         self.eod = tokenizer.info.eod_id
         self.end = np.asarray([self.eod], writer.dtype)
         self.waiting: list[Document] = []
         self.characters = 0
+
+    def leave_out(self, item: BadDocument) -> None:
+        """Counts what is no document."""
+        if item.reason == EMPTY:
+            self.empty += 1
+        else:
+            self.bad.append(item)
 
     def add(self, document: Document) -> None:
         self.waiting.append(document)
@@ -126,20 +142,20 @@ class _Encoder:
             waiting, self.tokenizer.encode_arrays([item.text for item in waiting]), strict=True
         ):
             if (ids == self.eod).any():
-                self.bad.append(_bad(document.name, "eod inside", document.text[:80]))
+                self.leave_out(_bad(document, "eod inside", document.text[:80]))
                 continue
             digest = document_hash(self.seed)
             digest.update(document.text.encode())
             tokens = np.concatenate((ids, self.end))
             self.writer.add(tokens, document_keys(digest), document.note)
 
-    def add_long(self, name: str, pieces: Iterable[str], note: bytes = b"") -> None:
+    def add_long(self, document: LongDocument) -> None:
         """Encodes a document piece by piece, straight to disk; takes it back if it is bad."""
         self.flush()
         digest = document_hash(self.seed)
 
         def hashed() -> Iterable[str]:
-            for piece in pieces:
+            for piece in document.pieces:
                 digest.update(piece.encode())
                 yield piece
 
@@ -152,10 +168,11 @@ class _Encoder:
         except (BadText, UnicodeEncodeError) as error:
             reason = str(error) if isinstance(error, BadText) else "lone surrogate"
             self.writer.drop_long(begin)
-            self.bad.append(_bad(name, reason, ""))
+            absent = error.absent if isinstance(error, BadText) else 0.0
+            self.leave_out(replace(_bad(document, reason, ""), absent=absent))
             return
         self.writer.add_piece(self.end)
-        self.writer.end_long(begin, document_keys(digest), note)
+        self.writer.end_long(begin, document_keys(digest), document.note)
 
 
 class RunWriter:
@@ -226,13 +243,17 @@ class RunWriter:
         self._runs.append(1)
 
     def finish(
-        self, size: int, bad: list[BadDocument], kept: dict[str, int] | None = None
+        self,
+        size: int,
+        bad: list[BadDocument],
+        kept: dict[str, int] | None = None,
+        loss: Loss = NO_LOSS,
     ) -> UnitResult:
         """Makes the unit durable and marks it done: `.done` gets its name once all the rest is."""
         self._write_run()
         counts = dict(sorted(Counter(item.reason for item in bad).items()))
         written = (sum(self._runs), self._written, self._runs)
-        result = UnitResult(self.number, size, *written, counts, kept or {})
+        result = UnitResult(self.number, size, *written, counts, kept or {}, loss)
         done = unit_path(self.folder, self.number, "done")
         unnamed = done.with_suffix(".done.tmp")
         with (
@@ -275,9 +296,9 @@ def document_keys(digest: hashlib.blake2b) -> tuple[int, int]:
     return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
 
 
-def _bad(name: str, reason: str, beginning: str) -> BadDocument:
-    file, _, offset = name.rpartition(":")
-    return BadDocument(file, int(offset), reason, beginning.encode())
+def _bad(document: Document | LongDocument, reason: str, beginning: str) -> BadDocument:
+    file, _, offset = document.name.rpartition(":")
+    return BadDocument(file, int(offset), reason, beginning.encode(), document.size)
 
 
 def _shown(item: BadDocument) -> dict[str, object]:
@@ -285,5 +306,6 @@ def _shown(item: BadDocument) -> dict[str, object]:
         "file": item.file,
         "offset": item.offset,
         "reason": item.reason,
+        "lost": round(item.size),
         "beginning": item.beginning.decode("utf-8", "backslashreplace"),
     }

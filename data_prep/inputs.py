@@ -1,36 +1,53 @@
 """The files that inputs name, cut into units of work that do not depend on the workers."""
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from data_prep import hub, tables
-from data_prep.archives import is_archive, member_ranges
-from data_prep.compressed import kind_of
+from data_prep.archives import member_ranges
+from data_prep.items import Fields
+from data_prep.sniff import JSON_LINES, Format, NoText, look
 from megahybrid.errors import DataError
 
 UNIT_BYTES = 8 * 2**20
 LEAST_UNIT_BYTES = 2**20
 FEWEST_UNITS = 32  # of inputs that have as much: with few, workers wait for the last one
 MOST_UNITS = 100_000  # beyond it units grow: each is a handful of files
-JSON_LINES = (".jsonl", ".ndjson")
 UNREAD = (".xz", ".bz2", ".lz4", ".rar", ".7z", ".arrow", ".feather", ".orc")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Lines of a .jsonl file that begin in [start, stop), row groups of a table, or a whole file.
+class InputFile:
+    """A file that is read, its bytes on disk (0 for what is not on disk) and how it is read.
 
-    `size`: bytes on disk, to share out the work and to show progress.
+    shown: what it is called, where that is not its path; held, digest: of a stream that lies in a
+    file without a name, which is gone when nobody holds it, and the sha256 of its bytes.
+    """
+
+    path: Path
+    size: int
+    format: Format
+    shown: str = ""
+    held: BinaryIO | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Lines of a file that begin in [start, stop), row groups of a table, or a whole file.
+
+    `size`: bytes on disk, to share out the work, to show progress and to weigh what is lost.
     """
 
     path: str
     start: int
     stop: int
     size: int
+    format: Format
+    shown: str
 
 
 @dataclass(frozen=True)
@@ -44,23 +61,10 @@ class Unit:
         """Size of its input."""
         return sum(piece.size for piece in self.pieces)
 
-
-@dataclass(frozen=True)
-class Fields:
-    """Of a row: the text's field, and those that are kept beside the tokens. `found` counts the
-    rows that had each of these."""
-
-    text: str = "text"
-    kept: tuple[str, ...] = ()
-    found: Counter[str] = field(default_factory=Counter)
-
-    def note(self, row: Mapping[str, Any]) -> bytes:
-        """What is kept of a row, as JSON; nothing where nothing is to be kept."""
-        if not self.kept:
-            return b""
-        value = {name: row[name] for name in self.kept if name in row}
-        self.found.update(value.keys())
-        return json.dumps(value, default=str).encode()
+    @property
+    def of_rows(self) -> bool:
+        """Whether it is a shard of a hub dataset, whose bytes are not known."""
+        return self.pieces[0].format.kind == "hub"
 
 
 def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path]:
@@ -71,68 +75,93 @@ def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path
     """
     found: dict[Path, None] = {}
     for given in inputs:
-        if hub.is_hub(given):
-            found[Path(given)] = None
-            continue
-        files = _named_files(given, pattern)
-        if not files:
-            raise DataError(
-                f"input {given} names no file (pattern {pattern}). Correct the path or --glob."
-            )
-        for file in files:
-            if file.suffix.lower() in UNREAD:
-                raise DataError(
-                    f"input {file} is {file.suffix}, which is not read (.jsonl, text, both also as "
-                    ".gz or .zst, .parquet, .tar and .zip are). Unpack it first, or narrow --glob."
-                )
-            found[file] = None
-    return list(found)
+        found.update(dict.fromkeys(named_entries(given, pattern)))
+    return [path for path in found if hub.is_hub(path) or path.is_file()]
 
 
-def _named_files(given: str | Path, pattern: str) -> list[Path]:
+def named_entries(given: str | Path, pattern: str) -> list[Path]:
+    """The files that one input names, sorted; of a folder also links that lead to no file."""
+    if hub.is_hub(given):
+        return [Path(given)]
     path = Path(given)
     if path.is_dir():
-        return sorted(
+        if "**" in pattern:
+            _refuse_closed(path)
+        entries = sorted(
             entry
             for entry in path.glob(pattern)
-            if entry.is_file() and not _hidden(entry.relative_to(path))
+            if (entry.is_file() or entry.is_symlink()) and not _hidden(entry.relative_to(path))
         )
-    if path.exists():
-        return [path]
-    anchor = Path(path.anchor)
-    relative = str(path.relative_to(anchor)) if path.anchor else str(path)
-    globbed = anchor.glob(relative) if any(c in relative for c in "*?[") else ()
-    return sorted(entry for entry in globbed if entry.is_file())
+    elif path.exists():
+        entries = [path]
+        if path.suffix.lower() in UNREAD:
+            raise DataError(
+                f"input {path} is {path.suffix}, which is not read (lines of JSON, text, both also "
+                "as .gz or .zst, .parquet, .tar and .zip are). Unpack it first."
+            )
+    else:
+        anchor = Path(path.anchor)
+        relative = str(path.relative_to(anchor)) if path.anchor else str(path)
+        globbed = anchor.glob(relative) if any(c in relative for c in "*?[") else ()
+        entries = sorted(entry for entry in globbed if entry.is_file())
+    if not entries:
+        raise DataError(
+            f"input {given} names no file (pattern {pattern}). Correct the path or --glob."
+        )
+    return entries
+
+
+def _refuse_closed(folder: Path) -> None:
+    """A search passes over folders that may not be opened without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"input {folder} has a folder that cannot be opened ({error.filename}: "
+            f"{error.strerror}). Give access to it, or narrow --glob."
+        )
+
+    for place, folders, _ in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not _hidden(Path(name))]
+        del place
 
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
-def format_of(path: str | Path) -> str:
-    """jsonl, parquet or text, whatever it is packed in."""
-    name = Path(path)
-    suffix = (Path(name.stem) if kind_of(name) else name).suffix.lower()
-    return {".parquet": "parquet"}.get(suffix, "jsonl" if suffix in JSON_LINES else "text")
+def look_at(path: Path, fields: Fields, name: str | None = None) -> InputFile | NoText:
+    """How a file is read, by its content; by its name alone where it cannot be opened."""
+    if hub.is_hub(path):
+        return InputFile(path, 0, Format("hub"))
+    size = path.stat().st_size
+    found: Format | NoText
+    try:
+        with open(path, "rb") as file:
+            found = look(file, name or path.name, fields.text, fields.format)
+    except OSError:  # reading it says so
+        found = Format("jsonl" if path.suffix.lower() in JSON_LINES else "text")
+    return found if isinstance(found, NoText) else InputFile(path, size, found)
 
 
-def shared_unit_bytes(files: Sequence[Path]) -> int:
+def shared_unit_bytes(files: Sequence[InputFile]) -> int:
     """How large units of these files are to be, for any number of workers."""
-    share = sum(map(size_of, files)) // FEWEST_UNITS
+    share = sum(file.size for file in files) // FEWEST_UNITS
     return max(LEAST_UNIT_BYTES, min(UNIT_BYTES, share))
 
 
-def cut_units(files: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
+def cut_units(files: Sequence[InputFile | Path], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
     """Units of about `unit_bytes`: ranges of long files, groups of small ones.
 
-    A packed file cannot be entered in the middle and is one piece.
+    A packed file cannot be entered in the middle and is one piece. A path is looked at first.
     """
-    unit_bytes = max(unit_bytes, sum(map(size_of, files)) // MOST_UNITS)
+    known = [file if isinstance(file, InputFile) else _taken(file) for file in files]
+    unit_bytes = max(unit_bytes, sum(file.size for file in known) // MOST_UNITS)
     group: list[Piece] = []
     size = 0
-    for file in files:
+    for file in known:
         for piece in _pieces(file, unit_bytes):
-            if group and size + piece.size > unit_bytes:
+            alone = piece.format.kind == "hub" or (group and group[0].format.kind == "hub")
+            if group and (alone or size + piece.size > unit_bytes):
                 yield Unit(tuple(group))
                 group, size = [], 0
             group.append(piece)
@@ -141,27 +170,35 @@ def cut_units(files: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> Iterator[U
         yield Unit(tuple(group))
 
 
-def size_of(file: Path) -> int:
-    """Bytes on disk; 0 for what is not on disk."""
-    return 0 if hub.is_hub(file) else file.stat().st_size
+def _taken(path: Path) -> InputFile:
+    found = look_at(path, Fields())
+    if isinstance(found, NoText):
+        raise DataError(f"input {path} is {found.why}. Name another, or a --format.")
+    return found
 
 
-def _pieces(file: Path, unit_bytes: int) -> Iterator[Piece]:
-    if hub.is_hub(file):
-        for index in range(hub.shards(file)):
+def _pieces(file: InputFile, unit_bytes: int) -> Iterator[Piece]:
+    for start, stop, size in _ranges(file, unit_bytes):
+        path = str(file.path)
+        yield Piece(path, start, stop, size, file.format, file.shown or path)
+
+
+def _ranges(file: InputFile, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Where the pieces of a file begin and end, and their bytes on disk."""
+    kind, packed = file.format.kind, file.format.packed
+    if kind == "hub":
+        for index in range(hub.shards(file.path)):
             # Not known before it is read; a shard is a unit of its own.
-            yield Piece(str(file), index, index + 1, unit_bytes)
-        return
-    total = file.stat().st_size
-    if is_archive(file):
-        for start, stop, size in member_ranges(file, unit_bytes):
-            yield Piece(str(file), start, stop, size)
-        return
-    if kind_of(file) is None and format_of(file) == "parquet":
-        for start, stop, size in tables.row_group_ranges(file, unit_bytes):
-            yield Piece(str(file), start, stop, size)
-        return
-    step = unit_bytes if kind_of(file) is None and format_of(file) == "jsonl" else max(total, 1)
-    for start in range(0, total, step):
-        stop = min(total, start + step)
-        yield Piece(str(file), start, stop, stop - start)
+            yield index, index + 1, unit_bytes
+    elif kind == "zip":
+        yield from member_ranges(file.path, unit_bytes)
+    elif kind == "tar":
+        yield 0, 1, file.size  # its members are found only by reading it
+    elif kind == "parquet" and not packed:
+        yield from tables.row_group_ranges(file.path, unit_bytes)
+    else:
+        lines = kind in ("jsonl", "strings") and not packed
+        step = unit_bytes if lines else max(file.size, 1)
+        for start in range(0, file.size, step):
+            stop = min(file.size, start + step)
+            yield start, stop, stop - start

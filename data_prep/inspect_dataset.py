@@ -12,6 +12,8 @@ from rich.text import Text
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.errors import DataError
+from megahybrid.printable import printable
 
 SHOWN_CHARACTERS = 400
 NOTE_CHARACTERS = 160
@@ -30,19 +32,29 @@ def inspect_dataset(
     `picture` is an .svg to write the lengths to.
     """
     dataset = TokenDataset(path, vocab_size=vocab_size)
-    console = Console()
+    if picture is not None and dataset.manifest is None:
+        raise DataError(
+            f"{path} has no manifest, so the lengths of its documents are not known and --picture "
+            "would show nothing. Import it first with `megahybrid data import`."
+        )
+    text = load_tokenizer(tokenizer) if tokenizer else None
+    if text is not None:
+        dataset.check_tokenizer(text.info.sha256, "--tokenizer")
+    console = Console(markup=False)  # a path in [brackets] is no style
     console.print(
-        f"{path}: {dataset.documents:,} documents, {dataset.tokens:,} tokens, "
+        f"{visible(path)}: {dataset.documents:,} documents, {dataset.tokens:,} tokens, "
         f"{len(dataset.shards)} shards, vocab_size={dataset.vocab_size}, eod_id={dataset.eod_id}",
         highlight=False,
         soft_wrap=True,
     )
     if dataset.manifest is not None:
-        console.print(dataset.manifest.command, style="dim", highlight=False, soft_wrap=True)
+        console.print(
+            visible(dataset.manifest.command), style="dim", highlight=False, soft_wrap=True
+        )
         console.print(_histogram(dataset))
         if picture is not None:
             Path(picture).write_text(length_picture(dataset.manifest.length_histogram, path))
-            console.print(f"{picture} written", highlight=False)
+            console.print(f"{visible(picture)} written", highlight=False)
     if dataset.plan is not None:
         info = dataset.plan.info
         console.print(
@@ -50,9 +62,6 @@ def inspect_dataset(
             f"{info.documents:,} documents, {info.tokens:,} tokens",
             highlight=False,
         )
-    text = load_tokenizer(tokenizer) if tokenizer else None
-    if text is not None:
-        dataset.check_tokenizer(text.info.sha256, "--tokenizer")
     for index in range(min(documents, dataset.documents)):
         tokens = dataset.document(index)
         console.rule(f"document {index}: {len(tokens):,} tokens")
@@ -60,12 +69,18 @@ def inspect_dataset(
             console.print(Text(shown_note(dataset.note(index))), style="dim", soft_wrap=True)
         part = tokens[:SHOWN_CHARACTERS].tolist()
         shown = text.decode(part) if text else " ".join(map(str, part))
-        console.print(Text(shown[:SHOWN_CHARACTERS]), soft_wrap=True)
+        console.print(Text(visible(shown[:SHOWN_CHARACTERS])), soft_wrap=True)
 
 
 def shown_note(note: dict[str, Any]) -> str:
     """What is kept of a document's row, on one line."""
-    return ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
+    shown = ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
+    return printable(shown)
+
+
+def visible(text: str) -> str:
+    """The text with its control characters spelled out, but for the ends of lines."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _histogram(dataset: TokenDataset) -> Table:

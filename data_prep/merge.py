@@ -6,6 +6,7 @@ beside that memory is copied in pieces.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
+from data_prep.loss import Refused
 from megahybrid.data.manifest import Manifest
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.errors import DataError
 
 Digest = tuple[int, int]
 Tokens = npt.NDArray[Any]
@@ -38,14 +39,6 @@ class Split:
     held_out: float
     longest: int
     deduplicate: bool = False
-
-    def refuse_empty(self, made: Mapping[str, Manifest]) -> None:
-        """Raises DataError where nothing was left to train on."""
-        if not made["train"].documents:
-            raise DataError(
-                f"held_out={self.held_out} and longest={self.longest} leave no document to train "
-                f"on (of {sum(part.documents for part in made.values())}). Hold out less."
-            )
 
 
 @dataclass(frozen=True)
@@ -115,6 +108,35 @@ class Merge:
         """Bucket after bucket, in the order of the keys."""
         for low, high in pairwise(self._bounds()):
             self._bucket(low, high)
+
+    def refuse_empty_parts(self, made: Mapping[str, Manifest]) -> None:
+        """Raises Refused where a part that was asked for has no document, or none is left to train
+        on: held-out scores over nothing would say nothing."""
+        split, total = self.split, sum(part.documents for part in made.values())
+        if not made["train"].documents:
+            raise Refused(
+                f"held_out={split.held_out} and longest={split.longest} leave no document to train "
+                f"on (of {total}). Hold out less."
+            )
+        if "held_out" in made and not made["held_out"].documents:
+            least = math.ceil(1000 * self._least_fraction()) / 1000
+            more = (
+                f"held_out={least:g} or more, or longest=1 in its place, or " if total > 1 else ""
+            )
+            raise Refused(
+                f"held_out={split.held_out} holds out none of {total} documents (each is drawn by "
+                f"the hash of its text). Use {more}inputs cut into more documents."
+            )
+
+    def _least_fraction(self) -> float:
+        """The smallest fraction that would hold a document out."""
+        least = 2**64
+        for run in self.runs:
+            records = run.mapped()
+            short = ~np.isin(records["key"], _keys(self.long))
+            if short.any():
+                least = min(least, int(records["split"][short].min()))
+        return (least + 1) / 2**64
 
     def _bounds(self) -> list[int]:
         """Keys that cut the documents into buckets of at most half of the memory."""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.arguments import LONGEST_ROW
 from data_prep.fresh import fresh_folder
 from data_prep.rewrite import refuse_plan
 from megahybrid.data.dataset import TokenDataset
@@ -112,8 +113,11 @@ def pack(
     target = Path(output)
     dataset = TokenDataset(dataset_path, vocab_size=vocab_size)
     refuse_plan(dataset)
-    if length < 1:
-        raise DataError(f"--length={length} is no number of tokens. Use the stage's length.")
+    if not 1 <= length <= LONGEST_ROW:
+        raise DataError(
+            f"--length={length} is not from 1 to {LONGEST_ROW} (tokens of a row). Use the stage's "
+            "length."
+        )
     limits = (min_document_tokens, max_document_tokens or 2**62)
     source = _Source(dataset, limits, progress)
     with fresh_folder(target) as folder:

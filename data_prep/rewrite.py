@@ -229,10 +229,11 @@ def shuffle_datasets(
         writers = {
             name: TokenWriter(folder / name if split else folder, info, **options) for name in names
         }
-        Merge(runs_of(work, results), split or Split(0, 0), writers, memory_bytes, progress).run()
+        merge = Merge(runs_of(work, results), split or Split(0, 0), writers, memory_bytes, progress)
+        merge.run()
         manifests = {name: writer.close() for name, writer in writers.items()}
         if split is not None:
-            split.refuse_empty(manifests)
+            merge.refuse_empty_parts(manifests)
         return manifests
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_prep.batch_picture import batch_picture
-from data_prep.inspect_dataset import shown_note
+from data_prep.inspect_dataset import shown_note, visible
 from data_prep.trace import find_step, load_run, open_mixture
 from megahybrid.data.batches import Batch, make_batch
 from megahybrid.data.dataset import TokenDataset
@@ -18,6 +18,7 @@ from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 
 WIDTH = 64
 SHADES = "█▓"  # neighbours differ, so that each change is a boundary
+FILLING = "·"
 TEXT_TOKENS = 40
 PICTURE_ROWS = 64
 
@@ -32,14 +33,17 @@ def show_batch(
 ) -> None:
     """Prints step `step` (from 1) of the run (or of its stage) and `rows` of its rows.
 
-    Documents are drawn in two shades; the first words of each row's first documents follow.
+    Documents are drawn in two shades and what fills the row after them as dots; the first words of
+    each row's first documents follow.
     `picture` is an .svg to draw the mix and PICTURE_ROWS rows to.
     """
     run = load_run(path)
     mixture = open_mixture(run)
     directory = Path(path) if Path(path).is_dir() else None
     found = find_step(run, mixture, stage, step, directory)
-    console = Console(soft_wrap=True, highlight=False)
+    words = tokenizer or run.data.tokenizer
+    text = load_tokenizer(words) if words else None
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     point = found.point
     title = (
         f"step {found.number} of the run, {point.step_in_stage + 1} of stage {point.stage.name}: "
@@ -47,8 +51,6 @@ def show_batch(
     )
     console.print(f"{title}, learning rate {point.learning_rate:.3g}")
     _print_mix(console, found.plans, point.length, mixture.epochs(found.state))
-    words = tokenizer or run.data.tokenizer
-    text = load_tokenizer(words) if words else None
     chosen = found.plans[:rows]
     batch = make_batch(mixture.datasets, chosen, point.length, run.data.documents)
     for number, plan in enumerate(chosen):
@@ -57,7 +59,7 @@ def show_batch(
         drawn = found.plans[:PICTURE_ROWS]
         starts = make_batch(mixture.datasets, drawn, point.length, run.data.documents).starts
         Path(picture).write_text(batch_picture(title, found.plans, starts, point.stage.weights))
-        console.print(f"\n{picture} written")
+        console.print(f"\n{visible(picture)} written")
 
 
 def _print_mix(
@@ -81,19 +83,27 @@ def _print_row(
     text: Tokenizer | None,
 ) -> None:
     starts, targets = batch.starts[number], batch.targets[number]
-    length = len(starts)
-    first = np.unique(starts)
+    length, filled = len(starts), sum(size for _, size in plan.spans)
+    first = np.unique(starts[:filled])
     places = ", ".join(f"{start:,} + {size:,}" for start, size in plan.spans[:4])
     more = f" and {len(plan.spans) - 4} more" if len(plan.spans) > 4 else ""
+    filling = f", {length - filled:,} filling" if filled < length else ""
     console.print(
-        f"\nrow {number}: {plan.source} ({dataset.path}), tokens {places}{more}; {len(first)} "
-        f"documents, {int((targets >= 0).sum()):,} of {length:,} targets count"
+        f"\nrow {number}: {plan.source} ({visible(str(dataset.path))}), tokens {places}{more}; "
+        f"{len(first)} documents{filling}, {int((targets >= 0).sum()):,} of {length:,} targets "
+        "count"
     )
     # One character stands for length / WIDTH tokens and has the shade of its first one's document.
-    which = np.searchsorted(first, starts[(np.arange(WIDTH) * length) // WIDTH])
-    console.print("".join(SHADES[index % 2] for index in which))
+    columns = (np.arange(WIDTH) * length) // WIDTH
+    which = np.searchsorted(first, starts[columns])
+    console.print(
+        "".join(
+            SHADES[index % 2] if column < filled else FILLING
+            for column, index in zip(columns, which, strict=True)
+        )
+    )
     for begin in first[:5].tolist():
-        end = next((int(other) for other in first if other > begin), length)
+        end = next((int(other) for other in first if other > begin), filled)
         ids = batch.tokens[number, begin : min(end, begin + TEXT_TOKENS)].tolist()
         shown = text.decode(ids) if text else " ".join(map(str, ids[:12]))
         console.print(Text(f"  {begin:>8,} {end - begin:>8,} tokens  {shown[:100]!r}"))

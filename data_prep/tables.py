@@ -20,11 +20,13 @@ class BadRow:
 
 
 class Row(NamedTuple):
-    """Number of a row within its file, its text, and what else of it was asked for."""
+    """Number of a row within its file, its text, and what else of it was asked for. size: bytes on
+    disk (of a hub dataset: rows) that it takes up, or that are lost."""
 
     number: int
     text: str | BadRow
     more: Mapping[str, Any] = MappingProxyType({})
+    size: float = 1.0
 
 
 def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
@@ -54,45 +56,63 @@ def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, in
 
 
 def read_rows(
-    path: str | BinaryIO, start: int, stop: int, field: str, kept: Sequence[str] = ()
+    path: str | BinaryIO, start: int, stop: int, size: float, field: str, kept: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Rows of row groups start … stop - 1, with those of the columns `kept` that there are.
+    """Rows of row groups start … stop - 1, with those of the columns `kept` that there are; all of
+    them together take up `size` bytes on disk.
 
-    One BadRow for a row without text, and one for the rest of a row group that is damaged.
+    One BadRow for a row without text, one for the rest of a row group that is damaged, and one for
+    all rows where the column is missing.
     """
     parquet = _parquet()
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
         metadata = file.metadata
-        row = sum(
-            metadata.row_group(i).num_rows for i in range(min(start, metadata.num_row_groups))
-        )
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        names = file.schema_arrow.names
     except Exception:
-        yield Row(0, BadRow("broken parquet"))
+        yield Row(0, BadRow("broken parquet"), size=size)
         return
-    if field not in file.schema_arrow.names:
-        yield Row(row, BadRow(f"no text field '{field}'"))
+    row, rows = sum(counts[:start]), sum(counts[start:stop])
+    if field not in names:
+        yield Row(row, BadRow(f"no text field '{field}'"), size=size)
         return
-    kept = [name for name in kept if name in file.schema_arrow.names]
-    for group in range(start, min(stop, metadata.num_row_groups)):
-        rows = metadata.row_group(group).num_rows
-        if metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
-            yield Row(row, BadRow("decompression bomb"))
-        else:
-            yield from _group_rows(file, group, row, field, kept)
-        row += rows
-
-
-def _group_rows(file: Any, group: int, row: int, field: str, kept: Sequence[str]) -> Iterator[Row]:
+    rate = size / rows if rows else 0.0
+    kept = [name for name in kept if name in names]
     columns = list(dict.fromkeys([field, *kept]))
+    for group in range(start, min(stop, len(counts))):
+        if metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
+            yield Row(row, BadRow("decompression bomb"), size=counts[group] * rate)
+        else:
+            found = 0
+            try:
+                for values in _group_rows(file, group, columns, counts[group]):
+                    more = {name: _kept(values[name]) for name in kept}
+                    yield Row(row + found, _text(values[field], field), more, rate)
+                    found += 1
+            except _BrokenGroup:
+                broken = BadRow("broken parquet")
+                yield Row(row + found, broken, size=(counts[group] - found) * rate)
+        row += counts[group]
+
+
+class _BrokenGroup(Exception):
+    """A row group that gives no more rows."""
+
+
+def _group_rows(
+    file: Any, group: int, columns: Sequence[str], rows: int
+) -> Iterator[dict[str, Any]]:
     try:
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-            for index, value in enumerate(batch.column(field)):
-                more = {name: _kept(batch.column(name)[index]) for name in kept}
-                yield Row(row, _text(value, field), more)
-                row += 1
-    except Exception:
-        yield Row(row, BadRow("broken parquet"))
+            read = [batch.column(name) for name in columns]
+            for index in range(batch.num_rows):
+                yield {name: column[index] for name, column in zip(columns, read, strict=True)}
+            rows -= batch.num_rows
+    except Exception:  # pyarrow raises many kinds for damage
+        raise _BrokenGroup from None
+    if rows:
+        raise _BrokenGroup
 
 
 def _text(value: Any, field: str) -> str | BadRow:
@@ -117,7 +137,7 @@ def _parquet() -> Any:
         import pyarrow.parquet
     except ImportError:
         raise DataError(
-            "inputs that end in .parquet need the package pyarrow, which is not installed. "
+            "inputs in .parquet need the package pyarrow, which is not installed. "
             "Run `pip install megahybrid[data]`."
         ) from None
     return pyarrow.parquet

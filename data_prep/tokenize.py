@@ -5,10 +5,10 @@ import os
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,25 +18,30 @@ import numpy as np
 from rich.progress import Progress
 
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
-from data_prep.hub import is_hub
-from data_prep.inputs import Unit, cut_units, list_files, shared_unit_bytes, size_of
+from data_prep.inputs import Unit, cut_units, shared_unit_bytes
+from data_prep.items import Fields
+from data_prep.job_folder import (
+    JOB,
+    QUARANTINE,
+    WORK,
+    begin_job,
+    identity_of,
+    released_if_refused,
+)
+from data_prep.loss import Loss, refuse_loss, refuse_nothing
 from data_prep.merge import Merge, Split, runs_of
 from data_prep.progress import byte_bars
-from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, sync_folder, write_durably
+from data_prep.survey import Tell, silent, survey
+from megahybrid.data.manifest import sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import DataError
 
-WORK = ".work"
-QUARANTINE = "quarantine.jsonl"
-JOB = "job.json"  # in WORK: the unfinished job; in the output: the one that made it
-ENOUGH_TO_JUDGE = 10_000  # documents after which too many bad ones stop the job early
-
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What was written: documents and tokens by part, what was left out, by reason, and in how many
-    rows each field to be kept was found."""
+    """What was written: documents and tokens by part, what was left out, by reason, in how many
+    rows each field to be kept was found, and how much of the inputs was lost."""
 
     output: str
     documents: dict[str, int]
@@ -44,6 +49,7 @@ class TokenizeReport:
     bad: dict[str, int]
     duplicates: int = 0
     kept: dict[str, int] = field(default_factory=dict)
+    loss: Loss = field(default_factory=Loss)
 
 
 def tokenize(
@@ -56,6 +62,7 @@ def tokenize(
     deduplicate: bool = False,
     seed: int = 0,
     text_field: str = "text",
+    format: str = "auto",
     kept: Sequence[str] = (),
     pattern: str = "**/*",
     eod: str | None = None,
@@ -64,6 +71,7 @@ def tokenize(
     shard_tokens: int = SHARD_TOKENS,
     max_bad_fraction: float = 0.05,
     quiet: bool = False,
+    tell: Tell = silent,
 ) -> TokenizeReport:
     """Writes OUTPUT/train, and OUTPUT/held_out and /held_out_long where they are asked for.
 
@@ -75,30 +83,37 @@ def tokenize(
     it was and ends with the same bytes (a finished one says what it made); `workers` and
     `memory_bytes` may differ.
 
-    Raises DataError when nothing is left to write, or more than `max_bad_fraction` of the documents
-    is bad at the end or after ENOUGH_TO_JUDGE of them.
+    `format` is how every file is read, "auto" by its content; `tell` is told what is read.
+
+    Raises DataError when nothing is left to write or a part would be empty, or more than
+    `max_bad_fraction` of the bytes on disk (of the rows of a hub dataset) is lost, as soon as that
+    is certain. Another call may then begin anew in the same folder.
     """
     if not 0 <= held_out < 1:
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
     check_shard_tokens(shard_tokens)
     folder = Path(output)
-    files = _files(inputs, pattern, folder)
+    found = survey(inputs, pattern, Fields(text_field, format=format), output=folder, tell=tell)
+    files = found.files
     info = load_tokenizer(tokenizer, eod).info
     units = list(cut_units(files, shared_unit_bytes(files)))
     threads = workers if len(units) == 1 else 1
-    job = EncodeJob(str(tokenizer), eod, text_field, seed, str(folder / WORK), threads, tuple(kept))
+    work = str(folder / WORK)
+    job = EncodeJob(str(tokenizer), eod, text_field, seed, work, threads, tuple(kept), format)
     split = Split(held_out, longest, deduplicate)
     # How units are cut may change with the version; what another one has left is not gone on with.
-    identity = _identity(job, files, info, split, shard_tokens) | {"units": len(units)}
-    if (report := _begin(folder, identity)) is not None:
-        return report
-    with byte_bars(quiet) as progress:
+    identity = identity_of(job, files, info, split, shard_tokens) | {"units": len(units)}
+    if (made := begin_job(folder, identity)) is not None:
+        return TokenizeReport(**made | {"output": str(folder), "loss": Loss(**made["loss"])})
+    with released_if_refused(folder), byte_bars(quiet) as progress:
         results = _encode_all(job, units, workers, progress, max_bad_fraction)
         bad = _quarantine(folder, len(units))
         documents = sum(result.documents for result in results)
-        _refuse_bad(folder, documents, bad, max_bad_fraction)
+        loss = sum((result.loss for result in results), Loss())
+        refuse_nothing(documents, bad, loss)
+        refuse_loss(bad, loss, max_bad_fraction, str(folder / QUARANTINE))
         command = _command(inputs, tokenizer, job, split, shard_tokens, pattern)
-        sources = [_source(given, pattern, folder) for given in inputs]
+        sources = [source.entry() for source in found.sources]
         parts = ["train"] + ["held_out"] * (held_out > 0) + ["held_out_long"] * (longest > 0)
         merged = folder / WORK / "merged"
         shutil.rmtree(merged, ignore_errors=True)
@@ -124,7 +139,7 @@ def tokenize(
         )
         merge.run()
         manifests = {part: writer.close() for part, writer in writers.items()}
-    split.refuse_empty(manifests)
+        merge.refuse_empty_parts(manifests)
     report = TokenizeReport(
         output=str(folder),
         documents={part: manifest.documents for part, manifest in manifests.items()},
@@ -132,6 +147,7 @@ def tokenize(
         bad=bad,
         duplicates=merge.duplicates,
         kept={name: sum(result.kept.get(name, 0) for result in results) for name in kept},
+        loss=loss,
     )
     _publish(folder, parts, identity, report)
     return report
@@ -158,18 +174,22 @@ def _encode_all(
     progress: Progress,
     max_bad_fraction: float,
 ) -> list[UnitResult]:
-    task = progress.add_task("tokenize", total=sum(unit.bytes for unit in units), tokens="")
+    total = sum(unit.bytes for unit in units)
+    on_disk = sum(unit.bytes for unit in units if not unit.of_rows)
+    task = progress.add_task("tokenize", total=total, tokens="")
     results = []
+    loss = Loss()
     bad: Counter[str] = Counter()
-    documents = tokens = 0
+    tokens = 0
     for result in _results(job, units, workers):
         results.append(result)
         bad.update(result.bad)
-        documents += result.documents
         tokens += result.tokens
         progress.update(task, advance=result.bytes, tokens=f"{tokens / 1e6:,.1f} M tokens")
-        if documents + bad.total() >= ENOUGH_TO_JUDGE:
-            _refuse_bad(Path(job.folder), documents, bad, max_bad_fraction)
+        loss += result.loss
+        if len(results) < len(units) and loss.is_sure_to_exceed(max_bad_fraction, on_disk):
+            so_far = replace(loss, bytes=max(loss.bytes, on_disk))
+            refuse_loss(bad, so_far, max_bad_fraction, f"{job.folder}/unit-*.bad", so_far=True)
     return sorted(results, key=lambda result: result.number)
 
 
@@ -207,42 +227,6 @@ def _begin_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> TokenizeReport | None:
-    """Makes the work folder, or goes on with the one of the same job; what it made, if finished."""
-    work, finished = folder / WORK, folder / JOB
-    if finished.exists() and (value := json.loads(finished.read_text()))["job"] == identity:
-        report = TokenizeReport(**value["report"] | {"output": str(folder)})
-        if all((folder / part / MANIFEST_NAME).exists() for part in report.tokens):
-            shutil.rmtree(work, ignore_errors=True)
-            return report
-    job_file = work / JOB
-    if job_file.exists():
-        if json.loads(job_file.read_text()) != identity:
-            raise DataError(
-                f"{folder} holds an unfinished job with other inputs or options. "
-                "Call it with the same ones, or remove the folder."
-            )
-        return None
-    if folder.exists() and any(entry.name != WORK for entry in folder.iterdir()):
-        raise DataError(f"{folder} is not empty. Name a new folder, or remove this one.")
-    work.mkdir(parents=True, exist_ok=True)
-    write_durably(job_file, json.dumps(identity).encode())
-    return None
-
-
-def _identity(
-    job: EncodeJob, files: Sequence[Path], info: TokenizerInfo, split: Split, shard_tokens: int
-) -> dict[str, Any]:
-    listed = [
-        [str(file)] if is_hub(file) else [str(file), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
-    ]
-    value = asdict(job) | asdict(info) | asdict(split)
-    del value["folder"], value["threads"]
-    value["kept"] = list(job.kept)
-    return value | {"files": listed, "shard_tokens": shard_tokens}
-
-
 def _quarantine(folder: Path, units: int) -> dict[str, int]:
     """Joins the units' lists of what was bad into one file; counts by reason."""
     reasons: Counter[str] = Counter()
@@ -256,25 +240,6 @@ def _quarantine(folder: Path, units: int) -> dict[str, int]:
     if not reasons:
         path.unlink()
     return dict(sorted(reasons.items()))
-
-
-def _refuse_bad(
-    folder: Path, documents: int, bad: Mapping[str, int], max_bad_fraction: float
-) -> None:
-    count = sum(bad.values())
-    reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items()) or "none bad"
-    if documents == 0:
-        raise DataError(f"the inputs hold no document ({reasons}). Check --field and the files.")
-    if count > max_bad_fraction * (documents + count):
-        raise DataError(
-            f"{count} of {documents + count} documents are bad ({reasons}), more than "
-            f"max_bad_fraction={max_bad_fraction}. See {_listing(folder)}, or raise the limit: the "
-            "same command then goes on."
-        )
-
-
-def _listing(folder: Path) -> Path:
-    return folder / ("unit-*.bad" if folder.name == WORK else QUARANTINE)
 
 
 def _command(
@@ -291,24 +256,6 @@ def _command(
     words += ["--seed", str(job.seed), "--field", job.text_field, "--glob", pattern]
     words += ["--shard-tokens", str(shard_tokens)] + (["--eod", job.eod] if job.eod else [])
     words += ["--deduplicate"] * split.deduplicate
+    words += ["--format", job.format] if job.format != "auto" else []
     words += [word for name in job.kept for word in ("--keep", name)]
     return shlex.join(words)
-
-
-def _files(inputs: Sequence[str | Path], pattern: str, output: Path) -> list[Path]:
-    """The files of the inputs; what is written is no input, also where it lies among them."""
-    written = output.absolute()
-    return [
-        file
-        for file in list_files(inputs, pattern)
-        if is_hub(file) or not file.absolute().is_relative_to(written)
-    ]
-
-
-def _source(given: str | Path, pattern: str, output: Path) -> dict[str, Any]:
-    files = _files([given], pattern, output)
-    return {
-        "path": str(given),
-        "files": len(files),
-        "bytes": sum(map(size_of, files)),
-    }

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.inputs import cut_units, list_files
+from data_prep.items import Fields
+from data_prep.survey import Tell, silent, survey
 from data_prep.vocabulary import sampled_texts
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,17 +50,20 @@ def report(
     sample_bytes: int = 16 * 2**20,
     seed: int = 0,
     text_field: str = "text",
+    format: str = "auto",
     pattern: str = "**/*",
+    tell: Tell = silent,
 ) -> tuple[list[SourceReport], Counter[int]]:
     """Counts for each input, on about `sample_bytes` of it, and how often each id was used."""
     tokenizer = load_tokenizer(tokenizer_path, eod)
     other = load_tokenizer(against) if against else None
     used: Counter[int] = Counter()
     found = []
-    for given in inputs:
-        units = list(cut_units(list_files([given], pattern)))
+    fields = Fields(text_field, format=format)
+    looked = survey(inputs, pattern, fields, tell=tell)
+    for given, units in zip(inputs, looked.units(), strict=True):
         source = SourceReport(str(given))
-        texts = sampled_texts([units], None, sample_bytes, seed, text_field)
+        texts = sampled_texts([units], None, sample_bytes, seed, fields, tell)
         for batch in _batches(texts):
             _count(source, batch, tokenizer, other, used)
         found.append(source)

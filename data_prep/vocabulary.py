@@ -1,15 +1,18 @@
 """Training a tokenizer on the same inputs that `tokenize` reads."""
 
-import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Literal
 
 from data_prep.documents import BadText, Document, Item, LongDocument, read_unit
-from data_prep.inputs import Fields, Unit, cut_units, list_files
+from data_prep.inputs import Unit
+from data_prep.items import EMPTY, Fields
+from data_prep.survey import Tell, silent, survey
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError
@@ -29,11 +32,13 @@ def train_tokenizer(
     sample_bytes: int = SAMPLE_BYTES,
     seed: int = 0,
     text_field: str = "text",
+    format: str = "auto",
     pattern: str = "**/*",
     special_tokens: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     digits_apart: bool = True,
     space_runs: bool = True,
+    tell: Tell = silent,
 ) -> TokenizerInfo:
     """Trains on about `sample_bytes` of documents chosen by keyed hash; writes the model file.
 
@@ -57,9 +62,10 @@ def train_tokenizer(
             f"{', '.join(f'{weight:g}' for weight in weights)}). Give each input a "
             "positive one, in their order, or none."
         )
-    sources = [list(cut_units(list_files([given], pattern))) for given in inputs]
+    fields = Fields(text_field, format=format)
+    found = survey(inputs, pattern, fields, tell=tell)
     model = train_sentencepiece(
-        sampled_texts(sources, weights, sample_bytes, seed, text_field),
+        sampled_texts(found.units(), weights, sample_bytes, seed, fields, tell),
         vocab_size=vocab_size,
         kind=kind,
         special_tokens=special_tokens,
@@ -76,13 +82,15 @@ def sampled_texts(
     weights: Sequence[float] | None,
     sample_bytes: int,
     seed: int,
-    text_field: str,
+    fields: Fields,
+    tell: Tell = silent,
 ) -> Iterator[str]:
     """About `sample_bytes` of documents, shared among the sources by weight (default: by size).
 
     A source with less than its share gives all it has. Where a source has much more, units of it
     are looked at in an order keyed by the seed until its share is full, LOOK_SHARE times as much
-    text or LOOK_BYTES: a corpus is not read whole for a sample.
+    text or LOOK_BYTES: a corpus is not read whole for a sample. `tell` is told what of it could not
+    be read.
     """
     shares = weights or [sum(unit.bytes for unit in units) for units in sources]
     for number, (units, share) in enumerate(zip(sources, shares, strict=True)):
@@ -90,25 +98,45 @@ def sampled_texts(
         looked = min(sum(unit.bytes for unit in units), max(LOOK_SHARE * quota, LOOK_BYTES))
         limit = int(min(1.0, SPARE * quota / max(1, looked)) * 2**64)
         order = sorted(range(len(units)), key=lambda index: _draw(seed, f"{number} {index}"))
-        left = quota
-        for item in chain.from_iterable(
-            read_unit(units[index], Fields(text_field)) for index in order
-        ):
-            for text in _texts(item):
+        left, seen = quota, _Seen()
+        for item in chain.from_iterable(read_unit(units[index], fields) for index in order):
+            for text in seen.texts(item):
                 if left > 0 and _draw(seed, text) < limit:
                     left -= len(text.encode())
                     yield text
             if left <= 0:
                 break
+        if seen.bad:
+            lost = seen.lost / seen.size if seen.size else 0.0
+            reasons = ", ".join(f"{count:,} {why}" for why, count in seen.bad.items())
+            tell(f"input {number + 1}: {lost:.2%} of what was looked at is lost ({reasons})")
 
 
-def _texts(item: Item) -> Iterator[str]:
-    """A document, or the pieces of a long one up to where it breaks."""
-    if isinstance(item, Document):
-        yield item.text
-    elif isinstance(item, LongDocument):
-        with contextlib.suppress(BadText):
-            yield from item.pieces
+@dataclass
+class _Seen:
+    """What the items were that were looked at, and how much was lost with bad ones."""
+
+    size: float = 0.0
+    lost: float = 0.0
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def texts(self, item: Item) -> Iterator[str]:
+        """A document, or the pieces of a long one up to where it breaks."""
+        self.size += item.size
+        if isinstance(item, Document):
+            yield item.text
+        elif isinstance(item, LongDocument):
+            try:
+                yield from item.pieces
+            except BadText as error:
+                self._left_out(str(error), item.size)
+        else:
+            self._left_out(item.reason, item.size)
+
+    def _left_out(self, reason: str, size: float) -> None:
+        if reason != EMPTY:
+            self.bad[reason] += 1
+            self.lost += size
 
 
 def _draw(seed: int, text: str) -> int:

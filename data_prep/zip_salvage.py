@@ -46,7 +46,8 @@ def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
 
 
 class SalvagedZip:
-    """As a ZipFile that is read: `infolist`, `open`. `end`: behind the last member found.
+    """As a ZipFile that is read: `infolist`, `open`. `end`: behind the last member found; `lost`:
+    bytes that belong to no member, nor to what is left of the directory.
 
     What is found may still be broken; as of any .zip, that shows when a member is read to its end.
     """
@@ -58,9 +59,13 @@ class SalvagedZip:
         self.end = 0
         with open(path, "rb") as file:
             size = file.seek(0, 2)
-            at = _find(file, 0, size)
+            self.lost = at = _find(file, 0, size)
             while at < size:
                 at = self._add(file, at, size)
+                self.lost += at - self.end
+            file.seek(self.end)
+            if file.read(4) in FOLLOWING:
+                self.lost -= size - self.end
 
     def infolist(self) -> list[zipfile.ZipInfo]:
         """The members, as they lie in the file."""
@@ -77,6 +82,7 @@ class SalvagedZip:
         file.seek(at)
         raw = file.read(LOCAL.size)
         if len(raw) < LOCAL.size:
+            self.end = at
             return size
         _, _, flags, method, _, _, crc, packed, whole, name_bytes, extra_bytes = LOCAL.unpack(raw)
         name = file.read(name_bytes).decode("utf-8" if flags & UTF8 else "cp437", "replace")

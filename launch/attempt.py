@@ -1,7 +1,9 @@
 """`Attempt`: one start of a job's ranks, as its batch process knows it."""
 
 import contextlib
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +41,13 @@ class Attempt:
         return f"{self.number}.{self.restart}"
 
     @property
+    def task(self) -> str:
+        """The job as scontrol must name it: the number of an array's last task is that of the whole
+        array, and would put every other task back too."""
+        array = self.environment.get("SLURM_ARRAY_JOB_ID")
+        return f"{array}_{self.environment['SLURM_ARRAY_TASK_ID']}" if array else self.number
+
+    @property
     def logs(self) -> Path:
         """Where this attempt's logs are."""
         return self.run / "logs" / self.name
@@ -47,7 +56,10 @@ class Attempt:
     def superseded(self) -> bool:
         """Whether a later one has begun: this node was silent for long, Slurm took it for dead and
         went on elsewhere. Then the run's files and the job's steps are that one's."""
-        newest = attempts(self.run)[-1:]
+        try:
+            newest = attempts(self.run)[-1:]
+        except OSError:  # a file system that stumbles says nothing
+            return False
         return any((one.job, one.attempt) != (self.number, self.restart) for one in newest)
 
     def beats(self) -> dict[int, Beat]:
@@ -55,12 +67,22 @@ class Attempt:
         return read_beats(self.run, self.name)
 
     def tell(self, message: str) -> None:
-        """One line in the batch log."""
-        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
+        """One line in the batch log. That may lie on a full disk, and costs nothing but itself."""
+        try:
+            print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else Python itself ends with 120)
 
     def record(self, event: str, **facts: Any) -> None:
         """One line in the run's records, with the job's number."""
         record(self.run, event, job=self.number, **facts)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """The same, of what is only told: a full disk must not end ranks that compute."""
+        try:
+            self.record(event, **facts)
+        except OSError as error:
+            self.tell(f"{event} could not be recorded ({error.strerror})")
 
     def step(self, nodes: Sequence[str]) -> dict[str, str]:
         """The environment of a step on `nodes`."""

@@ -40,7 +40,7 @@ def stop(run_directory: Path) -> str:
     running = [one for one in found if one.state == "RUNNING"]
     for one in running:
         with contextlib.suppress(SlurmError):  # the file alone does it too, at the next step
-            slurm.warn(one.job)
+            slurm.warn(one.task)
     if running:
         return (
             f"job {running[0].task} saves and ends; see: megahybrid launch status {run_directory}"
@@ -93,12 +93,13 @@ def requeue(run_directory: Path) -> str:
     running = [one for one in found if one.state == "RUNNING"]
     pending = [one for one in found if one.state == "PENDING"]
     if running:
-        slurm.warn(running[0].job)
+        record(run_directory, "requeue", job=running[0].job)  # the counts begin anew
+        slurm.warn(running[0].task)
         return f"job {running[0].task} saves and starts again"
     if pending:
         # In the second of its requeue a job has no valid credentials, and a start then ends it.
         start = f"StartTime=now+{SETTLE_SECONDS}"
-        slurm.call("scontrol", "update", f"JobId={pending[0].job}", start)
+        slurm.call("scontrol", "update", f"JobId={pending[0].task}", start)
         return f"job {pending[0].task} may start in {SETTLE_SECONDS} s"
     if found:
         raise ConfigError(

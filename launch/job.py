@@ -7,6 +7,7 @@ from megahybrid.config.site import JobName, Line, Site
 
 FOLDER = "slurm"  # in the run's directory: scripts, jobs, attempts
 DONE = "DONE"  # in FOLDER: the run is complete, no further attempt is wanted
+BEGAN = "began"  # in an attempt's logs: its batch process was started
 DECIDED = "decided"  # in an attempt's logs: its batch process ended as it wanted to
 UNDECIDED = "undecided"  # in FOLDER: a line for each end of a batch process since one began well
 STOP_NOW = "stop-now"  # in the run's directory: save, then end, and do not come back
@@ -29,6 +30,10 @@ class Job(Frozen):
     chain: int = 1  # jobs in a row
     array: int | None = None  # the chain as an array of so many
     lead_seconds: int  # between Slurm's warning and the time limit
+    # In place of the submitter's environment, which does not ride along.
+    programs: tuple[Line, ...] = ()  # folders first on PATH: of the python that submitted
+    slurm_programs: Line | None = None  # the folder of Slurm's commands, last on PATH
+    python_path: Line | None = None  # where the code is, if only PYTHONPATH said so
     train: tuple[Line, ...] = ("-m", "megahybrid", "train")  # what a rank runs on the run file
 
     @property

@@ -1,9 +1,10 @@
 """What comes after an attempt: pure functions of how it ended and of what happened before."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from launch.interruption import Interruption
 from launch.records import AttemptRecord
 from megahybrid.config.site import Caps
 from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
@@ -27,6 +28,12 @@ def first_ended(srun_log: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2].strip()) if found else None
 
 
+def task_ends(srun_log: str) -> dict[str, str]:
+    """How srun says that the tasks of a node ended: Killed, Exited with exit code 127."""
+    found = re.findall(r"^srun: error: (\S+): tasks? [\d,-]+: (.+)$", srun_log, re.MULTILINE)
+    return {node: how.strip() for node, how in reversed(found)}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How the ranks of an attempt ended."""
@@ -34,6 +41,7 @@ class Outcome:
     code: int
     reason: str
     node: str | None = None  # where it began, if that is known
+    interruption: Interruption | None = None  # what Slurm or an operator did to it
 
 
 @dataclass(frozen=True)
@@ -100,21 +108,34 @@ def _failure(code: int) -> int:
     return code if code not in (0, EXIT_USER_MISTAKE, EXIT_RESUME, EXIT_DO_NOT_RESTART) else 137
 
 
+def interrupted(ended: Outcome, how: Interruption | None) -> Outcome:
+    """The outcome of an attempt to which Slurm did `how`. Whatever its ranks died of, the run is to
+    be resumed: a TERM can kill a rank that has no handler yet, its data workers, the nodes' check.
+    What is certain stays: done, the user's mistake, do not restart."""
+    if how is None or ended.code in (EXIT_DONE, EXIT_USER_MISTAKE, EXIT_DO_NOT_RESTART):
+        return ended
+    if ended.reason.startswith(how):
+        return replace(ended, interruption=how)
+    if ended.code == EXIT_RESUME:
+        return replace(ended, reason=f"{ended.reason}: {how}", interruption=how)
+    code = ended.code if how.counts else EXIT_RESUME
+    return replace(ended, code=code, reason=f"{how} ({ended.reason})", interruption=how)
+
+
 def decide(
     ended: Outcome,
     history: Sequence[AttemptRecord],
     caps: Caps,
     *,
     by_user: str | None = None,
-    ended_by_slurm: bool = False,
     time_is_up: bool = False,
     next_waits: bool = False,
 ) -> Decision:
     """What comes after `ended`; `history` holds this submission's attempts, this one the last.
 
     `by_user`: "stopped" or "cancelled", where a person wanted that. `next_waits`: another job of
-    the chain takes over. An attempt that left a newer checkpoint is never counted against a run:
-    over weeks every run has many failures.
+    the chain takes over. An attempt that left a newer checkpoint is never counted against a run
+    (over weeks every run has many failures), nor is one that Slurm interrupted.
     """
     code = ended.code
     if code == EXIT_DONE:
@@ -123,8 +144,14 @@ def decide(
         return Decision(False, True, code, f"not tried again: {ended.reason}")
     if code == EXIT_DO_NOT_RESTART:
         return Decision(False, True, code, f"not to be restarted: {ended.reason}")
+    if by_user == "cancelled":  # the same, whatever the ranks were doing when they were ended
+        return Decision(False, True, EXIT_RESUME, "cancelled on request")
     if by_user:
         return Decision(False, True, code, f"{by_user} on request")
+    if ended.interruption is Interruption.CANCELLED:
+        return Decision(False, False, EXIT_RESUME, ended.interruption)
+    if ended.interruption is not None and not ended.interruption.counts:
+        return Decision(True, False, code, ended.reason)
     idle = _in_a_row(history, lambda attempt: True)
     if idle >= caps.without_checkpoint:
         return Decision(
@@ -135,7 +162,7 @@ def decide(
             f"{caps.without_checkpoint}); the last: {ended.reason}",
         )
     failures = _in_a_row(history, lambda attempt: attempt.failed)
-    if code != EXIT_RESUME and not ended_by_slurm and failures >= caps.failures_in_a_row:
+    if code != EXIT_RESUME and failures >= caps.failures_in_a_row:
         return Decision(
             False,
             True,
@@ -148,10 +175,21 @@ def decide(
     return Decision(True, False, code, ended.reason)
 
 
-def _in_a_row(history: Sequence[AttemptRecord], counts) -> int:  # type: ignore[no-untyped-def]
+def lost_in_a_row(history: Sequence[AttemptRecord]) -> int:
+    """How many attempts before this one ended without a word and without a checkpoint: nobody was
+    left to count them."""
+    return _in_a_row(history, lambda attempt: attempt.code is None)
+
+
+def _in_a_row(history: Sequence[AttemptRecord], which: Callable[[AttemptRecord], bool]) -> int:
+    """The newest attempts of which that is true; what Slurm did is passed over."""
     number = 0
     for attempt in reversed(history):
-        if attempt.progressed or not counts(attempt):
+        if attempt.progressed:
+            break
+        if not attempt.counts:
+            continue
+        if not which(attempt):
             break
         number += 1
     return number

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.interruption import LIMIT_SLACK_SECONDS, Interruption
 from launch.job import FOLDER
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME
 
@@ -35,11 +36,17 @@ class AttemptRecord:
     checkpoint: int | None = None
     reason: str = ""
     checkpoint_before: int | None = None
+    interruption: Interruption | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the caps may count it: what Slurm did to it is no failure of the run."""
+        return self.interruption is None or self.interruption.counts
 
     @property
     def failed(self) -> bool:
         """Neither done nor stopped in order; an attempt nobody ended counts as lost."""
-        return self.code not in (EXIT_DONE, EXIT_RESUME)
+        return self.counts and self.code not in (EXIT_DONE, EXIT_RESUME)
 
     @property
     def progressed(self) -> bool:
@@ -65,6 +72,8 @@ def record(run_directory: Path, event: str, **facts: Any) -> None:
             line = "\n" + line
         os.write(descriptor, line.encode())
         os.fsync(descriptor)
+    except OSError as error:  # from a descriptor it does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -80,11 +89,12 @@ def read_records(run_directory: Path) -> list[dict[str, Any]]:
 
 
 def attempts(run_directory: Path, *, since_submit: bool = False) -> list[AttemptRecord]:
-    """The attempts in their order; `since_submit`: of the last submission by hand alone."""
+    """The attempts in their order; `since_submit`: those that began after the last submission or
+    requeue by hand."""
     found: list[AttemptRecord] = []
     for line in read_records(run_directory):
         match line.get("event"):
-            case "submit" if since_submit:
+            case "submit" | "requeue" if since_submit:
                 found = []
             case "start":
                 found.append(
@@ -96,18 +106,36 @@ def attempts(run_directory: Path, *, since_submit: bool = False) -> list[Attempt
                         checkpoint_before=line["checkpoint"],
                     )
                 )
-            case "end":
+            case "signal" | "interrupted" | "end":
                 for one in found:
                     if (one.job, one.attempt) == (line["job"], line["attempt"]):
-                        one.ended, one.code = line["time_unix"], line["code"]
-                        one.step, one.checkpoint = line["step"], line["checkpoint"]
-                        one.reason = line["reason"]
+                        _go_on(one, line)
     # What a lost attempt left is what the next one found.
     for one, following in itertools.pairwise(found):
         if one.code is None:
             one.checkpoint = following.checkpoint_before
             one.reason = one.reason or "lost: nobody was left to write its end"
     return found
+
+
+def _go_on(one: AttemptRecord, line: dict[str, Any]) -> None:
+    """What a later line says of an attempt. TERM says that Slurm ended it, though nobody may have
+    been left to ask why."""
+    match line["event"]:
+        case "signal":
+            left = line.get("seconds_left")
+            at_limit = left is not None and left < LIMIT_SLACK_SECONDS
+            one.interruption = Interruption.TIME_LIMIT if at_limit else Interruption.ENDED
+        case "interrupted":
+            one.interruption = Interruption(line["how"])
+        case "end":
+            one.ended, one.code = line["time_unix"], line["code"]
+            one.step, one.checkpoint = line["step"], line["checkpoint"]
+            one.reason = line["reason"]
+            how = line.get("interruption")
+            one.interruption = None if how is None else Interruption(how)
+            return
+    one.reason = f"{one.interruption}, before its end was written"
 
 
 def jobs(run_directory: Path) -> list[str]:

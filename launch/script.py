@@ -4,29 +4,46 @@ The script asks for nodes, prepares a shell and starts `python -m launch.supervi
 the ranks, watches them and decides what comes next: shell traps that call programs were aborted by
 two signals at once, a Python process is not. The shell hands signals on, and puts the job back into
 the queue where that process was killed or could not be started.
+
+The submitter's environment does not ride along: a job that starts again in a week must not depend
+on what somebody had set once. Slurm gives the login environment of the node; the script adds where
+the submitting python, its code and Slurm's commands are, then what the site file says.
 """
 
 import shlex
 
-from launch.job import DECIDED, FOLDER, UNDECIDED, Job
+from launch.job import BEGAN, DECIDED, FOLDER, UNDECIDED, Job
+from megahybrid.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER_MISTAKE
 
 # Slurm signals the batch shell alone. That its process left the file DECIDED says that its code was
-# its own decision.
+# its own decision, and BEGAN that this node could start it. Where neither can be written the
+# process says so by a code of its own, having put the job back itself.
 _ENDING = f"""\
-decided=$logs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}/{DECIDED}
+attempt=$logs/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
+task=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+task=${{task:-$SLURM_JOB_ID}}
 supervisor= ended=
 finish() {{
   code=$?
+  set +e
   trap '' USR1 TERM  # a requeue ends what is left of this shell
-  case $code in 0|2) return ;; esac
-  if [ -z "$ended" ] && [ ! -e "$decided" ]; then
-    why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
-    echo "$why" | tee -a "$undecided"
-    if [ "$(wc -l <"$undecided")" -le 3 ]; then
-      scontrol requeue "$SLURM_JOB_ID" || {{ sleep 60; scontrol requeue "$SLURM_JOB_ID"; }}
-      [ -n "$supervisor" ] ||
-        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$SLURMD_NODENAME"
-    fi
+  case $code in {EXIT_DONE}|{EXIT_USER_MISTAKE}|{EXIT_STORAGE}) return ;; esac
+  if [ -n "$ended" ] || [ -e "$attempt/{DECIDED}" ]; then return; fi
+  why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
+  [ -e "$attempt/{BEGAN}" ] ||
+    why="the batch process could not be started on $SLURMD_NODENAME (code $code)"
+  echo "$why"
+  if echo "$why" >>"$undecided"; then
+    times=$(wc -l <"$undecided")
+  else
+    times=$((${{SLURM_RESTART_COUNT:-0}} + 1))
+  fi
+  [ "$times" -le 3 ] || return
+  scontrol requeue "$task" || {{ sleep 60; scontrol requeue "$task"; }}
+  if [ ! -e "$attempt/{BEGAN}" ]; then
+    # Beside the nodes that the job was kept off before.
+    others=$(scontrol -o show job "$task" | sed -n 's/.* ExcNodeList=\\([^ (]*\\).*/\\1/p')
+    scontrol update "JobId=$task" "ExcNodeList=${{others:+$others,}}$SLURMD_NODENAME"
   fi
 }}
 trap finish EXIT
@@ -50,12 +67,12 @@ def batch_script(job: Job) -> str:
         "# not start it) the job goes back into the queue, three times in a row at most.",
         f"logs={shlex.quote(f'{job.run_directory}/logs')}",
         f"undecided={shlex.quote(f'{job.run_directory}/{FOLDER}/{UNDECIDED}')}",
-        f"excluded={shlex.quote(','.join([*job.exclude, '']))}",
         *_ENDING.splitlines(),
         # Without -u: modules and conda read variables that are not set.
         "set -eo pipefail",
         'ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"',
         "ulimit -c 0",
+        *_environment(job),
     ]
     if site.modules:
         # A batch shell is no login shell and may not know them yet.
@@ -77,6 +94,22 @@ def batch_script(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _environment(job: Job) -> list[str]:
+    """What stands in for the submitter's environment; modules, variables and shell lines of the
+    site come after it and win."""
+    first = "".join(f"{shlex.quote(folder)}:" for folder in job.programs)
+    last = f":{shlex.quote(job.slurm_programs)}" if job.slurm_programs else ""
+    lines = [
+        '[ -n "$HOME" ] || export HOME=~',
+        # Else a step that the site's own lines start would see nothing of this environment.
+        "unset SLURM_EXPORT_ENV SLURM_GET_USER_ENV",
+        f'export PATH={first}"${{PATH:-/usr/local/bin:/usr/bin:/bin}}"{last}',
+    ]
+    if job.python_path:
+        lines.append(f"export PYTHONPATH={shlex.quote(job.python_path)}")
+    return lines
+
+
 def directives(job: Job) -> list[str]:
     """The options of sbatch, quoted for the lines of a script (its own rules, not the shell's)."""
     site = job.site
@@ -94,6 +127,8 @@ def directives(job: Job) -> list[str]:
         *_gpus(job),
         ("--mem", site.memory),
         ("--time", site.time_limit),
+        ("--export", "NONE"),
+        ("--chdir", job.work_directory),
         ("--signal", f"B:USR1@{job.lead_seconds}"),
         ("--output", log),
         ("--open-mode", "append"),

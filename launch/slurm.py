@@ -79,13 +79,31 @@ class Queued:
     left: str  # until the time limit, as Slurm writes it
     task: str  # as scancel names it: 12, or 12_3 of an array
     name: str
+    restarts: int | None = None  # how often it was put back; None where that is not known
 
 
 def queue() -> dict[str, Queued]:
     """This user's jobs by number; ended ones leave it after some minutes, or at once."""
     text = call("squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%A|%F|%T|%r|%N|%L|%i|%j")
     rows = [line.split("|", 7) for line in text.splitlines()]
-    return {row[0]: Queued(*row) for row in rows if len(row) == 8}
+    restarts = _restarts() if rows else {}
+    found = {}
+    for job, array, state, reason, nodes, left, task, name in (
+        row for row in rows if len(row) == 8
+    ):
+        known = restarts.get(job)
+        state = "RUNNING" if state == "SIGNALING" else state  # what it is while a signal travels
+        found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
+    return found
+
+
+def _restarts() -> dict[str, int]:
+    """By job; squeue's short options do not know them."""
+    words = ("-h", "-r", "-u", str(os.getuid()), "-O", "JobID:20,RestartCnt:20")
+    rows: list[list[str]] = []
+    with contextlib.suppress(SlurmError):
+        rows = [line.split() for line in call("squeue", *words).splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
 
 def sbatch(script: str) -> str:

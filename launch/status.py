@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch import slurm
@@ -45,7 +45,7 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     active = next((one for one in found if one.state not in ("PENDING",)), None)
     pending = [one for one in found if one.state == "PENDING"]
     if active is not None:
-        return _running(run_directory, active, last, len(pending))
+        return _running(run_directory, active, history, len(pending))
     verdict, undecided = _verdict(run_directory), _undecided(run_directory)
     if pending:
         first = pending[0]
@@ -82,12 +82,16 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     return f"{run_directory.name}: {state} ({ended}){_progress(run_directory)}{where}"
 
 
-def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -> str:
+def _running(run: Path, job: Queued, history: Sequence[AttemptRecord], waiting: int) -> str:
     parts = [f"{run.name}: {job.state} job {job.task}"]
-    if last is not None and last.job == job.job and not last.ended:
-        parts.append(f"try {last.attempt + 1}")
-    parts.append(job.nodes)
+    last = history[-1] if history else None
     going = last is not None and last.job == job.job and not last.ended
+    if going and last and job.restarts is not None and job.state == "RUNNING":
+        going = last.attempt == job.restarts  # else it has begun again, and recorded nothing yet
+    number = last.attempt if going and last else job.restarts
+    if number is not None and (going or job.state == "RUNNING"):
+        parts.append(f"try {number + 1}")
+    parts.append(job.nodes)
     beats = read_beats(run, f"{last.job}.{last.attempt}") if last and going else {}
     line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
     parts += _phase(run, beats) if going or job.state != "COMPLETING" else ["ending"]
@@ -98,7 +102,7 @@ def _running(run: Path, job: Queued, last: AttemptRecord | None, waiting: int) -
     checkpoint = newest_checkpoint(run)
     parts.append(f"ckpt {checkpoint}" if checkpoint is not None else "no ckpt")
     parts.append(f"left {job.left}")
-    parts += _trouble(run, beats, waiting)
+    parts += _trouble(run, beats, waiting, history[:-1] if going else history)
     return " ".join(part for part in parts if part)
 
 
@@ -120,7 +124,9 @@ def _ages(run: Path, beats: Mapping[int, Beat]) -> dict[int, float]:
     return ages
 
 
-def _trouble(run: Path, beats: Mapping[int, Beat], waiting: int) -> list[str]:
+def _trouble(
+    run: Path, beats: Mapping[int, Beat], waiting: int, before: Sequence[AttemptRecord]
+) -> list[str]:
     parts = []
     ratio = 1.3
     with contextlib.suppress(OSError, ValueError):
@@ -142,9 +148,12 @@ def _trouble(run: Path, beats: Mapping[int, Beat], waiting: int) -> list[str]:
         parts.append("| stopping")
     if (run / SAVE_NOW).exists():
         parts.append("| a save is asked for")
-    failures = sum(attempt.failed for attempt in attempts(run)[:-1])
+    failures = sum(attempt.failed for attempt in before)
     if failures:
         parts.append(f"| {failures} failed before")
+    sent_away = sum(not attempt.counts for attempt in before)
+    if sent_away:
+        parts.append(f"| {sent_away} interrupted by Slurm before")
     if waiting:
         parts.append(f"| +{waiting} in the chain")
     return parts

@@ -17,6 +17,8 @@ _OF_THE_JOB = (
     "SLURM_CPUS_PER_TASK",
     "SLURM_EXCLUDE",
     "SLURM_MEM_PER_NODE",
+    "SLURM_EXPORT_ENV",  # of the job: its steps see the whole of its environment
+    "SLURM_GET_USER_ENV",
 )
 
 

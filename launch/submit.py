@@ -1,7 +1,9 @@
 """`megahybrid launch submit`: check, write the script and all it needs, hand it to sbatch."""
 
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from megahybrid.config.base import parse
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
 from megahybrid.heartbeat import write_whole
+
+_SYSTEM = (Path("/usr/bin"), Path("/bin"))  # on every PATH, and not to be put before others
 
 
 def plan(
@@ -67,6 +71,7 @@ def plan(
         "chain": 1 if array else chain,
         "array": chain if array else None,
         "lead_seconds": lead,
+        **_environment(),
     }
     return parse(Job, job), run
 
@@ -133,6 +138,18 @@ def _refuse_missing(run: RunConfig) -> None:
                     f"{os.getcwd()}). Prepare the data, correct the path, or submit from the "
                     "folder it is relative to."
                 )
+
+
+def _environment() -> dict[str, object]:
+    """Where a job finds the python that submits it, this code and Slurm's commands."""
+    python, sbatch = Path(sys.executable).parent, shutil.which("sbatch")
+    code = Path(__file__).resolve().parents[1]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {
+        "programs": () if python in _SYSTEM else (str(python),),
+        "slurm_programs": str(Path(sbatch).absolute().parent) if sbatch else None,
+        "python_path": str(code) if any(x and Path(x).resolve() == code for x in named) else None,
+    }
 
 
 def _commit() -> str:

@@ -7,35 +7,47 @@ attempts.jsonl and in the batch log.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch import slurm
 from launch.attempt import Attempt
+from launch.events import JobEvents, Stopped, user_stop
 from launch.fit_nodes import fit_nodes
-from launch.job import DECIDED, DONE, FOLDER, STOP_NOW, UNDECIDED, Job, read_job
-from launch.policy import Decision, Outcome, decide, first_ended, outcome
-from launch.records import attempts, jobs, ledger_tail, newest_checkpoint
+from launch.interruption import Interruption, put_back
+from launch.job import BEGAN, DECIDED, DONE, FOLDER, STOP_NOW, UNDECIDED, Job, read_job
+from launch.policy import (
+    Decision,
+    Outcome,
+    decide,
+    first_ended,
+    interrupted,
+    lost_in_a_row,
+    outcome,
+)
+from launch.records import AttemptRecord, attempts, jobs, ledger_tail, newest_checkpoint
 from launch.slurm import SlurmError
 from launch.step import hostfile, hostfile_text, train_step
-from launch.watch import RankWatch, user_stop
+from launch.watch import RankWatch
 from megahybrid.errors import (
     EXIT_DO_NOT_RESTART,
     EXIT_DONE,
     EXIT_RESUME,
+    EXIT_STORAGE,
     EXIT_USER_MISTAKE,
     MegahybridError,
+    StorageError,
+    from_os_error,
 )
 from megahybrid.heartbeat import clear, remove_empty_stacks
 
 LOCK = "owner.lock"
-_ILL = ("down", "drain", "fail")  # in the words of a node's state
 
 
 class Supervisor:
@@ -46,19 +58,30 @@ class Supervisor:
         self.attempt = Attempt(job, environment["SLURM_JOB_ID"], restart, environment)
         self.job, self.run, self.number = job, job.directory, self.attempt.number
         self.tell = self.attempt.tell
-        self.signals: list[str] = []  # what Slurm or a person sent us
-        self.watch = RankWatch(self.attempt, self.signals)
+        self.events = JobEvents(self.attempt)
+        self.watch = RankWatch(self.attempt, self.events)
 
     def go(self) -> int:
-        """The attempt, from its first look to its exit code."""
-        code = self._go()
-        self.attempt.logs.mkdir(parents=True, exist_ok=True)
-        (self.attempt.logs / DECIDED).touch()
+        """The attempt, from its first look to its exit code. Where its own files cannot be written
+        that is one line and 74, and the job is put back so many times in a row at most."""
+        self.events.listen()
+        try:
+            self._touch(BEGAN)  # the batch script takes a node that gets no further for a bad one
+            code = self._go()
+        except OSError as error:
+            storage = from_os_error(error, began=True)
+            if storage is None:
+                raise
+            return self._without_storage(storage)
+        with contextlib.suppress(OSError):  # the code 74 is known to the script without it
+            self._touch(DECIDED)
         return code
 
+    def _touch(self, name: str) -> None:
+        self.attempt.logs.mkdir(parents=True, exist_ok=True)
+        (self.attempt.logs / name).touch()
+
     def _go(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
         if (self.run / FOLDER / DONE).exists():
             self.tell("the run is complete: nothing to do")
             self._end_chain()
@@ -70,7 +93,6 @@ class Supervisor:
         if (other := self._held_by()) is not None:
             self.tell(f"job {other} is at work in {self.run}: not started beside it")
             return EXIT_USER_MISTAKE
-        self.attempt.logs.mkdir(parents=True, exist_ok=True)
         nodes = slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"])
         self._explain_lost()
         self._release_lock()
@@ -84,21 +106,42 @@ class Supervisor:
             checkpoint=newest_checkpoint(self.run),
         )
         (self.run / FOLDER / UNDECIDED).unlink(missing_ok=True)  # from here on the records count
-        if (idle := self._lost_in_a_row()) is not None:
-            return self._give_up(idle)
+        lost = lost_in_a_row(attempts(self.run, since_submit=True)[:-1])
+        if lost >= self.job.site.caps.without_checkpoint:
+            return self._give_up(lost)
         self.tell(f"job {self.number}, attempt {self.attempt.restart + 1}, on {' '.join(nodes)}")
+        return self._begun(nodes)
+
+    def _begun(self, nodes: Sequence[str]) -> int:
+        """From the recorded start to what comes after its end."""
         try:
-            good, bad = fit_nodes(self.attempt, nodes)
+            self.events.begin()
+            if self.events.signals or self.events.interruption is not None:
+                self.events.check("its batch process started")
+            good, bad = fit_nodes(self.attempt, nodes, self.events)
             if len(good) < self.job.nodes:
                 return self._without_nodes(bad)
+            self.events.check("ranks were about to start")
             ended = self._train(good[: self.job.nodes])
+        except Stopped as stop:
+            ended = Outcome(EXIT_RESUME, str(stop))
         except (OSError, MegahybridError) as error:
-            ended = Outcome(1, f"the launcher failed: {error}")
+            known = from_os_error(error, began=True) if isinstance(error, OSError) else None
+            code = EXIT_STORAGE if isinstance(known, StorageError) else 1
+            ended = Outcome(code, f"the launcher failed: {known or error}")
         return self._after(ended)
 
-    # What Slurm tells us. A handler only notes; the watch acts.
-    def _note(self, number: int, _frame: object) -> None:
-        self.signals.append(signal.Signals(number).name)
+    def _without_storage(self, error: MegahybridError) -> int:
+        """Nothing can be recorded, so that only Slurm's count of restarts tells how often."""
+        before = [one.attempt for one in attempts(self.run) if one.job == self.number]
+        failures = self.attempt.restart - max(before, default=-1)
+        self.tell(str(error))
+        if failures >= self.job.site.caps.failures_in_a_row:
+            cap = f"caps.failures_in_a_row={self.job.site.caps.failures_in_a_row}"
+            self.tell(f"given up: {failures} attempts in a row could record nothing ({cap})")
+            self._end_chain()
+            return error.exit_code
+        return self._requeue(Decision(True, False, error.exit_code, "no room for our records"))
 
     def _held_by(self) -> str | None:
         """Another job, submitted by hand perhaps, whose ranks are at work on this run."""
@@ -109,16 +152,6 @@ class Supervisor:
                     return one.job
         return None
 
-    def _lost_in_a_row(self) -> int | None:
-        """How many attempts ended without a word and without a checkpoint, where that is too many:
-        nobody was left to count them."""
-        history = attempts(self.run, since_submit=True)[:-1]
-        found = itertools.takewhile(
-            lambda one: one.code is None and not one.progressed, reversed(history)
-        )
-        number = sum(1 for _ in found)
-        return number if number >= self.job.site.caps.without_checkpoint else None
-
     def _give_up(self, lost: int) -> int:
         reason = (
             f"no new checkpoint in {lost} attempts whose batch process was lost "
@@ -127,27 +160,24 @@ class Supervisor:
         ended = Outcome(EXIT_DO_NOT_RESTART, reason)
         self._record_end(ended)
         self.tell(f"given up: {reason}")
-        self.attempt.record("verdict", code=ended.code, reason=reason)
+        self.attempt.note("verdict", code=ended.code, reason=reason)
         self._end_chain()
         return ended.code
 
     def _explain_lost(self) -> None:
         """An attempt that wrote no end was lost: say which of its nodes are not well."""
         before = attempts(self.run)
-        if not before or before[-1].code is not None:
+        if not before or before[-1].code is not None or not before[-1].counts:
             return
         for node, state in self._blame(before[-1].nodes).items():
             self.tell(f"the attempt before was lost: {node} is {state}")
 
     def _blame(self, nodes: Sequence[str]) -> dict[str, str]:
         """Those nodes that Slurm says are not well; they are recorded."""
-        with contextlib.suppress(SlurmError):
-            states = slurm.node_states(nodes)
-            ill = {n: s for n, s in states.items() if any(w in s for w in _ILL)}
-            for node, state in ill.items():
-                self.attempt.record("bad_node", node=node, reason=state)
-            return ill
-        return {}
+        ill = self.events.ill_nodes(nodes)
+        for node, state in ill.items():
+            self.attempt.note("bad_node", node=node, reason=state)
+        return ill
 
     def _release_lock(self) -> None:
         """Slurm runs one attempt of a job at a time: what an ended one held is free. From another
@@ -173,8 +203,7 @@ class Supervisor:
             return 1
         ended = Outcome(EXIT_RESUME, f"bad node {names}")
         self._record_end(ended)
-        excluded = sorted({*self.job.exclude, *self.job.site.exclude, *bad})
-        return self._requeue(Decision(True, False, 1, ended.reason), exclude=excluded)
+        return self._requeue(Decision(True, False, 1, ended.reason), exclude=[*bad])
 
     def _train(self, nodes: Sequence[str]) -> Outcome:
         environment = self.attempt.step(nodes)
@@ -191,7 +220,7 @@ class Supervisor:
 
     def _record_end(self, ended: Outcome) -> None:
         step = next((line["step"] for line in ledger_tail(self.run) if "step" in line), None)
-        self.attempt.record(
+        self.attempt.note(
             "end",
             attempt=self.attempt.restart,
             code=ended.code,
@@ -199,6 +228,7 @@ class Supervisor:
             checkpoint=newest_checkpoint(self.run),
             reason=ended.reason,
             node=ended.node,
+            interruption=ended.interruption,
         )
 
     def _after(self, ended: Outcome) -> int:
@@ -206,72 +236,86 @@ class Supervisor:
             self.tell("another attempt has gone on with this run: nothing more is done here")
             return ended.code
         user = user_stop(self.attempt)
-        if ended.code == EXIT_RESUME and (why := self._why_stopped()):
-            ended = Outcome(ended.code, f"{ended.reason}: {why}", ended.node)
+        ended = self._explained(ended, user)
         self._record_end(ended)
         if not user:
-            (self.run / STOP_NOW).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.run / STOP_NOW).unlink(missing_ok=True)
         decision = decide(
             ended,
-            attempts(self.run, since_submit=True),
+            self._history(ended),
             self.job.site.caps,
             by_user=user,
-            ended_by_slurm=self.watch.ended_by_slurm,
             time_is_up=self.watch.time_is_up,
             next_waits=self._next_waits(),
         )
         if decision.again:
             return self._requeue(decision)
         self.tell(f"ended with {decision.exit_code}: {decision.reason}")
-        self.attempt.record("verdict", code=decision.exit_code, reason=decision.reason)
+        self.attempt.note("verdict", code=decision.exit_code, reason=decision.reason)
         if decision.exit_code == EXIT_DONE:
-            (self.run / FOLDER / DONE).write_text(f"job {self.number}\n")
+            with contextlib.suppress(OSError):
+                (self.run / FOLDER / DONE).write_text(f"job {self.number}\n")
         if decision.end_chain:
             self._end_chain()
+        if ended.interruption is Interruption.NODE_LOST:
+            with contextlib.suppress(SlurmError):  # Slurm itself has put the job back
+                slurm.cancel([self.attempt.task])
         return decision.exit_code
 
-    def _why_stopped(self) -> str | None:
-        if self.watch.ended_by_slurm:
-            ill = self._blame(slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"]))
-            if ill:
-                return ", ".join(f"{node} is {state}" for node, state in ill.items())
-        if self.watch.asked is not None:
-            return self.watch.asked
-        with contextlib.suppress(SlurmError):
-            if slurm.job_fields(self.number).get("PreemptTime", "None") != "None":
-                return "preempted"
-        return None
+    def _history(self, ended: Outcome) -> list[AttemptRecord]:
+        """This submission's attempts, also where the disk had no room for the end of this one."""
+        history = attempts(self.run, since_submit=True)
+        for one in history[-1:]:
+            if (one.job, one.attempt) == (self.number, self.attempt.restart) and one.code is None:
+                one.code, one.interruption = ended.code, ended.interruption
+                one.checkpoint = newest_checkpoint(self.run)
+        return history
+
+    def _explained(self, ended: Outcome, user: str | None) -> Outcome:
+        """The outcome, and what from outside it comes from."""
+        if user == "cancelled" and ended.code not in (EXIT_DONE, EXIT_USER_MISTAKE):
+            saved = "" if ended.code == EXIT_RESUME else f" ({ended.reason})"
+            return Outcome(EXIT_RESUME, f"cancelled on request{saved}", ended.node)
+        how = None if ended.code == EXIT_DONE else self.events.ask()
+        if how is not None:
+            ended = interrupted(ended, how)
+            if how is Interruption.NODE_LOST:
+                nodes = slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"])
+                ill = [f"{node} is {state}" for node, state in self._blame(nodes).items()]
+                ended = replace(ended, reason=": ".join([ended.reason, ", ".join(ill)]))
+        elif ended.code == EXIT_RESUME and self.watch.asked is not None:
+            ended = replace(ended, reason=f"{ended.reason}: {self.watch.asked}")
+        return ended
 
     def _requeue(self, decision: Decision, exclude: Sequence[str] = ()) -> int:
         """Back into the queue. Slurm answers by ending this very process, which must live until it
         has also said which nodes it does not want: a running job's list cannot be changed."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self.watch.ended_by_slurm and self._leaving():
-            # Cancelled, or put back by Slurm itself: neither is ours to undo.
-            self.tell(f"ended by Slurm ({decision.reason})")
-            return decision.exit_code
-        if self._waits():
-            self.tell(f"Slurm has put the job back into the queue itself ({decision.reason})")
-            return decision.exit_code
-        self.tell(f"back into the queue ({decision.reason})")
-        _often(lambda: slurm.requeue(self.number), self.tell)
+        _often(lambda: self._put_back(decision.reason), self.tell)
         if exclude:
-            _often(lambda: slurm.exclude(self.number, exclude), self.tell)
+            _often(lambda: self._exclude(exclude), self.tell)
         return decision.exit_code
 
-    def _leaving(self) -> bool:
-        """Whether Slurm has ended the job already. In a preemption's grace time it still runs (and
-        would count as complete if it left by itself); at its time limit nobody else requeues it."""
-        if self.watch.time_limit is not None and time.monotonic() >= self.watch.time_limit:
-            return False
-        with contextlib.suppress(SlurmError):
-            return slurm.job_fields(self.number).get("JobState") != "RUNNING"
-        return False
+    def _put_back(self, reason: str) -> None:
+        """Unless Slurm has done that, or the job is cancelled: neither is ours to undo. In a
+        preemption's grace time it still runs, and would count as complete if it left by itself; at
+        its time limit nobody else requeues it."""
+        fields = slurm.job_fields(self.attempt.task)
+        if put_back(fields, self.attempt.restart):
+            self.tell(f"Slurm has put the job back into the queue itself ({reason})")
+        elif self.events.judge(fields) is Interruption.CANCELLED:
+            self.tell(f"the job was cancelled meanwhile ({reason})")
+        else:
+            self.tell(f"back into the queue ({reason})")
+            slurm.requeue(self.attempt.task)
 
-    def _waits(self) -> bool:
-        with contextlib.suppress(SlurmError):
-            return slurm.job_fields(self.number).get("JobState") == "PENDING"
-        return False
+    def _exclude(self, nodes: Sequence[str]) -> None:
+        """Beside those nodes that it was kept off before."""
+        before = slurm.job_fields(self.attempt.task).get("ExcNodeList", "(null)")
+        known = slurm.hostnames(before) if before != "(null)" else []
+        ours = (*self.job.exclude, *self.job.site.exclude)
+        slurm.exclude(self.attempt.task, sorted({*ours, *known, *nodes}))
 
     def _next_waits(self) -> bool:
         with contextlib.suppress(SlurmError):
@@ -314,12 +358,23 @@ def main(arguments: Sequence[str]) -> int:
     """The entry of the batch script."""
     try:
         return Supervisor(read_job(Path(arguments[0])), dict(os.environ)).go()
+    except SlurmError as error:  # Slurm was away: nothing was decided, which the script mends
+        return _told(str(error), 1)
     except MegahybridError as error:
-        print(f"megahybrid: {error}", file=sys.stderr)
-        return error.exit_code
-    except (IndexError, KeyError, OSError) as error:
-        print(f"megahybrid: no batch job of ours ({error!r}).", file=sys.stderr)
-        return EXIT_USER_MISTAKE
+        return _told(str(error), error.exit_code)
+    except OSError as error:
+        known = from_os_error(error)
+        # A node whose file system is ill: not decided here, so that the script leaves it out.
+        mistake = known is not None and not isinstance(known, StorageError)
+        return _told(str(known or error), EXIT_USER_MISTAKE if mistake else 1)
+    except (IndexError, KeyError) as error:
+        return _told(f"no batch job of ours ({error!r}).", EXIT_USER_MISTAKE)
+
+
+def _told(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"megahybrid: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from launch import slurm
 from launch.attempt import Attempt
+from launch.events import JobEvents, user_stop
 from launch.job import STOP_NOW
 from launch.records import stop_lead
 from launch.slurm import SlurmError
@@ -19,36 +20,39 @@ STACKS_SECONDS = 3.0  # what writing the stacks may take before the ranks are ki
 
 
 class RankWatch:
-    """Watches one srun. `signals` are names of signals that the batch process gets meanwhile."""
+    """Watches one srun."""
 
-    def __init__(self, attempt: Attempt, signals: list[str]) -> None:
+    def __init__(self, attempt: Attempt, events: JobEvents) -> None:
         self.attempt = attempt
-        self.signals = signals
+        self.events = events
         self.asked: str | None = None  # why the ranks were asked to stop
-        self.ended_by_slurm = False
         self.time_is_up = False
-        self.time_limit: float | None = None  # by our monotonic clock
+        self._all_began = False
+        self._slurm_was_asked = False
         self._told_slow: set[int] = set()
 
     def until_end(self, process: subprocess.Popen) -> str | None:
         """Until srun ends. Returns why the ranks were killed, if they were."""
         limits = self.attempt.job.site.watchdog
         watch = Watch(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
-        self.time_limit = _time_limit(self.attempt.number)
         look_at = stop_by = 0.0
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
             now = time.monotonic()
-            if self.signals and self.asked is None and not self.attempt.superseded:
-                self._on_signal(self.signals[0])
+            if self.events.signals and not self.attempt.superseded:
+                self._on_signals()
             if now < look_at:
                 continue
             look_at = now + limits.every
             if self.attempt.superseded:
                 self.attempt.kill(process)
                 return "another attempt has gone on with this run"
-            self._stop_in_time(now)
-            beats = self.attempt.beats()
+            self._stop_in_time()
+            try:
+                beats = self.attempt.beats()
+            except OSError:  # a file system that stumbles; the silence will be noticed
+                continue
+            self._look_whether_preempted(len(beats))
             self._tell_slow(beats)
             hang = watch.judge(beats, now)
             if self.asked is not None:
@@ -65,22 +69,32 @@ class RankWatch:
                 return f"hang: {hang.message}"
         return None
 
-    def _stop_in_time(self, now: float) -> None:
-        if self.asked is None and self.time_limit is not None:
+    def _stop_in_time(self) -> None:
+        left = self.events.seconds_left
+        if self.asked is None and left is not None:
             lead = stop_lead(self.attempt.run, self.attempt.job.lead_seconds)
-            if now > self.time_limit - lead:
+            if left < lead:
                 self.time_is_up = True
-                self._ask(f"the time limit is {self.time_limit - now:.0f} s away")
+                self._ask(f"the time limit is {left:.0f} s away")
 
-    def _on_signal(self, name: str) -> None:
-        if name == "SIGUSR1":
+    def _look_whether_preempted(self, began: int) -> None:
+        """Once, when all ranks are there: a TERM that came before their step existed reached
+        nobody, and the grace time goes by."""
+        if not self._all_began and began == self.attempt.job.world_size:
+            self._all_began = True
+            if self.asked is None and (how := self.events.ask()) is not None:
+                self._ask(how)
+
+    def _on_signals(self) -> None:
+        name = self.events.signals[0]
+        if self.asked is None and name == "SIGUSR1":
             self.time_is_up = user_stop(self.attempt) is None
             self._ask("on request" if user_stop(self.attempt) else "warned by USR1")
-        else:
-            # Slurm gave the ranks this signal too.
-            self.ended_by_slurm = True
-            self.attempt.record("signal", attempt=self.attempt.restart, signal=name)
+        elif self.asked is None:
             self._ask(f"{name}: Slurm ends this attempt")
+        if self.events.terminated and not self._slurm_was_asked:
+            self._slurm_was_asked = True
+            self.events.ask()  # now, while it knows: we may be killed before the ranks have ended
 
     def _ask(self, why: str) -> None:
         """Ask the ranks to save and leave: by a file that every step's end looks for, and by a
@@ -91,9 +105,11 @@ class RankWatch:
         attempt.tell(f"asking the ranks to stop ({why})")
         path = attempt.run / STOP_NOW
         if not path.exists():
-            path.write_text(f"supervisor of job {attempt.number}: {why}\n")
+            with contextlib.suppress(OSError):  # a full disk; the signal does it too
+                path.write_text(f"supervisor of job {attempt.number}: {why}\n")
         started = len(attempt.beats()) == attempt.job.world_size
-        if attempt.job.site.launcher == "srun" and started and not self.ended_by_slurm:
+        # Slurm gave the ranks the TERM that we got.
+        if attempt.job.site.launcher == "srun" and started and not self.events.terminated:
             with contextlib.suppress(SlurmError):
                 slurm.cancel(slurm.steps(attempt.number), signal="USR1")
 
@@ -103,7 +119,7 @@ class RankWatch:
                 self._told_slow.add(beat.rank)
                 message = f"rank {beat.rank} on {beat.host} takes {times:.1f}× the median time"
                 self.attempt.tell(f"slow: {message}")
-                self.attempt.record(
+                self.attempt.note(
                     "slow_rank", rank=beat.rank, node=beat.host, times=round(times, 2)
                 )
 
@@ -113,7 +129,7 @@ class RankWatch:
             f"hang: {hang.message}; stacks of all ranks are in {attempt.logs}/stacks-*.txt"
         )
         for host in {beats[rank].host for rank in hang.ranks if rank in beats}:
-            attempt.record("hang", node=host, reason=f"hang: {hang.message}")
+            attempt.note("hang", node=host, reason=f"hang: {hang.message}")
         with contextlib.suppress(SlurmError):
             running = slurm.steps(attempt.number)
             # A stopped process must run again to say where it stood.
@@ -128,24 +144,3 @@ def _failed(beats: Mapping[int, Beat]) -> bool:
     failed = {r: beat for r, beat in beats.items() if beat.exit_code not in (None, EXIT_RESUME)}
     cause = first_failure(failed)
     return cause is not None and not cause.consequence
-
-
-def user_stop(attempt: Attempt) -> str | None:
-    """What a person wants of the run: that it is "stopped" or "cancelled". Our own request is of
-    one attempt alone."""
-    try:
-        text = (attempt.run / STOP_NOW).read_text()
-    except OSError:
-        return None
-    if text.startswith("supervisor"):
-        return None
-    return "cancelled" if text.startswith("cancel") else "stopped"
-
-
-def _time_limit(number: str) -> float | None:
-    """When the job's time is up, on our own clock."""
-    with contextlib.suppress(SlurmError, ValueError, KeyError):
-        end = slurm.job_fields(number)["EndTime"]
-        left = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) - time.time()
-        return time.monotonic() + left
-    return None

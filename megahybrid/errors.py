@@ -7,7 +7,10 @@ Every message is one line:
 import errno
 import os
 import sys
+import traceback
 from typing import TextIO
+
+from megahybrid.printable import printable, shortened
 
 EXIT_DONE = 0
 EXIT_USER_MISTAKE = 2
@@ -22,9 +25,10 @@ def first_line(error: BaseException) -> str:
 
 
 def tell(message: str, terminal: TextIO | None = None) -> None:
-    """Writes what ended a process to `terminal` (stderr), our name before each line."""
-    for line in message.splitlines():
-        print(f"megahybrid: {line}", file=terminal or sys.stderr, flush=True)
+    """Writes what ended a process to `terminal` (stderr), our name before each line. What a message
+    quotes of a file or a name cannot steer the terminal."""
+    for line in message.split("\n"):
+        print(f"megahybrid: {printable(line)}", file=terminal or sys.stderr, flush=True)
 
 
 class MegahybridError(Exception):
@@ -106,6 +110,10 @@ _TYPED = frozenset(
         errno.EISDIR,
         errno.ELOOP,
         errno.EINVAL,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.ENXIO,
+        errno.ENODEV,
     )
 )
 _STORAGE = frozenset(
@@ -122,7 +130,7 @@ def from_os_error(error: OSError, *, began: bool = False) -> MegahybridError | N
     """
     if error.errno not in _TYPED | _STORAGE:
         return None
-    path = error.filename if error.filename is not None else "a file"
+    path = "a file" if error.filename is None else _named(error.filename)
     reason = error.strerror or os.strerror(error.errno)
     if error.errno in _STORAGE or began:
         return StorageError(
@@ -130,3 +138,57 @@ def from_os_error(error: OSError, *, began: bool = False) -> MegahybridError | N
             "Make room or mend the file system, then give the same command again."
         )
     return PathError(f"{path} cannot be used ({reason}). Name a path that can be.")
+
+
+def _named(filename: object) -> str:
+    """A path as an OSError has it (text, bytes, or the number of an open file), on one line."""
+    if isinstance(filename, int):
+        return "an open file"
+    text = os.fsdecode(filename) if isinstance(filename, bytes | os.PathLike) else str(filename)
+    return shortened(text, 200)
+
+
+def from_exception(error: Exception) -> MegahybridError | None:
+    """Return the one-line error for what input alone can cause and nobody refused before: paths and
+    storage, a path that is none, text that is no UTF-8, nesting without end, memory that does not
+    suffice. None for everything else: that is our own fault, and a traceback says where."""
+    match error:
+        case OSError():
+            return from_os_error(error)
+        case UnicodeEncodeError() if any("\ud800" <= letter <= "\udfff" for letter in error.object):
+            return PathError(
+                f"'{shortened(error.object)}' is not UTF-8 text (character {error.start}). "
+                "Write it in UTF-8."
+            )
+        case UnicodeDecodeError():
+            return DataError(
+                f"a file that was named is not {error.encoding.upper()} text (byte {error.start}: "
+                f"{error.reason}). Name a text file, or save it as UTF-8."
+            )
+        case ValueError() if "embedded null" in str(error):
+            return PathError("a path that was named holds a NUL character. Leave it out.")
+        case RuntimeError() if str(error).startswith("Symlink loop"):  # pathlib's, in Python < 3.13
+            return PathError(f"{shortened(first_line(error), 200)}. Name a path that can be.")
+        case RecursionError() if _while_parsing(error):
+            return DataError("a file that was named is nested too deeply. Flatten it.")
+        case MemoryError():
+            return ConfigError(
+                f"memory does not suffice ({shortened(first_line(error) or 'MemoryError', 200)}). "
+                "Ask for less, or use a machine with more."
+            )
+        case _:
+            return None
+
+
+_PARSERS = ("json", "ruamel", "pydantic", "megahybrid.config.yaml_file")
+
+
+def _while_parsing(error: RecursionError) -> bool:
+    """Whether a parser ran into the limit: any other endless recursion is our own fault."""
+    modules = {
+        str(frame.f_globals.get("__name__", ""))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    }
+    return any(
+        name == known or name.startswith(f"{known}.") for name in modules for known in _PARSERS
+    )

@@ -106,6 +106,8 @@ TYPED = {
     TRAIN + "data.block_tokens=256": "data.block_tokens=256 is shorter than the longest length "
     "(stages.2.lengths names 512). Use at least 512.",
     # data and tokenizer
+    TRAIN + "directory=books": "directory=books holds a dataset (manifest.json), not a run. Name a "
+    "folder that is the run's own.",
     TRAIN + "data.sources.code.path=nowhere": "nowhere is no dataset: no manifest.json and no "
     ".idx. Prepare the data with `megahybrid data tokenize`, or correct the path.",
     TRAIN + "data.held_out.held.path=nowhere": "nowhere is no dataset: no manifest.json and no "
@@ -114,9 +116,9 @@ TYPED = {
     "offset in shard-00000.idx). Copy or prepare the data again.",
     TRAIN + "data.sources.code.path=half": "half/shard-00000.bin cannot be read (No such file or "
     "directory). Copy or prepare the data again.",
-    TRAIN + "data.sources.code.path=foreign": "foreign/manifest.json: format=null is not "
-    "megahybrid-tokens (the format's name). The manifest is damaged or not ours: prepare or copy "
-    "the data again.",
+    TRAIN
+    + "data.sources.code.path=foreign": "foreign/manifest.json has no format and version. The "
+    "manifest is damaged or not ours: prepare or copy the data again.",
     TRAIN + "data.sources.code.path=text": "text/shard-00000.idx begins with b'xxxxxxxxx', not "
     "b'MMIDIDX\\x00\\x00'. Copy or prepare the data again.",
     TRAIN + "model.vocab_size=96": "model.vocab_size=96 is smaller than the tokenizer's of books "

@@ -1,6 +1,7 @@
 """The command line. Parsing imports nothing heavy; each command imports what it needs."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -8,11 +9,12 @@ from pathlib import Path
 
 from megahybrid.cli.models import add_checkpoint_commands, add_interop_commands
 from megahybrid.cli.runs import add_run_commands, add_study_command
-from megahybrid.errors import EXIT_DONE, MegahybridError, tell
+from megahybrid.errors import EXIT_DONE, MegahybridError, from_exception, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line and code 2."""
+    _print_any_name()
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed, rest = parser.parse_known_args(words)
@@ -37,6 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        # The last net: whatever refuses a path or a value with more to say stands closer to it.
+        known = from_exception(error)
+        if known is None:
+            raise
+        tell(str(known))
+        return known.exit_code
+
+
+def _print_any_name() -> None:
+    """A name or a text that the terminal's encoding lacks is printed with escapes: it ends no
+    command half-way."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:

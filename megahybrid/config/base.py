@@ -7,11 +7,19 @@ its own value: "theta=1 is ..." inside a Rope becomes "model....position.theta=1
 
 import difflib
 import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, overload
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 if TYPE_CHECKING:
     from megahybrid.config.run import RunConfig
@@ -22,6 +30,11 @@ Value = TypeVar("Value", bound=BaseModel)
 NAME = r"^[A-Za-z0-9_-]+$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 
+# Numbers of files: what is beyond an int64 with room to add is damage, whatever it counts.
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Positive = Annotated[int, Field(ge=1, le=2**62)]
+Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
+
 
 class Frozen(BaseModel):
     """A config value: immutable, no unknown fields, no coercion, no infinities."""
@@ -29,6 +42,20 @@ class Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
     )
+
+
+class Record(Frozen):
+    """A value that a file of ours holds: checked whole, its parts first, then `faults`."""
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with fields that are each of their type, as "tokens=5 is ..."."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check(self) -> "Record":
+        for fault in self.faults():
+            raise ValueError(fault)
+        return self
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
@@ -76,6 +103,20 @@ def parse_json(type: type[Value], text: str | bytes) -> Value:
     """The value that `value.model_dump_json()` wrote: JSON has no integer keys, so they come back
     from text."""
     return type.model_validate_json(text)
+
+
+def read_record(type: type[Value], raw: bytes) -> Value:
+    """The record that JSON says. Raises ConfigError, one line per mistake; ValueError and
+    RecursionError for what is no JSON."""
+    from megahybrid.config.explain import explain
+    from megahybrid.errors import ConfigError
+
+    plain = json.loads(raw)
+    try:
+        return type.model_validate_json(raw)
+    except ValidationError as error:
+        lines = explain(error, type, plain)
+    raise ConfigError("\n".join(lines))
 
 
 def dump(value: BaseModel) -> dict[str, Any]:

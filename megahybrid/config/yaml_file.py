@@ -1,60 +1,104 @@
 """YAML files read safely (1.2, no duplicate keys, no tags), `include:`, and dotted overrides."""
 
+import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megahybrid.errors import ConfigError
+from megahybrid.errors import ConfigError, PathError
+from megahybrid.plain_file import read_plain_file
+from megahybrid.printable import shortened
 
 # Aliases are shared when read but walked one by one when checked: a few lines can stand for
 # billions of values.
 MAX_VALUES = 100_000
+# Of a file with all that it includes, and of one override: the reader takes some 30 kB a second at
+# worst, and our longest run has 6 kB.
+MAX_BYTES = 128 * 1024
+MAX_FILES = 100
+MAX_OVERRIDES = 1000
+MAX_DOTTED = 500  # characters of a dotted name
+# A file that is not ours may be somebody's secret: so much of it is quoted.
+MOST_QUOTED = 60
 
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The mapping a file says, its `include:` files deep-merged in order under it."""
-    return _read_tree(path, ())
+    return _Reader().tree(path, ())
 
 
-def _read_tree(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in including:
-        chain = " -> ".join(p.name for p in (*including, path))
-        raise ConfigError(f"{path}: include goes in a circle ({chain}). Remove one of them.")
-    tree = parse_yaml(_read_text(path, including), str(path))
-    if tree is None:
-        raise ConfigError(f"{path} is empty. A run file is a mapping of fields to values.")
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} holds {_kind(tree)}, not a mapping of fields to values. "
-            "Write `field: value` lines."
-        )
-    includes = tree.pop("include", None) or []
-    if isinstance(includes, str):
-        includes = [includes]
-    if not isinstance(includes, list) or not all(isinstance(i, str) for i in includes):
-        raise ConfigError(
-            f"{path}: include={includes} is not a list of files. Use [a.yaml, b.yaml]."
-        )
-    merged: dict[str, Any] = {}
-    for name in includes:
-        merged = merge(merged, _read_tree(path.parent / name, (*including, path.resolve())))
-    return merge(merged, tree)
+class _Reader:
+    """One file and all that it includes, which share one bound."""
+
+    def __init__(self) -> None:
+        self._bytes = self._files = 0
+
+    def tree(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+        text = self._text(path, including)
+        identity = Path(os.path.realpath(path))
+        name = _name(path)
+        if identity in including:
+            chain = shortened(" -> ".join(p.name for p in (*including, path)), 200)
+            raise ConfigError(f"{name}: include goes in a circle ({chain}). Remove one of them.")
+        tree = parse_yaml(text, name)
+        if tree is None:
+            raise ConfigError(f"{name} is empty. A run file is a mapping of fields to values.")
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"{name} holds {_kind(tree)}, not a mapping of fields to values. "
+                "Write `field: value` lines."
+            )
+        includes = tree.pop("include", None) or []
+        if isinstance(includes, str):
+            includes = [includes]
+        if not isinstance(includes, list) or not all(isinstance(i, str) for i in includes):
+            raise ConfigError(
+                f"{name}: include={shortened(str(includes), MOST_QUOTED)} is not a list of files. "
+                "Use [a.yaml, b.yaml]."
+            )
+        merged: dict[str, Any] = {}
+        for file in includes:
+            merged = merge(merged, self.tree(path.parent / file, (*including, identity)))
+        return merge(merged, tree)
+
+    def _text(self, path: Path, including: tuple[Path, ...]) -> str:
+        """The file's text. Files that include one another twice double with each, so all are
+        counted, not their depth alone."""
+        self._files += 1
+        if self._files > MAX_FILES:
+            raise ConfigError(
+                f"{_name(including[0])} includes more than {MAX_FILES} files, each counted where "
+                "it is included. Include fewer."
+            )
+        text = _read_text(path, including, MAX_BYTES - self._bytes)
+        self._bytes += len(text.encode())
+        return text
 
 
-def _read_text(path: Path, including: tuple[Path, ...]) -> str:
-    by = f" (included by {including[-1].name})" if including else ""
+def _name(path: Path) -> str:
+    return shortened(str(path), 200)
+
+
+def _read_text(path: Path, including: tuple[Path, ...], most_bytes: int) -> str:
+    name = _name(path)
+    by = f" (included by {shortened(including[-1].name)})" if including else ""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_plain_file(path, most_bytes).decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist{by}. Check the path.") from None
+        raise ConfigError(f"{name} does not exist{by}. Check the path.") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a YAML file{by}. Name a file in it.") from None
+        raise ConfigError(f"{name} is a folder, not a YAML file{by}. Name a file in it.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path} is not UTF-8 text (byte {error.start}){by}. Save it as UTF-8."
+            f"{name} is not UTF-8 text (byte {error.start}){by}. Save it as UTF-8."
         ) from None
+    except PathError as error:
+        raise ConfigError(f"{error}{by}") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}{by}.") from None
+        raise ConfigError(f"{name} cannot be read: {error.strerror}{by}.") from None
+    except ValueError:
+        raise ConfigError(f"{name} is not a path (it holds NUL){by}. Correct it.") from None
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -62,17 +106,25 @@ def parse_yaml(text: str, source: str) -> Any:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    if len(text) > MAX_BYTES:
+        raise ConfigError(
+            f"{source}: {len(text):,} characters of YAML are more than the {MAX_BYTES:,} that are "
+            "read. Shorten it."
+        )
     if any(line.startswith("%") for line in text.splitlines()):
         # "%YAML 1.1" would turn `off` into false.
         raise ConfigError(f"{source}: YAML directives (%) are not read. Remove the line.")
     try:
-        plain = YAML(typ="safe", pure=True).load(text)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Constructor = _constructor()
+        plain = yaml.load(text)
     except MarkedYAMLError as error:
         raise ConfigError(_marked(error, source)) from None
     except YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}.") from None
+        problem = shortened(" ".join(str(error).split()))
+        raise ConfigError(f"{source}: not YAML: {problem}.") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{source}: not YAML: {error}.") from None
+        raise ConfigError(f"{source}: not YAML: {shortened(str(error))}.") from None
     except RecursionError:
         raise ConfigError(f"{source} is nested too deeply. Flatten it.") from None
     _count(plain, source, {}, set())
@@ -83,15 +135,40 @@ def _marked(error: Any, source: str) -> str:
     mark = error.problem_mark or error.context_mark
     at = f" line {mark.line + 1}" if mark is not None else ""
     problem = str(error.problem or error.context)
+    if _MERGED in problem:
+        return f"{source}{at}: {_MERGED}. Write the values out."
     if "duplicate key" in problem:
-        key = problem.split('"')[1]
+        key = shortened(problem.split('"')[1], MOST_QUOTED)
         return f"{source}{at}: the key '{key}' is written twice in one mapping. Keep one."
     if "could not determine a constructor" in problem:
-        tag = problem.rsplit("tag", 1)[1].strip().strip("'")
+        tag = shortened(problem.rsplit("tag", 1)[1].strip().strip("'"), MOST_QUOTED)
         return f"{source}{at}: the YAML tag {tag} is not read. Write plain values."
     if "document" in problem:
         return f"{source}{at}: a second YAML document begins (---). Keep one document per file."
-    return f"{source}{at}: not YAML: {problem}."
+    return f"{source}{at}: not YAML: {shortened(problem)}."
+
+
+_MERGED = f"merge keys (<<) stand for more than {MAX_VALUES} values"
+
+
+@cache
+def _constructor() -> Any:
+    """The class that makes values, with a bound on merge keys: each copies what it names, so that a
+    few lines that name one another twice would stand for billions before any value exists."""
+    from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+
+    class Constructor(SafeConstructor):
+        merged = 0
+
+        def flatten_mapping(self, node: Any) -> Any:
+            written = len(node.value)
+            flat = super().flatten_mapping(node)
+            self.merged += max(0, len(node.value) - written)
+            if self.merged > MAX_VALUES:
+                raise ConstructorError(None, None, _MERGED, node.start_mark)
+            return flat
+
+    return Constructor
 
 
 def _count(plain: Any, source: str, sizes: dict[int, int], open_: set[int]) -> int:
@@ -114,7 +191,9 @@ def _count(plain: Any, source: str, sizes: dict[int, int], open_: set[int]) -> i
 
 
 def _kind(plain: Any) -> str:
-    return "a list" if isinstance(plain, list) else f"the single value {plain!r}"
+    if isinstance(plain, list):
+        return "a list"
+    return f"the single value {shortened(repr(plain), MOST_QUOTED)}"
 
 
 def merge(under: Any, over: Any) -> Any:
@@ -135,12 +214,17 @@ def merge(under: Any, over: Any) -> Any:
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tree` with each `key.sub=value` set; the value is YAML and replaces what was there."""
+    if len(overrides) > MAX_OVERRIDES:
+        raise ConfigError(
+            f"{len(overrides):,} overrides are more than the {MAX_OVERRIDES:,} that are read. "
+            "Write them into a file that includes the other."
+        )
     for override in overrides:
         dotted, sign, text = override.partition("=")
         dotted = dotted.strip()
-        if not sign or not dotted or not all(dotted.split(".")):
+        if not sign or not dotted or not all(dotted.split(".")) or len(dotted) > MAX_DOTTED:
             raise ConfigError(
-                f"'{override}' is not an override. Write key.sub=value, "
+                f"'{shortened(override)}' is not an override. Write key.sub=value, "
                 "for example parallel.tensor=2."
             )
         tree = _with(tree, dotted.split("."), parse_yaml(text, dotted), dotted)

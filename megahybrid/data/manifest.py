@@ -7,46 +7,52 @@ every sum; whatever is wrong becomes one `DataError` line.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megahybrid.errors import DataError
+from megahybrid.config.base import Count, Crc32, Positive, Record, read_record
+from megahybrid.errors import ConfigError, DataError, first_line
+from megahybrid.plain_file import read_plain_file
+from megahybrid.printable import shortened
 
-FORMAT = "megahybrid-tokens"
-VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 16 * 2**20  # unit of the checksums: small enough to name the damage, large to be few
+LARGEST = 2**28  # bytes; that of 10¹² tokens has some 10⁷
 ITEM_BYTES = {"uint16": 2, "int32": 4}
 
 
-@dataclass(frozen=True)
-class TokenizerInfo:
+class TokenizerInfo(Record):
     """Which tokenizer made the ids. `eod_id` follows every document."""
 
     kind: str
     sha256: str
-    vocab_size: int
-    eod_id: int
+    vocab_size: Positive
+    eod_id: Count
 
     @property
     def dtype(self) -> str:
         """uint16 where every id fits, else int32 (Megatron's format has no uint32)."""
         return "uint16" if self.vocab_size <= 2**16 else "int32"
 
+    def faults(self) -> Iterator[str]:
+        """An id that the vocabulary has not, or that int32 has not."""
+        if self.vocab_size > 2**31:
+            yield f"vocab_size={self.vocab_size} is more than {2**31} (ids are int32)"
+        if self.eod_id >= self.vocab_size:
+            yield f"eod_id={self.eod_id} is beyond vocab_size={self.vocab_size}"
 
-@dataclass(frozen=True)
-class LengthBin:
+
+class LengthBin(Record):
     """Documents of min_tokens to 2 * min_tokens - 1 tokens, eod included."""
 
-    min_tokens: int
-    documents: int
-    tokens: int
+    min_tokens: Positive
+    documents: Count
+    tokens: Count
 
 
-@dataclass(frozen=True)
-class ShardEntry:
+class ShardEntry(Record):
     """One pair of files. `bytes` and the checksums are of the .bin; the .idx follows from it.
 
     `mask_crc32` is of the .mask that says which targets count, `notes_crc32` of the .jsonl that
@@ -55,31 +61,65 @@ class ShardEntry:
 
     bin: str
     idx: str
-    documents: int
-    tokens: int
-    bytes: int
-    block_bytes: int
-    crc32: tuple[int, ...]
-    mask_crc32: int | None = None
-    notes_crc32: int | None = None
+    documents: Positive
+    tokens: Positive
+    bytes: Positive
+    block_bytes: Positive
+    crc32: tuple[Crc32, ...]
+    mask_crc32: Crc32 | None = None
+    notes_crc32: Crc32 | None = None
+
+    def faults(self) -> Iterator[str]:
+        """Names that lead elsewhere, and checksums that are not one for each block."""
+        for name, found in (("bin", self.bin), ("idx", self.idx)):
+            if found in ("", ".", "..") or found != Path(found).name or not found.isprintable():
+                yield f"{name}={shortened(found)} is not a plain file name"
+        blocks = -(-self.bytes // self.block_bytes)
+        if len(self.crc32) != blocks:
+            yield f"crc32={len(self.crc32)} checksums are not one per block ({blocks})"
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Record):
     """All that a reader must know before it opens a shard."""
 
+    format: Literal["megahybrid-tokens"] = "megahybrid-tokens"
+    version: Literal[1] = 1
     tokenizer: TokenizerInfo
     dtype: str
-    documents: int
-    tokens: int
+    documents: Count
+    tokens: Count
     length_histogram: tuple[LengthBin, ...]
     shards: tuple[ShardEntry, ...]
-    sources: tuple[Mapping[str, Any], ...]
+    sources: tuple[dict[str, Any], ...]
     command: str
+
+    def faults(self) -> Iterator[str]:
+        """Parts that disagree: every number that is said twice is compared."""
+        if self.dtype != self.tokenizer.dtype:
+            yield (
+                f"dtype={shortened(self.dtype)} is not {self.tokenizer.dtype} "
+                f"(tokenizer.vocab_size={self.tokenizer.vocab_size})"
+            )
+            return
+        item = ITEM_BYTES[self.dtype]
+        for index, shard in enumerate(self.shards):
+            name, tokens = f"shards.{index}", f"{shard.tokens} {self.dtype} tokens"
+            if shard.bytes != shard.tokens * item:
+                yield f"{name}.bytes={shard.bytes} is not {tokens}"
+            if shard.block_bytes % item:
+                yield f"{name}.block_bytes={shard.block_bytes} cuts one of {tokens} in two"
+        names = [name for shard in self.shards for name in (shard.bin, shard.idx)]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            yield f"shards={len(self.shards)} entries name {shortened(twice[0])} twice"
+        for name, parts in (("shards", self.shards), ("length_histogram", self.length_histogram)):
+            for what in ("documents", "tokens"):
+                found, expected = getattr(self, what), sum(getattr(part, what) for part in parts)
+                if found != expected:
+                    yield f"{what}={found} is not {expected} (sum over {name})"
 
     def dump(self) -> str:
         """The file's text."""
-        value: dict[str, Any] = {"format": FORMAT, "version": VERSION} | asdict(self)
+        value = self.model_dump()
         for shard in value["shards"]:
             for name in ("mask_crc32", "notes_crc32"):
                 if shard[name] is None:
@@ -93,9 +133,13 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     Raises DataError when it is missing, not ours, or does not add up.
     """
     path = folder / MANIFEST_NAME
+    again = "The manifest is damaged or not ours: prepare or copy the data again."
     try:
-        raw = path.read_bytes()
+        raw = read_plain_file(path, LARGEST)
         value = json.loads(raw)
+        if not isinstance(value, dict) or "format" not in value or "version" not in value:
+            raise DataError(f"{path} has no format and version. {again}")
+        return read_record(Manifest, raw), hashlib.sha256(raw).hexdigest()
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing (a prepared dataset has one). "
@@ -103,9 +147,11 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from None
+    except ConfigError as error:
+        fault = first_line(error).removesuffix(" Change it.").removesuffix(".")
+        raise DataError(f"{path}: {fault}. {again}") from None
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON (damaged). Prepare or copy the data again.") from None
-    return _Fields(path, value).manifest(), hashlib.sha256(raw).hexdigest()
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -126,112 +172,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-class _Fields:
-    """Typed access to one JSON object; every complaint names the file and the field."""
-
-    def __init__(self, path: Path, value: Any, prefix: str = "") -> None:
-        self.path, self.prefix = path, prefix
-        if not isinstance(value, dict):
-            raise self.error("", value, "is not an object")
-        self.value = value
-
-    def error(self, key: str, found: Any, what: str) -> DataError:
-        shown = json.dumps(found, default=str)[:60]
-        name = (self.prefix + key).strip(".") or "content"
-        return DataError(
-            f"{self.path}: {name}={shown} {what}. The manifest is damaged or not ours: "
-            "prepare or copy the data again."
-        )
-
-    def whole(self, key: str, minimum: int = 0) -> int:
-        found = self.value.get(key)
-        if not isinstance(found, int) or isinstance(found, bool) or found < minimum:
-            raise self.error(key, found, f"is not a whole number of at least {minimum}")
-        return found
-
-    def text(self, key: str) -> str:
-        found = self.value.get(key)
-        if not isinstance(found, str):
-            raise self.error(key, found, "is not text")
-        return found
-
-    def file_name(self, key: str) -> str:
-        found = self.text(key)
-        if not found or found != Path(found).name or "\0" in found:
-            raise self.error(key, found, "is not a plain file name")
-        return found
-
-    def items(self, key: str) -> "list[_Fields]":
-        found = self.value.get(key)
-        if not isinstance(found, list):
-            raise self.error(key, found, "is not a list")
-        return [
-            _Fields(self.path, item, f"{self.prefix}{key}[{index}].")
-            for index, item in enumerate(found)
-        ]
-
-    def expect(self, key: str, expected: Any, reason: str) -> None:
-        if self.value.get(key) != expected:
-            raise self.error(key, self.value.get(key), f"is not {expected} ({reason})")
-
-    def manifest(self) -> Manifest:
-        self.expect("format", FORMAT, "the format's name")
-        self.expect("version", VERSION, "the version this program reads")
-        tokenizer = _Fields(self.path, self.value.get("tokenizer"), "tokenizer.").tokenizer()
-        self.expect("dtype", tokenizer.dtype, f"tokenizer.vocab_size={tokenizer.vocab_size}")
-        shards = tuple(item.shard(tokenizer.dtype) for item in self.items("shards"))
-        self.expect("tokens", sum(shard.tokens for shard in shards), "sum over shards")
-        self.expect("documents", sum(shard.documents for shard in shards), "sum over shards")
-        histogram = tuple(
-            LengthBin(item.whole("min_tokens", 1), item.whole("documents"), item.whole("tokens"))
-            for item in self.items("length_histogram")
-        )
-        return Manifest(
-            tokenizer=tokenizer,
-            dtype=tokenizer.dtype,
-            documents=self.whole("documents"),
-            tokens=self.whole("tokens"),
-            length_histogram=histogram,
-            shards=shards,
-            sources=tuple(item.value for item in self.items("sources")),
-            command=self.text("command"),
-        )
-
-    def tokenizer(self) -> TokenizerInfo:
-        info = TokenizerInfo(
-            kind=self.text("kind"),
-            sha256=self.text("sha256"),
-            vocab_size=self.whole("vocab_size", 1),
-            eod_id=self.whole("eod_id"),
-        )
-        if info.eod_id >= info.vocab_size or info.vocab_size > 2**31:
-            raise self.error("eod_id", info.eod_id, f"is beyond vocab_size={info.vocab_size}")
-        return info
-
-    def shard(self, dtype: str) -> ShardEntry:
-        entry = ShardEntry(
-            bin=self.file_name("bin"),
-            idx=self.file_name("idx"),
-            documents=self.whole("documents", 1),
-            tokens=self.whole("tokens", 1),
-            bytes=self.whole("bytes", 1),
-            block_bytes=self.whole("block_bytes", 1),
-            crc32=self.checksums(),
-            mask_crc32=self.whole("mask_crc32") if "mask_crc32" in self.value else None,
-            notes_crc32=self.whole("notes_crc32") if "notes_crc32" in self.value else None,
-        )
-        self.expect("bytes", entry.tokens * ITEM_BYTES[dtype], f"{entry.tokens} {dtype} tokens")
-        if entry.block_bytes % ITEM_BYTES[dtype]:
-            raise self.error("block_bytes", entry.block_bytes, f"cuts a {dtype} token in two")
-        blocks = -(-entry.bytes // entry.block_bytes)
-        if len(entry.crc32) != blocks:
-            raise self.error("crc32", len(entry.crc32), f"checksums, not one per block ({blocks})")
-        return entry
-
-    def checksums(self) -> tuple[int, ...]:
-        found = self.value.get("crc32")
-        if not isinstance(found, list) or not all(type(item) is int for item in found):
-            raise self.error("crc32", found, "is not a list of whole numbers")
-        return tuple(found)

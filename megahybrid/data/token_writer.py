@@ -62,23 +62,34 @@ class TokenWriter:
         if any(self.folder.iterdir()):
             raise DataError(f"{self.folder} is not empty. Name a new folder, or remove this one.")
         self.tokenizer, self.shard_tokens, self.block_bytes = tokenizer, shard_tokens, block_bytes
-        self._sources, self._command = tuple(sources), command
+        self._sources, self._command = tuple(map(dict, sources)), command
         self._dtype, self._noted = np.dtype(tokenizer.dtype), noted
         self._shards: list[ShardEntry] = []
         self._histogram = np.zeros((64, 2), np.int64)
         self._shard: _Shard | None = None
 
-    def add(self, tokens: Array | Sequence[int], counts: Array | None = None) -> None:
+    def add(
+        self,
+        tokens: Array | Sequence[int],
+        counts: Array | Sequence[bool] | None = None,
+        *,
+        eod_counts: bool = False,
+    ) -> None:
         """Appends one document; eod is added here and must not be in `tokens`.
 
-        `counts` as `add_documents` takes it, eod left out, which then does not count.
+        `counts` says of each of `tokens` whether it counts as a target, `eod_counts` the same of
+        eod: where an answer ends, its end is to be learnt. Without `counts` all count, eod too.
         """
         body = np.asarray(tokens, dtype=np.int64)
-        self.add_documents(
-            np.append(body, self.tokenizer.eod_id),
-            np.asarray([len(body) + 1], np.int64),
-            None if counts is None else np.append(counts, False),
-        )
+        if counts is not None:
+            if len(counts) != len(body):
+                raise DataError(
+                    f"counts has {len(counts)} entries, not one per token ({len(body)}, eod left "
+                    "out). Say with eod_counts whether eod counts."
+                )
+            counts = np.append(np.asarray(counts, bool), eod_counts)
+        lengths = np.asarray([len(body) + 1], np.int64)
+        self.add_documents(np.append(body, self.tokenizer.eod_id), lengths, counts)
 
     def add_documents(
         self,
@@ -96,6 +107,13 @@ class TokenWriter:
         if len(lengths) == 0:
             return
         self._check(tokens, lengths)
+        for name, given, unit, number in (
+            ("counts", counts, "token", len(tokens)),
+            ("notes", notes or None, "document", len(lengths)),
+        ):
+            if given is not None and len(given) != number:
+                raise DataError(f"{name} has {len(given)} entries, not one per {unit} ({number}).")
+        _check_notes(notes or ())
         bins = np.frexp(lengths)[1] - 1
         self._histogram[:, 0] += np.bincount(bins, minlength=64)
         # Sums of one call stay far below 2**53, so counting in float64 is exact.
@@ -124,6 +142,7 @@ class TokenWriter:
 
         Raises DataError as `add_documents` does.
         """
+        _check_notes([note])
         if self._shard is not None and self._shard.tokens + length > self.shard_tokens:
             self._finish_shard()
         shard = self._shard = self._shard or _Shard(self, len(self._shards))
@@ -180,7 +199,7 @@ class TokenWriter:
             documents=sum(shard.documents for shard in self._shards),
             tokens=sum(shard.tokens for shard in self._shards),
             length_histogram=tuple(
-                LengthBin(2**power, int(documents), int(tokens))
+                LengthBin(min_tokens=2**power, documents=int(documents), tokens=int(tokens))
                 for power, (documents, tokens) in enumerate(self._histogram)
                 if documents
             ),
@@ -200,6 +219,12 @@ class TokenWriter:
             self.close()
         elif self._shard is not None:
             self._shard.file.close()
+
+
+def _check_notes(notes: Sequence[bytes]) -> None:
+    for note in notes:
+        if b"\n" in note:
+            raise DataError(f"note {note[:60]!r} is not one line. Write each as one JSON object.")
 
 
 class _Shard:
@@ -237,8 +262,6 @@ class _Shard:
 
     def count(self, tokens: int, counts: Array | None) -> None:
         """Which of the tokens just written count as targets; None: all."""
-        if counts is not None and len(counts) != tokens:
-            raise DataError(f"counts has {len(counts)} entries, not one per token ({tokens}).")
         if counts is None and self.counts and self.counts[-1][1] is None:
             tokens += self.counts.pop()[0]
         self.counts.append((tokens, None if counts is None else np.asarray(counts, bool)))

@@ -28,7 +28,8 @@ TRAINER_THREADS = 4  # written into the model file, so a constant: its hash must
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. `encode` adds no special token and reads none in the text."""
+    """Text to ids and back. `encode` adds no special token and reads none in the text; it takes
+    several texts, and raises TypeError for one that is not in a list."""
 
     info: TokenizerInfo
 
@@ -58,7 +59,7 @@ class _Arrays:
     def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
         """Ids of each text in the dtype of `info`, word by word where that gives the same."""
         if self._words is not None:
-            return self._words.encode(texts)
+            return self._words.encode(several(texts))
         return [np.asarray(ids, self.info.dtype) for ids in self.encode(texts)]
 
     def _use_words(self, cuts: Cuts | None, whole: re.Pattern[str]) -> None:
@@ -86,13 +87,15 @@ class SentencePieceTokenizer(_Arrays):
             raise DataError(
                 f"{path} has no piece {eod or 'for the end of a sentence'}. Name one with --eod."
             )
-        self.info = TokenizerInfo("sentencepiece", _sha256(raw), piece.vocab_size(), eod_id)
+        self.info = TokenizerInfo(
+            kind="sentencepiece", sha256=_sha256(raw), vocab_size=piece.vocab_size(), eod_id=eod_id
+        )
         names = [piece.id_to_piece(token) for token in range(piece.vocab_size())]
         self._use_words(sentencepiece_words(raw, names), re.compile(SPACE_SIGN))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
-        return self._processor.encode(list(texts), num_threads=self._threads)
+        return self._processor.encode(several(texts), num_threads=self._threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
@@ -125,17 +128,29 @@ class HuggingFaceTokenizer(_Arrays):
             raise DataError(f"{path} has no token {' or '.join(names)}. Name its eod with --eod.")
         size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._backend = backend
-        self.info = TokenizerInfo("huggingface", _sha256(raw), size, eod_id)
+        self.info = TokenizerInfo(
+            kind="huggingface", sha256=_sha256(raw), vocab_size=size, eod_id=eod_id
+        )
         self._use_words(hugging_face_words(backend.to_str()), SEPARATORS)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._backend.encode_batch_fast(several(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def several(texts: Sequence[str]) -> list[str]:
+    """A list of texts; raises TypeError for one text, which is itself a sequence: of letters."""
+    if isinstance(texts, str | bytes | bytearray):
+        raise TypeError(
+            f"encode takes a list of texts, not one {type(texts).__name__} (whose letters it would "
+            "take for texts). Pass [text], and take [0] of what comes back."
+        )
+    return list(texts)
 
 
 def load_tokenizer(path: str | Path, eod: str | None = None, threads: int = 1) -> Tokenizer:

@@ -29,7 +29,7 @@ from megahybrid.interop.foreign import Band, ForeignWeights, check_tensors
 from megahybrid.interop.heard import hear
 from megahybrid.interop.names import TensorName
 from megahybrid.interop.publish import published
-from megahybrid.interop.shards import BAND_BYTES
+from megahybrid.interop.shards import row_bands
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.held_out import HeldOutSets, evaluation_loss
 from megahybrid.train.state import TrainState
@@ -227,10 +227,7 @@ def _fragments(
         if name.ours is None:
             continue
         row = math.prod(name.shape[1:])
-        step = head_dim if name.order is not None and not name.in_last_dimension else 1
-        band = max(step, BAND_BYTES // (4 * row) // step * step)
-        for start in range(0, name.shape[0], band):
-            stop = min(start + band, name.shape[0])
+        for start, stop in row_bands(name, head_dim):
             data = Band(weights, name, start, stop, head_dim)
             flat = (start * row, stop * row)
             yield Fragment(name.ours, "weight", whole(name.shape), flat, data)

@@ -1,12 +1,13 @@
 """The proof of an export or an import: both models run on the same tokens, their logits compared.
 
+Before that every tensor of one is compared with the other's, bit for bit: few ids are drawn.
 A long window is shrunk in both for the comparison, and so is a slow temperature: what is compared
 is then the same code over the edge of a window, at lengths that a CPU can compute.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale,
 from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
-from megahybrid.interop.foreign import ForeignWeights
-from megahybrid.interop.streamed import StreamedOurs, StreamedTheirs
+from megahybrid.interop.foreign import ForeignWeights, check_tensors
+from megahybrid.interop.generation import (
+    CACHE_STEPS,
+    FEW_NEW_TOKENS,
+    NEW_TOKENS,
+    cached_logits,
+    generate_greedily,
+)
+from megahybrid.interop.names import HEAD
+from megahybrid.interop.read_back import check_bits
+from megahybrid.interop.said import MODEL_TYPES
+from megahybrid.interop.streamed import StreamedOurs, streamed_theirs
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -30,7 +41,6 @@ LONGEST = 2048
 LARGE = 50_000_000  # parameters from which windows are shrunk more
 SMALL_WINDOW, LARGE_WINDOW = 32, 128
 WHOLE_BYTES = 3 * 2**30
-STEPS, FEW_STEPS = 4, 2  # tokens that go through the cache one by one
 FLOOR = 16  # of a shrunk llama4 temperature
 NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layers
 
@@ -38,7 +48,8 @@ NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layer
 @dataclass(frozen=True)
 class Row:
     """One comparison: tokens of the input, the largest difference, the largest logit. What is
-    `cached` are the last few tokens, one by one."""
+    `cached` are the last few tokens, one by one; what is `generated`, those that `generate` wrote
+    after the others."""
 
     what: str
     length: int
@@ -185,8 +196,8 @@ def compare(
     """The rows of a proof. Raises InteropError, naming the first differing layer, where one fails.
 
     `plan` is the one that both run. The last tokens also go through the cache of keys and values,
-    one by one; with `few_passes` (every pass reads all weights) only those of the longer input,
-    which then goes through the class once, its beginning filling the cache.
+    one by one, unless `few_passes` (every pass reads all weights); and the longer input is gone on
+    with by the class's own `generate`, whose logits are compared with ours, computed anew.
     """
     check_frequencies(theirs, plan, ours.config.head_dim)
     generator = torch.Generator().manual_seed(seed)
@@ -197,39 +208,42 @@ def compare(
         tokens = torch.randint(ours.config.vocab_size, size, generator=generator)
         mine = ours.logits(tokens)
 
-        def add(what: str, tail: int, other: Tensor, mine: Tensor = mine) -> Row:
-            rows.append(_row(what, mine.shape[1], mine[:, -tail:], other))
-            return rows[-1]
-
-        if few_passes and length == long:
-            row = add("cached", length, _step_by_step(theirs, tokens, FEW_STEPS, whole=True))
-        else:
-            row = add("whole", length, theirs(input_ids=tokens, use_cache=False).logits)
-        if not row.equal:
-            raise InteropError(_verdict(row, *first_difference(ours, theirs, tokens)))
+        rows.append(_row("whole", mine, theirs(input_ids=tokens, use_cache=False).logits))
+        if not rows[-1].equal:
+            raise InteropError(_verdict(rows[-1], *first_difference(ours, theirs, tokens)))
         if not few_passes:
-            tail = max(1, min(STEPS, length - 1))
-            row = add("cached", tail, _step_by_step(theirs, tokens, tail))
-            if not row.equal:
-                raise InteropError(_verdict(row, None, ""))
+            tail = max(1, min(CACHE_STEPS, length - 1))
+            rows.append(_row("cached", mine, cached_logits(theirs, tokens, tail)))
+            if not rows[-1].equal:
+                raise InteropError(_verdict(rows[-1], None, ""))
+    # The prompt is longer than every window; with the new tokens it is as long as `tokens`.
+    steps = FEW_NEW_TOKENS if few_passes else NEW_TOKENS
+    rows.append(_generated(ours, theirs, tokens[:, :-steps], steps))
+    if not rows[-1].equal:
+        raise InteropError(_verdict(rows[-1], None, ""))
     return rows
 
 
-def _row(what: str, length: int, mine: Tensor, other: Tensor) -> Row:
-    difference = (mine - other).abs().max().item()
-    return Row(what, length, difference, mine.abs().max().item())
+def _generated(ours: Transformer | StreamedOurs, theirs: Any, prompt: Tensor, steps: int) -> Row:
+    """What `generate` wrote after `prompt`, and from which logits, against our logits of it all."""
+    tokens, other = generate_greedily(theirs, prompt, steps)
+    mine = ours.logits(tokens[:, :-1])[:, -steps:]
+    row = _row("generated", mine, other, length=tokens.shape[1])
+    chosen = mine.gather(-1, tokens[:, -steps:, None]).squeeze(-1)
+    # Of two logits that differ by less than the bound on each, either may be the largest.
+    short = (mine.max(dim=-1).values - chosen).max().item()
+    if row.equal and not short <= 2 * row.bound:
+        raise InteropError(
+            f"`generate` does not take the token of the largest logit (one that is smaller by "
+            f"{short:.3g}, at {row.length} tokens). Nothing was published."
+        )
+    return row
 
 
-def _step_by_step(theirs: Any, tokens: Tensor, tail: int, whole: bool = False) -> Tensor:
-    """Logits of the last `tail` tokens, each seen alone with a cache of those before; with `whole`
-    of the others too, as they filled it."""
-    out = theirs(input_ids=tokens[:, :-tail], use_cache=True)
-    logits = [out.logits] if whole else []
-    for index in range(tokens.shape[1] - tail, tokens.shape[1]):
-        step = tokens[:, index : index + 1]
-        out = theirs(input_ids=step, past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1)
+def _row(what: str, mine: Tensor, other: Tensor, length: int | None = None) -> Row:
+    """The last positions of `mine` against `other`, which may be of those only."""
+    difference = (mine[:, -other.shape[1] :] - other).abs().max().item()
+    return Row(what, length or mine.shape[1], difference, mine.abs().max().item())
 
 
 def _verdict(row: Row, layer: int | None, words: str) -> str:
@@ -289,20 +303,28 @@ def prove(
     small = shrunk(plan, parameters)
     config = their_config(folder, plan, small, own)
     try:
-        with Reader(checkpoint) as reader:
+        with Reader(checkpoint) as reader, ForeignWeights(folder) as weights, quiet():
+            names = check_tensors(weights, model, plan, _architecture(config))
+            if model.tie_embeddings and HEAD in weights.names():
+                # Some classes load it though the config ties it: then it must be the embedding.
+                names.append(replace(names[0], theirs=HEAD))
+            check_bits(reader, weights, names, model.head_dim, dtype)
             if 8 * parameters <= whole_bytes:
                 ours = our_model(model, small, reader, dtype)
                 return compare(ours, their_model(folder, config, own), small)
-            with ForeignWeights(folder) as weights, quiet():
-                few = StreamedOurs(model, small, reader, dtype)
-                theirs = StreamedTheirs(folder, config, weights, own)
-                return compare(few, theirs, small, few_passes=True)
+            few = StreamedOurs(model, small, reader, dtype)
+            theirs = streamed_theirs(folder, config, weights, own)
+            return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
         raise InteropError(
             f"the model cannot be run by transformers ({type(error).__name__}: {words}). "
             "Nothing was published."
         ) from error
+
+
+def _architecture(config: Any) -> str:
+    return next(name for name, kind in MODEL_TYPES.items() if kind == config.model_type)
 
 
 def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
@@ -337,7 +359,7 @@ def padded_frequencies(scheme: AttentionScheme, head_dim: int) -> Tensor:
 def proof_in_words(rows: Sequence[Row]) -> list[str]:
     """One line per row."""
     return [
-        f"{row.what:6s} {row.length:5d} tokens: largest difference {row.difference:.2e} "
+        f"{row.what:9s} {row.length:5d} tokens: largest difference {row.difference:.2e} "
         f"(bound {row.bound:.1e}, largest logit {row.largest:.3g})"
         for row in rows
     ]

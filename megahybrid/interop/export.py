@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.manifest import Manifest
@@ -19,11 +18,13 @@ from megahybrid.interop.card import evaluations_of, model_card
 from megahybrid.interop.compare import Row, proof_in_words, prove
 from megahybrid.interop.names import OWN, tensor_names
 from megahybrid.interop.publish import published
+from megahybrid.interop.read_back import check_dtype, check_files, check_told
 from megahybrid.interop.said import MODEL_TYPES, config_fields, inexact_rotations
 from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
 from megahybrid.interop.tokenizer import write_tokenizer
 from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
+CODE_FILES = ("cache_megahybrid.py", "configuration_megahybrid.py", "modeling_megahybrid.py")
 # Where several classes can say a model: the one that the most programs read. GraniteSWA has sinks
 # to be switched off, so it is the last.
 PREFERRED = ("Cohere", "Cohere2", "Llama", "SmolLM3", "Qwen3", "Exaone4", "Olmo3", "GraniteSWA")
@@ -76,8 +77,13 @@ def export(
     print(f"{source.folder} as {chosen}ForCausalLM, {dtype}")
     with published(out, _bytes(source, dtype)) as folder:
         ids = write_tokenizer(folder, source.run, tokenizer)
-        _write_config(folder, source, chosen, dtype, ids.eod_id)
+        files = _config_files(source, chosen, dtype, ids.eod_id)
+        for name, text in files.items():
+            _write(folder / name, text)
         rows = _write_weights(folder, source, chosen, dtype, shard_bytes)
+        check_files(folder, files)
+        told = {"max_position_embeddings": source.max_length, "eos_token_id": ids.eod_id}
+        check_told(folder, told, own=chosen == OWN)
         card = model_card(
             source.run,
             source.plan,
@@ -145,13 +151,10 @@ def _write(path: Path, text: str) -> None:
     durable.write(path, [memoryview(text.encode())])
 
 
-def _json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_config(
-    folder: Path, source: Source, architecture: str, dtype: str, eod_id: int | None
-) -> None:
+def _config_files(
+    source: Source, architecture: str, dtype: str, eod_id: int | None
+) -> dict[str, str]:
+    """The text of each file that says what the weights are, and of the code where it goes along."""
     import transformers
 
     fields = config_fields(architecture, source.run.model, source.plan, source.max_length)
@@ -163,13 +166,15 @@ def _write_config(
         "transformers_version": transformers.__version__,
     }
     assert fields["model_type"] == MODEL_TYPES[architecture]
-    _json(folder / "config.json", fields)
-    generation: dict[str, Any] = {"transformers_version": transformers.__version__}
-    _json(folder / "generation_config.json", generation | {"eos_token_id": eod_id})
+    generation = {"transformers_version": transformers.__version__, "eos_token_id": eod_id}
+    files = {
+        "config.json": json.dumps(fields, indent=2) + "\n",
+        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+    }
     if architecture == OWN:
         code = resources.files("megahybrid.interop.remote_code")
-        for name in ("configuration_megahybrid.py", "modeling_megahybrid.py"):
-            _write(folder / name, (code / name).read_text(encoding="utf-8"))
+        files |= {name: (code / name).read_text(encoding="utf-8") for name in CODE_FILES}
+    return files
 
 
 def _write_weights(
@@ -179,6 +184,7 @@ def _write_weights(
     names = list(tensor_names(model, plan, architecture))
     with Reader(source.folder) as reader:
         write_shards(folder, out_tensors(reader, names, model.head_dim), dtype, shard_bytes)
+    check_dtype(folder, dtype)
     return prove(
         model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
     )

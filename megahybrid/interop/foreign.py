@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
-from megahybrid.interop.names import NO_SINK, TensorName, tensor_names
+from megahybrid.interop.names import HEAD, NO_SINK, TensorName, tensor_names
 from megahybrid.interop.shards import INDEX_NAME, reordered
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
@@ -32,6 +32,10 @@ class ForeignWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of one tensor, in the words of safetensors: F32, BF16."""
+        return str(self._slice(name).get_dtype())
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start…stop of a tensor, fp32 (exact for bf16 and fp16)."""
@@ -71,6 +75,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     index = folder / INDEX_NAME
     single = folder / "model.safetensors"
+    if single.exists():  # before the index, as transformers chooses
+        return dict.fromkeys(_open(single).keys(), single.name)
     if index.exists():
         try:
             found = json.loads(index.read_bytes())["weight_map"]
@@ -84,8 +90,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if wrong:
             raise InteropError(f"{index} names {wrong[0]!r}, which is no safetensors file here.")
         return dict(found)
-    if single.exists():
-        return dict.fromkeys(_open(single).keys(), single.name)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise InteropError(
@@ -103,7 +107,7 @@ def check_tensors(
     names = list(tensor_names(model, plan, architecture))
     held = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
     if model.tie_embeddings:
-        held.discard("lm_head.weight")
+        held.discard(HEAD)
     wanted = {name.theirs for name in names}
     for what, some in (("has no", wanted - held), ("has also", held - wanted)):
         if some:

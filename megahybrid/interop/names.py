@@ -23,6 +23,7 @@ NORMS = {
 INTERLEAVED = ("Cohere", "Cohere2")
 OWN = "Megahybrid"  # our own class, which keeps our order
 SINKS = "GraniteSWA"
+HEAD = "lm_head.weight"  # where it is not the embedding
 NO_SINK = -1e9  # as an extra logit beside the scores it takes no weight
 
 
@@ -83,7 +84,7 @@ def tensor_names(model: ModelConfig, plan: LayerPlan, architecture: str) -> Iter
             )
     yield TensorName("final_norm.weight", "model.norm.weight", (hidden,))
     if not model.tie_embeddings:
-        yield TensorName("head.weight", "lm_head.weight", (model.vocab_size, hidden))
+        yield TensorName("head.weight", HEAD, (model.vocab_size, hidden))
 
 
 def _attention(

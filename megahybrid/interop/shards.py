@@ -88,6 +88,19 @@ def _chunks(tensors: Sequence[OutTensor], dtype: str) -> Iterator[memoryview]:
             yield data.view(torch.uint8).numpy().reshape(-1).data
 
 
+def row_bands(name: TensorName, head_dim: int) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in pieces of BAND_BYTES in fp32; of whole heads if it is reordered."""
+    row = math.prod(name.shape[1:])
+    step = _step(name, head_dim)
+    band = max(step, BAND_BYTES // (4 * row) // step * step)
+    for start in range(0, name.shape[0], band):
+        yield start, min(start + band, name.shape[0])
+
+
+def _step(name: TensorName, head_dim: int) -> int:
+    return head_dim if name.order is not None and not name.in_last_dimension else 1
+
+
 def reordered(
     rows: np.ndarray, name: TensorName, head_dim: int, inverse: bool = False
 ) -> np.ndarray:
@@ -118,7 +131,4 @@ def out_tensors(reader: Reader, names: Sequence[TensorName], head_dim: int) -> l
 
         return read
 
-    def step(name: TensorName) -> int:
-        return head_dim if name.order is not None and not name.in_last_dimension else 1
-
-    return [OutTensor(name.theirs, name.shape, rows(name), step(name)) for name in names]
+    return [OutTensor(n.theirs, n.shape, rows(n), _step(n, head_dim)) for n in names]

@@ -96,74 +96,70 @@ class StreamedOurs:
         return torch.from_numpy(values).to(self.dtype).float()
 
 
-class StreamedTheirs:
-    """What a folder holds, run by transformers' own class; is called as the class is."""
+def streamed_theirs(folder: Path, config: Any, weights: ForeignWeights, own: bool) -> Any:
+    """The class of transformers that `folder` names, reading its weights as they are needed.
 
-    def __init__(self, folder: Path, config: Any, weights: ForeignWeights, own: bool) -> None:
-        from transformers import AutoModelForCausalLM
+    Only its three readers of weights are replaced, so that its own forward and `generate` run.
+    """
+    from transformers import AutoModelForCausalLM
 
-        self.weights = weights
-        options = {"trust_remote_code": own, **({} if own else {"attn_implementation": "eager"})}
-        with torch.device("meta"):
-            self.whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-        self.whole.eval()
-        self.model = self.whole.model
-        self.config = config
-        _make_rotations(self.whole)
-        for index, layer in enumerate(self.model.layers):
-            lend(layer, f"model.layers.{index}.", self._load)
-        lend(self.model.norm, "model.norm.", self._load)
+    options = {"trust_remote_code": own, **({} if own else {"attn_implementation": "eager"})}
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    _make_rotations(whole)
 
-    def named_buffers(self) -> Any:
-        """Of the whole model: the frequencies are real."""
-        return self.whole.named_buffers()
+    def load(name: str, parameter: nn.Parameter) -> Tensor:
+        return _rows_of(weights, name, 0, parameter.shape[0])
 
-    @torch.no_grad()
-    def __call__(
-        self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None
-    ) -> Any:
-        """The class's output for tokens [batch, seq], which may go on from a cache."""
-        name = "model.embed_tokens.weight"
-        rows = [self._rows(name, int(t), int(t) + 1) for t in input_ids.flatten()]
-        embedded = torch.cat(rows).unflatten(0, tuple(input_ids.shape))
-        found = self.model(
-            inputs_embeds=embedded, use_cache=use_cache, past_key_values=past_key_values
-        )
-        # The class's own head and scale, on bands of the vocabulary, over the states it just made.
-        self.whole.model = _Said(found)
-        tied = self.config.tie_word_embeddings
-        name = name if tied else "lm_head.weight"
-        parts = []
-        for start, stop in bands(self.config.vocab_size, self.config.hidden_size):
-            band = nn.Parameter(self._rows(name, start, stop), requires_grad=False)
-            self.whole.lm_head._parameters["weight"] = band
-            out = self.whole(inputs_embeds=embedded, use_cache=False)
-            parts.append(out.logits)
-        self.whole.model = self.model
-        out.logits = torch.cat(parts, dim=-1)
-        return out
-
-    def _load(self, name: str, parameter: nn.Parameter) -> Tensor:
-        values = self.weights.rows(name, 0, parameter.shape[0])
-        self.weights.close()
-        return torch.from_numpy(values)
-
-    def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        values = torch.from_numpy(self.weights.rows(name, start, stop).copy())
-        self.weights.close()
-        return values
+    for index, layer in enumerate(whole.model.layers):
+        lend(layer, f"model.layers.{index}.", load)
+    lend(whole.model.norm, "model.norm.", load)
+    embedding = "model.embed_tokens.weight"
+    head = embedding if config.tie_word_embeddings else "lm_head.weight"
+    whole.model.embed_tokens = _StreamedEmbedding(weights, embedding)
+    whole.lm_head = _StreamedHead(weights, head)
+    return whole.eval()
 
 
-class _Said(nn.Module):
-    """Says what a model said before, whatever it is asked."""
+def _rows_of(weights: ForeignWeights, name: str, start: int, stop: int) -> Tensor:
+    # Closing lets go of the mapped pages, which would otherwise count as memory.
+    values = torch.from_numpy(weights.rows(name, start, stop).copy())
+    weights.close()
+    return values
 
-    def __init__(self, answer: Any) -> None:
+
+class _StreamedEmbedding(nn.Module):
+    """An embedding that reads the rows it is asked for."""
+
+    def __init__(self, weights: ForeignWeights, name: str) -> None:
         super().__init__()
-        self.answer = answer
+        self.weights, self.name = weights, name
+        # `generate` asks the model's first parameter for the device of its inputs.
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """The answer."""
-        return self.answer
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, seq] -> [batch, seq, hidden]"""
+        ids, place = tokens.unique(return_inverse=True)
+        rows = [_rows_of(self.weights, self.name, int(t), int(t) + 1) for t in ids]
+        return torch.cat(rows)[place]
+
+
+class _StreamedHead(nn.Module):
+    """A head without bias that reads its matrix in bands."""
+
+    def __init__(self, weights: ForeignWeights, name: str) -> None:
+        super().__init__()
+        self.weights, self.name = weights, name
+        self.rows, self.columns = weights.shape(name)
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, seq, hidden] -> [batch, seq, vocab]"""
+        parts = [
+            hidden @ _rows_of(self.weights, self.name, start, stop).T
+            for start, stop in bands(self.rows, self.columns)
+        ]
+        return torch.cat(parts, dim=-1)
 
 
 def _make_rotations(model: nn.Module) -> None:

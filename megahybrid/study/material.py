@@ -51,7 +51,7 @@ def prepare(plan: Study, out: Path) -> None:
 def _draw(folder: Path, documents: Puzzles | NeedleDocuments, ids: list[int], out: Path) -> None:
     print(f"drawing {documents.rows:,} documents: {folder.name}", flush=True)
     if isinstance(documents, Puzzles):
-        info = TokenizerInfo("puzzles", "0" * 64, ids[1], eod_id=EOD)
+        info = TokenizerInfo(kind="puzzles", sha256="0" * 64, vocab_size=ids[1], eod_id=EOD)
         examples = _puzzles(documents, ids)
     else:
         info, examples = _needles(documents, out)

@@ -15,7 +15,7 @@ EOD = 1
 
 
 def tokenizer_info(vocab_size: int = 1000) -> TokenizerInfo:
-    return TokenizerInfo("sentencepiece", "ab" * 32, vocab_size, EOD)
+    return TokenizerInfo(kind="sentencepiece", sha256="ab" * 32, vocab_size=vocab_size, eod_id=EOD)
 
 
 def random_documents(

@@ -14,7 +14,7 @@ from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.verify import verify_dataset
 from megahybrid.errors import DataError
 
-INFO = TokenizerInfo("test", "0" * 64, 50, eod_id=1)
+INFO = TokenizerInfo(kind="test", sha256="0" * 64, vocab_size=50, eod_id=1)
 
 
 @pytest.fixture
@@ -84,7 +84,37 @@ def test_damaged_and_foreign_masks_are_refused(
 
 def test_counts_of_another_length_are_refused(tmp_path: Path) -> None:
     with (
-        pytest.raises(DataError, match="counts has 2 entries, not one per token"),
+        pytest.raises(
+            DataError, match=r"counts has 2 entries, not one per token \(3, eod left out"
+        ),
         TokenWriter(tmp_path / "data", INFO) as writer,
     ):
-        writer.add([2, 3, 4], np.ones(1, bool))
+        writer.add([2, 3, 4], np.ones(2, bool))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "data", INFO, noted=True) as writer:
+        two = (np.asarray([2, 1, 3, 1]), np.asarray([2, 2]))
+        with pytest.raises(DataError, match=r"counts has 3 entries, not one per token \(4\)"):
+            writer.add_documents(*two, counts=np.ones(3, bool))
+        with pytest.raises(DataError, match=r"notes has 1 entries, not one per document \(2\)"):
+            writer.add_documents(*two, notes=[b"{}"])
+        with pytest.raises(DataError, match=r"note b'\{\\n\}' is not one line"):
+            writer.add_documents(*two, notes=[b"{}", b"{\n}"])
+        with pytest.raises(DataError, match=r"note b'\{\\n\}' is not one line"):
+            writer.add_long([two[0][:2]], 2, b"{\n}")
+        writer.add_documents(*two, notes=[b'{"a":1}', b""])
+    dataset = verify_dataset(tmp_path / "data")
+    assert dataset.documents == 2 and dataset.note(0) == {"a": 1}
+
+
+@pytest.mark.parametrize("eod_counts", [False, True])
+def test_caller_says_whether_the_end_of_a_document_counts(tmp_path: Path, eod_counts: bool) -> None:
+    """An answer's end is learnt, a prompt's is not: both are eod."""
+    with TokenWriter(tmp_path / "data", INFO) as writer:
+        writer.add([5, 6, 7], [False, True, True], eod_counts=eod_counts)
+        writer.add([8, 9], np.zeros(2, bool))
+    dataset = verify_dataset(tmp_path / "data")
+    batch = make_batch({"a": dataset}, [RowPlan("a", ((0, 6),))], 6)
+    last = INFO.eod_id if eod_counts else IGNORED
+    assert batch.targets[0].tolist() == [6, 7, last, IGNORED, IGNORED, IGNORED]

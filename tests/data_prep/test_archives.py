@@ -95,7 +95,7 @@ def test_members_are_read_by_their_own_kind(tmp_path: Path, make: type) -> None:
         [
             ("!a.jsonl", len(LINES), "broken json"),
             ("!inner.tar", 0, "archive within an archive"),
-            ("!binary", 0, "broken utf-8"),
+            ("!binary", 0, "utf-16, not utf-8"),
         ],
     )
 

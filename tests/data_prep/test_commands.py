@@ -9,7 +9,8 @@ import pytest
 from data_prep.arguments import add_arguments
 from data_prep.commands import run
 from data_prep.gather_stdlib import stdlib_documents
-from megahybrid.errors import DataError
+from megahybrid.errors import DataError, PathError
+from tests.data.corpus import write_corpus
 
 
 def call(*words: str) -> int:
@@ -34,8 +35,49 @@ def test_commands_lead_from_text_to_a_verified_dataset(
 def test_place_that_cannot_be_written_is_one_line(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     output = f"{tmp_path}/file/a.model"
-    with pytest.raises(DataError, match="file failed \\((Not a directory|File exists)\\)"):
+    with pytest.raises(PathError, match="file cannot be used \\(Not a directory\\)"):
         call("tokenizer", str(corpus), "--vocab-size", "400", "--output", output)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("a.png", "a.png is no .svg, the one kind of picture that is drawn"),
+        ("a", "a is no .svg"),
+        (".svg", ".svg is no .svg"),
+        ("nowhere/a.svg", "nowhere, which is no folder"),
+        ("folder.svg", "folder.svg is there already \\(a folder\\)"),
+    ],
+)
+@pytest.mark.parametrize("of", ["dataset", "run"])
+def test_picture_that_cannot_be_drawn_is_refused_first(
+    of: str,
+    name: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "dataset", [5, 9])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    (tmp_path / "folder.svg").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=words):
+        call("inspect", of, "--picture", name)
+    assert sorted(tmp_path.rglob("*")) == before and not capsys.readouterr().out
+
+
+def test_picture_of_files_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "data", [5, 9])
+    (tmp_path / "data/manifest.json").unlink()
+    picture = str(tmp_path / "a.SVG")
+    with pytest.raises(DataError, match="has no manifest, so the lengths of its documents are not"):
+        call("inspect", f"{tmp_path}/data", "--vocab-size", "1000", "--picture", picture)
+    write_corpus(tmp_path / "other", [5, 9])
+    call("inspect", f"{tmp_path}/other", "--picture", picture)
+    assert Path(picture).read_text().startswith("<svg")
 
 
 def test_library_of_this_python_is_gathered_in_order(tmp_path: Path) -> None:

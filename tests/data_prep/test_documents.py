@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import documents
+from data_prep import plain_text
 from data_prep.documents import BadDocument, Document, read_unit
 from data_prep.inputs import cut_units, list_files
 from megahybrid.errors import DataError
@@ -49,11 +49,11 @@ def test_bad_line_is_named_with_its_place_and_the_rest_is_read(
     path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "two"}')
     first, bad, last = read_all(path)
     assert isinstance(first, Document) and isinstance(last, Document)
-    assert bad == BadDocument(str(path), 16, reason, line[:80])
+    assert bad == BadDocument(str(path), 16, reason, line[:80], len(line) + 1)
 
 
 def test_line_beyond_the_limit_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(plain_text, "MAX_LINE_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * 500 + b'"}\n{"text": "two"}\n')
     bad, good = read_all(path)
@@ -64,7 +64,7 @@ def test_line_beyond_the_limit_is_not_held(tmp_path: Path, monkeypatch: pytest.M
 def test_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffline\r\nline".encode())
-    assert read_all(path) == [Document(f"{path}:0", "line\r\nline")]
+    assert read_all(path) == [Document(f"{path}:0", "line\r\nline", size=13)]
 
 
 def test_folder_is_searched_in_order_without_hidden_files(tmp_path: Path) -> None:

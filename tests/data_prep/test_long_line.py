@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import documents, long_line
+from data_prep import long_line, plain_text
 from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
 from data_prep.inputs import cut_units
 
@@ -17,7 +17,7 @@ strings = st.text(st.sampled_from('ab"\\/\n\té\u4e2d\U0001f600\x1f u'), min_siz
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is long, here."""
-    monkeypatch.setattr(documents, "LONG_BYTES", 100)
+    monkeypatch.setattr(plain_text, "LONG_BYTES", 100)
     monkeypatch.setattr(long_line, "LONG_STRING", 20)
     monkeypatch.setattr(long_line, "PIECE_BYTES", 23)
 

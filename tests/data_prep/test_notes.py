@@ -1,11 +1,20 @@
 """Fields kept beside the tokens follow their documents through everything."""
 
+import datetime
+import decimal
 import json
+import math
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data_prep.inputs import Fields
+from data_prep.kept_fields import note_line
 from data_prep.merge import Split
 from data_prep.rewrite import merge_datasets, shuffle_datasets
 from data_prep.tokenize import tokenize
@@ -96,3 +105,65 @@ def test_notes_are_shown_and_checked(
     path.write_bytes(raw[:-1])
     with pytest.raises(DataError, match=r"shard-00000.jsonl and .* are not of this shard"):
         TokenDataset(noted / "train")
+
+
+def deep(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+PLAIN = [
+    (math.nan, None),
+    (-math.inf, None),
+    ([1.5, math.nan, {"a": math.inf}], [1.5, None, {"a": None}]),
+    (b"caf\xc3\xa9", "café"),
+    (b"\xff\x00\x10", "ff0010"),
+    ([b"a", bytearray(b"b")], ["a", "b"]),
+    ("a\ud800b\n", "a\ufffdb\n"),
+    ({"k\udfff": {b"raw": 1}, 3: True}, {"k\ufffd": {"raw": 1}, "3": True}),
+    (datetime.date(2024, 2, 29), "2024-02-29"),
+    (decimal.Decimal("1.10"), "1.10"),
+    (np.asarray([1.0, np.nan]), [1.0, None]),
+    (np.float32("inf"), None),
+    (10**30, 10**30),
+]
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+@pytest.mark.parametrize("value, expected", PLAIN, ids=[repr(value)[:20] for value, _ in PLAIN])
+def test_notes_are_json_that_any_reader_takes(value: object, expected: object) -> None:
+    line = Fields("text", ("x",)).note({"x": value, "text": "t"})
+    assert b"\n" not in line
+    assert json.loads(line.decode("ascii"), parse_constant=refuse) == {"x": expected}
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text() | st.binary() | st.integers(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.binary(), inner),
+    )
+)
+def test_any_value_becomes_a_strict_line(value: object) -> None:
+    line = note_line({"x": value})
+    json.loads(line.decode("ascii"), parse_constant=refuse)["x"]
+    assert b"\\ud800" not in line and b"\n" not in line
+
+
+def test_what_is_nested_too_deep_is_cut_off() -> None:
+    assert json.loads(note_line({"x": deep(20)})) == {"x": deep(20)}
+    json.loads(note_line({"x": deep(50_000)}))
+
+
+def test_rows_with_numbers_that_are_none_keep_strict_notes(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one", "score": NaN}\n{"text": "two", "score": 2}\n'
+    )
+    tokenize([tmp_path / "a.jsonl"], model, tmp_path / "out", kept=["score"], quiet=True)
+    lines = (tmp_path / "out/train/shard-00000.jsonl").read_text().splitlines()
+    scores = [json.loads(line, parse_constant=refuse)["score"] for line in lines]
+    assert sorted(scores, key=str) == [2, None]

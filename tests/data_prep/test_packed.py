@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import compressed, documents
-from data_prep.compressed import open_stretch, scan
+from data_prep import compressed, plain_text
+from data_prep.compressed import kind_of, open_stretch, scan
 from data_prep.documents import BadDocument, Document, LongDocument, read_unit
-from data_prep.inputs import Fields, cut_units
+from data_prep.inputs import cut_units
+from data_prep.items import Fields
 
 
 def read_all(path: Path, unit_bytes: int = 2**20) -> list[Document | LongDocument | BadDocument]:
@@ -99,7 +100,7 @@ def test_text_file_with_a_broken_member_is_no_document(tmp_path: Path, packed) -
 
 def test_long_packed_text_is_streamed(tmp_path: Path, packed, monkeypatch) -> None:
     suffix, pack = packed
-    monkeypatch.setattr(documents, "LONG_BYTES", 1000)
+    monkeypatch.setattr(plain_text, "LONG_BYTES", 1000)
     path = tmp_path / f"a.txt.{suffix}"
     text = "".join(f"line {n} é\n" for n in range(5000))
     path.write_bytes(pack(text.encode()))
@@ -145,8 +146,11 @@ def test_any_flipped_byte_costs_at_most_its_member(
 def test_stretches_give_the_bytes_they_promise(tmp_path: Path, packed) -> None:
     path = tmp_path / f"a.{packed[0]}"
     path.write_bytes(packed[1](b"abc" * 1000))
-    (stretch,) = scan(path)
-    with open_stretch(path, stretch) as file:
+    kind = kind_of(path)
+    assert kind is not None
+    (stretch,) = scan(path, kind)
+    assert stretch.packed == path.stat().st_size and stretch.lost == 0
+    with open_stretch(path, kind, stretch) as file:
         assert file.read() == b"abc" * 1000
 
 

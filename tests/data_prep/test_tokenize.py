@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import documents as documents_module
 from data_prep import encode_unit as encode_module
 from data_prep import long_text as long_module
 from data_prep import merge as merge_module
+from data_prep import plain_text
 from data_prep import tokenize as tokenize_module
 from data_prep.inputs import UNIT_BYTES, cut_units
 from data_prep.tokenize import TokenizeReport, tokenize
@@ -142,8 +142,10 @@ def test_bad_lines_are_counted_and_listed(corpus: Path, model: Path, tmp_path: P
     assert [item["reason"] for item in listed] == ["broken json", "NUL character", "broken utf-8"]
     raw = path.read_bytes()
     assert raw[listed[2]["offset"] :].startswith(b'{"text": "\xff"}')
-    with pytest.raises(DataError, match="3 of 303 documents are bad .* max_bad_fraction=0.001"):
-        run(path, model, tmp_path / "strict", max_bad_fraction=0.001)
+    assert report.loss.lost_bytes == sum(item["lost"] for item in listed) == 10 + 20 + 14
+    assert report.loss.bytes == len(raw)
+    with pytest.raises(DataError, match=rf"=1e-05 is less .* 0\.01% \(44 of {len(raw):,}\)"):
+        run(path, model, tmp_path / "strict", max_bad_fraction=1e-5)
 
 
 BAD_LINES = [
@@ -177,7 +179,8 @@ def test_many_kinds_of_bad_line_cost_themselves_alone(
     )
     found = texts_of(tmp_path / "out/train", tokenizer)
     assert sorted(found) == sorted(f"good {number}" for number in range(len(good)))
-    assert sum(report.bad.values()) == len(BAD_LINES)
+    assert sum(report.bad.values()) + report.loss.empty == len(BAD_LINES)
+    assert report.loss.empty == 2 and "empty" not in report.bad
     raw = path.read_bytes()
     for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines():
         item = json.loads(line)
@@ -206,15 +209,16 @@ def test_finished_job_is_not_done_again(corpus: Path, model: Path, tmp_path: Pat
     before = contents(tmp_path / "out")
     assert run(corpus, model, tmp_path / "out") == report
     assert contents(tmp_path / "out") == before
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(DataError, match="is not empty: it was made .* \\(--seed was 0, is 1\\)"):
         run(corpus, model, tmp_path / "out", seed=1)
+    assert contents(tmp_path / "out") == before
 
 
 def test_output_among_the_inputs_is_no_input(corpus: Path, model: Path, tmp_path: Path) -> None:
     shutil.copy(corpus, tmp_path / "a.jsonl")
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{}\n")
-    with pytest.raises(DataError, match="1 of 301 documents are bad"):
+    with pytest.raises(DataError, match=r"lost.*: less than 0.01% \(3 of "):
         run(tmp_path, model, tmp_path / "out", max_bad_fraction=0)
     report = run(tmp_path, model, tmp_path / "out")
     assert run(tmp_path, model, tmp_path / "out") == report
@@ -252,14 +256,14 @@ def test_long_text_is_streamed_or_taken_back(
     monkeypatch: pytest.MonkeyPatch,
     broken: bytes,
 ) -> None:
-    monkeypatch.setattr(documents_module, "LONG_BYTES", 10_000)
-    monkeypatch.setattr(documents_module, "CHUNK_BYTES", 777)
+    monkeypatch.setattr(plain_text, "LONG_BYTES", 10_000)
+    monkeypatch.setattr(plain_text, "CHUNK_BYTES", 777)
     monkeypatch.setattr(long_module, "PIECE_CHARACTERS", 1000)
     text = "".join(f"Sentence {n} of a long text, é and 語.\n" for n in range(2000))
     (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbf" + text.encode() + broken)
     (tmp_path / "short.txt").write_text("short")
     report = run(
-        tmp_path / "*.txt", model, tmp_path / "out", held_out=0, longest=0, max_bad_fraction=0.5
+        tmp_path / "*.txt", model, tmp_path / "out", held_out=0, longest=0, max_bad_fraction=1
     )
     found = texts_of(tmp_path / "out/train", tokenizer)
     if broken:
@@ -274,11 +278,18 @@ def test_long_text_is_streamed_or_taken_back(
 def test_job_with_mostly_bad_lines_is_stopped_early(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize_module, "ENOUGH_TO_JUDGE", 100)
+    done: list[int] = []
+    encode = tokenize_module.encode_unit
+    monkeypatch.setattr(
+        tokenize_module, "encode_unit", lambda *args: done.append(args[1]) or encode(*args)
+    )
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good one"}\n{"text": 5}\n' * 20_000)
-    with pytest.raises(DataError, match=r"of \d{3,4} documents are bad .* then goes on"):
+    with pytest.raises(
+        DataError, match=r"is less than what is lost so far: \d.\d\d% .* then goes on"
+    ):
         run(path, model, tmp_path / "out", held_out=0, longest=0)
+    assert len(done) < 0.2 * path.stat().st_size / 10_000
     report = run(path, model, tmp_path / "out", max_bad_fraction=0.6, held_out=0, longest=0)
     assert report.bad == {"no text field 'text'": 20_000}
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data_prep import vocabulary
 from data_prep.inputs import cut_units
+from data_prep.items import Fields
 from data_prep.tokenizer_report import report
 from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +30,18 @@ def test_any_text_survives(tokenizer: Tokenizer, given_texts: list[str]) -> None
 def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.info.eod_id not in tokenizer.encode([text])[0]
     assert tokenizer.decode(tokenizer.encode([text])[0]) == text
+
+
+@pytest.mark.parametrize("one", ["text", ""])
+def test_one_text_without_a_list_is_refused(one: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer._words is not None  # both ways to arrays: word by word, and whole
+    for words in (tokenizer, load_tokenizer(write_hugging_face(tmp_path))):
+        for encode in (words.encode, words.encode_arrays):
+            with pytest.raises(
+                TypeError, match=r"takes a list of texts, not one \w+ .*Pass \[text\]"
+            ):
+                encode(one)
+            assert [len(ids) > 0 for ids in encode(("text", "more"))] == [True, True]
 
 
 def test_training_gives_the_same_bytes_again(corpus: Path, model: Path, tmp_path: Path) -> None:
@@ -130,7 +143,7 @@ def test_sample_is_shared_by_weight_and_not_all_is_read(
 
     def sample(weights: list[float] | None, seed: int = 0) -> list[str]:
         met.clear()
-        return list(vocabulary.sampled_texts(sources, weights, 20_000, seed, "text"))
+        return list(vocabulary.sampled_texts(sources, weights, 20_000, seed, Fields()))
 
     texts = sample([1, 3])
     size = {name: sum(len(t) for t in texts if t[0] == name) for name in "ab"}

@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from data_prep.inspect_dataset import inspect_dataset
+from data_prep.pack import pack
 from data_prep.show_batch import show_batch
 from data_prep.trace import (
     Step,
@@ -23,9 +25,10 @@ from data_prep.trace import (
     steps_of,
 )
 from megahybrid.data.mixture import cursor_crc
+from megahybrid.data.token_writer import TokenWriter
 from megahybrid.errors import DataError, MegahybridError
 from megahybrid.train.ledger import LEDGER_NAME, EventLine, LedgerWriter, StepLine
-from tests.data.corpus import write_corpus
+from tests.data.corpus import random_documents, tokenizer_info, write_corpus
 
 MODELS = Path(__file__).parents[2] / "configs/models"
 
@@ -36,6 +39,24 @@ def run_directory(tmp_path: Path) -> Path:
     for seed, name in enumerate(("a", "b")):
         lengths = np.random.default_rng(seed).integers(2, 60, 300).tolist()
         write_corpus(tmp_path / name, lengths, seed=seed)
+    return make_run(tmp_path, "run")
+
+
+@pytest.fixture
+def packed_run(tmp_path: Path) -> Path:
+    """A run over a plan whose rows are not full, with a note of each document; its stage `long` has
+    two of the plan's rows in one."""
+    for seed, name in enumerate(("a", "b")):
+        lengths = [20, 11, 20, 9, 20, 10, 7] * 30
+        documents = random_documents(lengths, seed=seed)
+        with TokenWriter(tmp_path / f"{name}-documents", tokenizer_info(), noted=True) as writer:
+            for number, document in enumerate(documents):
+                writer.add_documents(
+                    np.append(document, tokenizer_info().eod_id),
+                    np.asarray([len(document) + 1]),
+                    notes=[json.dumps({"id": f"{name}{number}"}).encode()],
+                )
+        pack(tmp_path / f"{name}-documents", tmp_path / name, 32)
     return make_run(tmp_path, "run")
 
 
@@ -228,3 +249,47 @@ def test_step_is_shown_with_its_documents(
     assert "step 9 of the run, 1 of stage long: 4 rows of 64 tokens" in shown
     assert "█" in shown and "▓" in shown and "row 1:" in shown and "row 2:" not in shown
     assert " targets count" in shown
+
+
+@pytest.mark.parametrize("stage, step", [("short", 1), ("short", 8), ("long", 3)])
+def test_what_fills_a_row_is_no_document(
+    packed_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    step: int,
+) -> None:
+    picture = tmp_path / "step.svg"
+    show_batch(str(packed_run), stage, step, rows=8, picture=str(picture))
+    run = load_run(packed_run)
+    plans = find_step(run, open_mixture(run), stage, step).plans
+    length = 32 if stage == "short" else 64
+    sizes = [[size for _, size in plan.spans] for plan in plans]
+    assert any(sum(row) < length for row in sizes)
+    shown = capsys.readouterr().out
+    found = [block.splitlines() for block in shown.split("\nrow ")[1:]]
+    assert len(found) == len(plans)
+    for lines, plan, row in zip(found, plans, sizes, strict=True):
+        filling = length - sum(row)
+        assert f"; {len(row)} documents, " in lines[0]
+        assert (f", {filling} filling" in lines[0]) == bool(filling)
+        drawn = lines[1]
+        assert drawn.count("·") * length // 64 == filling and set(drawn) <= set("█▓·")
+        listed = [line for line in lines if " tokens  " in line]
+        assert [int(line.split()[1]) for line in listed] == row[:5]
+        notes = [line for line in lines if line.strip().startswith("id ")]
+        assert len(notes) == len(listed) and all(f"id {plan.source}" in note for note in notes)
+    boxes = [box.get("fill") for box in ElementTree.parse(picture).getroot()]
+    assert boxes.count("#e8e8e8") == sum(sum(row) < length for row in sizes)
+    coloured = [box for box in boxes if box and box not in ("black", "white", "#e8e8e8")]
+    assert len(coloured) == sum(map(len, sizes)) + 2  # and a bar for each source
+
+
+def test_names_with_brackets_and_escapes_are_shown_as_they_are(
+    run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = run_directory.parent / "[/red]\x1b[31m"
+    write_corpus(place / "a", [9] * 40)
+    inspect_dataset(str(place / "a"), None, None, 1)
+    shown = capsys.readouterr().out
+    assert "[/red]\\x1b[31m/a: 40 documents" in shown and "\x1b" not in shown

@@ -15,7 +15,7 @@ VOCAB = 128 - FIRST + 2
 class Characters:
     """One id per ASCII character."""
 
-    info = TokenizerInfo("characters", "0" * 64, VOCAB, EOD)
+    info = TokenizerInfo(kind="characters", sha256="0" * 64, vocab_size=VOCAB, eod_id=EOD)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[2 if c == "\n" else ord(c) - FIRST + 2 for c in text] for text in texts]

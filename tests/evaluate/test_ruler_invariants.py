@@ -26,7 +26,7 @@ EOD = 1
 class Nibbles:
     """Two ids of sixteen for each byte: the smallest vocabulary that writes every text."""
 
-    info = TokenizerInfo("nibbles", "0" * 64, 18, EOD)
+    info = TokenizerInfo(kind="nibbles", sha256="0" * 64, vocab_size=18, eod_id=EOD)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[2 + n for b in text.encode() for n in divmod(b, 16)] for text in texts]
@@ -51,7 +51,9 @@ class Pieces:
             "One",
         ]
         self.words = list(dict.fromkeys(self.words))
-        self.info = TokenizerInfo("pieces", "0" * 64, VOCAB + len(self.words), EOD)
+        self.info = TokenizerInfo(
+            kind="pieces", sha256="0" * 64, vocab_size=VOCAB + len(self.words), eod_id=EOD
+        )
         self.known = re.compile("|".join(map(re.escape, self.words)) + "|(?s:.)")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

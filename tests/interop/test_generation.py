@@ -1,6 +1,7 @@
 """Text that an export generates, with its cache of keys and values, is the text our model does."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,22 @@ import pytest
 import torch
 
 from megahybrid.config.model import ModelConfig
+from megahybrid.errors import InteropError
+from megahybrid.interop import export as exporting
+from megahybrid.interop.generation import cache_name
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
-from tests.interop.examples import HEAD, LOCAL, NOPE, PARALLEL, ROPE, WHOLE, model_of
+from tests.interop.examples import (
+    HEAD,
+    LOCAL,
+    NOPE,
+    PARALLEL,
+    PER_HEAD,
+    ROPE,
+    WHOLE,
+    checkpoint_of_model,
+    model_of,
+)
 from tests.interop.test_export import exported, loaded
 from tests.plain_model import PlainModel
 
@@ -18,6 +32,9 @@ NEW = 24
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
+    "Cohere": ("Cohere", [ROPE | PER_HEAD] * 2, PARALLEL),
+    "Llama": ("Llama", [ROPE] * 2, {}),
+    "Qwen3": ("Qwen3", [LOCAL | HEAD, ROPE | HEAD], {}),
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
@@ -66,8 +83,8 @@ def test_the_cache_of_a_windowed_layer_is_bounded_by_its_window(tmp_path: Path) 
     wanted = PlainModel(model, tensors).logits(tokens)
     cache, found = None, []
     for start, stop in ((0, 3), (3, 14), (14, 15), (15, 30), (30, 40)):  # chunks over the windows
-        out = theirs(input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = theirs(input_ids=tokens[:, start:stop], use_cache=True, **{cache_name(): cache})
+        cache = out[cache_name()]
         found.append(out.logits)
     assert (torch.cat(found, dim=1) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
     held = [layer.keys.shape[-2] for layer in cache.layers]
@@ -146,3 +163,130 @@ def test_our_own_class_is_saved_with_its_code_and_loaded_again(tmp_path: Path) -
     again = loaded(tmp_path / "again")
     tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(4))
     assert torch.equal(again(input_ids=tokens).logits, theirs(input_ids=tokens).logits)
+
+
+@torch.no_grad()
+def test_both_names_of_the_cache_are_known_and_no_other_one_is_ignored(tmp_path: Path) -> None:
+    from transformers import DynamicCache
+
+    theirs, _ = exported(tmp_path, model_of([LOCAL, ROPE | {"window": 9}]))
+    tokens = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(4))
+    wanted = theirs(input_ids=tokens, use_cache=False).logits[:, -1:]
+
+    def filled() -> DynamicCache:
+        return theirs(input_ids=tokens[:, :-1], use_cache=True)[cache_name()]
+
+    last = {"input_ids": tokens[:, -1:]}
+    for module in (theirs, theirs.model):
+        for name in ("cache", "past_key_values"):
+            found = module(**last, **{name: filled()})[0]
+            found = theirs.lm_head(found) if module is theirs.model else found
+            assert (found - wanted).abs().max() <= 1e-5
+        for name, value in (
+            ("kv_store", filled()),  # whatever a later version calls it
+            ("states", {"decoder": [filled()]}),
+            ("cache_params", torch.zeros(1)),
+            ("past", ((torch.zeros(1), torch.zeros(1)),)),
+        ):
+            with pytest.raises(TypeError, match=f"does not know {name}, which carries a cache"):
+                module(**last, **{name: value})
+        with pytest.raises(ValueError, match="two names of one argument"):
+            module(**last, cache=filled(), past_key_values=filled())
+        with pytest.raises(ValueError, match="has 12 entries, but there are 0 tokens in the cache"):
+            module(**last, attention_mask=torch.ones(1, 12))
+        module(**last, cache_position=torch.tensor([0]), num_logits_to_keep=None, past=None)
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Megahybrid"])
+def test_an_export_whose_generate_loses_the_cache_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.24 lost it: forward knew the cache by another name than `generate`."""
+    from transformers import GenerationMixin
+
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE]))
+    right = GenerationMixin.prepare_inputs_for_generation
+
+    def forgetful(*given: Any, **named: Any) -> dict[str, Any]:
+        inputs = right(*given, **named)
+        inputs.pop(cache_name(), None)
+        return inputs
+
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", forgetful)
+    with pytest.raises(InteropError, match="logits differ by .* tokens, generated"):
+        exporting.export(tmp_path / "run", tmp_path / "out", tokenizer="none", architecture=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_that_swallows_its_cache_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, ROPE | {"window": 9}]))
+    right = exporting._config_files
+
+    def wrong(*given: Any) -> dict[str, str]:
+        files = right(*given)
+        text = files["modeling_megahybrid.py"]
+        swallowed = text.replace(
+            "cache = given_cache(cache, past_key_values, kwargs)", "cache = None"
+        ).replace("check_mask(mask, seen, seq)", "mask = mask[:, : seen + seq]")
+        assert swallowed != text
+        return files | {"modeling_megahybrid.py": swallowed}
+
+    monkeypatch.setattr(exporting, "_config_files", wrong)
+    with pytest.raises(InteropError, match="logits differ by .* cached"):
+        exporting.export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+
+
+def test_a_generate_that_does_not_take_the_largest_logit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import SmolLM3ForCausalLM
+
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE]))
+    right = SmolLM3ForCausalLM.generate
+
+    def wrong(self: Any, *given: Any, **named: Any) -> Any:
+        return right(self, *given, **named, suppress_tokens=list(range(40)))
+
+    monkeypatch.setattr(SmolLM3ForCausalLM, "generate", wrong)
+    with pytest.raises(InteropError, match="does not take the token of the largest logit"):
+        exporting.export(tmp_path / "run", tmp_path / "out", tokenizer="none")
+
+
+@torch.no_grad()
+def test_our_own_class_drafts_and_is_drafted_for(tmp_path: Path) -> None:
+    """Both take tokens back that a window had already forgotten."""
+    theirs, _ = exported(tmp_path, model_of([LOCAL, ROPE | {"window": 9}]))
+    (tmp_path / "small").mkdir()
+    draft, _ = exported(tmp_path / "small", model_of([LOCAL | {"window": 3}]))
+    prompt = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(4))
+    plain = theirs.generate(prompt, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    found = theirs.generate(prompt, max_new_tokens=NEW, do_sample=False, assistant_model=draft)
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_that_is_loaded_and_run_warns_of_what_goes_away(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    name, schemes, fields = CASES[case]
+    checkpoint_of_model(tmp_path / "run", model_of(schemes, **fields))
+    logging.enable_propagation()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exporting.export(
+                tmp_path / "run", tmp_path / "out", tokenizer="none", architecture=name
+            )
+            theirs = AutoModelForCausalLM.from_pretrained(
+                str(tmp_path / "out"), trust_remote_code=True
+            )
+            theirs.generate(torch.tensor([[3, 4, 5, 6, 7, 8, 9]]), max_new_tokens=9)
+            theirs.save_pretrained(tmp_path / "again")
+    finally:
+        logging.disable_propagation()
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []

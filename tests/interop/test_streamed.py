@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megahybrid.errors import InteropError
-from megahybrid.interop import streamed
+from megahybrid.interop import compare, streamed
 from megahybrid.interop.compare import prove
 from megahybrid.interop.export import choose, export
 from tests.interop.examples import LOCAL, NOPE, checkpoint_of_model, model_of
@@ -48,13 +48,16 @@ def test_a_layer_at_a_time_is_the_same_proof(
             dtype=torch.bfloat16,
             whole_bytes=0,
         )
-        assert [row.what for row in rows] == ["whole", "cached"]
+        assert [row.what for row in rows] == ["whole", "whole", "generated"]
         assert all(row.equal for row in rows)
 
     again()
     tensors = load_file(tmp_path / "out/model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3] *= 1.5
     save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    with pytest.raises(InteropError, match=r"layers.1.mlp.down_proj.weight is not .* row 3 first"):
+        again()
+    monkeypatch.setattr(compare, "check_bits", lambda *given: None)
     with pytest.raises(InteropError, match="layer 1 is the first that differs"):
         again()
 
@@ -75,7 +78,7 @@ def test_a_cache_that_keeps_too_little_is_seen_a_layer_at_a_time(
 
     monkeypatch.setattr(DynamicSlidingWindowLayer, "__init__", wrong)
     step = tmp_path / "run/checkpoints/step-00000007"
-    with pytest.raises(InteropError, match="tokens, cached"):
+    with pytest.raises(InteropError, match="tokens, generated"):
         prove(model, model.layer_plan, step, tmp_path / "out", own=False, whole_bytes=0)
 
 

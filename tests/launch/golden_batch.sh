@@ -9,6 +9,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --mem=0
 #SBATCH --time=2-00:00:00
+#SBATCH --export=NONE
+#SBATCH --chdir='/home/me/mega hybrid'
 #SBATCH --signal=B:USR1@420
 #SBATCH --output='/data/my runs/100%%/demo/logs/%j.batch.log'
 #SBATCH --open-mode=append
@@ -23,21 +25,31 @@
 # not start it) the job goes back into the queue, three times in a row at most.
 logs='/data/my runs/100%/demo/logs'
 undecided='/data/my runs/100%/demo/slurm/undecided'
-excluded=n7,n9,
-decided=$logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}/decided
+attempt=$logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+task=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+task=${task:-$SLURM_JOB_ID}
 supervisor= ended=
 finish() {
   code=$?
+  set +e
   trap '' USR1 TERM  # a requeue ends what is left of this shell
-  case $code in 0|2) return ;; esac
-  if [ -z "$ended" ] && [ ! -e "$decided" ]; then
-    why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
-    echo "$why" | tee -a "$undecided"
-    if [ "$(wc -l <"$undecided")" -le 3 ]; then
-      scontrol requeue "$SLURM_JOB_ID" || { sleep 60; scontrol requeue "$SLURM_JOB_ID"; }
-      [ -n "$supervisor" ] ||
-        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$SLURMD_NODENAME"
-    fi
+  case $code in 0|2|74) return ;; esac
+  if [ -n "$ended" ] || [ -e "$attempt/decided" ]; then return; fi
+  why="the batch process on $SLURMD_NODENAME ended with $code and decided nothing"
+  [ -e "$attempt/began" ] ||
+    why="the batch process could not be started on $SLURMD_NODENAME (code $code)"
+  echo "$why"
+  if echo "$why" >>"$undecided"; then
+    times=$(wc -l <"$undecided")
+  else
+    times=$((${SLURM_RESTART_COUNT:-0} + 1))
+  fi
+  [ "$times" -le 3 ] || return
+  scontrol requeue "$task" || { sleep 60; scontrol requeue "$task"; }
+  if [ ! -e "$attempt/began" ]; then
+    # Beside the nodes that the job was kept off before.
+    others=$(scontrol -o show job "$task" | sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p')
+    scontrol update "JobId=$task" "ExcNodeList=${others:+$others,}$SLURMD_NODENAME"
   fi
 }
 trap finish EXIT
@@ -46,6 +58,10 @@ trap 'ended=1; [ -n "$supervisor" ] || exit 143; kill -TERM "$supervisor" || tru
 set -eo pipefail
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 ulimit -c 0
+[ -n "$HOME" ] || export HOME=~
+unset SLURM_EXPORT_ENV SLURM_GET_USER_ENV
+export PATH='/home/me/mega hybrid/.venv/bin':"${PATH:-/usr/local/bin:/usr/bin:/bin}":/opt/slurm/bin
+export PYTHONPATH='/home/me/mega hybrid'
 type module >/dev/null 2>&1 || . /etc/profile || true
 module load cuda/12.8
 module load 'x; touch pwned'

@@ -56,9 +56,8 @@ STATUS = re.compile(
     r"(RUNNING|COMPLETING|CONFIGURING|SUSPENDED) job [\d_]+( try \d+)? t\S* "
     r"(preparing|ending|(start|compile|data|step|evaluate|save) age \d+s)( step \d+ loss [\d.]+)? "
     r"(no ckpt|ckpt \d+) left [\d:-]+( \| .*)?"
-    r"|PENDING job \S+( \(\+\d+ in the chain\))? \([^()]+\)( after attempt \d+: .+)?"
-    + _PROGRESS
-    + "|"
+    r"|PENDING job \S+( \(\+\d+ in the chain\))? \([^()]+\)"
+    r"( after (attempt \d+: |the batch process ).+)?" + _PROGRESS + "|"
     r"DONE after \d+ attempts?" + _PROGRESS + "|"
     r"(STOPPED|GIVEN UP) with code \d+: .+" + _PROGRESS + "|"
     r"NOT IN THE QUEUE \(job .+\)" + _PROGRESS + ")"
@@ -138,12 +137,13 @@ class Run(Submitted):
         limit: str = "0:30:00",
         more: str = "",
         check: str = "pairs: false",
+        python: str = sys.executable,
         **options: Any,
     ) -> None:
         directory = folder / "run; $(touch pwned)"
         site = folder / "site.yaml"
         facts = {"steps": steps, "save": save, "limit": limit, "more": more, "check": check}
-        site.write_text(SITE.format(python=sys.executable, **facts))
+        site.write_text(SITE.format(python=python, **facts))
         (folder / "run.yaml").write_text(RUN)
         # As the command line would, except for what a rank runs.
         job, resolved = plan(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.policy import Outcome, decide, first_ended, outcome
+from launch.policy import Decision, Outcome, decide, first_ended, outcome
 from launch.records import AttemptRecord
 from megahybrid.config.site import Caps
 from megahybrid.heartbeat import Beat
@@ -71,8 +71,20 @@ def test_no_new_checkpoint_in_n_attempts_is_no_progress_whatever_the_codes() -> 
     assert "no new checkpoint in 4 attempts" in decision.reason
 
 
-def test_what_slurm_ended_is_no_failure_of_the_run() -> None:
-    assert _decide(137, _attempt(137), _attempt(137), ended_by_slurm=True).again
+def test_74_is_tried_again_and_counts_under_the_caps() -> None:
+    assert _decide(74).again and _decide(74, _attempt(74)).again
+    decision = _decide(74, _attempt(74), _attempt(74))
+    assert (decision.again, decision.end_chain, decision.exit_code) == (False, True, 74)
+    assert decision.reason.startswith("3 failures in a row")
+    full = "x could not be written (No space left on device)"
+    assert outcome({0: _beat(0, 74, full), 1: _beat(1, 1, "Connection reset", True)}, 2, 143) == (
+        Outcome(74, f"rank 0: {full}", "n0")
+    )
+
+
+def test_a_cancelled_run_has_one_outcome_whatever_its_ranks_did() -> None:
+    found = {_decide(code, by_user="cancelled") for code in (75, 143, 137, 7, 1, 74)}
+    assert found == {Decision(False, True, 75, "cancelled on request")}
 
 
 def test_all_ranks_stopped_is_75_and_all_done_is_0() -> None:

@@ -48,6 +48,9 @@ def _job(**changes) -> Job:
         "spares": 1,
         "exclude": ("n7", "n9"),
         "lead_seconds": 420,
+        "programs": ("/home/me/mega hybrid/.venv/bin",),
+        "slurm_programs": "/opt/slurm/bin",
+        "python_path": "/home/me/mega hybrid",
     }
     return Job(**{**facts, **changes})
 
@@ -69,16 +72,18 @@ def test_no_value_is_run_as_a_command(tmp_path: Path, shell: str) -> None:
 
 
 ENDINGS: dict[str, tuple[str, int, list[str]]] = {
-    "killed": ("kill -9 $$", 137, ["requeue 5"]),
+    "killed": ("mkdir -p logs/5.0 && touch logs/5.0/began; kill -9 $$", 137, ["requeue 5"]),
+    "no room for its records": ("exit 74", 74, []),
     "decided": ("mkdir -p logs/5.0 && touch logs/5.0/decided; exit 75", 75, []),
     "a user's mistake": ("exit 2", 2, []),
     "done": ("exit 0", 0, []),
     "ended by Slurm": ("kill -TERM $PPID; sleep 0.3; kill -9 $$", 137, []),
-    "no such process": ("", 127, ["requeue 5"]),
+    "no such process": ("", 127, ["requeue 5", "update JobId=5 ExcNodeList=n9,n[3-4],n1"]),
+    "a python that breaks": ("exit 1", 1, ["requeue 5", "update JobId=5 ExcNodeList=n9,n[3-4],n1"]),
     "a node that cannot start it": (
         "nowhere",
         1,
-        ["requeue 5", "update JobId=5 ExcNodeList=n9,n1"],
+        ["requeue 5", "update JobId=5 ExcNodeList=n9,n[3-4],n1"],
     ),
 }
 
@@ -91,12 +96,15 @@ def test_what_nobody_decided_goes_back_into_the_queue_three_times(how: str, tmp_
     site = SITE.model_copy(update={"modules": [], "prologue": [], "python": ["./process"]})
     script = batch_script(_job(**folders, site=site, exclude=("n9",)))
     (tmp_path / "slurm").mkdir()
-    for name, text in (("process", body), ("scontrol", 'echo "$@" >>calls')):
+    shown = 'case $* in -o*) echo "JobId=5 ExcNodeList=n9,n[3-4] X=y";; *) echo "$@" >>calls;; esac'
+    for name, text in (("process", body), ("scontrol", shown)):
         if text:
             (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
             (tmp_path / name).chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     facts = os.environ | path | {"SLURM_JOB_ID": "5", "SLURMD_NODENAME": "n1"}
+    for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
+        facts.pop(name, None)
 
     def run() -> list[str]:
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=facts, capture_output=True)

@@ -298,3 +298,29 @@ def test_without_slurm_a_submission_says_what_to_do(tmp_path, monkeypatch) -> No
     )  # fmt: skip
     with pytest.raises(MegahybridError, match="is not installed on this machine"):
         submit(job, resolved)
+
+
+def test_a_job_that_is_being_signalled_runs_and_its_restarts_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a requeue and the first record of the new attempt, too."""
+    from launch import slurm
+
+    (tmp_path / "squeue").write_text(
+        '#!/bin/sh\ncase "$*" in *RestartCnt*) echo "7                   3   " ;;\n'
+        '*) echo "7|7|SIGNALING|None|n[1-2]|1:00|7|demo" ;; esac\n'
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    run = tmp_path / "demo"
+    record(run, "submit", jobs=["7"], nodes=2)
+    record(run, "start", job="7", attempt=2, nodes=["n1", "n2"], checkpoint=None)
+    queue = slurm.queue()
+    assert (queue["7"].state, queue["7"].restarts) == ("RUNNING", 3)
+    # The last attempt left no word: it has failed, and this is the one after it.
+    line = status_line(run, queue)
+    assert line == "demo: RUNNING job 7 try 4 n[1-2] preparing no ckpt left 1:00 | 1 failed before"
+    record(run, "signal", job="7", attempt=2, signal="SIGTERM", seconds_left=900.0)
+    assert status_line(run, queue).endswith("left 1:00 | 1 interrupted by Slurm before")
+    record(run, "signal", job="7", attempt=2, signal="SIGTERM", seconds_left=-2.0)
+    assert status_line(run, queue).endswith("left 1:00 | 1 failed before")

@@ -9,6 +9,7 @@ import pytest
 from launch import attempt as attempts
 from launch import slurm
 from launch.attempt import Attempt
+from launch.events import JobEvents
 from launch.records import read_records, record
 from launch.slurm import Queued
 from launch.supervise import Supervisor
@@ -40,7 +41,8 @@ def test_a_failed_rank_is_no_hang_where_srun_does_not_end_the_others(
         heartbeat_file(tmp_path, rank).parent.mkdir(exist_ok=True)
         heartbeat_file(tmp_path, rank).write_text(json.dumps(vars(beat)))
     srun = subprocess.Popen(["/bin/sleep", "60"])
-    said = RankWatch(_attempt(tmp_path), []).until_end(srun)
+    attempt = _attempt(tmp_path)
+    said = RankWatch(attempt, JobEvents(attempt)).until_end(srun)
     assert srun.poll() is not None
     assert said is None if failed else "ranks 0, 1 gave no sign" in said
 

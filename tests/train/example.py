@@ -11,7 +11,7 @@ from megahybrid.data.token_writer import TokenWriter
 from megahybrid.train.ledger import LEDGER_NAME, StepLine, read_every_line, read_ledger
 
 VOCAB = 97
-TOKENIZER = TokenizerInfo("sentencepiece", "0" * 64, VOCAB, eod_id=1)
+TOKENIZER = TokenizerInfo(kind="sentencepiece", sha256="0" * 64, vocab_size=VOCAB, eod_id=1)
 
 RUN = """
 seed: 1

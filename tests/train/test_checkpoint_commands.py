@@ -133,7 +133,7 @@ def test_dataset_of_another_vocabulary_is_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for size in (VOCAB, 500):
-        info = TokenizerInfo("sentencepiece", "0" * 64, size, 1)
+        info = TokenizerInfo(kind="sentencepiece", sha256="0" * 64, vocab_size=size, eod_id=1)
         with TokenWriter(tmp_path / str(size), info) as writer:
             writer.add([2, 3, 4])
     told = refused(capsys, "evaluate", trained.run, "--data", tmp_path / "500")

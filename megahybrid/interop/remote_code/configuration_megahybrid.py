@@ -15,7 +15,7 @@ class MegahybridConfig(PreTrainedConfig):
     """
 
     model_type = "megahybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -59,3 +59,7 @@ class MegahybridConfig(PreTrainedConfig):
     def layers(self) -> list[dict[str, Any]]:
         """One scheme per layer, first layer first."""
         return [self.schemes[name] for name in self.layer_schemes]
+
+    def windows(self) -> list[int | None]:
+        """The window of each layer."""
+        return [scheme["window"] for scheme in self.layers()]

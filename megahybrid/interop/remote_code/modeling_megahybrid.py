@@ -10,16 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .cache_megahybrid import CACHE_NAME, CACHE_NAMES, check_mask, given_cache, windowed
 from .configuration_megahybrid import MegahybridConfig
 
 QUERY_BLOCK = 1024
@@ -269,17 +265,20 @@ class MegahybridModel(MegahybridPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids or inputs_embeds; attention_mask [batch, seen + seq] marks padding with 0.
 
+        `past_key_values` is what transformers before 5.24 calls `cache`.
         Hidden states are the embedding, each layer's output, and the last one's after the norm.
         """
+        cache = given_cache(cache, past_key_values, kwargs)
         if output_attentions:
             raise ValueError("output_attentions: torch's attention keeps no weights to give.")
         if output_hidden_states is None:
@@ -288,7 +287,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        cache = self._cache(past_key_values) if use_cache or past_key_values is not None else None
+        if use_cache or cache is not None:
+            cache = windowed(cache, self.config.windows())
         seen = 0 if cache is None else cache.get_seq_length()
         places = self._places(inputs_embeds, attention_mask, position_ids, seen)
         hidden, seen_by = inputs_embeds, [inputs_embeds]
@@ -299,35 +299,16 @@ class MegahybridModel(MegahybridPreTrainedModel):
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=(*seen_by[:-1], hidden) if output_hidden_states else None,
+            **{CACHE_NAME: cache},
         )
-
-    def _cache(self, cache: Cache | None) -> Cache:
-        """A cache whose windowed layers forget; an empty one of transformers' is made such."""
-        if cache is None:
-            cache = DynamicCache()
-        if not isinstance(cache, DynamicCache):
-            raise ValueError(
-                f"{type(cache).__name__} holds one length for all layers; this model's differ. "
-                "Use DynamicCache (leave cache_implementation out)."
-            )
-        windows = [scheme["window"] for scheme in self.config.layers()]
-        held = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-        if cache.get_seq_length() == 0 and held != windows:
-            cache.layers = [
-                DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
-                for window in windows
-            ]
-        return cache
 
     def _places(self, x: Tensor, mask: Tensor | None, position: Tensor | None, seen: int) -> Places:
         batch, seq = x.shape[:2]
         valid = None
         if mask is not None:
-            if mask.dim() != 2:
-                raise ValueError("attention_mask must be [batch, length], 0 where padded.")
-            valid = mask[:, : seen + seq].to(device=x.device, dtype=torch.bool)
+            check_mask(mask, seen, seq)
+            valid = mask.to(device=x.device, dtype=torch.bool)
             if bool(valid.all()):
                 valid = None
         if position is None:
@@ -359,13 +340,14 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, seq, vocab], of the last `logits_to_keep` tokens where that is not 0."""
@@ -373,7 +355,7 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(cache, past_key_values, kwargs),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -387,8 +369,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _prepare_cache_for_generation(
@@ -396,5 +378,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
     ) -> None:
         """Windows before the first token: assisted decoding asks these layers to remember more."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
-        if isinstance(cache := model_kwargs.get("past_key_values"), DynamicCache):
-            self.model._cache(cache)
+        for name in CACHE_NAMES:
+            if isinstance(cache := model_kwargs.get(name), DynamicCache):
+                windowed(cache, self.config.windows())
+                if getattr(generation_config, "is_assistant", False):
+                    cache.activate_past_recording()

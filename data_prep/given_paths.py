@@ -1,0 +1,111 @@
+"""The paths that a `megahybrid data` command was given, looked at before it reads or writes.
+
+A pipe would be waited for, a device read without end, and a place that cannot be written noticed
+after the work: each is one line here. What only the command can judge is left to it.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from megahybrid.errors import DataError
+from megahybrid.printable import shortened
+
+READ = ("inputs", "path", "paths", "run_directory", "other", "tokenizer", "against")
+WRITTEN = ("output", "prefix", "picture")
+OPTIONS = ("tokenizer", "against", "output", "picture")
+STDIN = ("-", "/dev/stdin")  # as an input
+FILES = ("gather-stdlib", "tokenizer")  # commands whose output is a file
+LONGEST_SUFFIX = ".bin.runs.tmp"  # at most this is put behind a name while it is written
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raises DataError or OSError where a path that was given cannot be meant."""
+    for name, text in _given(args, READ):
+        _check_text(name, text)
+        if not (name == "inputs" and (text in STDIN or text.startswith("hf:"))):
+            _check_read(name, text)
+    for name, text in _given(args, WRITTEN):
+        _check_text(name, text)
+        _check_written(name, text, args.data_command in FILES or name == "picture")
+    if (pattern := getattr(args, "glob", None)) is not None:
+        _check_pattern(pattern)
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        value = getattr(args, name, None)
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None:
+                yield name, text
+
+
+def _said(name: str, text: str) -> str:
+    shown = shortened(text)
+    return f"--{name}={shown}" if name in OPTIONS else f"{name}={shown}"
+
+
+def _check_text(name: str, text: str) -> None:
+    if not text:
+        raise DataError(f"{_said(name, text)} is empty. Name a path.")
+    if "\0" in text:
+        raise DataError(f"{_said(name, text)} holds a NUL character. Name a path without.")
+
+
+def _check_read(name: str, text: str) -> None:
+    try:
+        mode = os.stat(text).st_mode
+    except FileNotFoundError:
+        return  # a glob, a prefix, or missing: the command says what it has looked for
+    if stat.S_ISDIR(mode):
+        os.scandir(text).close()
+    elif stat.S_ISREG(mode):
+        open(text, "rb").close()
+    else:
+        raise DataError(f"{_said(name, text)} is no file and no folder ({_kind(mode)}). Name one.")
+
+
+def _check_written(name: str, text: str, is_file: bool) -> None:
+    path = Path(text)
+    if not path.name:
+        raise DataError(f"{_said(name, text)} has no name of its own. Name a new one.")
+    try:
+        mode = os.stat(text).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode) and (is_file or not stat.S_ISDIR(mode)):
+        raise DataError(f"{_said(name, text)} is there already ({_kind(mode)}). Name a new one.")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path.with_name(path.name + LONGEST_SUFFIX))
+    parent = next(place for place in path.absolute().parents if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        next(Path(os.devnull).glob(pattern), None)
+    except (ValueError, NotImplementedError, IndexError):
+        raise DataError(
+            f"--glob={pattern!r} is no pattern of names within a folder. Write one like "
+            "'**/*.jsonl'."
+        ) from None
+
+
+def _kind(mode: int) -> str:
+    for test, kind in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    ):
+        if test(mode):
+            return kind
+    return "a file"

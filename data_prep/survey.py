@@ -1,0 +1,210 @@
+"""What inputs give: the files that are read and how, those that are left out and why."""
+
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep import hub
+from data_prep.compressed import kind_of
+from data_prep.inputs import InputFile, Unit, cut_units, look_at, named_entries
+from data_prep.items import Fields
+from data_prep.sniff import NoText
+from megahybrid.errors import DataError
+
+STDIN = "-"
+MOST_LEFT_OUT = 0.01  # of the bytes of an input: beyond it something was not meant
+MOST_SUFFIX = 20
+MOST_ROWS = 40
+CHUNK_BYTES = 2**20
+
+Tell = Callable[[str], object]
+
+
+def silent(line: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that is not read."""
+
+    path: Path
+    size: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one of the inputs gives."""
+
+    given: str
+    taken: tuple[InputFile, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    is_file: bool = False
+
+    def entry(self) -> dict[str, Any]:
+        """As a manifest has it; the formats with their files."""
+        formats = Counter(str(file.format) for file in self.taken)
+        value: dict[str, Any] = {
+            "path": self.given,
+            "files": len(self.taken),
+            "bytes": sum(file.size for file in self.taken),
+            "formats": dict(sorted(formats.items())),
+        }
+        if self.left_out:
+            size = sum(file.size for file in self.left_out)
+            value["left_out"] = {"files": len(self.left_out), "bytes": size}
+        return value
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What all inputs give, in their order."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def files(self) -> list[InputFile]:
+        """The files to read, each once."""
+        found = {file.path: file for source in self.sources for file in source.taken}
+        return list(found.values())
+
+    def units(self) -> list[list[Unit]]:
+        """Units of work of each input."""
+        return [list(cut_units(source.taken)) for source in self.sources]
+
+    def tell(self, tell: Tell) -> None:
+        """Tells as a table what is taken and what is left out, by suffix."""
+        files, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        left_out = {file.path: file for source in self.sources for file in source.left_out}
+        rows = [
+            (_suffix(file.path, file.shown), str(file.format), file.size) for file in self.files
+        ]
+        rows += [(_suffix(f.path), f"left out: {f.why}", f.size) for f in left_out.values()]
+        for suffix, what, size in rows:
+            files[suffix, what] += 1
+            sizes[suffix, what] += size
+        wide = max([len("suffix"), *(len(suffix) for suffix, _ in files)])
+        tell(f"{'suffix':{wide}}  {'files':>9}  {'bytes':>17}  read as")
+        shown = sorted(files, key=lambda row: (-sizes[row], row))
+        for row in shown[:MOST_ROWS]:
+            tell(f"{row[0]:{wide}}  {files[row]:>9,}  {sizes[row]:>17,}  {row[1]}")
+        if rest := shown[MOST_ROWS:]:
+            count, size = sum(files[row] for row in rest), sum(sizes[row] for row in rest)
+            tell(f"{'others':{wide}}  {count:>9,}  {size:>17,}  as said in {len(rest)} more rows")
+
+
+def survey(
+    inputs: Sequence[str | Path],
+    pattern: str = "**/*",
+    fields: Fields | None = None,
+    *,
+    output: Path | None = None,
+    tell: Tell = silent,
+) -> Survey:
+    """Looks into every file that the inputs name, and tells what is read of them.
+
+    What lies in `output` is no input. Raises DataError where an input names nothing, or where more
+    than MOST_LEFT_OUT of its bytes are in files that hold no documents; files that are named
+    one by one are weighed together.
+    """
+    fields = fields or Fields()
+    if sum(_is_stream(given) for given in inputs) > 1:
+        raise DataError(f"inputs={len(inputs)} name a stream twice (1 can be read). Name it once.")
+    written = output.absolute() if output else None
+    found = Survey(tuple(_source(given, pattern, fields, written) for given in inputs))
+    found.tell(tell)
+    single = [source for source in found.sources if source.is_file]
+    for source in found.sources:
+        if not source.is_file:
+            _refuse_left_out([source])
+    _refuse_left_out(single)
+    return found
+
+
+def _source(given: str | Path, pattern: str, fields: Fields, written: Path | None) -> Source:
+    if _is_stream(given):
+        file = _spooled(str(given), fields)
+        if isinstance(file, LeftOut):
+            return Source(str(given), (), (file,), is_file=True)
+        return Source(str(given), (file,), is_file=True)
+    entries = named_entries(given, pattern)
+    taken: list[InputFile] = []
+    left_out = []
+    for path in entries:
+        if written and not hub.is_hub(path) and path.absolute().is_relative_to(written):
+            continue
+        if not hub.is_hub(path) and not path.is_file():
+            left_out.append(LeftOut(path, 0, "link to a folder" if path.is_dir() else "dead link"))
+            continue
+        found = look_at(path, fields)
+        if isinstance(found, NoText):
+            left_out.append(LeftOut(path, path.stat().st_size, found.why))
+        else:
+            taken.append(found)
+    return Source(str(given), tuple(taken), tuple(left_out), is_file=Path(given).is_file())
+
+
+def _refuse_left_out(sources: Iterable[Source]) -> None:
+    left_out = [file for source in sources for file in source.left_out]
+    lost = sum(file.size for file in left_out)
+    total = lost + sum(file.size for source in sources for file in source.taken)
+    if lost <= MOST_LEFT_OUT * total:
+        return
+    largest = max(left_out, key=lambda file: file.size)
+    reasons = Counter(file.why for file in left_out).most_common(3)
+    told = ", ".join(f"{count:,} {why}" for why, count in reasons)
+    names = ", ".join(source.given for source in sources if source.left_out)
+    raise DataError(
+        f"input {names[:200]} has {lost / total:.1%} of its bytes in files that are left out "
+        f"({lost:,} of {total:,}, more than {MOST_LEFT_OUT:.0%}: {told}; the largest is "
+        f"{largest.path.name}). Narrow it by --glob, correct --field, or say by --format how every "
+        "file is to be read (text takes them as they are)."
+    )
+
+
+def _suffix(path: Path, shown: str = "") -> str:
+    name = shown or path.name
+    if hub.is_hub(path):
+        return "hf:"
+    last = Path(name).suffix
+    suffix = Path(Path(name).stem).suffix + last if kind_of(name) else last
+    clean = "".join(sign for sign in suffix if sign.isprintable())
+    return clean[:MOST_SUFFIX] or (STDIN if shown else "(none)")
+
+
+def _is_stream(given: str | Path) -> bool:
+    """Whether an input can be read only once, or only by this process."""
+    if str(given) == STDIN or str(given).startswith(("/dev/", "/proc/")):
+        return True
+    try:
+        return stat.S_ISFIFO(os.stat(given).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _spooled(given: str, fields: Fields) -> InputFile | LeftOut:
+    """A stream as a file without a name, which its handle keeps: it is read more than once, and by
+    other processes."""
+    held: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+    digest = hashlib.sha256()
+    source = sys.stdin.buffer if given in (STDIN, "/dev/stdin") else open(given, "rb")  # noqa: SIM115
+    if source is not sys.stdin.buffer and stat.S_ISCHR(os.fstat(source.fileno()).st_mode):
+        raise DataError(f"input {given} is a device (a file or pipe can be read). Name another.")
+    while data := source.read(CHUNK_BYTES):
+        digest.update(data)
+        held.write(data)
+    held.flush()
+    path = Path(f"/proc/{os.getpid()}/fd/{held.fileno()}")
+    size = held.tell()
+    found = look_at(path, fields, name=STDIN)
+    if isinstance(found, NoText):
+        return LeftOut(Path(given), size, found.why)
+    return replace(found, size=size, shown=given, held=held, digest=digest.hexdigest())

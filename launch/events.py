@@ -1,0 +1,123 @@
+"""`JobEvents`: what reaches an attempt from outside while it goes on, in whatever phase it is."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Mapping, Sequence
+
+from launch import slurm
+from launch.attempt import Attempt
+from launch.interruption import Interruption, interruption
+from launch.job import STOP_NOW
+from launch.slurm import SlurmError
+
+_ILL = ("down", "drain", "fail")  # in the words of a node's state
+
+
+class Stopped(Exception):
+    """The attempt is to end before its ranks were started."""
+
+
+class JobEvents:
+    """Signals to the batch process, the time limit, and what Slurm says of the job."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.signals: list[str] = []
+        self.time_limit: float | None = None  # by our monotonic clock
+        self.interruption: Interruption | None = None
+
+    def listen(self) -> None:
+        """From now on signals are noted; they end nothing by themselves."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        name = signal.Signals(number).name
+        first = name not in self.signals
+        self.signals.append(name)
+        # At once: a few seconds later Slurm kills us, and the next attempt must know why.
+        if first and name == "SIGTERM":
+            left = self.seconds_left
+            facts = {} if left is None else {"seconds_left": round(left, 1)}
+            with contextlib.suppress(OSError):
+                self.attempt.record("signal", attempt=self.attempt.restart, signal=name, **facts)
+
+    @property
+    def terminated(self) -> bool:
+        """Whether the batch process was told to end, by Slurm or by hand."""
+        return "SIGTERM" in self.signals or "SIGINT" in self.signals
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the time limit that the attempt began with."""
+        return None if self.time_limit is None else self.time_limit - time.monotonic()
+
+    def begin(self) -> None:
+        """Read the time limit. A preemption would move it, and is none of it."""
+        with contextlib.suppress(SlurmError, ValueError, KeyError):
+            fields = slurm.job_fields(self.attempt.task)
+            self.judge(fields)
+            if self.interruption is None:
+                end = time.mktime(time.strptime(fields["EndTime"], "%Y-%m-%dT%H:%M:%S"))
+                self.time_limit = time.monotonic() + end - time.time()
+
+    def ask(self) -> Interruption | None:
+        """What Slurm has done to the attempt so far, by its own words; recorded. Of a preemption it
+        knows nothing any more once the job is back in the queue: what was found once stays."""
+        if self.interruption in (None, Interruption.ENDED):
+            fields = None
+            with contextlib.suppress(SlurmError):
+                fields = slurm.job_fields(self.attempt.task)
+            self.judge(fields)
+        return self.interruption
+
+    def judge(self, fields: Mapping[str, str] | None) -> Interruption | None:
+        """What these `fields` of the job say was done to the attempt; recorded."""
+        how = interruption(
+            fields,
+            restart=self.attempt.restart,
+            terminated=self.terminated,
+            nodes_ill=self.terminated and bool(self.ill_nodes(self._own_nodes())),
+            seconds_left=self.seconds_left,
+        )
+        if how is not None and how is not self.interruption:
+            self.interruption = how
+            self.attempt.tell(f"this attempt: {how}")
+            self.attempt.note("interrupted", attempt=self.attempt.restart, how=how)
+        return how
+
+    def _own_nodes(self) -> list[str]:
+        with contextlib.suppress(SlurmError):
+            return slurm.hostnames(self.attempt.environment.get("SLURM_JOB_NODELIST", ""))
+        return []
+
+    def ill_nodes(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Those nodes that Slurm says are not well, and their state."""
+        with contextlib.suppress(SlurmError):
+            states = slurm.node_states(nodes)
+            return {node: state for node, state in states.items() if any(x in state for x in _ILL)}
+        return {}
+
+    def check(self, doing: str) -> None:
+        """Raise Stopped where nothing more is to be started: Slurm or a person ends this attempt.
+        A step that ended badly says nothing before this was asked: TERM goes to steps first."""
+        user = user_stop(self.attempt)
+        if user is not None:
+            raise Stopped(f"{user} on request while {doing}")
+        if how := self.ask():
+            raise Stopped(f"{how} while {doing}")
+        if self.signals:
+            raise Stopped(f"warned of the time limit while {doing}")
+
+
+def user_stop(attempt: Attempt) -> str | None:
+    """What a person wants of the run: that it is "stopped" or "cancelled". Our own request is of
+    one attempt alone."""
+    try:
+        text = (attempt.run / STOP_NOW).read_text()
+    except OSError:
+        return None
+    if text.startswith("supervisor"):
+        return None
+    return "cancelled" if text.startswith("cancel") else "stopped"
