@@ -170,7 +170,7 @@ def test_a_value_that_is_read_is_seen() -> None:
     assert counts["__bool__"] == 1 and counts["nonzero"] == 1 and counts["__float__"] == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_device_never_waits_inside_a_forward_and_backward() -> None:
     config, device = model("rnope_swa"), torch.device("cuda:0")
     built = Transformer(config, ParallelMesh.single(device)).bfloat16()
