@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.gpu_call.setting import LENGTHS, REHEARSAL_LENGTHS
 from megahybrid.model.kernels import KERNELS
 
+ROOT = Path(__file__).parents[2]
 MEASURE = "benchmarks.gpu_call.measure"
 # `blocked` and `reference` are for where there is nothing else.
 ON_A_CARD = [name for name in KERNELS if name not in ("reference", "blocked")]
@@ -40,7 +41,7 @@ def parts(rehearse: bool, results: Path) -> list[Part]:
     lengths = REHEARSAL_LENGTHS if rehearse else LENGTHS
     made = [
         *before(rehearse, shared),
-        *tests(rehearse),
+        *tests(),
         *ours(lengths, shared, results.parent),
         *peers(rehearse, lengths, shared),
         *others(lengths, shared),
@@ -60,14 +61,21 @@ def before(rehearse: bool, shared: tuple[str, ...]) -> Iterator[Part]:
     yield Part("agreement", (MEASURE, "agreement", *shared), 60)
 
 
-def tests(rehearse: bool) -> Iterator[Part]:
-    """Those that need a card, and the product's own commands on one."""
-    quiet = ("-q", "-x", "-p", "no:cacheprovider", "--timeout=100")
-    # A rehearsal has no card: the tests are collected and skip, with their reason.
-    yield Part("tests of tests/gpu", ("pytest", "tests/gpu", *quiet), 150, rows=False)
-    where = ("tests/model", "tests/train") if not rehearse else ("tests/model/test_kernels.py",)
-    some = ("-m", "gpu", "--ignore=tests/gpu")
-    yield Part("tests marked gpu", ("pytest", *some, *where, *quiet), 120, rows=False)
+def tests() -> Iterator[Part]:
+    """What only a card can answer: the product's engine and its commands, then whatever else is
+    marked. By file: others need packages that such a machine lacks. A test that fails hides none.
+    In a rehearsal, which has no card, they are collected and skip with their reason."""
+    quiet = ("-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=100")
+    folder = ROOT / "tests"
+    own = ("gpu/test_engine.py", "gpu/test_commands.py")
+    for path, limit in zip(own, (110, 90), strict=True):
+        yield Part(f"tests/{path}", ("pytest", f"tests/{path}", *quiet), limit, rows=False)
+    marked = [
+        str(path.relative_to(ROOT))
+        for path in sorted(folder.rglob("test_*.py"))
+        if path.parent.name != "gpu" and "@pytest.mark.gpu" in path.read_text()
+    ]
+    yield Part("tests marked gpu", ("pytest", *marked, *quiet), 120, rows=False)
 
 
 def ours(lengths: tuple[int, ...], shared: tuple[str, ...], out: Path) -> Iterator[Part]:
