@@ -63,19 +63,20 @@ def before(rehearse: bool, shared: tuple[str, ...]) -> Iterator[Part]:
 
 def tests() -> Iterator[Part]:
     """What only a card can answer: the product's engine and its commands, then whatever else is
-    marked. By file: others need packages that such a machine lacks. A test that fails hides none.
+    marked. By file: others need packages that such a machine lacks. A test that fails hides none,
+    and each is named as it runs, should it be the last.
     In a rehearsal, which has no card, they are collected and skip with their reason."""
-    quiet = ("-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "--timeout=100")
+    how = ("-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "--timeout=100")
     folder = ROOT / "tests"
     own = ("gpu/test_engine.py", "gpu/test_commands.py")
-    for path, limit in zip(own, (110, 90), strict=True):
-        yield Part(f"tests/{path}", ("pytest", f"tests/{path}", *quiet), limit, rows=False)
+    for path, limit in zip(own, (150, 90), strict=True):
+        yield Part(f"tests/{path}", ("pytest", f"tests/{path}", *how), limit, rows=False)
     marked = [
         str(path.relative_to(ROOT))
         for path in sorted(folder.rglob("test_*.py"))
         if path.parent.name != "gpu" and "@pytest.mark.gpu" in path.read_text()
     ]
-    yield Part("tests marked gpu", ("pytest", *marked, *quiet), 120, rows=False)
+    yield Part("tests marked gpu", ("pytest", *marked, *how), 120, rows=False)
 
 
 def ours(lengths: tuple[int, ...], shared: tuple[str, ...], out: Path) -> Iterator[Part]:
