@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test test-faults test-latest check format bench bench-gpu \
-	wheelhouse constraints docs clean distclean
+	gpu-call wheelhouse constraints docs clean distclean
 
 RUNTIME := $(VENV)/.installed
 DEVELOPMENT := $(VENV)/.installed-dev
@@ -49,6 +49,7 @@ $(PIN): pyproject.toml .ci/pin $(wildcard $(CONSTRAINTS)/*.txt)
 		echo "PYTHON=$(PYTHON) cannot make a virtual environment (its venv or ensurepip is missing). On Debian and Ubuntu: apt-get install python3-venv" >&2; \
 		exit 2; }
 ifeq ($(TORCH),system)
+	@$(PYTHON) .ci/parent $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 		echo "TORCH=system, but PYTHON=$(PYTHON) has no torch. Leave TORCH out to install one." >&2; \
 		exit 2; }
@@ -124,10 +125,16 @@ bench: $(DEVELOPMENT) ## our step against Hugging Face's Cohere2, growth with le
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scaling
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.start_up
 
-bench-gpu: $(DEVELOPMENT) ## the 1B shape at 8k, 32k and 128k on one GPU (ARGS="--parts peers"; EXTRAS with peers)
-	@$(BIN)/python -m benchmarks.train_step --device cuda $(ARGS)
+bench-gpu: $(DEVELOPMENT) ## every measurement on one GPU, a process for each (ARGS="--only hybrid"; EXTRAS with peers)
+	@$(BIN)/python -u -m benchmarks.gpu_call $(ARGS)
 
 # PYTHON is the other machine's version here, so this one needs its environment already.
+gpu-call: ## fill .whl/ with what a lent GPU machine lacks, print the line to run there (PYTHON=3.12)
+	@test -f $(DEVELOPMENT) || { echo "$(VENV) is not installed yet. First: make install-dev" >&2; exit 2; }
+	@DS_BUILD_OPS=0 $(BIN)/python .ci/wheelhouse "$(if $(filter file,$(origin PYTHON)),3.12,$(PYTHON))" .whl \
+		dev,gpu,oracle,peers --there benchmarks/gpu_call/machine.txt \
+		--left-out benchmarks/gpu_call/left_out.txt --most-mib 20
+
 wheelhouse: ## wheels for an offline GPU machine (PYTHON=3.12: that machine's); make install-dev first
 	@test -f $(DEVELOPMENT) || { echo "$(VENV) is not installed yet. First: make install-dev" >&2; exit 2; }
 	@DS_BUILD_OPS=0 $(BIN)/python .ci/wheelhouse "$(PYTHON)" "$(WHEELHOUSE)" "$(EXTRAS)"
@@ -146,5 +153,5 @@ clean: ## remove caches and build products, keep runs and .venv
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find megahybrid data_prep tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean ## also remove .venv and the wheelhouse
-	@rm -rf $(VENV) $(WHEELHOUSE)
+distclean: clean ## also remove .venv and the wheels collected
+	@rm -rf $(VENV) $(WHEELHOUSE) .whl

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import recompute
-from benchmarks.ours import MEMORY_SHARES, PEAK
-from benchmarks.plan import TOKENS_PER_STEP
+from benchmarks.gpu_call.setting import MICRO_BATCH_TOKENS
+from benchmarks.gpu_call.step import MEMORY_SHARES, PEAK
 from benchmarks.shapes import full, hybrid
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.counting import (
@@ -47,7 +47,7 @@ def layer_bytes() -> dict[str, float]:
 
 def predict(config: ModelConfig, length: int, windowed: str, in_full: str) -> dict[str, Any]:
     """Microseconds a token of each part, tokens per second and causal MFU of 989 TFLOP/s."""
-    tokens = max(length, TOKENS_PER_STEP)
+    tokens = max(length, MICRO_BATCH_TOKENS)
     policies = recompute.solve(config, tokens, MEMORY_SHARES[0] * CARD, length)
     schemes = config.layer_plan.expand()
     moved = layer_bytes()

@@ -5,12 +5,27 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+import tests
 from tests import distributed
 from tests.train.forked import Nursery
 
 # A shared machine stalls at times, and a stall is no counterexample. The same examples each run.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
+
+
+def pytest_report_header() -> str:
+    """Whether annotations are checked: a machine without our development tools may lack it."""
+    return f"annotations: {tests.ANNOTATIONS}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked `gpu` needs a device, and nothing else decides about it."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

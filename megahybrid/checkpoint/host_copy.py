@@ -9,22 +9,28 @@ from torch import Tensor
 
 from megahybrid.checkpoint.fragments import Fragment
 
+# Fragments of a device come through locked memory, piece by piece. torch's allocator of locked
+# memory takes the next power of two: locking a whole share of 8B parameters on one rank, 96 GB,
+# would take 128 GiB. Two pieces, so that one arrives while the other is emptied.
+PIECE = 2**24  # elements of fp32: 64 MiB, a power of two
+PIECES = 2
+
 
 class HostCopy:
     """One buffer per rank, made at the first copy and used again by every later one: touching new
-    memory costs as much as the copy itself. Beside an accelerator it is pinned."""
+    memory costs as much as the copy itself."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
+        self._ring: _Ring | None = None
 
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """The same fragments, held here. What an earlier call returned is overwritten."""
+        """Return the same fragments, held here. What an earlier call returned is overwritten."""
         parts = list(fragments)
         sizes = [part.flat[1] - part.flat[0] for part in parts]
         tensors = [torch.as_tensor(part.data) for part in parts]
-        on_device = any(tensor.device.type != "cpu" for tensor in tensors)
         if self._buffer.numel() < sum(sizes):
-            self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=on_device)
+            self._buffer = torch.empty(sum(sizes), dtype=torch.float32)
         copies = []
         for part, size, tensor, place in zip(
             parts, sizes, tensors, self._places(sizes), strict=True
@@ -34,13 +40,14 @@ class HostCopy:
                     f"{part.tensor}: {tensor.dtype} {list(tensor.shape)}, not flat fp32"
                 )
             if tensor.device.type == "cpu":
-                # One thread: torch's would wait for one another on a machine that computes.
-                np.copyto(place.numpy(), tensor.detach().numpy())
+                _copy(tensor, place)
             else:
-                place.copy_(tensor.detach(), non_blocking=True)
+                if self._ring is None:
+                    self._ring = _Ring(tensor.device)
+                self._ring.bring(tensor.detach(), place)
             copies.append(replace(part, data=place.numpy()))
-        if on_device:
-            torch.cuda.synchronize()
+        if self._ring is not None:
+            self._ring.empty()
         return copies
 
     def _places(self, sizes: list[int]) -> Iterator[Tensor]:
@@ -48,3 +55,53 @@ class HostCopy:
         for size in sizes:
             yield self._buffer[at : at + size]
             at += size
+
+
+def _copy(source: Tensor, place: Tensor) -> None:
+    # One thread: torch's would wait for one another on a machine that computes.
+    np.copyto(place.numpy(), source.detach().numpy())
+
+
+class _Ring:
+    """Pieces of locked memory between a device and the buffer."""
+
+    def __init__(self, device: torch.device, piece: int = PIECE, pieces: int = PIECES) -> None:
+        cuda = device.type == "cuda"
+        self._rooms = [
+            torch.empty(piece, dtype=torch.float32, pin_memory=cuda) for _ in range(pieces)
+        ]
+        self._arrived = [torch.cuda.Event() if cuda else None for _ in range(pieces)]
+        self._under_way: dict[int, Tensor] = {}  # by room: where its content belongs
+        self._next = 0
+
+    @property
+    def bytes(self) -> int:
+        """Return how much memory is locked."""
+        return sum(room.nbytes for room in self._rooms)
+
+    def bring(self, tensor: Tensor, place: Tensor) -> None:
+        """Begin to copy `tensor`, flat, to `place`; it is there after `empty`."""
+        piece = len(self._rooms[0])
+        for source, part in zip(tensor.split(piece), place.split(piece), strict=True):
+            slot = self._next
+            self._next = (slot + 1) % len(self._rooms)
+            self._hand_on(slot)
+            self._rooms[slot][: len(source)].copy_(source, non_blocking=True)
+            event = self._arrived[slot]
+            if event is not None:
+                event.record()
+            self._under_way[slot] = part
+
+    def empty(self) -> None:
+        """Return when everything has come to its place."""
+        for slot in range(len(self._rooms)):
+            self._hand_on(slot)
+
+    def _hand_on(self, slot: int) -> None:
+        part = self._under_way.pop(slot, None)
+        if part is None:
+            return
+        event = self._arrived[slot]
+        if event is not None:
+            event.synchronize()
+        _copy(self._rooms[slot][: len(part)], part)

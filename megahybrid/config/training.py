@@ -162,3 +162,12 @@ class KernelConfig(Frozen):
     norm: Literal["torch", "apex"] = Field(
         default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"
     )
+
+    @model_validator(mode="after")
+    def _check_norm(self) -> "KernelConfig":
+        if self.norm == "apex" and self.blocks == "compiled":
+            raise ValueError(
+                "norm=apex cannot be traced by the compiler (kernels.blocks=compiled). "
+                "Use kernels.norm=torch, which compiled layers fuse, or kernels.blocks=plain."
+            )
+        return self

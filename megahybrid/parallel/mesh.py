@@ -159,6 +159,8 @@ def initialise_distributed(
     else:
         rank, world_size = place.rank, place.world_size
         store = _meet(place, connect_seconds)
+        if chosen.type == "cuda":
+            claim_device(store, place, chosen)
     dist.init_process_group(
         backend="gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=store,
@@ -198,6 +200,19 @@ def _meet(place: Rendezvous, connect_seconds: float) -> dist.Store:
     return dist.PrefixStore(f"attempt-{place.attempt}", store)
 
 
+def claim_device(store: dist.Store, place: Rendezvous, device: torch.device) -> None:
+    """Raises MeshError where another rank has this GPU already: NCCL would end both later, with
+    "Duplicate GPU detected" and a page of its own. A rank that sees one GPU cannot know by itself
+    whether its launcher gave it one of its own or all ranks see the same."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    if uuid is not None and store.add(f"device:{uuid}", 1) > 1:
+        raise MeshError(
+            f"rank {place.rank} of {place.world_size} has the same GPU as another rank ({device}, "
+            f"{torch.cuda.device_count()} visible). Start one process per GPU (on one GPU: "
+            "--processes 1 parallel.tensor=1), or use device=cpu."
+        )
+
+
 def shutdown_distributed(ok: bool) -> None:
     """Leaves the world. With `ok` all ranks meet first; after an error nobody is waited for.
 
@@ -209,7 +224,8 @@ def shutdown_distributed(ok: bool) -> None:
     if ok:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        dist.barrier()
+        # On the host: a barrier would build nccl's communicator of the world to end it.
+        dist.all_reduce(torch.zeros(1))
     elif "nccl" in dist.get_backend_config():
         # Destroying nccl with work in flight waits for it; the process is about to end anyway.
         return

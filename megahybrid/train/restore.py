@@ -293,8 +293,8 @@ def _check_allowed(allow: Sequence[str], *runs: RunConfig) -> None:
             if known:
                 break
         else:
-            here = f" Fields here: {', '.join(dict.fromkeys(names[:8]))}." if names else ""
-            nearest = did_you_mean(part, names) or here or " Leave it out."
+            shown = f" Fields here: {', '.join(dict.fromkeys(names[:8]))}." if names else ""
+            nearest = did_you_mean(part, names) or shown or " Leave it out."
             raise ConfigError(
                 f"--allow={name} names no field of this run ('{part}' is none).{nearest}"
             )

@@ -37,6 +37,13 @@ def test_the_page_names_every_file_of_its_own_and_none_that_is_not_there() -> No
         assert read(name)["machine"]["processor"] in PAGE, name
 
 
+def test_the_first_line_says_what_has_run_on_a_gpu() -> None:
+    on_a_gpu = [
+        path for path in RESULTS.glob("*.json") if "gpu" in read(path.stem).get("machine", {})
+    ]
+    assert PAGE.splitlines()[0].endswith("; nothing has run on a GPU yet") == (not on_a_gpu)
+
+
 def test_steps_and_what_the_peers_take() -> None:
     for name in ("train_step_2k_cpu", "train_step_8k_cpu"):
         (result,) = read(name)["lengths"]

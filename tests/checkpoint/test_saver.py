@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megahybrid.checkpoint import durable, names
+from megahybrid.checkpoint import durable, host_copy, names
 from megahybrid.checkpoint.folders import Retention, candidates
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.host_copy import HostCopy
@@ -224,3 +224,39 @@ def test_the_copy_is_made_in_the_same_memory_each_time() -> None:
     assert second[0].data.tolist() == [1, 2, 3, 4]
     with pytest.raises(TypeError, match="b: torch.float64"):
         memory.take([replace(parts[1], data=np.zeros(2))])
+
+
+def test_a_device_s_share_comes_through_a_few_locked_pieces_whatever_its_size() -> None:
+    """What a device is asked, without one: copies that arrive late, in order, piece by piece."""
+    late: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Event:
+        def record(self) -> None:
+            self.upto = len(late)
+
+        def synchronize(self) -> None:
+            for room, source in late[: self.upto]:
+                room.copy_(source)
+
+    class Room(torch.Tensor):
+        def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+            assert non_blocking
+            late.append((self.as_subclass(torch.Tensor), source.clone()))
+            return self
+
+    ring = host_copy._Ring(torch.device("cpu"), piece=4, pieces=2)
+    ring._rooms = [room.as_subclass(Room) for room in ring._rooms]
+    ring._arrived = [Event(), Event()]  # type: ignore[list-item]
+    sizes = (1, 4, 5, 17, 0, 8)
+    sources = [torch.randn(size) for size in sizes]
+    places = [torch.full((size,), float("nan")) for size in sizes]
+    for source, place in zip(sources, places, strict=True):
+        ring.bring(source, place)
+    ring.empty()
+    assert all(torch.equal(a, b) for a, b in zip(sources, places, strict=True))
+    assert ring.bytes == 2 * 4 * 4
+
+
+def test_locked_memory_is_of_a_size_that_the_allocator_does_not_round_up() -> None:
+    assert host_copy.PIECE * 4 & (host_copy.PIECE * 4 - 1) == 0
+    assert host_copy._Ring(torch.device("cpu")).bytes == 2**27

@@ -9,6 +9,11 @@ LOCAL = "model.layer_plan.schemes.local"
 GLOBAL = "model.layer_plan.schemes.global"
 
 READING = [
+    (
+        "kernels={norm: apex, blocks: compiled}",
+        "kernels.norm=apex cannot be traced by the compiler (kernels.blocks=compiled). "
+        "Use kernels.norm=torch, which compiled layers fuse, or kernels.blocks=plain.",
+    ),
     (f"{LOCAL}.windw=64", f"{LOCAL}.windw is not a field. Did you mean 'window'?"),
     ("parallel.tensr=6", "parallel.tensr is not a field. Did you mean 'tensor'?"),
     (

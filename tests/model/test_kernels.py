@@ -15,7 +15,6 @@ from megahybrid.model.kernels.documents import Documents
 from tests.parallel.compare import EXACT, error
 
 CPU = torch.device("cpu")
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROWS = {
     "one-row": (1, None),
     "rows": (3, None),
@@ -259,7 +258,6 @@ CUDA_CASES = [
 
 
 @pytest.mark.gpu
-@CUDA
 @pytest.mark.parametrize(("kernel", "dtype"), CUDA_CASES, ids=lambda value: str(value))
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("window", [None, 1, 100, 129])

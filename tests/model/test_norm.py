@@ -188,6 +188,7 @@ def test_an_unknown_implementation_is_refused() -> None:
         rms_function("triton")
 
 
+@pytest.mark.gpu
 def test_apex_and_torch_agree() -> None:
     try:
         fused = rms_function("apex")

@@ -4,12 +4,20 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megahybrid.errors import MeshError
-from megahybrid.parallel.mesh import choose_device, initialise_distributed
-from megahybrid.parallel.rendezvous import find_rendezvous, first_host
+from megahybrid.parallel.mesh import (
+    choose_device,
+    claim_device,
+    initialise_distributed,
+    shutdown_distributed,
+)
+from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous, first_host
 
 TORCHRUN = {
     "RANK": "3",
@@ -119,6 +127,32 @@ def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda", 3).index == 3
     with pytest.raises(MeshError, match="LOCAL_RANK=4 has no GPU of its own .4 visible"):
         choose_device("cuda", 4)
+
+
+def test_two_ranks_on_one_gpu_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gpu = dist.HashStore(), torch.device("cuda:0")
+    of_each = iter(("GPU-1", "GPU-2", "GPU-1"))
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda device: SimpleNamespace(uuid=next(of_each))
+    )
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    places = [Rendezvous(rank, 3, rank, "host", 1, "here") for rank in range(3)]
+    for place in places[:2]:
+        claim_device(store, place, gpu)  # one GPU is shown to each, and it is another one
+    with pytest.raises(MeshError, match="rank 2 of 3 has the same GPU as another rank .cuda:0"):
+        claim_device(store, places[2], gpu)
+
+
+def test_the_last_meeting_needs_no_communicator_of_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "barrier", lambda *_, **__: pytest.fail("a barrier on a device"))
+    met = []
+    plain = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda x: met.append(x.device.type) or plain(x))
+    initialise_distributed("cpu", environment={})
+    shutdown_distributed(ok=True)
+    assert met == ["cpu"] and not dist.is_initialized()
 
 
 WORLD_OF_ONE = """

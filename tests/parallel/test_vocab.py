@@ -273,7 +273,6 @@ def test_chunk_and_padding_follow_the_size_of_the_shard() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_loss_over_32k_tokens_and_128k_words_costs_under_two_gigabytes() -> None:
     mesh, bf16 = ParallelMesh.single("cuda"), torch.bfloat16
     head = VocabParallelHead(131072, 2048, "head.weight", mesh, dtype=bf16)
@@ -287,7 +286,6 @@ def test_loss_over_32k_tokens_and_128k_words_costs_under_two_gigabytes() -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_loss_on_a_gpu_is_the_loss_on_the_cpu(dtype: torch.dtype) -> None:
     found = []

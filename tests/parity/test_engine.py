@@ -47,13 +47,16 @@ class Case:
     precision: str = "fp32"
     seed: int = 0
     compiler: str | None = None
+    seq: int = SEQ
+    whole_rows: bool = False  # of every second micro-batch: each is one document
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:
         return self.tensor * self.data
 
     def run_config(self) -> RunConfig:
-        tokens = ROWS * SEQ
+        tokens = ROWS * self.seq
         return RunConfig.model_validate(
             {
                 "model": self.config,
@@ -64,7 +67,7 @@ class Case:
                     {
                         "name": "only",
                         "tokens": tokens,
-                        "lengths": {SEQ: 1},
+                        "lengths": {self.seq: 1},
                         "batch_tokens": tokens,
                         "micro_batch_tokens": tokens,
                         "weights": {"text": 1},
@@ -72,7 +75,7 @@ class Case:
                     }
                 ],
                 "precision": self.precision,
-                "device": "cpu",
+                "device": self.device,
             }
         )
 
@@ -90,9 +93,10 @@ class Case:
             random_batch(
                 self.config.vocab_size,
                 ROWS,
-                SEQ,
+                self.seq,
                 seed=1000 * self.seed + 10 * step + index,
                 ignored=(0.1, 0.95, 0.5, 0.8)[(step + index) % 4],
+                documents=not (self.whole_rows and index % 2),
             )
             for index in range(self.data * self.accumulation)
         ]
@@ -124,7 +128,7 @@ def engine_run(ranks: distributed.Ranks, case: Case, steps: int = STEPS) -> Rank
 
     def audit_and_keep(parameters: Any, mesh: Any) -> Any:
         for parameter, spec in parameters.values():
-            gradient = safe_get_full_grad(parameter).reshape(-1)
+            gradient = safe_get_full_grad(parameter).cpu().reshape(-1)
             for segment, start, stop in spec.flat_ranges():
                 kept = gradient[start:stop].clone()
                 result.first_gradients.append((segment.name, spec.box(segment), kept))
@@ -133,7 +137,11 @@ def engine_run(ranks: distributed.Ranks, case: Case, steps: int = STEPS) -> Rank
     mine = ranks.mesh(case.tensor).data.rank * case.accumulation
     for step in range(steps):
         share = case.micro_batches(step)[mine : mine + case.accumulation]
-        batches = [EngineMicroBatch(each.tokens, each.targets, each.starts) for each in share]
+        device = ranks.mesh(case.tensor).device
+        batches = [
+            EngineMicroBatch(each.tokens.to(device), each.targets.to(device), each.starts)
+            for each in share
+        ]
         observer = audit_and_keep if step == 0 else audit
         with mock.patch.object(engine, "audit_gradients", observer):
             update = built.train_step(batches, RATES[step], audit=True)

@@ -10,7 +10,7 @@ import torch
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.training import KernelConfig
 from megahybrid.model.block import BLOCKS
-from megahybrid.model.kernels import choice, flash
+from megahybrid.model.kernels import choice, choose, flash
 from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
 from megahybrid.model.rotary import rotate_both
 from megahybrid.parallel.mesh import ParallelMesh
@@ -270,3 +270,39 @@ def test_a_package_that_is_not_there_is_no_candidate(name: str) -> None:
         device = torch.device("cuda:0")
         if torch.cuda.is_available():
             assert name not in candidates("full", device, torch.bfloat16, 128)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A Hopper device whose packages serve, as far as a refusal asks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(choice.cudnn, "refusal", lambda *where: None)
+    monkeypatch.setattr(
+        choice.cudnn_frontend, "refusal", lambda device, dtype, head_dim: _fused(dtype)
+    )
+    monkeypatch.setattr(choice.flash, "refusal", lambda *where: "needs a package")
+    return torch.device("cuda:0")
+
+
+def _fused(dtype: torch.dtype) -> str | None:
+    return "computes in bf16 or fp16 only" if dtype == torch.float32 else None
+
+
+def test_flex_is_measured_only_where_no_fused_kernel_serves(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bf16 = torch.bfloat16
+    assert candidates("windowed", gpu, bf16, 128) == ["varlen", "cudnn_frontend"]
+    assert choose(32, 128, None, gpu, bf16, 128) == "varlen"
+    assert candidates("full", gpu, bf16, 128) == ["sdpa", "cudnn", "varlen", "cudnn_frontend"]
+    monkeypatch.setattr(choice.varlen, "refusal", lambda *where: "an older torch")
+    assert candidates("windowed", gpu, bf16, 128) == ["cudnn_frontend"]
+    monkeypatch.setattr(choice.cudnn_frontend, "refusal", lambda *where: "no such package")
+    assert candidates("windowed", gpu, bf16, 128) == ["flex"]
+
+
+def test_windows_in_fp32_on_a_gpu_wait_for_no_compiler(gpu: torch.device) -> None:
+    assert candidates("windowed", gpu, torch.float32, 64) == ["blocked"]
+    assert candidates("full", gpu, torch.float32, 64) == ["sdpa", "cudnn"]
+    assert choose(32, 128, None, gpu, torch.float32, 64) == "blocked"
+    assert choose(None, 128, None, gpu, torch.float32, 64) == "sdpa"

@@ -1,5 +1,6 @@
 """The host waits for the device once a step, when all of its work is queued."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -101,6 +102,7 @@ def counted_steps(ranks: distributed.Ranks, precision: str, zero_stage: int) -> 
     mesh = ranks.mesh(1)
     built = Transformer(config, mesh)
     built.load_canonical(random_tensors(config, 0, torch.float32))
+    os.environ["LOCAL_RANK"] = "5"  # the launcher's word, whatever DeepSpeed wants to read there
     engine = Engine(built, run_config(config, precision, zero_stage), mesh)
     tokens = torch.randint(config.vocab_size, (ROWS, LENGTH))
     starts = Documents.from_lengths([[100, 600], [300, 400]]).starts
@@ -131,6 +133,7 @@ def counted_steps(ranks: distributed.Ranks, precision: str, zero_stage: int) -> 
                 engine.train_step([batch, batch], 1e-3)
         ours = counts - before_update - theirs
     engine.close()
+    assert os.environ.pop("LOCAL_RANK") == "5"
     return dict(before_update), dict(theirs), dict(ours), waits.call_count
 
 
@@ -167,7 +170,7 @@ def test_a_value_that_is_read_is_seen() -> None:
     assert counts["__bool__"] == 1 and counts["nonzero"] == 1 and counts["__float__"] == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_device_never_waits_inside_a_forward_and_backward() -> None:
     config, device = model("rnope_swa"), torch.device("cuda:0")
     built = Transformer(config, ParallelMesh.single(device)).bfloat16()

@@ -105,4 +105,8 @@ def choose(
         return "varlen"
     if full:
         return "sdpa"
-    return "flex" if flex.refusal(device, dtype, head_dim) is None else "blocked"
+    # In fp32 no fused kernel serves, and flex would be compiled for each window and length:
+    # a tiny run on a GPU would wait for its compiler longer than it trains.
+    if dtype == torch.float32 or flex.refusal(device, dtype, head_dim):
+        return "blocked"
+    return "flex"

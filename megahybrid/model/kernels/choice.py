@@ -64,18 +64,26 @@ def resolve_kernels(
 
 
 def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """The exact kernels with a backward that a kind of layer can have there, the usual one first.
-    `blocked` is for where there is nothing else: on a GPU its masks cost more than its products."""
-    there = {
-        "varlen": varlen.refusal(device, dtype, head_dim),
-        "flex": flex.refusal(device, dtype, head_dim),
-        "cudnn_frontend": cudnn_frontend.refusal(device, dtype, head_dim),
-        "fa3": flash.refusal("fa3", device, dtype, head_dim),
-        "fa4": flash.refusal("fa4", device, dtype, head_dim),
+    """Return the exact kernels with a backward that are measured for a kind of layer there, the
+    usual one first.
+
+    `flex` is compiled again for every window and length, minutes at each start, and has never been
+    the fastest where a fused kernel serves: it is measured only where none does. `blocked` serves
+    windows where nothing else is; on a GPU its masks cost more than its products.
+    """
+    where = (device, dtype, head_dim)
+    fused = {
+        "varlen": varlen.refusal(*where),
+        "cudnn_frontend": cudnn_frontend.refusal(*where),
+        "fa3": flash.refusal("fa3", *where),
+        "fa4": flash.refusal("fa4", *where),
     }
+    serving = [name for name, refusal in fused.items() if refusal is None]
+    if not serving and dtype != torch.float32 and flex.refusal(*where) is None:
+        serving = ["flex"]
     if kind == "full":
-        there = {"sdpa": None, "cudnn": cudnn.refusal(device, dtype, head_dim)} | there
-    serving = [name for name, refusal in there.items() if refusal is None]
+        usual = ["sdpa"] + (["cudnn"] if cudnn.refusal(*where) is None else [])
+        return usual + serving
     return serving or ["blocked"]
 
 

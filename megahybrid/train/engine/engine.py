@@ -30,7 +30,12 @@ from megahybrid.train.engine.marks import Marks
 from megahybrid.train.engine.offload import OffloadedAdamW
 from megahybrid.train.engine.partition import draw_partitioned
 from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
-from megahybrid.train.engine.settings import engine_settings, prepare_deepspeed, run_overlaps
+from megahybrid.train.engine.settings import (
+    device_by_local_rank,
+    engine_settings,
+    prepare_deepspeed,
+    run_overlaps,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Engine:
         here, one parameter at a time.
         """
         prepare_deepspeed(mesh.device)
+        self._environment = contextlib.ExitStack()
+        self._environment.enter_context(device_by_local_rank(mesh.device))
         import deepspeed
 
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
@@ -322,3 +329,4 @@ class Engine:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can be built."""
         self.optimizer.observe = self.optimizer.refuse = None
         self.deepspeed.destroy()
+        self._environment.close()

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,6 @@ def prepare_deepspeed(device: torch.device) -> None:
     call the extension, so it is declared incompatible (a private table: deepspeed is pinned).
     """
     os.environ["DS_ACCELERATOR"] = device.type
-    # DeepSpeed looks its device up by this; under Slurm or alone nobody else has set it.
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
     import deepspeed.ops
     from deepspeed.utils import logger
 
@@ -30,6 +30,22 @@ def prepare_deepspeed(device: torch.device) -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"deepspeed\.|torch\.distributed"
     )
+
+
+@contextmanager
+def device_by_local_rank(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes its device from LOCAL_RANK while it is built and, under ZeRO 3, at every
+    step. Under Slurm or alone nobody has set it, and where each rank sees one GPU it is not the
+    launcher's number: it holds that of `device` meanwhile, what the launcher said afterwards."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def engine_settings(run: RunConfig, hidden_size: int, data: Axis) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The whole model on a CUDA device that is not there: wants torch's CUDA build (.ci/cuda-torch)."""
