@@ -54,7 +54,9 @@ class RunConfig(Frozen):
         default="auto", description="auto: cuda where there is one"
     )
     deterministic: bool = Field(
-        default=False, description="bitwise repeatable on CUDA, slower; the CPU always is"
+        default=False,
+        description="bitwise repeatable on CUDA, slower; the CPU always is, and measures no choice "
+        "of kernels with it",
     )
     directory: str | None = Field(
         default=None, description="the run's folder; runs/<name of the run file> when left out"

@@ -157,7 +157,12 @@ class KernelConfig(Frozen):
     blocks: Literal["auto", "plain", "compiled"] = Field(
         default="auto",
         description="what surrounds attention in a layer, and the loss's softmax: as written, or "
-        "through torch.compile; auto: plain on a CPU, measured on CUDA",
+        "through torch.compile; auto: measured on CUDA, and on a CPU for long stages",
+    )
+    products: Literal["auto", "torch", "onednn"] = Field(
+        default="auto",
+        description="routine of large fp32 products on a CPU: torch's own choice, or oneDNN; auto: "
+        "by the processor, measured for long stages",
     )
     norm: Literal["torch", "apex"] = Field(
         default="torch", description="RMSNorm's implementation; apex is NVIDIA's, built by you"

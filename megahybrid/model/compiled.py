@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megahybrid.parallel import products
+
 # Two programs for each kind of layer, and each of these again for every (rows, length) of a run:
 # torch's own limit of 8 would refuse a stage that mixes a few lengths.
 MOST_PROGRAMS = 256
@@ -20,6 +22,11 @@ def traced_whole(function: Callable[..., Any], backend: str) -> Callable[..., An
     if backend == "inductor":
         write_gradients_in_place()
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def whole_serves() -> bool:
+    """Whether layers are compiled with their products: a compiled one is always torch's own."""
+    return products.in_use() == "torch"
 
 
 def prepare_compiler() -> None:

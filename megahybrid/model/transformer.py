@@ -11,7 +11,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention
 from megahybrid.model.block import BLOCKS, Block
-from megahybrid.model.compiled import prepare_compiler, traced_whole
+from megahybrid.model.compiled import prepare_compiler, traced_whole, whole_serves
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.norm import make_norm
@@ -72,14 +72,15 @@ class Transformer(nn.Module):
         """Have every block, and the loss's softmax, compiled at first use, by kind and shape.
 
         Whole but for attention; only its pieces where it is cut over tensor ranks, as collectives
-        cannot be traced, or where weights come and go inside of a layer (not `keeps_weights`).
+        cannot be traced, where weights come and go inside of a layer (not `keeps_weights`), or
+        where products go to a routine that the compiler does not call.
         Layers of a kind share their programs.
         """
         prepare_compiler()
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compile_pieces(compiler)  # used too where an MLP runs in chunks
-            if keeps_weights and self.mesh.tensor.size == 1:
+            if keeps_weights and self.mesh.tensor.size == 1 and whole_serves():
                 block.compile_regions(compiler)
         self.head.fuse(partial(traced_whole, backend=compiler))
 

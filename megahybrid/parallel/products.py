@@ -1,12 +1,14 @@
-"""Matrix products, by the fastest exact routine there is.
+"""Matrix products in fp32 on a CPU, by the faster of two exact routines.
 
-torch sends fp32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's.
-oneDNN, which torch brings along for its own convolutions and compiled code, computes the same fp32
-products with AVX-512: twice as fast on an AMD EPYC (docs/performance.md). Everything else
-(float64, bf16, accelerators, small products) is torch's own.
+torch sends them to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which torch
+brings along for its own convolutions and compiled code, computes the same products with AVX-512:
+twice as fast on AMD processors that have it, a tenth slower on Intel's (docs/performance.md). Which
+of the two large products take is one setting of the process, as its number of threads is: `use`.
+Everything else (float64, bf16, accelerators, small products) is torch's own.
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +16,47 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+ROUTINES = ("torch", "onednn")
 # Multiply-adds, and sizes of the factors, below which oneDNN's call costs more than it gains.
 SMALLEST = 2**20
 NARROWEST = 16
-# Whether this torch has the routine and this processor the instructions; known at import, because
-# torch.compile does not trace the questions.
+# Whether this torch has the routine; known at import, because torch.compile does not trace the
+# question.
 ONEDNN_SERVES = (
-    hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 )
+
+
+@cache
+def usual_routine() -> str:
+    """Return the routine of a run that does not measure: oneDNN where only it uses AVX-512."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return "onednn" if ONEDNN_SERVES and has_avx512 and not _is_intel() else "torch"
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False  # not Linux
+
+
+def use(routine: str) -> None:
+    """Have this process's large products go to `routine` from now on.
+
+    Takes torch's own where a checkpoint names oneDNN and this torch has none.
+    """
+    global _in_use
+    assert routine in ROUTINES
+    _in_use = routine if ONEDNN_SERVES else "torch"
+
+
+def in_use() -> str:
+    """Return the routine that large products go to."""
+    return _in_use
+
+
+_in_use = usual_routine()
 
 
 def linear(
@@ -130,4 +163,4 @@ def prefers_onednn(left: Tensor, right: Tensor) -> bool:
     inner, columns = right.shape
     rows = left.numel() // inner
     large = rows * inner * columns >= SMALLEST and min(rows, inner, columns) >= NARROWEST
-    return large and ONEDNN_SERVES
+    return large and _in_use == "onednn"

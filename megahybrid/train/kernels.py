@@ -12,6 +12,7 @@ from megahybrid.config.memory import policies_of
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import AuditError
 from megahybrid.model.block import BLOCKS
+from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.choice import (
     KINDS,
@@ -26,8 +27,10 @@ from megahybrid.model.kernels.choice import (
 )
 from megahybrid.model.recompute import run_block
 from megahybrid.model.selftest import HeadShape, run_self_test
+from megahybrid.parallel import products
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train import cpu_kernels
 from megahybrid.train.layers import DTYPES, compiled_whole
 
 Tell = Callable[[str, dict[str, Any]], object]
@@ -39,13 +42,18 @@ def choose_kernels(
     """`chosen` (see `resolve_kernels`) with what stage `index` has by measurement; collective.
 
     Nothing is measured where the run file names a kernel, where a checkpoint's choice was measured
-    at this length, or where a device has one kernel. Rank 0 measures for all: ranks with different
-    kernels would not be replicas of each other.
+    at this length, or where a device has one kernel and the stage is short. Rank 0 measures for
+    all: ranks with different kernels would not be replicas of each other.
     """
     length = max(run.stages[index].lengths)
-    if chosen.get("length") == str(length) or mesh.device.type != "cuda":
+    if chosen.get("length") == str(length):
         return chosen
-    found = on_first(mesh.world, lambda: _measured(run, index, length, mesh))
+    if mesh.device.type == "cuda":
+        found = on_first(mesh.world, lambda: _measured(run, index, length, mesh))
+    elif cpu_kernels.to_measure(run, index, mesh):
+        found = on_first(mesh.world, lambda: _measured_on_cpu(run, index, length, mesh, chosen))
+    else:
+        return chosen
     result = chosen | found["chosen"] | {"length": str(length)}
     if found["seconds"]:
         tell("kernels", {"length": length, **found["seconds"]})
@@ -73,6 +81,37 @@ def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> di
         seconds["blocks"] = _told(times)
         chosen["blocks"] = fastest(times) or "plain"
     return {"chosen": chosen, "seconds": seconds}
+
+
+def _measured_on_cpu(
+    run: RunConfig, index: int, length: int, mesh: ParallelMesh, before: dict[str, str]
+) -> dict[str, Any]:
+    work = workload(run, index, length, mesh)
+    asked = cpu_kernels.to_measure(run, index, mesh)
+    facts = cpu_kernels.machine_facts(work)
+    chosen = dict(before)
+    told: dict[str, Any] = {}
+    if "products" in asked:
+        shapes = cpu_kernels.product_shapes(run)
+        answer = cpu_kernels.decided(
+            "products",
+            facts | {"shapes": shapes},
+            products.usual_routine(),
+            lambda: cpu_kernels.measure_products(shapes, work.rows * length),
+        )
+        chosen["products"], told["products"] = str(answer["choice"]), answer["because"]
+    if "blocks" in asked:
+        plan, policies = run.plan_at(index), policies_of(run, index, mesh.data.size)
+        layer = {"model": run.model.model_dump(mode="json"), "length": length}
+        products.use(chosen["products"])  # a compiled layer has its own products or torch's
+        answer = cpu_kernels.decided(
+            "blocks",
+            facts | layer | {"products": chosen["products"], "policies": sorted(set(policies))},
+            "plain",
+            lambda: measure_blocks(run, plan, work, chosen, policies),
+        )
+        chosen["blocks"], told["blocks"] = str(answer["choice"]), answer["because"]
+    return {"chosen": {name: chosen[name] for name in asked}, "seconds": told}
 
 
 def workload(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> Workload:
@@ -146,8 +185,6 @@ def measure_blocks(
     for name in ("plain", "compiled"):
         try:
             if name == "compiled":
-                from megahybrid.model.compiled import prepare_compiler
-
                 prepare_compiler()
                 block.compile_pieces("inductor")
                 if compiled_whole(run):

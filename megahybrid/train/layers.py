@@ -11,6 +11,7 @@ from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.memory import policies_of
 from megahybrid.config.stages import RecomputeBudget
+from megahybrid.model.compiled import whole_serves
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -117,7 +118,7 @@ class Layers:
 
 def compiled_whole(run: RunConfig) -> bool:
     """Whether compiled layers are one region on each side of attention; else pieces of them are."""
-    return run.parallel.tensor == 1 and run.parallel.zero_stage < 3
+    return run.parallel.tensor == 1 and run.parallel.zero_stage < 3 and whole_serves()
 
 
 def _changes(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from megahybrid.heartbeat import Heartbeat, write_whole
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.parallel import products
 from megahybrid.parallel.collectives import broadcast_object, on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
@@ -213,6 +214,8 @@ class Attempt:
         self.kernels.update(
             choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
         )
+        if "products" in self.kernels:
+            products.use(self.kernels["products"])
         layers = Layers(run, self.mesh, self.kernels, self.listeners.on_event)
         model = layers.build(index, tokens)
         self.listeners.on_event(

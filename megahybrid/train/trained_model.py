@@ -19,6 +19,7 @@ from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel import products
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.restore import checkpoint_of, plan_of, run_of
@@ -114,6 +115,8 @@ def _build(
     # Kernels that a run names for its GPUs are no wish for another kind of device.
     wanted = run.kernels if saved.get("device") == mesh.device.type else KernelConfig()
     chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved)
+    if "products" in chosen:
+        products.use(chosen["products"])
     kernels = ["full" if scheme.window is None else "windowed" for scheme in plan.expand()]
     model = Transformer(run.model, mesh, plan=plan, kernels=[chosen[kind] for kind in kernels])
     return model.to(dtype)

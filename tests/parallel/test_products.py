@@ -1,5 +1,7 @@
 """Our products against torch's own in float64; gradients too, and what never leaves torch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from megahybrid.parallel import products
 from megahybrid.parallel.products import ONEDNN_SERVES, linear, prefers_onednn, product
 
 needs_onednn = pytest.mark.skipif(
-    not ONEDNN_SERVES, reason="no AVX-512, or a torch without oneDNN: torch's own products serve"
+    not ONEDNN_SERVES, reason="a torch without oneDNN: torch's own products serve"
 )
 SHAPES = [(5, 3, 8, 4), (64, 2, 96, 128), (257, 1, 384, 200), (1, 1, 700, 2000)]
 BOUND = 2e-6
@@ -18,11 +20,14 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of any size take the fast way, where there is one."""
+@pytest.fixture(autouse=True, params=products.ROUTINES)
+def every_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products of any size go to each routine, also where it is not the processor's usual one."""
     monkeypatch.setattr(products, "SMALLEST", 0)
     monkeypatch.setattr(products, "NARROWEST", 1)
+    products.use(request.param)
+    yield
+    products.use(products.usual_routine())
 
 
 @pytest.mark.parametrize("seq, batch, inner, outer", SHAPES)
@@ -70,6 +75,9 @@ def test_products_take_transposed_factors_and_write_where_told() -> None:
 @needs_onednn
 def test_only_fp32_on_a_cpu_and_large_enough_leaves_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     square = torch.ones(4, 4)
+    if products.in_use() == "torch":
+        assert not prefers_onednn(square, square)
+        return
     assert prefers_onednn(square, square)
     assert not prefers_onednn(square.double(), square.double())
     assert not prefers_onednn(square.bfloat16(), square.bfloat16())

@@ -14,6 +14,7 @@ from megahybrid.model.kernels import choice, choose, flash
 from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
 from megahybrid.model.rotary import rotate_both
 from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.products import usual_routine
 from megahybrid.train import kernels
 from tests.parity.cases import model
 from tests.train.test_synchronisation import run_config
@@ -95,7 +96,8 @@ def test_a_cpu_has_one_kernel_and_measures_nothing() -> None:
     assert candidates("windowed", CPU, torch.float32, 64) == ["blocked"]
     run = run_config(model("rnope_swa"), "fp32", 1)
     chosen = resolve_kernels(KernelConfig(), CPU, torch.float32, 64)
-    assert chosen == {"device": "cpu", "full": "sdpa", "windowed": "blocked", "blocks": "plain"}
+    by_rule = {"blocks": "plain", "products": usual_routine()}
+    assert chosen == {"device": "cpu", "full": "sdpa", "windowed": "blocked"} | by_rule
     single = ParallelMesh.single()
     assert kernels.choose_kernels(run, 0, single, chosen, _never) is chosen
 
@@ -148,6 +150,7 @@ def test_a_resume_keeps_what_was_measured_at_its_length() -> None:
         "full": "sdpa",
         "windowed": "reference",
         "blocks": "compiled",
+        "products": "torch",
         "length": "700",
     }
     assert resolve_kernels(KernelConfig(), CPU, torch.float32, 64, saved) == saved

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from megahybrid.model.kernels import tiles
 from megahybrid.model.kernels.documents import Documents, additive, visible
 from megahybrid.model.kernels.sdpa import attend_heads
 
@@ -31,8 +32,11 @@ def attend_blocked(
     """Attention to the last `window` keys, in blocks.
 
     The first tokens, which no full set of key blocks precedes, are one dense call (the head); the
-    others are blocks of queries against their own and `reach` earlier key blocks (the tail).
+    others are blocks of queries against their own and `reach` earlier key blocks (the tail). Large
+    ones in fp32 on a CPU are smaller blocks of their own products instead (`tiles`).
     """
+    if tiles.serves(q, k, window):
+        return tiles.attend_tiles(q, k, v, window=window, documents=documents, scale=scale)
     seq, batch, heads, head_dim = q.shape
     if documents is None:
         # One mask serves all rows, so rows can pass for heads: [seq, 1, batch * heads, head_dim].

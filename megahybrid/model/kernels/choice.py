@@ -12,6 +12,7 @@ from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
 from megahybrid.model.kernels import attend, choose, cudnn, cudnn_frontend, flash, flex, varlen
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.parallel import products
 
 KINDS = ("full", "windowed")
 REPEATS = 3
@@ -44,9 +45,10 @@ def resolve_kernels(
     head_dim: int,
     pinned: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """{"device", "full", "windowed", "blocks"}: what the run file names, else what the checkpoint
-    had on the same kind of device (so that a resume repeats its bits), else a choice without a
-    measurement. "length" is there where the checkpoint's choice was measured at that length."""
+    """Return {"device", "full", "windowed", "blocks", "products"}: what the run file names, else
+    what the checkpoint had on the same kind of device (so that a resume repeats its bits), else a
+    choice without a measurement. "products" is there on a CPU alone. "length" is there where the
+    checkpoint's choice was measured at that length."""
     same_device = pinned is not None and pinned.get("device") == device.type
     kept = pinned if pinned is not None and same_device else {}
     # A window shorter than the row: it serves every batch.
@@ -58,6 +60,10 @@ def resolve_kernels(
             name = kept.get(kind) or choose(window, 2, several, device, dtype, head_dim)
         chosen[kind] = name
     chosen["blocks"] = kept.get("blocks", "plain") if wanted.blocks == "auto" else wanted.blocks
+    if device.type == "cpu":
+        named = wanted.products != "auto"
+        usual = products.usual_routine()
+        chosen["products"] = wanted.products if named else kept.get("products", usual)
     if "length" in kept:
         chosen["length"] = kept["length"]
     return chosen
@@ -176,11 +182,14 @@ def least_seconds(run: Callable[[], object], device: torch.device) -> float:
     def once() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        began = time.perf_counter()
+        began = clock()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return clock() - began
 
+    # One thread's own seconds, which neighbours disturb least.
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     once()
     return min(once() for _ in range(REPEATS))

@@ -137,7 +137,9 @@ def describe_event(line: EventLine) -> str | None:
         )
         chosen = detail.get("kernels") or {}
         kinds = [
-            f"{kind} {chosen[kind]}" for kind in ("full", "windowed", "blocks") if kind in chosen
+            f"{kind} {chosen[kind]}"
+            for kind in ("full", "windowed", "blocks", "products")
+            if kind in chosen
         ]
         return begins + (f"; kernels: {', '.join(kinds)}" if kinds else "")
     if line.event == "evaluate":
