@@ -93,6 +93,7 @@ class _OneScheme:
                 laws.turns_by_its_frequencies(scheme.position, shape, self.contexts.of(each), each)
             with torch.no_grad():
                 laws.sees_its_keys(seeing, fewer, self.contexts.of(each), each)
+        laws.scales_its_scores(scheme, shape, self.kernel)
         if not isinstance(scheme.logit_scale, SqrtDimScale | FixedScale):
             laws.scales_its_queries(scheme, shape, rows.length)
         scheme, rows, fewer = reduced(scheme, self.kernel, shape)

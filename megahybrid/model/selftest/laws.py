@@ -35,6 +35,9 @@ from megahybrid.parallel.mesh import ParallelMesh
 PROBED_SCORE = 20.0  # a probed key outweighs exp(20) keys that nothing points at
 MOST_PROBES = 32
 LOW_SCORE = -120.0
+POINTED, SCALED_KEYS = 8.0, 64  # a key's score, and how many keys share what it leaves
+# Relative, of a score: bf16 rounds the scaled query, and in the reference the score as well.
+SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.01}
 
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
@@ -168,6 +171,42 @@ def turns_by_its_frequencies(
                     "turn by position * frequency there"
                 )
             raise Violation("does not turn by position * frequency")
+
+
+def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) -> None:
+    """What q·k is multiplied by, within a hundredth even in bf16: the last query points at its own
+    key alone, by a score of POINTED, and what is left for the other keys tells the score that was.
+    Of vectors drawn at random a factor moves the output by less than bf16 rounds."""
+    if scheme.window == 1:
+        return  # one key gets everything, whatever its score
+    length = min(scheme.window or SCALED_KEYS, SCALED_KEYS)
+    unturned = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "window": scheme.window}
+    block = HeadsOnly(shape, scheme.model_copy(update=unturned), kernel)
+    scale, last = scheme.logit_scale, torch.tensor([[length - 1]])
+    learned = None
+    if isinstance(scale, SsmaxScale):
+        learned = torch.full((shape.heads,), scale.initial, dtype=torch.float64)
+    factor = float(score_factor(scale, last, last + 1, learned, shape.head_dim).flatten()[0])
+    if not factor:
+        return
+    hidden = torch.zeros(length, 1, shape.features, dtype=torch.float64)
+    of_queries, of_keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    side = torch.tensor(math.sqrt(POINTED / abs(factor))).to(shape.dtype).double()
+    hidden[-1, 0, : of_queries : shape.head_dim] = math.copysign(1.0, factor) * side
+    hidden[-1, 0, of_queries : of_queries + of_keys : shape.head_dim] = side
+    hidden[:-1, 0, of_queries + of_keys :: shape.head_dim] = 1  # values of the other keys
+    context = Contexts(shape).of(Rows.of([length]))
+    with torch.no_grad():
+        out = block.mixed(hidden.to(shape.device, shape.dtype), context)
+    left = out[-1, 0, :, 0].double().cpu()
+    score, wanted = ((1 - left) / left * (length - 1)).log(), float(side**2) * abs(factor)
+    wrong = (score / wanted - 1).abs()
+    if not (wrong <= SCALE_TOLERANCE[shape.dtype]).all():
+        head = int(wrong.nan_to_num(nan=math.inf).argmax())
+        raise Violation(
+            f"multiplies q·k by {factor * float(score[head]) / wanted:.4g}, not {factor:.4g} "
+            f"(head {head})"
+        )
 
 
 def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -> None:
