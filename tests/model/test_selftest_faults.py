@@ -11,6 +11,7 @@ from megahybrid.config.attention import Rope
 from megahybrid.config.scaling import Llama3Scaling
 from megahybrid.errors import AuditError
 from megahybrid.model import attention, mixing, rotary
+from megahybrid.model.mixing import score_scale
 from tests.model.broken_layers import (
     another_heads_factor,
     attended_by,
@@ -76,6 +77,14 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[Patch], None]]] = {
     "scale-twice": (("rope-window",), scaled_by(lambda scheme, dim: 1 / dim)),
     "scale-forgotten": (("nope",), scaled_by(lambda scheme, dim: 1.0)),
     "scale-a-little-off": (("nope",), scaled_by(lambda scheme, dim: 0.8 * dim**-0.5)),
+    "scale-a-hair-off-window": (("rope-window",), scaled_by(lambda scheme, dim: 1.02 * dim**-0.5)),
+    "scale-a-hair-off": (("nope",), scaled_by(lambda scheme, dim: 0.98 * dim**-0.5)),
+    "scale-a-hair-off-log": (("nope-log",), scaled_by(lambda scheme, dim: 1.02 * dim**-0.5)),
+    "scale-a-hair-off-ssmax": (("far-ssmax",), scaled_by(lambda scheme, dim: 0.98 * dim**-0.5)),
+    "scale-a-hair-off-fixed": (
+        ("far-fixed-small",),
+        scaled_by(lambda scheme, dim: 1.02 * score_scale(scheme, dim)),
+    ),
     "head-3-still": (("rope-window",), one_head_still),
     "rotation-back-the-wrong-way": (("rope-window",), wrong_way_back),
     "one-table-for-two-thetas": (("rope-window", "rope-window-prime"), one_table),
