@@ -4,13 +4,14 @@ import json
 import os
 import shlex
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from rich.progress import Progress
 
 from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
+from data_prep.fresh import alone_in
 from data_prep.inputs import Unit, cut_units, shared_unit_bytes
 from data_prep.items import Fields
 from data_prep.job_folder import (
@@ -109,55 +111,56 @@ def tokenize(
     split = Split(held_out, longest, deduplicate)
     # How units are cut may change with the version; what another one has left is not gone on with.
     identity = identity_of(job, files, info, split, shard_tokens) | {"units": len(units)}
-    if (made := begin_job(folder, identity)) is not None:
-        return TokenizeReport(**made | {"output": str(folder), "loss": Loss(**made["loss"])})
-    _tell_all(table, tell)
-    with released_if_refused(folder), byte_bars(quiet) as progress:
-        results = _encode_all(job, units, workers, progress, max_bad_fraction)
-        bad = _quarantine(folder, len(units))
-        documents = sum(result.documents for result in results)
-        loss = sum((result.loss for result in results), Loss())
-        refuse_nothing(documents, bad, loss)
-        refuse_loss(bad, loss, max_bad_fraction, str(folder / QUARANTINE))
-        command = _command(inputs, tokenizer, job, split, shard_tokens, pattern)
-        sources = [source.entry() for source in found.sources]
-        parts = ["train"] + ["held_out"] * (held_out > 0) + ["held_out_long"] * (longest > 0)
-        merged = folder / WORK / "merged"
-        shutil.rmtree(merged, ignore_errors=True)
-        writers = {
-            part: TokenWriter(
-                merged / part,
-                info,
-                sources=sources,
-                command=command,
-                shard_tokens=shard_tokens,
-                noted=bool(kept),
+    with alone_in(folder):
+        if (made := begin_job(folder, identity)) is not None:
+            return TokenizeReport(**made | {"output": str(folder), "loss": Loss(**made["loss"])})
+        _tell_all(table, tell)
+        with released_if_refused(folder), byte_bars(quiet) as progress:
+            results = _encode_all(job, units, workers, progress, max_bad_fraction)
+            bad = _quarantine(folder, len(units))
+            documents = sum(result.documents for result in results)
+            loss = sum((result.loss for result in results), Loss())
+            refuse_nothing(documents, bad, loss)
+            refuse_loss(bad, loss, max_bad_fraction, str(folder / QUARANTINE))
+            command = _command(inputs, tokenizer, job, split, shard_tokens, pattern)
+            sources = [source.entry() for source in found.sources]
+            parts = ["train"] + ["held_out"] * (held_out > 0) + ["held_out_long"] * (longest > 0)
+            merged = folder / WORK / "merged"
+            shutil.rmtree(merged, ignore_errors=True)
+            writers = {
+                part: TokenWriter(
+                    merged / part,
+                    info,
+                    sources=sources,
+                    command=command,
+                    shard_tokens=shard_tokens,
+                    noted=bool(kept),
+                )
+                for part in parts
+            }
+            total = sum(result.tokens for result in results) * np.dtype(info.dtype).itemsize
+            task = progress.add_task("shuffle", total=total, tokens="")
+            merge = Merge(
+                runs_of(Path(job.folder), results),
+                split,
+                writers,
+                memory_bytes,
+                lambda done: progress.advance(task, done),
             )
-            for part in parts
-        }
-        total = sum(result.tokens for result in results) * np.dtype(info.dtype).itemsize
-        task = progress.add_task("shuffle", total=total, tokens="")
-        merge = Merge(
-            runs_of(Path(job.folder), results),
-            split,
-            writers,
-            memory_bytes,
-            lambda done: progress.advance(task, done),
+            merge.run()
+            manifests = {part: writer.close() for part, writer in writers.items()}
+            merge.refuse_empty_parts(manifests)
+        report = TokenizeReport(
+            output=str(folder),
+            documents={part: manifest.documents for part, manifest in manifests.items()},
+            tokens={part: manifest.tokens for part, manifest in manifests.items()},
+            bad=bad,
+            duplicates=merge.duplicates,
+            kept={name: sum(result.kept.get(name, 0) for result in results) for name in kept},
+            loss=loss,
         )
-        merge.run()
-        manifests = {part: writer.close() for part, writer in writers.items()}
-        merge.refuse_empty_parts(manifests)
-    report = TokenizeReport(
-        output=str(folder),
-        documents={part: manifest.documents for part, manifest in manifests.items()},
-        tokens={part: manifest.tokens for part, manifest in manifests.items()},
-        bad=bad,
-        duplicates=merge.duplicates,
-        kept={name: sum(result.kept.get(name, 0) for result in results) for name in kept},
-        loss=loss,
-    )
-    _publish(folder, parts, identity, report)
-    return report
+        _publish(folder, parts, identity, report)
+        return report
 
 
 def _tell_all(lines: Sequence[str], tell: Tell) -> None:
@@ -237,6 +240,16 @@ def _results(job: EncodeJob, units: Sequence[Unit], workers: int) -> Iterator[Un
 def _begin_worker() -> None:
     # One process is one core here; the tokenizers library would otherwise start a thread for each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process waits for work for ever where its parent was killed, and would go on writing
+    into a folder that another call may have by then."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _quarantine(folder: Path, units: int) -> dict[str, int]:
