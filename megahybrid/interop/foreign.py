@@ -38,11 +38,17 @@ class ForeignWeights:
         return str(self._slice(name).get_dtype())
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start…stop of a tensor, fp32 (exact for bf16 and fp16)."""
+        """Rows start…stop of a tensor, fp32. Raises InteropError where that would round them."""
         found = self._slice(name)[start:stop]
         if not found.is_floating_point():
             raise InteropError(f"{self.folder}: {name} is {found.dtype}, not floating point.")
-        return found.to(torch.float32).contiguous().numpy()
+        rows = found.to(torch.float32)
+        if found.dtype == torch.float64 and not torch.equal(rows.double(), found):
+            raise InteropError(
+                f"{self.folder}: {name} is float64 and holds numbers that fp32 does not have "
+                f"(among rows {start} to {stop - 1}). Round it to fp32 yourself."
+            )
+        return rows.contiguous().numpy()
 
     def close(self) -> None:
         """Let go of the files, and of the pages that were read."""

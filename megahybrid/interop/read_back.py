@@ -27,7 +27,8 @@ def check_bits(
     dtype: torch.dtype,
 ) -> None:
     """Raise InteropError unless each tensor of a folder holds the bits of the checkpoint's, rounded
-    to `dtype`; the first row that does not is named. A band of rows at a time is in memory.
+    to `dtype`, all of them finite; the first row that does not is named. A band of rows is in
+    memory at a time.
 
     What only the folder has (sinks) may be any number that takes no weight: `check_tensors` looks.
     """
@@ -46,6 +47,13 @@ def check_bits(
                     f"{name.theirs} is not what the checkpoint holds as {name.ours}: "
                     f"{len(wrong)} of rows {start} to {stop - 1} differ, row {start + wrong[0]} "
                     "first (in the checkpoint's order). Nothing was published."
+                )
+            lost = np.flatnonzero(~np.isfinite(ours).reshape(stop - start, -1).all(1))
+            if len(lost):
+                raise InteropError(
+                    f"{name.theirs} holds what is no finite number in {len(lost)} of rows {start} "
+                    f"to {stop - 1}, row {start + lost[0]} first (in the checkpoint's order). "
+                    "Nothing was published."
                 )
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megahybrid.errors import InteropError
+from megahybrid.errors import InteropError, MegahybridError
 from megahybrid.interop import export as exporting
 from megahybrid.interop import foreign, shards
 from megahybrid.interop.bring_in import import_model
 from megahybrid.interop.export import export
 from tests.interop.examples import LOCAL, NOPE, PARALLEL, ROPE, checkpoint_of_model, model_of
+from tests.plain_model import random_tensors
 
 Tensors = dict[str, torch.Tensor]
 Fault = Callable[[Path], None]
@@ -258,3 +259,46 @@ def test_a_single_file_is_taken_before_an_index_as_transformers_does(tmp_path: P
     with foreign.ForeignWeights(tmp_path / "many") as weights:
         found = torch.from_numpy(weights.rows("model.embed_tokens.weight", 0, 61).copy())
     assert torch.equal(found, tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_either_way(value: float, tmp_path: Path) -> None:
+    """In a row of an embedding that no id drawn for the logits touches."""
+    model = model_of([LOCAL, NOPE], vocab_size=3000, tie_embeddings=False)
+    checkpoint_of_model(tmp_path / "run", model)
+    export(tmp_path / "run", tmp_path / "theirs", tokenizer="none")
+    path = tmp_path / "theirs/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][2900, 3] = value
+    save_file(tensors, path, {"format": "pt"})
+    words = "embed_tokens.weight holds what is no finite number in 1 of rows .* row 2900 first"
+    with pytest.raises(InteropError, match=words):
+        import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    weights = random_tensors(model, 3, dtype=torch.float32, std=0.15)
+    weights["embedding.weight"].data[2900, 3] = value
+    checkpoint_of_model(tmp_path / "spoiled", model, tensors=weights)
+    with pytest.raises(InteropError, match=words):
+        export(tmp_path / "spoiled", tmp_path / "out", tokenizer="none")
+    names = {"run", "theirs", "spoiled"}
+    assert {entry.name for entry in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_numbers_that_fp32_does_not_have_are_not_rounded_unseen(
+    exact: bool, tmp_path: Path
+) -> None:
+    checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE], tie_embeddings=False))
+    export(tmp_path / "run", tmp_path / "theirs", tokenizer="none")
+    path = tmp_path / "theirs/model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].double()
+    tensors["lm_head.weight"][60, 3] *= 1 if exact else 1 + 1e-9
+    save_file(tensors, path, {"format": "pt"})
+    if exact:
+        import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    else:
+        with pytest.raises(
+            MegahybridError, match="lm_head.weight is float64 and holds numbers that"
+        ):
+            import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+        assert not (tmp_path / "ours").exists()
