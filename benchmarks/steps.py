@@ -1,7 +1,7 @@
 """Training steps to be timed: ours alone and ours through DeepSpeed.
 
-Every step is forward, backward and AdamW with the same numbers, without clipping: fp32 weights as
-they are, bf16 weights with fp32 masters.
+Every step is forward, backward, clipping and AdamW with the same numbers: fp32 weights as they are,
+bf16 weights with fp32 masters.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ from megahybrid.parallel.mesh import ParallelMesh
 
 Step = Callable[[], float]
 LEARNING_RATE = 1e-4
+CLIP_NORM = 1.0
 
 
 class MasterAdamW:
@@ -40,6 +41,7 @@ class MasterAdamW:
                 assert weight.grad is not None
                 master.grad = weight.grad.float()
                 weight.grad = None
+        nn.utils.clip_grad_norm_(self.masters, CLIP_NORM, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.masters[0] is not self.weights[0]:
@@ -108,9 +110,10 @@ def engine_step(
     precision: str,
     micro_rows: int = 0,
     offload: str = "none",
+    starts: Tensor | None = None,
 ) -> Step:
     """The step that `megahybrid train` takes: ZeRO 1, one rank, fp32 masters and accumulation,
-    `micro_rows` rows at a time (0: all).
+    clipping, `micro_rows` rows at a time (0: all). `starts` (on the host) cut rows into documents.
 
     Joins a world of one; the caller leaves it.
     """
@@ -124,7 +127,7 @@ def engine_step(
             "model": model.config.model_dump(),
             "parallel": {"offload": offload},
             "data": {"sources": {"none": {"path": "unused"}}, "block_tokens": length},
-            "optimizer": {"clip_norm": None},
+            "optimizer": {"clip_norm": CLIP_NORM},
             "precision": precision,
             "stages": [
                 {
@@ -144,6 +147,7 @@ def engine_step(
         },
     )
     engine = Engine(model, run, model.mesh)
-    pieces = zip(tokens.split(micro_rows), targets.split(micro_rows), strict=True)
-    batches = [MicroBatch(*piece, None) for piece in pieces]
+    begins = [None] * rows if starts is None else starts.split(micro_rows)
+    pieces = zip(tokens.split(micro_rows), targets.split(micro_rows), begins, strict=False)
+    batches = [MicroBatch(*piece) for piece in pieces]
     return lambda: engine.train_step(batches, LEARNING_RATE).loss

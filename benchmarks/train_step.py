@@ -2,7 +2,7 @@
 
 First both must give the same loss and gradients; then they are timed in turns. On a CPU the judge
 is CPU-seconds, which a neighbour on the machine disturbs least; the wall clock stands beside it.
-`--device cuda` runs the 1B plan of benchmarks/gpu.py instead.
+On one GPU: `python -m benchmarks.gpu_call`.
 
     python -m benchmarks.train_step [--lengths 2048 8192] [--peers sdpa sdpa+compile eager]
 """
@@ -27,18 +27,7 @@ from megahybrid.parallel.mesh import initialise_distributed, shutdown_distribute
 
 GOALS = {2048: 1.0, 8192: 2.0}  # times Hugging Face's best, tokens per CPU-second
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
-PARTS = ("ours", "peers", "rest")
 CPU_PEERS = ("sdpa", "sdpa+compile")
-# Each library in its best legal setting first.
-GPU_PEERS = (
-    "flex_attention+compile",
-    "torchtitan+compile",
-    "megatron+patched",
-    "flex_attention+compile+liger",
-    "sdpa+compile",
-    "megatron",
-)
-REHEARSED = ("sdpa", "sdpa+chunked", "megatron+patched", "megatron", "torchtitan")
 # eager attention keeps two matrices of length² per head and layer for backward.
 EAGER_BYTES = 4 * 2**30
 
@@ -47,10 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 where the two sides do not compute the same thing."""
     options = parse_options(arguments)
     quiet()
-    if options.device == "cuda" or options.rehearse:
-        from benchmarks.gpu import run_plan
-
-        return run_plan(options)
     torch.set_num_threads(options.threads)
     device = torch.device("cpu")
     facts = machine(device)
@@ -72,27 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, help="25m on cpu, 1b on cuda")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens per row")
-    parser.add_argument("--peers", nargs="+", help="see benchmarks/peers")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each (cpu)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of ours (cuda)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (cpu)")
-    parser.add_argument("--rehearse", action="store_true", help="the cuda plan, on cpu, tiny")
-    parser.add_argument("--budget-seconds", type=float, help="when to stop starting new parts")
+    parser.add_argument("--shape", choices=SHAPES, default="25m")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192], help="tokens a row")
+    parser.add_argument("--peers", nargs="+", default=list(CPU_PEERS), help="see benchmarks/peers")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the cuda plan"
+        "--budget-seconds", type=float, default=260.0, help="when to stop starting new parts"
     )
     options = parser.parse_args(arguments)
-    gpu = options.device == "cuda" or options.rehearse
-    options.shape = options.shape or ("1b" if gpu else "25m")
-    options.lengths = options.lengths or ([8192, 32768, 131072] if gpu else [2048, 8192])
-    peers = REHEARSED if options.rehearse else GPU_PEERS if gpu else CPU_PEERS
-    options.peers = options.peers or list(peers)
-    if not gpu and (others := [p for p in options.peers if p.split("+")[0] in SEQUENTIAL]):
-        parser.error(f"--peers {others[0]} takes part with --device cuda or --rehearse only")
-    options.budget_seconds = options.budget_seconds or (510.0 if gpu else 260.0)
+    if others := [p for p in options.peers if p.split("+")[0] in SEQUENTIAL]:
+        parser.error(f"--peers {others[0]} takes part in benchmarks.gpu_call only")
     return options
 
 
