@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling [--parts products growth tensor memory]
 
-On a CPU, in CPU-seconds. `products`: fp32 matrix products, ours and torch's. `growth`: seconds of
-a step of one row from 2k to 32k tokens, hybrid and full, against the FLOPs. `tensor`: the same
-total work by two gloo ranks. `memory`: peak resident memory of a process with and without
+On a CPU, in CPU-seconds. `products`: matrix products by each routine, and in bf16. `growth`:
+seconds of a step of one row from 2k to 32k tokens, hybrid and full, against the FLOPs. `tensor`:
+the same total work by two gloo ranks. `memory`: peak resident memory of a process with and without
 recomputation and with and without the chunked loss, against config/memory.py; each figure is the
 difference of two processes.
 """

@@ -25,7 +25,8 @@ from megahybrid.config.counting import flops_per_token
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import initialise_distributed, shutdown_distributed
 
-GOALS = {2048: 1.0, 8192: 2.0}  # times Hugging Face's best, tokens per CPU-second
+GOALS = {2048: 1.25, 8192: 2.5}  # times Hugging Face's best, tokens per CPU-second
+OWN = ("megahybrid", "megahybrid compiled")  # a run measures which of the two it takes
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 CPU_PEERS = ("sdpa", "sdpa+compile")
 # eager attention keeps two matrices of length² per head and layer for backward.
@@ -110,7 +111,12 @@ def measure(options: argparse.Namespace, length: int, left: float) -> dict[str, 
         steps[f"transformers {name}"] = peer_step(peer, tokens)
     engine_model = our_model(config, device, torch.float32)
     steps["megahybrid through DeepSpeed"] = engine_step(engine_model, tokens, targets, "fp32")
-    steps = {"megahybrid": our_step(ours, tokens, targets), **steps}
+    compiled = our_model(config, device, torch.float32)
+    compiled.compile_blocks("inductor")
+    gate_compiled(ours, compiled, tokens, targets)
+    # A run takes the faster of these two by measurement (kernels.blocks: auto).
+    own = {"megahybrid": ours, "megahybrid compiled": compiled}
+    steps = {name: our_step(model, tokens, targets) for name, model in own.items()} | steps
     # The gate, a warm-up already, took about as long as a round; another warm-up is only affordable
     # for the short rows.
     gate_seconds = time.monotonic() - started
@@ -145,6 +151,23 @@ def gate(
     return {"loss": our_value.item(), "loss_error": loss_error, "gradient_error": errors[worst]}
 
 
+def gate_compiled(
+    plain: Transformer, compiled: Transformer, tokens: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """End the run where our compiled layers compute something else; makes their programs."""
+    losses, gradients = [], []
+    for model in (plain, compiled):
+        value = our_loss(model, tokens, targets)
+        gradients.append(torch.autograd.grad(value, tuple(model.parameters())))
+        losses.append(value.item())
+    pairs = zip(*gradients, strict=True)
+    worst = max(float((theirs - ours).norm() / ours.norm()) for ours, theirs in pairs)
+    if abs(losses[1] / losses[0] - 1) > LOSS_BOUND or worst > GRADIENT_BOUND:
+        sys.exit(
+            f"compiled: loss {losses[1]:.7f} against {losses[0]:.7f}, gradients by {worst:.1e}."
+        )
+
+
 def table(shape: str, results: list[dict[str, Any]]) -> str:
     """What people read: tokens per second, by CPU time and by the clock, and ours over theirs."""
     lines = [
@@ -162,10 +185,11 @@ def table(shape: str, results: list[dict[str, Any]]) -> str:
             )
         lines += [f"| {length} | {name} | {why} | | |" for name, why in result["left_out"].items()]
         peers = [v["cpu_median"] for n, v in times.items() if n.startswith("transformers")]
+        best = min(times[name]["cpu_median"] for name in times if name in OWN)
         if peers and length in GOALS and shape == "25m":
             lines.append(
                 f"| {length} | **over the best peer** (goal {GOALS[length]:.1f} ×) | | "
-                f"| **{min(peers) / ours:.2f} ×** |"
+                f"| **{min(peers) / best:.2f} ×** |"
             )
     return "\n".join(lines)
 

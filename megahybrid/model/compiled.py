@@ -1,6 +1,7 @@
 """torch.compile's own settings, set the same way everywhere."""
 
 import os
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -103,7 +104,30 @@ def rows_first(x: Tensor) -> Tensor:
     return x.flatten(0, 1).unflatten(0, x.shape[:2])
 
 
-def keep_programs(folder: Path) -> None:
+def keep_programs(folder: Path, first: bool = True) -> None:
     """Compiled programs outlive the process in `folder`, unless the user has named a place: a
-    restart takes them from there. Call it before anything is compiled."""
+    restart takes them from there. Call it before anything is compiled.
+
+    The `first` rank removes what a killed compiler left half written: torch takes whatever lies
+    there, and no restart would get past it.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.resolve()))
+    if first and folder.is_dir():
+        for library in folder.rglob("*.so"):
+            if not _is_whole_library(library):
+                library.unlink(missing_ok=True)
+
+
+def _is_whole_library(path: Path) -> bool:
+    """Whether an ELF file has all that its header speaks of; section headers come last in it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return True  # not ours to judge
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return False
+    (offset,) = struct.unpack_from("=Q", head, 40)
+    entry_size, entries = struct.unpack_from("=HH", head, 58)
+    return offset > 0 and size >= offset + entry_size * entries

@@ -209,7 +209,7 @@ class Attempt:
         """The stage's model, its layers as after `tokens`, inside an engine; filled from `source`
         or drawn from the seed."""
         run = self.run
-        keep_programs(self.directory / "programs")
+        keep_programs(self.directory / "programs", first=self.mesh.rank == 0)
         # In place: what a checkpoint says of kernels is this very dictionary.
         self.kernels.update(
             choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)

@@ -57,8 +57,12 @@ def test_steps_and_what_the_peers_take() -> None:
 
 
 def test_products() -> None:
-    for row in read("products_cpu")["products"]:
-        assert re.search(f"{row['ours_gflops']:.0f} against {row['torch_gflops']:.0f} ", PAGE)
+    for name, processor in (("products_cpu", "AVX-512"), ("products_cpu_avx2", "AVX2")):
+        for row in read(name)["products"]:
+            rates = [row.get(f"{way}_gflops") for way in ("onednn", "torch", "bf16")]
+            told = " | ".join("–" if rate is None else f"{rate:.0f}" for rate in rates)
+            size = " × ".join(map(str, row["size"]))
+            assert f"| AMD EPYC, {processor} | {size} | {told} |" in PAGE
 
 
 def test_growth_with_the_length() -> None:

@@ -1,6 +1,7 @@
 """Compiled blocks: traced whole, the same numbers, no more programs than kinds and shapes."""
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -261,3 +262,23 @@ def test_the_users_own_place_for_programs_stays(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     keep_programs(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_program_that_a_killed_compiler_left_half_written_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._C
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    library = Path(torch._C.__file__).read_bytes()
+    (tmp_path / "ab").mkdir()
+    kept = {"whole.so": library}
+    torn = {"none.so": b"", "head.so": library[:40], "half.so": library[: len(library) // 2]}
+    (sections,) = struct.unpack_from("=Q", library, 40)  # the last that a linker writes
+    torn |= {"sections.so": library[: sections + 64], "zeros.so": bytes(4096)}
+    for name, content in (kept | torn).items():
+        (tmp_path / "ab" / name).write_bytes(content)
+    keep_programs(tmp_path, first=False)
+    assert len(list(tmp_path.rglob("*.so"))) == len(kept | torn)
+    keep_programs(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.so")] == list(kept)
