@@ -1,5 +1,6 @@
 """Which folders a run, a mean and a study may be written into."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,16 @@ def test_a_request_to_a_folder_without_a_run_is_refused(
     assert main(["launch", verb, str(tmp_path)]) == 2
     assert " holds no run (no ledger" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "thesis.tex"]
+
+
+def test_a_run_killed_before_its_first_line_keeps_its_folder(tmp_path: Path) -> None:
+    """What lies there then: all that a run writes but its ledger and its checkpoints."""
+    kept = Path(__file__).parent / "version_0_1/files/run"
+    shutil.copytree(kept, tmp_path / "run")
+    (tmp_path / "run/ledger.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model_fingerprint"}
+    refuse_foreign_run_folder(tmp_path / "run")
+    (tmp_path / "run/thesis.tex").touch()
+    with pytest.raises(ConfigError, match="holds thesis.tex"):
+        refuse_foreign_run_folder(tmp_path / "run")

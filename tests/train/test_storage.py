@@ -59,7 +59,7 @@ def small_disk(example: Path) -> Iterator[Path]:
 
 def fill(folder: Path, leave: int) -> Path:
     """A file that takes all but `leave` bytes of a file system."""
-    ballast = folder / "ballast"
+    ballast = folder / "ballast.txt"  # a note, which a run suffers in its folder
     free = shutil.disk_usage(folder).free
     ballast.write_bytes(bytes(max(0, free - leave)))
     return ballast
