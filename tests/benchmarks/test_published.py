@@ -45,7 +45,7 @@ def test_the_first_line_says_what_has_run_on_a_gpu() -> None:
 
 
 def test_steps_and_what_the_peers_take() -> None:
-    for name in ("train_step_2k_cpu", "train_step_8k_cpu"):
+    for name in ("train_step_2k_cpu", "train_step_8k_cpu", "train_step_2k_cpu_avx2"):
         (result,) = read(name)["lengths"]
         ours = result["times"]["megahybrid"]["cpu_median"]
         for who, times in result["times"].items():
@@ -66,7 +66,7 @@ def test_products() -> None:
 
 
 def test_growth_with_the_length() -> None:
-    for row in read("growth_cpu")["growth"]:
+    for row in read("growth_cpu")["growth"] + read("growth_cpu_avx2")["growth"]:
         told = [seconds(row[kind]["cpu_median"]) for kind in ("hybrid", "full")]
         told += [f"{row['ratio']:.2f} ×", f"{row['ideal']:.2f} ×"]
         start = f"| {row['length']:,} | {' | '.join(told)}"
