@@ -13,8 +13,8 @@ _PROOFS = ("ledger.jsonl", "checkpoints")
 # What a run, its jobs and its reports write. A job's launcher writes before the run does.
 _OF_A_RUN = frozenset(
     (
-        *_PROOFS, "config.yaml", "model_fingerprint", "logs", "heartbeats", "slurm", "stop-now", "save-now",
-        "samples.txt", "evaluations", "report", "profile", "programs", "tensorboard",
+        *_PROOFS, "config.yaml", "model_fingerprint", "logs", "heartbeats", "slurm", "stop-now",
+        "save-now", "samples.txt", "evaluations", "report", "profile", "programs", "tensorboard",
         "wandb", "lost+found",
     )
 )  # fmt: skip
