@@ -173,7 +173,7 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
             peak=None,
             habits=Habits(10**6, None, 1, 3),
             listeners=Listeners([listener]),
-            repeats=RepeatedSteps(run, mesh, []),
+            repeats=RepeatedSteps(run, mesh, {}),
             stop=StopRequest(),
             profiler=Profiler(None, folder, mesh),
             save=nothing,

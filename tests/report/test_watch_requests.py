@@ -151,7 +151,7 @@ def test_what_breaks_while_drawing_is_one_line(
     capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving() as (port, pages):
-        pages.error = MegahybridError("runs/“a”\x1b[31m/ledger.jsonl could not be read.\nMore.")
+        pages.error = MegahybridError("runs/“a”\x1b[31m/ledger.jsonl could not be read.", "More.")
         answer = ask(port, get("/live.json", "localhost"))
         assert status(answer) == 503
         told = answer.split(b"\r\n\r\n")[1].decode()
