@@ -76,7 +76,8 @@ def chosen(path: Path) -> Path:
             continue
         except CheckpointError:
             pass  # whoever opens it says what is wrong
-        tell("\n".join(misnamed))
+        for line in misnamed:
+            tell(line)
         return folder
     raise CheckpointError(*misnamed)
 
