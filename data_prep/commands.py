@@ -291,7 +291,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from data_prep.picture_file import check_picture
+    from data_prep.given_paths import check_picture
 
     path = args.path
     check_picture(args.picture)

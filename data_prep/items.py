@@ -64,8 +64,11 @@ Item = Document | LongDocument | BadDocument
 
 @dataclass(frozen=True)
 class Fields:
-    """Of a row: the text's field, and those that are kept beside the tokens. `found` counts the
-    rows that had each of these. format: "auto", or how every file is read."""
+    """The fields that are read of a row: the text's, and those that are kept beside the tokens.
+
+    `found` counts the rows that had each of the kept ones. `format` is "auto", or how every file
+    is read.
+    """
 
     text: str = "text"
     kept: tuple[str, ...] = ()

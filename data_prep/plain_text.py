@@ -92,10 +92,8 @@ def _parse_long(line: bytes, offset: int, origin: Origin) -> Item:
     size = len(line)
     try:
         value, long = parse_long(line.removeprefix(BOM) if offset == 0 else line)
-    except UnicodeDecodeError:
-        return origin.bad(offset, "broken utf-8", line[:80], size)
-    except (ValueError, RecursionError):
-        return origin.bad(offset, "broken json", line[:80], size)
+    except (ValueError, RecursionError) as error:
+        return origin.bad(offset, _broken(error), line[:80], size)
     text, row = _text_and_row(value, origin)
     if not isinstance(text, str):
         return origin.bad(offset, f"no text field '{origin.fields.text}'", line[:80], size)
@@ -109,6 +107,10 @@ def _parse_long(line: bytes, offset: int, origin: Origin) -> Item:
         origin.fields.note(short),
         size * origin.rate,
     )
+
+
+def _broken(error: Exception) -> str:
+    return "broken utf-8" if isinstance(error, UnicodeDecodeError) else "broken json"
 
 
 def _text_and_row(value: Any, origin: Origin) -> tuple[Any, dict[str, Any]]:
@@ -133,10 +135,8 @@ def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
                 raise BadText("NUL character")
             blank = blank and text.isspace()
             yield text
-    except UnicodeDecodeError:
-        raise BadText("broken utf-8") from None
-    except ValueError:
-        raise BadText("broken json") from None
+    except ValueError as error:
+        raise BadText(_broken(error)) from None
     if blank:
         raise BadText(EMPTY)
 
@@ -144,10 +144,8 @@ def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:
 def _parse(line: bytes, offset: int, origin: Origin, size: int) -> Document | BadDocument:
     try:
         value: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return origin.bad(offset, "broken utf-8", line[:80], size)
-    except (ValueError, RecursionError):
-        return origin.bad(offset, "broken json", line[:80], size)
+    except (ValueError, RecursionError) as error:
+        return origin.bad(offset, _broken(error), line[:80], size)
     text, row = _text_and_row(value, origin)
     if not isinstance(text, str):
         return origin.bad(offset, f"no text field '{origin.fields.text}'", line[:80], size)

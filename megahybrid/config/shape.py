@@ -11,10 +11,9 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # the one that pydantic knows before Python 3.12
 
+from megahybrid.config.base import Count, Positive
 from megahybrid.printable import printable
 
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Positive = Annotated[int, Field(ge=1, le=2**62)]
 Finite = FiniteFloat
 Seconds = Annotated[FiniteFloat, Field(ge=0, le=1e11)]  # as a span, or since 1970
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]

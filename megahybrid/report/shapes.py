@@ -190,7 +190,9 @@ class Head(TypedDict):
     retrieval: float
 
 
-class Mean(TypedDict):
+class HeadSummary(TypedDict):
+    """What is said of all heads together, of a kind of layer and of a layer."""
+
     mass: Mass
     entropy_nats: float
     entropy_bits: float
@@ -198,20 +200,16 @@ class Mean(TypedDict):
     distance: float
     sink: float
     retrieval: float
+
+
+class Mean(HeadSummary):
     by_position: list[Number]
     logit_by_lag: list[Number]
 
 
-class Layer(TypedDict):
+class Layer(HeadSummary):
     layer: Count
     kind: str
-    mass: Mass
-    entropy_nats: float
-    entropy_bits: float
-    max_logit: float
-    distance: float
-    sink: float
-    retrieval: float
     heads: Annotated[list[Head], AT_LEAST_ONE]
 
 

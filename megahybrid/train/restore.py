@@ -213,10 +213,7 @@ def _config_of(manifest: Manifest, path: Path) -> RunConfig:
     whose tensors the checkpoint holds: nothing is built or counted of another."""
     layers = _inner(_inner(_inner(manifest.config, "model"), "layer_plan"), "num_layers")
     if isinstance(layers, int) and layers > len(manifest.tensors):  # a billion would be written out
-        raise CheckpointError(
-            f"{path}: its config describes another model ({layers} layers) than the one it holds "
-            f"({manifest.model_fingerprint}). Use another step's folder."
-        )
+        raise _another_model(path, f"{layers} layers", manifest)
     try:
         run = parse_json(RunConfig, json.dumps(manifest.config))
     except (ValueError, ConfigError) as error:
@@ -228,12 +225,16 @@ def _config_of(manifest: Manifest, path: Path) -> RunConfig:
             f"wrote it ({manifest.written_by.get('megahybrid', 'unknown')})."
         ) from error
     if not _describes(run.model, manifest):
-        raise CheckpointError(
-            f"{path}: its config describes another model "
-            f"({run.model.layer_plan.num_layers} layers of {run.model.hidden_size}) than the one "
-            f"it holds ({manifest.model_fingerprint}). Use another step's folder."
-        )
+        size = f"{run.model.layer_plan.num_layers} layers of {run.model.hidden_size}"
+        raise _another_model(path, size, manifest)
     return run
+
+
+def _another_model(path: Path, described: str, manifest: Manifest) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its config describes another model ({described}) than the one it holds "
+        f"({manifest.model_fingerprint}). Use another step's folder."
+    )
 
 
 def _describes(model: ModelConfig, manifest: Manifest) -> bool:

@@ -93,7 +93,7 @@ def test_a_storm_of_preemptions_before_the_first_save_costs_no_attempt(
 def test_a_preempted_link_of_a_chain_goes_on_itself(
     options: dict, tmp_path: Path, cluster: Cluster
 ) -> None:
-    """Of an array the last task has the array's own number; the others are not put back with it."""
+    """The last task of an array has the array's own number; the others are not put back with it."""
     run = Run(tmp_path, nodes=1, steps=40, more="partition: low", **options)
     run.until("RUNNING .* step age")
     (running,) = [one for one in control.queued(run.directory) if one.state == "RUNNING"]

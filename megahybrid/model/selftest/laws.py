@@ -237,8 +237,8 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
 
 
 def _rounding(scale: LogitScale, shape: HeadShape) -> float:
-    """Of a factor, relative: it is made in fp32, from logarithms which are small for a small base,
-    and multiplies in the run's dtype."""
+    """Return by how much a factor may be off, relative to it: it is made in fp32, from logarithms
+    which are small for a small base, and multiplies in the run's dtype."""
     of_base = 2.0**-22 / math.log(scale.base) if isinstance(scale, LogScale) else 0.0
     return 4 * ROUNDING[shape.dtype] + 1e-6 + of_base
 
