@@ -67,18 +67,6 @@ class Unit:
         return self.pieces[0].format.kind == "hub"
 
 
-def list_files(inputs: Sequence[str | Path], pattern: str = "**/*") -> list[Path]:
-    """The files that `inputs` (files, folders searched by `pattern`, globs) name, each once.
-
-    `hf:NAME` stands for a Hugging Face dataset and is kept as it is. Sorted within each input.
-    Raises DataError when an input names nothing, or a kind not read.
-    """
-    found: dict[Path, None] = {}
-    for given in inputs:
-        found.update(dict.fromkeys(named_entries(given, pattern)))
-    return [path for path in found if hub.is_hub(path) or path.is_file()]
-
-
 def named_entries(given: str | Path, pattern: str) -> list[Path]:
     """The files that one input names, sorted; of a folder also links that lead to no file."""
     if hub.is_hub(given):
@@ -171,16 +159,15 @@ def shared_unit_bytes(files: Sequence[InputFile]) -> int:
     return max(LEAST_UNIT_BYTES, min(UNIT_BYTES, share))
 
 
-def cut_units(files: Sequence[InputFile | Path], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
+def cut_units(files: Sequence[InputFile], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
     """Units of about `unit_bytes`: ranges of long files, groups of small ones.
 
-    A packed file cannot be entered in the middle and is one piece. A path is looked at first.
+    A packed file cannot be entered in the middle and is one piece.
     """
-    known = [file if isinstance(file, InputFile) else _taken(file) for file in files]
-    unit_bytes = max(unit_bytes, sum(file.size for file in known) // MOST_UNITS)
+    unit_bytes = max(unit_bytes, sum(file.size for file in files) // MOST_UNITS)
     group: list[Piece] = []
     size = 0
-    for file in known:
+    for file in files:
         for piece in _pieces(file, unit_bytes):
             alone = piece.format.kind == "hub" or (group and group[0].format.kind == "hub")
             if group and (alone or size + piece.size > unit_bytes):
@@ -190,13 +177,6 @@ def cut_units(files: Sequence[InputFile | Path], unit_bytes: int = UNIT_BYTES) -
             size += piece.size
     if group:
         yield Unit(tuple(group))
-
-
-def _taken(path: Path) -> InputFile:
-    found = look_at(path, Fields())
-    if isinstance(found, NoText):
-        raise DataError(f"input {path} is {found.why}. Name another, or a --format.")
-    return found
 
 
 def _pieces(file: InputFile, unit_bytes: int) -> Iterator[Piece]:

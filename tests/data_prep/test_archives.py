@@ -14,6 +14,7 @@ import pytest
 from data_prep.documents import BadText, Document, LongDocument, read_unit
 from data_prep.inputs import cut_units
 from data_prep.tokenize import tokenize
+from tests.data_prep.reading import files_of
 
 TEXTS = {f"part-{i}/{i}.txt": f"text {i} é\n" * (i + 1) for i in range(8)}
 LINES = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(5)).encode()
@@ -40,7 +41,7 @@ def zipped(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLAT
 def read(path: Path) -> tuple[list[str], list[tuple[str, int, str]]]:
     """Texts, and what was bad, of everything in a file."""
     texts, bad = [], []
-    for unit in cut_units([path]):
+    for unit in cut_units(files_of(path)):
         for item in read_unit(unit):
             if isinstance(item, Document):
                 texts.append(item.text)

@@ -5,12 +5,13 @@ import pytest
 
 from data_prep import plain_text
 from data_prep.documents import BadDocument, Document, read_unit
-from data_prep.inputs import cut_units, list_files
+from data_prep.inputs import cut_units
 from megahybrid.errors import DataError
+from tests.data_prep.reading import files_of
 
 
 def read_all(path: Path, unit_bytes: int = 2**20) -> list[Document | BadDocument]:
-    return [item for unit in cut_units([path], unit_bytes) for item in read_unit(unit)]
+    return [item for unit in cut_units(files_of(path), unit_bytes) for item in read_unit(unit)]
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 40, 10_000])
@@ -71,14 +72,14 @@ def test_folder_is_searched_in_order_without_hidden_files(tmp_path: Path) -> Non
     for name in ("b.py", "a/c.py", "a/.git/d.py", "a/__pycache__/e.py", "x.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    names = [str(f.relative_to(tmp_path)) for f in list_files([tmp_path])]
+    names = [str(f.path.relative_to(tmp_path)) for f in files_of(tmp_path)]
     assert names == ["a/c.py", "b.py", "x.txt"]
-    assert len(list_files([tmp_path, tmp_path / "b.py"], "**/*.py")) == 2
-    assert len(list_files([f"{tmp_path}/*.py"])) == 1
+    assert len(files_of(tmp_path, tmp_path / "b.py", pattern="**/*.py")) == 2
+    assert len(files_of(f"{tmp_path}/*.py")) == 1
 
 
 @pytest.mark.parametrize("name, message", [("absent", "names no file"), ("a.xz", "is .xz, which")])
 def test_input_that_cannot_be_read_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "a.xz").write_bytes(b"")
     with pytest.raises(DataError, match=message):
-        list_files([tmp_path / name])
+        files_of(tmp_path / name)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.documents import BadDocument, Document, read_unit
-from data_prep.inputs import cut_units, list_files
+from data_prep.inputs import cut_units
 from data_prep.tokenize import tokenize
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.verify import verify_dataset
 from megahybrid.errors import DataError
+from tests.data_prep.reading import files_of
 
 pytest.importorskip("datasets", reason="datasets is not installed")
 
@@ -23,7 +24,7 @@ def test_rows_of_a_streamed_dataset_are_documents(
         lines = [json.dumps({"text": text}) for text in texts[part::2]]
         (tmp_path / f"{part}.jsonl").write_text("\n".join([*lines, '{"text": null}']) + "\n")
     given = f"hf:json?data_files={tmp_path}/*.jsonl"
-    files = list_files([given])
+    files = files_of(given)
     items = [item for unit in cut_units(files) for item in read_unit(unit)]
     assert sorted(i.text for i in items if isinstance(i, Document)) == sorted(texts)
     assert [i.reason for i in items if isinstance(i, BadDocument)] == ["no text field 'text'"] * 2
@@ -36,5 +37,5 @@ def test_rows_of_a_streamed_dataset_are_documents(
 
 def test_dataset_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="input hf:json.* cannot be read") as caught:
-        list(cut_units(list_files([f"hf:json?data_files={tmp_path}/absent.jsonl"])))
+        list(cut_units(files_of(f"hf:json?data_files={tmp_path}/absent.jsonl")))
     assert "\n" not in str(caught.value)

@@ -15,6 +15,7 @@ from data_prep.inputs import cut_units, named_entries
 from data_prep.survey import Survey, survey
 from megahybrid.cli import main
 from megahybrid.errors import DataError
+from tests.data_prep.reading import files_of
 from tests.data_prep.test_survey import kind
 
 PROSE = "It was the best of times.\n"
@@ -97,7 +98,7 @@ def test_a_window_of_any_size_is_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "RC_2019-01.zst"
     path.write_bytes(packer.compress(lines) + packer.flush())
     assert kind(path) == "jsonl in zstd"
-    (unit,) = cut_units([path])
+    (unit,) = cut_units(files_of(path))
     (item,) = read_unit(unit)
     assert isinstance(item, Document) and item.text == "wide"
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from data_prep import long_line, plain_text
 from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
 from data_prep.inputs import cut_units
+from tests.data_prep.reading import files_of
 
 strings = st.text(st.sampled_from('ab"\\/\n\té\u4e2d\U0001f600\x1f u'), min_size=1, max_size=400)
 
@@ -25,7 +26,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def read(path: Path) -> list[tuple[str, str]]:
     """Text, or the reason why there is none."""
     found = []
-    for unit in cut_units([path]):
+    for unit in cut_units(files_of(path)):
         for item in read_unit(unit):
             if isinstance(item, BadDocument):
                 found.append(("bad", item.reason))

@@ -23,6 +23,7 @@ from data_prep.items import EMPTY, Fields
 from data_prep.loss import Loss, loss_of, refuse_loss
 from data_prep.tokenize import tokenize
 from megahybrid.errors import DataError
+from tests.data_prep.reading import files_of
 
 DRAW = random.Random(5)
 TEXTS = [f"{n} " + "".join(DRAW.choices("abcdefgh \n", k=200)) for n in range(400)]
@@ -81,7 +82,7 @@ CONTAINERS: dict[str, Callable[[], bytes]] = {
 def read(path: Path, fields: Fields | None = None) -> tuple[list[str], list[BadDocument], Loss]:
     """Texts, what is bad, and the loss, of everything in a file."""
     texts, bad, empty, size = [], [], 0, 0
-    for unit in cut_units([path]):
+    for unit in cut_units(files_of(path)):
         size += unit.bytes
         for item in read_unit(unit, *([fields] if fields else [])):
             if isinstance(item, Document):
@@ -187,7 +188,7 @@ def test_rows_without_the_field_are_lost(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_file_that_can_not_be_read_is_lost_whole(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(CONTAINERS[name]())
-    units = list(cut_units([tmp_path / name]))
+    units = list(cut_units(files_of(tmp_path / name)))
     (tmp_path / name).unlink()
     bad = [item for unit in units for item in read_unit(unit)]
     size = sum(unit.bytes for unit in units)
@@ -198,7 +199,7 @@ def test_file_that_can_not_be_read_is_lost_whole(tmp_path: Path, name: str) -> N
 def test_file_that_has_become_shorter_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(PARTS))
-    (unit,) = cut_units([path])
+    (unit,) = cut_units(files_of(path))
     os.truncate(path, len(b"".join(PARTS[:6])))
     items = list(read_unit(unit))
     assert len(items) == 241 and isinstance(items[-1], BadDocument)
@@ -232,7 +233,7 @@ def test_disk_that_fails_loses_the_rest(
     if long and name == "a.txt":
         monkeypatch.setattr(plain_text, "LONG_BYTES", 10_000)
         monkeypatch.setattr(plain_text, "CHUNK_BYTES", 10_000)
-    (unit,) = cut_units([path])
+    (unit,) = cut_units(files_of(path))
     monkeypatch.setattr(
         documents, "open", lambda name, _: io.BufferedReader(Failing(name)), raising=False
     )

@@ -15,10 +15,11 @@ from data_prep.compressed import kind_of, open_stretch, scan
 from data_prep.documents import BadDocument, Document, LongDocument, read_unit
 from data_prep.inputs import cut_units
 from data_prep.items import Fields
+from tests.data_prep.reading import files_of
 
 
 def read_all(path: Path, unit_bytes: int = 2**20) -> list[Document | LongDocument | BadDocument]:
-    return [item for unit in cut_units([path], unit_bytes) for item in read_unit(unit)]
+    return [item for unit in cut_units(files_of(path), unit_bytes) for item in read_unit(unit)]
 
 
 def texts(items: list[Document | LongDocument | BadDocument]) -> list[str]:
@@ -104,7 +105,7 @@ def test_long_packed_text_is_streamed(tmp_path: Path, packed, monkeypatch) -> No
     path = tmp_path / f"a.txt.{suffix}"
     text = "".join(f"line {n} é\n" for n in range(5000))
     path.write_bytes(pack(text.encode()))
-    (unit,) = cut_units([path])
+    (unit,) = cut_units(files_of(path))
     (found,) = ["".join(item.pieces) for item in read_unit(unit) if isinstance(item, LongDocument)]
     assert found == text
 
@@ -184,7 +185,7 @@ def test_columns_of_other_types_cost_no_text(tmp_path: Path) -> None:
     path, raw = tmp_path / "a.parquet", ["é".encode(), b"\xff", None, b"four"]
     moments = arrow.array([1, 2, 3, 4], arrow.timestamp("ns"))  # datetime has no nanoseconds
     parquet.write_table(arrow.table({"text": raw, "at": moments}), path)
-    (unit,) = cut_units([path])
+    (unit,) = cut_units(files_of(path))
     items = list(read_unit(unit, Fields("text", ("at",))))
     assert problems(items) == [(1, "broken utf-8"), (2, "no text field 'text'")]
     assert texts(items) == ["é", "four"]

@@ -12,6 +12,7 @@ from data_prep.tokenizer_report import report
 from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.errors import DataError
+from tests.data_prep.reading import files_of
 from tests.data_prep.test_commands import call
 
 # U+2581 is sentencepiece's own mark for a space, and comes back as one.
@@ -136,7 +137,7 @@ def test_sample_is_shared_by_weight_and_not_all_is_read(
     for name, count in (("a", 4000), ("b", 400)):
         lines = (json.dumps({"text": f"{name} {n} " + "x" * 90}) for n in range(count))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    sources = [list(cut_units([tmp_path / f"{name}.jsonl"], 4000)) for name in "ab"]
+    sources = [list(cut_units(files_of(tmp_path / f"{name}.jsonl"), 4000)) for name in "ab"]
     met = []
     read = vocabulary.read_unit
     monkeypatch.setattr(vocabulary, "read_unit", lambda *args: met.append(args) or read(*args))
