@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megahybrid.parallel import products
+
 RESULTS = Path("build/bench")
 
 
@@ -44,12 +46,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    named = products.processor().get("model name")
+    return named or platform.processor() or platform.machine() or "unknown"
 
 
 def _installed(name: str) -> str | None:

@@ -7,8 +7,9 @@ of the two large products take is one setting of the process, as its number of t
 Everything else (float64, bf16, accelerators, small products) is torch's own.
 """
 
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -34,11 +35,19 @@ def usual_routine() -> str:
     return "onednn" if ONEDNN_SERVES and has_avx512 and not _is_intel() else "torch"
 
 
+@cache
+def processor() -> dict[str, str]:
+    """Return what Linux says of the first core ("vendor_id", "model name", …); empty elsewhere."""
+    facts: dict[str, str] = {}
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in takewhile(str.strip, lines):  # a blank line ends what is said of a core
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    return facts
+
+
 def _is_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False  # not Linux
+    return processor().get("vendor_id") == "GenuineIntel"
 
 
 def use(routine: str) -> None:

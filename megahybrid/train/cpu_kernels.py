@@ -192,11 +192,6 @@ def _keep(path: Path, question: str, answer: dict[str, Any]) -> None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
+    facts = products.processor()
     wanted = ("model name", "cpu family", "model", "stepping")
-    facts = dict(line.split(":", 1) for line in lines[:40] if ":" in line)
-    told = {name.strip(): value.strip() for name, value in facts.items()}
-    return "/".join(told.get(name, "") for name in wanted)
+    return "/".join(facts.get(name, "") for name in wanted) if facts else "unknown"

@@ -50,8 +50,11 @@ def choose_kernels(
         return chosen
     if mesh.device.type == "cuda":
         found = on_first(mesh.world, lambda: _measured(run, index, length, mesh))
-    elif cpu_kernels.to_measure(run, index, mesh):
-        found = on_first(mesh.world, lambda: _measured_on_cpu(run, index, length, mesh, chosen))
+    elif asked := cpu_kernels.to_measure(run, index, mesh):
+        work = workload(run, index, length, mesh)
+        found = on_first(
+            mesh.world, lambda: _measured_on_cpu(run, index, work, mesh, chosen, asked)
+        )
     else:
         return chosen
     result = chosen | found["chosen"] | {"length": str(length)}
@@ -84,10 +87,13 @@ def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> di
 
 
 def _measured_on_cpu(
-    run: RunConfig, index: int, length: int, mesh: ParallelMesh, before: dict[str, str]
+    run: RunConfig,
+    index: int,
+    work: Workload,
+    mesh: ParallelMesh,
+    before: dict[str, str],
+    asked: Sequence[str],
 ) -> dict[str, Any]:
-    work = workload(run, index, length, mesh)
-    asked = cpu_kernels.to_measure(run, index, mesh)
     facts = cpu_kernels.machine_facts(work)
     chosen = dict(before)
     told: dict[str, Any] = {}
@@ -97,12 +103,12 @@ def _measured_on_cpu(
             "products",
             facts | {"shapes": shapes},
             products.usual_routine(),
-            lambda: cpu_kernels.measure_products(shapes, work.rows * length),
+            lambda: cpu_kernels.measure_products(shapes, work.rows * work.length),
         )
         chosen["products"], told["products"] = str(answer["choice"]), answer["because"]
     if "blocks" in asked:
         plan, policies = run.plan_at(index), policies_of(run, index, mesh.data.size)
-        layer = {"model": run.model.model_dump(mode="json"), "length": length}
+        layer = {"model": run.model.model_dump(mode="json"), "length": work.length}
         products.use(chosen["products"])  # a compiled layer has its own products or torch's
         answer = cpu_kernels.decided(
             "blocks",
