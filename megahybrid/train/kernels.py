@@ -31,7 +31,7 @@ from megahybrid.parallel import products
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import cpu_kernels
-from megahybrid.train.layers import DTYPES, compiled_whole
+from megahybrid.train.layers import compiled_whole, head_shape
 
 Tell = Callable[[str, dict[str, Any]], object]
 
@@ -122,15 +122,15 @@ def _measured_on_cpu(
 
 def workload(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> Workload:
     """One rank's micro batch of the stage at this length."""
-    model, tensor = run.model, mesh.tensor.size
+    heads = head_shape(run, mesh)
     return Workload(
         rows=max(1, run.stages[index].micro_batch_tokens // length),
         length=length,
-        heads=model.num_heads // tensor,
-        kv_heads=max(1, model.num_kv_heads // tensor),
-        head_dim=model.head_dim,
-        dtype=DTYPES[run.precision],
-        device=mesh.device,
+        heads=heads.heads,
+        kv_heads=heads.kv_heads,
+        head_dim=heads.head_dim,
+        dtype=heads.dtype,
+        device=heads.device,
         documents=run.data.documents == "masked",
     )
 

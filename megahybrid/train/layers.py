@@ -81,7 +81,7 @@ class Layers:
         new = {name: s for name, s in plan.schemes.items() if s not in self._tested}
         tested = run_self_test(
             plan.schemes,
-            self._head_shape(),
+            head_shape(self._run, self._mesh),
             kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
             rank=self._mesh.rank,
             passed=[name for name in plan.schemes if name not in new],
@@ -94,17 +94,6 @@ class Layers:
         windows = [scheme.window for scheme in plan.expand()]
         self.flops = StepFlops.from_model(self._run.model, windows)
 
-    def _head_shape(self) -> HeadShape:
-        """What this rank computes of each layer's attention."""
-        model, tensor = self._run.model, self._mesh.tensor.size
-        return HeadShape(
-            model.num_heads // tensor,
-            max(1, model.num_kv_heads // tensor),
-            model.head_dim,
-            DTYPES[self._run.precision],
-            self._mesh.device,
-        )
-
     @property
     def _compiler(self) -> str | None:
         return "inductor" if self._kernels.get("blocks") == "compiled" else None
@@ -114,6 +103,18 @@ class Layers:
 
     def _kernel_names(self, plan: LayerPlan) -> list[str]:
         return [self._kernel(scheme) for scheme in plan.expand()]
+
+
+def head_shape(run: RunConfig, mesh: ParallelMesh) -> HeadShape:
+    """Return what one rank computes of each layer's attention."""
+    model, tensor = run.model, mesh.tensor.size
+    return HeadShape(
+        model.num_heads // tensor,
+        max(1, model.num_kv_heads // tensor),
+        model.head_dim,
+        DTYPES[run.precision],
+        mesh.device,
+    )
 
 
 def compiled_whole(run: RunConfig) -> bool:

@@ -22,7 +22,7 @@ from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.train.layers import Layers
+from megahybrid.train.layers import Layers, head_shape
 from tests.model.test_compiled import TRACED, fresh_compiler
 from tests.parity.cases import BLOCKS, FAMILIES, model
 from tests.train.test_synchronisation import run_config
@@ -153,7 +153,7 @@ def test_a_run_passes_at_every_tensor_degree(tensor: int, precision: str, block:
     mesh = replace(ParallelMesh.single(CPU), tensor=axis)
     layers = Layers(run, mesh, {"full": "sdpa", "windowed": "blocked"}, lambda *_: None)
     layers._adopt(config.layer_plan)
-    assert layers._head_shape().heads == 4 // tensor
+    assert head_shape(run, mesh).heads == 4 // tensor
     assert len(layers._tested) == 2 and layers.self_test_seconds > 0
 
 
