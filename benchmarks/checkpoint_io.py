@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.fragments import STATES, Fragment, whole
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult, Snapshot, save

@@ -43,7 +43,7 @@ def make_text(folder: Path, megabytes: int) -> tuple[Path, Path]:
     """Python's library as .jsonl, repeated to size, and a 16k byte-level BPE trained on it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from data_prep.gather_stdlib import stdlib_documents
+    from megahybrid.data_prep.gather_stdlib import stdlib_documents
 
     path, size, number = folder / "text.jsonl", 0, 0
     documents = list(stdlib_documents())
@@ -68,7 +68,7 @@ def make_text(folder: Path, megabytes: int) -> tuple[Path, Path]:
 
 def ours(text: Path, tokenizer: Path, output: Path) -> None:
     """`megahybrid data tokenize`."""
-    from data_prep.tokenize import tokenize
+    from megahybrid.data_prep.tokenize import tokenize
 
     tokenize([text], tokenizer, output, workers=PROCESSES, quiet=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 
 RESULTS = Path("build/bench")
 
@@ -46,7 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name as Linux tells it."""
-    named = products.processor().get("model name")
+    named = matmul.processor().get("model name")
     return named or platform.processor() or platform.machine() or "unknown"
 
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.shapes import hybrid, random_batch
 from benchmarks.steps import our_loss, our_model
-from megahybrid.config.memory import activations, working
+from megahybrid.config.memory_estimate import activations, working
 
 SHAPE, TOKENS = "25m", 4096
 POLICIES = ("none", "selective", "chunked", "full")

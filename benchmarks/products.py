@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import in_turns
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 
 # Rows, inputs and outputs: gate and up of the 25M shape over 2,048 tokens, and a square one.
 SIZES = ((2048, 384, 3072), (2048, 2048, 2048))
@@ -39,8 +39,8 @@ def _product(way: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
         return lambda: F.linear(low, low_weight)
 
     def run() -> Tensor:
-        products.use(way)
-        return products.linear(x, weight)
+        matmul.use(way)
+        return matmul.linear(x, weight)
 
     return run
 

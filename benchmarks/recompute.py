@@ -3,7 +3,7 @@
 from typing import Any
 
 from megahybrid.config.base import parse
-from megahybrid.config.memory import memory_per_rank, policies_within
+from megahybrid.config.memory_estimate import memory_per_rank, policies_within
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Stage
 

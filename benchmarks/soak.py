@@ -33,7 +33,7 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from megahybrid.config.site import Watchdog
-from megahybrid.train.local import train_local
+from megahybrid.commands.local_restarts import train_local
 name, *words = sys.argv[1:]
 command = ["-m", "megahybrid", "train", "run.yaml", f"directory={name}", *words]
 sys.exit(train_local(command, 2, Path(name), 1000, Watchdog(silent=10)))

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from data_prep.compressed import (
+from megahybrid.data_prep.compressed import (
     BOMB,
     BOMB_BYTES,
     BOMB_RATIO,
@@ -24,7 +24,7 @@ from data_prep.compressed import (
     open_stretch,
     scan,
 )
-from data_prep.zip_salvage import SalvagedZip, is_sound
+from megahybrid.data_prep.zip_salvage import SalvagedZip, is_sound
 
 BLOCK = 512
 SEARCH_BYTES = BUFFER_BYTES = 2**20

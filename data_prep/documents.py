@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import BinaryIO, assert_never
 
-from data_prep import hub, tables
-from data_prep.archives import Member, Truncated, is_archive, tar_members, zip_members
-from data_prep.compressed import open_stretch, scan
-from data_prep.inputs import Piece, Unit
-from data_prep.items import (
+from megahybrid.data_prep import hub, tables
+from megahybrid.data_prep.archives import Member, Truncated, is_archive, tar_members, zip_members
+from megahybrid.data_prep.compressed import open_stretch, scan
+from megahybrid.data_prep.inputs import Piece, Unit
+from megahybrid.data_prep.items import (
     BadDocument,
     BadText,
     Document,
@@ -26,8 +26,8 @@ from data_prep.items import (
     Origin,
     checked,
 )
-from data_prep.json_array import ArrayReader
-from data_prep.plain_text import (
+from megahybrid.data_prep.json_array import ArrayReader
+from megahybrid.data_prep.plain_text import (
     MAX_LINE_BYTES,
     document_of_line,
     read_lines,
@@ -35,7 +35,7 @@ from data_prep.plain_text import (
     stream_lines,
     unreadable,
 )
-from data_prep.sniff import LOOKS, Format, NoText, judge, look, packing_of_file
+from megahybrid.data_prep.sniff import LOOKS, Format, NoText, judge, look, packing_of_file
 
 __all__ = ["BadDocument", "BadText", "Document", "Item", "LongDocument", "read_unit"]
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
-from data_prep.inputs import Unit
-from data_prep.items import EMPTY, Fields
-from data_prep.long_text import encode_pieces, slices
-from data_prep.loss import Loss, loss_of
 from megahybrid.data.manifest import sync_folder
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
+from megahybrid.data_prep.inputs import Unit
+from megahybrid.data_prep.items import EMPTY, Fields
+from megahybrid.data_prep.long_text import encode_pieces, slices
+from megahybrid.data_prep.loss import Loss, loss_of
 
 # key orders the documents, split decides which are held out; both from the text alone, so that
 # copies of a document never lie on both sides. offset and length are in tokens, eod included.

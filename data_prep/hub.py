@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from data_prep.tables import BadRow, Row
+from megahybrid.data_prep.tables import BadRow, Row
 from megahybrid.errors import DataError
 
 PREFIX = "hf:"

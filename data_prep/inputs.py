@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep import hub, tables
-from data_prep.archives import member_ranges
-from data_prep.items import Fields
-from data_prep.sniff import JSON_LINES, Format, NoText, look
+from megahybrid.data_prep import hub, tables
+from megahybrid.data_prep.archives import member_ranges
+from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.sniff import JSON_LINES, Format, NoText, look
 from megahybrid.errors import DataError
 
 UNIT_BYTES = 8 * 2**20

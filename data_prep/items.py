@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.kept_fields import note_line
+from megahybrid.data_prep.kept_fields import note_line
 
 EMPTY = "empty"
 BOM = codecs.BOM_UTF8

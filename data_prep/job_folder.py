@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.encode_unit import EncodeJob
-from data_prep.fresh import refuse_occupied
-from data_prep.hub import is_hub
-from data_prep.inputs import InputFile
-from data_prep.loss import Refused
-from data_prep.merge import Split
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, write_durably
+from megahybrid.data_prep.encode_unit import EncodeJob
+from megahybrid.data_prep.fresh import refuse_occupied
+from megahybrid.data_prep.hub import is_hub
+from megahybrid.data_prep.inputs import InputFile
+from megahybrid.data_prep.loss import Refused
+from megahybrid.data_prep.merge import Split
 from megahybrid.errors import DataError
 
 WORK = ".work"

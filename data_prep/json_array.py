@@ -6,7 +6,7 @@ Where one is broken, the next is looked for: behind a comma, with the first key 
 import re
 from typing import BinaryIO, NamedTuple
 
-from data_prep.items import BOM
+from megahybrid.data_prep.items import BOM
 
 CHUNK_BYTES = 2**20
 SPACE = b" \t\r\n"

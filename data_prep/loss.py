@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from data_prep.items import EMPTY, BadDocument
+from megahybrid.data_prep.items import EMPTY, BadDocument
 from megahybrid.errors import DataError
 
 ENOUGH_TO_JUDGE = 10_000  # rows of a hub dataset, whose number is not known, to judge it early

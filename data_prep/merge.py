@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
-from data_prep.loss import Refused
 from megahybrid.data.manifest import Manifest
 from megahybrid.data.token_writer import TokenWriter
+from megahybrid.data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
+from megahybrid.data_prep.loss import Refused
 
 Digest = tuple[int, int]
 Tokens = npt.NDArray[Any]

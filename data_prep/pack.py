@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.arguments import LONGEST_ROW
-from data_prep.fresh import fresh_folder
-from data_prep.rewrite import refuse_plan
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import write_durably
 from megahybrid.data.packing import FILES, PLAN_NAME, Method, PlanInfo
+from megahybrid.data_prep.arguments import LONGEST_ROW
+from megahybrid.data_prep.fresh import fresh_folder
+from megahybrid.data_prep.rewrite import refuse_plan
 from megahybrid.errors import DataError
 
 CHUNK_DOCUMENTS = 2**18

@@ -6,8 +6,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from data_prep.archives import Truncated
-from data_prep.items import (
+from megahybrid.data_prep.archives import Truncated
+from megahybrid.data_prep.items import (
     BOM,
     EMPTY,
     WIDE_BOMS,
@@ -19,7 +19,7 @@ from data_prep.items import (
     Origin,
     checked,
 )
-from data_prep.long_line import MARK, parse_long, pieces_of
+from megahybrid.data_prep.long_line import MARK, parse_long, pieces_of
 
 MAX_LINE_BYTES = 2**28  # of lines, elements of an array and rows; texts are streamed without limit
 LONG_BYTES = 4 * 2**20  # a text file or line from this size on is a LongDocument

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encode_unit import RunWriter, UnitResult, document_hash, document_keys
-from data_prep.fresh import fresh_folder, scratch_folder
-from data_prep.merge import Merge, Split, runs_of
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import Manifest, TokenizerInfo
 from megahybrid.data.token_file import DTYPE_CODES, HEADER, MAGIC, Array
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
+from megahybrid.data_prep.encode_unit import RunWriter, UnitResult, document_hash, document_keys
+from megahybrid.data_prep.fresh import fresh_folder, scratch_folder
+from megahybrid.data_prep.merge import Merge, Split, runs_of
 from megahybrid.errors import DataError
 
 PIECE_TOKENS = 2**22

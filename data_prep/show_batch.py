@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.batch_picture import batch_picture
-from data_prep.inspect_dataset import shown_note, visible
-from data_prep.trace import find_step, load_run, open_mixture
 from megahybrid.data.batches import Batch, make_batch
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import RowPlan
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.data_prep.batch_picture import batch_picture
+from megahybrid.data_prep.inspect_dataset import shown_note, visible
+from megahybrid.data_prep.trace import find_step, load_run, open_mixture
 
 WIDTH = 64
 SHADES = "█▓"  # neighbours differ, so that each change is a boundary

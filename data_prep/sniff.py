@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from data_prep.compressed import Packing, beginning_of, kind_of, packing_of
-from data_prep.items import BOM, WIDE_BOMS
+from megahybrid.data_prep.compressed import Packing, beginning_of, kind_of, packing_of
+from megahybrid.data_prep.items import BOM, WIDE_BOMS
 
 Kind = Literal["text", "jsonl", "strings", "json", "parquet", "tar", "zip", "hub"]
 FORMATS = ("auto", "text", "jsonl", "json", "parquet")  # what may be asked for

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep import hub
-from data_prep.compressed import kind_of
-from data_prep.given_paths import is_kernels, is_open_file
-from data_prep.inputs import InputFile, Unit, cut_units, look_at, named_entries
-from data_prep.items import Fields
-from data_prep.sniff import NoText
+from megahybrid.data_prep import hub
+from megahybrid.data_prep.compressed import kind_of
+from megahybrid.data_prep.given_paths import is_kernels, is_open_file
+from megahybrid.data_prep.inputs import InputFile, Unit, cut_units, look_at, named_entries
+from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.sniff import NoText
 from megahybrid.errors import DataError
 
 STDIN = "-"

@@ -18,11 +18,14 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
-from data_prep.fresh import alone_in
-from data_prep.inputs import Unit, cut_units, shared_unit_bytes
-from data_prep.items import Fields
-from data_prep.job_folder import (
+from megahybrid.data.manifest import sync_folder, write_durably
+from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
+from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
+from megahybrid.data_prep.fresh import alone_in
+from megahybrid.data_prep.inputs import Unit, cut_units, shared_unit_bytes
+from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.job_folder import (
     JOB,
     QUARANTINE,
     WORK,
@@ -30,13 +33,10 @@ from data_prep.job_folder import (
     identity_of,
     released_if_refused,
 )
-from data_prep.loss import Loss, refuse_loss, refuse_nothing
-from data_prep.merge import Merge, Split, runs_of
-from data_prep.progress import byte_bars
-from data_prep.survey import Tell, silent, survey
-from megahybrid.data.manifest import sync_folder, write_durably
-from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
-from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.data_prep.loss import Loss, refuse_loss, refuse_nothing
+from megahybrid.data_prep.merge import Merge, Split, runs_of
+from megahybrid.data_prep.progress import byte_bars
+from megahybrid.data_prep.survey import Tell, silent, survey
 from megahybrid.errors import DataError
 
 

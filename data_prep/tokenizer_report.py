@@ -9,11 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.items import Fields
-from data_prep.survey import Tell, silent, survey
-from data_prep.vocabulary import sampled_texts
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.survey import Tell, silent, survey
+from megahybrid.data_prep.vocabulary import sampled_texts
 from megahybrid.errors import DataError
 
 BATCH = 64

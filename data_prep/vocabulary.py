@@ -9,12 +9,12 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
-from data_prep.documents import BadText, Document, Item, LongDocument, read_unit
-from data_prep.inputs import Unit
-from data_prep.items import EMPTY, Fields
-from data_prep.survey import Tell, silent, survey
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
+from megahybrid.data_prep.documents import BadText, Document, Item, LongDocument, read_unit
+from megahybrid.data_prep.inputs import Unit
+from megahybrid.data_prep.items import EMPTY, Fields
+from megahybrid.data_prep.survey import Tell, silent, survey
 from megahybrid.errors import DataError
 
 SAMPLE_BYTES = 64 * 2**20

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.compressed import BOMB_BYTES, BOMB_RATIO
+from megahybrid.data_prep.compressed import BOMB_BYTES, BOMB_RATIO
 
 LOCAL = struct.Struct("<4s5H3I2H")  # APPNOTE.TXT 4.3.7
 LOCAL_MAGIC, DESCRIPTOR_MAGIC = b"PK\x03\x04", b"PK\x07\x08"

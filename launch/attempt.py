@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import slurm
-from launch.job import Job
-from launch.records import attempts, record
-from launch.slurm import SlurmError
-from launch.step import step_environment
 from megahybrid.heartbeat import Beat, read_beats
+from megahybrid.launch import slurm
+from megahybrid.launch.job import Job
+from megahybrid.launch.records import attempts, record
+from megahybrid.launch.slurm import SlurmError
+from megahybrid.launch.step import step_environment
 
 KILL_SECONDS = 60.0  # what srun may take to end after its ranks were killed
 

@@ -3,11 +3,11 @@
 import contextlib
 from pathlib import Path
 
-from launch import slurm
-from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, Job, read_job
-from launch.records import jobs, record
-from launch.slurm import Queued, SlurmError
 from megahybrid.errors import ConfigError
+from megahybrid.launch import slurm
+from megahybrid.launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, Job, read_job
+from megahybrid.launch.records import jobs, record
+from megahybrid.launch.slurm import Queued, SlurmError
 
 SETTLE_SECONDS = 5  # between a requeue and a start by hand
 

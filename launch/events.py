@@ -5,11 +5,11 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 
-from launch import slurm
-from launch.attempt import Attempt
-from launch.interruption import Interruption, ended, interruption
-from launch.job import STOP_NOW
-from launch.slurm import SlurmError
+from megahybrid.launch import slurm
+from megahybrid.launch.attempt import Attempt
+from megahybrid.launch.interruption import Interruption, ended, interruption
+from megahybrid.launch.job import STOP_NOW
+from megahybrid.launch.slurm import SlurmError
 
 _ILL = ("down", "drain", "fail")  # in the words of a node's state
 

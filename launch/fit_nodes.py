@@ -5,12 +5,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from launch.attempt import Attempt
-from launch.events import JobEvents
-from launch.pairs import judge, read_answers, rounds
-from launch.policy import task_ends
-from launch.slurm import SlurmError
-from launch.step import check_step, pair_step
+from megahybrid.launch.attempt import Attempt
+from megahybrid.launch.events import JobEvents
+from megahybrid.launch.pairs import judge, read_answers, rounds
+from megahybrid.launch.policy import task_ends
+from megahybrid.launch.slurm import SlurmError
+from megahybrid.launch.step import check_step, pair_step
 
 
 def fit_nodes(

@@ -2,9 +2,9 @@
 
 import math
 
-from launch.job import Job
-from launch.records import ledger_tail, measured
 from megahybrid.config import RunConfig
+from megahybrid.launch.job import Job
+from megahybrid.launch.records import ledger_tail, measured
 
 
 def forecast(job: Job, run: RunConfig) -> list[str]:

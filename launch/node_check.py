@@ -1,6 +1,6 @@
 """Is this node fit? One task per node before ranks start; writes NODE.json with what is wrong.
 
-python -m launch.node_check --output DIR --run-directory RUN --gpus 8 …
+python -m megahybrid.launch.node_check --output DIR --run-directory RUN --gpus 8 …
 """
 
 import argparse
@@ -23,7 +23,9 @@ GIB = 2**30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes what is wrong with this node; 0 whether or not anything is."""
-    parser = argparse.ArgumentParser(prog="launch.node_check", description="Is this node fit?")
+    parser = argparse.ArgumentParser(
+        prog="megahybrid.launch.node_check", description="Is this node fit?"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--run-directory", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=0)

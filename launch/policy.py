@@ -4,11 +4,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launch.interruption import Interruption
-from launch.records import AttemptRecord
 from megahybrid.config.site import Caps
 from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
 from megahybrid.heartbeat import Beat, first_failure
+from megahybrid.launch.interruption import Interruption
+from megahybrid.launch.records import AttemptRecord
 
 # What srun calls the end of a task by a signal, and the code a shell would give it.
 SIGNALS = {

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.interruption import LIMIT_SLACK_SECONDS, Interruption
-from launch.job import FOLDER
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME
+from megahybrid.launch.interruption import LIMIT_SLACK_SECONDS, Interruption
+from megahybrid.launch.job import FOLDER
 
 RECORDS = "attempts.jsonl"
 

@@ -1,9 +1,9 @@
 """The batch script: text that is a function of a `Job` alone. Nothing is read or written here.
 
-The script asks for nodes, prepares a shell and starts `python -m launch.supervise`, which starts
-the ranks, watches them and decides what comes next: shell traps that call programs were aborted by
-two signals at once, a Python process is not. The shell hands signals on, and puts the job back into
-the queue where that process was killed or could not be started.
+The script asks for nodes, prepares a shell and starts `python -m megahybrid.launch.supervise`:
+this starts the ranks, watches them and decides what comes next: shell traps that call programs were
+aborted by two signals at once, a Python process is not. The shell hands signals on, and puts the
+job back into the queue where that process was killed or could not be started.
 
 The submitter's environment does not ride along: a job that starts again in a week must not depend
 on what somebody had set once. Slurm gives the login environment of the node; the script adds where
@@ -12,8 +12,8 @@ the submitting python, its code and Slurm's commands are, then what the site fil
 
 import shlex
 
-from launch.job import BEGAN, DECIDED, FOLDER, UNDECIDED, Job
 from megahybrid.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER_MISTAKE
+from megahybrid.launch.job import BEGAN, DECIDED, FOLDER, UNDECIDED, Job
 
 # Slurm signals the batch shell alone. That its process left the file DECIDED says that its code was
 # its own decision, and BEGAN that this node could start it. Where neither can be written the
@@ -101,7 +101,7 @@ def batch_script(job: Job) -> str:
         *site.prologue,
         "starting=1",
         # Not to be ended by a signal before it can take one.
-        f"(trap '' USR1 TERM; exec {shlex.join(site.python)} -m launch.supervise "
+        f"(trap '' USR1 TERM; exec {shlex.join(site.python)} -m megahybrid.launch.supervise "
         f"{shlex.quote(job.file)}) &",
         "supervisor=$!",
         "while true; do",  # `wait` comes back for every signal

@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch import slurm
-from launch.interruption import Interruption
-from launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, read_job
-from launch.records import (
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
+from megahybrid.heartbeat import Beat, heartbeat_file, read_beats, slow_ranks
+from megahybrid.launch import slurm
+from megahybrid.launch.interruption import Interruption
+from megahybrid.launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, read_job
+from megahybrid.launch.records import (
     AttemptRecord,
     attempts,
     jobs,
@@ -18,9 +20,7 @@ from launch.records import (
     newest_checkpoint,
     read_records,
 )
-from launch.slurm import Queued, SlurmError
-from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE
-from megahybrid.heartbeat import Beat, heartbeat_file, read_beats, slow_ranks
+from megahybrid.launch.slurm import Queued, SlurmError
 
 BEHIND_SECONDS = 10.0
 # Codes that say nothing against a node: its ranks ended in order, or met a mistake of the user's.

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.job import Job
 from megahybrid.heartbeat import LOGS
+from megahybrid.launch.job import Job
 
 # The batch script's own: a step of another shape must not inherit them.
 _OF_THE_JOB = (
@@ -65,7 +65,7 @@ def check_step(job: Job, nodes: Sequence[str], folder: Path, now: float) -> list
         "--wait=0",
         *job.site.python,
         "-m",
-        "launch.node_check",
+        "megahybrid.launch.node_check",
         f"--output={folder}",
         f"--run-directory={job.run_directory}",
         f"--gpus={gpus}",

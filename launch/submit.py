@@ -7,10 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import slurm
-from launch.job import DONE, FOLDER, STOP_NOW, UNDECIDED, Job
-from launch.records import jobs, read_records, record, stop_lead
-from launch.script import batch_script
+import megahybrid
 from megahybrid.config import RunConfig, dump_yaml, load
 from megahybrid.config.base import parse
 from megahybrid.config.explain import show
@@ -18,6 +15,10 @@ from megahybrid.config.limits import NODES
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
 from megahybrid.heartbeat import write_whole
+from megahybrid.launch import slurm
+from megahybrid.launch.job import DONE, FOLDER, STOP_NOW, UNDECIDED, Job
+from megahybrid.launch.records import jobs, read_records, record, stop_lead
+from megahybrid.launch.script import batch_script
 from megahybrid.run_folder import refuse_foreign_run_folder
 
 _SYSTEM = (Path("/usr/bin"), Path("/bin"))  # on every PATH, and not to be put before others
@@ -152,7 +153,7 @@ def _refuse_missing(run: RunConfig) -> None:
 def _environment() -> dict[str, object]:
     """Where a job finds the python that submits it, this code and Slurm's commands."""
     python, sbatch = Path(sys.executable).parent, shutil.which("sbatch")
-    code = Path(__file__).resolve().parents[1]
+    code = Path(megahybrid.__file__).resolve().parents[1]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {
         "programs": () if python in _SYSTEM else (str(python),),

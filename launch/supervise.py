@@ -1,4 +1,4 @@
-"""The batch process of a job: `python -m launch.supervise RUN/slurm/job.json`.
+"""The batch process of a job: `python -m megahybrid.launch.supervise RUN/slurm/job.json`.
 
 One attempt: look at the nodes (launch/fit_nodes.py), start the ranks, watch them (launch/watch.py),
 keep their exit code, and put the job back into the queue where that is right (launch/policy.py).
@@ -16,25 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import slurm
-from launch.attempt import Attempt
-from launch.events import JobEvents, Stopped, user_stop
-from launch.fit_nodes import fit_nodes
-from launch.interruption import Interruption, put_back
-from launch.job import BEGAN, DECIDED, DONE, FOLDER, STOP_NOW, UNDECIDED, Job, read_job
-from launch.policy import (
-    Decision,
-    Outcome,
-    decide,
-    first_ended,
-    interrupted,
-    lost_in_a_row,
-    outcome,
-)
-from launch.records import AttemptRecord, attempts, jobs, ledger_tail, newest_checkpoint
-from launch.slurm import SlurmError
-from launch.step import hostfile, hostfile_text, train_step
-from launch.watch import RankWatch
 from megahybrid.errors import (
     EXIT_DO_NOT_RESTART,
     EXIT_DONE,
@@ -46,6 +27,25 @@ from megahybrid.errors import (
     from_os_error,
 )
 from megahybrid.heartbeat import clear, remove_empty_stacks
+from megahybrid.launch import slurm
+from megahybrid.launch.attempt import Attempt
+from megahybrid.launch.events import JobEvents, Stopped, user_stop
+from megahybrid.launch.fit_nodes import fit_nodes
+from megahybrid.launch.interruption import Interruption, put_back
+from megahybrid.launch.job import BEGAN, DECIDED, DONE, FOLDER, STOP_NOW, UNDECIDED, Job, read_job
+from megahybrid.launch.policy import (
+    Decision,
+    Outcome,
+    decide,
+    first_ended,
+    interrupted,
+    lost_in_a_row,
+    outcome,
+)
+from megahybrid.launch.records import AttemptRecord, attempts, jobs, ledger_tail, newest_checkpoint
+from megahybrid.launch.slurm import SlurmError
+from megahybrid.launch.step import hostfile, hostfile_text, train_step
+from megahybrid.launch.watch import RankWatch
 
 LOCK = "owner.lock"
 

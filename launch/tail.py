@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launch.records import attempts
 from megahybrid.heartbeat import first_failure, read_beats
+from megahybrid.launch.records import attempts
 
 TRACEBACK = "Traceback (most recent call last)"
 # c10d, wherever an address has no name.

@@ -6,15 +6,15 @@ import subprocess
 import time
 from collections.abc import Mapping
 
-from launch import slurm
-from launch.attempt import Attempt
-from launch.events import JobEvents, user_stop
-from launch.interruption import Interruption
-from launch.job import STOP_NOW
-from launch.records import stop_lead
-from launch.slurm import SlurmError
 from megahybrid.errors import EXIT_RESUME
 from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, first_failure, slow_ranks
+from megahybrid.launch import slurm
+from megahybrid.launch.attempt import Attempt
+from megahybrid.launch.events import JobEvents, user_stop
+from megahybrid.launch.interruption import Interruption
+from megahybrid.launch.job import STOP_NOW
+from megahybrid.launch.records import stop_lead
+from megahybrid.launch.slurm import SlurmError
 
 POLL_SECONDS = 0.5
 END_BEFORE_LIMIT = 20.0  # seconds that it takes to end ranks that do not stop, and to requeue

@@ -512,13 +512,6 @@ def _main(folder: Path, results: Path, pattern: str) -> None:
     os.chdir(folder)
     sys.argv = ["megahybrid"]
     make_material(folder)
-    import megahybrid.interop.bring_in
-    import megahybrid.report.page
-    import megahybrid.report.plots
-    import megahybrid.report.watch
-    import megahybrid.train.analyse_command
-    import megahybrid.train.evaluate_command
-    import megahybrid.train.lm_eval_command  # noqa: F401
 
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.RLIM_INFINITY))

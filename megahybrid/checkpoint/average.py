@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megahybrid.checkpoint.compare import CHUNK_ELEMENTS, row_boxes
+from megahybrid.checkpoint.diff import CHUNK_ELEMENTS, row_boxes
 from megahybrid.checkpoint.directory import Owner, check_model
 from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.fragments import Array, Box, Fragment, volume, whole

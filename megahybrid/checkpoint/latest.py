@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.folders import candidates
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import verify
 from megahybrid.errors import CheckpointError
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megahybrid.checkpoint import durable
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.fragment_file import FragmentFile
 from megahybrid.checkpoint.fragments import (
     Array,
@@ -27,7 +28,6 @@ from megahybrid.checkpoint.fragments import (
     whole,
 )
 from megahybrid.checkpoint.manifest import FileRecord, FragmentRecord, Manifest, read_manifest
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.errors import CheckpointError
 
 # Enough lines to see what happened to a folder; a lost disk would otherwise list thousands.

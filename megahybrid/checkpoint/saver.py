@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megahybrid.checkpoint.agree import Answer, agree, exchange, perform
+from megahybrid.checkpoint.collective import Answer, Ranks, agree, exchange, perform
 from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.host_copy import HostCopy
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.writer import (
     SHORT_PHASES,
     Phases,

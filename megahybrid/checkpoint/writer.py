@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megahybrid.checkpoint import durable, folders, names
-from megahybrid.checkpoint.agree import Refused, agree
+from megahybrid.checkpoint.collective import Ranks, Refused, agree
 from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.fragments import STATES, Fragment, State
 from megahybrid.checkpoint.manifest import (
@@ -32,8 +32,7 @@ from megahybrid.checkpoint.manifest import (
     TensorRecord,
     parse,
 )
-from megahybrid.checkpoint.own_file import OwnFile
-from megahybrid.checkpoint.ranks import Ranks
+from megahybrid.checkpoint.rank_file import OwnFile
 from megahybrid.errors import CheckpointError
 
 # The manifest, and what a file system needs for itself.

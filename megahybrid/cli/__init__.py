@@ -73,39 +73,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_stored_commands(commands: argparse._SubParsersAction) -> None:
-    from megahybrid.checkpoint.commands import add_arguments
+    from megahybrid.commands.checkpoint import add_arguments
 
     add_arguments(commands)
     commands.choices["checkpoint"].set_defaults(run=_stored)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
-    from data_prep.arguments import add_arguments
+    from megahybrid.data_prep.arguments import add_arguments
 
     add_arguments(commands)
     commands.choices["data"].set_defaults(run=_data)
 
 
 def _add_launch_commands(commands: argparse._SubParsersAction) -> None:
-    from launch.commands import add_arguments
+    from megahybrid.commands.launch import add_arguments
 
     add_arguments(commands)
     commands.choices["launch"].set_defaults(run=_launch)
 
 
 def _stored(arguments: argparse.Namespace) -> int:
-    from megahybrid.checkpoint.commands import run
+    from megahybrid.commands.checkpoint import run
 
     return run(arguments)
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from data_prep.commands import run
+    from megahybrid.commands.data import run
 
     return run(arguments)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    from launch.commands import run
+    from megahybrid.commands.launch import run
 
     return run(arguments)

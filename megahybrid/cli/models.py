@@ -89,7 +89,7 @@ def add_interop_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _on_ranks(arguments: argparse.Namespace, work: "Callable[[ParallelMesh], int]") -> int:
-    from megahybrid.train.tensor_ranks import on_tensor_ranks
+    from megahybrid.commands.tensor_ranks import on_tensor_ranks
 
     return on_tensor_ranks(work, arguments.tensor, arguments.device, arguments.words)
 
@@ -101,7 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
     if arguments.lm_eval:
-        from megahybrid.train.lm_eval_command import evaluate_lm_eval
+        from megahybrid.commands.lm_eval import evaluate_lm_eval
 
         return evaluate_lm_eval(
             arguments.checkpoint,
@@ -113,7 +113,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
             tokenizer=arguments.tokenizer,
         )
     if arguments.suite is not None:
-        from megahybrid.train.suite_command import evaluate_suite
+        from megahybrid.commands.suite import evaluate_suite
 
         return evaluate_suite(
             arguments.checkpoint,
@@ -123,7 +123,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
             changes=arguments.change,
             as_json=arguments.json,
         )
-    from megahybrid.train.evaluate_command import evaluate
+    from megahybrid.commands.evaluate import evaluate
 
     return evaluate(
         arguments.checkpoint,
@@ -169,7 +169,7 @@ def _refuse_mixtures(arguments: argparse.Namespace) -> None:
 
 def _analyse(arguments: argparse.Namespace) -> int:
     def work(mesh: "ParallelMesh") -> int:
-        from megahybrid.train.analyse_command import analyse
+        from megahybrid.commands.analyse import analyse
 
         return analyse(
             arguments.checkpoint,
@@ -190,7 +190,7 @@ def _analyse(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     def work(mesh: "ParallelMesh") -> int:
-        from megahybrid.train.sample_command import sample
+        from megahybrid.commands.sample import sample
 
         return sample(
             arguments.checkpoint,
@@ -219,7 +219,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from megahybrid.interop.bring_in import import_model
+    from megahybrid.interop.import_model import import_model
 
     return import_model(
         arguments.folder,

@@ -76,7 +76,7 @@ def add_study_command(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megahybrid.train.command import train
+    from megahybrid.commands.train import train
 
     return train(
         arguments.run_file,
@@ -90,7 +90,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _track(directory: Path, suite: str | None, step: int) -> Any:
     """Training knows nothing of the report, which draws what its trackers show."""
-    from megahybrid.report.tracked import tracked
+    from megahybrid.report.tracker_page import tracked
 
     return tracked(directory, suite, step)
 
@@ -116,7 +116,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 f"--site={arguments.site} and --nodes={arguments.nodes} go together and without "
                 "--world-size (it is nodes times the site's ranks per node). Give both."
             )
-        from launch.commands import check
+        from megahybrid.commands.launch import check
 
         return check(arguments.run_file, arguments.overrides, arguments.site, arguments.nodes)
     from megahybrid.config.summary import summary
@@ -136,7 +136,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from megahybrid.train.compare_command import compare_runs
+    from megahybrid.commands.compare_runs import compare_runs
 
     return compare_runs(arguments.first, arguments.second)
 
@@ -153,7 +153,7 @@ def _report(arguments: argparse.Namespace) -> int:
         for path in [] if arguments.html else write_report(run):
             print(printable(str(path)))
         if arguments.wandb:
-            from megahybrid.report.tracked import send_report
+            from megahybrid.report.tracker_page import send_report
 
             send_report(run, arguments.wandb)
     return EXIT_DONE

@@ -8,7 +8,7 @@ from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean, few
 from megahybrid.config.explain import MOST_LINES
 from megahybrid.config.gates import LossGate
-from megahybrid.config.memory import policies_of
+from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import rotation_problems
 from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError

@@ -8,7 +8,7 @@ from megahybrid.config import counting
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.explain import show
 from megahybrid.config.huggingface_fit import huggingface_fits
-from megahybrid.config.memory import memory_per_rank
+from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import Stage

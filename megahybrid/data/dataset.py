@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megahybrid.data.guard import BlockChecks, UnchangedFiles, ends_crc
+from megahybrid.data.document_metadata import Notes
+from megahybrid.data.integrity import BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from megahybrid.data.notes import Notes
 from megahybrid.data.packing import PLAN_NAME, PackPlan
 from megahybrid.data.shard_files import ShardFiles
 from megahybrid.data.target_mask import TargetMask, mask_path

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megahybrid.data.document_metadata import NOTHING, NotesWriter
 from megahybrid.data.manifest import (
     BLOCK_BYTES,
     MANIFEST_NAME,
@@ -19,7 +20,6 @@ from megahybrid.data.manifest import (
     sync_folder,
     write_durably,
 )
-from megahybrid.data.notes import NOTHING, NotesWriter
 from megahybrid.data.target_mask import mask_bytes
 from megahybrid.data.token_file import Array, index_bytes
 from megahybrid.errors import DataError

@@ -11,7 +11,7 @@ import numpy as np
 
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_file import Array
-from megahybrid.data.words import (
+from megahybrid.data.word_cache import (
     SEPARATORS,
     SPACE_SIGN,
     Cuts,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.guard import check_block
+from megahybrid.data.integrity import check_block
 from megahybrid.data.manifest import ShardEntry
 from megahybrid.data.shard_files import ShardFiles
 from megahybrid.data.token_file import Array, ShardIndex

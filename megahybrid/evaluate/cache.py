@@ -14,9 +14,9 @@ from torch import Tensor
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.model.attention import Attention
 from megahybrid.model.context import SequenceContext
+from megahybrid.model.core_attention import positioned, score_scale
 from megahybrid.model.kernels.documents import Documents, additive
-from megahybrid.model.logit_scale import QueryScale
-from megahybrid.model.mixing import positioned, score_scale
+from megahybrid.model.score_scale import QueryScale
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import gather_sequence, local_slice
 from megahybrid.parallel.mesh import Axis

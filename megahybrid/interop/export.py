@@ -14,8 +14,8 @@ from megahybrid.config.base import did_you_mean
 from megahybrid.config.huggingface_fit import huggingface_fits
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import EXIT_DONE, ConfigError, InteropError
-from megahybrid.interop.card import evaluations_of, model_card
-from megahybrid.interop.compare import Row, proof_in_words, prove
+from megahybrid.interop.logit_proof import Row, proof_in_words, prove
+from megahybrid.interop.model_card import evaluations_of, model_card
 from megahybrid.interop.names import OWN, tensor_names
 from megahybrid.interop.publish import published
 from megahybrid.interop.read_back import check_dtype, check_files, check_told

@@ -14,7 +14,7 @@ import torch
 
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.errors import InteropError
-from megahybrid.interop.foreign import ForeignWeights
+from megahybrid.interop.hf_weights import ForeignWeights
 from megahybrid.interop.names import TensorName
 from megahybrid.interop.shards import DTYPES, reordered, row_bands
 

@@ -12,7 +12,7 @@ from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig, rotation_problems
 from megahybrid.config.yaml_file import read_tree
 from megahybrid.errors import ConfigError
-from megahybrid.interop.card import scheme_in_words
+from megahybrid.interop.model_card import scheme_in_words
 
 
 @dataclass(frozen=True)

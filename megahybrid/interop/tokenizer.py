@@ -14,12 +14,12 @@ from typing import Any
 
 from megahybrid.checkpoint import durable
 from megahybrid.config import RunConfig
+from megahybrid.data.run_tokenizer import known_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.errors import DataError, InteropError
-from megahybrid.interop.compare import quiet
+from megahybrid.interop.logit_proof import quiet
 from megahybrid.interop.sentencepiece_model import CONTROL, UNKNOWN, parse, tokenizer_json
 from megahybrid.plain_file import read_plain_file
-from megahybrid.train.trained_model import known_tokenizer
 
 TEXT_CHARACTERS = 1_000_000
 FUZZ = 2000

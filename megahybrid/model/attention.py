@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.logit_scale import QueryScale
-from megahybrid.model.mixing import attended, mix
+from megahybrid.model.core_attention import attended, mix
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.rotary import RotaryTable, rotate_both
+from megahybrid.model.score_scale import QueryScale
 from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 

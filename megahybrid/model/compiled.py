@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 
 # Two programs for each kind of layer, and each of these again for every (rows, length) of a run:
 # torch's own limit of 8 would refuse a stage that mixes a few lengths.
@@ -27,7 +27,7 @@ def traced_whole(function: Callable[..., Any], backend: str) -> Callable[..., An
 
 def whole_serves() -> bool:
     """Whether layers are compiled with their products: a compiled one is always torch's own."""
-    return products.in_use() == "torch"
+    return matmul.in_use() == "torch"
 
 
 def prepare_compiler() -> None:

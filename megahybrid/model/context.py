@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.attention import Rope
-from megahybrid.model.away import Away
+from megahybrid.model.activation_offload import Away
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, plain_table
 

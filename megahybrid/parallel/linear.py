@@ -18,8 +18,8 @@ from megahybrid.parallel.collectives import (
     start_all_gather,
     start_reduce_scatter,
 )
+from megahybrid.parallel.matmul import linear, product
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.parallel.products import linear, product
 from megahybrid.parallel.sharding import Segment, ShardSpec, mark, shard_spec
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from megahybrid.config.memory import LOSS_CHUNK_BYTES, LOSS_PARTS
+from megahybrid.config.memory_estimate import LOSS_CHUNK_BYTES, LOSS_PARTS
 from megahybrid.parallel.collectives import (
     all_gather,
     gather_sequence,
@@ -19,10 +19,10 @@ from megahybrid.parallel.collectives import (
     scatter_sequence,
 )
 from megahybrid.parallel.linear import sharded_parameter
+from megahybrid.parallel.loss_softmax import FUSED, WRITTEN_OUT, Softmax
+from megahybrid.parallel.matmul import accumulate, product, product_exact
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.parallel.products import accumulate, product, product_exact
 from megahybrid.parallel.sharding import Segment, shard_spec
-from megahybrid.parallel.softmax import FUSED, WRITTEN_OUT, Softmax
 
 IGNORED = -100
 

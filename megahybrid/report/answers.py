@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from megahybrid.report.kept import Kept, newest, typical
+from megahybrid.report.evaluation_files import Kept, newest, typical
 from megahybrid.report.plots import Picture
 from megahybrid.report.rendering import identifier
 from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from megahybrid.report.answer_charts import Found
+from megahybrid.report.evaluation_files import Kept, typical
 from megahybrid.report.figures import (
     KIND_COLOURS,
     SEGMENT_COLOURS,
@@ -16,7 +17,6 @@ from megahybrid.report.figures import (
     line,
     log_axis,
 )
-from megahybrid.report.kept import Kept, typical
 from megahybrid.report.parts import Chart, Missing, Part, Table, listed, rounded
 
 

@@ -5,9 +5,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from megahybrid.report.buckets import joined_buckets
 from megahybrid.report.parts import short_tokens
 from megahybrid.report.record import Evaluation, RunRecord
+from megahybrid.report.statistics import joined_buckets
 from megahybrid.report.style import MARKERS, new_figure, ordered_colours
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megahybrid.report.attention_charts import kind_colours
+from megahybrid.report.evaluation_files import Kept
 from megahybrid.report.figures import (
     DASHES,
     SYMBOLS,
@@ -14,7 +15,6 @@ from megahybrid.report.figures import (
     stage_bands,
     token_axis,
 )
-from megahybrid.report.kept import Kept
 from megahybrid.report.parts import Chart, Missing, Part, Table
 from megahybrid.report.record import RunRecord
 

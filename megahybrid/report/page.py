@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from megahybrid.config import dump
 from megahybrid.errors import ConfigError, MegahybridError
-from megahybrid.report.kept import Kept, every
+from megahybrid.report.evaluation_files import Kept, every
 from megahybrid.report.markup import boxed, section_html, table_html
 from megahybrid.report.parts import Section, finite, listed
 from megahybrid.report.record import RunRecord, read_record

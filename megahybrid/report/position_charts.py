@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.report.buckets import joined_buckets
+from megahybrid.report.evaluation_files import Kept
 from megahybrid.report.figures import (
     FAINT,
     SYMBOLS,
@@ -16,9 +16,9 @@ from megahybrid.report.figures import (
     line,
     short_tokens,
 )
-from megahybrid.report.kept import Kept
 from megahybrid.report.parts import Chart, Missing, Part, Table
 from megahybrid.report.record import Evaluation, RunRecord
+from megahybrid.report.statistics import joined_buckets
 
 TIMES = (1, 2, 4, 8)
 

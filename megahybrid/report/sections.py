@@ -7,7 +7,7 @@ from megahybrid.config.base import dump_yaml
 from megahybrid.report.answer_charts import by_length_parts, harness_parts, needle_parts
 from megahybrid.report.attention_charts import attention_parts
 from megahybrid.report.data_charts import data_parts
-from megahybrid.report.kept import Kept
+from megahybrid.report.evaluation_files import Kept
 from megahybrid.report.model_strip import strip_part
 from megahybrid.report.over_time import suite_curves, telemetry_charts
 from megahybrid.report.parts import Cell, Heading, Listing, Missing, Note, Part, Section, Table

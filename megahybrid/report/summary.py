@@ -6,12 +6,12 @@ from typing import Any
 
 from megahybrid.config import RunConfig
 from megahybrid.config.counting import parameters
-from megahybrid.report.kept import Kept
+from megahybrid.report.evaluation_files import Kept
 from megahybrid.report.model_strip import scheme_in_words
-from megahybrid.report.needle_rate import needle_rate
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation, RunRecord
+from megahybrid.report.statistics import needle_rate
 from megahybrid.train.ledger import EventLine, Line
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

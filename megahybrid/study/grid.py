@@ -183,8 +183,8 @@ def _run_all(missing: Sequence[OneRun], jobs: int, fork: bool) -> int:
     if fork:
         if jobs > 1:
             os.environ.setdefault("OMP_NUM_THREADS", "1")
-        import megahybrid.train.analyse_command
-        import megahybrid.train.evaluate_command
+        import megahybrid.commands.analyse
+        import megahybrid.commands.evaluate
         import megahybrid.train.run  # noqa: F401 (all of torch and DeepSpeed once, for all runs)
 
     waiting, code = list(missing), EXIT_DONE

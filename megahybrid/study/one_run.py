@@ -89,11 +89,11 @@ class OneRun:
 
     def work(self) -> int:
         """Trains where that is not done, scores, keeps the result. Returns the exit code."""
+        from megahybrid.commands.analyse import analyse
+        from megahybrid.commands.evaluate import evaluate
+        from megahybrid.commands.suite import evaluate_suite
+        from megahybrid.commands.train import train
         from megahybrid.parallel.mesh import ParallelMesh, choose_device
-        from megahybrid.train.analyse_command import analyse
-        from megahybrid.train.command import train
-        from megahybrid.train.evaluate_command import evaluate
-        from megahybrid.train.suite_command import evaluate_suite
 
         plan, run = self.plan, self.out / "runs" / self.name
         began = time.monotonic()

@@ -21,12 +21,12 @@ from megahybrid.config import RunConfig
 from megahybrid.config.counting import flops_per_token
 from megahybrid.errors import MegahybridError
 from megahybrid.model.kernels.choice import REPEATS, Workload, demand_agreement, why_it_failed
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.plain_file import read_plain_file
 
 Found = dict[str, float | str]
-CHOICES = {"products": products.ROUTINES, "blocks": ("plain", "compiled")}
+CHOICES = {"products": matmul.ROUTINES, "blocks": ("plain", "compiled")}
 # FLOPs of a stage, of one rank, from which a measurement pays: at 100 GFLOP/s a quarter of an hour
 # for the tenths of a second that products take, an hour for the minutes of a compiler.
 PRODUCTS_PAY, BLOCKS_PAY = 1e14, 4e14
@@ -50,7 +50,7 @@ def to_measure(run: RunConfig, index: int, mesh: ParallelMesh) -> list[str]:
         return []
     flops = stage_flops(run, index, mesh)
     pays = {"products": flops >= PRODUCTS_PAY, "blocks": flops >= BLOCKS_PAY}
-    if run.precision != "fp32" or not products.ONEDNN_SERVES:
+    if run.precision != "fp32" or not matmul.ONEDNN_SERVES:
         pays["products"] = False
     return [name for name, pay in pays.items() if pay and getattr(run.kernels, name) == "auto"]
 
@@ -108,8 +108,8 @@ def product_shapes(run: RunConfig) -> list[tuple[int, int]]:
 
 def measure_products(shapes: list[tuple[int, int]], rows: int) -> Found:
     """Return the seconds of forward and backward of these products by each routine, in turns."""
-    found: Found = dict.fromkeys(products.ROUTINES, 0.0)
-    before = products.in_use()
+    found: Found = dict.fromkeys(matmul.ROUTINES, 0.0)
+    before = matmul.in_use()
     generator = torch.Generator().manual_seed(1)
     try:
         for out_features, in_features in shapes:
@@ -117,10 +117,10 @@ def measure_products(shapes: list[tuple[int, int]], rows: int) -> Found:
             x = torch.randn(some, in_features, generator=generator).requires_grad_()
             weight = torch.randn(out_features, in_features, generator=generator).requires_grad_()
             grad = torch.randn(some, out_features, generator=generator)
-            results, best = {}, dict.fromkeys(products.ROUTINES, float("inf"))
+            results, best = {}, dict.fromkeys(matmul.ROUTINES, float("inf"))
             for turn in range(REPEATS + 1):
-                for name in products.ROUTINES:
-                    products.use(name)
+                for name in matmul.ROUTINES:
+                    matmul.use(name)
                     began = now()
                     results[name] = _three_products(x, weight, grad)
                     if turn:  # the first of each makes its plan
@@ -132,12 +132,12 @@ def measure_products(shapes: list[tuple[int, int]], rows: int) -> Found:
                 except (ArithmeticError, TypeError) as error:
                     found[name] = why_it_failed(error)
     finally:
-        products.use(before)
+        matmul.use(before)
     return found
 
 
 def _three_products(x: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    out = products.linear(x, weight)
+    out = matmul.linear(x, weight)
     by_x, by_weight = torch.autograd.grad(out, (x, weight), grad)
     return {"product": out.detach(), "gradient of x": by_x, "gradient of the weight": by_weight}
 
@@ -192,6 +192,6 @@ def _keep(path: Path, question: str, answer: dict[str, Any]) -> None:
 
 
 def _processor() -> str:
-    facts = products.processor()
+    facts = matmul.processor()
     wanted = ("model name", "cpu family", "model", "stepping")
     return "/".join(facts.get(name, "") for name in wanted) if facts else "unknown"

@@ -3,7 +3,7 @@
 import torch
 
 from megahybrid.config import RunConfig
-from megahybrid.config.memory import memory_per_rank
+from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.train.metrics import memory_gib
 
 # What torch's allocator for the CPU says, as a plain RuntimeError.

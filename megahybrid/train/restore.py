@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.directory import check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megahybrid.checkpoint.names import checkpoints_of
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
 from megahybrid.config.attention import LayerPlan

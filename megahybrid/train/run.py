@@ -30,26 +30,26 @@ from megahybrid.heartbeat import Heartbeat, write_whole
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 from megahybrid.parallel.collectives import broadcast_object, on_first
 from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.checkpointing import RunSaver, ranks_of
 from megahybrid.train.engine import Engine
-from megahybrid.train.examine import Examiner
-from megahybrid.train.held_out import HeldOutSets, evaluation_loss
-from megahybrid.train.inputs import check_inputs
-from megahybrid.train.kernels import choose_kernels
-from megahybrid.train.layers import DTYPES, Layers
+from megahybrid.train.kernel_selection import choose_kernels
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
+from megahybrid.train.preflight import check_inputs
 from megahybrid.train.profile import Profiler
 from megahybrid.train.repeated import RepeatedSteps
 from megahybrid.train.restore import Beginning, find_beginning, locate, positioned
 from megahybrid.train.rewind import go_back, past_spikes
-from megahybrid.train.saving import RunSaver, ranks_of
+from megahybrid.train.stage_model import DTYPES, Layers
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopAsked, StopRequest
+from megahybrid.train.suites import Examiner
 from megahybrid.train.trainer import Ending, Habits, Trainer, step_shapes
+from megahybrid.train.validation import HeldOutSets, evaluation_loss
 
 
 @dataclass
@@ -215,7 +215,7 @@ class Attempt:
             choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
         )
         if "products" in self.kernels:
-            products.use(self.kernels["products"])
+            matmul.use(self.kernels["products"])
         layers = Layers(run, self.mesh, self.kernels, self.listeners.on_event)
         model = layers.build(index, tokens)
         self.listeners.on_event(

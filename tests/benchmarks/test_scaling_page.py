@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import failure_arithmetic
 from megahybrid.config.base import load
-from megahybrid.config.memory import Memory, memory_per_rank
+from megahybrid.config.memory_estimate import Memory, memory_per_rank
 from tests.benchmarks.test_published import ROOT, read
 
 PAGE = (ROOT / "docs/scaling.md").read_text()

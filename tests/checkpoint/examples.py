@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.fragments import STATES, Array, Fragment, whole
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
 
 T = TypeVar("T")

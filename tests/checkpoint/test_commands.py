@@ -9,7 +9,7 @@ import pytest
 
 from megahybrid import cli
 from megahybrid.checkpoint.average import average
-from megahybrid.checkpoint.compare import difference, row_boxes
+from megahybrid.checkpoint.diff import difference, row_boxes
 from megahybrid.checkpoint.fragments import STATES, volume, whole
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.writer import save

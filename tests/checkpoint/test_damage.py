@@ -14,10 +14,10 @@ import pytest
 
 from megahybrid.checkpoint import durable, fragment_file
 from megahybrid.checkpoint import manifest as manifest_module
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.fragments import STATES, whole
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import _digest, read_manifest
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.errors import CheckpointError
 from tests.checkpoint.examples import (

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megahybrid.checkpoint.commands import chosen
 from megahybrid.checkpoint.folders import Retention, reap, retain
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.reader import Reader, verify
+from megahybrid.commands.checkpoint import chosen
 from megahybrid.config import load
 from megahybrid.config.training import StartConfig
 from megahybrid.errors import CheckpointError, MegahybridError

@@ -17,7 +17,7 @@ import pytest
 from megahybrid.checkpoint import durable, names, writer
 from megahybrid.checkpoint.fragments import STATES, whole
 from megahybrid.checkpoint.latest import latest
-from megahybrid.checkpoint.own_file import OwnFile
+from megahybrid.checkpoint.rank_file import OwnFile
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.writer import save
 from tests.checkpoint.examples import SHAPES, save_plain, save_together, snapshot, values

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megahybrid.checkpoint.fragments import STATES, Fragment
+from megahybrid.checkpoint.parameter_io import cut, fill
 from megahybrid.checkpoint.reader import Reader, verify
-from megahybrid.checkpoint.shards import cut, fill
 from megahybrid.errors import CheckpointError
 from megahybrid.parallel.sharding import Segment, ShardSpec
 from tests.checkpoint.examples import (

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.records import newest_checkpoint
 from megahybrid import cli
 from megahybrid.checkpoint.folders import Retention, retain
 from megahybrid.checkpoint.latest import latest
@@ -16,6 +15,7 @@ from megahybrid.checkpoint.manifest import read_manifest
 from megahybrid.checkpoint.names import name_fault
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.errors import CheckpointError
+from megahybrid.launch.records import newest_checkpoint
 from megahybrid.train.restore import checkpoint_of
 from tests.checkpoint.examples import save_plain
 from tests.checkpoint.test_damage import rewrite

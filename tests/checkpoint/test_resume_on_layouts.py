@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.fragments import STATES, whole
-from megahybrid.checkpoint.ranks import Ranks
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.writer import Snapshot, save
 from tests import distributed

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megahybrid.checkpoint import durable, host_copy, names
+from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.folders import Retention, candidates
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.host_copy import HostCopy
 from megahybrid.checkpoint.latest import latest
-from megahybrid.checkpoint.own_file import OwnFile
-from megahybrid.checkpoint.ranks import Ranks
+from megahybrid.checkpoint.rank_file import OwnFile
 from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult
 from megahybrid.errors import CheckpointError

@@ -23,7 +23,7 @@ from megahybrid.config.counting import (
     parameters,
     training_flops,
 )
-from megahybrid.config.memory import (
+from megahybrid.config.memory_estimate import (
     activation_bytes_per_token,
     local_parameters,
     memory_per_rank,

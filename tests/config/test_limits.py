@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from megahybrid.cli import main
-from megahybrid.config import RunConfig, load, memory
+from megahybrid.config import RunConfig, load, memory_estimate
 from megahybrid.config.base import dump, parse
 from megahybrid.config.describe import describe
 from megahybrid.config.site import Site
@@ -113,16 +113,17 @@ def test_memory_of_many_layers_is_that_of_a_plain_sum() -> None:
     model = run.model.model_copy(update={"vocab_size": 8})
     for device in ("cpu", "cuda"):
         for _ in range(50):
-            policies = [draw.choice(memory.POLICIES) for _ in range(12)]
+            policies = [draw.choice(memory_estimate.POLICIES) for _ in range(12)]
             kept = [
-                memory.activation_bytes_per_token(model, one, 2, device) * tokens
+                memory_estimate.activation_bytes_per_token(model, one, 2, device) * tokens
                 for one in policies
             ]
             most = max(
-                memory._one_backward(model, one, tokens, 1, 2, device) - sum(kept[layer + 1 :])
+                memory_estimate._one_backward(model, one, tokens, 1, 2, device)
+                - sum(kept[layer + 1 :])
                 for layer, one in enumerate(policies)
             )
-            batch = memory.MicroBatch(model, tokens, 1, "bf16", device)
+            batch = memory_estimate.MicroBatch(model, tokens, 1, "bf16", device)
             head = 2 * model.vocab_size * model.hidden_size * model.tie_embeddings
             assert batch.activations(policies) == sum(kept)
             assert batch.working(policies) == max(batch._loss, head + most)

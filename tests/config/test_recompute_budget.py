@@ -6,7 +6,7 @@ import pytest
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.counting import layer_flops_per_token
-from megahybrid.config.memory import memory_per_rank, policies_of, working
+from megahybrid.config.memory_estimate import memory_per_rank, policies_of, working
 from megahybrid.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.rewrite import merge_datasets
 from megahybrid.data.batches import IGNORED, make_batch
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.mixture import RowPlan
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.verify import verify_dataset
+from megahybrid.data_prep.rewrite import merge_datasets
 from megahybrid.errors import DataError
 
 INFO = TokenizerInfo(kind="test", sha256="0" * 64, vocab_size=50, eod_id=1)

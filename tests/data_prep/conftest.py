@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.data_prep.vocabulary import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from data_prep.inputs import InputFile
-from data_prep.survey import survey
+from megahybrid.data_prep.inputs import InputFile
+from megahybrid.data_prep.survey import survey
 
 
 def files_of(*inputs: Path | str, pattern: str = "**/*") -> list[InputFile]:

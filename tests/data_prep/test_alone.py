@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.fresh import alone_in
-from data_prep.pack import pack
-from data_prep.rewrite import merge_datasets
-from data_prep.tokenize import tokenize
+from megahybrid.data_prep.fresh import alone_in
+from megahybrid.data_prep.pack import pack
+from megahybrid.data_prep.rewrite import merge_datasets
+from megahybrid.data_prep.tokenize import tokenize
 from megahybrid.errors import DataError
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.documents import BadText, Document, LongDocument, read_unit
-from data_prep.inputs import cut_units
-from data_prep.tokenize import tokenize
+from megahybrid.data_prep.documents import BadText, Document, LongDocument, read_unit
+from megahybrid.data_prep.inputs import cut_units
+from megahybrid.data_prep.tokenize import tokenize
 from tests.data_prep.reading import files_of
 
 TEXTS = {f"part-{i}/{i}.txt": f"text {i} é\n" * (i + 1) for i in range(8)}

@@ -168,7 +168,7 @@ TOKENIZE = ["tokenize", "rows.jsonl", "--tokenizer", "m.model"]
 
 
 def test_longest_row_is_also_kept_by_the_function(here: Path) -> None:
-    from data_prep.pack import pack
+    from megahybrid.data_prep.pack import pack
     from megahybrid.errors import DataError
 
     with pytest.raises(DataError, match="--length=1000000000 is not from 1 to 16777216"):

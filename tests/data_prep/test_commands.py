@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.arguments import add_arguments
-from data_prep.commands import run
-from data_prep.gather_stdlib import stdlib_documents
+from megahybrid.commands.data import run
+from megahybrid.data_prep.arguments import add_arguments
+from megahybrid.data_prep.gather_stdlib import stdlib_documents
 from megahybrid.errors import DataError, PathError
 from tests.data.corpus import write_corpus
 
@@ -92,7 +92,7 @@ def test_library_of_this_python_is_gathered_in_order(tmp_path: Path) -> None:
 
 def test_arguments_need_nothing_heavy() -> None:
     script = (
-        "import sys, data_prep.arguments, data_prep.commands\n"
+        "import sys, megahybrid.data_prep.arguments, megahybrid.commands.data\n"
         "heavy = {'torch', 'numpy', 'sentencepiece', 'tokenizers', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import plain_text
-from data_prep.documents import BadDocument, Document, read_unit
-from data_prep.inputs import cut_units
+from megahybrid.data_prep import plain_text
+from megahybrid.data_prep.documents import BadDocument, Document, read_unit
+from megahybrid.data_prep.inputs import cut_units
 from megahybrid.errors import DataError
 from tests.data_prep.reading import files_of
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.documents import BadDocument, Document, read_unit
-from data_prep.inputs import cut_units
-from data_prep.tokenize import tokenize
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.verify import verify_dataset
+from megahybrid.data_prep.documents import BadDocument, Document, read_unit
+from megahybrid.data_prep.inputs import cut_units
+from megahybrid.data_prep.tokenize import tokenize
 from megahybrid.errors import DataError
 from tests.data_prep.reading import files_of
 

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 import pytest
 import zstandard
 
-from data_prep.documents import Document, read_unit
-from data_prep.inputs import cut_units, named_entries
-from data_prep.survey import Survey, survey
 from megahybrid.cli import main
+from megahybrid.data_prep.documents import Document, read_unit
+from megahybrid.data_prep.inputs import cut_units, named_entries
+from megahybrid.data_prep.survey import Survey, survey
 from megahybrid.errors import DataError
 from tests.data_prep.reading import files_of
 from tests.data_prep.test_survey import kind

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import tokenize as tokenize_module
-from data_prep.inputs import cut_units
-from data_prep.merge import Split
-from data_prep.rewrite import shuffle_datasets
-from data_prep.tokenize import TokenizeReport, tokenize
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data_prep import tokenize as tokenize_module
+from megahybrid.data_prep.inputs import cut_units
+from megahybrid.data_prep.merge import Split
+from megahybrid.data_prep.rewrite import shuffle_datasets
+from megahybrid.data_prep.tokenize import TokenizeReport, tokenize
 from megahybrid.errors import DataError
 from tests.data_prep.test_tokenize import contents
 
@@ -137,7 +137,9 @@ def test_units_are_used_again_for_other_parts(
             with pytest.raises(KeyboardInterrupt):
                 run(rows, model, tmp_path / "out", held_out=0.3, longest=3)
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.encode_unit.RunWriter.add", None)  # nothing is encoded again
+        patch.setattr(
+            "megahybrid.data_prep.encode_unit.RunWriter.add", None
+        )  # nothing is encoded again
         run(rows, model, tmp_path / "out", shard_tokens=99, deduplicate=True)
     run(rows, model, tmp_path / "fresh", shard_tokens=99, deduplicate=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import long_line, plain_text
-from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
-from data_prep.inputs import cut_units
+from megahybrid.data_prep import long_line, plain_text
+from megahybrid.data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
+from megahybrid.data_prep.inputs import cut_units
 from tests.data_prep.reading import files_of
 
 strings = st.text(st.sampled_from('ab"\\/\n\té\u4e2d\U0001f600\x1f u'), min_size=1, max_size=400)

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import inputs as inputs_module
-from data_prep import plain_text
-from data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
-from data_prep.inputs import cut_units
-from data_prep.items import EMPTY, Fields
-from data_prep.loss import Loss, loss_of, refuse_loss
-from data_prep.tokenize import tokenize
+from megahybrid.data_prep import inputs as inputs_module
+from megahybrid.data_prep import plain_text
+from megahybrid.data_prep.documents import BadDocument, BadText, Document, LongDocument, read_unit
+from megahybrid.data_prep.inputs import cut_units
+from megahybrid.data_prep.items import EMPTY, Fields
+from megahybrid.data_prep.loss import Loss, loss_of, refuse_loss
+from megahybrid.data_prep.tokenize import tokenize
 from megahybrid.errors import DataError
 from tests.data_prep.reading import files_of
 
@@ -226,7 +226,7 @@ class Failing(io.RawIOBase):
 def test_disk_that_fails_loses_the_rest(
     tmp_path: Path, name: str, long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_prep import documents
+    from megahybrid.data_prep import documents
 
     path = tmp_path / name
     path.write_bytes(b"".join(PARTS) if name == "a.jsonl" else " ".join(TEXTS).encode())

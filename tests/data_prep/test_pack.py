@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import pack as pack_module
-from data_prep.pack import best_fit_decreasing, pack
 from megahybrid.data.batches import make_batch
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import Mixture
+from megahybrid.data_prep import pack as pack_module
+from megahybrid.data_prep.pack import best_fit_decreasing, pack
 from megahybrid.errors import DataError
 from tests.data.corpus import write_corpus
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import compressed, plain_text
-from data_prep.compressed import kind_of, open_stretch, scan
-from data_prep.documents import BadDocument, Document, LongDocument, read_unit
-from data_prep.inputs import cut_units
-from data_prep.items import Fields
+from megahybrid.data_prep import compressed, plain_text
+from megahybrid.data_prep.compressed import kind_of, open_stretch, scan
+from megahybrid.data_prep.documents import BadDocument, Document, LongDocument, read_unit
+from megahybrid.data_prep.inputs import cut_units
+from megahybrid.data_prep.items import Fields
 from tests.data_prep.reading import files_of
 
 

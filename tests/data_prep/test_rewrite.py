@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import encode_unit, rewrite
-from data_prep.merge import Split
-from data_prep.pack import pack
-from data_prep.rewrite import (
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.verify import verify_dataset
+from megahybrid.data_prep import encode_unit, rewrite
+from megahybrid.data_prep.merge import Split
+from megahybrid.data_prep.pack import pack
+from megahybrid.data_prep.rewrite import (
     export_dataset,
     import_dataset,
     merge_datasets,
     shuffle_datasets,
 )
-from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.verify import verify_dataset
 from megahybrid.errors import DataError
 from tests.data.corpus import EOD, all_tokens, tokenizer_info, write_corpus
 
@@ -124,7 +124,8 @@ WORDS = {
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from data_prep import arguments, commands
+from megahybrid.data_prep import arguments
+from megahybrid.commands import data
 import argparse
 calls, left = 0, int(sys.argv[1])
 def count(frame, event, argument):
@@ -137,7 +138,7 @@ arguments.add_arguments(parser.add_subparsers())
 sys.argv = ["megahybrid", "data", *sys.argv[2:]]
 args = parser.parse_args(sys.argv[1:])
 sys.setprofile(count)
-commands.run(args)
+data.run(args)
 sys.setprofile(None)
 print(left)
 """

@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import json_array, sniff
-from data_prep.documents import BadDocument, Document, read_unit
-from data_prep.inputs import InputFile, look_at
-from data_prep.items import Fields
-from data_prep.sniff import NoText
-from data_prep.survey import survey
-from data_prep.tokenize import tokenize
-from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data_prep import json_array, sniff
+from megahybrid.data_prep.documents import BadDocument, Document, read_unit
+from megahybrid.data_prep.inputs import InputFile, look_at
+from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.sniff import NoText
+from megahybrid.data_prep.survey import survey
+from megahybrid.data_prep.tokenize import tokenize
+from megahybrid.data_prep.vocabulary import train_tokenizer
 from megahybrid.errors import DataError
 
 ROWS = [{"text": f"text {n} é", "id": n} for n in range(5)]

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import encode_unit as encode_module
-from data_prep import long_text as long_module
-from data_prep import merge as merge_module
-from data_prep import plain_text
-from data_prep import tokenize as tokenize_module
-from data_prep.inputs import UNIT_BYTES, cut_units
-from data_prep.tokenize import TokenizeReport, tokenize
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.verify import verify_dataset
+from megahybrid.data_prep import encode_unit as encode_module
+from megahybrid.data_prep import long_text as long_module
+from megahybrid.data_prep import merge as merge_module
+from megahybrid.data_prep import plain_text
+from megahybrid.data_prep import tokenize as tokenize_module
+from megahybrid.data_prep.inputs import UNIT_BYTES, cut_units
+from megahybrid.data_prep.tokenize import TokenizeReport, tokenize
 from megahybrid.errors import DataError
 
 PARTS = ("train", "held_out", "held_out_long")

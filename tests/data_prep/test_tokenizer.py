@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import vocabulary
-from data_prep.inputs import cut_units
-from data_prep.items import Fields
-from data_prep.tokenizer_report import report
-from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.data_prep import vocabulary
+from megahybrid.data_prep.inputs import cut_units
+from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.tokenizer_report import report
+from megahybrid.data_prep.vocabulary import train_tokenizer
 from megahybrid.errors import DataError
 from tests.data_prep.reading import files_of
 from tests.data_prep.test_commands import call

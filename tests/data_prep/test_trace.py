@@ -11,10 +11,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from data_prep.inspect_dataset import inspect_dataset
-from data_prep.pack import pack
-from data_prep.show_batch import show_batch
-from data_prep.trace import (
+from megahybrid.data.mixture import cursor_crc
+from megahybrid.data.token_writer import TokenWriter
+from megahybrid.data_prep.inspect_dataset import inspect_dataset
+from megahybrid.data_prep.pack import pack
+from megahybrid.data_prep.show_batch import show_batch
+from megahybrid.data_prep.trace import (
     Step,
     audit,
     find_step,
@@ -24,8 +26,6 @@ from data_prep.trace import (
     places_of,
     steps_of,
 )
-from megahybrid.data.mixture import cursor_crc
-from megahybrid.data.token_writer import TokenWriter
 from megahybrid.errors import DataError, MegahybridError
 from megahybrid.train.ledger import LEDGER_NAME, EventLine, LedgerWriter, StepLine
 from tests.data.corpus import random_documents, tokenizer_info, write_corpus

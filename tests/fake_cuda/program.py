@@ -156,7 +156,7 @@ def substitutes() -> Iterator[None]:
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from megahybrid.model import away
+    from megahybrid.model import activation_offload
     from megahybrid.model.kernels import documents, varlen
 
     found = documents.Documents.spans
@@ -191,7 +191,7 @@ def substitutes() -> Iterator[None]:
             (documents, "sent", to),
             (varlen, "sent", to),
             (varlen, "_shares_heads", lambda device, dtype: True),
-            (away, "_road", lambda device: mock.MagicMock()),
+            (activation_offload, "_road", lambda device: mock.MagicMock()),
             (torch.Tensor, "record_stream", lambda tensor, stream: None),
             (torch, "empty", unpinned),
             (torch.nn.functional, "scaled_dot_product_attention", sdpa),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import control
-from launch import slurm as slurm_commands
-from launch.records import attempts, read_records
+from megahybrid.launch import control
+from megahybrid.launch import slurm as slurm_commands
+from megahybrid.launch.records import attempts, read_records
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import ROOT, Run, cluster, slurm, until
 

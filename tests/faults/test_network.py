@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.pairs import judge, read_answers, rounds
+from megahybrid.launch.pairs import judge, read_answers, rounds
 from tests.faults.conftest import environment
 from tests.launch.cluster import free_ports
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm as slurm_commands
-from launch.control import cancel
-from launch.records import attempts, ledger_tail
-from launch.status import node_lines
 from megahybrid.heartbeat import read_beats
+from megahybrid.launch import slurm as slurm_commands
+from megahybrid.launch.control import cancel
+from megahybrid.launch.records import attempts, ledger_tail
+from megahybrid.launch.status import node_lines
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import Run, cluster, slurm, until
 

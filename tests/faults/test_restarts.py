@@ -110,7 +110,7 @@ WATCHED = """
 import sys
 from pathlib import Path
 from megahybrid.config.site import Watchdog
-from megahybrid.train.local import train_local
+from megahybrid.commands.local_restarts import train_local
 command = ["-m", "megahybrid", "train", "run.yaml", "directory=run", "parallel.tensor=2"]
 sys.exit(train_local(command, 2, Path("run"), 1, Watchdog(silent=8)))
 """

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm as commands
-from launch.records import attempts
-from launch.submit import plan, submit
 from megahybrid.heartbeat import read_beats
+from megahybrid.launch import slurm as commands
+from megahybrid.launch.records import attempts
+from megahybrid.launch.submit import plan, submit
 from tests.faults.conftest import ROOT, environment
 from tests.launch.cluster import missing
 from tests.launch.runs import Submitted, cluster, slurm

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.vocabulary import train_tokenizer
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.data_prep.vocabulary import train_tokenizer
 from tests.train.example import arithmetic_of, checkpoint_bytes, steps_of, steps_so_far
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError, InteropError
 from megahybrid.interop import names, said
-from megahybrid.interop.card import evaluations_of
-from megahybrid.interop.compare import quiet
 from megahybrid.interop.export import choose, export
+from megahybrid.interop.logit_proof import quiet
+from megahybrid.interop.model_card import evaluations_of
 from tests.interop.examples import (
     HEAD,
     LOCAL,

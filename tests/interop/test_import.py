@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megahybrid.checkpoint.reader import verify
+from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.config import load
 from megahybrid.config.base import dump_yaml
 from megahybrid.errors import ConfigError, InteropError, MegahybridError
-from megahybrid.interop import foreign
-from megahybrid.interop.bring_in import import_model
+from megahybrid.interop import hf_weights
 from megahybrid.interop.export import export
+from megahybrid.interop.import_model import import_model
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.trained_model import load_trained_model
 from tests.interop.examples import HEAD, NOPE, ROPE, model_of, run_of_model
 from tests.train.example import write_data
 
@@ -331,11 +331,11 @@ def test_no_pickle_is_ever_read(beside: bool, tmp_path: Path) -> None:
         (folder / "model.safetensors").unlink()
         with pytest.raises(InteropError, match="Pickles can run code and are never read"):
             import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
-        (folder / foreign.INDEX_NAME).write_text(json.dumps(index))
+        (folder / hf_weights.INDEX_NAME).write_text(json.dumps(index))
         with pytest.raises(InteropError, match="no safetensors file here"):
             import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
-        (folder / foreign.INDEX_NAME).unlink()
-        (folder / foreign.INDEX_NAME).mkdir()
+        (folder / hf_weights.INDEX_NAME).unlink()
+        (folder / hf_weights.INDEX_NAME).mkdir()
         with pytest.raises(InteropError, match="index.json is damaged"):
             import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
     assert not canary.exists()

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.config.base import dump, parse
 from megahybrid.config.run import RunConfig
+from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.interop.export import export
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.sample_command import tokenizer_of
-from megahybrid.train.trained_model import load_trained_model
 from tests.interop.examples import (
     HEAD,
     LOCAL,

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from megahybrid.errors import InteropError, MegahybridError
 from megahybrid.interop import export as exporting
-from megahybrid.interop import foreign, shards
-from megahybrid.interop.bring_in import import_model
+from megahybrid.interop import hf_weights, shards
 from megahybrid.interop.export import export
+from megahybrid.interop.import_model import import_model
 from tests.interop.examples import LOCAL, NOPE, PARALLEL, ROPE, checkpoint_of_model, model_of
 from tests.plain_model import random_tensors
 
@@ -198,16 +198,16 @@ def test_an_import_that_loses_rows_is_refused(
     model = model_of([LOCAL, NOPE], vocab_size=2000, **PARALLEL)
     checkpoint_of_model(tmp_path / "run", model)
     export(tmp_path / "run", tmp_path / "theirs", tokenizer="none", dtype=dtype)
-    right = foreign.Band.__array__
+    right = hf_weights.Band.__array__
 
-    def lossy(self: foreign.Band, *given: Any, **named: Any) -> np.ndarray:
+    def lossy(self: hf_weights.Band, *given: Any, **named: Any) -> np.ndarray:
         values = right(self, *given, **named)
         if self.name.ours == "embedding.weight":
             values = values.copy()
             values[900 * self.row : 1000 * self.row] = 0
         return values
 
-    monkeypatch.setattr(foreign.Band, "__array__", lossy)
+    monkeypatch.setattr(hf_weights.Band, "__array__", lossy)
     with pytest.raises(InteropError, match="100 of rows .* row 900 first"):
         import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
     assert not (tmp_path / "ours").exists() and not (tmp_path / "run.yaml").exists()
@@ -236,14 +236,14 @@ def test_bits_are_compared_a_band_at_a_time(
     monkeypatch.setattr(shards, "BAND_BYTES", 32 * 4 * 7)
     checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE], **PARALLEL))
     most = 0
-    right = foreign.ForeignWeights.rows
+    right = hf_weights.ForeignWeights.rows
 
     def counted(self: Any, name: str, start: int, stop: int) -> np.ndarray:
         nonlocal most
         most = max(most, stop - start)
         return right(self, name, start, stop)
 
-    monkeypatch.setattr(foreign.ForeignWeights, "rows", counted)
+    monkeypatch.setattr(hf_weights.ForeignWeights, "rows", counted)
     export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     assert most == 32  # a norm's weight, of one number a row
 
@@ -256,7 +256,7 @@ def test_a_single_file_is_taken_before_an_index_as_transformers_does(tmp_path: P
     tensors = load_file(single)
     tensors["model.embed_tokens.weight"][40:] *= 2
     save_file(tensors, tmp_path / "many/model.safetensors", {"format": "pt"})
-    with foreign.ForeignWeights(tmp_path / "many") as weights:
+    with hf_weights.ForeignWeights(tmp_path / "many") as weights:
         found = torch.from_numpy(weights.rows("model.embed_tokens.weight", 0, 61).copy())
     assert torch.equal(found, tensors["model.embed_tokens.weight"])
 

@@ -10,7 +10,7 @@ from megahybrid.config import RunConfig
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError, InteropError
 from megahybrid.interop import tokenizer as written
-from megahybrid.interop.compare import quiet
+from megahybrid.interop.logit_proof import quiet
 from megahybrid.interop.tokenizer import probe_texts, write_tokenizer
 from tests.interop.examples import ROPE, model_of, run_of_model
 

@@ -87,7 +87,7 @@ export NOTE='$(touch pwned)'
 cd '/home/me/mega hybrid'
 source .venv/bin/activate
 starting=1
-(trap '' USR1 TERM; exec python -m launch.supervise '/data/my runs/100%/demo/slurm/job.json') &
+(trap '' USR1 TERM; exec python -m megahybrid.launch.supervise '/data/my runs/100%/demo/slurm/job.json') &
 supervisor=$!
 while true; do
   wait "$supervisor" && code=0 || code=$?

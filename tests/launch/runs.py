@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from launch.control import requeue
-from launch.job import Job
-from launch.records import attempts
-from launch.status import read_queue, status_line
-from launch.submit import plan, submit
 from megahybrid.errors import MegahybridError
+from megahybrid.launch.control import requeue
+from megahybrid.launch.job import Job
+from megahybrid.launch.records import attempts
+from megahybrid.launch.status import read_queue, status_line
+from megahybrid.launch.submit import plan, submit
 from tests.launch.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ class Submitted:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 words = path.read_bytes().decode(errors="replace").split("\0")
-                if "launch.supervise" in words and self.job.file in words:
+                if "megahybrid.launch.supervise" in words and self.job.file in words:
                     found.append(int(path.parent.name))
         return found
 

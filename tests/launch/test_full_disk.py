@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import attempt as attempts_module
-from launch import slurm
-from launch.policy import Outcome
-from launch.records import attempts, record
-from launch.supervise import Supervisor
+from megahybrid.launch import attempt as attempts_module
+from megahybrid.launch import slurm
+from megahybrid.launch.policy import Outcome
+from megahybrid.launch.records import attempts, record
+from megahybrid.launch.supervise import Supervisor
 from tests.launch.test_script import ROOT, _job
 
 ASKS = 'case "$*" in *hostnames*) echo n1 ;; *show*) echo JobState=RUNNING Restarts=0 ;; '
@@ -36,7 +36,7 @@ def _supervise(run: Path, restart: int) -> subprocess.CompletedProcess[str]:
     facts = {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NODELIST": "n1"}
     full = os.environ | facts | {"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-B", "-m", "launch.supervise", job.file],
+        [sys.executable, "-B", "-m", "megahybrid.launch.supervise", job.file],
         env=full,
         capture_output=True,
         text=True,
@@ -105,7 +105,7 @@ def test_no_room_while_nodes_are_looked_at_is_74_too(
         raise OSError(errno.EDQUOT, "Disk quota exceeded", "node-check.log")
 
     supervisor, put_back = _begun(tmp_path, monkeypatch)
-    monkeypatch.setattr("launch.supervise.fit_nodes", full)
+    monkeypatch.setattr("megahybrid.launch.supervise.fit_nodes", full)
     assert supervisor._begun(["n1"]) == 74 and put_back == ["5"]
     (one,) = attempts(tmp_path)
     assert one.code == 74 and one.failed and "(Disk quota exceeded)" in one.reason

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from launch.interruption import Interruption, interruption
-from launch.policy import Decision, Outcome, decide, first_ended, interrupted, outcome
-from launch.records import AttemptRecord
 from megahybrid.config.site import Caps
 from megahybrid.heartbeat import Beat
+from megahybrid.launch.interruption import Interruption, interruption
+from megahybrid.launch.policy import Decision, Outcome, decide, first_ended, interrupted, outcome
+from megahybrid.launch.records import AttemptRecord
 
 CAPS = Caps(failures_in_a_row=3, without_checkpoint=3)
 RUNNING = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.node_check import clock, disk, folder, judge_gpus, main, memory, own
+from megahybrid.launch.node_check import clock, disk, folder, judge_gpus, main, memory, own
 
 HEALTHY = "".join(f"{index}, 4, 0\n" for index in range(8))
 

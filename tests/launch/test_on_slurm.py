@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.records import attempts, read_records
 from megahybrid.config import load
+from megahybrid.launch.records import attempts, read_records
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import ROOT, Run, cluster, slurm, until
 
@@ -39,7 +39,7 @@ def test_a_run_goes_from_submission_to_done_and_says_where_it_is(tmp_path: Path)
 
 
 def test_a_warning_before_the_time_limit_saves_and_comes_back(tmp_path: Path) -> None:
-    from launch import slurm
+    from megahybrid.launch import slurm
 
     run = Run(tmp_path, steps=40)
     run.until("RUNNING .* step [1-9]")
@@ -53,7 +53,7 @@ def test_a_warning_before_the_time_limit_saves_and_comes_back(tmp_path: Path) ->
 
 
 def test_stop_saves_and_does_not_come_back_until_it_is_wanted(tmp_path: Path) -> None:
-    from launch import control
+    from megahybrid.launch import control
 
     run = Run(tmp_path, steps=40)
     run.until("RUNNING .* step [1-9]")
@@ -71,7 +71,7 @@ def test_failures_are_tried_again_so_often_and_no_more(tmp_path: Path) -> None:
     assert "GIVEN UP with code 7: 2 failures in a row" in line
     assert "rank 1: ValueError: on purpose" in line
     assert run.codes() == [7, 7]
-    from launch.tail import tail
+    from megahybrid.launch.tail import tail
 
     text = tail(run.directory, 5)
     assert text[0].startswith("first error: rank 1 on ") and "ValueError: on purpose" in text[0]
@@ -92,7 +92,7 @@ def test_a_chain_ends_when_the_run_is_done(tmp_path: Path) -> None:
 
 
 def test_a_bad_node_is_named_and_a_spare_takes_its_place(tmp_path: Path, cluster: Cluster) -> None:
-    from launch.status import node_lines
+    from megahybrid.launch.status import node_lines
 
     run = Run(
         tmp_path,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.pairs import Answer, judge, rounds
+from megahybrid.launch.pairs import Answer, judge, rounds
 
 
 @pytest.mark.parametrize("count", range(2, 12))

@@ -2,10 +2,10 @@
 
 import pytest
 
-from launch.policy import Decision, Outcome, decide, first_ended, outcome
-from launch.records import AttemptRecord
 from megahybrid.config.site import Caps
 from megahybrid.heartbeat import Beat
+from megahybrid.launch.policy import Decision, Outcome, decide, first_ended, outcome
+from megahybrid.launch.records import AttemptRecord
 
 CAPS = Caps(failures_in_a_row=3, without_checkpoint=4)
 

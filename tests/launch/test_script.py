@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import Job, read_job
-from launch.script import batch_script
-from launch.step import check_step, hostfile_text, step_environment, train_step
 from megahybrid.config import load
 from megahybrid.config.base import parse
 from megahybrid.config.site import Site, load_site, seconds_of
 from megahybrid.errors import ConfigError
+from megahybrid.launch.job import Job, read_job
+from megahybrid.launch.script import batch_script
+from megahybrid.launch.step import check_step, hostfile_text, step_environment, train_step
 
 ROOT = Path(__file__).parents[2]
 NAME = "a name; $(touch pwned) `touch pwned` 'x' \"y\" #z\\"
@@ -68,7 +68,7 @@ def test_no_value_is_run_as_a_command(tmp_path: Path, shell: str) -> None:
     text = text.replace("source .venv/bin/activate", ":")
     done = subprocess.run([shell, "-c", text], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "-m launch.supervise /data/my runs/100%/demo/slurm/job.json" in done.stdout
+    assert "-m megahybrid.launch.supervise /data/my runs/100%/demo/slurm/job.json" in done.stdout
     assert not list(tmp_path.iterdir())
 
 

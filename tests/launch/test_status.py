@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm
-from launch.forecast import forecast
-from launch.records import attempts, read_records, record, records_file, stop_lead
-from launch.slurm import Queued
-from launch.status import node_lines, status_line
-from launch.submit import plan
-from launch.tail import first_error, tail
 from megahybrid.errors import ConfigError, MegahybridError
 from megahybrid.heartbeat import LOGS, Heartbeat
+from megahybrid.launch import slurm
+from megahybrid.launch.forecast import forecast
+from megahybrid.launch.records import attempts, read_records, record, records_file, stop_lead
+from megahybrid.launch.slurm import Queued
+from megahybrid.launch.status import node_lines, status_line
+from megahybrid.launch.submit import plan
+from megahybrid.launch.tail import first_error, tail
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,14 +131,16 @@ def test_a_run_that_was_cancelled_before_anything_was_recorded_is_told_as_cancel
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(tmp_path, "submit", jobs=["7"], nodes=2)
-    monkeypatch.setattr("launch.slurm.fate", lambda job: "CANCELLED, code 0:0")
+    monkeypatch.setattr("megahybrid.launch.slurm.fate", lambda job: "CANCELLED, code 0:0")
     line = status_line(tmp_path, {})
     assert line == f"{tmp_path.name}: STOPPED with code 75: cancelled in Slurm"
-    monkeypatch.setattr("launch.slurm.fate", lambda job: "CANCELLED by 0, code 0:0")  # sacct's
+    monkeypatch.setattr(
+        "megahybrid.launch.slurm.fate", lambda job: "CANCELLED by 0, code 0:0"
+    )  # sacct's
     assert status_line(tmp_path, {}) == line
     record(tmp_path, "start", job="7", attempt=0, nodes=["n1"], checkpoint=None)
     assert "STOPPED with code 75: cancelled in Slurm" in status_line(tmp_path, {})
-    monkeypatch.setattr("launch.slurm.fate", lambda job: "NODE_FAIL, code 0:0")
+    monkeypatch.setattr("megahybrid.launch.slurm.fate", lambda job: "NODE_FAIL, code 0:0")
     assert "NOT IN THE QUEUE (job 7 try 1" in status_line(tmp_path, {})
 
 
@@ -160,7 +162,7 @@ def test_between_a_runs_end_and_its_jobs_it_is_not_preparing(run: Path) -> None:
 
 
 def test_what_the_batch_shell_said_is_told_where_nothing_began(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("launch.slurm.fate", lambda job: None)
+    monkeypatch.setattr("megahybrid.launch.slurm.fate", lambda job: None)
     record(tmp_path, "submit", jobs=["7"], nodes=2)
     (tmp_path / "slurm" / "undecided").write_text("one\nthe batch process on n1 ended with 1\n")
     (tmp_path / "logs").mkdir()
@@ -176,7 +178,7 @@ def test_what_the_batch_shell_said_is_told_where_nothing_began(tmp_path: Path, m
 def test_a_person_or_an_outer_jobs_variables_do_not_change_a_submission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import slurm
+    from megahybrid.launch import slurm
 
     for name in ("sbatch", "squeue"):
         (tmp_path / name).write_text("#!/bin/sh\nenv\n")
@@ -226,7 +228,7 @@ def test_the_lead_is_twice_what_saves_steps_and_validations_took(run: Path) -> N
 
 
 def test_nodes_tell_their_history(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch import slurm
+    from megahybrid.launch import slurm
 
     monkeypatch.setattr(slurm, "node_states", lambda nodes: {"n1": "idle"})
     record(run, "bad_node", job="7", node="n2", reason="GPU 3 has 2 uncorrected ECC errors")
@@ -319,7 +321,7 @@ def test_a_time_limit_too_short_to_stop_in_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_slurm_a_submission_says_what_to_do(tmp_path, monkeypatch) -> None:
-    from launch.submit import submit
+    from megahybrid.launch.submit import submit
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -337,7 +339,7 @@ def test_a_job_that_is_being_signalled_runs_and_its_restarts_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a requeue and the first record of the new attempt, too."""
-    from launch import slurm
+    from megahybrid.launch import slurm
 
     (tmp_path / "squeue").write_text(
         '#!/bin/sh\ncase "$*" in *RestartCnt*) echo "7                   3   " ;;\n'

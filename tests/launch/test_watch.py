@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from launch import attempt as attempts
-from launch import slurm
-from launch.attempt import Attempt
-from launch.events import JobEvents
-from launch.records import read_records, record
-from launch.slurm import Queued
-from launch.status import status_line
-from launch.supervise import Supervisor
-from launch.watch import END_BEFORE_LIMIT, RankWatch
 from megahybrid.config.base import parse
 from megahybrid.config.site import Site
 from megahybrid.heartbeat import Beat, Watch, heartbeat_file
+from megahybrid.launch import attempt as attempts
+from megahybrid.launch import slurm
+from megahybrid.launch.attempt import Attempt
+from megahybrid.launch.events import JobEvents
+from megahybrid.launch.records import read_records, record
+from megahybrid.launch.slurm import Queued
+from megahybrid.launch.status import status_line
+from megahybrid.launch.supervise import Supervisor
+from megahybrid.launch.watch import END_BEFORE_LIMIT, RankWatch
 from tests.launch.test_script import _job
 
 
@@ -54,7 +54,7 @@ def _hung(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[JobEvents, subpro
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(attempts, "KILL_SECONDS", 0.1)
     monkeypatch.setattr(Watch, "judge", lambda *_: None)
-    monkeypatch.setattr("launch.watch.STACKS_SECONDS", 0.0)
+    monkeypatch.setattr("megahybrid.launch.watch.STACKS_SECONDS", 0.0)
     (run / "logs/7.0").mkdir(parents=True)
     return JobEvents(_attempt(run)), subprocess.Popen(["/bin/sleep", "60"])
 

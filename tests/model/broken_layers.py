@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.attention import Nope, Rope
-from megahybrid.model import attention, context, logit_scale, mixing, norm, rotary
+from megahybrid.model import attention, context, core_attention, norm, rotary, score_scale
 from megahybrid.model.kernels import attend, blocked, documents, sdpa
 from megahybrid.model.rotary import RotaryTable, rotate, rotate_both
 
@@ -17,7 +17,7 @@ Patch = pytest.MonkeyPatch
 
 def attended_by(broken: Callable[..., Tensor]) -> Callable[[Patch], None]:
     """Another kernel in the layer."""
-    return lambda patch: patch.setattr(mixing, "attend", broken)
+    return lambda patch: patch.setattr(core_attention, "attend", broken)
 
 
 def tail_blocks(which: slice) -> Callable[[Patch], None]:
@@ -103,19 +103,19 @@ def one_table(patch: Patch) -> None:
 
 def scaled_by(wrong: Callable[[Any, int], float]) -> Callable[[Patch], None]:
     """The part of the scale that is the same for every query."""
-    return lambda patch: patch.setattr(mixing, "score_scale", wrong)
+    return lambda patch: patch.setattr(core_attention, "score_scale", wrong)
 
 
 def unscaled_queries(patch: Patch) -> None:
     """No temperature at all."""
-    patch.setattr(logit_scale.QueryScale, "scaled", lambda self, q, factor: q)
+    patch.setattr(score_scale.QueryScale, "scaled", lambda self, q, factor: q)
 
 
 def factor_of(wrong: Callable[..., Tensor]) -> Callable[[Patch], None]:
     """Another count of keys or positions in the query's factor; nothing kept from before."""
 
     def plant(patch: Patch) -> None:
-        patch.setattr(logit_scale, "query_factor", wrong)
+        patch.setattr(score_scale, "query_factor", wrong)
         patch.setattr(
             logit_scale,
             "_plain_factor",
@@ -125,7 +125,7 @@ def factor_of(wrong: Callable[..., Tensor]) -> Callable[[Patch], None]:
     return plant
 
 
-query_factor = logit_scale.query_factor
+query_factor = score_scale.query_factor
 
 
 def one_late(*args: Any) -> Tensor:
@@ -166,17 +166,17 @@ def one_mask_for_all_windows(patch: Patch) -> None:
 
 def another_heads_factor(patch: Patch) -> None:
     """Each head has the learned scale of the head before."""
-    right = logit_scale.QueryScale.scaled
+    right = score_scale.QueryScale.scaled
 
     def scaled(self: Any, q: Tensor, factor: Tensor) -> Tensor:
         return right(self, q.roll(1, 2), factor).roll(-1, 2)
 
-    patch.setattr(logit_scale.QueryScale, "scaled", scaled)
+    patch.setattr(score_scale.QueryScale, "scaled", scaled)
 
 
 def unlearned(patch: Patch) -> None:
     """The learned scale gets no gradient of its last head."""
-    right = logit_scale.QueryScale.scaled
+    right = score_scale.QueryScale.scaled
 
     def scaled(self: Any, q: Tensor, factor: Tensor) -> Tensor:
         if self.logit_scale is None:
@@ -184,7 +184,7 @@ def unlearned(patch: Patch) -> None:
         learned = torch.cat((self.logit_scale[:-1], self.logit_scale[-1:].detach()))
         return q * (factor[..., None, None] * learned[:, None]).to(q.dtype)
 
-    patch.setattr(logit_scale.QueryScale, "scaled", scaled)
+    patch.setattr(score_scale.QueryScale, "scaled", scaled)
 
 
 def normed_over_heads(patch: Patch) -> None:
@@ -219,7 +219,7 @@ def unnormed_keys(patch: Patch) -> None:
 
 def positioned_by(wrong: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
     """Another placing of q and k."""
-    return lambda patch: patch.setattr(mixing, "positioned", wrong)
+    return lambda patch: patch.setattr(core_attention, "positioned", wrong)
 
 
 def with_tables(of: Callable[[Any, Rope, int], tuple[RotaryTable, RotaryTable]]) -> Any:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.config import memory
-from megahybrid.model import attention, mixing
+from megahybrid.config import memory_estimate
+from megahybrid.model import attention, core_attention
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.mlp import swiglu
@@ -104,7 +104,7 @@ def test_heads_reach_the_kernel_row_by_row_from_one_program_each(
 
     def watched(*heads: Tensor, **options: Any) -> Tensor:
         seen.extend(x.transpose(0, 1).is_contiguous() for x in heads[:2])  # v is a slice
-        return mixing.attended(*heads, **options)
+        return core_attention.attended(*heads, **options)
 
     monkeypatch.setattr(attention, "attended", watched)
     step(built, random_batch(config.vocab_size, rows, LENGTH, seed=0))
@@ -222,7 +222,7 @@ def test_of_blocks_cut_over_ranks_the_pieces_are_compiled(name: str) -> None:
 def test_the_pieces_are_compiled_where_an_mlp_runs_in_chunks(
     block: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "CHUNK_TOKENS", 40)
+    monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", 40)
     config = model("rope", block)
     built = Transformer(config, ParallelMesh.single(), recompute=[policy] * 2).double()
     built.load_canonical(random_tensors(config, 0, torch.float64))

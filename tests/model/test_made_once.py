@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megahybrid.config.attention import LayerPlan, Rope
-from megahybrid.model import logit_scale, rotary
+from megahybrid.model import rotary, score_scale
 from megahybrid.model.kernels import blocked, flex, sdpa, varlen
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.transformer import Transformer
@@ -39,7 +39,7 @@ MAKERS = {
     "documents apart": (sdpa, "_masks"),
     "rotation": (rotary.RotaryTable, "build"),
     "frequencies": (Rope, "frequencies"),
-    "factor": (logit_scale, "query_factor"),
+    "factor": (score_scale, "query_factor"),
     "spans": (Documents, "spans"),
 }
 
@@ -68,7 +68,7 @@ def test_nothing_is_made_per_layer(apart: bool) -> None:
     tokens = torch.randint(config.vocab_size, (2, LENGTH))
     starts = Documents.from_lengths([[100, 620], [720]]).starts if apart else None
     blocked._plain_mask.cache_clear()
-    logit_scale._plain_factor.cache_clear()
+    score_scale._plain_factor.cache_clear()
     rotary.plain_table.cache_clear()
     rotary._frequencies.cache_clear()
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.model import away
+from megahybrid.model import activation_offload
 from megahybrid.model.recompute import rederived, run_block
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.matmul import linear
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.products import linear
 from tests.parity.cases import model
 from tests.plain_model import random_tensors
 
@@ -112,7 +112,7 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
 
         return run
 
-    monkeypatch.setattr(away, "beside", road)
+    monkeypatch.setattr(activation_offload, "beside", road)
     x, context = torch.randn(8, 1, 4, requires_grad=True), SimpleNamespace(away=[])
     hidden = x * 1
     for name in ("first", "second", "third"):
@@ -132,7 +132,7 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
 def test_what_waits_in_host_memory_is_a_copy_that_can_come_back_twice() -> None:
     tensor = torch.randn(5, 3)
     kept = tensor.clone()
-    waiting = away.Away(tensor, None)
+    waiting = activation_offload.Away(tensor, None)
     tensor.zero_()
     assert torch.equal(waiting.back(), kept)
     waiting.back().zero_()
@@ -164,9 +164,9 @@ def test_copies_begin_behind_what_was_queued_and_readers_wait_for_them(
         yield
 
     main, road = Stream("main"), Stream("road")
-    beside, copy = away.beside, Tensor.copy_
-    monkeypatch.setattr(away, "_road", lambda device: road)
-    monkeypatch.setattr(away, "beside", lambda device: beside(torch.device("cuda:0")))
+    beside, copy = activation_offload.beside, Tensor.copy_
+    monkeypatch.setattr(activation_offload, "_road", lambda device: road)
+    monkeypatch.setattr(activation_offload, "beside", lambda device: beside(torch.device("cuda:0")))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
 
@@ -179,7 +179,7 @@ def test_copies_begin_behind_what_was_queued_and_readers_wait_for_them(
     monkeypatch.setattr(Tensor, "copy_", copied)
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: held.append(x))
     tensor = torch.arange(3.0)
-    waiting = away.Away(tensor, None)
+    waiting = activation_offload.Away(tensor, None)
     leaving = ["road waits for main", "on road", "copy"]
     assert told == leaving and held[0] is tensor
     told.clear()

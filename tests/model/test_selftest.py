@@ -22,7 +22,7 @@ from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.train.layers import Layers, head_shape
+from megahybrid.train.stage_model import Layers, head_shape
 from tests.model.test_compiled import TRACED, fresh_compiler
 from tests.parity.cases import BLOCKS, FAMILIES, model
 from tests.train.test_synchronisation import run_config

@@ -10,8 +10,8 @@ from torch import Tensor
 from megahybrid.config.attention import Rope
 from megahybrid.config.scaling import Llama3Scaling
 from megahybrid.errors import AuditError
-from megahybrid.model import attention, mixing, rotary
-from megahybrid.model.mixing import score_scale
+from megahybrid.model import attention, core_attention, rotary
+from megahybrid.model.core_attention import score_scale
 from tests.model.broken_layers import (
     another_heads_factor,
     attended_by,
@@ -195,7 +195,7 @@ def test_a_broken_compiled_layer_is_refused(fault: str, monkeypatch: Patch) -> N
 
 def test_a_broken_way_without_gradients_is_refused(monkeypatch: Patch) -> None:
     """Compiled layers go another way where none are wanted."""
-    right = mixing.mix
+    right = core_attention.mix
 
     def mix(q: Tensor, *args: Any, **how: Any) -> Tensor:
         return right(q if torch.is_grad_enabled() else q * 1.5, *args, **how)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.errors import AuditError
-from megahybrid.model import mixing
+from megahybrid.model import core_attention
 from megahybrid.model.kernels import attend
 from tests.model.test_selftest import check
 
@@ -104,7 +104,7 @@ KERNEL_FAULTS = {
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_broken_kernel_is_named(fault: str, dtype: str, monkeypatch: Patch) -> None:
     name, broken, words = KERNEL_FAULTS[fault]
-    monkeypatch.setattr(mixing, "attend", broken)
+    monkeypatch.setattr(core_attention, "attend", broken)
     with pytest.raises(AuditError) as caught:
         check(name, dtype=dtype)
     message = str(caught.value)

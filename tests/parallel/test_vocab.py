@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.config.memory import LOSS_PARTS
+from megahybrid.config.memory_estimate import LOSS_PARTS
 from megahybrid.parallel.collectives import gather_sequence_replicated, local_slice
+from megahybrid.parallel.loss_softmax import PIECES, fused_statistics
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import shard_spec
-from megahybrid.parallel.softmax import PIECES, fused_statistics
 from megahybrid.parallel.vocab import (
     VocabParallelEmbedding,
     VocabParallelHead,

@@ -142,11 +142,11 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
     from megahybrid.data.mixture import open_mixture
     from megahybrid.errors import AuditError
     from megahybrid.train.engine import Engine
-    from megahybrid.train.layers import Layers
     from megahybrid.train.listeners import Listeners
     from megahybrid.train.metrics import StepClock
     from megahybrid.train.profile import Profiler
     from megahybrid.train.repeated import RepeatedSteps
+    from megahybrid.train.stage_model import Layers
     from megahybrid.train.state import TrainState
     from megahybrid.train.stop import StopRequest
     from megahybrid.train.trainer import Habits, Trainer, step_shapes

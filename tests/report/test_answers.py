@@ -9,7 +9,7 @@ from PIL import Image
 from megahybrid.errors import MegahybridError
 from megahybrid.report import write_report
 from megahybrid.report.answers import by_length, head_map, mass_bars, needle_map
-from megahybrid.report.kept import newest
+from megahybrid.report.evaluation_files import newest
 from tests.report.synthetic_answers import DEPTHS, figures, needle_rows, write_answers
 from tests.report.synthetic_run import write_run
 

@@ -10,12 +10,12 @@ from PIL import Image
 
 from megahybrid.errors import MegahybridError
 from megahybrid.report import write_report
-from megahybrid.report.buckets import joined_buckets
 from megahybrid.report.by_position import loss_by_position
 from megahybrid.report.figures import running_mean
 from megahybrid.report.parts import short_number
 from megahybrid.report.plots import loss, throughput
 from megahybrid.report.record import read_record
+from megahybrid.report.statistics import joined_buckets
 from megahybrid.report.style import house_style
 from megahybrid.train.ledger import EventLine, LedgerWriter
 from tests.report.synthetic_run import BATCH, STAGES, write_run

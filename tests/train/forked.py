@@ -141,7 +141,7 @@ def _serve() -> None:
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 
-    import megahybrid.train.command
+    import megahybrid.commands.train
     import megahybrid.train.run  # noqa: F401
 
     ended: dict[int, int] = {}

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.vocabulary import train_tokenizer
 from megahybrid import cli
 from megahybrid.checkpoint.manifest import read_manifest
+from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_writer import TokenWriter
+from megahybrid.data_prep.vocabulary import train_tokenizer
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.ledger import read_ledger
-from megahybrid.train.trained_model import load_trained_model
 from tests.train.text_run import VOCAB, Trained, call, refused
 
 

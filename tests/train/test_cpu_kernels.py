@@ -11,9 +11,9 @@ import torch
 
 from megahybrid.config.training import KernelConfig
 from megahybrid.model.kernels.choice import resolve_kernels
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train import cpu_kernels, kernels
+from megahybrid.train import cpu_kernels, kernel_selection
 from tests.parity.cases import model
 from tests.train.test_synchronisation import run_config
 
@@ -26,7 +26,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Answers of this machine's user are neither read nor written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "megahybrid" / "cpu_kernels"
-    products.use(products.usual_routine())
+    matmul.use(matmul.usual_routine())
 
 
 def long_run(**changes: Any) -> Any:
@@ -41,16 +41,18 @@ def answers(*, torch_seconds: float, onednn_seconds: float) -> Callable[..., dic
 
 def choose(run: Any, chosen: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, Any]]:
     told: dict[str, Any] = {}
-    chosen = chosen or CHOSEN | {"products": products.usual_routine()}
+    chosen = chosen or CHOSEN | {"products": matmul.usual_routine()}
     mesh = ParallelMesh.single()
-    found = kernels.choose_kernels(run, 0, mesh, chosen, lambda _, detail: told.update(detail))
+    found = kernel_selection.choose_kernels(
+        run, 0, mesh, chosen, lambda _, detail: told.update(detail)
+    )
     return found, told
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"plain": 1.0, "compiled": "InvalidCxxCompiler: No working C++ compiler found"}
-    monkeypatch.setattr(kernels, "measure_blocks", lambda *_: found)
+    monkeypatch.setattr(kernel_selection, "measure_blocks", lambda *_: found)
 
 
 def test_a_short_stage_and_a_deterministic_run_measure_nothing() -> None:
@@ -76,8 +78,8 @@ def test_a_stage_is_weighed_by_one_rank_s_flops() -> None:
 def test_the_first_answer_stays(
     monkeypatch: pytest.MonkeyPatch, no_compiler: None, own_cache: Path
 ) -> None:
-    other = "onednn" if products.usual_routine() == "torch" else "torch"
-    times = {f"{other}_seconds": 0.1, f"{products.usual_routine()}_seconds": 0.2}
+    other = "onednn" if matmul.usual_routine() == "torch" else "torch"
+    times = {f"{other}_seconds": 0.1, f"{matmul.usual_routine()}_seconds": 0.2}
     monkeypatch.setattr(cpu_kernels, "measure_products", answers(**times))
     first, told = choose(long_run())
     assert first["products"] == other and first["blocks"] == "plain" and first["length"]
@@ -91,7 +93,7 @@ def test_the_first_answer_stays(
     assert len(list(own_cache.iterdir())) == 2
     # Another torch is another machine.
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert choose(long_run())[0]["products"] == products.usual_routine()
+    assert choose(long_run())[0]["products"] == matmul.usual_routine()
 
 
 def test_of_two_that_measure_at_once_the_first_to_write_is_right(own_cache: Path) -> None:
@@ -137,28 +139,28 @@ def test_a_checkpoint_s_routine_is_taken_again_and_the_run_file_goes_before() ->
     named = resolve_kernels(KernelConfig(products="torch"), CPU, torch.float32, 64, saved)
     assert named["products"] == "torch"
     older = resolve_kernels(KernelConfig(), CPU, torch.float32, 64, CHOSEN)
-    assert older["products"] == products.usual_routine()
+    assert older["products"] == matmul.usual_routine()
     length = str(max(long_run().stages[0].lengths))
     pinned = saved | {"length": length}
     assert choose(long_run(), pinned) == (pinned, {})
 
 
-@pytest.mark.skipif(not products.ONEDNN_SERVES, reason="a torch without oneDNN")
+@pytest.mark.skipif(not matmul.ONEDNN_SERVES, reason="a torch without oneDNN")
 def test_products_are_measured_in_a_second_and_the_routine_left_as_it_was() -> None:
-    products.use("torch")
+    matmul.use("torch")
     shapes = cpu_kernels.product_shapes(long_run())
     began = cpu_kernels.now()
     found = cpu_kernels.measure_products(shapes, rows=512)
     assert cpu_kernels.now() - began < 5
     assert set(found) == {"torch", "onednn"}
     assert all(isinstance(seconds, float) and seconds > 0 for seconds in found.values())
-    assert products.in_use() == "torch"
+    assert matmul.in_use() == "torch"
 
 
-@pytest.mark.skipif(not products.ONEDNN_SERVES, reason="a torch without oneDNN")
+@pytest.mark.skipif(not matmul.ONEDNN_SERVES, reason="a torch without oneDNN")
 def test_a_routine_with_other_products_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = products._onednn
-    monkeypatch.setattr(products, "_onednn", lambda x, weight: right(x, weight) * 1.1)
+    right = matmul._onednn
+    monkeypatch.setattr(matmul, "_onednn", lambda x, weight: right(x, weight) * 1.1)
     found = cpu_kernels.measure_products([(256, 256)], rows=256)
     assert "another product than torch's own" in str(found["onednn"])
     assert cpu_kernels.clearly_fastest(found, "onednn") == "torch"
@@ -172,13 +174,13 @@ def test_the_rule_asks_for_avx512_on_a_processor_that_is_not_intel_s(
         ("AVX512", True, "torch"),
         ("AVX2", False, "torch"),
     ):
-        monkeypatch.setattr(products, "ONEDNN_SERVES", True)
+        monkeypatch.setattr(matmul, "ONEDNN_SERVES", True)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        monkeypatch.setattr(products, "_is_intel", lambda i=intel: i)
-        products.usual_routine.cache_clear()
-        assert products.usual_routine() == routine
+        monkeypatch.setattr(matmul, "_is_intel", lambda i=intel: i)
+        matmul.usual_routine.cache_clear()
+        assert matmul.usual_routine() == routine
     monkeypatch.undo()
-    products.usual_routine.cache_clear()
+    matmul.usual_routine.cache_clear()
 
 
 def test_a_user_without_a_home_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

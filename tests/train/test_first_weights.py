@@ -34,7 +34,7 @@ def _both_ways(
 ) -> tuple[list[list[tuple]], list[float], float]:
     from megahybrid.model.init import draw, initialise
     from megahybrid.model.transformer import Transformer
-    from megahybrid.train.engine import Engine, MicroBatch, engine, partition
+    from megahybrid.train.engine import Engine, MicroBatch, engine, zero3_init
 
     mesh = ranks.mesh(tensor)
     shape = model("layernorm-per_head", **FAMILIES[family])
@@ -65,7 +65,7 @@ def _both_ways(
 
         with (
             mock.patch.object(engine, "engine_settings", cutting),
-            mock.patch.object(partition, "draw", watched),
+            mock.patch.object(zero3_init, "draw", watched),
         ):
             made = Engine(built, run, mesh)
         fragments.append(

@@ -210,7 +210,7 @@ def test_74_is_started_again_and_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], handlers: None
 ) -> None:
     """Three starts are two of --max-restarts; the code of the last comes back."""
-    from megahybrid.train.local import train_local
+    from megahybrid.commands.local_restarts import train_local
 
     body = "import sys; open('tries', 'a').write('x'); sys.exit(74)"
     os.chdir(tmp_path)
@@ -225,7 +225,7 @@ def test_74_is_started_again_and_counts(
 def test_printing_to_a_full_disk_does_not_change_the_code() -> None:
     code = (
         "import sys\n"
-        "from megahybrid.train.command import _flush\n"
+        "from megahybrid.commands.train import _flush\n"
         "print('x' * 10); _flush(); sys.exit(74)\n"
     )
     with open("/dev/full", "w") as full:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megahybrid.commands.tensor_ranks import on_tensor_ranks
 from megahybrid.errors import MegahybridError
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.tensor_ranks import on_tensor_ranks
 from tests.train.forked import Nursery, Ranks
 from tests.train.text_run import Trained, call, refused
 

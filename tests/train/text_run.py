@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.vocabulary import train_tokenizer
 from megahybrid import cli
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.data_prep.vocabulary import train_tokenizer
 
 VOCAB = 300
 RUN = """

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from launch.records import record
 from megahybrid.data.token_writer import TokenWriter
+from megahybrid.launch.records import record
 from tests.launch.test_script import _job
 from tests.train.example import RUN, TOKENIZER, write_data
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from launch.job import read_job
-from launch.records import attempts
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import verify
 from megahybrid.cli import main
 from megahybrid.config import load
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import read_manifest
+from megahybrid.launch.job import read_job
+from megahybrid.launch.records import attempts
 from tests.parity.cases import FAMILIES, model
 from tests.train.example import steps_of
 

@@ -12,7 +12,7 @@ from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
 from megahybrid.model.kernels import attend, choose, cudnn, cudnn_frontend, flash, flex, varlen
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.parallel import products
+from megahybrid.parallel import matmul
 
 KINDS = ("full", "windowed")
 REPEATS = 3
@@ -62,7 +62,7 @@ def resolve_kernels(
     chosen["blocks"] = kept.get("blocks", "plain") if wanted.blocks == "auto" else wanted.blocks
     if device.type == "cpu":
         named = wanted.products != "auto"
-        usual = products.usual_routine()
+        usual = matmul.usual_routine()
         chosen["products"] = wanted.products if named else kept.get("products", usual)
     if "length" in kept:
         chosen["length"] = kept["length"]

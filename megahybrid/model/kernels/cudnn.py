@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahybrid.errors import ConfigError
+from megahybrid.model.kernels.cuda_limits import fused_refusal
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.fused import fused_refusal
 from megahybrid.model.kernels.sdpa import attend_sdpa
 from megahybrid.model.kernels.varlen import attend_varlen
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megahybrid.errors import ConfigError, first_line
+from megahybrid.model.kernels.cuda_limits import fused_refusal, near
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.fused import fused_refusal, near
 from megahybrid.model.kernels.varlen import attend_varlen
 
 LARGEST_HEAD_DIM = 128

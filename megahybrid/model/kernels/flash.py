@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
+from megahybrid.model.kernels.cuda_limits import fused_refusal
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.fused import fused_refusal
 from megahybrid.model.kernels.varlen import packed_boundaries, plain_boundaries
 
 # Built from its repository; from a wheel of flash-attn-4.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megahybrid.errors import ConfigError
 from megahybrid.model.compiled import prepare_compiler
+from megahybrid.model.kernels.cuda_limits import near
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.fused import near
 
 BLOCK = 128  # tokens; FlexAttention's own
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

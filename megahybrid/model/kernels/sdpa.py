@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megahybrid.model.kernels.cuda_limits import near
 from megahybrid.model.kernels.documents import Documents, Span, additive, visible
-from megahybrid.model.kernels.fused import near
 
 # Documents shorter than this share one masked call; a longer one has a call of its own, unmasked.
 SHARED_TOKENS = 512

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
+from megahybrid.model.kernels.cuda_limits import fused_refusal
 from megahybrid.model.kernels.documents import Documents, Span, sent
-from megahybrid.model.kernels.fused import fused_refusal
 
 LARGEST_HEAD_DIM = 256
 

@@ -19,7 +19,7 @@ from megahybrid.config.attention import (
 )
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.logit_scale import QueryScale
+from megahybrid.model.score_scale import QueryScale
 from megahybrid.model.selftest.comparison import normal
 from megahybrid.model.selftest.expected import angles, score_factor, visible_keys
 from megahybrid.model.selftest.subject import (

@@ -26,16 +26,16 @@ from megahybrid.train.engine.audit import (
     check_replicas,
     squared_norms,
 )
-from megahybrid.train.engine.marks import Marks
 from megahybrid.train.engine.offload import OffloadedAdamW
-from megahybrid.train.engine.partition import draw_partitioned
-from megahybrid.train.engine.pieces import STATES, PartitionedState, ReadFlat
+from megahybrid.train.engine.optimizer_state import STATES, PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import (
     device_by_local_rank,
     engine_settings,
     prepare_deepspeed,
     run_overlaps,
 )
+from megahybrid.train.engine.step_timer import Marks
+from megahybrid.train.engine.zero3_init import draw_partitioned
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ class Engine:
                 mpu=Mpu(mesh),
                 dist_init_required=False,
             )
-        from megahybrid.train.engine.sums import sum_directly  # which is DeepSpeed's own class
+        from megahybrid.train.engine.gradient_accumulation import (
+            sum_directly,  # which is DeepSpeed's own class
+        )
 
         sum_directly(self.deepspeed.optimizer, mesh.data, run_overlaps(run, mesh.data))
         self.state = PartitionedState(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megahybrid.report.tracked import tracked
+from megahybrid.report.tracker_page import tracked
 from megahybrid.train.ledger import EventLine
 from megahybrid.train.listeners import Listeners, WandbListener
 from megahybrid.train.listeners.scalars import event_scalars

@@ -1,0 +1,302 @@
+"""`megahybrid checkpoint …`: the arguments, and what each command prints."""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megahybrid.errors import EXIT_DONE, CheckpointError, tell
+from megahybrid.printable import printable
+
+
+def add_arguments(commands: argparse._SubParsersAction) -> None:
+    """The command `checkpoint` with its own commands."""
+    text = "list, show, verify, compare and average checkpoints"
+    parser = commands.add_parser("checkpoint", help=text, description=f"{text.capitalize()}.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    listed = _verb(verbs, "list", "a run's checkpoints, newest first")
+    listed.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
+    show = _verb(verbs, "show", "what one checkpoint holds")
+    _one(show)
+    verify = _verb(verbs, "verify", "read every byte; of a run's folder: every checkpoint's")
+    verify.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder or a run's")
+    diff = _verb(verbs, "diff", "which parameters changed from A to B, and by how much")
+    for name in ("a", "b"):
+        help_text = "a checkpoint's folder, or a run's (its newest one)"
+        diff.add_argument(name, type=Path, metavar=name.upper(), help=help_text)
+    diff.add_argument("--moments", action="store_true", help="the optimizer's moments as well")
+    diff.add_argument("--rows", type=int, default=20, metavar="N", help="lines at most (20)")
+    mean = _verb(verbs, "average", "the mean of several checkpoints' weights")
+    mean.add_argument("paths", type=Path, nargs="+", metavar="CHECKPOINT")
+    mean.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    mean.add_argument(
+        "--shares", type=float, nargs="+", metavar="X", help="of each (default: the same)"
+    )
+    for verb in (listed, show, verify, diff):
+        verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def _one(parser: argparse.ArgumentParser) -> None:
+    help_text = "a checkpoint's folder, or a run's (its newest one)"
+    parser.add_argument("path", type=Path, metavar="CHECKPOINT", help=help_text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One command; returns the exit code. Raises CheckpointError."""
+    verbs = {"list": _list, "show": _show, "verify": _verify, "diff": _diff, "average": _average}
+    return verbs[arguments.verb](arguments)
+
+
+def chosen(path: Path) -> Path:
+    """A checkpoint's own folder, or the newest one of a run's (its bytes are not read). One that is
+    named after another step is passed over, and told."""
+    from megahybrid.checkpoint.folders import candidates
+    from megahybrid.checkpoint.manifest import MANIFEST_NAME, Misnamed, read_manifest
+
+    if (path / MANIFEST_NAME).exists():
+        return path
+    found = candidates(path)
+    if not found:
+        raise CheckpointError(
+            f"{path} is no checkpoint and holds none (looked for {MANIFEST_NAME} and "
+            "checkpoints/). Name a checkpoint's folder or a run's."
+        )
+    misnamed = []
+    for folder in found:
+        try:
+            read_manifest(folder)
+        except Misnamed as error:
+            misnamed.append(f"Passing over {error}")
+            continue
+        except CheckpointError:
+            pass  # whoever opens it says what is wrong
+        for line in misnamed:
+            tell(line)
+        return folder
+    raise CheckpointError(*misnamed)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from megahybrid.checkpoint.folders import candidates
+    from megahybrid.checkpoint.manifest import read_manifest
+    from megahybrid.checkpoint.names import checkpoints_of
+    from megahybrid.checkpoint.reader import quick_check
+
+    paths = candidates(arguments.run_directory)
+    if not paths:
+        raise CheckpointError(
+            f"{checkpoints_of(arguments.run_directory)} holds no checkpoint. Name a run's folder."
+        )
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        problem = quick_check(path)
+        row: dict[str, Any] = {"name": path.name, "path": str(path), "problem": problem}
+        if problem is None:
+            rows.append(row | _summary(read_manifest(path)))
+        else:
+            rows.append(row)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return EXIT_DONE
+    table = [("checkpoint", "tokens", "size", "ranks", "written (UTC)", "")]
+    for row in rows:
+        if row["problem"]:
+            table.append((row["name"], "", "", "", "", row["problem"]))
+        else:
+            note = f"branch of {row['parent']['checkpoint']}" if row["parent"] else ""
+            table.append(
+                (row["name"], f"{row['tokens']:,}", _size(row["bytes"]), str(row["ranks"]),
+                 _time(row["time_unix"]), note)
+            )  # fmt: skip
+    _print(table, right=(1, 2, 3))
+    return EXIT_DONE
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from megahybrid.checkpoint.manifest import read_manifest
+
+    path = chosen(arguments.path)
+    manifest = read_manifest(path)
+    facts = _summary(manifest)
+    tensors: list[dict[str, Any]] = [
+        {
+            "tensor": name,
+            "shape": list(tensor.shape),
+            "states": list(tensor.states),
+            "fragments": sum(len(manifest.of(name, state)) for state in tensor.states),
+        }
+        for name, tensor in manifest.tensors.items()
+    ]
+    if arguments.json:
+        whole = facts | {"path": str(path), "tensors": tensors, "config": manifest.config}
+        print(json.dumps(whole, indent=2))
+        return EXIT_DONE
+    shown = {
+        "checkpoint": str(path),
+        "step": f"{facts['step']:,} ({facts['optimizer_step']:,} updates)",
+        "tokens": f"{facts['tokens']:,}",
+        "model": facts["model_fingerprint"],
+        "parameters": f"{facts['parameters']:,}",
+        "size": f"{_size(facts['bytes'])} in {facts['files']} files of {facts['ranks']} ranks",
+        "written": f"{_time(facts['time_unix'])} UTC by megahybrid {facts['written_by']}",
+        "format": f"version {manifest.version}",
+    }
+    if facts["parent"]:
+        parent = facts["parent"]
+        shown["branch of"] = f"{parent['checkpoint']} ({parent['take']})"
+    for item in facts["averaged"] or ():
+        shown.setdefault("mean of", "")
+        shown["mean of"] += f"{item['share']:.3g} × {item['checkpoint']}  "
+    if facts["schemes"]:
+        shown["layers"] = "; ".join(f"{k}: {_scheme(v)}" for k, v in facts["schemes"].items())
+    for name, text in shown.items():
+        print(f"{name + ':':<12} {printable(text.strip())}")
+    print()
+    table = [("tensor", "shape", "states", "fragments")]
+    table += [
+        (row["tensor"], " × ".join(map(str, row["shape"])), " ".join(row["states"]),
+         str(row["fragments"]))
+        for row in tensors
+    ]  # fmt: skip
+    _print(table, right=(3,))
+    return EXIT_DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Every damaged one is told; the code is 2 when there is any."""
+    from megahybrid.checkpoint.folders import candidates
+    from megahybrid.checkpoint.manifest import MANIFEST_NAME
+    from megahybrid.checkpoint.reader import verify
+
+    single = (arguments.path / MANIFEST_NAME).exists()
+    paths = [arguments.path] if single else candidates(arguments.path) or [chosen(arguments.path)]
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            manifest = verify(path)
+        except CheckpointError as error:
+            rows.append({"path": str(path), "problem": str(error)})
+        else:
+            size = sum(record.bytes for record in manifest.files.values())
+            rows.append({"path": str(path), "problem": None, "bytes": size})
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            if row["problem"] is None:
+                found = _size(row["bytes"])
+                print(f"{printable(row['path'])}: every one of its {found} is as written")
+    problems = [row["problem"] for row in rows if row["problem"]]
+    if problems:
+        raise CheckpointError(*problems)
+    return EXIT_DONE
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from megahybrid.checkpoint.diff import difference
+    from megahybrid.checkpoint.fragments import STATES
+    from megahybrid.checkpoint.reader import Reader
+
+    with Reader(chosen(arguments.a)) as a, Reader(chosen(arguments.b)) as b:
+        found = difference(a, b, STATES if arguments.moments else ("weight",))
+    if arguments.json:
+        facts = [{"field": name, "a": old, "b": new} for name, old, new in found.facts]
+        changes = [
+            vars(change) | {"relative": _finite(change.relative)} for change in found.changes
+        ]
+        whole = {"facts": facts, "only_a": found.only_a, "only_b": found.only_b, "changes": changes}
+        print(json.dumps(whole, indent=2))
+        return EXIT_DONE
+    for name, old, new in found.facts:
+        print(printable(f"{name}: {old} → {new}"))
+    for side, names in (("A", found.only_a), ("B", found.only_b)):
+        for name in names:
+            print(printable(f"only in {side}: {name}"))
+    changed = [change for change in found.changes if change.changed]
+    print(f"{len(changed)} of {len(found.changes)} tensors differ")
+    table = [("tensor", "state", "changed", "‖B-A‖/‖A‖", "max |B-A|")]
+    for change in changed[: arguments.rows]:
+        share = f"{100 * change.changed / change.elements:.1f} %"
+        table.append(
+            (change.tensor, change.state, share, f"{change.relative:.3e}", f"{change.largest:.3e}")
+        )
+    if changed:
+        _print(table, right=(2, 3, 4))
+    if len(changed) > arguments.rows:
+        print(f"and {len(changed) - arguments.rows} more (--rows)")
+    return EXIT_DONE
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    from megahybrid.checkpoint.average import average
+
+    paths = [chosen(path) for path in arguments.paths]
+    result = average(paths, arguments.out, arguments.shares)
+    if result.path is None:
+        raise CheckpointError(f"--out={arguments.out} could not be written ({result.error}).")
+    print(f"{printable(str(result.path))}: the mean of {len(paths)} checkpoints' weights")
+    return EXIT_DONE
+
+
+def _summary(manifest: Any) -> dict[str, Any]:
+    return {
+        "step": manifest.step,
+        "tokens": manifest.tokens,
+        "optimizer_step": manifest.optimizer_step,
+        "model_fingerprint": manifest.model_fingerprint,
+        "parameters": sum(math.prod(tensor.shape) for tensor in manifest.tensors.values()),
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "files": len(manifest.files),
+        "ranks": manifest.written_by.get("ranks"),
+        "time_unix": manifest.written_by.get("time_unix", 0.0),
+        "written_by": manifest.written_by.get("megahybrid"),
+        "version": manifest.version,
+        "parent": manifest.train_state.get("parent"),
+        "averaged": manifest.train_state.get("averaged"),
+        "schemes": manifest.train_state.get("schemes"),
+    }
+
+
+def _scheme(scheme: dict[str, Any]) -> str:
+    """ "rope theta 10000, window 640"; of another version's scheme, what it says."""
+    position, window = scheme.get("position"), scheme.get("window")
+    if not isinstance(position, dict):
+        return str(scheme)
+    theta = f" theta {position['theta']}" if "theta" in position else ""
+    keys = "all keys" if window is None else f"window {window}"
+    return f"{position.get('kind')}{theta}, {keys}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _time(unix: float) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _print(table: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Columns; names and texts of a manifest cannot steer the terminal."""
+    table = [[printable(cell) for cell in row] for row in table]
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    for row in table:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

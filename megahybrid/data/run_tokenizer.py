@@ -1,0 +1,44 @@
+"""The tokenizer of a run, held to the one that made its data."""
+
+from pathlib import Path
+
+from megahybrid.config import RunConfig
+from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
+from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megahybrid.errors import ConfigError, DataError
+
+
+def tokenizer_of(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
+    """The tokenizer and the id that ends a document."""
+    name, file = "--tokenizer", path
+    if file is None:
+        if run.data.tokenizer is None:
+            raise ConfigError(
+                "data.tokenizer=null: this run names no tokenizer. Name its file with --tokenizer."
+            )
+        name, file = "data.tokenizer", Path(run.data.tokenizer)
+    words = load_tokenizer(file)
+    if words.info.vocab_size > run.model.vocab_size:
+        raise DataError(
+            f"{name}={file} has {words.info.vocab_size} tokens, more than the model knows "
+            f"(model.vocab_size={run.model.vocab_size}). Name the tokenizer that made the data."
+        )
+    known = known_tokenizer(run)
+    if known is None:
+        return words, words.info.eod_id
+    made_with, source = known
+    if words.info.sha256 != made_with.sha256:
+        raise DataError(
+            f"{name}={file} has sha256 {words.info.sha256[:12]}, but {source} was made with "
+            f"{made_with.sha256[:12]}. Name the tokenizer that made the data."
+        )
+    return words, made_with.eod_id
+
+
+def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
+    """What the run's data says of its tokenizer, and which dataset says so; None where no data
+    with a manifest is on this machine."""
+    for source in (*run.data.sources.values(), *run.data.held_out.values()):
+        if (Path(source.path) / MANIFEST_NAME).exists():
+            return read_manifest(Path(source.path))[0].tokenizer, source.path
+    return None

@@ -1,0 +1,258 @@
+"""`megahybrid import`: a Hugging Face folder becomes a checkpoint that a run can start from."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.checkpoint.fragments import Fragment, whole
+from megahybrid.checkpoint.names import published_path
+from megahybrid.checkpoint.reader import Reader
+from megahybrid.checkpoint.writer import Snapshot, save
+from megahybrid.config import RunConfig, counting, load, parse
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.base import dump, dump_yaml
+from megahybrid.config.explain import show
+from megahybrid.config.model import ModelConfig
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.errors import EXIT_DONE, ConfigError, InteropError, MegahybridError
+from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.evaluate.table import position_table
+from megahybrid.interop import surgery
+from megahybrid.interop.export import require_transformers
+from megahybrid.interop.heard import hear
+from megahybrid.interop.hf_weights import Band, ForeignWeights, check_tensors
+from megahybrid.interop.logit_proof import our_model, proof_in_words, prove, quiet
+from megahybrid.interop.model_card import scheme_in_words
+from megahybrid.interop.names import TensorName
+from megahybrid.interop.publish import published
+from megahybrid.interop.shards import row_bands
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.state import TrainState
+from megahybrid.train.validation import HeldOutSets, evaluation_loss
+
+NEW_LENGTH = 4096  # of the rows of a run file that is written here, at most
+
+
+def import_model(
+    folder: Path,
+    run_file: Path,
+    out: Path | None = None,
+    *,
+    plan_file: Path | None = None,
+    data: Path | None = None,
+) -> int:
+    """Write `out`, a run's folder with one checkpoint of step 0, and print what it holds. Left out,
+    it is what `run_file` starts from, or a folder beside the run's own.
+
+    `run_file` must describe the same model; where it does not exist it is written. `plan_file`
+    names another layer plan for the same weights; with `data`, a dataset, loss by position is
+    printed before and after. Raises MegahybridError, one line, and leaves nothing behind, where a
+    field has no word, a tensor is missing or the logits differ.
+    """
+    require_transformers()
+    config = _config(folder)
+    architecture, model = _heard(folder, config)
+    target = model
+    if plan_file is not None:
+        plan = surgery.read_plan(plan_file, model)
+        changed = surgery.changes(model.layer_plan, plan)
+        target = model.model_copy(update={"layer_plan": plan})
+    is_new = not run_file.exists()
+    out = out or _place(run_file)
+    run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
+    print(f"{folder}: {architecture}ForCausalLM, {counting.parameters(model):,} parameters")
+    print("\n".join(_plan_in_words(model.layer_plan)))
+    needed = counting.parameters(model) * 4
+    with ForeignWeights(folder) as weights, published(out, needed) as place:
+        names = check_tensors(weights, model, model.layer_plan, architecture)
+        _save(place, weights, names, run, model)
+        checkpoint = published_path(place, 0)
+        rows = prove(model, model.layer_plan, checkpoint, folder, own=False)
+        print("\n".join(proof_in_words(rows)))
+        if plan_file is not None:
+            print("\n".join(surgery.in_words(changed)))
+            if data is not None:
+                _print_losses(run, checkpoint, model.layer_plan, target.layer_plan, data)
+    if is_new:
+        start = {"checkpoint": str(out), "take": "weights"}
+        _write_run(run_file, parse(RunConfig, dump(run) | {"start": start}))
+        print(f"wrote {run_file}: name your data in it")
+    print(f"published {out}: start: {{checkpoint: {out}, take: weights}}")
+    return EXIT_DONE
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InteropError(
+            f"{folder} has no config.json. Name a folder on this disk; nothing is downloaded."
+        )
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # whatever a foreign file makes the library raise
+        words = " ".join(str(error).split())[:200]
+        raise InteropError(f"{folder}/config.json cannot be read ({words}).") from None
+
+
+def _place(run_file: Path) -> Path:
+    """Where an import goes that nobody named."""
+    start = load(run_file).start if run_file.exists() else None
+    return Path(start.checkpoint if start is not None else f"runs/{run_file.stem}-imported")
+
+
+def _heard(folder: Path, config: Any) -> tuple[str, ModelConfig]:
+    try:
+        return hear(config)
+    except MegahybridError:
+        raise
+    except Exception as error:  # a foreign file may say anything where a number is wanted
+        words = " ".join(str(error).split())[:200]
+        raise InteropError(
+            f"{folder}/config.json does not say a model ({type(error).__name__}: {words})."
+        ) from None
+
+
+def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunConfig:
+    """The run file, if its model is this one. Raises ConfigError, one line per difference."""
+    run = load(run_file)
+    lines = [
+        f"model.{name}={show(getattr(run.model, name))} is not the source's "
+        f"({show(getattr(model, name))}). Set it to that."
+        for name in FACTS
+        if getattr(run.model, name) != getattr(model, name)
+    ]
+    said = run.model.layer_plan.expand()
+    for plan in (target.layer_plan, model.layer_plan):
+        if said == plan.expand():
+            break
+    else:
+        lines.append(_plan_difference(said, model.layer_plan, run_file))
+    if lines:
+        raise ConfigError(*lines)
+    return parse(RunConfig, dump(run) | {"model": dump(target), "start": None})
+
+
+def _plan_difference(said: tuple[Any, ...], plan: LayerPlan, run_file: Path) -> str:
+    schemes = plan.expand()
+    if len(said) != len(schemes):
+        return (
+            f"model.layer_plan.num_layers={len(said)} is not the source's ({len(schemes)}). "
+            "Set it to that."
+        )
+    layer = next(i for i, (a, b) in enumerate(zip(said, schemes, strict=True)) if a != b)
+    return (
+        f"model.layer_plan: layer {layer} is {scheme_in_words(said[layer])}, the source's is "
+        f"{scheme_in_words(schemes[layer])}. Correct it, or mean it with --plan {run_file}."
+    )
+
+
+def _new_run(folder: Path, model: ModelConfig, config: Any) -> RunConfig:
+    """A run that could train the model on, with places for the user's data."""
+    length = min(NEW_LENGTH, config.max_position_embeddings)
+    data: dict[str, Any] = {"sources": {"text": {"path": "data/text"}}, "block_tokens": 2**20}
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).exists():
+            data["tokenizer"] = str(folder / name)
+            break
+    stage = {
+        "name": "continue",
+        "tokens": 1_000_000_000,
+        "lengths": {length: 1},
+        "batch_tokens": 64 * length,
+        "micro_batch_tokens": length,
+        "weights": {"text": 1},
+        "learning_rate": {
+            "kind": "linear",
+            "start": 1e-5,
+            "end": 1e-6,
+            "warmup_tokens": 10_000_000,
+        },
+    }
+    return parse(RunConfig, {"model": dump(model), "data": data, "stages": [stage]})
+
+
+def _write_run(path: Path, run: RunConfig) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_yaml(run), encoding="utf-8")
+    except OSError as error:
+        raise InteropError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def _plan_in_words(plan: LayerPlan) -> list[str]:
+    same = [surgery.Change(i, s, s, None, "") for i, s in enumerate(plan.expand())]
+    return [line.removesuffix(": unchanged, exact") for line in surgery.in_words(same)]
+
+
+def _save(
+    place: Path,
+    weights: ForeignWeights,
+    names: list[TensorName],
+    run: RunConfig,
+    model: ModelConfig,
+) -> None:
+    tensors = {name.ours: name.shape for name in names if name.ours is not None}
+    result = save(
+        place,
+        Snapshot(
+            step=0,
+            tokens=0,
+            optimizer_step=0,
+            model_fingerprint=model_fingerprint(run.model),
+            tensors=tensors,
+            fragments=list(_fragments(weights, names, model.head_dim)),
+            train_state=TrainState().to_json(),
+            config=run.model_dump(mode="json"),
+            states=("weight",),
+        ),
+        keep_last=1,
+    )
+    if not result.ok:
+        raise InteropError(f"the checkpoint cannot be written ({result.error}).")
+
+
+def _fragments(
+    weights: ForeignWeights, names: list[TensorName], head_dim: int
+) -> Iterator[Fragment]:
+    """Bands of rows that are read one by one while they are written."""
+    for name in names:
+        if name.ours is None:
+            continue
+        row = math.prod(name.shape[1:])
+        for start, stop in row_bands(name, head_dim):
+            data = Band(weights, name, start, stop, head_dim)
+            flat = (start * row, stop * row)
+            yield Fragment(name.ours, "weight", whole(name.shape), flat, data)
+
+
+def _print_losses(
+    run: RunConfig, checkpoint: Path, before: LayerPlan, after: LayerPlan, data: Path
+) -> None:
+    """Loss by position of the same weights under both plans."""
+    mesh = ParallelMesh.single("cpu")
+    dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
+    rows = max(length for stage in run.stages for length in stage.lengths)
+    there = max((size for _, size in dataset.document_spans()), default=1)
+    longest = min(rows, there)
+    scored = HeldOutSets(run, mesh, sets={data.name: dataset}, longest=longest)
+    # Both columns are of the same documents, so short ones may count as well.
+    scored.min_tokens = 1
+    found: dict[str, HeldOutLoss] = {}
+    with Reader(checkpoint) as reader:
+        for when, plan in (("before", before), ("after", after)):
+
+            def keep(name: str, score: HeldOutLoss, rows: str, when: str = when) -> None:
+                found[when] = score
+
+            scored.score_far(evaluation_loss(our_model(run.model, plan, reader)), keep)
+    console = Console(highlight=False)
+    console.print("\nLoss by position in the document, before anything is learned")
+    console.print(position_table(found, longest))

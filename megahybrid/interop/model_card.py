@@ -1,0 +1,156 @@
+"""The model card of an export: what the model is, how it was trained, and how it was verified."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahybrid.checkpoint.manifest import Manifest
+from megahybrid.config import RunConfig
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.describe import position_in_words
+from megahybrid.interop.logit_proof import Row
+from megahybrid.interop.names import OWN
+from megahybrid.interop.tokenizer import WrittenTokenizer
+from megahybrid.printable import printable
+from megahybrid.train.ledger import read_ledger
+
+
+def model_card(
+    run: RunConfig,
+    plan: LayerPlan,
+    manifest: Manifest,
+    architecture: str,
+    dtype: str,
+    rows: Sequence[Row],
+    tokenizer: WrittenTokenizer,
+    parameters: int,
+    evaluations: Sequence[str] = (),
+) -> str:
+    """The text of README.md."""
+    trust = ", trust_remote_code=True" if architecture == OWN else ""
+    model = run.model
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [megahybrid]",
+        "---",
+        "",
+        f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture}ForCausalLM",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
+        "```",
+        "",
+        f"Hidden size {model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key "
+        f"heads of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}, "
+        f"{model.block} blocks with {model.norm} norms (eps {model.eps:g}), "
+        f"{'tied' if model.tie_embeddings else 'untied'} embeddings, logits times "
+        f"{model.logit_scale:g}. Weights in {dtype}.",
+        "",
+        "## Layers",
+        "",
+        "| layers | scheme | position | theta | window (keys, own included) | QK-norm | scale |",
+        "|---|---|---|---|---|---|---|",
+        *_layer_rows(plan),
+        "",
+        "## Training",
+        "",
+        f"Step {manifest.step:,}, {manifest.tokens:,} tokens. Trained on documents that "
+        f"{'do not see one another' if run.data.documents == 'masked' else 'are joined'}, without "
+        "a token at the beginning.",
+        "",
+        "| stage | tokens | lengths (ratio) | batch tokens |",
+        "|---|---|---|---|",
+        *_stage_rows(run),
+        "",
+        *(["## Evaluation", "", *evaluations, ""] if evaluations else []),
+        "## Verified",
+        "",
+        "Every tensor was read back: the bits are those of the model that was trained, rounded to "
+        f"{dtype}. Loaded with transformers on a CPU in fp32 and compared with it on random ids, "
+        "below and above the window (long windows shrunk in both); `generate` wrote the last ones:",
+        "",
+        "| run | tokens | largest logit difference | bound | largest logit |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row.what} | {row.length} | {row.difference:.2e} | {row.bound:.1e} "
+            f"| {row.largest:.3g} |"
+            for row in rows
+        ),
+        "",
+        *(f"{line[0].upper()}{line[1:]}." for line in tokenizer.words),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def evaluations_of(checkpoint: Path, step: int) -> list[str]:
+    """A table of the held-out losses that the checkpoint's own run measured at that step."""
+    ledger = checkpoint.parent.parent / "ledger.jsonl"
+    if not ledger.exists():
+        return []
+    found = [line for line in read_ledger(ledger).named("evaluate") if line.step == step]
+    rows = {
+        (line.detail["set"], line.detail["length"], line.detail["loss"], line.detail["tokens"])
+        for line in found
+    }
+    if not rows:
+        return []
+    return [
+        "| held out | length | loss (nats per token) | tokens |",
+        "|---|---|---|---|",
+        *(
+            f"| {_cell(name)} | {length} | {'–' if loss is None else format(loss, '.4f')} "
+            f"| {tokens:,} |"
+            for name, length, loss, tokens in sorted(rows, key=lambda row: (*row[:2], row[3]))
+        ),
+    ]
+
+
+def _cell(text: str) -> str:
+    """A name in a table of Markdown, where it can end no cell and be no HTML."""
+    return re.sub(r"([\\`*<>|&~$]|\[|\])", r"\\\1", printable(text))
+
+
+def _layer_rows(plan: LayerPlan) -> list[str]:
+    """One row for each stretch of layers of one scheme."""
+    names, rows, start = plan.names(), [], 0
+    for index in range(1, len(names) + 1):
+        if index == len(names) or names[index] != names[start]:
+            layers = f"{start}" if index == start + 1 else f"{start}-{index - 1}"
+            scheme = plan.schemes[names[start]]
+            rows.append(f"| {layers} | {names[start]} | {_scheme_cells(scheme)} |")
+            start = index
+    return rows
+
+
+def scheme_in_words(scheme: AttentionScheme) -> str:
+    """For a line of text: "rope theta 10000, window 4096"."""
+    words = position_in_words(scheme)
+    if isinstance(scheme.position, Rope):
+        words += f" theta {scheme.position.theta:g}"
+    words += ", all keys" if scheme.window is None else f", window {scheme.window}"
+    if scheme.qk_norm.kind != "none":
+        words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
+    if scheme.logit_scale.kind != "sqrt_dim":
+        words += f", scale {scheme.logit_scale.kind}"
+    return words
+
+
+def _scheme_cells(scheme: AttentionScheme) -> str:
+    theta = f"{scheme.position.theta:g}" if isinstance(scheme.position, Rope) else "-"
+    norm = scheme.qk_norm
+    words = "-" if norm.kind == "none" else f"{norm.kind} over {norm.over}"
+    window = "all" if scheme.window is None else str(scheme.window)
+    return " | ".join((position_in_words(scheme), theta, window, words, scheme.logit_scale.kind))
+
+
+def _stage_rows(run: RunConfig) -> list[str]:
+    rows = []
+    for index, stage in enumerate(run.stages):
+        lengths = ", ".join(f"{length} ({ratio})" for length, ratio in stage.lengths.items())
+        tokens = run.stage_plan.stage_tokens[index]
+        rows.append(f"| {stage.name} | {tokens:,} | {lengths} | {stage.batch_tokens} |")
+    return rows

@@ -1,0 +1,88 @@
+"""Figures made of many: the loss in buckets of positions with enough targets to have a mean, and
+how often needles were found within the trained length and beyond."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megahybrid.report.evaluation_files import Kept
+
+LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that the plot is about
+
+
+def joined_buckets(
+    buckets: Sequence[dict[str, Any]], least_tokens: int = LEAST_TOKENS
+) -> list[dict[str, Any]]:
+    """Neighbouring buckets joined until each has `least_tokens` targets; empty ones stay empty.
+
+    The mean of a handful of targets says nothing, and the first buckets of a few documents hold no
+    more than that. What is left over before an empty bucket joins the one before it.
+    """
+    joined: list[dict[str, Any]] = []
+    for bucket in buckets:
+        last = joined[-1] if joined else None
+        if last and last["loss"] is not None and bucket["loss"] is not None:
+            if last["tokens"] < least_tokens:
+                joined[-1] = _together(last, bucket)
+                continue
+        elif last and bucket["loss"] is None:
+            _join_left_over(joined, least_tokens)
+        joined.append(bucket)
+    _join_left_over(joined, least_tokens)
+    return joined
+
+
+def _join_left_over(joined: list[dict[str, Any]], least_tokens: int) -> None:
+    if len(joined) < 2 or joined[-1]["loss"] is None or joined[-2]["loss"] is None:
+        return
+    if joined[-1]["tokens"] < least_tokens:
+        left_over = joined.pop()
+        joined[-1] = _together(joined[-1], left_over)
+
+
+def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    tokens = first["tokens"] + second["tokens"]
+    total = first["loss"] * first["tokens"] + second["loss"] * second["tokens"]
+    return {
+        "start": first["start"],
+        "stop": second["stop"],
+        "tokens": tokens,
+        "loss": total / tokens,
+    }
+
+
+@dataclass(frozen=True)
+class NeedleRate:
+    """Shares of trials whose whole answer was right, over all depths and needle tasks."""
+
+    within: float
+    beyond: float | None  # None: nothing longer was asked
+    trials: int  # within
+    trained: int
+
+
+def needle_rate(kept: Sequence[Kept]) -> NeedleRate | None:
+    """Over every needle task of the newest suites; None where there is none within the length."""
+    within: list[tuple[float, int]] = []
+    beyond: list[tuple[float, int]] = []
+    trained = 0
+    for one in kept:
+        if one.kind != "suite" or not one.result.get("trained_length"):
+            continue
+        trained = one.result["trained_length"]
+        for told in one.result["tasks"].values():
+            if told["kind"] == "needle":
+                for row in told["rows"]:
+                    trials = row.get("trials", told["trials"])
+                    near = row["length"] <= trained
+                    (within if near else beyond).append((row["exact"] * trials, trials))
+    if not within:
+        return None
+    trials = sum(count for _, count in within)
+    past = sum(count for _, count in beyond)
+    return NeedleRate(
+        sum(right for right, _ in within) / trials,
+        sum(right for right, _ in beyond) / past if past else None,
+        trials,
+        trained,
+    )

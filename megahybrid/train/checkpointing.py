@@ -1,0 +1,151 @@
+"""What a run saves, which of its checkpoints stay, and what it tells of them."""
+
+from pathlib import Path
+from typing import Any
+
+from megahybrid.checkpoint.collective import Ranks
+from megahybrid.checkpoint.directory import Owner
+from megahybrid.checkpoint.fingerprint import model_fingerprint
+from megahybrid.checkpoint.folders import Retention
+from megahybrid.checkpoint.saver import Saver
+from megahybrid.checkpoint.writer import SaveResult, Snapshot
+from megahybrid.config import RunConfig, dump
+from megahybrid.errors import StorageError
+from megahybrid.parallel.collectives import gather_objects
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.engine import Engine
+from megahybrid.train.ledger import LEDGER_NAME, read_ledger
+from megahybrid.train.listeners import Listeners
+from megahybrid.train.state import TrainState
+
+
+def ranks_of(mesh: ParallelMesh) -> Ranks:
+    """All ranks of a mesh, as the checkpoints know them."""
+    world = mesh.world
+    return Ranks(world.rank, world.size, lambda value: gather_objects(value, world))
+
+
+class RunSaver:
+    """The checkpoints of one attempt at a run. Its methods are collective.
+
+    `train_state` is kept in each beside the state and the schemes of its last step: the kernels
+    chosen, the parent of a branch. `held` is the step and folder of a checkpoint that is there.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        directory: Path,
+        mesh: ParallelMesh,
+        listeners: Listeners,
+        owner: Owner | None,
+        train_state: dict[str, Any],
+        held: tuple[int, Path] | None = None,
+    ) -> None:
+        self._run = run
+        self._directory = directory
+        self._listeners = listeners
+        self._train_state = train_state
+        self._held = held
+        self._scores = _scores(run, directory) if mesh.rank == 0 else {}
+        self._check = None if owner is None else owner.check
+        self._saver = Saver(directory, ranks_of(mesh), self._tell, self._check)
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Begin a checkpoint, or write it where saving is not asynchronous. A failure is told."""
+        if self._run.checkpoint.asynchronous:
+            self._saver.start(*self._snapshot(engine, state))
+        else:
+            self._saver.save(*self._snapshot(engine, state))
+
+    def save_and_wait(self, engine: Engine, state: TrainState) -> Path:
+        """Write a checkpoint that the run cannot go on without, unless this step's is there
+        already. Raises StorageError: what a disk refuses now it may take in the next attempt."""
+        self.finish()
+        if self._held is not None and self._held[0] == state.step:
+            return self._held[1]
+        result = self._saver.save(*self._snapshot(engine, state))
+        if result.path is None:
+            raise StorageError(
+                f"directory={self._directory} could not take the checkpoint of step {result.step} "
+                f"({result.error}). Make room there, then give the same command again: it resumes."
+            )
+        return result.path
+
+    def finish(self) -> None:
+        """Wait until no save is under way."""
+        self._saver.finish()
+
+    def poll(self) -> None:
+        """To be called at each step boundary: moves on what is being written. Raises
+        CheckpointError where the directory is another's by now: its ledger is too."""
+        if self._check is not None:
+            self._check()
+        self._saver.poll()
+
+    def scored(self, step: int, name: str, rows: str, loss: float | None) -> None:
+        """A held-out loss, for checkpoint.keep_best."""
+        if (name, rows) == (self._run.checkpoint.keep_best, "stream") and loss is not None:
+            self._scores[step] = loss
+
+    def _snapshot(self, engine: Engine, state: TrainState) -> tuple[Snapshot, Retention]:
+        engine.align_replicas()
+        snapshot = Snapshot(
+            step=state.step,
+            tokens=state.tokens,
+            optimizer_step=engine.optimizer_step,
+            model_fingerprint=model_fingerprint(self._run.model),
+            tensors=engine.tensors,
+            fragments=list(engine.fragments()),
+            train_state=state.to_json() | self._train_state | schemes_of(self._run, state.tokens),
+            config=_json(dump(self._run)),
+        )
+        keep = self._run.checkpoint
+        return snapshot, Retention(keep.keep_last, keep.keep_every_steps, dict(self._scores))
+
+    def _tell(self, result: SaveResult) -> None:
+        if result.path is not None:
+            self._held = result.step, result.path
+        detail: dict[str, Any] = {
+            "ok": result.ok,
+            "saved_step": result.step,
+            "bytes": result.bytes,
+            "seconds": result.seconds,
+            "checked_seconds": result.checked_seconds,
+            "stall_seconds": result.stall_seconds,
+        }
+        told = {
+            "path": None if result.path is None else str(result.path),
+            "removed": list(result.removed) or None,
+            "error": result.error,
+            "warning": result.warning,
+        }
+        detail |= {name: fact for name, fact in told.items() if fact is not None}
+        self._listeners.on_event("save", detail)
+
+
+def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:
+    """What a checkpoint says of the layers of the step that wrote it: {"schemes": by name}."""
+    plan = run.plan_after(tokens)
+    return {"schemes": {name: dump(scheme) for name, scheme in plan.schemes.items()}}
+
+
+def _scores(run: RunConfig, directory: Path) -> dict[int, float]:
+    """By step, what earlier attempts scored on the set of checkpoint.keep_best."""
+    path, name = directory / LEDGER_NAME, run.checkpoint.keep_best
+    if name is None or not path.exists():
+        return {}
+    return {
+        line.step: line.detail["loss"]
+        for line in read_ledger(path).named("evaluate")
+        if (line.detail.get("set"), line.detail.get("rows")) == (name, "stream")
+        and line.detail.get("loss") is not None
+    }
+
+
+def _json(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {str(key): _json(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [_json(value) for value in plain]
+    return plain

@@ -1,0 +1,30 @@
+"""What can be refused before any rank starts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahybrid.config import RunConfig
+from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.parallel.mesh import choose_device
+from megahybrid.train.restore import check_beginning
+from megahybrid.train.suites import check_suites
+
+
+def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
+    """What can be refused before any rank starts, and before anything is written: the device, the
+    data, the tokenizer, and the run that `directory` or `start` already holds."""
+    choose_device(run.device, local_rank=0)
+    tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
+    first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
+    if tokenizer is not None:
+        first = ("data.tokenizer", tokenizer.info.sha256)
+    for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
+        for name, source in sources.items():
+            dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
+            if first is not None:
+                dataset.check_tokenizer(first[1], first[0])
+            elif dataset.manifest is not None:
+                first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
+    check_suites(run)
+    check_beginning(run, directory, allow)

@@ -1,0 +1,21 @@
+"""Where a run keeps the results of evaluations, for its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megahybrid.heartbeat import write_whole
+from megahybrid.train.ledger import EVALUATIONS
+
+
+def result_path(run: Path, step: int, kind: str, name: str) -> Path:
+    """Where a run keeps a result of one step."""
+    return run / EVALUATIONS / f"step-{step:08d}.{kind}.{name}.json"
+
+
+def write_result(run: Path, step: int, kind: str, name: str, result: dict[str, Any]) -> Path:
+    """Puts a result into the run's `evaluations`, whole or not at all."""
+    path = result_path(run, step, kind, name)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(result, indent=1))
+    return path

@@ -1,0 +1,134 @@
+"""The layers of a stage as its tokens have them: self-tested before they train, and changed on the
+way where the stage anneals."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megahybrid.config import RunConfig
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.memory_estimate import policies_of
+from megahybrid.config.stages import RecomputeBudget
+from megahybrid.model.compiled import whole_serves
+from megahybrid.model.selftest import HeadShape, run_self_test
+from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.metrics import StepFlops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Layers:
+    """A model and the plan in force in it, which is a function of the tokens seen.
+
+    `kernels` holds the names chosen for `full` and `windowed` layers. Every scheme is self-tested
+    on its kernel before a step is made with it. `tell` hears, as an event's name and detail, of
+    each change on the way.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        mesh: ParallelMesh,
+        kernels: dict[str, str],
+        tell: Callable[[str, dict[str, Any]], object],
+    ) -> None:
+        self._run, self._mesh, self._kernels, self._tell = run, mesh, kernels, tell
+        self._tested: list[AttentionScheme] = []
+        self.self_test_seconds = 0.0
+
+    def build(self, index: int, tokens: int) -> Transformer:
+        """The model of stage `index` as it is when `tokens` have been seen; for ZeRO 3 without
+        storage, which the engine gives it."""
+        run = self._run
+        self._adopt(run.plan_in_force(tokens))
+        meta = run.parallel.zero_stage == 3
+        self.model = Transformer(
+            run.model,
+            replace(self._mesh, device=torch.device("meta")) if meta else self._mesh,
+            plan=self.plan,
+            kernels=self._kernel_names(self.plan),
+            recompute=self._policies(index),
+            norm=run.kernels.norm,
+            compiler=self._compiler,
+            keeps_weights=run.parallel.zero_stage < 3,
+        )
+        return self.model
+
+    def _policies(self, index: int) -> list[str]:
+        """The recompute policy of each layer; what a budget came to is told."""
+        policies = policies_of(self._run, index, self._mesh.data.size)
+        if isinstance(self._run.stages[index].recompute, RecomputeBudget):
+            tally = ", ".join(f"{name} {policies.count(name)}" for name in dict.fromkeys(policies))
+            self._tell("recompute", {"layers": tally, "policies": policies})
+        return policies
+
+    def follow(self, tokens: int) -> bool:
+        """Before the step that begins with `tokens` seen: have the layers be its. Whether they
+        changed."""
+        plan = self._run.plan_in_force(tokens)
+        if plan == self.plan:
+            return False
+        before = self.plan
+        self._adopt(plan)
+        self.model.adopt(plan, self._kernel_names(plan))
+        self._tell("anneal", _changes(before, plan) | {"self_test_seconds": self.self_test_seconds})
+        return True
+
+    def _adopt(self, plan: LayerPlan) -> None:
+        new = {name: s for name, s in plan.schemes.items() if s not in self._tested}
+        tested = run_self_test(
+            plan.schemes,
+            head_shape(self._run, self._mesh),
+            kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
+            rank=self._mesh.rank,
+            passed=[name for name in plan.schemes if name not in new],
+            compiler=self._compiler,
+            whole=compiled_whole(self._run),
+        )
+        self._tested += new.values()
+        self.self_test_seconds = round(sum(seconds for *_, seconds in tested), 3)
+        self.plan = plan
+        windows = [scheme.window for scheme in plan.expand()]
+        self.flops = StepFlops.from_model(self._run.model, windows)
+
+    @property
+    def _compiler(self) -> str | None:
+        return "inductor" if self._kernels.get("blocks") == "compiled" else None
+
+    def _kernel(self, scheme: AttentionScheme) -> str:
+        return self._kernels["full" if scheme.window is None else "windowed"]
+
+    def _kernel_names(self, plan: LayerPlan) -> list[str]:
+        return [self._kernel(scheme) for scheme in plan.expand()]
+
+
+def head_shape(run: RunConfig, mesh: ParallelMesh) -> HeadShape:
+    """Return what one rank computes of each layer's attention."""
+    model, tensor = run.model, mesh.tensor.size
+    return HeadShape(
+        model.num_heads // tensor,
+        max(1, model.num_kv_heads // tensor),
+        model.head_dim,
+        DTYPES[run.precision],
+        mesh.device,
+    )
+
+
+def compiled_whole(run: RunConfig) -> bool:
+    """Whether compiled layers are one region on each side of attention; else pieces of them are."""
+    return run.parallel.tensor == 1 and run.parallel.zero_stage < 3 and whole_serves()
+
+
+def _changes(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
+    """{"local.window": 640, "local.position.theta": 20000.0}: what annealing changed."""
+    found: dict[str, Any] = {}
+    for name, scheme in after.schemes.items():
+        old = before.schemes[name]
+        if scheme.window != old.window:
+            found[f"{name}.window"] = scheme.window
+        if isinstance(scheme.position, Rope) and scheme.position != old.position:
+            found[f"{name}.position.theta"] = scheme.position.theta
+    return found
