@@ -71,7 +71,7 @@ $(DEVELOPMENT): $(RUNTIME)
 	@$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, about 5 minutes on 2 cores
+demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, 5 to 9 minutes on 2 cores
 	$(MEGAHYBRID) describe configs/runs/demo.yaml
 	$(MEGAHYBRID) train configs/runs/demo.yaml $$($(BIN)/python -c "$(LOCAL_RANKS)")
 	$(MEGAHYBRID) evaluate runs/demo

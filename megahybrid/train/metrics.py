@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from megahybrid.config.counting import matrix_parameters
 from megahybrid.config.model import ModelConfig
@@ -171,27 +170,3 @@ def memory_gib(device: Any) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# Is this rank's device as fast as the others? Ranks of one step wait for one another, so their
-# steps all take equally long; what one rank does alone, now and then, tells which is the slow one.
-# About 50 ms on one CPU core, 5 ms on a GPU.
-_SIZES = {"cpu": (512, 8, torch.float32), "cuda": (4096, 16, torch.bfloat16)}
-
-
-def probe_seconds(device: torch.device) -> float:
-    """Seconds of a few products on `device`, nobody else waited for."""
-    size, times, dtype = _SIZES[device.type]
-    values = torch.ones(size, size, dtype=dtype, device=device) / size
-    product = values @ values  # what a first product sets up is no part of the measure
-    _finish(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        product = product @ values
-    _finish(device)
-    return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -13,10 +13,11 @@ from megahybrid.errors import ExhaustedError, NoProgressError
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.device_probe import probe_seconds
 from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
 from megahybrid.train.ledger import StepLine
 from megahybrid.train.listeners import Listeners
-from megahybrid.train.metrics import StepClock, memory_gib, mfu, probe_seconds, training_seconds
+from megahybrid.train.metrics import StepClock, memory_gib, mfu, training_seconds
 from megahybrid.train.profile import Profiler
 from megahybrid.train.repeated import RepeatedSteps
 from megahybrid.train.rewind import Recent, judge_spike, remember

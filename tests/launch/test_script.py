@@ -141,8 +141,9 @@ def test_a_signal_before_the_process_listens_is_heard(
         f"#!{sys.executable}\nimport os, signal, sys, time\n"
         + ("" if early else f"os.kill(os.getppid(), signal.SIG{name})\n")
         + f"time.sleep(0.5)\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom launch.attempt import Attempt\n"
-        "from launch.events import JobEvents\nfrom launch.job import read_job\n"
+        "from pathlib import Path\nfrom megahybrid.launch.attempt import Attempt\n"
+        "from megahybrid.launch.events import JobEvents\n"
+        "from megahybrid.launch.job import read_job\n"
         "events = JobEvents(Attempt(read_job(Path(sys.argv[-1])), '5', 0, os.environ))\n"
         "events.listen()\nprint(events.signals)\n"
     )

@@ -117,7 +117,7 @@ def factor_of(wrong: Callable[..., Tensor]) -> Callable[[Patch], None]:
     def plant(patch: Patch) -> None:
         patch.setattr(score_scale, "query_factor", wrong)
         patch.setattr(
-            logit_scale,
+            score_scale,
             "_plain_factor",
             lambda scale, window, length, device: wrong(scale, window, None, length, device),
         )

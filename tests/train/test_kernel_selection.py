@@ -117,16 +117,20 @@ def several(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, An
         run = run.model_copy(update={"kernels": KernelConfig.model_validate(wanted)})
         mesh = ParallelMesh.single()
         monkeypatch.setattr(
-            kernels,
+            kernel_selection,
             "candidates",
             lambda kind, *_: ["sdpa"] if kind == "full" else ["blocked", "reference"],
         )
         times = {"blocked": 2.0, "reference": 1.0, "plain": 3.0, "compiled": 2.5}
         monkeypatch.setattr(
-            kernels, "measure", lambda names, *_, **__: {name: times[name] for name in names}
+            kernel_selection,
+            "measure",
+            lambda names, *_, **__: {name: times[name] for name in names},
         )
         monkeypatch.setattr(
-            kernels, "measure_blocks", lambda *_: {n: times[n] for n in ("plain", "compiled")}
+            kernel_selection,
+            "measure_blocks",
+            lambda *_: {n: times[n] for n in ("plain", "compiled")},
         )
         measured = kernel_selection._measured(run, 0, 700, mesh)
         return measured
