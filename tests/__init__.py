@@ -20,8 +20,8 @@ if find_spec("beartype") is None:
 else:
     from tests import annotations
 
-    # From here on every annotation of the package, shapes included, is checked at each call; but not
-    # of data preparation, whose files are anything that reads: beartype wants a real BinaryIO.
+    # From here on every annotation of the package, shapes included, is checked at each call, save
+    # those of data preparation: its files are anything that reads, beartype wants real BinaryIO.
     rooms = pkgutil.iter_modules(megahybrid.__path__, "megahybrid.")
     checked = [room.name for room in rooms if room.name != "megahybrid.data_prep"]
     install_import_hook(checked, f"{annotations.__name__}.check")
