@@ -1,4 +1,4 @@
-"""What reading gives: documents, and what is none, each with the bytes on disk that it took up."""
+"""The items that reading gives: documents and bad ones, each with the bytes on disk it took up."""
 
 import codecs
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megahybrid.data_prep.kept_fields import note_line
+from megahybrid.data_prep.kept_fields import metadata_line
 
 EMPTY = "empty"
 BOM = codecs.BOM_UTF8
@@ -15,12 +15,15 @@ WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `name` says where it came from: file:byte (file:row in .parquet), `note` what is
-    kept of its row. `size`: bytes on disk that it takes up (of a hub dataset: rows)."""
+    """One text.
+
+    `name` says where it came from: file:byte (file:row in .parquet). `metadata` is what is kept of
+    its row. `size`: bytes on disk that it takes up (of a hub dataset: rows).
+    """
 
     name: str
     text: str
-    note: bytes = b""
+    metadata: bytes = b""
     size: float = 0.0
 
 
@@ -30,7 +33,7 @@ class LongDocument:
 
     name: str
     pieces: Iterator[str]
-    note: bytes = b""
+    metadata: bytes = b""
     size: float = 0.0
 
 
@@ -75,13 +78,13 @@ class Fields:
     found: Counter[str] = field(default_factory=Counter)
     format: str = "auto"
 
-    def note(self, row: Mapping[str, Any]) -> bytes:
-        """What is kept of a row, as strict JSON; nothing where nothing is to be kept."""
+    def metadata(self, row: Mapping[str, Any]) -> bytes:
+        """Return the kept fields of a row as strict JSON; nothing where none are to be kept."""
         if not self.kept:
             return b""
         value = {name: row[name] for name in self.kept if name in row}
         self.found.update(value.keys())
-        return note_line(value)
+        return metadata_line(value)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Origin:
     strings: bool = False
 
     def bad(self, offset: int, reason: str, beginning: bytes, size: float) -> BadDocument:
-        """What is no document and takes up `size` bytes of the text."""
+        """Return a bad document that takes up `size` bytes of the text."""
         return BadDocument(self.file, offset, reason, beginning, size * self.rate)
 
 

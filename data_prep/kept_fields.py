@@ -1,4 +1,4 @@
-"""What is kept of a row beside its tokens, as one line of strict JSON that any reader takes.
+"""The kept fields of a row as one line of strict JSON that any reader takes.
 
 JSON has no NaN, no infinities and no bytes, and a lone surrogate is no Unicode. Numbers that are
 not finite become null; bytes become the text they hold, or hex digits where they hold none; lone
@@ -15,8 +15,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 DEEPEST = 100  # lists within lists; what lies deeper is null
 
 
-def note_line(kept: Mapping[str, Any]) -> bytes:
-    """The note of one row: a JSON object on one line, in ASCII."""
+def metadata_line(kept: Mapping[str, Any]) -> bytes:
+    """Return the metadata of one row: a JSON object on one line, in ASCII."""
     return json.dumps(_strict(kept, 0), allow_nan=False).encode()
 
 

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes; its name only where they cannot tell.
+"""The format of a file, by its first bytes; by its name only where they cannot tell.
 
 Text of any suffix is taken. JSON is taken where it is a list of documents: lines, or one array.
 """
@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megahybrid.data_prep.compressed import Packing, beginning_of, kind_of, packing_of
+from megahybrid.data_prep.compressed import (
+    Packing,
+    beginning_of,
+    packing_by_content,
+    packing_by_name,
+)
 from megahybrid.data_prep.items import BOM, WIDE_BOMS
 
 Kind = Literal["text", "jsonl", "strings", "json", "parquet", "tar", "zip", "hub"]
@@ -22,7 +27,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 JSON_NAMES = (*JSON_LINES, ".json")
 MOST_CONTROLS = 0.02  # of the bytes of a text; a tenth of random bytes are control characters
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1b")) + b"\x7f"
-NO_LIST = "JSON that is no list of documents"
+NO_LIST = "JSON that is not a list of documents"
 MAGIC = {
     b"\x89PNG": "image",
     b"\xff\xd8\xff": "image",
@@ -54,7 +59,7 @@ _DIGEST = re.compile(rf"\\?{_HEX}([ \t]+[*]?\S.*)?\s*|[\w/-]+ ?\(.+\) ?= ?{_HEX}
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read: what it holds, and what that is packed in."""
+    """The way in which a file is read: its content, and the packing around that."""
 
     kind: Kind
     packed: Packing | None = None
@@ -64,22 +69,25 @@ class Format:
 
 
 @dataclass(frozen=True)
-class NoText:
-    """Why a file is left out."""
+class NotText:
+    """The reason why a file is left out."""
 
     why: str
 
 
-def look(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format | NoText:
-    """What a file is that can be read again from its beginning; `asked` is one of FORMATS."""
-    verdict: Format | NoText | None = None
+def detect_format(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format | NotText:
+    """Return the format of a file that can be read again from its beginning.
+
+    `asked` is one of FORMATS.
+    """
+    verdict: Format | NotText | None = None
     for size in LOOKS:
         file.seek(0)
         raw = file.read(size)
         packed = packing_of_file(raw, name)
         inside = beginning_of(file, packed, size) if packed else raw
         last = size == LOOKS[-1]
-        verdict = judge(inside, len(inside) < size, _inner(name), field, asked, last=last)
+        verdict = guess_format(inside, len(inside) < size, _inner(name), field, asked, last=last)
         if verdict is not None:
             break
     assert verdict is not None
@@ -87,24 +95,26 @@ def look(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format |
 
 
 def packing_of_file(raw: bytes, name: str) -> Packing | None:
-    """What a file that begins with `raw` is packed in."""
+    """Return the packing of a file that begins with `raw`."""
     # Without its magic a packed file is damaged, unless somebody has unpacked it already.
-    named = kind_of(name) if not raw or _is_binary(raw) else None
-    return packing_of(raw) or named
+    named = packing_by_name(name) if not raw or _is_binary(raw) else None
+    return packing_by_content(raw) or named
 
 
 def _inner(name: str) -> str:
-    if kind_of(name) is None:
+    if packing_by_name(name) is None:
         return name
     inner = name.rpartition(".")[0]
     return f"{inner}.tar" if name.lower().endswith((".tgz", ".tzst")) else inner
 
 
-def judge(
+def guess_format(
     raw: bytes, whole: bool, name: str, field: str, asked: str = "auto", *, last: bool = True
-) -> Format | NoText | None:
-    """What a text that begins with `raw` is; whole: it is all of it. None where more must be seen
-    first, unless this is the `last` look."""
+) -> Format | NotText | None:
+    """Return the format of a text that begins with `raw`; None where more must be seen first.
+
+    whole: `raw` is all of it. The `last` look always decides.
+    """
     suffix = Path(name).suffix.lower()
     if suffix == ".tar" or _is_tar(raw):
         return Format("tar")
@@ -122,7 +132,7 @@ def judge(
         return Format("jsonl" if suffix in JSON_LINES and not raw else "text")
     binary = _is_binary(raw)
     if binary and (why := _magic(raw)):
-        return NoText(why)
+        return NotText(why)
     body = raw.removeprefix(BOM).lstrip(b" \t\r\n")
     if body[:1] in (b"{", b"[", b'"') or suffix in JSON_NAMES:
         if b"\n" not in body and not whole and not last:
@@ -132,11 +142,11 @@ def judge(
     if suffix in JSON_LINES:
         return Format("jsonl")
     if binary:
-        return NoText("binary")
+        return NotText("binary")
     if suffix == ".json":
-        return NoText(NO_LIST)
+        return NotText(NO_LIST)
     text = body.decode("utf-8", "replace")
-    return NoText(why) if (why := _no_prose(text, suffix, whole)) else Format("text")
+    return NotText(why) if (why := _no_prose(text, suffix, whole)) else Format("text")
 
 
 def _is_binary(raw: bytes) -> bool:
@@ -160,8 +170,8 @@ def _is_tar(raw: bytes) -> bool:
     return True
 
 
-def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NoText | None:
-    """What JSON this is; None where it is none, or cannot be told from text."""
+def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NotText | None:
+    """Return which JSON this is; None where it is none, or cannot be told from text."""
     lines = [line for line in body.split(b"\n") if line.strip()]
     if not lines:
         return None
@@ -180,14 +190,17 @@ def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NoText 
     if body.startswith(b"["):
         return _array(body, whole, named, field)
     if _begins_json(body, whole):
-        return NoText(NO_LIST) if body.startswith(b"{") or named else None
+        return NotText(NO_LIST) if body.startswith(b"{") or named else None
     if suffix in JSON_LINES or not _many_objects(body):
         return None
-    return NoText(NO_LIST)
+    return NotText(NO_LIST)
 
 
-def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NoText | None:
-    """What begins with a bracket: a list of documents by its first element, or by the name."""
+def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NotText | None:
+    """Return the format of a text that begins with a bracket.
+
+    It is a list of documents by its first element, or by the name.
+    """
     text = body.decode("utf-8", "replace")[1:].lstrip()
     first = _first(text.encode())
     sound = _begins_json(body, whole)
@@ -197,7 +210,7 @@ def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NoText
         return Format("json")
     if sound and not whole and first is None and text.startswith(('"', "{")):
         return Format("json")  # its first element is longer than what was looked at
-    return NoText(NO_LIST) if sound else None
+    return NotText(NO_LIST) if sound else None
 
 
 def _value(line: bytes) -> Any:
@@ -212,7 +225,7 @@ def _first_value(body: bytes) -> Any:
 
 
 def _begins_json(body: bytes, whole: bool) -> bool:
-    """Whether this is one JSON value, or, unless it is the whole, the beginning of one."""
+    """Return whether this is one JSON value, or, unless it is the whole, the beginning of one."""
     text = body.decode("utf-8", "replace")
     try:
         json.loads(text)
@@ -234,7 +247,10 @@ def _first(body: bytes) -> Any:
 
 
 def _many_objects(body: bytes) -> bool:
-    """Whether this is one object after another, over many lines: text may begin with braces."""
+    """Return whether this is one object after another, over many lines.
+
+    Text may begin with braces too.
+    """
     text = body.decode("utf-8", "replace")
     try:
         first, end = json.JSONDecoder().raw_decode(text)
@@ -244,7 +260,7 @@ def _many_objects(body: bytes) -> bool:
 
 
 def _no_prose(text: str, suffix: str, whole: bool) -> str:
-    """Why a text is none that a model should read; "" where nothing speaks against it."""
+    """Return why a model should not read a text; "" where nothing speaks against it."""
     lines = [line for line in text.splitlines() if line.strip()]
     lines = lines[:-1] if len(lines) > 1 and not whole else lines
     if lines and all(_DIGEST.fullmatch(line) for line in lines):
@@ -255,7 +271,10 @@ def _no_prose(text: str, suffix: str, whole: bool) -> str:
 
 
 def _is_table(lines: list[str]) -> bool:
-    """Whether all lines have as many cells, and one column is of numbers: verse has no such."""
+    """Return whether all lines have as many cells, one column of them numbers.
+
+    Verse has no such column.
+    """
     for sign, least in (("\t", 1), (",", 2), (";", 2), ("|", 2)):
         if lines[0].count(sign) < least:
             continue

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of real text, and taking over one that exists."""
+"""A report on a tokenizer with real text, and taking over one that exists."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from rich.table import Table
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep.items import Fields
-from megahybrid.data_prep.survey import Tell, silent, survey
+from megahybrid.data_prep.survey import PrintLine, print_nothing, survey
 from megahybrid.data_prep.vocabulary import sampled_texts
 from megahybrid.errors import DataError
 
@@ -52,7 +52,7 @@ def report(
     text_field: str = "text",
     format: str = "auto",
     pattern: str = "**/*",
-    tell: Tell = silent,
+    print_line: PrintLine = print_nothing,
 ) -> tuple[list[SourceReport], Counter[int]]:
     """Counts for each input, on about `sample_bytes` of it, and how often each id was used."""
     tokenizer = load_tokenizer(tokenizer_path, eod)
@@ -60,10 +60,10 @@ def report(
     used: Counter[int] = Counter()
     found = []
     fields = Fields(text_field, format=format)
-    looked = survey(inputs, pattern, fields, tell=tell)
+    looked = survey(inputs, pattern, fields, print_line=print_line)
     for given, units in zip(inputs, looked.units(), strict=True):
         source = SourceReport(str(given))
-        texts = sampled_texts([units], None, sample_bytes, seed, fields, tell)
+        texts = sampled_texts([units], None, sample_bytes, seed, fields, print_line)
         for batch in _batches(texts):
             _count(source, batch, tokenizer, other, used)
         found.append(source)
@@ -138,11 +138,13 @@ def print_report(
     console.print("longest: " + ", ".join(f"{text!r} ({i})" for text, i in spelled[:LONGEST]))
     changed = [text for source in sources for text in source.changed]
     if changed:
-        console.print(f"NOT lossless: {len(changed)} texts or more do not come back, for example")
+        console.print(
+            f"NOT lossless: {len(changed)} texts or more decode to another text, for example"
+        )
         for text in changed[:3]:
             console.print(f"  {text[:100]!r}", markup=False)
     else:
-        console.print("lossless: every text comes back as it was")
+        console.print("lossless: every text decodes to itself")
 
 
 def adopt(source: str, output: str, eod: str | None = None) -> tuple[TokenizerInfo, list[str]]:

@@ -22,8 +22,10 @@ BROKEN = (0, 0, 1, None)  # nothing has the checksum 0
 
 
 def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
-    """Whether a directory that could be read is one of this file: as many members as its end says,
-    which begin where it says and do not share their bytes."""
+    """Return whether a directory that could be read is one of this file.
+
+    It has as many members as its end says, which begin where it says and do not share their bytes.
+    """
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         for info in (*listed[:1], *listed[-1:]):
@@ -38,18 +40,19 @@ def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
     if sum(info.compress_size for info in listed) > size:
         return False
     at = raw.rfind(END_MAGIC)
-    told = int.from_bytes(raw[at + 10 : at + 12], "little")
+    stated = int.from_bytes(raw[at + 10 : at + 12], "little")
     wide = raw.rfind(WIDE_END_MAGIC, 0, max(0, at))
-    if told == 0xFFFF and wide >= 0:
+    if stated == 0xFFFF and wide >= 0:
         return len(listed) == int.from_bytes(raw[wide + 32 : wide + 40], "little")
-    return len(listed) % 2**16 == told  # old writers let the count run over
+    return len(listed) % 2**16 == stated  # old writers let the count run over
 
 
 class SalvagedZip:
-    """As a ZipFile that is read: `infolist`, `open`. `end`: behind the last member found; `lost`:
-    bytes that belong to no member, nor to what is left of the directory.
+    """A damaged .zip with the part of ZipFile that reading needs: `infolist` and `open`.
 
-    What is found may still be broken; as of any .zip, that shows when a member is read to its end.
+    `end`: behind the last member found; `lost`: bytes that belong to no member, nor to what is left
+    of the directory. What is found may still be broken; as of any .zip, that shows when a member is
+    read to its end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,19 +144,19 @@ def _described(file: BinaryIO, begin: int, method: int) -> tuple[int, int, int, 
             return BROKEN
     end = position - len(unpack.unused_data)
     file.seek(end)
-    told = file.read(24)
-    mark = 4 * told.startswith(DESCRIPTOR_MAGIC)
+    stated = file.read(24)
+    marker = 4 * stated.startswith(DESCRIPTOR_MAGIC)
     for form in ("<3I", "<I2Q"):
-        length = mark + struct.calcsize(form)
-        if len(told) >= length:
-            crc, *sizes = struct.unpack_from(form, told, mark)
+        length = marker + struct.calcsize(form)
+        if len(stated) >= length:
+            crc, *sizes = struct.unpack_from(form, stated, marker)
             if sizes == [end - begin, whole]:
                 return end - begin, whole, crc, end + length
     return BROKEN
 
 
 def _follows(file: BinaryIO, end: int, size: int) -> bool:
-    """Whether a member may end here: the file does, or another part of it begins."""
+    """Return whether a member may end here: the file does, or another part of it begins."""
     if end >= size:
         return end == size
     file.seek(end)
@@ -161,14 +164,14 @@ def _follows(file: BinaryIO, end: int, size: int) -> bool:
 
 
 def _find(file: BinaryIO, begin: int, size: int) -> int:
-    """Where the next member's header is; `size` where there is none."""
+    """Return where the next member's header is; `size` where there is none."""
     step = len(LOCAL_MAGIC)  # it nearly always is right there
     while begin < size:
         file.seek(begin)
         raw = file.read(step)
         step = CHUNK_BYTES
-        place = raw.find(LOCAL_MAGIC)
-        if place >= 0:
-            return begin + place
+        position = raw.find(LOCAL_MAGIC)
+        if position >= 0:
+            return begin + position
         begin += max(1, len(raw) - len(LOCAL_MAGIC) + 1)
     return size

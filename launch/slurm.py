@@ -56,8 +56,11 @@ def call(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
 
 
 def _environment(*, submits: bool) -> dict[str, str]:
-    """Ours without options. A new job would take over the variables of one (an interactive one) it
-    is submitted from: its count of restarts, its shape, where its ranks met."""
+    """Return our environment without options of Slurm's commands.
+
+    A new job would take over the variables of one (an interactive one) it is submitted from: its
+    count of restarts, its shape, where its ranks met.
+    """
     others = _OF_A_JOB if submits else ()
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     return {
@@ -68,7 +71,7 @@ def _environment(*, submits: bool) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Queued:
+class QueuedJob:
     """A job as the queue shows it."""
 
     job: str
@@ -82,7 +85,7 @@ class Queued:
     restarts: int | None = None  # how often it was put back; None where that is not known
 
 
-def queue() -> dict[str, Queued]:
+def queue() -> dict[str, QueuedJob]:
     """This user's jobs by number; ended ones leave it after some minutes, or at once."""
     # First the counts: a job is put back and COMPLETING at once, so that a state read after its
     # count is of this start or says that it has ended, and never RUNNING with the next one's count.
@@ -96,12 +99,12 @@ def queue() -> dict[str, Queued]:
         known = restarts.get(job)
         state = "RUNNING" if state == "SIGNALING" else state  # what it is while a signal travels
         left = "0:00" if left == "INVALID" else left  # what it says when the time is over
-        found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
+        found[job] = QueuedJob(job, array, state, reason, nodes, left, task, name, known)
     return found
 
 
 def _restarts() -> dict[str, int]:
-    """By job; squeue's short options do not know them."""
+    """Return the counts of restarts by job; squeue's short options do not know them."""
     words = ("-h", "-r", "-u", str(os.getuid()), "-O", "JobID:20,RestartCnt:20")
     rows: list[list[str]] = []
     with contextlib.suppress(SlurmError):
@@ -144,7 +147,7 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
 
 
 def hostnames(node_list: str) -> list[str]:
-    """n[1-3] as n1, n2, n3."""
+    """Return the names of a node list: n[1-3] as n1, n2, n3."""
     return call("scontrol", "show", "hostnames", node_list).split() if node_list else []
 
 
@@ -154,9 +157,11 @@ def job_fields(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def fate(job: str) -> str | None:
-    """How Slurm says that an ended job ended: for some minutes it still knows, and with an
-    accounting database for ever."""
+def final_state(job: str) -> str | None:
+    """Return how Slurm says that an ended job ended.
+
+    For some minutes it still knows, and with an accounting database for ever.
+    """
     with contextlib.suppress(SlurmError, KeyError):
         known = job_fields(job)
         return f"{known['JobState']}, code {known['ExitCode']}"

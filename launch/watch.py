@@ -1,4 +1,4 @@
-"""From the ranks' start to their end: ask them to stop in time, and end them where they hang."""
+"""Watching the ranks until they end: ask them to stop in time, and end them where they hang."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from megahybrid.errors import EXIT_RESUME
-from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, first_failure, slow_ranks
+from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, HangDetector, first_failure, slow_ranks
 from megahybrid.launch import slurm
 from megahybrid.launch.attempt import Attempt
 from megahybrid.launch.events import JobEvents, user_stop
@@ -34,9 +34,9 @@ class RankWatch:
         self._told_slow: set[int] = set()
 
     def until_end(self, process: subprocess.Popen) -> str | None:
-        """Until srun ends. Returns why the ranks were killed, if they were."""
+        """Wait until srun ends. Returns why the ranks were killed, if they were."""
         limits = self.attempt.job.site.watchdog
-        watch = Watch(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
+        watch = HangDetector(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
         look_at = stop_by = 0.0
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
@@ -85,14 +85,18 @@ class RankWatch:
                 self._ask(f"the time limit is {left:.0f} s away")
 
     def _must_end(self) -> bool:
-        """Whether ranks that were asked to stop would overrun the time limit, with which Slurm ends
-        whoever could put the job back."""
+        """Return whether ranks that were asked to stop would overrun the time limit.
+
+        At the limit Slurm ends whoever could put the job back.
+        """
         left = self.events.seconds_left
         return self.asked is not None and left is not None and left < END_BEFORE_LIMIT
 
     def _look_whether_preempted(self, began: int) -> None:
-        """Once, when all ranks are there: a TERM that came before their step existed reached
-        nobody, and the grace time goes by."""
+        """Ask Slurm once whether it has preempted the job, when all ranks are there.
+
+        A TERM that came before their step existed reached nobody, and the grace time goes by.
+        """
         if not self._all_began and began == self.attempt.job.world_size:
             self._all_began = True
             if self.asked is None and (how := self.events.ask()) is not None:
@@ -111,12 +115,15 @@ class RankWatch:
             self.events.ask()  # now, while it knows: we may be killed before the ranks have ended
 
     def _ask(self, why: str) -> None:
-        """Ask the ranks to save and leave: by a file that every step's end looks for, and by a
-        signal, which a long evaluation hears too. A signal alone can come before there is a
-        handler; torchrun's agents would die of it."""
+        """Ask the ranks to save and leave.
+
+        They are asked by a file that every step's end looks for, and by a signal, which a long
+        evaluation gets too. A signal alone can come before there is a handler; torchrun's agents
+        would die of it.
+        """
         self.asked = why
         attempt = self.attempt
-        attempt.tell(f"asking the ranks to stop ({why})")
+        attempt.log(f"asking the ranks to stop ({why})")
         path = attempt.run / STOP_NOW
         if not path.exists():
             with contextlib.suppress(OSError):  # a full disk; the signal does it too
@@ -132,18 +139,16 @@ class RankWatch:
             if beat.rank not in self._told_slow:
                 self._told_slow.add(beat.rank)
                 message = f"rank {beat.rank} on {beat.host} takes {times:.1f}× the median time"
-                self.attempt.tell(f"slow: {message}")
-                self.attempt.note(
+                self.attempt.log(f"slow: {message}")
+                self.attempt.try_record(
                     "slow_rank", rank=beat.rank, node=beat.host, times=round(times, 2)
                 )
 
     def _end_hung(self, process: subprocess.Popen, hang: Hang, beats: Mapping[int, Beat]) -> None:
         attempt = self.attempt
-        attempt.tell(
-            f"hang: {hang.message}; stacks of all ranks are in {attempt.logs}/stacks-*.txt"
-        )
+        attempt.log(f"hang: {hang.message}; stacks of all ranks are in {attempt.logs}/stacks-*.txt")
         for host in {beats[rank].host for rank in hang.ranks if rank in beats}:
-            attempt.note("hang", node=host, reason=f"hang: {hang.message}")
+            attempt.try_record("hang", node=host, reason=f"hang: {hang.message}")
         with contextlib.suppress(SlurmError):
             running = slurm.steps(attempt.number)
             # A stopped process must run again to say where it stood.
@@ -154,7 +159,7 @@ class RankWatch:
 
 
 def _failed(beats: Mapping[int, Beat]) -> bool:
-    """Whether a rank has ended by a failure of its own."""
+    """Return whether a rank has ended by a failure of its own."""
     failed = {r: beat for r, beat in beats.items() if beat.exit_code not in (None, EXIT_RESUME)}
     cause = first_failure(failed)
     return cause is not None and not cause.consequence

@@ -1,4 +1,4 @@
-"""Whose a run directory is: one process's at a time, and one model's for good."""
+"""The ownership of a run directory: one process's at a time, and one model's for good."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from megahybrid.checkpoint import durable
 from megahybrid.errors import CheckpointError, StorageError
 
-OWNER_NAME = "owner.lock"
+LOCK_NAME = "owner.lock"
 MODEL_NAME = "model_fingerprint"
 BEAT_SECONDS = 10.0
 # Longer than a network file system or a paused machine may be silent.
@@ -46,13 +46,13 @@ def check_model(run_directory: Path | str, fingerprint: str, *, claim: bool = Tr
         )
 
 
-class Owner:
-    """The right to write to a run directory, as a context manager.
+class RunLock:
+    """The lock on a run directory, as a context manager: the right to write to it.
 
     `owner.lock` names the process; a thread renews its time every few seconds, so a process that
     computes or compiles for long stays the owner. A second process is refused while the owner lives
-    and takes over from one that is dead: on the same machine its process is looked up, from
-    another machine the lock's age decides.
+    and takes over from one that is dead: on the same machine its process is looked up, from another
+    machine the lock's age decides.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Owner:
         beat_seconds: float = BEAT_SECONDS,
         stale_after_seconds: float = STALE_AFTER_SECONDS,
     ) -> None:
-        self.path = Path(run_directory) / OWNER_NAME
+        self.path = Path(run_directory) / LOCK_NAME
         self.took_over: str | None = None
         self._beat_seconds = beat_seconds
         self._stale_after_seconds = stale_after_seconds
@@ -71,9 +71,9 @@ class Owner:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-directory-owner", daemon=True)
 
-    def __enter__(self) -> "Owner":
+    def __enter__(self) -> "RunLock":
         os.makedirs(self.path.parent, exist_ok=True)
-        with _one_at_a_time(self.path.with_name(f".{OWNER_NAME}.guard")) as now:
+        with _one_at_a_time(self.path.with_name(f".{LOCK_NAME}.guard")) as now:
             found = _read(self.path)
             if found is not None:
                 self._refuse_if_alive(found, now)
@@ -86,19 +86,24 @@ class Owner:
         self._stop.set()
         self._thread.join()
         # A lock that cannot be removed is known as a dead process's; what ended us is what counts.
-        with suppress(OSError), _one_at_a_time(self.path.with_name(f".{OWNER_NAME}.guard")):
+        with suppress(OSError), _one_at_a_time(self.path.with_name(f".{LOCK_NAME}.guard")):
             if (_read(self.path) or {}).get("token") == self._token:
                 self.path.unlink(missing_ok=True)
 
     def check_free(self) -> None:
-        """Raise CheckpointError when somebody lives here now. Takes nothing: entering decides."""
+        """Raise CheckpointError when a process holds the lock now.
+
+        Takes nothing: entering decides.
+        """
         found = _read(self.path)
         if found is not None:
             self._refuse_if_alive(found, time.time())
 
     def check(self) -> None:
-        """Raise CheckpointError when the directory was taken over, StorageError when it is gone: to
-        be asked at each step and before each save, which would make another one in its place."""
+        """Raise CheckpointError when the directory was taken over, StorageError when it is gone.
+
+        To be called at each step and before each save, which would make another one in its place.
+        """
         try:
             os.stat(self.path.parent)
         except FileNotFoundError:
@@ -126,7 +131,7 @@ class Owner:
             advice = f"Wait until it ends, or {self._stale_after_seconds:.0f} s after it died"
         if alive:
             raise CheckpointError(
-                f"directory={self.path.parent} is in use by {_words(found)} (last sign "
+                f"directory={self.path.parent} is in use by {_words(found)} (last heartbeat "
                 f"{max(age, 0):.0f} s ago). {advice}, or use another directory."
             )
 
@@ -142,7 +147,7 @@ class Owner:
                 "token": self._token,
             }
         )
-        temporary = self.path.with_name(f".{OWNER_NAME}.tmp")
+        temporary = self.path.with_name(f".{LOCK_NAME}.tmp")
         durable.write(temporary, [memoryview(text.encode())])
         durable.rename(temporary, self.path)
 
@@ -175,7 +180,10 @@ def _one_at_a_time(guard: Path) -> Iterator[float]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None where there is none, empty where it cannot be understood."""
+    """Return the contents of a lock.
+
+    None where there is none, empty where it cannot be understood.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -186,9 +194,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _start_of(pid: Any) -> str | None:
-    """When a process of this machine began, in the kernel's words; None when there is no such one.
+    """Return when a process of this machine began, in the kernel's words.
 
-    A number alone would not do: after a reboot another process may have it.
+    None when there is no such process. A number alone would not do: after a reboot another process
+    may have it.
     """
     if not isinstance(pid, int):
         return None

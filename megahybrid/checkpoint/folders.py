@@ -22,15 +22,21 @@ from megahybrid.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep_last`, those of every `keep_every_steps` steps, and
-    the one whose step has the lowest loss in `scores`."""
+    """The rule for which checkpoints stay.
+
+    The newest `keep_last`, those of every `keep_every_steps` steps, and the one whose step has the
+    lowest loss in `scores`.
+    """
 
     keep_last: int = 3
     keep_every_steps: int | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
 
     def spares(self, step: int, steps: Collection[int]) -> bool:
-        """Whether a checkpoint stays however old it is; `steps` are those of all there are."""
+        """Return whether a checkpoint stays however old it is.
+
+        `steps` are those of all checkpoints there are.
+        """
         if self.keep_every_steps is not None and step % self.keep_every_steps == 0:
             return True
         scored = [each for each in steps if each in self.scores]
@@ -49,7 +55,7 @@ def candidates(run_directory: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def reap(run_directory: Path) -> list[str]:
+def remove_leftovers(run_directory: Path) -> list[str]:
     """Delete what an interrupted save left behind; returns the names. Only the run's owner may."""
     folder = checkpoints_of(run_directory)
     gone = []
@@ -67,7 +73,9 @@ def reap(run_directory: Path) -> list[str]:
     return gone
 
 
-def retain(run_directory: Path, retention: Retention, verified: Collection[Path] = ()) -> list[str]:
+def apply_retention(
+    run_directory: Path, retention: Retention, verified: Collection[Path] = ()
+) -> list[str]:
     """Delete the checkpoints that `retention` does not keep; returns the names deleted.
 
     Damaged ones do not count. Those that hold another step than their name says do not count and
@@ -78,7 +86,7 @@ def retain(run_directory: Path, retention: Retention, verified: Collection[Path]
     if retention.keep_last < 1:
         raise ValueError(f"keep_last={retention.keep_last} would delete the last checkpoint")
     proven, kept, gone = False, 0, []
-    looks = {path: _look(path) for path in candidates(run_directory)}
+    looks = {path: _condition(path) for path in candidates(run_directory)}
     found = [path for path, look in looks.items() if look != "misnamed"]
     steps = {path: step_of(path) for path in found}
     whole = {step for path, step in steps.items() if looks[path] == "whole"}
@@ -106,8 +114,8 @@ def withdraw(run_directory: Path, step: int) -> None:
         durable.rename(waiting, published)
 
 
-def _look(path: Path) -> Literal["whole", "damaged", "misnamed"]:
-    """What a folder is, by its manifest, its name and the sizes of its files."""
+def _condition(path: Path) -> Literal["whole", "damaged", "misnamed"]:
+    """Return the condition of a folder, by its manifest, its name and the sizes of its files."""
     try:
         check_sizes(path)
     except Misnamed:

@@ -12,8 +12,11 @@ from megahybrid.checkpoint.fragments import Fragment, as_numpy
 from megahybrid.checkpoint.manifest import ELEMENT_BYTES, FileRecord
 
 
-class OwnFile:
-    """The header is known before the first byte is written, so nothing is ever moved or patched."""
+class RankFile:
+    """One rank's file of a save.
+
+    The header is known before the first byte is written, so nothing is ever moved or patched.
+    """
 
     def __init__(self, fragments: Sequence[Fragment], rank: int) -> None:
         self.name = f"fragments-{rank:04d}.safetensors"
@@ -48,10 +51,10 @@ class OwnFile:
         return {"name": self.name, "fragments": table, **record.model_dump()}
 
     def damage(self, folder: Path) -> str | None:
-        """What reading the file back finds wrong, or None. Raises OSError."""
+        """Return what reading the file back finds wrong, or None. Raises OSError."""
         if self._record is None:
             return None
-        durable.forget(folder / self.name)
+        durable.drop_page_cache(folder / self.name)
         bad = durable.damaged_blocks(folder / self.name, self._record)
         return f"block {bad[0]} of {self.name} reads back differently" if bad else None
 

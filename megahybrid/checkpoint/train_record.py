@@ -1,4 +1,4 @@
-"""What a manifest says of training: checked as a whole, so that nobody who reads it has to ask.
+"""The training part of a manifest: checked as a whole, so that nobody who reads it has to ask.
 
 Every field may be missing: a checkpoint that training did not write has few. Whoever needs one says
 so itself. Fields of a later version stay.
@@ -10,7 +10,7 @@ from megahybrid.config.base import Count, Frozen, UnixSeconds
 from megahybrid.config.training import KernelConfig
 
 
-class Parent(Frozen, extra="allow"):
+class ParentRecord(Frozen, extra="allow"):
     """The checkpoint that a run branched off."""
 
     checkpoint: str
@@ -19,7 +19,7 @@ class Parent(Frozen, extra="allow"):
     tokens: Count = 0
 
 
-class Averaged(Frozen, extra="allow"):
+class AveragedRecord(Frozen, extra="allow"):
     """One of the checkpoints that a mean was made of."""
 
     checkpoint: str
@@ -35,7 +35,7 @@ class KernelRecord(KernelConfig, extra="allow"):
 
 
 class SourceRecord(Frozen, extra="allow"):
-    """Where one source of the data stands; its cursor is checked by the source's own order."""
+    """The position in one source of the data; its cursor is checked by the source's own order."""
 
     cursor: Any = None
     tokens: Count = 0
@@ -43,7 +43,7 @@ class SourceRecord(Frozen, extra="allow"):
 
 
 class DataRecord(Frozen, extra="allow"):
-    """Where the data stand. Empty before the first row."""
+    """The position in the data. Empty before the first row."""
 
     weights: dict[str, float] | None = None
     since: dict[str, Count] | None = None
@@ -61,12 +61,12 @@ class TrainRecord(Frozen, extra="allow"):
     skipped_in_a_row: Count = 0
     recent: tuple[tuple[float, float], ...] = ()
     kernels: KernelRecord | None = None
-    parent: Parent | None = None
-    averaged: tuple[Averaged, ...] | None = None
+    parent: ParentRecord | None = None
+    averaged: tuple[AveragedRecord, ...] | None = None
     schemes: dict[str, dict[str, Any]] | None = None
 
 
-class Writer(Frozen, extra="allow"):
+class WrittenBy(Frozen, extra="allow"):
     """`written_by` of a manifest."""
 
     megahybrid: str = "unknown"

@@ -1,4 +1,4 @@
-"""What is known of documents beside their tokens: `shard-00000.jsonl`, line n for document n.
+"""Metadata of documents beside their tokens: `shard-00000.jsonl`, line n for document n.
 
 `shard-00000.jsonl.ends` holds where each line ends (i64, little endian), so that one is found
 without reading the others. Training does not open them.
@@ -22,27 +22,27 @@ from megahybrid.errors import DataError
 NOTHING = b"{}"
 
 
-class NotesWriter:
-    """Writes the notes of one shard; `finish` publishes them."""
+class MetadataWriter:
+    """A writer of the metadata of one shard; `finish` publishes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path.with_name(path.name + ".tmp"), "wb")  # noqa: SIM115
         self._ends, self._crc = array("q"), 0
 
-    def add(self, notes: Sequence[bytes]) -> None:
-        """Appends one JSON object for each document."""
+    def add(self, metadata_lines: Sequence[bytes]) -> None:
+        """Append one JSON object for each document."""
         end = self._ends[-1] if self._ends else 0
-        notes = [note or NOTHING for note in notes]
-        for note in notes:
-            end += len(note) + 1
+        metadata_lines = [metadata or NOTHING for metadata in metadata_lines]
+        for metadata in metadata_lines:
+            end += len(metadata) + 1
             self._ends.append(end)
-        data = b"".join(note + b"\n" for note in notes)
+        data = b"".join(metadata + b"\n" for metadata in metadata_lines)
         self._crc = zlib.crc32(data, self._crc)
         self._file.write(data)
 
     def finish(self) -> int:
-        """The checksum of the lines, which are on disk now."""
+        """Publish the lines, which are on disk then, and return their checksum."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -57,11 +57,11 @@ class NotesWriter:
         return self._crc
 
 
-class Notes:
-    """The notes of one shard. Raises DataError where their sizes do not fit it."""
+class DocumentMetadata:
+    """The document metadata of one shard. Raises DataError where its sizes do not fit the shard."""
 
     def __init__(self, shard: ShardIndex, crc32: int) -> None:
-        self.path, self.crc32, self.documents = notes_path(shard), crc32, shard.documents
+        self.path, self.crc32, self.documents = metadata_path(shard), crc32, shard.documents
         ends = _ends_path(self.path)
         found, expected = file_facts(ends)[0], 8 * shard.documents
         if found == expected and shard.documents:
@@ -79,7 +79,7 @@ class Notes:
         return found
 
     def lines(self, first: int, stop: int) -> list[bytes]:
-        """The notes of documents first … stop - 1."""
+        """Return the lines of documents first … stop - 1."""
         if stop <= first:
             return []
         begins = self._ends(first - 1, stop - first + 1) if first else [0, *self._ends(0, stop)]
@@ -92,13 +92,13 @@ class Notes:
         return lines
 
     def of(self, document: int) -> dict[str, Any]:
-        """The note of one document."""
+        """Return the metadata of one document."""
         try:
             value = json.loads(self.lines(document, document + 1)[0])
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise DataError(f"{self.path} line {document + 1} is no JSON object. {RESTORE}")
+            raise DataError(f"{self.path} line {document + 1} is not a JSON object. {RESTORE}")
         return value
 
     def verify(self) -> None:
@@ -112,8 +112,8 @@ class Notes:
             raise DataError(f"{self.path} has crc32 {crc}, not {self.crc32}. Copy this file again.")
 
 
-def notes_path(shard: ShardIndex) -> Path:
-    """Where the notes of a shard lie, if it has any."""
+def metadata_path(shard: ShardIndex) -> Path:
+    """Return the path of a shard's metadata, if it has any."""
     return shard.bin_path.with_suffix(".jsonl")
 
 

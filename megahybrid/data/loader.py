@@ -30,7 +30,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepData:
-    """What one rank needs for one step.
+    """The data of one step for one rank.
 
     plans: every row of the step, all ranks. state: the mixture's state AFTER this step, to be saved
     with it. source_tokens, epochs: served up to and including this step. exhausted: epochs of the
@@ -116,7 +116,7 @@ class BatchLoader:
         self._replaced = 0
         self._held: list[StepData | BaseException | None] = []  # taken from the queue by `ready`
         self._waits_since: float | None = None
-        self._told = False
+        self._warned = False
         self._thread: threading.Thread | None = None
         if prefetch:
             self._start()
@@ -176,7 +176,7 @@ class BatchLoader:
     def __next__(self) -> StepData:
         began = self._waits_since or time.perf_counter()
         item = self._next()
-        self._waits_since, self._told = None, False
+        self._waits_since, self._warned = None, False
         if isinstance(item, StepData):
             self._state = item.state
             self._ahead.popleft()
@@ -197,8 +197,10 @@ class BatchLoader:
         return self._held.pop()
 
     def ready(self, seconds: float) -> bool:
-        """Whether the next step, an error or the end is there, waited for so long at most. What is
-        not read ahead counts as there."""
+        """Wait at most `seconds` and return whether the next step, an error or the end is there.
+
+        What is not read ahead counts as there.
+        """
         if self._thread is None or self._held or self._stop.is_set():
             return True
         self._waits_since = self._waits_since or time.perf_counter()
@@ -209,12 +211,12 @@ class BatchLoader:
             pass
         if not self._thread.is_alive() and self._queue.empty():
             self._replace()
-        if not self._told and time.perf_counter() - self._waits_since >= self._stall_seconds:
-            self._told = True
-            self._tell_stall()
+        if not self._warned and time.perf_counter() - self._waits_since >= self._stall_seconds:
+            self._warned = True
+            self._warn_of_stall()
         return False
 
-    def _tell_stall(self) -> None:
+    def _warn_of_stall(self) -> None:
         assert self._waits_since is not None
         shape = self._ahead[0] if self._ahead else None
         sources = ", ".join(
@@ -229,7 +231,10 @@ class BatchLoader:
         )
 
     def _replace(self) -> None:
-        """A thread killed from outside leaves nothing behind: begin after what was delivered."""
+        """Start another thread after what was delivered.
+
+        A thread killed from outside leaves nothing behind.
+        """
         self._replaced += 1
         if self._replaced > MOST_REPLACED:
             raise DataError(
@@ -240,8 +245,10 @@ class BatchLoader:
         self._start()
 
     def close(self) -> None:
-        """Ends the reading thread; what it had read ahead is dropped. One that a disk holds is left
-        behind: it ends with the process."""
+        """End the reading thread; what it had read ahead is dropped.
+
+        One that waits for a disk is left behind: it ends with the process.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)

@@ -143,7 +143,10 @@ class ShardIndex:
         return begins[lengths > 0]  # an empty document begins nothing
 
     def documents_before(self, token: int) -> int:
-        """How many documents begin before `token`; touches a few pages of the mapped index."""
+        """Return how many documents begin before `token`.
+
+        It touches a few pages of the mapped index.
+        """
         index, pointers, item = self.document_index(), self.pointers(), self.dtype.itemsize
         low, high = 0, self.documents
         while low < high:
@@ -176,11 +179,11 @@ class ShardIndex:
             begins = ends - part * item
             wrong = np.asarray(pointers[first : first + CHECK_ENTRIES]) != begins
             if wrong.any():
-                place = int(np.argmax(wrong))
+                index = int(np.argmax(wrong))
                 raise _damaged(
                     self.idx_path,
-                    f"puts sequence {first + place} at byte {pointers[first + place]}, "
-                    f"not {begins[place]} (where the one before ends)",
+                    f"puts sequence {first + index} at byte {pointers[first + index]}, "
+                    f"not {begins[index]} (where the one before ends)",
                 )
             expected = int(ends[-1])
         self._check_document_index()

@@ -38,7 +38,7 @@ def word(number: int) -> str:
 
 @dataclass(frozen=True)
 class Material:
-    """What a suite is built from: a tokenizer, if there is one, and the run's held-out sets."""
+    """The material of a suite: a tokenizer, if there is one, and the run's held-out sets."""
 
     vocab_size: int
     tokenizer: Tokenizer | None
@@ -54,15 +54,17 @@ class Material:
         return self.tokenizer.encode([text])[0]
 
     def check_written(self, answers: Sequence[str]) -> None:
-        """Raises ConfigError for an answer that the tokenizer cannot write: scores of it would say
-        nothing."""
+        """Raise ConfigError for an answer that the tokenizer cannot write.
+
+        Scores of it would say nothing.
+        """
         if self.tokenizer is None:
             return
         for answer in answers:
             found = self.tokenizer.decode(self.encode(" " + answer)).strip()
             if found.lower() != answer.strip().lower():
                 raise ConfigError(
-                    f"the tokenizer cannot write {answer!r} (it reads back as {found!r}). Ask for "
+                    f"the tokenizer cannot encode {answer!r} (it decodes to {found!r}). Ask for "
                     "keys and values that it knows."
                 )
 
@@ -84,7 +86,7 @@ def make_hay(source: HeldOutHaystack | TextHaystack | NoiseHaystack, material: M
     sets = material.held_out
     if not sets or (source.set is not None and source.set not in sets):
         raise DataError(
-            f"haystack.set={source.set} is no held-out set of this run "
+            f"haystack.set={source.set} is not a held-out set of this run "
             f"({', '.join(sets) or 'none'}). Name one of data.held_out."
         )
     name = source.set or next(iter(sets))

@@ -23,8 +23,10 @@ from megahybrid.parallel.random import key
 def next_token_logits(
     model: Transformer, tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of the token that follows each row, without vocabulary padding. Every rank of a tensor
-    axis calls it alike."""
+    """Return logits of the token that follows each row, without vocabulary padding.
+
+    Every rank of a tensor axis calls it alike.
+    """
     tensor, length = model.mesh.tensor, tokens.shape[1]
     # Later tokens are not seen by earlier ones: what fills a row up changes nothing.
     hidden = model.hidden(F.pad(tokens, (0, -length % tensor.size)))
@@ -53,13 +55,13 @@ def sample_tokens(
     model's logits are not finite.
     """
     known = list(prompt)
-    told = False
+    warned = False
     decoder: Decoder | None = None
     for number in range(tokens):
         if len(known) > context_tokens:
-            if not told:
+            if not warned:
                 cropped()
-            told, decoder = True, None
+            warned, decoder = True, None
             context = torch.tensor([known[-context_tokens:]], device=model.embedding.weight.device)
             all_logits = next_token_logits(model, context)
         elif decoder is None:

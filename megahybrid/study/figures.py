@@ -45,7 +45,7 @@ def figures_of(result: Result) -> dict[str, float]:
 
 
 def counts(plan: Study, result: Result) -> bool:
-    """Whether a run is past the gate."""
+    """Return whether a run is past the gate."""
     if plan.gate is None:
         return True
     name = f"{plan.gate.task}.{plan.gate.length}"
@@ -65,8 +65,11 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For each variant: its seeds, those past the gate, the processor's time for all, and every
-    figure of those that count: median, least, most, mean, and half of the mean's 95 % interval."""
+    """Return a row for each variant.
+
+    A row has its seeds, those past the gate, the processor's time for all, and every figure of
+    those that count: median, least, most, mean, and half of the mean's 95 % interval.
+    """
     rows = []
     for variant in plan.variants:
         mine = [result for result in results if result["variant"] == variant]
@@ -97,8 +100,11 @@ def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each rule with both medians and whether it holds; None where a side was not measured."""
+def check_rules(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each rule with both medians and whether it holds.
+
+    That is None where a side was not measured.
+    """
     medians = {
         (row["variant"], name): told["median"]
         for row in rows
@@ -112,7 +118,7 @@ def judge(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
             # With every variant measured, a name that none has is a slip of the pen.
             if variant is not None and all(row["counted"] for row in rows) and name not in known:
                 raise ConfigError(
-                    f"rules names {name}, which is no figure ({_some(known)}). Correct it."
+                    f"rules names {name}, which is not a figure ({_some(known)}). Correct it."
                 )
         here, there = (
             float(name) if variant is None else medians.get((variant, name))

@@ -21,8 +21,8 @@ EXIT_FAILURE = 1
 
 
 @dataclass(frozen=True)
-class OneRun:
-    """A variant with a seed. `folder` is the study's, `out` where everything is kept."""
+class StudyRun:
+    """One run: a variant with a seed. `folder` is the study's, `out` where everything is kept."""
 
     plan: Study
     folder: Path
@@ -32,28 +32,28 @@ class OneRun:
 
     @property
     def name(self) -> str:
-        """As files are called."""
+        """The name of its files."""
         return f"{self.variant}-seed{self.seed}"
 
     @property
     def result(self) -> Path:
-        """Where the result is kept; a run that has one is not repeated."""
+        """The path of the result; a run that has one is not repeated."""
         return self.out / "results" / f"{self.name}.json"
 
     @property
     def log(self) -> Path:
-        """What its commands said."""
+        """The path of its commands' output."""
         return self.out / "logs" / f"{self.name}.log"
 
     def overrides(self) -> list[str]:
-        """What differs from the study's run file."""
+        """Return the fields in which it differs from the study's run file."""
         paths = [f"data.sources.{name}.path={self.out / 'data' / name}" for name in self.plan.data]
         said = [*self.plan.common, *self.plan.variants[self.variant]]
         own = [word.replace("{out}", str(self.out)) for word in said]
         return [*paths, *own, f"seed={self.seed}", f"directory={self.out / 'runs' / self.name}"]
 
     def start(self, fork: bool = True) -> int:
-        """Starts a process that does the work; returns its id.
+        """Start a process that does the work; returns its id.
 
         Forked, it shares what was imported here; call it before any computing, because threads are
         not shared. Otherwise it is a new Python.
@@ -70,8 +70,8 @@ class OneRun:
                 os.dup2(log.fileno(), sys.stdout.fileno())
                 os.dup2(log.fileno(), sys.stderr.fileno())
             if not fork:
-                words = [self.folder, self.out, self.variant, self.seed]
-                command = [sys.executable, "-m", __name__, *map(str, words)]
+                arguments = [self.folder, self.out, self.variant, self.seed]
+                command = [sys.executable, "-m", __name__, *map(str, arguments)]
                 os.execv(sys.executable, command)
             code = self.work()
         except MegahybridError as error:
@@ -88,7 +88,7 @@ class OneRun:
             os._exit(code)
 
     def work(self) -> int:
-        """Trains where that is not done, scores, keeps the result. Returns the exit code."""
+        """Train where that is not done, score, and keep the result. Returns the exit code."""
         from megahybrid.commands.analyse import analyse
         from megahybrid.commands.evaluate import evaluate
         from megahybrid.commands.suite import evaluate_suite
@@ -106,14 +106,14 @@ class OneRun:
         result["overrides"] = plan.variants[self.variant]
         if plan.suite is not None:
             suite = self.folder / plan.suite
-            result["suite"] = _said(lambda: evaluate_suite(run, suite, mesh, as_json=True))
+            result["suite"] = _json_output(lambda: evaluate_suite(run, suite, mesh, as_json=True))
         if plan.analyse is not None:
             looked_at = self.folder / plan.analyse
-            told = _said(lambda: analyse(run, mesh, suite_file=looked_at, as_json=True))
+            told = _json_output(lambda: analyse(run, mesh, suite_file=looked_at, as_json=True))
             result["attention"] = without_curves(told)
         if plan.held_out is not None:
             length, most = plan.held_out.length, plan.held_out.max_tokens
-            result["held_out"] = _said(
+            result["held_out"] = _json_output(
                 lambda: evaluate(run, mesh, length=length, max_tokens=most, as_json=True)
             )
         spent = os.times()
@@ -130,8 +130,10 @@ class OneRun:
 
 
 def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
-    """An analysis without its long lists (attention by position, logits by lag, heads): those stay
-    in the run's `evaluations`."""
+    """Return an analysis without its long lists (attention by position, logits by lag, heads).
+
+    Those stay in the run's `evaluations`.
+    """
     kept = ("mass", "entropy_bits", "max_logit", "distance", "sink", "retrieval", "layers")
 
     def short(part: dict[str, Any]) -> dict[str, Any]:
@@ -153,8 +155,8 @@ def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
     return attention | {"results": groups}
 
 
-def _said(command: Callable[[], int]) -> dict[str, Any]:
-    """The JSON that a command prints."""
+def _json_output(command: Callable[[], int]) -> dict[str, Any]:
+    """Return the JSON that a command prints."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard):
         command()
@@ -162,8 +164,10 @@ def _said(command: Callable[[], int]) -> dict[str, Any]:
 
 
 def _end_with(parent: int) -> None:
-    """Ask the kernel to end this process when the study dies, however it dies (Linux): two studies
-    after one another must not train the same run."""
+    """Ask the kernel to end this process when the study dies, however it dies (Linux).
+
+    Two studies after one another must not train the same run.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -177,7 +181,7 @@ if __name__ == "__main__":
     FOLDER, OUT, VARIANT, SEED = sys.argv[1:]
     PLAN = load(Path(FOLDER) / "study.yaml", type=Study)
     try:
-        sys.exit(OneRun(PLAN, Path(FOLDER), Path(OUT), VARIANT, int(SEED)).work())
+        sys.exit(StudyRun(PLAN, Path(FOLDER), Path(OUT), VARIANT, int(SEED)).work())
     except MegahybridError as mistake:
         print(f"megahybrid: {mistake}", file=sys.stderr)
         sys.exit(mistake.exit_code)

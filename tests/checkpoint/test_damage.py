@@ -112,15 +112,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pipe_for_a_manifest": (
         lambda folder: stand_in(folder / "manifest.json", os.mkfifo),
-        r"manifest.json cannot be read \(it is no plain file\)",
+        r"manifest.json cannot be read \(it is not a plain file\)",
     ),
     "device_for_a_manifest": (
         lambda folder: stand_in(folder / "manifest.json", lambda at: at.symlink_to("/dev/zero")),
-        r"manifest.json cannot be read \(it is no plain file\)",
+        r"manifest.json cannot be read \(it is not a plain file\)",
     ),
     "folder_for_a_file": (
         lambda folder: stand_in(folder / FILE, Path.mkdir),
-        f"{FILE} is no plain file",
+        f"{FILE} is not a plain file",
     ),
     "link_to_itself": (
         lambda folder: stand_in(folder / FILE, lambda at: at.symlink_to(at.name)),
@@ -287,7 +287,7 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
 def test_a_large_fragment_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fragment_file, "PIECE_BYTES", 12)
+    monkeypatch.setattr(fragment_file, "CHUNK_BYTES", 12)
     with Reader(save_plain(tmp_path, 1)) as reader:
         for name, shape in SHAPES.items():
             for state in STATES:

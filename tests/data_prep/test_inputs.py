@@ -109,7 +109,7 @@ def test_text_that_begins_with_braces_is_text(tmp_path: Path, text: str) -> None
     path.write_text(text)
     assert kind(path) == "text"
     path.write_text('{"a":\n1}\n{"a":\n2}\n')
-    assert kind(path) == "- JSON that is no list of documents"
+    assert kind(path) == "- JSON that is not a list of documents"
 
 
 @pytest.mark.parametrize("path", ["/proc/kmsg", "{}/proc/self/mem", "/proc", "/sys", "link"])
@@ -123,7 +123,7 @@ def test_what_the_kernel_makes_up_is_no_input(
     assert "is the kernel's" in capsys.readouterr().err
     Path("a.txt").write_text(PROSE)
     table: list[str] = []
-    assert len(survey([tmp_path], tell=table.append).files) == 1
+    assert len(survey([tmp_path], print_line=table.append).files) == 1
     assert "left out: the kernel's" in "\n".join(table)
 
 
