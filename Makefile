@@ -9,6 +9,8 @@ CONSTRAINTS ?= constraints
 WHEELHOUSE ?= wheelhouse
 EXTRAS ?= dev,data,oracle,tensorboard
 ARGS ?=
+# Processes that run the tests.
+WORKERS ?= 2
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -100,8 +102,10 @@ $(DEMO)/data: | $(DEMO)/tokenizer.model
 	$(MEGAHYBRID) data tokenize $(DEMO)/stdlib.jsonl --tokenizer $(DEMO)/tokenizer.model \
 		--output $@ --held-out 0.02 --longest 2
 
-test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+# Two processes, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
+# what they share is made once.
+test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest; WORKERS=0: one process)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-faults: $(DEVELOPMENT) ## ranks killed and hung, nodes lost, on this machine and on a Slurm of its own
 	@$(BIN)/python -m pytest tests/faults $(ARGS)

@@ -1,5 +1,6 @@
 """What holds for every test. Threads and checked annotations are set up by `tests/__init__.py`."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +50,12 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
 def pytest_report_header() -> str:
     """Whether annotations are checked: a machine without our development tools may lack it."""
     return f"annotations: {tests.ANNOTATIONS}"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: no later collection has to walk over it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,8 @@
 """Pools of gloo workers that stay alive over the test session: `run(world_size, function, *args)`.
 
-Starting workers takes seconds, a call milliseconds. `function` is a top-level function of a test
-module, called on every rank as function(ranks, *args); arguments and results are pickled.
+Workers are forked from one process that has imported what they need (tests/preloaded.py).
+`function` is a top-level function of a test module, called on every rank as
+function(ranks, *args); arguments and results are pickled.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import tempfile
 import threading
@@ -80,7 +82,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connections: list[Connection] = []
         self.processes: list[multiprocessing.process.BaseProcess] = []
         for rank in range(world_size):
@@ -179,12 +181,23 @@ class Pool:
 _pools: dict[int, Pool] = {}
 
 
+def _context() -> Any:
+    """Return how workers start: forked, but for a CUDA driver, which does not survive a fork."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 def _serve(
-    rank: int, world_size: int, connection: Connection, stack_file: str, parent: int
+    rank: int, world_size: int, connection: Connection, stack_file: str, session: int
 ) -> None:
     """A worker's life: join the world, answer calls until told to stop or left alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session ends us
+    threading.Thread(target=_end_with, args=(session,), daemon=True).start()
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         import torch
@@ -221,8 +234,11 @@ def _answer(message: bytes, ranks: Ranks) -> bytes | None:
         return pickle.dumps((False, traceback.format_exc()))
 
 
-def _end_with(parent: int) -> None:
-    """Notices that the test session was killed, which a rank inside a collective cannot."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with(session: int) -> None:
+    """Notices that the test session was killed, which a rank inside a collective cannot.
+
+    It is no parent of a forked worker, and the process that forks stays while a worker does.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(session)], [], [])
     os._exit(1)

@@ -6,6 +6,7 @@ the process that forks.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -144,6 +145,8 @@ def _serve() -> None:
     import megahybrid.commands.train
     import megahybrid.train.run  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # what is imported is walked over by no rank's collections
     ended: dict[int, int] = {}
     for line in sys.stdin:
         order = json.loads(line)
