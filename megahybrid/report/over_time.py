@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from megahybrid.ledger import AttentionEvent
 from megahybrid.report.attention_charts import kind_colours
 from megahybrid.report.evaluation_files import Kept
 from megahybrid.report.figures import (
@@ -79,7 +80,7 @@ def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
     """Attention sampled while training, by kind of layer."""
     parts: list[Part] = []
     for record in records:
-        events = record.ledger.named("attention")
+        events = record.ledger.of(AttentionEvent)
         if not events:
             parts.append(
                 Missing(
@@ -89,12 +90,12 @@ def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
                 )
             )
             continue
-        kinds = list(dict.fromkeys(kind for one in events for kind in one.detail["by_kind"]))
+        kinds = list(dict.fromkeys(kind for _, sample in events for kind in sample.by_kind))
         inks = kind_colours(kinds)
         for figure, (title, unit, meaning) in FIGURES.items():
             data = [
-                line([one.tokens for one in events],
-                     [one.detail["by_kind"].get(kind, {}).get(figure) for one in events],
+                line([at.tokens for at, _ in events],
+                     [getattr(sample.by_kind.get(kind), figure, None) for _, sample in events],
                      f"{kind} layers", colour=inks[kind], markers="circle",
                      hovertemplate="%{y:.4g}")
                 for kind in kinds
@@ -103,9 +104,10 @@ def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
                 token_axis([record]), axis(unit, rangemode="tozero"), **stage_bands([record])
             )
             name = f"{record.name}: {title}" if len(records) > 1 else title
+            queries = events[-1][1].queries
             says = (
                 f"{title} while training: {meaning}. Sampled from the last "
-                f"{events[-1].detail.get('queries', '?')} tokens of one training row."
+                f"{'?' if queries is None else queries} tokens of one training row."
             )
             parts.append(
                 Chart(f"telemetry-{record.slug}-{figure}", f"{name} while training", says,

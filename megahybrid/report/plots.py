@@ -194,9 +194,9 @@ def _per_stage(axes: Axes, record: RunRecord, values: np.ndarray) -> None:
 
 def _farthest(record: RunRecord, held_out: str) -> int:
     filled = [
-        bucket["stop"]
+        bucket.stop
         for one in record.at_stage_ends(held_out)
         for bucket in one.by_position
-        if bucket["loss"] is not None
+        if bucket.loss is not None
     ]
     return max(filled, default=0)

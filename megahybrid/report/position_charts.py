@@ -80,7 +80,7 @@ def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
     evaluations = record.at_stage_ends(held_out)
     curves = [_curve(one) for one in evaluations]
     known = [loss for curve in curves for loss in curve[1] if loss is not None]
-    longest = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    longest = max(bucket.stop for one in evaluations for bucket in one.by_position)
     low, high = min(known, default=0.0), max(known, default=1.0)
     margin = 0.06 * (high - low or 1)
     chance = math.log(record.config.model.vocab_size) if record.config else None
@@ -124,7 +124,7 @@ def _compared(records: Sequence[RunRecord]) -> list[Part]:
             _line(_curve(one), record.name, colour(number), "solid", SYMBOLS[number % 6])
             for number, (record, one) in enumerate(last)
         ]
-        longest = max(bucket["stop"] for _, one in last for bucket in one.by_position)
+        longest = max(bucket.stop for _, one in last for bucket in one.by_position)
         plan = layout(context_axis(longest), axis("loss, nats per token"), height=380)
         parts.append(
             Chart(f"position-all-{held_out}", f"{held_out} · all runs",
@@ -143,7 +143,7 @@ def _stages(record: RunRecord, held_out: str) -> Chart:
         _line(_curve(one), f"after {one.stage}", colour(number), "solid", SYMBOLS[number % 6])
         for number, one in enumerate(evaluations)
     ]
-    longest = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    longest = max(bucket.stop for one in evaluations for bucket in one.by_position)
     plan = layout(context_axis(longest), axis("loss, nats per token"), height=320)
     trained = max(stage.longest for stage in record.stages)
     says = (
@@ -182,24 +182,24 @@ def loss_at(one: Evaluation, length: int) -> float | None:
     inside = [
         bucket
         for bucket in one.by_position
-        if bucket["loss"] is not None
-        and bucket["start"] >= length // 2
-        and bucket["stop"] <= length
-        and bucket["stop"] > length // 2
+        if bucket.loss is not None
+        and bucket.start >= length // 2
+        and bucket.stop <= length
+        and bucket.stop > length // 2
     ]
-    tokens = sum(bucket["tokens"] for bucket in inside)
-    if not inside or max(bucket["stop"] for bucket in inside) < length:
+    tokens = sum(bucket.tokens for bucket in inside)
+    if not inside or max(bucket.stop for bucket in inside) < length:
         return None
-    return sum(bucket["loss"] * bucket["tokens"] for bucket in inside) / tokens
+    return sum((bucket.loss or 0.0) * bucket.tokens for bucket in inside) / tokens
 
 
 def _curve(one: Evaluation) -> tuple[list[float], list[float | None], list[str]]:
     """Geometric middle of each bucket's contexts, its loss, and the bucket in words."""
     buckets = joined_buckets(one.by_position)
     return (
-        [((b["start"] + 1) * b["stop"]) ** 0.5 for b in buckets],
-        [b["loss"] for b in buckets],
-        [f"{b['start']:,}–{b['stop'] - 1:,}, {b['tokens']:,} targets" for b in buckets],
+        [((b.start + 1) * b.stop) ** 0.5 for b in buckets],
+        [b.loss for b in buckets],
+        [f"{b.start:,}–{b.stop - 1:,}, {b.tokens:,} targets" for b in buckets],
     )
 
 
@@ -232,7 +232,6 @@ def _mark(length: int, words: str) -> Figure:
 
 def _buckets_table(one: Evaluation) -> Table:
     rows: list[list[Any]] = [
-        [bucket["start"], bucket["stop"] - 1, bucket["tokens"], bucket["loss"]]
-        for bucket in one.by_position
+        [bucket.start, bucket.stop - 1, bucket.tokens, bucket.loss] for bucket in one.by_position
     ]
     return Table(("from position", "to position", "targets", "loss"), rows)

@@ -6,17 +6,36 @@ from typing import Any
 
 from megahybrid.config import RunConfig
 from megahybrid.config.counting import parameters
+from megahybrid.ledger import (
+    ConfigChangeEvent,
+    EndEvent,
+    EventLine,
+    ExhaustedEvent,
+    GateEvent,
+    Line,
+    ListenerFailedEvent,
+    ResumeEvent,
+    RewindEvent,
+    SaveEvent,
+    SkipEvent,
+    StartEvent,
+    WarningEvent,
+)
 from megahybrid.report.evaluation_files import Kept
 from megahybrid.report.model_strip import scheme_in_words
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation, RunRecord
 from megahybrid.report.statistics import needle_rate
-from megahybrid.train.ledger import EventLine, Line
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # What a reader of faults wants to see of the ledger; saving and scoring are the ordinary course.
-FAULTS = {"skip", "warning", "listener_failed", "rewind", "exhausted", "config_change"}
+FAULTS = {
+    kind.name
+    for kind in (
+        SkipEvent, WarningEvent, ListenerFailedEvent, RewindEvent, ExhaustedEvent, ConfigChangeEvent
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,12 +88,12 @@ def _count(number: int) -> str:
 def _training(record: RunRecord) -> str:
     steps, stages = record.steps, record.stages
     lengths = [length for stage in stages for length in stage.lengths]
-    told = record.ledger.named("start") + record.ledger.named("resume")
-    facts = told[-1].detail if told else {}
+    begun = record.ledger.of(StartEvent) + record.ledger.of(ResumeEvent)
     where = ""
-    if facts:
-        ranks = facts.get("world_size", 1)
-        where = f" on {ranks} rank{'s' if ranks != 1 else ''} ({facts.get('device', '?')})"
+    if begun and begun[-1][0].detail:
+        _, facts = begun[-1]
+        ranks = 1 if facts.world_size is None else facts.world_size
+        where = f" on {ranks} rank{'s' if ranks != 1 else ''} ({facts.device or '?'})"
     span = f"rows of {min(lengths):,} tokens"
     if min(lengths) != max(lengths):
         span = f"the text it sees at once growing from {min(lengths):,} to {max(lengths):,} tokens"
@@ -90,8 +109,8 @@ def state(record: RunRecord) -> str:
     """Whether it is done, and how often it was interrupted."""
     last = record.ledger.lines[-1]
     attempts = max(line.attempt for line in record.ledger.lines)
-    ends = [line for line in record.ledger.named("end") if line.attempt == last.attempt]
-    outcome = ends[-1].detail.get("outcome", "ended") if ends else "running"
+    ends = [end for line, end in record.ledger.of(EndEvent) if line.attempt == last.attempt]
+    outcome = (ends[-1].outcome or "ended") if ends else "running"
     words = {
         "done": "It is done",
         "stopped": "It was stopped early and can go on",
@@ -115,9 +134,8 @@ def is_fault(line: Line) -> bool:
     """Whether a line tells of something unusual: also a gate or a save that failed."""
     if not isinstance(line, EventLine):
         return False
-    return line.event in FAULTS or (
-        line.event in ("gate", "save") and not line.detail.get("ok", True)
-    )
+    failed = isinstance(line.content, GateEvent | SaveEvent) and not line.content.ok
+    return failed or line.event in FAULTS
 
 
 def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
@@ -145,7 +163,7 @@ def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
 
 
 def _far_tokens(one: Evaluation) -> int:
-    return one.by_position[-1]["tokens"] if one.by_position else 0
+    return one.by_position[-1].tokens if one.by_position else 0
 
 
 def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:

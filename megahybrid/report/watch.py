@@ -14,11 +14,12 @@ from types import FrameType
 from typing import Any
 
 from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.ledger import LEDGER_NAME, EndEvent, EventLine, read_ledger
 from megahybrid.printable import printable
 from megahybrid.report.http import is_loopback, server
 from megahybrid.report.page import content, packed, page, read_runs
 from megahybrid.report.record import RunRecord
-from megahybrid.train.ledger import EVALUATIONS, LEDGER_NAME, read_ledger
+from megahybrid.run_folder import EVALUATIONS
 
 WAIT_SECONDS = 20.0  # the longest a page waits for an answer that something has changed
 LOOK_SECONDS = 1.0  # between two looks at the files
@@ -85,7 +86,8 @@ class Watched:
 
 
 def _ended(record: RunRecord) -> bool:
-    return getattr(record.ledger.lines[-1], "event", "") == "end"
+    last = record.ledger.lines[-1]
+    return isinstance(last, EventLine) and isinstance(last.content, EndEvent)
 
 
 def check_host(host: str, allow_others: bool) -> None:

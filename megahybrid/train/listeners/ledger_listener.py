@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megahybrid.train.ledger import LEDGER_NAME, EventLine, LedgerWriter, StepLine
+from megahybrid.ledger import LEDGER_NAME, EventLine, StepLine
+from megahybrid.train.ledger import LedgerWriter
 from megahybrid.train.listeners.base import RunInfo
 
 
