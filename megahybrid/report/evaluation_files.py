@@ -15,7 +15,7 @@ KINDS = ("attention", "lm_eval", "loss", "suite")
 
 
 @dataclass(frozen=True)
-class Kept:
+class EvaluationFile:
     """One result file of a run."""
 
     kind: str  # one of KINDS
@@ -24,7 +24,7 @@ class Kept:
     result: dict[str, Any]
 
 
-def every(directory: Path) -> list[Kept]:
+def read_evaluations(directory: Path) -> list[EvaluationFile]:
     """Every result of the run, by step. Raises MegahybridError where a file is damaged."""
     found = []
     for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
@@ -44,11 +44,11 @@ def every(directory: Path) -> list[Kept]:
         wrong = wrong_result(parts[2], result)
         if wrong is not None:
             raise MegahybridError(f"{path} is damaged ({wrong}). Remove it.")
-        found.append(Kept(parts[2], parts[3], int(parts[1]), result))
+        found.append(EvaluationFile(parts[2], parts[3], int(parts[1]), result))
     return sorted(found, key=lambda one: one.step)
 
 
-def typical(result: dict[str, Any]) -> list[dict[str, Any]]:
+def analyses_to_draw(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One analysis of each task, to be drawn: of the longest texts not beyond the trained length
     (else the shortest) the one whose needle lies nearest to the middle."""
     found = []
@@ -62,7 +62,7 @@ def typical(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def newest(directory: Path) -> list[Kept]:
+def newest_evaluations(directory: Path) -> list[EvaluationFile]:
     """The newest result of each kind and name, by kind and name."""
-    found = {(one.kind, one.name): one for one in every(directory)}
+    found = {(one.kind, one.name): one for one in read_evaluations(directory)}
     return [found[key] for key in sorted(found)]

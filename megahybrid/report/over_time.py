@@ -5,7 +5,7 @@ from typing import Any
 
 from megahybrid.ledger import AttentionEvent
 from megahybrid.report.attention_charts import kind_colours
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.figures import (
     DASHES,
     SYMBOLS,
@@ -27,12 +27,12 @@ FIGURES = {
 }
 
 
-def suite_curves(records: Sequence[RunRecord], every: Sequence[list[Kept]]) -> list[Part]:
+def suite_curves(records: Sequence[RunRecord], every: Sequence[list[EvaluationFile]]) -> list[Part]:
     """One chart for each suite that was run at several steps: each task's score over tokens."""
     parts: list[Part] = []
-    for record, kept in zip(records, every, strict=True):
-        suites: dict[str, list[Kept]] = {}
-        for one in kept:
+    for record, results in zip(records, every, strict=True):
+        suites: dict[str, list[EvaluationFile]] = {}
+        for one in results:
             if one.kind == "suite":
                 suites.setdefault(one.name, []).append(one)
         for name, runs in suites.items():
@@ -41,7 +41,7 @@ def suite_curves(records: Sequence[RunRecord], every: Sequence[list[Kept]]) -> l
     return parts
 
 
-def _curve(record: RunRecord, name: str, runs: list[Kept], several: bool) -> Part:
+def _curve(record: RunRecord, name: str, runs: list[EvaluationFile], several: bool) -> Part:
     points: dict[tuple[str, int], list[tuple[int, float | None]]] = {}
     for one in runs:
         if "tokens" not in one.result:  # of an older version

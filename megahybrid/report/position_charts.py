@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.figures import (
     FAINT,
     SYMBOLS,
@@ -23,7 +23,9 @@ from megahybrid.report.statistics import joined_buckets
 TIMES = (1, 2, 4, 8)
 
 
-def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> list[Part]:
+def position_parts(
+    records: Sequence[RunRecord], results: Sequence[list[EvaluationFile]]
+) -> list[Part]:
     """Curves for each stage of each run and set, then the loss at multiples of its length."""
     parts: list[Part] = _compared(records) if len(records) > 1 else []
     for record in records:
@@ -42,7 +44,7 @@ def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> 
     if any(record.evaluations for record in records):
         parts.append(_multiples(records))
     rows: list[list[Any]] = []
-    for record, mine in zip(records, kept, strict=True):
+    for record, mine in zip(records, results, strict=True):
         reaches = [one for one in mine if one.kind == "loss"]
         for one in reaches:
             rows += _reach_rows(record, one)
@@ -61,13 +63,13 @@ def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> 
     return parts
 
 
-def _reach_rows(record: RunRecord, kept: Kept) -> list[list[Any]]:
-    trained = kept.result["trained_length"]
+def _reach_rows(record: RunRecord, file: EvaluationFile) -> list[list[Any]]:
+    trained = file.result["trained_length"]
     shown = {
         f"rows of {int(length):,} ({int(length) / trained:g}×)": scores
-        for length, scores in kept.result["rows"].items()
+        for length, scores in file.result["rows"].items()
     }
-    shown[f"a sliding window of {trained:,}"] = kept.result["sliding"]
+    shown[f"a sliding window of {trained:,}"] = file.result["sliding"]
     return [
         [record.name, name, words, score["tokens"], score["loss"], score["perplexity"]]
         for words, scores in shown.items()

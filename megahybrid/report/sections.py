@@ -8,7 +8,7 @@ from megahybrid.ledger import EndEvent, EventLine, GateEvent, StepLine
 from megahybrid.report.answer_charts import by_length_parts, harness_parts, needle_parts
 from megahybrid.report.attention_charts import attention_parts
 from megahybrid.report.data_charts import data_parts
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.model_strip import strip_part
 from megahybrid.report.over_time import suite_curves, telemetry_charts
 from megahybrid.report.parts import Cell, Heading, Listing, Missing, Note, Part, Section, Table
@@ -21,10 +21,10 @@ Records = Sequence[RunRecord]
 
 
 def sections(
-    records: Records, kept: Sequence[list[Kept]], every: Sequence[list[Kept]]
+    records: Records, results: Sequence[list[EvaluationFile]], every: Sequence[list[EvaluationFile]]
 ) -> list[Section]:
-    """Everything the runs have, and notes about what they lack. `kept` are the newest results."""
-    found = list(zip(records, kept, strict=True))
+    """Everything the runs have, and notes about what they lack. `results` are the newest."""
+    found = list(zip(records, results, strict=True))
     several = len(records) > 1
     plan = [part for record in records for part in strip_part(record, several)]
     return [
@@ -44,7 +44,7 @@ def sections(
             "position", "How far it sees",
             "If a model uses what stands far back, tokens deep in a document are easier to "
             "predict. A curve that turns up shows where its view ends.",
-            position_parts(records, kept),
+            position_parts(records, results),
         ),
         Section(
             "retrieval", "What it finds",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megahybrid.ledger import PositionBucket
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 
 LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that the plot is about
 
@@ -57,12 +57,12 @@ class NeedleRate:
     trained: int
 
 
-def needle_rate(kept: Sequence[Kept]) -> NeedleRate | None:
+def needle_rate(results: Sequence[EvaluationFile]) -> NeedleRate | None:
     """Over every needle task of the newest suites; None where there is none within the length."""
     within: list[tuple[float, int]] = []
     beyond: list[tuple[float, int]] = []
     trained = 0
-    for one in kept:
+    for one in results:
         if one.kind != "suite" or not one.result.get("trained_length"):
             continue
         trained = one.result["trained_length"]

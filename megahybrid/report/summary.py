@@ -21,7 +21,7 @@ from megahybrid.ledger import (
     StartEvent,
     WarningEvent,
 )
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.model_strip import scheme_in_words
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
@@ -55,13 +55,13 @@ class Sentence:
     subject: str = ""
 
 
-def sentences(record: RunRecord, kept: Sequence[Kept]) -> list[Sentence]:
+def sentences(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Sentence]:
     """The model, its training and what came out, each in a sentence or two."""
     told = []
     if record.config:
         told.append(Sentence(_model(record.config), record.name))
     told.append(Sentence(_training(record)))
-    told.append(Sentence(_outcome(record, kept)))
+    told.append(Sentence(_outcome(record, results)))
     return [one for one in told if one.text]
 
 
@@ -138,7 +138,7 @@ def is_fault(line: Line) -> bool:
     return failed or line.event in FAULTS
 
 
-def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
+def _outcome(record: RunRecord, results: Sequence[EvaluationFile]) -> str:
     told = []
     last = [one for name in record.held_out_sets() for one in record.at_stage_ends(name)[-1:]]
     if last:  # the set with the most text so far out
@@ -152,7 +152,7 @@ def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
                 f"“{one.held_out}” {change} than within that length ({far:.2f} against "
                 f"{near:.2f} nats per token)."
             )
-    rate = needle_rate(kept)
+    rate = needle_rate(results)
     if rate is not None:
         beyond = "" if rate.beyond is None else f"; beyond that length {rate.beyond:.0%}"
         told.append(
@@ -166,7 +166,7 @@ def _far_tokens(one: Evaluation) -> int:
     return one.by_position[-1].tokens if one.by_position else 0
 
 
-def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:
+def key_figures(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Figure]:
     """Four to six large numbers."""
     found = []
     for held_out in record.held_out_sets()[:2]:
@@ -175,7 +175,7 @@ def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:
             one = known[-1]
             found.append(Figure(f"{one.loss:.3f}", f"held-out loss, {held_out}",
                                 f"nats per token in rows of {one.length:,}"))  # fmt: skip
-    rate = needle_rate(kept)
+    rate = needle_rate(results)
     if rate is not None:
         note = f"{rate.trials} trials up to {rate.trained:,} tokens"
         found.append(Figure(f"{rate.within:.0%}", "needles found", note))
@@ -192,14 +192,14 @@ def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:
     return found
 
 
-def comparison(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> Table:
+def comparison(records: Sequence[RunRecord], results: Sequence[Sequence[EvaluationFile]]) -> Table:
     """One row a run: what one would compare first."""
     sets = list(dict.fromkeys(name for record in records for name in record.held_out_sets()))
     head = ("run", "parameters", "layers", "tokens", "longest row",
             *(f"loss, {name}" for name in sets), "needles found", "found beyond", "tokens/s",
             "attempts")  # fmt: skip
     rows: list[list[Cell]] = []
-    for record, mine in zip(records, kept, strict=True):
+    for record, mine in zip(records, results, strict=True):
         run, rate = record.config, needle_rate(mine)
         losses: list[Any] = []
         for name in sets:
