@@ -1,4 +1,4 @@
-"""What happened to a run on the cluster, as files in its folder: no accounting database is needed.
+"""The history of a run on the cluster, as files in its folder: no accounting database is needed.
 
 slurm/attempts.jsonl holds one line when a job is submitted, when an attempt begins and when it
 ends, with the node failures seen between. A batch host that loses power writes no end.
@@ -42,17 +42,17 @@ class AttemptRecord:
 
     @property
     def counts(self) -> bool:
-        """Whether the caps may count it: what Slurm did to it is no failure of the run."""
+        """True where the caps may count it: what Slurm did to it is no failure of the run."""
         return self.interruption is None or self.interruption.counts
 
     @property
     def failed(self) -> bool:
-        """Neither done nor stopped in order; an attempt nobody ended counts as lost."""
+        """True where it neither finished nor stopped in order; one nobody ended counts as lost."""
         return self.counts and self.code not in (EXIT_DONE, EXIT_RESUME)
 
     @property
     def progressed(self) -> bool:
-        """Whether it left a newer checkpoint than it found."""
+        """True where it left a newer checkpoint than it found."""
         return (self.checkpoint or -1) > (self.checkpoint_before or -1)
 
 
@@ -121,7 +121,7 @@ def attempts(run_directory: Path, *, since_submit: bool = False) -> list[Attempt
 
 
 def _go_on(one: AttemptRecord, line: dict[str, Any]) -> None:
-    """What a later line says of an attempt. TERM says that Slurm ended it, though nobody may have
+    """Complete an attempt by a later line. TERM says that Slurm ended it, though nobody may have
     been left to ask why."""
     match line["event"]:
         case "signal":
@@ -162,7 +162,7 @@ def newest_checkpoint(run_directory: Path) -> int | None:
 
 
 def _says(manifest: Path, step: int) -> bool:
-    """Whether a manifest's first lines name the step; what follows may be many megabytes."""
+    """Return True where a manifest's first lines name the step; the rest may be many megabytes."""
     try:
         with open(manifest, "rb") as file:
             head = file.read(4096)
@@ -179,8 +179,8 @@ def newest_ledger_lines(run_directory: Path) -> Iterator[Line]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the run has shown of itself: the longest of its last saves, steps and validations, and
-    its pace; None where nothing was measured yet."""
+    """Times that the ledger holds: the longest of the last saves, steps and validations, and the
+    pace; None where nothing was measured yet."""
 
     save_seconds: float | None
     step_seconds: float | None  # without saving and validation

@@ -1,4 +1,4 @@
-"""Charts of what `evaluate SUITE` kept: needles by depth and length, RULER, puzzles."""
+"""Charts of the results of `evaluate SUITE`: needles by depth and length, RULER, puzzles."""
 
 from collections.abc import Sequence
 from typing import Any

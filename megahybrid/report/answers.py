@@ -1,4 +1,4 @@
-"""Pictures of what `evaluate SUITE` and `analyse` kept in a run: needles, RULER, attention."""
+"""Pictures of the results of `evaluate SUITE` and `analyse`: needles, RULER, attention."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def draw_answers(directory: Path, folder: Path) -> list[Picture]:
 
 
 def draw_results(results: Sequence[EvaluationFile], folder: Path) -> list[Picture]:
-    """The same of some results."""
+    """Draw some results, each into pictures of its own."""
     drawn: list[tuple[str, str, Figure]] = []
     with house_style():
         for file in results:
@@ -101,7 +101,7 @@ def needle_map(rows: list[dict[str, Any]], title: str, trained: int | None) -> F
 
 
 def by_length(rows: list[dict[str, Any]], title: str, trained: int | None) -> Figure:
-    """One line for each task over length; bars are standard errors."""
+    """Draw a line for each task over length; bars are standard errors."""
     figure = Figure(figsize=(WIDTH_INCHES, 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for index, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
@@ -157,7 +157,7 @@ def _of_attention(file: EvaluationFile) -> list[tuple[str, str, Figure]]:
 
 
 def mass_bars(figures: dict[str, Any]) -> Figure:
-    """One bar per layer, cut into begin, needle, context and end; names coloured by kind."""
+    """Draw a bar for each layer, cut into begin, needle, context, end; names coloured by kind."""
     layers = figures["layers"]
     figure = Figure(figsize=(WIDTH_INCHES, 1.8 + 0.34 * len(layers)), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))

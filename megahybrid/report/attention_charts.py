@@ -1,4 +1,4 @@
-"""Charts of what `analyse` kept: mass, entropy, heads, positions and lags."""
+"""Charts of the results of `analyse`: mass, entropy, heads, positions and lags."""
 
 import itertools
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ from megahybrid.report.style import MARKERS, new_figure, ordered_colours
 
 
 def loss_by_position(record: RunRecord) -> Figure | None:
-    """One panel per held-out set, one curve per stage."""
+    """Draw a panel for each held-out set, with a curve for each stage."""
     sets = [name for name in record.held_out_sets() if record.at_stage_ends(name)]
     if not sets:
         return None

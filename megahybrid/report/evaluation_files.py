@@ -1,4 +1,4 @@
-"""What commands and training kept in a run's `evaluations`, as JSON files."""
+"""The results of evaluations that commands and training left in a run's folder, as JSON files."""
 
 import json
 import math
@@ -16,7 +16,8 @@ KINDS = ("attention", "lm_eval", "loss", "suite")
 
 @dataclass(frozen=True)
 class EvaluationFile:
-    """One result file of a run."""
+    """A file of a run's `evaluations`: what kind of evaluation it is, of which step, and its
+    result."""
 
     kind: str  # one of KINDS
     name: str
@@ -25,7 +26,7 @@ class EvaluationFile:
 
 
 def read_evaluations(directory: Path) -> list[EvaluationFile]:
-    """Every result of the run, by step. Raises MegahybridError where a file is damaged."""
+    """Read every result of the run, by step. Raises MegahybridError where a file is damaged."""
     found = []
     for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
         parts = re.fullmatch(
@@ -49,8 +50,8 @@ def read_evaluations(directory: Path) -> list[EvaluationFile]:
 
 
 def analyses_to_draw(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One analysis of each task, to be drawn: of the longest texts not beyond the trained length
-    (else the shortest) the one whose needle lies nearest to the middle."""
+    """Choose one analysis of each task: of the longest texts not beyond the trained length (else
+    the shortest) the one whose needle lies nearest to the middle."""
     found = []
     results, trained = result["results"], result.get("trained_length", math.inf)
     for task in dict.fromkeys(one["task"] for one in results):
@@ -63,6 +64,6 @@ def analyses_to_draw(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def newest_evaluations(directory: Path) -> list[EvaluationFile]:
-    """The newest result of each kind and name, by kind and name."""
+    """Read the newest result of each kind and name, ordered by these."""
     found = {(one.kind, one.name): one for one in read_evaluations(directory)}
     return [found[key] for key in sorted(found)]

@@ -1,4 +1,4 @@
-"""How every interactive chart looks: colours that colour-blind readers tell apart, axes, bands.
+"""The look of every interactive chart: colours, axes, bands of stages.
 
 Figures are Plotly's JSON, checked against its schema in tests. Text and grid lines take their
 colours from the page's stylesheet, so that one figure serves light, dark and print.
@@ -27,7 +27,7 @@ Figure = dict[str, Any]
 
 
 def colour(index: int) -> str:
-    """The palette, over and over."""
+    """Return the colour of the nth curve; the palette begins again where it ends."""
     return PALETTE[index % len(PALETTE)]
 
 

@@ -1,4 +1,4 @@
-"""What was asked and sampled while the model trained: suites and attention over tokens."""
+"""Charts of the suites and of the samples of attention that a training run made, over tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ FIGURES = {
 
 
 def suite_curves(records: Sequence[RunRecord], every: Sequence[list[EvaluationFile]]) -> list[Part]:
-    """One chart for each suite that was run at several steps: each task's score over tokens."""
+    """Draw a chart of each suite that was run at several steps: each task's score over tokens."""
     parts: list[Part] = []
     for record, results in zip(records, every, strict=True):
         suites: dict[str, list[EvaluationFile]] = {}
@@ -77,7 +77,7 @@ def _curve(record: RunRecord, name: str, runs: list[EvaluationFile], several: bo
 
 
 def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
-    """Attention sampled while training, by kind of layer."""
+    """Draw the attention sampled while training, by kind of layer."""
     parts: list[Part] = []
     for record in records:
         events = record.ledger.of(AttentionEvent)

@@ -79,7 +79,7 @@ def page(records: Sequence[RunRecord], live: str = "") -> str:
 
 
 def _policy(*scripts: str, live: str) -> str:
-    """What a browser may do for the page: run these very scripts, and ask where it is live."""
+    """Return the browser's rules: it runs these very scripts, and asks where the page is live."""
     digests = (base64.b64encode(hashlib.sha256(one.encode()).digest()) for one in scripts)
     allowed = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
     reach = "'self'" if live else "'none'"
@@ -141,7 +141,7 @@ def _missing(parts: Sequence[Section]) -> Markup:
 
 
 def _numbers(record: RunRecord, results: Sequence[EvaluationFile]) -> dict[str, Any]:
-    """What the page was drawn from, for whoever wants to draw it otherwise."""
+    """Return the numbers that the page was drawn from, for whoever wants to draw it otherwise."""
     steps = record.steps
     every_nth = max(1, -(-len(steps) // MOST_STEPS))
     return {

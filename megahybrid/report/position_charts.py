@@ -139,7 +139,7 @@ def _compared(records: Sequence[RunRecord]) -> list[Part]:
 
 
 def _stages(record: RunRecord, held_out: str) -> Chart:
-    """One run's curves after each of its stages."""
+    """Draw the curves of a run after each of its stages."""
     evaluations = record.at_stage_ends(held_out)
     data = [
         _line(_curve(one), f"after {one.stage}", colour(number), "solid", SYMBOLS[number % 6])
@@ -180,19 +180,19 @@ def _multiples(records: Sequence[RunRecord]) -> Part:
 
 
 def loss_at(one: Evaluation, length: int) -> float | None:
-    """Mean loss of positions [length/2, length), where a whole bucket is so far."""
+    """Return the mean loss of positions [length/2, length), where a whole bucket is so far."""
     inside = [
-        bucket
+        (bucket, bucket.loss)
         for bucket in one.by_position
         if bucket.loss is not None
         and bucket.start >= length // 2
         and bucket.stop <= length
         and bucket.stop > length // 2
     ]
-    tokens = sum(bucket.tokens for bucket in inside)
-    if not inside or max(bucket.stop for bucket in inside) < length:
+    tokens = sum(bucket.tokens for bucket, _ in inside)
+    if not inside or max(bucket.stop for bucket, _ in inside) < length:
         return None
-    return sum((bucket.loss or 0.0) * bucket.tokens for bucket in inside) / tokens
+    return sum(loss * bucket.tokens for bucket, loss in inside) / tokens
 
 
 def _curve(one: Evaluation) -> tuple[list[float], list[float | None], list[str]]:

@@ -1,4 +1,4 @@
-"""A run's directory as the report sees it: the ledger cut into stages, and the evaluations."""
+"""A run's folder as the report sees it: the ledger cut into stages, and the evaluations."""
 
 import itertools
 import re
@@ -46,7 +46,7 @@ class StageRecord:
 
     @property
     def longest(self) -> int:
-        """The longest of them."""
+        """The longest sequence length of its steps."""
         return self.lengths[-1]
 
 
@@ -67,7 +67,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the report shows."""
+    """Everything that the report shows of a run, but for its `evaluations`."""
 
     directory: Path
     ledger: Ledger
@@ -120,7 +120,7 @@ class RunRecord:
 
 
 def read_record(directory: Path, label: str | None = None) -> RunRecord:
-    """Reads `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
+    """Read `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
     ledger = Ledger(tuple(_checked(directory, lambda path: read_ledger(path).lines)))
     if not ledger.steps:
         raise MegahybridError(
@@ -139,7 +139,7 @@ def read_record(directory: Path, label: str | None = None) -> RunRecord:
 
 
 def _checked(directory: Path, read: Callable[[Path], Iterable[Line]]) -> list[Line]:
-    """Lines of a ledger whose fields are what their names say."""
+    """Read the lines of a ledger. Raises MegahybridError where a page cannot be drawn of one."""
     path = directory / LEDGER_NAME
     try:
         lines = list(read(path))

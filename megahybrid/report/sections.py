@@ -23,7 +23,8 @@ Records = Sequence[RunRecord]
 def sections(
     records: Records, results: Sequence[list[EvaluationFile]], every: Sequence[list[EvaluationFile]]
 ) -> list[Section]:
-    """Everything the runs have, and notes about what they lack. `results` are the newest."""
+    """Draw everything that the runs have, with notes about what they lack. `results` are the newest
+    results of each run, `every` all of them."""
     found = list(zip(records, results, strict=True))
     several = len(records) > 1
     plan = [part for record in records for part in strip_part(record, several)]
@@ -78,7 +79,7 @@ def sections(
 
 
 def not_measured(all_sections: Sequence[Section]) -> list[Missing]:
-    """Everything that some part of the page lacks."""
+    """Collect what the parts of the page lack."""
     return [part for section in all_sections for part in section.parts if isinstance(part, Missing)]
 
 

@@ -105,7 +105,7 @@ class Head(TypedDict):
 
 
 class HeadSummary(TypedDict):
-    """What is said of all heads together, of a kind of layer and of a layer."""
+    """The figures of all heads together, of a kind of layer and of a layer."""
 
     mass: Mass
     entropy_nats: float
@@ -163,7 +163,7 @@ RESULTS: dict[str, Any] = {
 
 
 def wrong_result(kind: str, result: Any) -> str | None:
-    """What is wrong with a file of `evaluations`, for one who reads a message; None: nothing."""
+    """Return what is wrong with a file of `evaluations`, in words; None where nothing is."""
     if too_deep(result):
         return f"lists within one another, more than {DEEPEST} deep"
     wrong = checker(RESULTS[kind])(result)
@@ -187,7 +187,7 @@ def _wrong_task(tasks: dict[str, Any]) -> str | None:
 
 
 def _disagreement(figures: Any) -> str | None:
-    """What no shape tells: parts that must fit together."""
+    """Return which parts do not fit together, which no shape tells; None where all do."""
     layers = figures["layers"]
     if list(dict.fromkeys(layer["kind"] for layer in layers)) != list(figures["by_kind"]):
         return "by_kind: other kinds than the layers have"

@@ -1,5 +1,5 @@
-"""Figures made of many: the loss in buckets of positions with enough targets to have a mean, and
-how often needles were found within the trained length and beyond."""
+"""Means over many: the loss in buckets of positions with enough targets to have a mean, and how
+often needles were found within the trained length and beyond."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that t
 def joined_buckets(
     buckets: Sequence[PositionBucket], least_tokens: int = LEAST_TOKENS
 ) -> list[PositionBucket]:
-    """Neighbouring buckets joined until each has `least_tokens` targets; empty ones stay empty.
+    """Join neighbouring buckets until each has `least_tokens` targets; empty ones stay empty.
 
     The mean of a handful of targets says nothing, and the first buckets of a few documents hold no
     more than that. What is left over before an empty bucket joins the one before it.
@@ -58,7 +58,8 @@ class NeedleRate:
 
 
 def needle_rate(results: Sequence[EvaluationFile]) -> NeedleRate | None:
-    """Over every needle task of the newest suites; None where there is none within the length."""
+    """Count the needles found by every needle task of the newest suites; None where no task stays
+    within the trained length."""
     within: list[tuple[float, int]] = []
     beyond: list[tuple[float, int]] = []
     trained = 0

@@ -1,4 +1,4 @@
-"""How every picture looks: a palette that colour-blind readers can tell apart, one set of sizes."""
+"""The look of every picture: its colours and its sizes."""
 
 import io
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a stranger should know first: the run in a few sentences and a few large numbers."""
+"""The run in a few sentences and a few large numbers: what a new reader should know first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from megahybrid.report.record import Evaluation, RunRecord
 from megahybrid.report.statistics import needle_rate
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# What a reader of faults wants to see of the ledger; saving and scoring are the ordinary course.
+# Events that a reader of faults wants to see; saving and scoring are the ordinary course.
 FAULTS = {
     kind.name
     for kind in (
@@ -49,14 +49,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is said; `subject` is what it begins with, in bold."""
+    """A sentence of the summary; `subject` are its first words, in bold."""
 
     text: str
     subject: str = ""
 
 
 def sentences(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Sentence]:
-    """The model, its training and what came out, each in a sentence or two."""
+    """Describe the model, its training and what came out, each in a sentence or two."""
     told = []
     if record.config:
         told.append(Sentence(_model(record.config), record.name))
@@ -106,7 +106,7 @@ def _training(record: RunRecord) -> str:
 
 
 def state(record: RunRecord) -> str:
-    """Whether it is done, and how often it was interrupted."""
+    """Say in words whether the run is done, and how often it was interrupted."""
     last = record.ledger.lines[-1]
     attempts = max(line.attempt for line in record.ledger.lines)
     ends = [end for line, end in record.ledger.of(EndEvent) if line.attempt == last.attempt]
@@ -126,12 +126,12 @@ def state(record: RunRecord) -> str:
 
 
 def fault_count(record: RunRecord) -> int:
-    """Events of all attempts that are not the ordinary course of a run."""
+    """Count the events of all attempts that are not the ordinary course of a run."""
     return sum(is_fault(line) for line in record.every_line)
 
 
 def is_fault(line: Line) -> bool:
-    """Whether a line tells of something unusual: also a gate or a save that failed."""
+    """Return True for a line that tells of something unusual: also a gate or a save that failed."""
     if not isinstance(line, EventLine):
         return False
     failed = isinstance(line.content, GateEvent | SaveEvent) and not line.content.ok
@@ -167,7 +167,7 @@ def _far_tokens(one: Evaluation) -> int:
 
 
 def key_figures(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Figure]:
-    """Four to six large numbers."""
+    """Return four to six large numbers."""
     found = []
     for held_out in record.held_out_sets()[:2]:
         known = [one for one in record.scores(held_out, "stream") if one.loss is not None]
@@ -193,7 +193,7 @@ def key_figures(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Fi
 
 
 def comparison(records: Sequence[RunRecord], results: Sequence[Sequence[EvaluationFile]]) -> Table:
-    """One row a run: what one would compare first."""
+    """Return a row for each run, with what one would compare first."""
     sets = list(dict.fromkeys(name for record in records for name in record.held_out_sets()))
     head = ("run", "parameters", "layers", "tokens", "longest row",
             *(f"loss, {name}" for name in sets), "needles found", "found beyond", "tokens/s",
@@ -223,7 +223,7 @@ def _layers(run: RunConfig) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In seconds, minutes or hours."""
+    """Write a span of time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:

@@ -247,7 +247,7 @@ def _progress(records: Records) -> Part:
 
 
 def stage_table(records: Records) -> Table:
-    """One row for each stage of each run."""
+    """Return a row for each stage of each run."""
     rows: list[list[Any]] = []
     for record in records:
         for stage in record.stages:

@@ -55,7 +55,7 @@ class Watched:
             return page(read_runs(self.directories), live="live.json")
 
     def state(self, after: str) -> dict[str, Any]:
-        """What a page that shows version `after` needs; waits a while for news."""
+        """Return what a page that shows version `after` needs; waits a while for news."""
         until = time.monotonic() + WAIT_SECONDS
         while not self.closing.is_set() and self.version() == after and time.monotonic() < until:
             self.closing.wait(LOOK_SECONDS)

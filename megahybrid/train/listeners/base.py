@@ -1,4 +1,4 @@
-"""What a listener is told, and `Listeners`, which tells each one and survives their failures."""
+"""The protocol of a listener, and `Listeners`, which calls several and survives their failures."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from megahybrid.ledger import (
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What is known when an attempt begins. `step` and `tokens` are where it goes on from."""
+    """The run when an attempt begins; `step` and `tokens` are where it goes on from."""
 
     name: str
     directory: Path
@@ -39,7 +39,7 @@ class RunInfo:
 
 @runtime_checkable
 class Listener(Protocol):
-    """Told everything in order, on the trainer's thread, on rank 0. It must return at once."""
+    """Called with everything in order, on the trainer's thread, on rank 0; must return at once."""
 
     essential: bool  # True: its failure ends the run. False: it is dropped and the run goes on.
 
@@ -50,7 +50,7 @@ class Listener(Protocol):
         """An optimizer step is done."""
 
     def on_event(self, line: EventLine) -> None:
-        """Anything else: start, resume, stage, evaluate, save, skip, audit, end, …"""
+        """Anything else happened; see `megahybrid.ledger.events`."""
 
     def on_end(self, outcome: str) -> None:
         """The attempt ends: "done", "stopped" or "failed". Nothing follows."""

@@ -1,4 +1,4 @@
-"""What a person sees: a live line and a bar on a terminal, plain lines at a calm pace in a log."""
+"""The console: a live line and a bar on a terminal, plain lines at a calm pace in a log."""
 
 import time
 from collections.abc import Callable, Collection
@@ -139,7 +139,7 @@ class Console:
 
 
 def describe_event(line: EventLine) -> str | None:
-    """The event as a line for a person, or None for what the console already shows."""
+    """Describe an event in a line for a person; None for what the console already shows."""
     place = f"(step {line.step})"
     match line.content:
         case StartEvent() | ResumeEvent() | AttentionEvent():
@@ -183,7 +183,7 @@ def describe_event(line: EventLine) -> str | None:
 
 
 def _scores(asked: SuiteEvent) -> list[str]:
-    """Each task's share of right answers, or its score, over the lengths asked."""
+    """Write each task's share of right answers, or its score, over the lengths asked."""
     return [
         f"{task} {figure} {_span(known)}"
         for task, scores in asked.tasks.items()
@@ -203,7 +203,7 @@ def _kernels(stage: StageEvent) -> str:
 
 
 def _span(values: Collection[float]) -> str:
-    """One value, or the least and the most."""
+    """Write one value, or the least and the most."""
     low, high = min(values), max(values)
     return f"{low:.2f}" if low == high else f"{low:.2f}–{high:.2f}"
 

@@ -21,7 +21,7 @@ def step_scalars(line: StepLine) -> dict[str, float]:
 
 
 def event_scalars(line: EventLine) -> dict[str, float]:
-    """The numbers of an evaluation, a suite or a sample of attention; of other events none."""
+    """Return the numbers of an evaluation, a suite or a sample of attention; else none."""
     match line.content:
         case EvaluateEvent() as score:
             found = _evaluation(score)

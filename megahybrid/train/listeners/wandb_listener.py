@@ -110,7 +110,7 @@ class WandbListener:
             )
 
     def _tracked(self, suite: str | None, step: int, place: Row) -> Callable[[ModuleType], Row]:
-        """What the thread makes a row of: drawing must not hold up a step."""
+        """Return a function by which the thread makes a row: drawing must not hold up a step."""
         track, directory = self._track, self._directory
         assert track is not None
 
