@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import operator
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from megahybrid.config.shape import NotRequired, TypedDict, checker
 
 R = TypeVar("R")
+Convert = Callable[[Any], Any]
 UNIONS = (types.UnionType, Union)  # `X | None` of a class, and of an annotated type
 
 
@@ -54,23 +55,44 @@ def _json_type(hint: Any) -> Any:
 
 def from_json(record: type[R], value: Mapping[str, Any]) -> R:
     """The record of a JSON object with nothing wrong."""
-    hints = {name: hint for name, hint, _ in _fields(cast(Hashable, record)) if name in value}
-    return record(**{name: _value(hint, value[name]) for name, hint in hints.items()})
+    found = {}
+    for name, convert in _converters(cast(Hashable, record)):
+        if name in value:
+            found[name] = value[name] if convert is None else convert(value[name])
+    return record(**found)
 
 
-def _value(hint: Any, value: Any) -> Any:
+@functools.cache
+def _converters(record: Any) -> list[tuple[str, Convert | None]]:
+    """How each field's value is made of JSON; None where it is the same there."""
+    return [(name, _converter(hint)) for name, hint, _ in _fields(record)]
+
+
+def _converter(hint: Any) -> Convert | None:
     origin, arguments = get_origin(hint), get_args(hint)
-    if value is None:
-        return None
     if dataclasses.is_dataclass(hint):
-        return from_json(hint, value)  # type: ignore[arg-type]
+        return functools.partial(from_json, hint)  # type: ignore[arg-type]
     if origin in UNIONS:
-        return _value(next(each for each in arguments if each is not type(None)), value)
+        inner = _converter(next(each for each in arguments if each is not type(None)))
+        return inner and functools.partial(_or_none, inner)
     if origin is tuple:
-        return tuple(_value(arguments[0], each) for each in value)
+        return functools.partial(_each, _converter(arguments[0]))
     if origin is dict:
-        return {name: _value(arguments[1], each) for name, each in value.items()}
-    return value
+        inner = _converter(arguments[1])
+        return inner and functools.partial(_each_named, inner)
+    return None
+
+
+def _or_none(convert: Convert, value: Any) -> Any:
+    return None if value is None else convert(value)
+
+
+def _each(convert: Convert | None, values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(values if convert is None else map(convert, values))
+
+
+def _each_named(convert: Convert, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: convert(value) for name, value in values.items()}
 
 
 def to_json(value: Any) -> Any:
