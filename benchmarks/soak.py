@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from megahybrid.heartbeat import read_beats
-from megahybrid.train.ledger import LEDGER_NAME, StepLine, read_every_line, read_ledger
+from megahybrid.ledger import LEDGER_NAME, StepLine, read_every_line, read_ledger
 from tests.train.example import write_example
 
 ROOT = Path(__file__).parents[1]

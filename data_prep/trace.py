@@ -16,7 +16,7 @@ from megahybrid.config import RunConfig, load
 from megahybrid.config.stages import StagePoint
 from megahybrid.data.mixture import Mixture, RowPlan, State, cursor_crc, open_mixture
 from megahybrid.errors import DataError
-from megahybrid.train.ledger import BEGINNINGS, LEDGER_NAME, REWIND, Ledger, read_ledger
+from megahybrid.ledger import LEDGER_NAME, Ledger, RewindEvent, RunFacts, read_ledger
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,14 @@ def _parent(run: RunConfig, directory: Path | None) -> Path:
     """The checkpoint that a branch began from: the one its ledger names, else its config's."""
     assert run.start is not None
     if directory is not None and (directory / LEDGER_NAME).exists():
-        for line in read_ledger(directory / LEDGER_NAME).events:
-            if line.event in BEGINNINGS and line.detail.get("parent"):
-                return Path(line.detail["parent"]["checkpoint"])
+        ledger = directory / LEDGER_NAME
+        for _, begins in read_ledger(ledger).of(RunFacts):
+            try:
+                parent = begins.branched_from()
+            except ValueError as error:
+                raise DataError(f"{ledger} is damaged ({error}). Restore the file.") from None
+            if parent is not None:
+                return Path(parent.checkpoint)
     given = Path(run.start.checkpoint)
     own = sorted(given.glob("checkpoints/step-*/manifest.json"))
     return own[-1].parent if own else given
@@ -136,7 +141,7 @@ def steps_of(
 
 def rewinds_of(ledger: Ledger) -> dict[int, State]:
     """The cursors that a run went on from after a spike, by the step it went back to."""
-    return {line.step: line.detail["data"] for line in ledger.named(REWIND)}
+    return {line.step: rewind.data for line, rewind in ledger.of(RewindEvent) if rewind.data}
 
 
 def find_step(

@@ -4,7 +4,7 @@ import math
 
 from megahybrid.config import RunConfig
 from megahybrid.launch.job import Job
-from megahybrid.launch.records import ledger_tail, measured
+from megahybrid.launch.records import measured, newest_ledger_lines
 
 
 def forecast(job: Job, run: RunConfig) -> list[str]:
@@ -55,7 +55,7 @@ def _time(job: Job, run: RunConfig) -> list[str]:
         + (f", up to {jobs} jobs in a row" if jobs > 1 else "")
     ]
     known = measured(job.directory)
-    rate, plan = known["tokens_per_hour"], run.stage_plan
+    rate, plan = known.tokens_per_hour, run.stage_plan
     ends = zip(run.stages, plan.stage_ends, strict=True)
     if rate is None:
         return [
@@ -63,7 +63,7 @@ def _time(job: Job, run: RunConfig) -> list[str]:
             *(f"  stage {stage.name} ends at {end:,} tokens" for stage, end in ends),
             f"no rate measured yet in {job.directory}: hours are not known",
         ]
-    done = next((x["tokens"] for x in ledger_tail(job.directory) if x.get("tokens")), 0)
+    done = next((x.tokens for x in newest_ledger_lines(job.directory) if x.tokens), 0)
     left = max(0, plan.total_tokens - done)
     useful = job.site.job_seconds - job.lead_seconds
     lines.append(
@@ -74,8 +74,8 @@ def _time(job: Job, run: RunConfig) -> list[str]:
     for stage, end in ends:
         ahead = f"in {(end - done) / rate:.1f} h" if end > done else "done"
         lines.append(f"  stage {stage.name} ends at {end:,} tokens, {ahead}")
-    if known["step_seconds"]:
-        steps = useful / known["step_seconds"]
+    if known.step_seconds:
+        steps = useful / known.step_seconds
         lines.append(
             f"about {steps:.0f} steps and {steps / run.checkpoint.every_steps:.0f} checkpoints "
             "within the time limit"

@@ -1,4 +1,4 @@
-"""What happened to a run on the cluster, as files in its folder: no accounting database is needed.
+"""The history of a run on the cluster, as files in its folder: no accounting database is needed.
 
 slurm/attempts.jsonl holds one line when a job is submitted, when an attempt begins and when it
 ends, with the node failures seen between. A batch host that loses power writes no end.
@@ -18,6 +18,7 @@ from typing import Any
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME
 from megahybrid.launch.interruption import LIMIT_SLACK_SECONDS, Interruption
 from megahybrid.launch.job import FOLDER
+from megahybrid.ledger import LEDGER_NAME, Line, SaveEvent, StepLine, newest_lines
 
 RECORDS = "attempts.jsonl"
 
@@ -41,17 +42,17 @@ class AttemptRecord:
 
     @property
     def counts(self) -> bool:
-        """Whether the caps may count it: what Slurm did to it is no failure of the run."""
+        """True where the caps may count it: what Slurm did to it is no failure of the run."""
         return self.interruption is None or self.interruption.counts
 
     @property
     def failed(self) -> bool:
-        """Neither done nor stopped in order; an attempt nobody ended counts as lost."""
+        """True where it neither finished nor stopped in order; one nobody ended counts as lost."""
         return self.counts and self.code not in (EXIT_DONE, EXIT_RESUME)
 
     @property
     def progressed(self) -> bool:
-        """Whether it left a newer checkpoint than it found."""
+        """True where it left a newer checkpoint than it found."""
         return (self.checkpoint or -1) > (self.checkpoint_before or -1)
 
 
@@ -120,7 +121,7 @@ def attempts(run_directory: Path, *, since_submit: bool = False) -> list[Attempt
 
 
 def _go_on(one: AttemptRecord, line: dict[str, Any]) -> None:
-    """What a later line says of an attempt. TERM says that Slurm ended it, though nobody may have
+    """Complete an attempt by a later line. TERM says that Slurm ended it, though nobody may have
     been left to ask why."""
     match line["event"]:
         case "signal":
@@ -149,12 +150,6 @@ def jobs(run_directory: Path) -> list[str]:
     ]
 
 
-def last_submission(run_directory: Path) -> dict[str, Any]:
-    """The newest submission's line, or nothing."""
-    found = [line for line in read_records(run_directory) if line.get("event") == "submit"]
-    return found[-1] if found else {}
-
-
 def newest_checkpoint(run_directory: Path) -> int | None:
     """Step of the newest published checkpoint: one with a manifest that is of its name's step."""
     found = {
@@ -167,7 +162,7 @@ def newest_checkpoint(run_directory: Path) -> int | None:
 
 
 def _says(manifest: Path, step: int) -> bool:
-    """Whether a manifest's first lines name the step; what follows may be many megabytes."""
+    """Return True where a manifest's first lines name the step; the rest may be many megabytes."""
     try:
         with open(manifest, "rb") as file:
             head = file.read(4096)
@@ -177,52 +172,47 @@ def _says(manifest: Path, step: int) -> bool:
     return stated is None or int(stated[1]) == step
 
 
-def ledger_tail(run_directory: Path, nbytes: int = 1 << 20) -> Iterator[dict[str, Any]]:
-    """The lines at the end of the ledger, the newest first."""
-    try:
-        with open(run_directory / "ledger.jsonl", "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - nbytes))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                yield found
+def newest_ledger_lines(run_directory: Path) -> Iterator[Line]:
+    """The lines at the end of the run's ledger, the newest first."""
+    return newest_lines(run_directory / LEDGER_NAME)
 
 
-def measured(run_directory: Path) -> dict[str, float | None]:
-    """What the run has shown of itself: seconds of a save and of a step (the longest of the
-    last ones), and tokens per hour; None where nothing was measured yet."""
+@dataclass(frozen=True)
+class Measured:
+    """Times that the ledger holds: the longest of the last saves, steps and validations, and the
+    pace; None where nothing was measured yet."""
+
+    save_seconds: float | None
+    step_seconds: float | None  # without saving and validation
+    evaluate_seconds: float | None
+    tokens_per_hour: float | None  # median
+
+
+def measured(run_directory: Path) -> Measured:
+    """Read what the newest 200 steps of the ledger, and the saves among them, took."""
     saves: list[float] = []
-    steps: list[float] = []
-    rates: list[float] = []
-    validations: list[float] = []
-    for line in ledger_tail(run_directory):
-        if line.get("kind") == "event" and line.get("event") == "save":
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                saves.append(float(line["detail"]["seconds"]))
-        elif line.get("kind") == "step" and len(steps) < 200:
-            seconds = line.get("seconds") or {}
-            validations.append(float(seconds.get("evaluate") or 0))
-            steps.append(sum(v for k, v in seconds.items() if k not in ("save", "evaluate")))
-            if line.get("tokens_per_second"):
-                rates.append(float(line["tokens_per_second"]) * 3600)
-    rates.sort()
-    return {
-        "save_seconds": max(saves[:10], default=None),
-        "step_seconds": max(steps, default=None),
-        "evaluate_seconds": max(validations, default=None),
-        "tokens_per_hour": rates[len(rates) // 2] if rates else None,
-    }
+    steps: list[StepLine] = []
+    for line in newest_ledger_lines(run_directory):
+        if isinstance(line, StepLine):
+            steps += [line] if len(steps) < 200 else []
+        elif isinstance(line.content, SaveEvent) and line.content.seconds is not None:
+            saves.append(line.content.seconds)
+    work = (
+        sum(v for k, v in line.seconds.items() if k not in ("save", "evaluate")) for line in steps
+    )
+    rates = sorted(line.tokens_per_second * 3600 for line in steps if line.tokens_per_second)
+    return Measured(
+        save_seconds=max(saves[:10], default=None),
+        step_seconds=max(work, default=None),
+        evaluate_seconds=max((line.seconds.get("evaluate", 0.0) for line in steps), default=None),
+        tokens_per_hour=rates[len(rates) // 2] if rates else None,
+    )
 
 
 def stop_lead(run_directory: Path, least: int) -> int:
     """Seconds before the time limit at which to stop: twice what the longest save, step and
     validation took, with a minute for Slurm's own coarse clock, and never under `least`."""
     known = measured(run_directory)
-    longest = (known[name] or 0 for name in ("save_seconds", "step_seconds", "evaluate_seconds"))
-    needed = 60 + 2 * sum(longest)
+    longest = (known.save_seconds, known.step_seconds, known.evaluate_seconds)
+    needed = 60 + 2 * sum(seconds or 0 for seconds in longest)
     return max(least, int(needed) + 1)

@@ -16,11 +16,12 @@ from megahybrid.launch.records import (
     AttemptRecord,
     attempts,
     jobs,
-    ledger_tail,
     newest_checkpoint,
+    newest_ledger_lines,
     read_records,
 )
 from megahybrid.launch.slurm import QueuedJob, SlurmError
+from megahybrid.ledger import StepLine
 
 BEHIND_SECONDS = 10.0
 # Codes that say nothing against a node: its ranks ended in order, or met a mistake of the user's.
@@ -104,13 +105,12 @@ def _running(run: Path, job: QueuedJob, history: Sequence[AttemptRecord], waitin
         parts.append(f"try {number + 1}")
     parts.append(job.nodes)
     beats = read_beats(run, f"{last.job}.{last.attempt}") if last and going else {}
-    line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
+    line = _newest_step(run)
     over = job.state == "COMPLETING" or (here and last is not None and bool(last.ended))
     parts += _phase(run, beats) if going or not over else ["ending"]
     if line is not None:
-        loss = line.get("loss")
-        parts.append(f"step {line['step']}")
-        parts.append(f"loss {loss:.4g}" if loss is not None else "loss not finite")
+        parts.append(f"step {line.step}")
+        parts.append(f"loss {line.loss:.4g}" if line.loss is not None else "loss not finite")
     checkpoint = newest_checkpoint(run)
     parts.append(f"ckpt {checkpoint}" if checkpoint is not None else "no ckpt")
     parts.append(f"left {job.left}")
@@ -172,16 +172,21 @@ def _trouble(
 
 
 def _progress(run: Path) -> str:
-    line = next((one for one in ledger_tail(run) if one.get("kind") == "step"), None)
+    line = _newest_step(run)
     checkpoint = newest_checkpoint(run)
     parts = []
     if line is not None:
-        parts.append(f"step {line['step']}")
-        if line.get("loss") is not None:
-            parts.append(f"loss {line['loss']:.4g}")
+        parts.append(f"step {line.step}")
+        if line.loss is not None:
+            parts.append(f"loss {line.loss:.4g}")
     if checkpoint is not None:
         parts.append(f"ckpt {checkpoint}")
     return f" | {' '.join(parts)}" if parts else ""
+
+
+def _newest_step(run: Path) -> StepLine | None:
+    lines = newest_ledger_lines(run)
+    return next((line for line in lines if isinstance(line, StepLine)), None)
 
 
 def _verdict(run: Path) -> dict | None:

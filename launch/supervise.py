@@ -42,7 +42,13 @@ from megahybrid.launch.policy import (
     lost_in_a_row,
     outcome,
 )
-from megahybrid.launch.records import AttemptRecord, attempts, jobs, ledger_tail, newest_checkpoint
+from megahybrid.launch.records import (
+    AttemptRecord,
+    attempts,
+    jobs,
+    newest_checkpoint,
+    newest_ledger_lines,
+)
 from megahybrid.launch.slurm import SlurmError
 from megahybrid.launch.step import hostfile, hostfile_text, train_step
 from megahybrid.launch.watch import RankWatch
@@ -229,7 +235,7 @@ class Supervisor:
         return outcome(self.attempt.beats(), self.job.world_size, code, first)
 
     def _record_end(self, ended: Outcome) -> None:
-        step = next((line["step"] for line in ledger_tail(self.run) if "step" in line), None)
+        step = next((line.step for line in newest_ledger_lines(self.run)), None)
         self.attempt.try_record(
             "end",
             attempt=self.attempt.restart,

@@ -7,6 +7,8 @@ from pathlib import Path
 from megahybrid.errors import ConfigError, PathError
 from megahybrid.printable import shortened
 
+EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
+
 # What makes a folder a run's whatever else lies there: somebody's training must not be locked out
 # of its own place.
 _PROOFS = ("ledger.jsonl", "checkpoints")
@@ -14,7 +16,7 @@ _PROOFS = ("ledger.jsonl", "checkpoints")
 _OF_A_RUN = frozenset(
     (
         *_PROOFS, "config.yaml", "model_fingerprint", "logs", "heartbeats", "slurm", "stop-now",
-        "save-now", "samples.txt", "evaluations", "report", "profile", "programs", "tensorboard",
+        "save-now", "samples.txt", EVALUATIONS, "report", "profile", "programs", "tensorboard",
         "wandb", "lost+found",
     )
 )  # fmt: skip

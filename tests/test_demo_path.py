@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.cli import main
-from megahybrid.train.ledger import read_ledger
+from megahybrid.ledger import read_ledger
 from tests.train.forked import ROOT
 
 DEMO = ROOT / "configs" / "runs" / "demo.yaml"

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.compare import compare, render_comparison
-from megahybrid.config.shape import Count, NotRequired, TypedDict, checker
 from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
+from megahybrid.ledger import LEDGER_NAME, Parent, RunFacts, read_ledger
 from megahybrid.printable import printable
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,9 @@ def _side(path: Path) -> _Side:
     return _Side(str(path), load(path / "config.yaml"), path)
 
 
-class _Parent(TypedDict):
-    checkpoint: str
-    take: str
-    step: NotRequired[Count]
-    tokens: NotRequired[Count]
-
-
-def parent_of(directory: Path) -> dict[str, Any] | None:
-    """The checkpoint a run branched off, as its last start or resume told: {checkpoint, step,
-    tokens, take}; None for a run that began from nothing, or has not begun."""
+def parent_of(directory: Path) -> Parent | None:
+    """Return the checkpoint that a run branched off, as its last start or resume told; None for a
+    run that began from nothing, or has not begun."""
     path = directory / LEDGER_NAME
     if not path.exists():
         return None
@@ -62,21 +53,21 @@ def parent_of(directory: Path) -> dict[str, Any] | None:
         ledger = read_ledger(path)
     except RecursionError:
         raise MegahybridError(f"{path} is damaged (endless lists). Restore the file.") from None
-    told = [*ledger.named("start"), *ledger.named("resume")]
-    parent = max(told, key=lambda line: line.attempt).detail.get("parent") if told else None
-    if parent is None:
+    told = ledger.of(RunFacts)
+    if not told:
         return None
-    wrong = checker(_Parent)(parent)
-    if wrong is not None:
-        raise MegahybridError(f"{path} is damaged (parent.{wrong}). Restore the file.")
-    return parent
+    _, newest = max(told, key=lambda found: found[0].attempt)
+    try:
+        return newest.branched_from()
+    except ValueError as error:
+        raise MegahybridError(f"{path} is damaged ({error}). Restore the file.") from None
 
 
-def _named_parent(run: RunConfig) -> dict[str, Any] | None:
+def _named_parent(run: RunConfig) -> Parent | None:
     """Of a run that has not begun: what its file names."""
     if run.start is None:
         return None
-    return {"checkpoint": run.start.checkpoint, "take": run.start.take}
+    return Parent(checkpoint=run.start.checkpoint, take=run.start.take)
 
 
 def _within(checkpoint: str, directory: Path) -> bool:
@@ -88,12 +79,12 @@ def _within(checkpoint: str, directory: Path) -> bool:
     return directory.resolve() in (place, *place.parents)
 
 
-def _in_words(side: _Side, other: _Side, parent: dict[str, Any]) -> str:
-    where = parent["checkpoint"]
+def _in_words(side: _Side, other: _Side, parent: Parent) -> str:
+    where = parent.checkpoint
     if _within(where, other.directory):
         where = f"{other.name} ({where})"
-    taken = "weights alone" if parent["take"] == "weights" else "weights, moments and data order"
+    taken = "weights alone" if parent.take == "weights" else "weights, moments and data order"
     since = ""
-    if "step" in parent and "tokens" in parent:
-        since = f"step {parent['step']:,}, {parent['tokens']:,} tokens; "
+    if parent.step is not None and parent.tokens is not None:
+        since = f"step {parent.step:,}, {parent.tokens:,} tokens; "
     return f"{side.name} is a branch of {where}: {since}{taken}"

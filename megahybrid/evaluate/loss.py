@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from megahybrid.ledger import PositionBucket
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
 
@@ -21,16 +22,6 @@ TokenLoss = Callable[
     Float[Tensor, "batch seq"],
 ]
 Rows = Iterable[tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class PositionBucket:
-    """Targets whose input token stands at document positions [start, stop)."""
-
-    start: int
-    stop: int
-    tokens: int
-    loss: float | None  # nats per token; None where no token fell into the bucket
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from megahybrid.config.describe import position_in_words
 from megahybrid.interop.logit_proof import Row
 from megahybrid.interop.names import OWN
 from megahybrid.interop.tokenizer import WrittenTokenizer
+from megahybrid.ledger import EvaluateEvent, read_ledger
 from megahybrid.printable import printable
-from megahybrid.train.ledger import read_ledger
 
 
 def model_card(
@@ -91,10 +91,10 @@ def evaluations_of(checkpoint: Path, step: int) -> list[str]:
     ledger = checkpoint.parent.parent / "ledger.jsonl"
     if not ledger.exists():
         return []
-    found = [line for line in read_ledger(ledger).named("evaluate") if line.step == step]
     rows = {
-        (line.detail["set"], line.detail["length"], line.detail["loss"], line.detail["tokens"])
-        for line in found
+        (score.set, score.length, score.loss, score.tokens)
+        for line, score in read_ledger(ledger).of(EvaluateEvent)
+        if line.step == step
     }
     if not rows:
         return []

@@ -1,9 +1,9 @@
-"""Charts of what `evaluate SUITE` kept: needles by depth and length, RULER, puzzles."""
+"""Charts of the results of `evaluate SUITE`: needles by depth and length, RULER, puzzles."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.report.answers import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.figures import (
     DASHES,
     FAINT,
@@ -18,15 +18,15 @@ from megahybrid.report.figures import (
 from megahybrid.report.parts import Chart, Heading, Missing, Part, Table
 from megahybrid.report.record import RunRecord
 
-Found = Sequence[tuple[RunRecord, list[Kept]]]
+Found = Sequence[tuple[RunRecord, list[EvaluationFile]]]
 
 
 def needle_parts(found: Found) -> list[Part]:
     """A map for each needle task of each run; what is missing, with the command for it."""
     parts: list[Part] = []
     several = len(found) > 1
-    for record, kept in found:
-        tasks = [(one, *task) for one in kept for task in _tasks(one, ("needle",))]
+    for record, results in found:
+        tasks = [(one, *task) for one in results for task in _tasks(one, ("needle",))]
         parts += [_needle_map(record, one, name, told, several) for one, name, told in tasks]
         if not tasks:
             parts.append(
@@ -39,16 +39,16 @@ def needle_parts(found: Found) -> list[Part]:
     return parts
 
 
-def _tasks(kept: Kept, kinds: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    if kept.kind != "suite":
+def _tasks(file: EvaluationFile, kinds: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    if file.kind != "suite":
         return []
-    return [(n, told) for n, told in kept.result["tasks"].items() if told["kind"] in kinds]
+    return [(n, told) for n, told in file.result["tasks"].items() if told["kind"] in kinds]
 
 
 def _needle_map(
-    record: RunRecord, kept: Kept, name: str, told: dict[str, Any], several: bool
+    record: RunRecord, file: EvaluationFile, name: str, told: dict[str, Any], several: bool
 ) -> Chart:
-    rows, trained = told["rows"], kept.result.get("trained_length")
+    rows, trained = told["rows"], file.result.get("trained_length")
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     cells = {(row["depth"], row["length"]): row for row in rows}
@@ -79,13 +79,13 @@ def _needle_map(
         f"A sentence is hidden in a text ({told['haystack'].replace('_', '-')}; "
         f"{told['variant'].replace('_', '-')} needle) and asked for at its end. Each cell is the "
         f"share of {told['trials']} trials in which every token of the answer was the likeliest "
-        f"one, at step {kept.step:,}."
+        f"one, at step {file.step:,}."
     )
     if trained and 0 < beyond < len(lengths):
         says += f" Right of the line: longer than any text in training ({trained:,})."
     title = f"{record.name}: {name}" if several else f"Needle: {name.replace('_', ' ')}"
     return Chart(
-        f"needle-{record.slug}-{kept.name}-{name}", title, says, {"data": data, "layout": plan},
+        f"needle-{record.slug}-{file.name}-{name}", title, says, {"data": data, "layout": plan},
         _needle_table(rows),
     )  # fmt: skip
 
@@ -117,8 +117,8 @@ def by_length_parts(found: Found) -> list[Part]:
     """RULER and puzzles by length; what is missing, with the command for it."""
     parts: list[Part] = []
     several = len(found) > 1
-    for record, kept in found:
-        ruler = [(one, *task) for one in kept for task in _tasks(one, ("ruler",))]
+    for record, results in found:
+        ruler = [(one, *task) for one in results for task in _tasks(one, ("ruler",))]
         for one, name, told in ruler:
             parts.append(_by_length(record, one, name, told, told["rows"], several))
         if not ruler:
@@ -129,9 +129,9 @@ def by_length_parts(found: Found) -> list[Part]:
                     f"megahybrid evaluate {record.directory} configs/suites/ruler.yaml",
                 )
             )
-    for record, kept in found:
+    for record, results in found:
         kinds = ("recall", "copy", "induction", "phonebook")
-        puzzles = [(one, *task) for one in kept for task in _tasks(one, kinds)]
+        puzzles = [(one, *task) for one in results for task in _tasks(one, kinds)]
         if puzzles:
             rows = [
                 {"task": name, "length": row["length"], "score": row["token_accuracy"],
@@ -145,13 +145,13 @@ def by_length_parts(found: Found) -> list[Part]:
 
 def _by_length(
     record: RunRecord,
-    kept: Kept,
+    file: EvaluationFile,
     name: str,
     told: dict[str, Any],
     rows: list[dict[str, Any]],
     several: bool,
 ) -> Chart:
-    trained = kept.result.get("trained_length")
+    trained = file.result.get("trained_length")
     data: list[Figure] = []
     for index, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
         mine = sorted((row for row in rows if row["task"] == task), key=lambda row: row["length"])
@@ -178,7 +178,7 @@ def _by_length(
         f"wrote, over {told.get('trials')} trials, with the standard error."
         if ruler
         else "Small puzzles over tokens: the share of answer tokens that were the likeliest."
-    ) + f" Step {kept.step:,}."
+    ) + f" Step {file.step:,}."
     if trained:
         says += f" The model was trained at {short_tokens(trained)} tokens."
     title = "RULER by length" if ruler else "Puzzles by length"
@@ -187,7 +187,7 @@ def _by_length(
         [[r["task"], r["length"], r.get("trials"), r["score"], r["standard_error"]] for r in rows],
     )
     return Chart(
-        f"by-length-{record.slug}-{kept.name}-{name}",
+        f"by-length-{record.slug}-{file.name}-{name}",
         f"{record.name}: {title}" if several else title,
         says, {"data": data, "layout": plan}, table,
     )  # fmt: skip
@@ -196,8 +196,8 @@ def _by_length(
 def harness_parts(found: Found) -> list[Part]:
     """Figures of lm-evaluation-harness as a table."""
     rows: list[list[Any]] = []
-    for record, kept in found:
-        for one in kept:
+    for record, results in found:
+        for one in results:
             if one.kind != "lm_eval":
                 continue
             for task, figures in one.result["results"].items():

@@ -1,4 +1,4 @@
-"""Pictures of what `evaluate SUITE` and `analyse` kept in a run: needles, RULER, attention."""
+"""Pictures of the results of `evaluate SUITE` and `analyse`: needles, RULER, attention."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from megahybrid.report.evaluation_files import Kept, newest, typical
+from megahybrid.report.evaluation_files import EvaluationFile, analyses_to_draw, newest_evaluations
 from megahybrid.report.plots import Picture
 from megahybrid.report.rendering import identifier
-from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save
+from megahybrid.report.style import DPI, LINE_COLOURS, MARKERS, WIDTH_INCHES, house_style, save
 
 # Begin, needle, context, end: the needle stands out, the rest recedes.
 SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#d9d9d9", "end": "#009E73"}
@@ -18,18 +18,18 @@ SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#d9d9d9"
 
 def draw_answers(directory: Path, folder: Path) -> list[Picture]:
     """Draws every needle map, RULER curve and attention picture into `folder`, as PNG."""
-    return draw_kept(newest(directory), folder)
+    return draw_results(newest_evaluations(directory), folder)
 
 
-def draw_kept(results: Sequence[Kept], folder: Path) -> list[Picture]:
-    """The same of some results."""
+def draw_results(results: Sequence[EvaluationFile], folder: Path) -> list[Picture]:
+    """Draw some results, each into pictures of its own."""
     drawn: list[tuple[str, str, Figure]] = []
     with house_style():
-        for kept in results:
-            if kept.kind == "suite":
-                drawn += _of_suite(kept)
-            elif kept.kind == "attention":
-                drawn += _of_attention(kept)
+        for file in results:
+            if file.kind == "suite":
+                drawn += _of_suite(file)
+            elif file.kind == "attention":
+                drawn += _of_attention(file)
         pictures = []
         for name, caption, figure in drawn:
             path = folder / f"{identifier(name)}.png"  # a task's name may hold a slash
@@ -38,21 +38,21 @@ def draw_kept(results: Sequence[Kept], folder: Path) -> list[Picture]:
     return pictures
 
 
-def _of_suite(kept: Kept) -> list[tuple[str, str, Figure]]:
+def _of_suite(file: EvaluationFile) -> list[tuple[str, str, Figure]]:
     drawn = []
-    trained = kept.result.get("trained_length")
-    for task, told in kept.result["tasks"].items():
-        name = f"{kept.name}_{task}"
+    trained = file.result.get("trained_length")
+    for task, told in file.result["tasks"].items():
+        name = f"{file.name}_{task}"
         if told["kind"] == "needle":
             caption = (
                 f"Needle in a haystack ({told['variant']}, hay: {told['haystack']}), step "
-                f"{kept.step:,}: share of {told['trials']} trials with every answer token right, "
+                f"{file.step:,}: share of {told['trials']} trials with every answer token right, "
                 "by length and depth"
             )
             drawn.append((f"needle_{name}", caption, needle_map(told["rows"], task, trained)))
         elif told["kind"] == "ruler":
             caption = (
-                f"RULER at step {kept.step:,}: share of references found in generated text, "
+                f"RULER at step {file.step:,}: share of references found in generated text, "
                 f"{told['trials']} trials, with the standard error"
             )
             drawn.append((f"ruler_{name}", caption, by_length(told["rows"], task, trained)))
@@ -66,7 +66,7 @@ def _of_suite(kept: Kept) -> list[tuple[str, str, Figure]]:
                 }
                 for row in told["by_length"]
             ]
-            caption = f"{task} ({told['kind']}) at step {kept.step:,}: answer tokens right"
+            caption = f"{task} ({told['kind']}) at step {file.step:,}: answer tokens right"
             drawn.append((f"puzzle_{name}", caption, by_length(rows, task, trained)))
     return drawn
 
@@ -101,7 +101,7 @@ def needle_map(rows: list[dict[str, Any]], title: str, trained: int | None) -> F
 
 
 def by_length(rows: list[dict[str, Any]], title: str, trained: int | None) -> Figure:
-    """One line for each task over length; bars are standard errors."""
+    """Draw a line for each task over length; bars are standard errors."""
     figure = Figure(figsize=(WIDTH_INCHES, 4.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for index, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
@@ -111,8 +111,8 @@ def by_length(rows: list[dict[str, Any]], title: str, trained: int | None) -> Fi
             [row["score"] for row in mine],
             yerr=[row["standard_error"] or 0 for row in mine],
             label=task,
-            color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[index // len(PALETTE) % len(MARKERS)],
+            color=LINE_COLOURS[index % len(LINE_COLOURS)],
+            marker=MARKERS[index // len(LINE_COLOURS) % len(MARKERS)],
             capsize=3,
         )
     lengths = sorted({row["length"] for row in rows})
@@ -130,25 +130,25 @@ def by_length(rows: list[dict[str, Any]], title: str, trained: int | None) -> Fi
     return figure
 
 
-def _of_attention(kept: Kept) -> list[tuple[str, str, Figure]]:
+def _of_attention(file: EvaluationFile) -> list[tuple[str, str, Figure]]:
     drawn = []
-    for told in typical(kept.result):
+    for told in analyses_to_draw(file.result):
         depth = f", needle at {told['depth']:.0%} depth" if "depth" in told else ""
         what = (
             f"{told['task']}, {told['length']:,} tokens{depth}, {told['trials']} examples "
-            f"({told['exact']:.0%} answered), step {kept.step:,}"
+            f"({told['exact']:.0%} answered), step {file.step:,}"
         )
         figures = told["attention"]
         drawn.append(
             (
-                f"attention_{kept.name}_{told['task']}",
+                f"attention_{file.name}_{told['task']}",
                 f"Attention mass of question and answer by layer: {what}",
                 mass_bars(figures),
             )
         )
         drawn.append(
             (
-                f"heads_{kept.name}_{told['task']}",
+                f"heads_{file.name}_{told['task']}",
                 f"Share of each head's attention that is on the needle while answering: {what}",
                 head_map(figures),
             )
@@ -157,7 +157,7 @@ def _of_attention(kept: Kept) -> list[tuple[str, str, Figure]]:
 
 
 def mass_bars(figures: dict[str, Any]) -> Figure:
-    """One bar per layer, cut into begin, needle, context and end; names coloured by kind."""
+    """Draw a bar for each layer, cut into begin, needle, context, end; names coloured by kind."""
     layers = figures["layers"]
     figure = Figure(figsize=(WIDTH_INCHES, 1.8 + 0.34 * len(layers)), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
@@ -210,4 +210,4 @@ def head_map(figures: dict[str, Any]) -> Figure:
 
 def _kind_colours(figures: dict[str, Any]) -> dict[str, str]:
     kinds = list(figures["by_kind"])
-    return {kind: PALETTE[index % len(PALETTE)] for index, kind in enumerate(kinds)}
+    return {kind: LINE_COLOURS[index % len(LINE_COLOURS)] for index, kind in enumerate(kinds)}

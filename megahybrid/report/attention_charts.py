@@ -1,4 +1,4 @@
-"""Charts of what `analyse` kept: mass, entropy, heads, positions and lags."""
+"""Charts of the results of `analyse`: mass, entropy, heads, positions and lags."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from megahybrid.report.answer_charts import Found
-from megahybrid.report.evaluation_files import Kept, typical
+from megahybrid.report.evaluation_files import EvaluationFile, analyses_to_draw
 from megahybrid.report.figures import (
     KIND_COLOURS,
     SEGMENT_COLOURS,
@@ -25,10 +25,10 @@ def attention_parts(found: Found) -> list[Part]:
     drawn: list[list[Chart]] = []
     rows: list[list[Any]] = []
     missing: list[Missing] = []
-    for record, kept in found:
-        mine = [one for one in kept if one.kind == "attention"]
+    for record, files in found:
+        mine = [one for one in files if one.kind == "attention"]
         for one in mine:
-            results, tasks = one.result["results"], typical(one.result)
+            results, tasks = one.result["results"], analyses_to_draw(one.result)
             for told in tasks:
                 names = [record.name] * (len(found) > 1) + [told["task"]] * (len(tasks) > 1)
                 place = f"{record.slug}-{one.name}-{told['task']}"
@@ -79,12 +79,12 @@ def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _charts(title: str, kept: Kept, told: dict[str, Any], place: str) -> list[Chart]:
+def _charts(title: str, file: EvaluationFile, told: dict[str, Any], place: str) -> list[Chart]:
     figures = told["attention"]
     depth = f", the sentence at {told['depth']:.0%} depth" if "depth" in told else ""
     where = (
         f"Task {told['task']}, {told['length']:,} tokens{depth}; {told['trials']} examples, "
-        f"{told['exact']:.0%} of them answered, step {kept.step:,}."
+        f"{told['exact']:.0%} of them answered, step {file.step:,}."
     )
     return [
         _mass(figures, f"mass-{place}", f"{title}Attention mass by layer", where),

@@ -12,7 +12,7 @@ from megahybrid.report.style import MARKERS, new_figure, ordered_colours
 
 
 def loss_by_position(record: RunRecord) -> Figure | None:
-    """One panel per held-out set, one curve per stage."""
+    """Draw a panel for each held-out set, with a curve for each stage."""
     sets = [name for name in record.held_out_sets() if record.at_stage_ends(name)]
     if not sets:
         return None
@@ -40,7 +40,7 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
                   markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
     _hatch_empty(axes, evaluations)
     axes.set_xscale("log", base=2)
-    last = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    last = max(bucket.stop for one in evaluations for bucket in one.by_position)
     axes.set_xlim(1, last)
     powers = range(0, int(np.log2(last)) + 1, 2)
     axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
@@ -64,8 +64,8 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
 def _curve(one: Evaluation) -> tuple[list[float], list[float]]:
     """Geometric middle of each bucket's contexts, and its loss; nan breaks the line."""
     buckets = joined_buckets(one.by_position)
-    centres = [((b["start"] + 1) * b["stop"]) ** 0.5 for b in buckets]
-    losses = [float("nan") if b["loss"] is None else b["loss"] for b in buckets]
+    centres = [((b.start + 1) * b.stop) ** 0.5 for b in buckets]
+    losses = [float("nan") if b.loss is None else b.loss for b in buckets]
     return centres, losses
 
 
@@ -74,8 +74,8 @@ def _hatch_empty(axes: Axes, evaluations: list[Evaluation]) -> None:
     empty: set[tuple[int, int]] = set()
     for one in evaluations:
         for bucket in one.by_position:
-            span = (bucket["start"], bucket["stop"])
-            (empty if bucket["loss"] is None else filled).add(span)
+            span = (bucket.start, bucket.stop)
+            (empty if bucket.loss is None else filled).add(span)
     for number, (start, stop) in enumerate(sorted(empty - filled)):
         axes.axvspan(start + 1, stop, facecolor="#f4f4f4", edgecolor="#bbbbbb", hatch="///",
                      linewidth=0, zorder=1, label="no data" if number == 0 else "_")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run was fed: tokens by source and by row length in each stage."""
+"""Charts of the data that a run has read: tokens by source and by row length in each stage."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from megahybrid.report.record import RunRecord, StageRecord
 
 
 def data_parts(records: Sequence[RunRecord]) -> list[Part]:
-    """Two bars for each stage: its tokens by source, and by length of the row."""
+    """Return the tokens of each stage as two bars: by source, and by length of the row."""
     return [
         _mix(
             records, "data-sources", "Tokens by source",

@@ -1,4 +1,4 @@
-"""What commands and training kept in a run's `evaluations`, as JSON files."""
+"""The results of evaluations that commands and training left in a run's folder, as JSON files."""
 
 import json
 import math
@@ -9,14 +9,15 @@ from typing import Any
 
 from megahybrid.errors import MegahybridError, first_line, from_os_error
 from megahybrid.report.shapes import wrong_result
-from megahybrid.train.ledger import EVALUATIONS
+from megahybrid.run_folder import EVALUATIONS
 
 KINDS = ("attention", "lm_eval", "loss", "suite")
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One result file of a run."""
+class EvaluationFile:
+    """A file of a run's `evaluations`: what kind of evaluation it is, of which step, and its
+    result."""
 
     kind: str  # one of KINDS
     name: str
@@ -24,8 +25,8 @@ class Kept:
     result: dict[str, Any]
 
 
-def every(directory: Path) -> list[Kept]:
-    """Every result of the run, by step. Raises MegahybridError where a file is damaged."""
+def read_evaluations(directory: Path) -> list[EvaluationFile]:
+    """Read every result of the run, by step. Raises MegahybridError where a file is damaged."""
     found = []
     for path in sorted((directory / EVALUATIONS).glob("step-*.json")):
         parts = re.fullmatch(
@@ -44,13 +45,13 @@ def every(directory: Path) -> list[Kept]:
         wrong = wrong_result(parts[2], result)
         if wrong is not None:
             raise MegahybridError(f"{path} is damaged ({wrong}). Remove it.")
-        found.append(Kept(parts[2], parts[3], int(parts[1]), result))
+        found.append(EvaluationFile(parts[2], parts[3], int(parts[1]), result))
     return sorted(found, key=lambda one: one.step)
 
 
-def typical(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One analysis of each task, to be drawn: of the longest texts not beyond the trained length
-    (else the shortest) the one whose needle lies nearest to the middle."""
+def analyses_to_draw(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Choose one analysis of each task: of the longest texts not beyond the trained length (else
+    the shortest) the one whose needle lies nearest to the middle."""
     found = []
     results, trained = result["results"], result.get("trained_length", math.inf)
     for task in dict.fromkeys(one["task"] for one in results):
@@ -62,7 +63,7 @@ def typical(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def newest(directory: Path) -> list[Kept]:
-    """The newest result of each kind and name, by kind and name."""
-    found = {(one.kind, one.name): one for one in every(directory)}
+def newest_evaluations(directory: Path) -> list[EvaluationFile]:
+    """Read the newest result of each kind and name, ordered by these."""
+    found = {(one.kind, one.name): one for one in read_evaluations(directory)}
     return [found[key] for key in sorted(found)]

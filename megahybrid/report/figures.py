@@ -1,4 +1,4 @@
-"""How every interactive chart looks: colours that colour-blind readers tell apart, axes, bands.
+"""The look of every interactive chart: colours, axes, bands of stages.
 
 Figures are Plotly's JSON, checked against its schema in tests. Text and grid lines take their
 colours from the page's stylesheet, so that one figure serves light, dark and print.
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from megahybrid.report.colours import PALETTE
 from megahybrid.report.parts import rounded, short_tokens
 from megahybrid.report.record import RunRecord, StageRecord
 
-# Okabe and Ito, "Color Universal Design" (2008); no black, which a dark page would hide.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Kinds of layers, in colours that no segment of the attention has.
 KIND_COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#7A5195", "#8C8C8C")
 SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#A6A6A6", "end": "#009E73"}
@@ -28,7 +27,7 @@ Figure = dict[str, Any]
 
 
 def colour(index: int) -> str:
-    """The palette, over and over."""
+    """Return the colour of the nth curve; the palette begins again where it ends."""
     return PALETTE[index % len(PALETTE)]
 
 

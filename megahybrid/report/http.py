@@ -28,14 +28,14 @@ MOST_CONNECTIONS = 64  # at once; a page holds one
 
 @runtime_checkable
 class Pages(Protocol):
-    """What is served."""
+    """The page that is served, and its changes."""
 
     def page(self) -> str:
         """The whole page."""
         ...
 
     def state(self, after: str) -> dict[str, Any]:
-        """What has changed since version `after`."""
+        """Return what has changed since version `after`."""
         ...
 
 
@@ -58,7 +58,7 @@ def server(pages: Pages, host: str, port: int) -> ThreadingHTTPServer:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or an address always means the machine that says it."""
+    """Return True for a name or an address that always means the machine that says it."""
     if name.lower().removesuffix(".") == "localhost":
         return True
     with contextlib.suppress(ValueError):
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """One line of text; the base class would put what it was asked into a page."""
+        """Answer with a line of text; the base class would put what it was asked into a page."""
         line = printable(message or HTTPStatus(code).phrase)
         self.close_connection = True
         self._answer("text/plain; charset=utf-8", line + "\n", code)
@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "megahybrid"
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: the terminal is the user's."""
+        """Log nothing: the terminal is the user's."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -221,7 +221,7 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def verify_request(self, *_: Any) -> bool:
-        """Whether there is room for one more connection; others are closed."""
+        """Accept a connection while there is room for one more; others are closed."""
         return self._free.acquire(blocking=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:

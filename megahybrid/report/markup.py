@@ -35,7 +35,7 @@ def section_html(section: Section, figures: dict[str, Any]) -> Markup:
 
 
 def part_html(part: Part, place: str, figures: dict[str, Any]) -> Markup:
-    """One part, in a box whose id stays the same while a live page changes."""
+    """Put a part in a box whose id stays the same while a live page changes."""
     shape = "wide"
     match part:
         case Chart():

@@ -1,10 +1,11 @@
-"""What was asked and sampled while the model trained: suites and attention over tokens."""
+"""Charts of the suites and of the samples of attention that a training run made, over tokens."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from megahybrid.ledger import AttentionEvent
 from megahybrid.report.attention_charts import kind_colours
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.figures import (
     DASHES,
     SYMBOLS,
@@ -26,12 +27,12 @@ FIGURES = {
 }
 
 
-def suite_curves(records: Sequence[RunRecord], every: Sequence[list[Kept]]) -> list[Part]:
-    """One chart for each suite that was run at several steps: each task's score over tokens."""
+def suite_curves(records: Sequence[RunRecord], every: Sequence[list[EvaluationFile]]) -> list[Part]:
+    """Draw a chart of each suite that was run at several steps: each task's score over tokens."""
     parts: list[Part] = []
-    for record, kept in zip(records, every, strict=True):
-        suites: dict[str, list[Kept]] = {}
-        for one in kept:
+    for record, results in zip(records, every, strict=True):
+        suites: dict[str, list[EvaluationFile]] = {}
+        for one in results:
             if one.kind == "suite":
                 suites.setdefault(one.name, []).append(one)
         for name, runs in suites.items():
@@ -40,7 +41,7 @@ def suite_curves(records: Sequence[RunRecord], every: Sequence[list[Kept]]) -> l
     return parts
 
 
-def _curve(record: RunRecord, name: str, runs: list[Kept], several: bool) -> Part:
+def _curve(record: RunRecord, name: str, runs: list[EvaluationFile], several: bool) -> Part:
     points: dict[tuple[str, int], list[tuple[int, float | None]]] = {}
     for one in runs:
         if "tokens" not in one.result:  # of an older version
@@ -76,10 +77,10 @@ def _curve(record: RunRecord, name: str, runs: list[Kept], several: bool) -> Par
 
 
 def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
-    """Attention sampled while training, by kind of layer."""
+    """Draw the attention sampled while training, by kind of layer."""
     parts: list[Part] = []
     for record in records:
-        events = record.ledger.named("attention")
+        events = record.ledger.of(AttentionEvent)
         if not events:
             parts.append(
                 Missing(
@@ -89,12 +90,12 @@ def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
                 )
             )
             continue
-        kinds = list(dict.fromkeys(kind for one in events for kind in one.detail["by_kind"]))
+        kinds = list(dict.fromkeys(kind for _, sample in events for kind in sample.by_kind))
         inks = kind_colours(kinds)
         for figure, (title, unit, meaning) in FIGURES.items():
             data = [
-                line([one.tokens for one in events],
-                     [one.detail["by_kind"].get(kind, {}).get(figure) for one in events],
+                line([at.tokens for at, _ in events],
+                     [getattr(sample.by_kind.get(kind), figure, None) for _, sample in events],
                      f"{kind} layers", colour=inks[kind], markers="circle",
                      hovertemplate="%{y:.4g}")
                 for kind in kinds
@@ -103,9 +104,10 @@ def telemetry_charts(records: Sequence[RunRecord]) -> list[Part]:
                 token_axis([record]), axis(unit, rangemode="tozero"), **stage_bands([record])
             )
             name = f"{record.name}: {title}" if len(records) > 1 else title
+            queries = events[-1][1].queries
             says = (
                 f"{title} while training: {meaning}. Sampled from the last "
-                f"{events[-1].detail.get('queries', '?')} tokens of one training row."
+                f"{'?' if queries is None else queries} tokens of one training row."
             )
             parts.append(
                 Chart(f"telemetry-{record.slug}-{figure}", f"{name} while training", says,

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from megahybrid.config import dump
 from megahybrid.errors import ConfigError, MegahybridError
-from megahybrid.report.evaluation_files import Kept, every
+from megahybrid.report.evaluation_files import EvaluationFile, read_evaluations
 from megahybrid.report.markup import boxed, section_html, table_html
 from megahybrid.report.parts import Section, finite, listed
 from megahybrid.report.record import RunRecord, read_record
@@ -43,13 +43,15 @@ def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
 
 def content(records: Sequence[RunRecord]) -> tuple[Markup, dict[str, Any], dict[str, Any]]:
     """The page's `<main>`, its figures by id, and the numbers behind it."""
-    everything = [every(record.directory) for record in records]
-    newest = [list({(one.kind, one.name): one for one in kept}.values()) for kept in everything]
+    everything = [read_evaluations(record.directory) for record in records]
+    newest = [
+        list({(one.kind, one.name): one for one in results}.values()) for results in everything
+    ]
     parts = sections(records, newest, everything)
     figures: dict[str, Any] = {}
     body = Markup("").join(section_html(section, figures) for section in parts)
     main = _head(records, newest) + body + _missing(parts)
-    data = {"runs": [_numbers(r, kept) for r, kept in zip(records, newest, strict=True)]}
+    data = {"runs": [_numbers(r, results) for r, results in zip(records, newest, strict=True)]}
     return main, finite(figures), finite(data)
 
 
@@ -77,7 +79,7 @@ def page(records: Sequence[RunRecord], live: str = "") -> str:
 
 
 def _policy(*scripts: str, live: str) -> str:
-    """What a browser may do for the page: run these very scripts, and ask where it is live."""
+    """Return the browser's rules: it runs these very scripts, and asks where the page is live."""
     digests = (base64.b64encode(hashlib.sha256(one.encode()).digest()) for one in scripts)
     allowed = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
     reach = "'self'" if live else "'none'"
@@ -117,14 +119,14 @@ _SECTIONS = (
 )  # fmt: skip
 
 
-def _head(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> Markup:
+def _head(records: Sequence[RunRecord], results: Sequence[Sequence[EvaluationFile]]) -> Markup:
     names = [record.name for record in records]
     title = names[0] if len(names) == 1 else f"{len(names)} runs side by side"
     abouts = [
         {"sentences": sentences(record, mine), "figures": key_figures(record, mine)}
-        for record, mine in zip(records, kept, strict=True)
+        for record, mine in zip(records, results, strict=True)
     ]
-    side = table_html(comparison(records, kept)) if len(records) > 1 else Markup("")
+    side = table_html(comparison(records, results)) if len(records) > 1 else Markup("")
     return render("head.html", title=title, side=side, abouts=abouts)
 
 
@@ -138,8 +140,8 @@ def _missing(parts: Sequence[Section]) -> Markup:
     )
 
 
-def _numbers(record: RunRecord, kept: Sequence[Kept]) -> dict[str, Any]:
-    """What the page was drawn from, for whoever wants to draw it otherwise."""
+def _numbers(record: RunRecord, results: Sequence[EvaluationFile]) -> dict[str, Any]:
+    """Return the numbers that the page was drawn from, for whoever wants to draw it otherwise."""
     steps = record.steps
     every_nth = max(1, -(-len(steps) // MOST_STEPS))
     return {
@@ -149,5 +151,5 @@ def _numbers(record: RunRecord, kept: Sequence[Kept]) -> dict[str, Any]:
         "steps_every": every_nth,
         "steps": [asdict(line) for line in steps[::every_nth]],
         "events": [asdict(line) for line in record.ledger.events],
-        "results": [asdict(one) for one in kept],
+        "results": [asdict(one) for one in results],
     }

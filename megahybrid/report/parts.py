@@ -1,4 +1,4 @@
-"""What a page is made of: sections of charts, tables and notes about what was not measured."""
+"""The parts of a page: sections of charts, tables and notes about what was not measured."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -62,7 +62,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class StripLayer:
-    """One layer of a strip, or one kind of layer of its legend."""
+    """A layer of a strip, or a kind of layer of its legend."""
 
     kind: str
     colour: str

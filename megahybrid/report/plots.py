@@ -15,8 +15,8 @@ from megahybrid.report.figures import running_mean
 from megahybrid.report.record import RunRecord
 from megahybrid.report.style import (
     FAINT,
+    LINE_COLOURS,
     MARKERS,
-    PALETTE,
     house_style,
     new_figure,
     save,
@@ -83,15 +83,15 @@ def draw_loss(axes: Axes, record: RunRecord) -> None:
     """The loss curves into given axes."""
     tokens, values = record.column("tokens"), record.column("loss")
     token_axis(axes, record.stages)
-    axes.plot(tokens, values, color=PALETTE[0], alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, running_mean(values), color=PALETTE[0], label="training")
+    axes.plot(tokens, values, color=LINE_COLOURS[0], alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, running_mean(values), color=LINE_COLOURS[0], label="training")
     for index, held_out in enumerate(record.held_out_sets(), start=1):
         scores = [one for one in record.scores(held_out, "stream") if one.loss is not None]
         if scores:
             axes.plot(
                 [one.run_tokens for one in scores],
                 np.array([one.loss for one in scores], dtype=float),
-                color=PALETTE[index % len(PALETTE)],
+                color=LINE_COLOURS[index % len(LINE_COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
                 linewidth=1.4,
                 markeredgecolor="white",
@@ -112,7 +112,7 @@ def learning_rate(record: RunRecord) -> Figure:
     """The learning rate each step used."""
     figure, (axes,) = new_figure(height=3.4)
     token_axis(axes, record.stages)
-    axes.plot(record.column("tokens"), record.column("learning_rate"), color=PALETTE[0])
+    axes.plot(record.column("tokens"), record.column("learning_rate"), color=LINE_COLOURS[0])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("learning rate")
@@ -135,12 +135,14 @@ def gradient_norm(record: RunRecord) -> Figure | None:
         part = np.array([value or np.nan for value in values], dtype=float)
         if np.isnan(part).all():  # a tied head has no gradient of its own
             continue
-        colour = PALETTE[index % len(PALETTE)]
-        style = ("-", "--", ":")[index // len(PALETTE) % 3]
+        colour = LINE_COLOURS[index % len(LINE_COLOURS)]
+        style = ("-", "--", ":")[index // len(LINE_COLOURS) % 3]
         axes.plot(tokens, running_mean(part), color=colour, linewidth=1.4, linestyle=style,
                   label=kind.replace("_", " "))  # fmt: skip
-    axes.plot(tokens, norms, color=PALETTE[0], alpha=0.2, linewidth=0.8)
-    axes.plot(tokens, running_mean(norms), color=PALETTE[0], linewidth=2.4, label="all parameters")
+    axes.plot(tokens, norms, color=LINE_COLOURS[0], alpha=0.2, linewidth=0.8)
+    axes.plot(
+        tokens, running_mean(norms), color=LINE_COLOURS[0], linewidth=2.4, label="all parameters"
+    )
     clip = record.config.optimizer.clip_norm if record.config else None
     if clip is not None:
         axes.axhline(clip, color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1,
@@ -176,7 +178,7 @@ def throughput(record: RunRecord) -> Figure | None:
 def _per_stage(axes: Axes, record: RunRecord, values: np.ndarray) -> None:
     tokens = record.column("tokens")
     token_axis(axes, record.stages)
-    axes.plot(tokens, values, ".", color=PALETTE[0], alpha=0.45, markersize=3.5,
+    axes.plot(tokens, values, ".", color=LINE_COLOURS[0], alpha=0.45, markersize=3.5,
               markeredgewidth=0, label="each step")  # fmt: skip
     begin = 0
     for index, stage in enumerate(record.stages):
@@ -184,8 +186,8 @@ def _per_stage(axes: Axes, record: RunRecord, values: np.ndarray) -> None:
         begin += len(stage.steps)
         if not np.isnan(part).all():
             median = float(np.nanmedian(part))
-            axes.hlines(median, stage.begin, stage.end, color=PALETTE[1], linewidth=2.2, zorder=3,
-                        label="median of the stage" if index == 0 else "_")  # fmt: skip
+            axes.hlines(median, stage.begin, stage.end, color=LINE_COLOURS[1], linewidth=2.2,
+                        zorder=3, label="median of the stage" if index == 0 else "_")  # fmt: skip
     # One stalled step must not flatten all others against the axis.
     finite = values[~np.isnan(values)]
     axes.set_ylim(0, 1.25 * float(np.quantile(finite, 0.98)))
@@ -194,9 +196,9 @@ def _per_stage(axes: Axes, record: RunRecord, values: np.ndarray) -> None:
 
 def _farthest(record: RunRecord, held_out: str) -> int:
     filled = [
-        bucket["stop"]
+        bucket.stop
         for one in record.at_stage_ends(held_out)
         for bucket in one.by_position
-        if bucket["loss"] is not None
+        if bucket.loss is not None
     ]
     return max(filled, default=0)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.figures import (
     FAINT,
     SYMBOLS,
@@ -23,7 +23,9 @@ from megahybrid.report.statistics import joined_buckets
 TIMES = (1, 2, 4, 8)
 
 
-def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> list[Part]:
+def position_parts(
+    records: Sequence[RunRecord], results: Sequence[list[EvaluationFile]]
+) -> list[Part]:
     """Curves for each stage of each run and set, then the loss at multiples of its length."""
     parts: list[Part] = _compared(records) if len(records) > 1 else []
     for record in records:
@@ -42,7 +44,7 @@ def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> 
     if any(record.evaluations for record in records):
         parts.append(_multiples(records))
     rows: list[list[Any]] = []
-    for record, mine in zip(records, kept, strict=True):
+    for record, mine in zip(records, results, strict=True):
         reaches = [one for one in mine if one.kind == "loss"]
         for one in reaches:
             rows += _reach_rows(record, one)
@@ -61,13 +63,13 @@ def position_parts(records: Sequence[RunRecord], kept: Sequence[list[Kept]]) -> 
     return parts
 
 
-def _reach_rows(record: RunRecord, kept: Kept) -> list[list[Any]]:
-    trained = kept.result["trained_length"]
+def _reach_rows(record: RunRecord, file: EvaluationFile) -> list[list[Any]]:
+    trained = file.result["trained_length"]
     shown = {
         f"rows of {int(length):,} ({int(length) / trained:g}×)": scores
-        for length, scores in kept.result["rows"].items()
+        for length, scores in file.result["rows"].items()
     }
-    shown[f"a sliding window of {trained:,}"] = kept.result["sliding"]
+    shown[f"a sliding window of {trained:,}"] = file.result["sliding"]
     return [
         [record.name, name, words, score["tokens"], score["loss"], score["perplexity"]]
         for words, scores in shown.items()
@@ -80,7 +82,7 @@ def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
     evaluations = record.at_stage_ends(held_out)
     curves = [_curve(one) for one in evaluations]
     known = [loss for curve in curves for loss in curve[1] if loss is not None]
-    longest = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    longest = max(bucket.stop for one in evaluations for bucket in one.by_position)
     low, high = min(known, default=0.0), max(known, default=1.0)
     margin = 0.06 * (high - low or 1)
     chance = math.log(record.config.model.vocab_size) if record.config else None
@@ -124,7 +126,7 @@ def _compared(records: Sequence[RunRecord]) -> list[Part]:
             _line(_curve(one), record.name, colour(number), "solid", SYMBOLS[number % 6])
             for number, (record, one) in enumerate(last)
         ]
-        longest = max(bucket["stop"] for _, one in last for bucket in one.by_position)
+        longest = max(bucket.stop for _, one in last for bucket in one.by_position)
         plan = layout(context_axis(longest), axis("loss, nats per token"), height=380)
         parts.append(
             Chart(f"position-all-{held_out}", f"{held_out} · all runs",
@@ -137,13 +139,13 @@ def _compared(records: Sequence[RunRecord]) -> list[Part]:
 
 
 def _stages(record: RunRecord, held_out: str) -> Chart:
-    """One run's curves after each of its stages."""
+    """Draw the curves of a run after each of its stages."""
     evaluations = record.at_stage_ends(held_out)
     data = [
         _line(_curve(one), f"after {one.stage}", colour(number), "solid", SYMBOLS[number % 6])
         for number, one in enumerate(evaluations)
     ]
-    longest = max(bucket["stop"] for one in evaluations for bucket in one.by_position)
+    longest = max(bucket.stop for one in evaluations for bucket in one.by_position)
     plan = layout(context_axis(longest), axis("loss, nats per token"), height=320)
     trained = max(stage.longest for stage in record.stages)
     says = (
@@ -178,28 +180,28 @@ def _multiples(records: Sequence[RunRecord]) -> Part:
 
 
 def loss_at(one: Evaluation, length: int) -> float | None:
-    """Mean loss of positions [length/2, length), where a whole bucket is so far."""
+    """Return the mean loss of positions [length/2, length), where a whole bucket is so far."""
     inside = [
-        bucket
+        (bucket, bucket.loss)
         for bucket in one.by_position
-        if bucket["loss"] is not None
-        and bucket["start"] >= length // 2
-        and bucket["stop"] <= length
-        and bucket["stop"] > length // 2
+        if bucket.loss is not None
+        and bucket.start >= length // 2
+        and bucket.stop <= length
+        and bucket.stop > length // 2
     ]
-    tokens = sum(bucket["tokens"] for bucket in inside)
-    if not inside or max(bucket["stop"] for bucket in inside) < length:
+    tokens = sum(bucket.tokens for bucket, _ in inside)
+    if not inside or max(bucket.stop for bucket, _ in inside) < length:
         return None
-    return sum(bucket["loss"] * bucket["tokens"] for bucket in inside) / tokens
+    return sum(loss * bucket.tokens for bucket, loss in inside) / tokens
 
 
 def _curve(one: Evaluation) -> tuple[list[float], list[float | None], list[str]]:
     """Geometric middle of each bucket's contexts, its loss, and the bucket in words."""
     buckets = joined_buckets(one.by_position)
     return (
-        [((b["start"] + 1) * b["stop"]) ** 0.5 for b in buckets],
-        [b["loss"] for b in buckets],
-        [f"{b['start']:,}–{b['stop'] - 1:,}, {b['tokens']:,} targets" for b in buckets],
+        [((b.start + 1) * b.stop) ** 0.5 for b in buckets],
+        [b.loss for b in buckets],
+        [f"{b.start:,}–{b.stop - 1:,}, {b.tokens:,} targets" for b in buckets],
     )
 
 
@@ -232,7 +234,6 @@ def _mark(length: int, words: str) -> Figure:
 
 def _buckets_table(one: Evaluation) -> Table:
     rows: list[list[Any]] = [
-        [bucket["start"], bucket["stop"] - 1, bucket["tokens"], bucket["loss"]]
-        for bucket in one.by_position
+        [bucket.start, bucket.stop - 1, bucket.tokens, bucket.loss] for bucket in one.by_position
     ]
     return Table(("from position", "to position", "targets", "loss"), rows)

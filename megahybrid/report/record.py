@@ -1,25 +1,26 @@
-"""A run's directory as the report sees it: the ledger cut into stages, and the evaluations."""
+"""A run's folder as the report sees it: the ledger cut into stages, and the evaluations."""
 
 import itertools
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.shape import shown
 from megahybrid.errors import MegahybridError, from_os_error
-from megahybrid.report.shapes import wrong_line
-from megahybrid.train.ledger import (
+from megahybrid.ledger import (
     LEDGER_NAME,
+    EvaluateEvent,
     EventLine,
     Ledger,
     Line,
+    PositionBucket,
     StepLine,
+    damage,
     read_every_line,
     read_ledger,
 )
@@ -45,7 +46,7 @@ class StageRecord:
 
     @property
     def longest(self) -> int:
-        """The longest of them."""
+        """The longest sequence length of its steps."""
         return self.lengths[-1]
 
 
@@ -61,12 +62,12 @@ class Evaluation:
     length: int
     loss: float | None
     tokens: int
-    by_position: tuple[dict[str, Any], ...]
+    by_position: tuple[PositionBucket, ...]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the report shows."""
+    """Everything that the report shows of a run, but for its `evaluations`."""
 
     directory: Path
     ledger: Ledger
@@ -119,7 +120,7 @@ class RunRecord:
 
 
 def read_record(directory: Path, label: str | None = None) -> RunRecord:
-    """Reads `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
+    """Read `ledger.jsonl`, and `config.yaml` and `samples.txt` where they are."""
     ledger = Ledger(tuple(_checked(directory, lambda path: read_ledger(path).lines)))
     if not ledger.steps:
         raise MegahybridError(
@@ -132,20 +133,20 @@ def read_record(directory: Path, label: str | None = None) -> RunRecord:
         config=load(config) if config.exists() else None,
         samples=_samples(directory / SAMPLES_NAME),
         stages=_stages(ledger.steps),
-        evaluations=tuple(_evaluation(line) for line in ledger.named("evaluate")),
+        evaluations=tuple(_evaluation(line, score) for line, score in ledger.of(EvaluateEvent)),
         label=label,
     )
 
 
 def _checked(directory: Path, read: Callable[[Path], Iterable[Line]]) -> list[Line]:
-    """Lines of a ledger whose fields are what their names say."""
+    """Read the lines of a ledger. Raises MegahybridError where a page cannot be drawn of one."""
     path = directory / LEDGER_NAME
     try:
         lines = list(read(path))
     except (RecursionError, OverflowError):
         raise MegahybridError(f"{path} is damaged (endless lists). Restore the file.") from None
     for line in lines:
-        wrong = wrong_line(line)
+        wrong = damage(line)
         if wrong is not None:
             kind = line.event if isinstance(line, EventLine) else "step line"
             raise MegahybridError(
@@ -180,20 +181,19 @@ def _tokens_before(steps: list[StepLine]) -> int:
     return max(0, steps[0].tokens - batch)
 
 
-def _evaluation(line: EventLine) -> Evaluation:
-    detail = line.detail
+def _evaluation(line: EventLine, score: EvaluateEvent) -> Evaluation:
     return Evaluation(
-        held_out=detail["set"],
-        rows=detail.get("rows", "stream"),
-        stage=detail.get("stage", line.stage),
+        held_out=score.set,
+        rows=score.rows or "stream",
+        stage=line.stage if score.stage is None else score.stage,
         step=line.step,
         run_tokens=line.tokens,
-        length=detail["length"],
-        loss=detail["loss"],
-        tokens=detail["tokens"],
+        length=score.length,
+        loss=score.loss,
+        tokens=score.tokens,
         by_position=tuple(
             # Nothing was counted: no mean of it is known.
-            bucket if bucket["tokens"] else bucket | {"loss": None}
-            for bucket in detail.get("by_position", ())
+            bucket if bucket.tokens else replace(bucket, loss=None)
+            for bucket in score.by_position
         ),
     )

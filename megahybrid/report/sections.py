@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megahybrid.config.base import dump_yaml
+from megahybrid.ledger import EndEvent, EventLine, GateEvent, StepLine
 from megahybrid.report.answer_charts import by_length_parts, harness_parts, needle_parts
 from megahybrid.report.attention_charts import attention_parts
 from megahybrid.report.data_charts import data_parts
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.model_strip import strip_part
 from megahybrid.report.over_time import suite_curves, telemetry_charts
 from megahybrid.report.parts import Cell, Heading, Listing, Missing, Note, Part, Section, Table
@@ -15,16 +16,16 @@ from megahybrid.report.position_charts import position_parts
 from megahybrid.report.record import RunRecord
 from megahybrid.report.summary import duration, is_fault
 from megahybrid.report.training_charts import stage_table, training_parts
-from megahybrid.train.ledger import BEGINNINGS, EventLine, StepLine
 
 Records = Sequence[RunRecord]
 
 
 def sections(
-    records: Records, kept: Sequence[list[Kept]], every: Sequence[list[Kept]]
+    records: Records, results: Sequence[list[EvaluationFile]], every: Sequence[list[EvaluationFile]]
 ) -> list[Section]:
-    """Everything the runs have, and notes about what they lack. `kept` are the newest results."""
-    found = list(zip(records, kept, strict=True))
+    """Draw everything that the runs have, with notes about what they lack. `results` are the newest
+    results of each run, `every` all of them."""
+    found = list(zip(records, results, strict=True))
     several = len(records) > 1
     plan = [part for record in records for part in strip_part(record, several)]
     return [
@@ -44,7 +45,7 @@ def sections(
             "position", "How far it sees",
             "If a model uses what stands far back, tokens deep in a document are easier to "
             "predict. A curve that turns up shows where its view ends.",
-            position_parts(records, kept),
+            position_parts(records, results),
         ),
         Section(
             "retrieval", "What it finds",
@@ -78,20 +79,21 @@ def sections(
 
 
 def not_measured(all_sections: Sequence[Section]) -> list[Missing]:
-    """Everything that some part of the page lacks."""
+    """Collect what the parts of the page lack."""
     return [part for section in all_sections for part in section.parts if isinstance(part, Missing)]
 
 
 def _fault_parts(records: Records) -> list[Part]:
     attempts: list[list[Cell]] = []
-    events: list[list[Cell]] = []
+    faults: list[list[Cell]] = []
     for record in records:
         lines = record.every_line
         for attempt in sorted({line.attempt for line in lines}):
             mine = [line for line in lines if line.attempt == attempt]
-            began = next((one for one in mine if _named(one, BEGINNINGS)), mine[0])
-            ends = [one for one in mine if _named(one, ("end",))]
-            outcome = ends[-1].detail.get("outcome") if ends else None  # type: ignore[union-attr]
+            events = [one for one in mine if isinstance(one, EventLine)]
+            began = next((one for one in events if one.begins), mine[0])
+            ends = [one.content for one in events if isinstance(one.content, EndEvent)]
+            outcome = ends[-1].outcome if ends else None
             if outcome is None:
                 last = attempt == lines[-1].attempt
                 outcome = "running, or cut short" if last else "cut short"
@@ -102,7 +104,7 @@ def _fault_parts(records: Records) -> list[Part]:
             ])  # fmt: skip
         for line in lines:
             if isinstance(line, EventLine) and is_fault(line):
-                events.append([
+                faults.append([
                     record.name, line.attempt, line.step, line.stage,
                     line.event.replace("_", " "), _detail(line.detail),
                 ])  # fmt: skip
@@ -110,24 +112,20 @@ def _fault_parts(records: Records) -> list[Part]:
     parts: list[Part] = [Table(head, attempts, "Attempts")]
     gates: list[list[Cell]] = [
         [
-            record.name, line.stage, line.step, line.detail["gate"], line.detail["value"],
-            line.detail["bound"], "passed" if line.detail["ok"] else "not passed",
+            record.name, line.stage, line.step, gate.gate, gate.value, gate.bound,
+            "passed" if gate.ok else "not passed",
         ]
-        for record in records for line in record.ledger.named("gate")
+        for record in records for line, gate in record.ledger.of(GateEvent)
     ]  # fmt: skip
     if gates:
         columns = ("run", "stage", "step", "gate", "value", "asked", "verdict")
         parts.append(Table(columns, gates, "Gates"))
-    if events:
+    if faults:
         names = ("run", "attempt", "step", "stage", "event", "detail")
-        parts.append(Table(names, events, "Events"))
+        parts.append(Table(names, faults, "Events"))
     else:
         parts.append(Note("No update was skipped, nothing warned or failed."))
     return parts
-
-
-def _named(line: Any, names: Sequence[str]) -> bool:
-    return isinstance(line, EventLine) and line.event in names
 
 
 def _detail(detail: dict[str, Any]) -> str:
@@ -137,7 +135,7 @@ def _detail(detail: dict[str, Any]) -> str:
 
 
 def _environment(record: RunRecord, several: bool) -> list[Part]:
-    beginnings = [line for line in record.ledger.events if line.event in BEGINNINGS]
+    beginnings = [line for line in record.ledger.events if line.begins]
     facts = dict(beginnings[-1].detail) if beginnings else {}
     rows: list[list[Cell]] = [
         [name.replace("_", " "), value if isinstance(value, str | int | float) else _flat(value)]

@@ -1,4 +1,4 @@
-"""The shapes of what a run's ledger and `evaluations` hold, as far as the report reads them."""
+"""The shapes of what a run's `evaluations` hold, as far as the report reads them."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,101 +10,15 @@ from megahybrid.config.shape import (
     Finite,
     NotRequired,
     Positive,
-    Seconds,
     Share,
     TypedDict,
     checker,
     too_deep,
 )
 from megahybrid.printable import printable
-from megahybrid.train.ledger import EventLine, StepLine
 
 Number = float | None  # None, NaN and infinities are gaps
 Segment = Literal["begin", "needle", "context", "end"]
-
-
-class Step(TypedDict):
-    """A step line; see `train.ledger.StepLine`."""
-
-    step: Count
-    stage: str
-    tokens: Count
-    length: Positive
-    source_tokens: dict[str, Count]
-    learning_rate: Finite | None
-    loss: Finite | None
-    gradient_norm: Finite | None
-    gradient_norm_by_kind: dict[str, Finite | None]
-    skipped: bool
-    tokens_per_second: Finite | None
-    mfu: Finite | None
-    memory_gib: Finite | None
-    seconds: dict[str, Seconds]
-    attempt: Count
-    time_unix: Seconds
-
-
-class Event(TypedDict):
-    """An event line; see `train.ledger.EventLine`."""
-
-    event: str
-    step: Count
-    stage: str
-    tokens: Count
-    detail: dict[str, Any]
-    attempt: Count
-    time_unix: Seconds
-
-
-class Bucket(TypedDict):
-    start: Count
-    stop: Positive
-    tokens: Count
-    loss: Number
-
-
-class EvaluateDetail(TypedDict):
-    set: str
-    rows: NotRequired[str]
-    stage: NotRequired[str]
-    length: Positive
-    loss: Number
-    tokens: Count
-    by_position: NotRequired[list[Bucket]]
-
-
-class GateDetail(TypedDict):
-    gate: str
-    value: Number
-    bound: str
-    ok: bool
-
-
-class AttentionDetail(TypedDict):
-    queries: NotRequired[Count]
-    by_kind: dict[str, "Sampled"]
-
-
-class Sampled(TypedDict):
-    entropy_bits: NotRequired[Number]
-    distance: NotRequired[Number]
-    sink: NotRequired[Number]
-    max_logit: NotRequired[Number]
-
-
-class EndDetail(TypedDict):
-    outcome: NotRequired[str]
-
-
-class BeginDetail(TypedDict):
-    world_size: NotRequired[Count]
-    device: NotRequired[str]
-
-
-DETAILS: dict[str, Any] = {
-    "evaluate": EvaluateDetail, "gate": GateDetail, "attention": AttentionDetail,
-    "end": EndDetail, "start": BeginDetail, "resume": BeginDetail,
-}  # fmt: skip
 
 
 class NeedleRow(TypedDict):
@@ -191,7 +105,7 @@ class Head(TypedDict):
 
 
 class HeadSummary(TypedDict):
-    """What is said of all heads together, of a kind of layer and of a layer."""
+    """The figures of all heads together, of a kind of layer and of a layer."""
 
     mass: Mass
     entropy_nats: float
@@ -248,21 +162,8 @@ RESULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def wrong_line(line: StepLine | EventLine) -> str | None:
-    """What is wrong with a line of a ledger, for one who reads a message; None: nothing."""
-    if isinstance(line, StepLine):
-        return checker(Step)(vars(line))
-    wrong = checker(Event)(vars(line))
-    if wrong is not None:
-        return wrong
-    if too_deep(line.detail):
-        return f"detail: mappings within one another, more than {DEEPEST} deep"
-    shape = DETAILS.get(line.event)
-    return None if shape is None else checker(shape)(line.detail)
-
-
 def wrong_result(kind: str, result: Any) -> str | None:
-    """The same of a file of `evaluations`."""
+    """Return what is wrong with a file of `evaluations`, in words; None where nothing is."""
     if too_deep(result):
         return f"lists within one another, more than {DEEPEST} deep"
     wrong = checker(RESULTS[kind])(result)
@@ -286,7 +187,7 @@ def _wrong_task(tasks: dict[str, Any]) -> str | None:
 
 
 def _disagreement(figures: Any) -> str | None:
-    """What no shape tells: parts that must fit together."""
+    """Return which parts do not fit together, which no shape tells; None where all do."""
     layers = figures["layers"]
     if list(dict.fromkeys(layer["kind"] for layer in layers)) != list(figures["by_kind"]):
         return "by_kind: other kinds than the layers have"

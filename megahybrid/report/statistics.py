@@ -1,54 +1,50 @@
-"""Figures made of many: the loss in buckets of positions with enough targets to have a mean, and
-how often needles were found within the trained length and beyond."""
+"""Means over many: the loss in buckets of positions with enough targets to have a mean, and how
+often needles were found within the trained length and beyond."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.ledger import PositionBucket
+from megahybrid.report.evaluation_files import EvaluationFile
 
 LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that the plot is about
 
 
 def joined_buckets(
-    buckets: Sequence[dict[str, Any]], least_tokens: int = LEAST_TOKENS
-) -> list[dict[str, Any]]:
-    """Neighbouring buckets joined until each has `least_tokens` targets; empty ones stay empty.
+    buckets: Sequence[PositionBucket], least_tokens: int = LEAST_TOKENS
+) -> list[PositionBucket]:
+    """Join neighbouring buckets until each has `least_tokens` targets; empty ones stay empty.
 
     The mean of a handful of targets says nothing, and the first buckets of a few documents hold no
     more than that. What is left over before an empty bucket joins the one before it.
     """
-    joined: list[dict[str, Any]] = []
+    joined: list[PositionBucket] = []
     for bucket in buckets:
         last = joined[-1] if joined else None
-        if last and last["loss"] is not None and bucket["loss"] is not None:
-            if last["tokens"] < least_tokens:
+        if last and last.loss is not None and bucket.loss is not None:
+            if last.tokens < least_tokens:
                 joined[-1] = _together(last, bucket)
                 continue
-        elif last and bucket["loss"] is None:
+        elif last and bucket.loss is None:
             _join_left_over(joined, least_tokens)
         joined.append(bucket)
     _join_left_over(joined, least_tokens)
     return joined
 
 
-def _join_left_over(joined: list[dict[str, Any]], least_tokens: int) -> None:
-    if len(joined) < 2 or joined[-1]["loss"] is None or joined[-2]["loss"] is None:
+def _join_left_over(joined: list[PositionBucket], least_tokens: int) -> None:
+    if len(joined) < 2 or joined[-1].loss is None or joined[-2].loss is None:
         return
-    if joined[-1]["tokens"] < least_tokens:
+    if joined[-1].tokens < least_tokens:
         left_over = joined.pop()
         joined[-1] = _together(joined[-1], left_over)
 
 
-def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    tokens = first["tokens"] + second["tokens"]
-    total = first["loss"] * first["tokens"] + second["loss"] * second["tokens"]
-    return {
-        "start": first["start"],
-        "stop": second["stop"],
-        "tokens": tokens,
-        "loss": total / tokens,
-    }
+def _together(first: PositionBucket, second: PositionBucket) -> PositionBucket:
+    assert first.loss is not None and second.loss is not None
+    tokens = first.tokens + second.tokens
+    total = first.loss * first.tokens + second.loss * second.tokens
+    return PositionBucket(first.start, second.stop, tokens, total / tokens)
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,13 @@ class NeedleRate:
     trained: int
 
 
-def needle_rate(kept: Sequence[Kept]) -> NeedleRate | None:
-    """Over every needle task of the newest suites; None where there is none within the length."""
+def needle_rate(results: Sequence[EvaluationFile]) -> NeedleRate | None:
+    """Count the needles found by every needle task of the newest suites; None where no task stays
+    within the trained length."""
     within: list[tuple[float, int]] = []
     beyond: list[tuple[float, int]] = []
     trained = 0
-    for one in kept:
+    for one in results:
         if one.kind != "suite" or not one.result.get("trained_length"):
             continue
         trained = one.result["trained_length"]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megahybrid.report.answers import SEGMENT_COLOURS
-from megahybrid.report.style import DPI, MARKERS, PALETTE, WIDTH_INCHES, house_style, save
+from megahybrid.report.style import DPI, LINE_COLOURS, MARKERS, WIDTH_INCHES, house_style, save
 
 Row = Mapping[str, Any]  # of `study.figures.tabulate`
 SCORE = re.compile(r"([^.]+)\.(\d+)(\.exact)?")
@@ -57,7 +57,7 @@ def _lines(axes: Axes, rows: Sequence[Row], places: Mapping[float, str]) -> None
                 middle,
                 (middle - least, most - middle),
                 label=f"{row['variant']} ({len(row['counted'])} of {len(row['seeds'])})",
-                color=PALETTE[index % len(PALETTE)],
+                color=LINE_COLOURS[index % len(LINE_COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
                 elinewidth=1.2,
                 capsize=2.5,

@@ -1,4 +1,4 @@
-"""How every picture looks: a palette that colour-blind readers can tell apart, one set of sizes."""
+"""The look of every picture: its colours and its sizes."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from matplotlib.ticker import FixedFormatter, FuncFormatter
 from PIL import Image
 
 from megahybrid.printable import printable
+from megahybrid.report.colours import PALETTE
 from megahybrid.report.parts import short_number
 from megahybrid.report.record import StageRecord
 
-# Okabe and Ito, "Color Universal Design" (2008), without the yellow, which is too light on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_COLOURS = (*PALETTE, "#000000")  # pictures are drawn on white alone
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#333333"
 FAINT = "#9a9a9a"

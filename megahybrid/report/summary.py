@@ -1,4 +1,4 @@
-"""What a stranger should know first: the run in a few sentences and a few large numbers."""
+"""The run in a few sentences and a few large numbers: what a new reader should know first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,17 +6,36 @@ from typing import Any
 
 from megahybrid.config import RunConfig
 from megahybrid.config.counting import parameters
-from megahybrid.report.evaluation_files import Kept
+from megahybrid.ledger import (
+    ConfigChangeEvent,
+    EndEvent,
+    EventLine,
+    ExhaustedEvent,
+    GateEvent,
+    Line,
+    ListenerFailedEvent,
+    ResumeEvent,
+    RewindEvent,
+    SaveEvent,
+    SkipEvent,
+    StartEvent,
+    WarningEvent,
+)
+from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.model_strip import scheme_in_words
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation, RunRecord
 from megahybrid.report.statistics import needle_rate
-from megahybrid.train.ledger import EventLine, Line
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# What a reader of faults wants to see of the ledger; saving and scoring are the ordinary course.
-FAULTS = {"skip", "warning", "listener_failed", "rewind", "exhausted", "config_change"}
+# Events that a reader of faults wants to see; saving and scoring are the ordinary course.
+FAULTS = {
+    kind.name
+    for kind in (
+        SkipEvent, WarningEvent, ListenerFailedEvent, RewindEvent, ExhaustedEvent, ConfigChangeEvent
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,19 +49,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is said; `subject` is what it begins with, in bold."""
+    """A sentence of the summary; `subject` are its first words, in bold."""
 
     text: str
     subject: str = ""
 
 
-def sentences(record: RunRecord, kept: Sequence[Kept]) -> list[Sentence]:
-    """The model, its training and what came out, each in a sentence or two."""
+def sentences(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Sentence]:
+    """Describe the model, its training and what came out, each in a sentence or two."""
     told = []
     if record.config:
         told.append(Sentence(_model(record.config), record.name))
     told.append(Sentence(_training(record)))
-    told.append(Sentence(_outcome(record, kept)))
+    told.append(Sentence(_outcome(record, results)))
     return [one for one in told if one.text]
 
 
@@ -69,12 +88,12 @@ def _count(number: int) -> str:
 def _training(record: RunRecord) -> str:
     steps, stages = record.steps, record.stages
     lengths = [length for stage in stages for length in stage.lengths]
-    told = record.ledger.named("start") + record.ledger.named("resume")
-    facts = told[-1].detail if told else {}
+    begun = record.ledger.of(StartEvent) + record.ledger.of(ResumeEvent)
     where = ""
-    if facts:
-        ranks = facts.get("world_size", 1)
-        where = f" on {ranks} rank{'s' if ranks != 1 else ''} ({facts.get('device', '?')})"
+    if begun and begun[-1][0].detail:
+        _, facts = begun[-1]
+        ranks = 1 if facts.world_size is None else facts.world_size
+        where = f" on {ranks} rank{'s' if ranks != 1 else ''} ({facts.device or '?'})"
     span = f"rows of {min(lengths):,} tokens"
     if min(lengths) != max(lengths):
         span = f"the text it sees at once growing from {min(lengths):,} to {max(lengths):,} tokens"
@@ -87,11 +106,11 @@ def _training(record: RunRecord) -> str:
 
 
 def state(record: RunRecord) -> str:
-    """Whether it is done, and how often it was interrupted."""
+    """Say in words whether the run is done, and how often it was interrupted."""
     last = record.ledger.lines[-1]
     attempts = max(line.attempt for line in record.ledger.lines)
-    ends = [line for line in record.ledger.named("end") if line.attempt == last.attempt]
-    outcome = ends[-1].detail.get("outcome", "ended") if ends else "running"
+    ends = [end for line, end in record.ledger.of(EndEvent) if line.attempt == last.attempt]
+    outcome = (ends[-1].outcome or "ended") if ends else "running"
     words = {
         "done": "It is done",
         "stopped": "It was stopped early and can go on",
@@ -107,20 +126,19 @@ def state(record: RunRecord) -> str:
 
 
 def fault_count(record: RunRecord) -> int:
-    """Events of all attempts that are not the ordinary course of a run."""
+    """Count the events of all attempts that are not the ordinary course of a run."""
     return sum(is_fault(line) for line in record.every_line)
 
 
 def is_fault(line: Line) -> bool:
-    """Whether a line tells of something unusual: also a gate or a save that failed."""
+    """Return True for a line that tells of something unusual: also a gate or a save that failed."""
     if not isinstance(line, EventLine):
         return False
-    return line.event in FAULTS or (
-        line.event in ("gate", "save") and not line.detail.get("ok", True)
-    )
+    failed = isinstance(line.content, GateEvent | SaveEvent) and not line.content.ok
+    return failed or line.event in FAULTS
 
 
-def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
+def _outcome(record: RunRecord, results: Sequence[EvaluationFile]) -> str:
     told = []
     last = [one for name in record.held_out_sets() for one in record.at_stage_ends(name)[-1:]]
     if last:  # the set with the most text so far out
@@ -134,7 +152,7 @@ def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
                 f"“{one.held_out}” {change} than within that length ({far:.2f} against "
                 f"{near:.2f} nats per token)."
             )
-    rate = needle_rate(kept)
+    rate = needle_rate(results)
     if rate is not None:
         beyond = "" if rate.beyond is None else f"; beyond that length {rate.beyond:.0%}"
         told.append(
@@ -145,11 +163,11 @@ def _outcome(record: RunRecord, kept: Sequence[Kept]) -> str:
 
 
 def _far_tokens(one: Evaluation) -> int:
-    return one.by_position[-1]["tokens"] if one.by_position else 0
+    return one.by_position[-1].tokens if one.by_position else 0
 
 
-def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:
-    """Four to six large numbers."""
+def key_figures(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Figure]:
+    """Return four to six large numbers."""
     found = []
     for held_out in record.held_out_sets()[:2]:
         known = [one for one in record.scores(held_out, "stream") if one.loss is not None]
@@ -157,7 +175,7 @@ def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:
             one = known[-1]
             found.append(Figure(f"{one.loss:.3f}", f"held-out loss, {held_out}",
                                 f"nats per token in rows of {one.length:,}"))  # fmt: skip
-    rate = needle_rate(kept)
+    rate = needle_rate(results)
     if rate is not None:
         note = f"{rate.trials} trials up to {rate.trained:,} tokens"
         found.append(Figure(f"{rate.within:.0%}", "needles found", note))
@@ -174,14 +192,14 @@ def key_figures(record: RunRecord, kept: Sequence[Kept]) -> list[Figure]:
     return found
 
 
-def comparison(records: Sequence[RunRecord], kept: Sequence[Sequence[Kept]]) -> Table:
-    """One row a run: what one would compare first."""
+def comparison(records: Sequence[RunRecord], results: Sequence[Sequence[EvaluationFile]]) -> Table:
+    """Return a row for each run, with what one would compare first."""
     sets = list(dict.fromkeys(name for record in records for name in record.held_out_sets()))
     head = ("run", "parameters", "layers", "tokens", "longest row",
             *(f"loss, {name}" for name in sets), "needles found", "found beyond", "tokens/s",
             "attempts")  # fmt: skip
     rows: list[list[Cell]] = []
-    for record, mine in zip(records, kept, strict=True):
+    for record, mine in zip(records, results, strict=True):
         run, rate = record.config, needle_rate(mine)
         losses: list[Any] = []
         for name in sets:
@@ -205,7 +223,7 @@ def _layers(run: RunConfig) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In seconds, minutes or hours."""
+    """Write a span of time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from megahybrid.errors import MegahybridError
 from megahybrid.report.answer_charts import by_length_parts, needle_parts
-from megahybrid.report.answers import draw_answers, draw_kept
-from megahybrid.report.evaluation_files import Kept, every, newest
+from megahybrid.report.answers import draw_answers, draw_results
+from megahybrid.report.evaluation_files import EvaluationFile, newest_evaluations, read_evaluations
 from megahybrid.report.parts import Cell, Chart, Part, Table
 from megahybrid.report.plots import draw_all
 from megahybrid.report.record import RunRecord, read_record
@@ -24,21 +24,23 @@ def tracked(directory: Path, suite: str | None, step: int) -> Tracked:
     folder.mkdir(exist_ok=True)
     if suite is None:
         pictures = draw_all(record, folder) + draw_answers(directory, folder)
-        return tables(record, newest(directory)), {
+        return tables(record, newest_evaluations(directory)), {
             f"report/{picture.path.stem}": picture.path for picture in pictures
         }
-    kept = [one for one in every(directory) if (one.name, one.step) == (suite, step)]
-    found = [(record, kept)]
+    results = [one for one in read_evaluations(directory) if (one.name, one.step) == (suite, step)]
+    found = [(record, results)]
     named = _named([*needle_parts(found), *by_length_parts(found)])
     return {f"suite/{name}": table for name, table in named.items()}, {
-        f"suite/{picture.path.stem}": picture.path for picture in draw_kept(kept, folder)
+        f"suite/{picture.path.stem}": picture.path for picture in draw_results(results, folder)
     }
 
 
-def tables(record: RunRecord, kept: list[Kept]) -> dict[str, tuple[list[str], list[list[Cell]]]]:
+def tables(
+    record: RunRecord, results: list[EvaluationFile]
+) -> dict[str, tuple[list[str], list[list[Cell]]]]:
     """Every table of the page, by section and chart."""
     found = {}
-    for section in sections([record], [kept], [every(record.directory)]):
+    for section in sections([record], [results], [read_evaluations(record.directory)]):
         for name, table in _named(section.parts).items():
             found[f"report/{section.id}/{name}"] = table
     return found

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from megahybrid.ledger import StepLine
 from megahybrid.report.figures import (
     DASHES,
     FAINT,
@@ -21,7 +22,6 @@ from megahybrid.report.figures import (
 )
 from megahybrid.report.parts import Chart, Missing, Part, Table
 from megahybrid.report.record import RunRecord
-from megahybrid.train.ledger import StepLine
 from megahybrid.train.metrics import PHASES
 
 Records = Sequence[RunRecord]
@@ -247,7 +247,7 @@ def _progress(records: Records) -> Part:
 
 
 def stage_table(records: Records) -> Table:
-    """One row for each stage of each run."""
+    """Return a row for each stage of each run."""
     rows: list[list[Any]] = []
     for record in records:
         for stage in record.stages:

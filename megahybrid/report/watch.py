@@ -14,11 +14,12 @@ from types import FrameType
 from typing import Any
 
 from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.ledger import LEDGER_NAME, EndEvent, EventLine, read_ledger
 from megahybrid.printable import printable
 from megahybrid.report.http import is_loopback, server
 from megahybrid.report.page import content, packed, page, read_runs
 from megahybrid.report.record import RunRecord
-from megahybrid.train.ledger import EVALUATIONS, LEDGER_NAME, read_ledger
+from megahybrid.run_folder import EVALUATIONS
 
 WAIT_SECONDS = 20.0  # the longest a page waits for an answer that something has changed
 LOOK_SECONDS = 1.0  # between two looks at the files
@@ -54,7 +55,7 @@ class Watched:
             return page(read_runs(self.directories), live="live.json")
 
     def state(self, after: str) -> dict[str, Any]:
-        """What a page that shows version `after` needs; waits a while for news."""
+        """Return what a page that shows version `after` needs; waits a while for news."""
         until = time.monotonic() + WAIT_SECONDS
         while not self.closing.is_set() and self.version() == after and time.monotonic() < until:
             self.closing.wait(LOOK_SECONDS)
@@ -85,7 +86,8 @@ class Watched:
 
 
 def _ended(record: RunRecord) -> bool:
-    return getattr(record.ledger.lines[-1], "event", "") == "end"
+    last = record.ledger.lines[-1]
+    return isinstance(last, EventLine) and isinstance(last.content, EndEvent)
 
 
 def check_host(host: str, allow_others: bool) -> None:

@@ -11,10 +11,10 @@ from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult, Snapshot
 from megahybrid.config import RunConfig, dump
 from megahybrid.errors import StorageError
+from megahybrid.ledger import LEDGER_NAME, EvaluateEvent, SaveEvent, read_ledger
 from megahybrid.parallel.collectives import gather_objects
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners
 from megahybrid.train.state import TrainState
 
@@ -106,22 +106,20 @@ class RunSaver:
     def _tell(self, result: SaveResult) -> None:
         if result.path is not None:
             self._held = result.step, result.path
-        detail: dict[str, Any] = {
-            "ok": result.ok,
-            "saved_step": result.step,
-            "bytes": result.bytes,
-            "seconds": result.seconds,
-            "checked_seconds": result.checked_seconds,
-            "stall_seconds": result.stall_seconds,
-        }
-        told = {
-            "path": None if result.path is None else str(result.path),
-            "removed": list(result.removed) or None,
-            "error": result.error,
-            "warning": result.warning,
-        }
-        detail |= {name: fact for name, fact in told.items() if fact is not None}
-        self._listeners.on_event("save", detail)
+        self._listeners.on_event(
+            SaveEvent(
+                ok=result.ok,
+                saved_step=result.step,
+                bytes=result.bytes,
+                seconds=result.seconds,
+                checked_seconds=result.checked_seconds,
+                stall_seconds=result.stall_seconds,
+                path=None if result.path is None else str(result.path),
+                removed=result.removed or None,
+                error=result.error,
+                warning=result.warning,
+            )
+        )
 
 
 def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:
@@ -136,10 +134,9 @@ def _scores(run: RunConfig, directory: Path) -> dict[int, float]:
     if name is None or not path.exists():
         return {}
     return {
-        line.step: line.detail["loss"]
-        for line in read_ledger(path).named("evaluate")
-        if (line.detail.get("set"), line.detail.get("rows")) == (name, "stream")
-        and line.detail.get("loss") is not None
+        line.step: score.loss
+        for line, score in read_ledger(path).of(EvaluateEvent)
+        if (score.set, score.rows) == (name, "stream") and score.loss is not None
     }
 
 

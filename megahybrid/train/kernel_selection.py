@@ -1,7 +1,7 @@
 """What a stage computes with: attention kernels and compiled blocks, chosen by measurement."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import AuditError
+from megahybrid.ledger import EventSink, KernelsEvent
 from megahybrid.model.block import BLOCKS
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
@@ -33,11 +34,9 @@ from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import cpu_kernels
 from megahybrid.train.stage_model import compiled_whole, head_shape
 
-Tell = Callable[[str, dict[str, Any]], object]
-
 
 def choose_kernels(
-    run: RunConfig, index: int, mesh: ParallelMesh, chosen: dict[str, str], tell: Tell
+    run: RunConfig, index: int, mesh: ParallelMesh, chosen: dict[str, str], tell: EventSink
 ) -> dict[str, str]:
     """`chosen` (see `resolve_kernels`) with what stage `index` has by measurement; collective.
 
@@ -59,7 +58,7 @@ def choose_kernels(
         return chosen
     result = chosen | found["chosen"] | {"length": str(length)}
     if found["seconds"]:
-        tell("kernels", {"length": length, **found["seconds"]})
+        tell(KernelsEvent(length=length, **found["seconds"]))
     return result
 
 

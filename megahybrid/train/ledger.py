@@ -1,69 +1,13 @@
-"""The ledger: what a run did, one JSON object a line, only ever appended to.
-
-It is the truth about a run; plots, trackers and resumes read it. A line is complete when it ends in
-a newline. Numbers that are not finite are written as null.
-"""
+"""Writing the ledger: each line is handed to the system whole, under the attempt's number."""
 
 import contextlib
-import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megahybrid.errors import MegahybridError, StorageError
-from megahybrid.printable import shortened
-
-LEDGER_NAME = "ledger.jsonl"
-EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
-# Events that say from which step an attempt went on; what earlier attempts did beyond it is void.
-BEGINNINGS = ("start", "resume")
-# Says to which step the same attempt went back; what was done beyond it is void too.
-REWIND = "rewind"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepLine:
-    """One optimizer step. `tokens` counts the run's tokens through the end of this step."""
-
-    step: int
-    stage: str
-    tokens: int
-    length: int
-    source_tokens: dict[str, int]
-    cursor_crc: int
-    learning_rate: float
-    loss: float | None  # nats per valid target; None when it was not finite
-    gradient_norm: float | None  # before clipping
-    gradient_norm_by_kind: dict[str, float | None] = field(default_factory=dict)
-    skipped: bool = False
-    tokens_per_second: float | None = None
-    mfu: float | None = None  # share of the device's peak, 0 to 1; None where no peak is known
-    memory_gib: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    attempt: int = 0  # the writer puts its own
-    time_unix: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventLine:
-    """Anything else worth keeping: start, resume, rewind, stage, evaluate, save, skip, end, …"""
-
-    event: str
-    step: int
-    stage: str
-    tokens: int
-    detail: dict[str, Any] = field(default_factory=dict)
-    attempt: int = 0  # the writer puts its own
-    time_unix: float = field(default_factory=time.time)
-
-
-Line = StepLine | EventLine
-_KINDS: dict[str, type[StepLine] | type[EventLine]] = {"step": StepLine, "event": EventLine}
-_FIELDS = {kind: {f.name for f in fields(line_type)} for kind, line_type in _KINDS.items()}
+from megahybrid.ledger import Line, StepLine, encode, parse
 
 
 class LedgerWriter:
@@ -86,12 +30,9 @@ class LedgerWriter:
 
     def write(self, line: Line) -> None:
         """Appends one line under this attempt. Raises MegahybridError when it cannot be stored."""
-        line = replace(line, attempt=self.attempt)
-        kind = "step" if isinstance(line, StepLine) else "event"
-        record = {"kind": kind, **asdict(line)}
-        encoded = json.dumps(_finite(record), allow_nan=False, separators=(",", ":")) + "\n"
-        self._append(encoded.encode())
-        if kind == "event" or time.monotonic() - self._synced >= self.sync_seconds:
+        self._append(encode(replace(line, attempt=self.attempt)))
+        due = time.monotonic() - self._synced >= self.sync_seconds
+        if due or not isinstance(line, StepLine):
             self.sync()
 
     def sync(self) -> None:
@@ -129,149 +70,6 @@ class LedgerWriter:
             ) from error
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """The lines of a run that still hold, in the order they were written."""
-
-    lines: tuple[Line, ...]
-
-    @property
-    def steps(self) -> list[StepLine]:
-        """The step lines."""
-        return [line for line in self.lines if isinstance(line, StepLine)]
-
-    @property
-    def events(self) -> list[EventLine]:
-        """All event lines."""
-        return [line for line in self.lines if isinstance(line, EventLine)]
-
-    def named(self, event: str) -> list[EventLine]:
-        """The event lines of one name."""
-        return [line for line in self.events if line.event == event]
-
-
-def read_ledger(path: Path) -> Ledger:
-    """The lines of a ledger, without what a resume made void.
-
-    Lines of earlier attempts beyond the step of a later start or resume are dropped, and all lines
-    beyond the step of a later rewind. A torn last line is ignored; a torn line elsewhere raises
-    MegahybridError with its number.
-    """
-    kept: list[Line] = []
-    for line in read_every_line(path):
-        if isinstance(line, EventLine) and line.event in BEGINNINGS:
-            kept = [old for old in kept if old.attempt >= line.attempt or old.step <= line.step]
-        elif isinstance(line, EventLine) and line.event == REWIND:
-            kept = [old for old in kept if old.step <= line.step]
-        kept.append(line)
-    return Ledger(tuple(kept))
-
-
-def read_every_line(path: Path) -> Iterator[Line]:
-    """Every complete line of a ledger, of all attempts, in the order they were written."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise MegahybridError(
-            f"{path} could not be read ({error.strerror}). Name the directory of a run."
-        ).because(error) from error
-    texts = content.split(b"\n")
-    # The piece after the last newline is empty, or a line that was never finished.
-    for number, text in enumerate(texts[:-1], start=1):
-        try:
-            yield _parse(text)
-        except (ValueError, TypeError, RecursionError) as error:
-            if number == len(texts) - 1 and not texts[-1]:
-                return
-            raise MegahybridError(
-                f"{path}:{number} is not a ledger line ({error}). "
-                "Only the last line may be torn; restore the file or remove this line."
-            ) from error
-
-
-def _parse(text: bytes) -> Line:
-    record = json.loads(text)
-    if not isinstance(record, dict) or record.get("kind") not in _KINDS:
-        raise ValueError("no kind of step or event")
-    kind = record["kind"]
-    # Fields of a newer version are left out, so that an older report still reads the run.
-    known = {key: record[key] for key in record.keys() & _FIELDS[kind]}
-    for name, value in known.items():
-        if not _IS[name](value):
-            raise ValueError(f"{name}={shortened(json.dumps(value))} is not {_WANTED[_IS[name]]}")
-    line = _KINDS[kind](**known)
-    if isinstance(line, EventLine):
-        _check_detail(line)
-    return line
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_number_or_null(value: Any) -> bool:
-    return value is None or _is_number(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_count, value.values()))
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number_or_null, value.values()))
-
-
-_WANTED: dict[Callable[[Any], bool], str] = {
-    _is_count: "a count",
-    _is_number: "a number",
-    _is_number_or_null: "a number or null",
-    _is_text: "text",
-    _is_flag: "true or false",
-    _is_object: "an object",
-    _is_counts: "an object of counts",
-    _is_numbers: "an object of numbers",
-}
-# Somebody may have edited a line by hand: what is computed with is what it should be.
-_IS: dict[str, Callable[[Any], bool]] = (
-    dict.fromkeys(("step", "tokens", "length", "cursor_crc", "attempt"), _is_count)
-    | dict.fromkeys(("stage", "event"), _is_text)
-    | dict.fromkeys(("learning_rate", "time_unix"), _is_number)
-    | dict.fromkeys(
-        ("loss", "gradient_norm", "tokens_per_second", "mfu", "memory_gib"), _is_number_or_null
-    )
-    | dict.fromkeys(("gradient_norm_by_kind", "seconds"), _is_numbers)
-    | {"source_tokens": _is_counts, "skipped": _is_flag, "detail": _is_object}
-)
-# Of events that decide how a run goes on.
-_DETAILS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "evaluate": {"set": _is_text, "loss": _is_number_or_null},
-    "suite": {"suite": _is_text},
-    REWIND: {"data": _is_object},
-}
-
-
-def _check_detail(line: EventLine) -> None:
-    for name, right in _DETAILS.get(line.event, {}).items():
-        if name in line.detail and not right(line.detail[name]):
-            raise ValueError(f"detail.{name} of event {line.event} is not {_WANTED[right]}")
-
-
 def _last_line(file: int, path: Path) -> tuple[int, Line | None]:
     """Length of the file up to the end of its last whole line, and that line."""
     end = os.fstat(file).st_size
@@ -285,20 +83,10 @@ def _last_line(file: int, path: Path) -> tuple[int, Line | None]:
         begin = piece[:-1].rfind(b"\n") + 1
         if piece.endswith(b"\n"):
             with contextlib.suppress(ValueError, TypeError):
-                return end, _parse(piece[begin:])
+                return end, parse(piece[begin:])
         end = start + begin
     if end == 0:
         return 0, None
     raise MegahybridError(
         f"{path} does not end in a ledger line. Only its last line may be torn; restore or move it."
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

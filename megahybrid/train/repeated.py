@@ -25,17 +25,9 @@ import torch
 from megahybrid.config import RunConfig, dump
 from megahybrid.data.mixture import STATE_VERSION
 from megahybrid.errors import RepeatError
+from megahybrid.ledger import LEDGER_NAME, EventLine, Line, StageEvent, StepLine, read_every_line
 from megahybrid.parallel.collectives import gather_objects, on_first
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.ledger import (
-    BEGINNINGS,
-    LEDGER_NAME,
-    REWIND,
-    EventLine,
-    Line,
-    StepLine,
-    read_every_line,
-)
 
 # Fields that decide neither which rows come nor what is computed of them.
 WITHOUT_EFFECT = ("checkpoint", "evaluate", "log", "directory", "start", "max_skipped_in_a_row")
@@ -188,15 +180,16 @@ def steps_beyond(lines: Iterable[Line], step: int) -> tuple[dict[int, EarlierSte
     begun: list[tuple[int, int]] = []  # (attempt, step) of each beginning
     for number, line in enumerate(lines):
         if isinstance(line, EventLine):
-            if line.event in BEGINNINGS or line.event == REWIND:
+            if line.begins or line.goes_back:
                 rewinds = [each for each in rewinds if each[0] <= line.step]
                 course, told = course.until(line.step), None
-            if line.event in BEGINNINGS:
+            if line.begins:
                 begun.append((line.attempt, line.step))
-            elif line.event == REWIND:
+            elif line.goes_back:
                 rewinds.append((line.step, number))
-            elif line.event == "stage":
-                told = _told(line.detail)
+            elif line.event == StageEvent.name:
+                stage = line.content
+                told = _told(stage.repeatable) if isinstance(stage, StageEvent) else None
                 if told is not None and told.anew:
                     _drop_before(found, line.attempt)
         else:
@@ -230,9 +223,8 @@ def _drop_before(found: dict[tuple[int, ...], dict[int, EarlierStep]], attempt: 
             del steps[step]
 
 
-def _told(detail: Mapping[str, Any]) -> Repeatable | None:
+def _told(said: Any) -> Repeatable | None:
     """What a stage told; None of a version that told nothing, or another."""
-    said = detail.get("repeatable")
     if isinstance(said, Mapping) and said.keys() == {"config", "layout", "anew"}:
         return Repeatable(str(said["config"]), str(said["layout"]), said["anew"] is True)
     return None
@@ -304,11 +296,11 @@ class RepeatedSteps:
         self._earlier = {}
 
     def stage(self, index: int, kernels: Mapping[str, str]) -> dict[str, Any]:
-        """The steps that follow are of stage `index`. Returns what the ledger is to say of it."""
+        """The steps that follow are of stage `index`. Returns its `repeatable` for the ledger."""
         self._told = repeatable(
             self._run, index, self._mesh, kernels, self._parent, self._files, self._anew
         )
-        return {"repeatable": asdict(self._told)}
+        return asdict(self._told)
 
     def check(self, line: StepLine) -> Difference | None:
         """The first loss that differs, alike on every rank, or None. Raises RepeatError on every

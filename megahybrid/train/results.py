@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.heartbeat import write_whole
-from megahybrid.train.ledger import EVALUATIONS
+from megahybrid.run_folder import EVALUATIONS
 
 
 def result_path(run: Path, step: int, kind: str, name: str) -> Path:

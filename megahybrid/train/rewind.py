@@ -19,7 +19,7 @@ from typing import Any
 
 from megahybrid.config.training import SpikeConfig
 from megahybrid.errors import CheckpointError, NoProgressError
-from megahybrid.train.ledger import LEDGER_NAME, REWIND, EventLine, read_ledger
+from megahybrid.ledger import LEDGER_NAME, RewindEvent, read_ledger
 from megahybrid.train.restore import Beginning
 from megahybrid.train.state import TrainState
 
@@ -59,14 +59,13 @@ def past_spikes(directory: Path, beginning: Beginning) -> Beginning:
     rewinds = _rewinds_to(directory, beginning.state.step)
     if not rewinds:
         return beginning
-    state = replace(beginning.state, data=rewinds[-1].detail["data"])
-    return replace(beginning, state=state)
+    return replace(beginning, state=replace(beginning.state, data=rewinds[-1]))
 
 
 def go_back(
     directory: Path, beginning: Beginning, spike: TrainState, reason: str, most: int
-) -> tuple[Beginning, dict[str, Any]]:
-    """`beginning` at the data after `spike`, and what the ledger is to say of it.
+) -> tuple[Beginning, RewindEvent]:
+    """`beginning` at the data after `spike`, and the event that the ledger is to hold.
 
     Raises NoProgressError where the run has gone back to the same step `most` times.
     """
@@ -77,18 +76,24 @@ def go_back(
             f"{reason} (last at step {spike.step}). Lower the learning rate or look at the data, "
             "then start from an earlier checkpoint."
         )
-    detail = {"from_step": spike.step, "reason": reason, "times": times + 1, "data": spike.data}
-    return replace(beginning, state=replace(beginning.state, data=spike.data)), detail
+    event = RewindEvent(from_step=spike.step, reason=reason, times=times + 1, data=spike.data)
+    return replace(beginning, state=replace(beginning.state, data=spike.data)), event
 
 
-def _rewinds_to(directory: Path, step: int) -> list[EventLine]:
+def _rewinds_to(directory: Path, step: int) -> list[dict[str, Any]]:
+    """The data that each rewind to a step went on with."""
     path = directory / LEDGER_NAME
     if not path.exists():
         return []
-    rewinds = [line for line in read_ledger(path).named(REWIND) if line.step == step]
-    if not all("data" in line.detail for line in rewinds):
+    rewinds = [line for line in read_ledger(path).events if line.goes_back and line.step == step]
+    found = [
+        line.content.data
+        for line in rewinds
+        if isinstance(line.content, RewindEvent) and line.content.data is not None
+    ]
+    if len(found) < len(rewinds):
         raise CheckpointError(
             f"{path}: the rewind to step {step} does not say with which data it went on "
             "(detail.data). Restore the ledger, or start from an earlier checkpoint."
         )
-    return rewinds
+    return found

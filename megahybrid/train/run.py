@@ -27,6 +27,15 @@ from megahybrid.errors import (
 )
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.heartbeat import Heartbeat, write_whole
+from megahybrid.ledger import (
+    LEDGER_NAME,
+    ConfigChangeEvent,
+    EvaluateEvent,
+    RunFacts,
+    StageEvent,
+    WarningEvent,
+    read_ledger,
+)
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.init import initialise
 from megahybrid.model.kernels.choice import resolve_kernels
@@ -36,7 +45,6 @@ from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.checkpointing import RunSaver, ranks_of
 from megahybrid.train.engine import Engine
 from megahybrid.train.kernel_selection import choose_kernels
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.preflight import check_inputs
@@ -108,8 +116,8 @@ class Attempt:
         self.repeats.begin(self.directory, state.step, beginning.parent)
         self.listeners.on_start(self._info(state, beginning))
         for path, old, new in beginning.changes:
-            change = {"field": path, "before": show(old), "now": show(new)}
-            self.listeners.on_event("config_change", change)
+            change = ConfigChangeEvent(field=path, before=show(old), now=show(new))
+            self.listeners.on_event(change)
         if owed is not None:
             # Scored as it was trained, not as the next stage begins.
             ended = self.plan.at(state.tokens - 1).index
@@ -167,7 +175,7 @@ class Attempt:
         self.saver.finish()
         self.repeats.forget()
         located = locate(self.run, self.directory, self._warn, ranks_of(self.mesh))
-        beginning, detail = on_first(
+        beginning, event = on_first(
             self.mesh.world,
             lambda: go_back(
                 self.directory,
@@ -178,11 +186,11 @@ class Attempt:
             ),
         )
         state = beginning.state
-        self.listeners.on_rewind(state.step, self._stage_name(state), state.tokens, detail)
+        self.listeners.on_rewind(state.step, self._stage_name(state), state.tokens, event)
         return beginning
 
     def _warn(self, message: str) -> None:
-        self.listeners.on_event("warning", {"message": message})
+        self.listeners.on_event(WarningEvent(message=message))
 
     def _owed_evaluation(self, state: TrainState) -> Rows | None:
         """Rows of the validation that was due here and not finished: a stop or a kill came."""
@@ -194,9 +202,9 @@ class Attempt:
             elif every is not None and state.step % every == 0:
                 owed = "stream"
             scored = {
-                line.detail.get("set")
-                for line in read_ledger(path).named("evaluate")
-                if line.step == state.step and line.detail.get("rows") == owed
+                score.set
+                for line, score in read_ledger(path).of(EvaluateEvent)
+                if line.step == state.step and score.rows == owed
             }
             owed = None if scored.issuperset(self.run.data.held_out) else owed
         if state.tokens in self.plan.stage_ends and self.examiner.missing(state.step):
@@ -219,13 +227,12 @@ class Attempt:
         layers = Layers(run, self.mesh, self.kernels, self.listeners.on_event)
         model = layers.build(index, tokens)
         self.listeners.on_event(
-            "stage",
-            {
-                "index": index,
-                "kernels": self.kernels,
-                "self_test_seconds": layers.self_test_seconds,
-            }
-            | self.repeats.stage(index, self.kernels),
+            StageEvent(
+                index=index,
+                kernels=self.kernels,
+                self_test_seconds=layers.self_test_seconds,
+                repeatable=self.repeats.stage(index, self.kernels),
+            ),
             stage=run.stages[index].name,
         )
         if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
@@ -288,8 +295,9 @@ class Attempt:
         stage = self.plan.at(state.tokens - 1).stage
 
         def tell(name: str, score: HeldOutLoss, rows: str) -> None:
-            detail = {"set": name, "stage": stage.name, "step": state.step, "rows": rows}
-            self.listeners.on_event("evaluate", detail | score.to_json())
+            self.listeners.on_event(
+                EvaluateEvent(set=name, stage=stage.name, step=state.step, rows=rows, **vars(score))
+            )
             self.saver.scored(state.step, name, rows, score.loss)
 
         token_loss = evaluation_loss(engine.model)
@@ -337,19 +345,19 @@ class Attempt:
             stage=self._stage_name(state),
             tokens=state.tokens,
             stages=tuple(zip(names, self.plan.stage_ends, strict=True)),
-            facts={
-                "world_size": self.mesh.world_size,
-                "tensor": self.mesh.tensor.size,
-                "data": self.mesh.data.size,
-                "zero_stage": self.run.parallel.zero_stage,
-                "precision": self.run.precision,
-                "device": str(self.mesh.device),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "model": self.fingerprint,
-                "kernels": self.kernels,
-            }
-            | _told(parent=beginning.parent),
+            facts=RunFacts(
+                world_size=self.mesh.world_size,
+                tensor=self.mesh.tensor.size,
+                data=self.mesh.data.size,
+                zero_stage=self.run.parallel.zero_stage,
+                precision=self.run.precision,
+                device=str(self.mesh.device),
+                torch=torch.__version__,
+                python=platform.python_version(),
+                model=self.fingerprint,
+                kernels=self.kernels,
+                parent=beginning.parent,
+            ),
         )
 
 
@@ -387,13 +395,13 @@ def run_attempt(
             write_whole(directory / "config.yaml", dump_yaml(run))
         attempt = Attempt(run, directory, mesh, listeners, stop, owner, heartbeat, allow)
         for warning in warnings:
-            listeners.on_event("warning", {"message": warning})
+            listeners.on_event(WarningEvent(message=warning))
         try:
             return attempt.go(beginning)
         except BaseException as error:
             # The disk that ended the run may refuse its last line too: the cause is what is told.
             with contextlib.suppress(MegahybridError, OSError):
-                listeners.on_end("failed", {"error": first_line(error)})
+                listeners.on_end("failed", error=first_line(error))
             if listeners.began:
                 raise_in_training(error)
             raise

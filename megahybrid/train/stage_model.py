@@ -1,7 +1,6 @@
 """The layers of a stage as its tokens have them: self-tested before they train, and changed on the
 way where the stage anneals."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import RecomputeBudget
+from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent
 from megahybrid.model.compiled import whole_serves
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
@@ -24,8 +24,8 @@ class Layers:
     """A model and the plan in force in it, which is a function of the tokens seen.
 
     `kernels` holds the names chosen for `full` and `windowed` layers. Every scheme is self-tested
-    on its kernel before a step is made with it. `tell` hears, as an event's name and detail, of
-    each change on the way.
+    on its kernel before a step is made with it. `tell` hears of each change on
+    the way.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Layers:
         run: RunConfig,
         mesh: ParallelMesh,
         kernels: dict[str, str],
-        tell: Callable[[str, dict[str, Any]], object],
+        tell: EventSink,
     ) -> None:
         self._run, self._mesh, self._kernels, self._tell = run, mesh, kernels, tell
         self._tested: list[AttentionScheme] = []
@@ -62,7 +62,7 @@ class Layers:
         policies = policies_of(self._run, index, self._mesh.data.size)
         if isinstance(self._run.stages[index].recompute, RecomputeBudget):
             tally = ", ".join(f"{name} {policies.count(name)}" for name in dict.fromkeys(policies))
-            self._tell("recompute", {"layers": tally, "policies": policies})
+            self._tell(RecomputeEvent(layers=tally, policies=tuple(policies)))
         return policies
 
     def follow(self, tokens: int) -> bool:
@@ -74,7 +74,9 @@ class Layers:
         before = self.plan
         self._adopt(plan)
         self.model.adopt(plan, self._kernel_names(plan))
-        self._tell("anneal", _changes(before, plan) | {"self_test_seconds": self.self_test_seconds})
+        self._tell(
+            AnnealEvent(changes=_changes(before, plan), self_test_seconds=self.self_test_seconds)
+        )
         return True
 
     def _adopt(self, plan: LayerPlan) -> None:

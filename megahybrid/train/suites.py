@@ -22,15 +22,23 @@ from megahybrid.errors import ConfigError, GateError
 from megahybrid.evaluate.haystack import Material
 from megahybrid.evaluate.suite import examples_of, run_suite
 from megahybrid.evaluate.telemetry import attention_sample
+from megahybrid.ledger import (
+    LEDGER_NAME,
+    AttentionEvent,
+    EvaluateEvent,
+    EventSink,
+    GateEvent,
+    SuiteEvent,
+    TaskScores,
+    read_ledger,
+)
+from megahybrid.ledger.records import from_json
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import broadcast_object, on_first
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from megahybrid.train.results import result_path, write_result
 from megahybrid.train.state import TrainState
 from megahybrid.train.validation import open_held_out
-
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 class Examiner:
@@ -42,7 +50,7 @@ class Examiner:
         run: RunConfig,
         directory: Path,
         mesh: ParallelMesh,
-        tell: Tell,
+        tell: EventSink,
         poll: Callable[[], object],
     ) -> None:
         self.run, self.directory, self.mesh = run, directory, mesh
@@ -66,8 +74,8 @@ class Examiner:
         found = list(self.suites)
         path = self.directory / LEDGER_NAME
         if self.mesh.rank == 0 and found and path.exists():
-            asked = read_ledger(path).named("suite")
-            known = {line.detail.get("suite") for line in asked if line.step == step}
+            asked = read_ledger(path).of(SuiteEvent)
+            known = {one.suite for line, one in asked if line.step == step}
             found = [name for name in found if name not in known]
         return broadcast_object(found, self.mesh.world)
 
@@ -94,8 +102,7 @@ class Examiner:
             if self.mesh.rank == 0:
                 path = write_result(self.directory, state.step, "suite", name, told | scores)
                 short = {task: _short(one) for task, one in scores["tasks"].items()}
-                detail = {"suite": name, "seconds": seconds, "tasks": short, "path": str(path)}
-                self.tell("suite", detail)
+                self.tell(SuiteEvent(suite=name, seconds=seconds, tasks=short, path=str(path)))
 
     def _between(self, name: str, done: int, of: int) -> None:
         self.poll()
@@ -106,7 +113,8 @@ class Examiner:
         """Tells what the heads look at in one row [seq], this data rank's."""
         started = time.perf_counter()
         figures = attention_sample(model, tokens, starts, kinds)
-        self.tell("attention", figures | {"seconds": time.perf_counter() - started})
+        figures |= {"seconds": time.perf_counter() - started}
+        self.tell(from_json(AttentionEvent, figures))
 
     def judge(self, index: int, step: int) -> None:
         """Raises GateError on every rank where a gate of stage `index` is not reached at `step`."""
@@ -117,7 +125,7 @@ class Examiner:
         failed = []
         for gate, value in zip(stage.gates, values, strict=True):
             what, bound, ok = _verdict(gate, value)
-            self.tell("gate", {"gate": what, "value": value, "bound": bound, "ok": ok})
+            self.tell(GateEvent(gate=what, value=value, bound=bound, ok=ok))
             if not ok:
                 reached = "nothing" if value is None else f"{value:.4g}"
                 failed.append(f"{what} is {reached}, and {bound} was asked for")
@@ -130,10 +138,10 @@ class Examiner:
 
     def _reached(self, gate: LossGate | SuiteGate, step: int) -> float | None:
         if isinstance(gate, LossGate):
-            for line in reversed(read_ledger(self.directory / LEDGER_NAME).named("evaluate")):
-                told = line.detail
-                if (line.step, told.get("set"), told.get("rows")) == (step, gate.set, "stream"):
-                    return told.get("loss")
+            scored = read_ledger(self.directory / LEDGER_NAME).of(EvaluateEvent)
+            for line, score in reversed(scored):
+                if (line.step, score.set, score.rows) == (step, gate.set, "stream"):
+                    return score.loss
             return None
         path = result_path(self.directory, step, "suite", gate.suite)
         if not path.exists():
@@ -160,16 +168,16 @@ def _mean(task: dict[str, Any], gate: SuiteGate) -> float | None:
     return sum(value * count for value, count in counted) / trials if trials else None
 
 
-def _short(task: dict[str, Any]) -> dict[str, Any]:
+def _short(task: dict[str, Any]) -> TaskScores:
     """A task in the ledger: its scores by length; the file has the rest."""
     if task["kind"] == "ruler":
         scores = {f"{row['task']}/{row['length']}": row["score"] for row in task["rows"]}
-        return {"kind": task["kind"], "score": scores}
-    return {
-        "kind": task["kind"],
-        "exact": {str(row["length"]): row["exact"] for row in task["by_length"]},
-        "token_accuracy": {str(row["length"]): row["token_accuracy"] for row in task["by_length"]},
-    }
+        return TaskScores(kind=task["kind"], score=scores)
+    return TaskScores(
+        kind=task["kind"],
+        exact={str(row["length"]): row["exact"] for row in task["by_length"]},
+        token_accuracy={str(row["length"]): row["token_accuracy"] for row in task["by_length"]},
+    )
 
 
 def load_suites(run: RunConfig) -> dict[str, Suite]:

@@ -11,11 +11,11 @@ from megahybrid.data.batches import Batch
 from megahybrid.data.loader import BatchLoader, StepData, StepShape
 from megahybrid.errors import ExhaustedError, NoProgressError
 from megahybrid.heartbeat import Heartbeat
+from megahybrid.ledger import ExhaustedEvent, RepeatDiffersEvent, SkipEvent, StepLine, WarningEvent
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.device_probe import probe_seconds
 from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
-from megahybrid.train.ledger import StepLine
 from megahybrid.train.listeners import Listeners
 from megahybrid.train.metrics import StepClock, memory_gib, mfu, training_seconds
 from megahybrid.train.profile import Profiler
@@ -218,13 +218,13 @@ class Trainer:
         differs = self.repeats.check(line)  # before the ledger, or a checkpoint, holds this step
         self.listeners.on_step(line)
         if differs is not None:
-            self.listeners.on_event("repeat_differs", asdict(differs))
-            self.listeners.on_event("warning", {"message": differs.message})
+            self.listeners.on_event(RepeatDiffersEvent(**asdict(differs)))
+            self.listeners.on_event(WarningEvent(message=differs.message))
         for name, epochs in data.exhausted.items():
-            self.listeners.on_event("exhausted", {"source": name, "epochs": round(epochs, 4)})
+            self.listeners.on_event(ExhaustedEvent(source=name, epochs=round(epochs, 4)))
         if result.skipped:
             reason = _why_skipped(result, "gradient not finite")
-            self.listeners.on_event("skip", {"reason": reason, "in_a_row": state.skipped_in_a_row})
+            self.listeners.on_event(SkipEvent(reason=reason, in_a_row=state.skipped_in_a_row))
 
     def _mfu(self, data: StepData, seconds: float) -> float | None:
         """From the exact pairs of every rank's masks; None on devices without a known peak."""

@@ -18,7 +18,7 @@ from megahybrid.checkpoint.manifest import read_manifest
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.train.ledger import StepLine, read_ledger
+from megahybrid.ledger import StepLine, read_ledger
 from tests.train.forked import Nursery, Ranks
 
 VOCAB, STEPS = 70, 12

@@ -27,7 +27,8 @@ from megahybrid.data_prep.trace import (
     steps_of,
 )
 from megahybrid.errors import DataError, MegahybridError
-from megahybrid.train.ledger import LEDGER_NAME, EventLine, LedgerWriter, StepLine
+from megahybrid.ledger import LEDGER_NAME, EventLine, StepLine
+from megahybrid.train.ledger import LedgerWriter
 from tests.data.corpus import random_documents, tokenizer_info, write_corpus
 
 MODELS = Path(__file__).parents[2] / "configs/models"
@@ -126,7 +127,8 @@ def make_run(
                     save(directory, step.number, tokens, step.state)
 
         steps = list(steps_of(run, mixture, place))
-        event("start", place.step, **({"parent": {"checkpoint": str(start)}} if start else {}))
+        parent = {"parent": {"checkpoint": str(start), "take": "all"}} if start else {}
+        event("start", place.step, **parent)
         if rewind is None:
             write(steps)
         else:

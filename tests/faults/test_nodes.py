@@ -12,8 +12,9 @@ import pytest
 from megahybrid.heartbeat import read_beats
 from megahybrid.launch import slurm as slurm_commands
 from megahybrid.launch.control import cancel
-from megahybrid.launch.records import attempts, ledger_tail
+from megahybrid.launch.records import attempts, newest_ledger_lines
 from megahybrid.launch.status import node_lines
+from megahybrid.ledger import StepLine
 from tests.launch.cluster import Cluster, missing
 from tests.launch.runs import Run, cluster, slurm, until
 
@@ -78,7 +79,8 @@ def test_a_silent_node_is_survived_and_does_no_harm_when_it_is_back(
         run.until("RUNNING .*try 2 .* step", 120)
         cluster.plug("t2")
         run.until("DONE after 2 attempts", 120)
-    steps = [line["step"] for line in ledger_tail(run.directory) if line["kind"] == "step"]
+    lines = newest_ledger_lines(run.directory)
+    steps = [line.step for line in lines if isinstance(line, StepLine)]
     assert steps[0] == 120 and attempts(run.directory)[-1].code == 0
 
 

@@ -15,6 +15,7 @@ from megahybrid.launch.slurm import QueuedJob
 from megahybrid.launch.status import node_lines, status_line
 from megahybrid.launch.submit import plan
 from megahybrid.launch.tail import first_error, tail
+from tests.launch.pretend import LEDGER_LINE
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def _end(directory: Path, attempt: int, code: int, reason: str, **facts) -> None
 
 def _ledger(directory: Path, *lines: dict) -> None:
     with open(directory / "ledger.jsonl", "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.writelines(json.dumps(LEDGER_LINE | line) + "\n" for line in lines)
 
 
 def _checkpoint(directory: Path, step: int) -> None:
@@ -220,7 +221,7 @@ def test_the_lead_is_twice_what_saves_steps_and_validations_took(run: Path) -> N
     assert stop_lead(run, 300) == 300
     _ledger(
         run,
-        {"kind": "event", "event": "save", "step": 40, "detail": {"seconds": 200.0}},
+        {"kind": "event", "event": "save", "step": 40, "detail": {"ok": True, "seconds": 200.0}},
         {"kind": "step", "step": 43, "seconds": {"update": 5.0, "evaluate": 30.0}},
     )
     assert stop_lead(run, 300) == 60 + 2 * (200 + 5 + 30) + 1

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megahybrid.config import load
 from megahybrid.config.base import dump_yaml
-from megahybrid.train.ledger import EventLine, LedgerWriter, StepLine
+from megahybrid.ledger import EventLine, StepLine
+from megahybrid.train.ledger import LedgerWriter
 
 DEMO = Path(__file__).parents[2] / "configs" / "runs" / "demo.yaml"
 BATCH = 16_384

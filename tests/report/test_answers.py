@@ -9,7 +9,7 @@ from PIL import Image
 from megahybrid.errors import MegahybridError
 from megahybrid.report import write_report
 from megahybrid.report.answers import by_length, head_map, mass_bars, needle_map
-from megahybrid.report.evaluation_files import newest
+from megahybrid.report.evaluation_files import newest_evaluations
 from tests.report.synthetic_answers import DEPTHS, figures, needle_rows, write_answers
 from tests.report.synthetic_run import write_run
 
@@ -20,7 +20,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_report_shows_the_newest_needles_ruler_puzzles_and_attention(run: Path) -> None:
-    assert [(one.kind, one.step) for one in newest(run)] == [
+    assert [(one.kind, one.step) for one in newest_evaluations(run)] == [
         ("attention", 196), ("lm_eval", 196), ("loss", 196), ("suite", 196),
     ]  # fmt: skip
     written = write_report(run)
@@ -60,4 +60,4 @@ def test_one_length_alone_is_drawn() -> None:
 def test_damaged_result_is_named(run: Path) -> None:
     (run / "evaluations" / "step-00000001.suite.x.json").write_text("{")
     with pytest.raises(MegahybridError, match="x.json is damaged"):
-        newest(run)
+        newest_evaluations(run)

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from megahybrid.errors import ConfigError
+from megahybrid.ledger import PositionBucket
 from megahybrid.report import write_page, write_report
 from megahybrid.report.figures import thinned
 from megahybrid.report.page import content, read_runs
@@ -231,7 +232,7 @@ def test_long_lines_are_thinned_to_means_and_keep_their_ends() -> None:
 
 def test_loss_at_a_length_is_the_mean_of_the_farther_half() -> None:
     buckets = tuple(
-        {"start": start, "stop": stop, "tokens": stop - start, "loss": loss}
+        PositionBucket(start, stop, stop - start, loss)
         for start, stop, loss in (
             (0, 256, 9.0),
             (256, 512, 4.0),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from megahybrid.errors import MegahybridError
+from megahybrid.ledger import EventLine, PositionBucket
 from megahybrid.report import write_report
 from megahybrid.report.by_position import loss_by_position
 from megahybrid.report.figures import running_mean
@@ -17,7 +18,7 @@ from megahybrid.report.plots import loss, throughput
 from megahybrid.report.record import read_record
 from megahybrid.report.statistics import joined_buckets
 from megahybrid.report.style import house_style
-from megahybrid.train.ledger import EventLine, LedgerWriter
+from megahybrid.train.ledger import LedgerWriter
 from tests.report.synthetic_run import BATCH, STAGES, write_run
 from tests.train.listeners.example import step_line
 
@@ -69,8 +70,8 @@ def test_an_empty_bucket_is_a_gap_in_its_curve_and_a_hatched_band(run: Path) -> 
     assert not np.isnan(full.get_lines()[0].get_ydata()).any()
 
 
-def bucket(start: int, stop: int, tokens: int, loss: float | None) -> dict:
-    return {"start": start, "stop": stop, "tokens": tokens, "loss": loss}
+def bucket(start: int, stop: int, tokens: int, loss: float | None) -> PositionBucket:
+    return PositionBucket(start, stop, tokens, loss)
 
 
 def test_buckets_of_few_targets_join_their_neighbours_and_keep_the_mean() -> None:
@@ -84,10 +85,10 @@ def test_buckets_of_few_targets_join_their_neighbours_and_keep_the_mean() -> Non
         bucket(32, 64, 7, 1.0),
     ]
     joined = joined_buckets(buckets, least_tokens=100)
-    assert [(b["start"], b["stop"], b["tokens"]) for b in joined] == [
+    assert [(b.start, b.stop, b.tokens) for b in joined] == [
         (0, 4, 104), (4, 16, 150), (16, 32, 0), (32, 64, 7),
     ]  # fmt: skip
-    assert [b["loss"] for b in joined] == [pytest.approx(328 / 104), pytest.approx(2.4), None, 1.0]
+    assert [b.loss for b in joined] == [pytest.approx(328 / 104), pytest.approx(2.4), None, 1.0]
 
 
 def test_loss_by_position_has_a_curve_for_each_stage(run: Path) -> None:

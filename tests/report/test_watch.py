@@ -16,7 +16,8 @@ from urllib.request import urlopen
 import pytest
 
 from megahybrid.cli import main
-from megahybrid.train.ledger import EventLine, LedgerWriter, read_ledger
+from megahybrid.ledger import EventLine, read_ledger
+from megahybrid.train.ledger import LedgerWriter
 from tests.report.browser import requests, show, wait
 from tests.report.synthetic_run import BATCH, write_run
 from tests.train.listeners.example import step_line

@@ -8,7 +8,7 @@ import numpy as np
 
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.train.ledger import LEDGER_NAME, StepLine, read_every_line, read_ledger
+from megahybrid.ledger import LEDGER_NAME, StepLine, read_every_line, read_ledger
 
 VOCAB = 97
 TOKENIZER = TokenizerInfo(kind="sentencepiece", sha256="0" * 64, vocab_size=VOCAB, eod_id=1)

@@ -8,8 +8,8 @@ import pytest
 
 from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.interop.export import export
+from megahybrid.ledger import LEDGER_NAME, read_ledger
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
 from tests.train.example import arithmetic_of, checkpoint_bytes, steps_of
 from tests.train.forked import Nursery, Ranks
 

@@ -12,8 +12,8 @@ from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data_prep.vocabulary import train_tokenizer
+from megahybrid.ledger import read_ledger
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.ledger import read_ledger
 from tests.train.text_run import VOCAB, Trained, call, refused
 
 

@@ -44,7 +44,7 @@ def choose(run: Any, chosen: dict[str, str] | None = None) -> tuple[dict[str, st
     chosen = chosen or CHOSEN | {"products": matmul.usual_routine()}
     mesh = ParallelMesh.single()
     found = kernel_selection.choose_kernels(
-        run, 0, mesh, chosen, lambda _, detail: told.update(detail)
+        run, 0, mesh, chosen, lambda event: told.update(event.detail())
     )
     return found, told
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megahybrid.train.ledger import EventLine, read_every_line
+from megahybrid.ledger import EventLine, read_every_line
 from tests.train.example import STEPS, steps_of
 from tests.train.forked import Nursery, Ranks
 

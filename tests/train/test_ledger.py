@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 
 from megahybrid.errors import MegahybridError
-from megahybrid.train.ledger import (
-    EventLine,
-    LedgerWriter,
-    StepLine,
-    read_every_line,
-    read_ledger,
-)
+from megahybrid.ledger import EventLine, StepLine, read_every_line, read_ledger
+from megahybrid.train.ledger import LedgerWriter
 
 
 def step_line(step: int, stage: str = "short", **fields: object) -> StepLine:

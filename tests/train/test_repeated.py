@@ -11,14 +11,8 @@ import pytest
 
 from megahybrid.config import load
 from megahybrid.errors import EXIT_DO_NOT_RESTART
+from megahybrid.ledger import EventLine, Line, StepLine, read_every_line, read_ledger
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.ledger import (
-    EventLine,
-    Line,
-    StepLine,
-    read_every_line,
-    read_ledger,
-)
 from megahybrid.train.repeated import (
     TOLERATED_STEPS,
     Course,

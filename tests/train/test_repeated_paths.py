@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
+from megahybrid.ledger import LEDGER_NAME, read_ledger
 from tests.train.example import STEPS, TOKENIZER, arithmetic_of
 from tests.train.forked import Nursery, Ranks
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.train.ledger import EventLine, read_every_line
+from megahybrid.ledger import EventLine, read_every_line
 from tests.train.example import STEPS, arithmetic_of, checkpoint_bytes, steps_of, steps_so_far
 from tests.train.forked import Nursery, Ranks
 

@@ -28,7 +28,7 @@ from megahybrid.errors import (
     StorageError,
     raise_in_training,
 )
-from megahybrid.train.ledger import LEDGER_NAME, read_ledger
+from megahybrid.ledger import LEDGER_NAME, read_ledger
 from tests.checkpoint.examples import save_plain
 from tests.train.example import steps_of, steps_so_far
 from tests.train.forked import Nursery, Ranks

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megahybrid.cli import main
-from megahybrid.train.ledger import LEDGER_NAME, EventLine, read_ledger
+from megahybrid.ledger import LEDGER_NAME, EventLine, read_ledger
 from tests.train.example import arithmetic_of
 from tests.train.forked import Nursery, Ranks
 

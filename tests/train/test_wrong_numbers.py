@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from megahybrid.train.ledger import EventLine, read_every_line, read_ledger
+from megahybrid.ledger import EventLine, read_every_line, read_ledger
 from tests.train.example import STEPS, arithmetic_of, checkpoint_bytes, steps_of
 from tests.train.forked import Nursery, Ranks
 

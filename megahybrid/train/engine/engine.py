@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megahybrid.checkpoint.fragments import Fragment
+from megahybrid.checkpoint.fragments import STATES, Fragment
 from megahybrid.config.run import RunConfig
 from megahybrid.model.init import KINDS, parameter_rule
 from megahybrid.model.transformer import Transformer
@@ -27,7 +27,7 @@ from megahybrid.train.engine.audit import (
     squared_norms,
 )
 from megahybrid.train.engine.offload import OffloadedAdamW
-from megahybrid.train.engine.optimizer_state import STATES, PartitionedState, ReadFlat
+from megahybrid.train.engine.optimizer_state import PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import (
     device_by_local_rank,
     engine_settings,

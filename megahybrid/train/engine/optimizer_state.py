@@ -12,14 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megahybrid.checkpoint.fragments import Fragment
+from megahybrid.checkpoint.fragments import STATES, Box, Flat, Fragment
 from megahybrid.parallel.sharding import ShardSpec
 from megahybrid.train.engine.adamw import ObservedAdamW
-
-STATES = ("weight", "exp_avg", "exp_avg_sq")
-
-Box = tuple[tuple[int, int], ...]
-Flat = tuple[int, int]
 
 
 @runtime_checkable

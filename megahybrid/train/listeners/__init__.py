@@ -1,6 +1,6 @@
-"""Those who hear what a run does: the ledger, the console, wandb, TensorBoard.
+"""Listeners, which are called with every step and event: ledger, console, wandb, TensorBoard.
 
-The only place that imports wandb. The trainer talks to one `Listeners`, which tells the others.
+The only place that imports wandb. The trainer calls one `Listeners`, which calls the others.
 """
 
 from megahybrid.train.listeners.base import Listener, ListenerFailed, Listeners, RunInfo

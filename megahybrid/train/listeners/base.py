@@ -1,16 +1,26 @@
-"""What a listener is told, and `Listeners`, which tells each one and survives their failures."""
+"""The protocol of a listener, and `Listeners`, which calls several and survives their failures."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from megahybrid.train.ledger import REWIND, EventLine, StepLine
+from megahybrid.ledger import (
+    EndEvent,
+    EventLine,
+    KnownEvent,
+    ListenerFailedEvent,
+    ResumeEvent,
+    RewindEvent,
+    RunFacts,
+    StartEvent,
+    StepLine,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What is known when an attempt begins. `step` and `tokens` are where it goes on from."""
+    """The run when an attempt begins; `step` and `tokens` are where it goes on from."""
 
     name: str
     directory: Path
@@ -19,7 +29,7 @@ class RunInfo:
     stage: str
     tokens: int
     stages: tuple[tuple[str, int], ...]  # name, and the run's tokens at its end
-    facts: dict[str, Any] = field(default_factory=dict)  # parameters, device, world size, versions
+    facts: RunFacts = field(default_factory=RunFacts)
 
     @property
     def total_tokens(self) -> int:
@@ -29,7 +39,7 @@ class RunInfo:
 
 @runtime_checkable
 class Listener(Protocol):
-    """Told everything in order, on the trainer's thread, on rank 0. It must return at once."""
+    """Called with everything in order, on the trainer's thread, on rank 0; must return at once."""
 
     essential: bool  # True: its failure ends the run. False: it is dropped and the run goes on.
 
@@ -40,7 +50,7 @@ class Listener(Protocol):
         """An optimizer step is done."""
 
     def on_event(self, line: EventLine) -> None:
-        """Anything else: start, resume, stage, evaluate, save, skip, audit, end, …"""
+        """Anything else happened; see `megahybrid.ledger.events`."""
 
     def on_end(self, outcome: str) -> None:
         """The attempt ends: "done", "stopped" or "failed". Nothing follows."""
@@ -68,7 +78,8 @@ class Listeners:
         self._step, self._stage, self._tokens = run.step, run.stage, run.tokens
         for listener in self._each():
             self._tell(listener, listener.on_start, run)
-        self.on_event("resume" if run.step else "start", run.facts)
+        begins = ResumeEvent if run.step else StartEvent
+        self.on_event(begins(**vars(run.facts)))
 
     def on_step(self, line: StepLine) -> None:
         """Tells everyone of a step."""
@@ -77,31 +88,23 @@ class Listeners:
         for listener in self._each():
             self._tell(listener, listener.on_step, line)
 
-    def on_event(
-        self, event: str, detail: dict[str, Any] | None = None, *, stage: str | None = None
-    ) -> None:
+    def on_event(self, event: KnownEvent, *, stage: str | None = None) -> None:
         """Tells everyone of an event; `stage` says that another stage has begun."""
         if stage is not None:
             self._stage = stage
-        line = EventLine(
-            event=event,
-            step=self._step,
-            stage=self._stage,
-            tokens=self._tokens,
-            detail=detail or {},
-        )
+        line = EventLine.of(event, step=self._step, stage=self._stage, tokens=self._tokens)
         for listener in self._each():
             self._tell(listener, listener.on_event, line)
 
-    def on_rewind(self, step: int, stage: str, tokens: int, detail: dict[str, Any]) -> None:
+    def on_rewind(self, step: int, stage: str, tokens: int, event: RewindEvent) -> None:
         """Tells everyone that the run went back to `step`."""
         self._step, self._stage, self._tokens = step, stage, tokens
-        self.on_event(REWIND, detail)
+        self.on_event(event)
 
-    def on_end(self, outcome: str, detail: dict[str, Any] | None = None) -> None:
+    def on_end(self, outcome: str, *, error: str | None = None) -> None:
         """Ends the attempt: "done", "stopped" or "failed". The essential listeners end last, so
         that they hear of the others' failures."""
-        self.on_event("end", {"outcome": outcome, **(detail or {})})
+        self.on_event(EndEvent(outcome=outcome, error=error))
         for listener in sorted(self._listeners, key=lambda one: one.essential):
             self._tell(listener, listener.on_end, outcome)
         self._listeners.clear()
@@ -119,7 +122,5 @@ class Listeners:
                 raise
             self._listeners.remove(listener)
             reason = str(error) if isinstance(error, ListenerFailed) else repr(error)
-            self.on_event(
-                "listener_failed",
-                {"listener": type(listener).__name__, "reason": reason.splitlines()[0]},
-            )
+            name = type(listener).__name__
+            self.on_event(ListenerFailedEvent(listener=name, reason=reason.splitlines()[0]))

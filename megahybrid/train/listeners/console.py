@@ -1,14 +1,38 @@
-"""What a person sees: a live line and a bar on a terminal, plain lines at a calm pace in a log."""
+"""The console: a live line and a bar on a terminal, plain lines at a calm pace in a log."""
 
 import time
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, assert_never
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.ledger import (
+    AnnealEvent,
+    AttentionEvent,
+    ConfigChangeEvent,
+    DamagedEvent,
+    EndEvent,
+    EvaluateEvent,
+    EventLine,
+    ExhaustedEvent,
+    GateEvent,
+    KernelsEvent,
+    ListenerFailedEvent,
+    OtherEvent,
+    RecomputeEvent,
+    RepeatDiffersEvent,
+    ResumeEvent,
+    RewindEvent,
+    SaveEvent,
+    SkipEvent,
+    StageEvent,
+    StartEvent,
+    StepLine,
+    SuiteEvent,
+    WarningEvent,
+)
 from megahybrid.train.listeners.base import RunInfo
 from megahybrid.train.metrics import TimeLeft
 
@@ -115,61 +139,71 @@ class Console:
 
 
 def describe_event(line: EventLine) -> str | None:
-    """The event as a line for a person, or None for what the console already shows."""
-    detail = line.detail
-    if line.event in ("start", "resume", "attention"):
-        return None
-    if line.event == "suite":
-        found = [
-            f"{task} {figure} {_span(told[figure].values())}"
-            for task, told in detail["tasks"].items()
-            for figure in ("exact", "score")
-            if told.get(figure)
-        ]
-        return f"suite {detail['suite']}: {', '.join(found)} (step {line.step})"
-    if line.event == "gate":
-        value = "nothing" if detail["value"] is None else f"{detail['value']:.4g}"
-        verdict = "passed" if detail["ok"] else "NOT passed"
-        return f"gate {verdict}: {detail['gate']} is {value}, {detail['bound']} asked"
-    if line.event == "stage":
-        begins = (
-            f"stage {line.stage} begins at step {line.step} ({tokens_text(line.tokens)} tokens)"
-        )
-        chosen = detail.get("kernels") or {}
-        kinds = [
-            f"{kind} {chosen[kind]}"
-            for kind in ("full", "windowed", "blocks", "products")
-            if kind in chosen
-        ]
-        return begins + (f"; kernels: {', '.join(kinds)}" if kinds else "")
-    if line.event == "evaluate":
-        loss = detail.get("loss")
-        rows = "documents up to" if detail.get("rows") == "documents" else "at"
-        return (
-            f"held-out {detail.get('set')}: loss "
-            f"{'–' if loss is None else format(loss, '.4f')} {rows} length {detail.get('length')} "
-            f"(step {line.step}, {tokens_text(detail.get('tokens') or 0)} tokens)"
-        )
-    if line.event == "save" and detail.get("ok"):
-        return (
-            f"saved {detail.get('path')} ({(detail.get('bytes') or 0) / 1e6:,.1f} MB, "
-            f"{detail.get('seconds') or 0:.1f} s)"
-        )
-    if line.event == "rewind":
-        return (
-            f"back to step {line.step}; the data up to step {detail.get('from_step')} is passed "
-            f"over ({detail.get('reason')})"
-        )
-    if line.event == "end":
-        rest = _details({key: value for key, value in detail.items() if key != "outcome"})
-        return (
-            f"{detail.get('outcome')} at step {line.step}, {tokens_text(line.tokens)} tokens{rest}"
-        )
-    return f"{line.event.replace('_', ' ')}{_details(detail)} (step {line.step})"
+    """Describe an event in a line for a person; None for what the console already shows."""
+    place = f"(step {line.step})"
+    match line.content:
+        case StartEvent() | ResumeEvent() | AttentionEvent():
+            return None
+        case SuiteEvent() as asked:
+            return f"suite {asked.suite}: {', '.join(_scores(asked))} {place}"
+        case GateEvent() as gate:
+            value = "nothing" if gate.value is None else f"{gate.value:.4g}"
+            verdict = "passed" if gate.ok else "NOT passed"
+            return f"gate {verdict}: {gate.gate} is {value}, {gate.bound} asked"
+        case StageEvent() as stage:
+            begins = f"stage {line.stage} begins at step {line.step}"
+            return f"{begins} ({tokens_text(line.tokens)} tokens){_kernels(stage)}"
+        case EvaluateEvent() as score:
+            loss = "–" if score.loss is None else format(score.loss, ".4f")
+            rows = "documents up to" if score.rows == "documents" else "at"
+            return (
+                f"held-out {score.set}: loss {loss} {rows} length {score.length} "
+                f"(step {line.step}, {tokens_text(score.tokens)} tokens)"
+            )
+        case SaveEvent(ok=True) as save:
+            size = (save.bytes or 0) / 1e6
+            return f"saved {save.path} ({size:,.1f} MB, {save.seconds or 0:.1f} s)"
+        case RewindEvent() as rewind:
+            return (
+                f"back to step {line.step}; the data up to step {rewind.from_step} is passed "
+                f"over ({rewind.reason})"
+            )
+        case EndEvent() as end:
+            rest = {name: value for name, value in line.detail.items() if name != "outcome"}
+            told = f"{end.outcome} at step {line.step}, {tokens_text(line.tokens)} tokens"
+            return told + _details(rest)
+        case (
+            SaveEvent() | SkipEvent() | WarningEvent() | ConfigChangeEvent() | KernelsEvent()
+            | RecomputeEvent() | AnnealEvent() | ExhaustedEvent() | RepeatDiffersEvent()
+            | ListenerFailedEvent() | OtherEvent() | DamagedEvent()
+        ):  # fmt: skip
+            return f"{line.event.replace('_', ' ')}{_details(line.detail)} {place}"
+        case other:
+            assert_never(other)
+
+
+def _scores(asked: SuiteEvent) -> list[str]:
+    """Write each task's share of right answers, or its score, over the lengths asked."""
+    return [
+        f"{task} {figure} {_span(known)}"
+        for task, scores in asked.tasks.items()
+        for figure, values in (("exact", scores.exact), ("score", scores.score))
+        if (known := [value for value in (values or {}).values() if value is not None])
+    ]
+
+
+def _kernels(stage: StageEvent) -> str:
+    chosen = stage.kernels or {}
+    kinds = [
+        f"{kind} {chosen[kind]}"
+        for kind in ("full", "windowed", "blocks", "products")
+        if kind in chosen
+    ]
+    return f"; kernels: {', '.join(kinds)}" if kinds else ""
 
 
 def _span(values: Collection[float]) -> str:
-    """One value, or the least and the most."""
+    """Write one value, or the least and the most."""
     low, high = min(values), max(values)
     return f"{low:.2f}" if low == high else f"{low:.2f}–{high:.2f}"
 

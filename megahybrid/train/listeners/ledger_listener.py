@@ -1,8 +1,9 @@
-"""Writes everything to the run's ledger. Essential: a run whose truth cannot be kept must stop."""
+"""Writes the run's ledger. Essential: a run whose record cannot be kept must stop."""
 
 from pathlib import Path
 
-from megahybrid.train.ledger import LEDGER_NAME, EventLine, LedgerWriter, StepLine
+from megahybrid.ledger import LEDGER_NAME, EventLine, StepLine
+from megahybrid.train.ledger import LedgerWriter
 from megahybrid.train.listeners.base import RunInfo
 
 
@@ -20,14 +21,14 @@ class LedgerListener:
         return self._writer.attempt
 
     def on_start(self, run: RunInfo) -> None:
-        """Nothing: the event start or resume follows."""
+        """Write nothing: the event start or resume follows."""
 
     def on_step(self, line: StepLine) -> None:
-        """One line."""
+        """Write a line."""
         self._writer.write(line)
 
     def on_event(self, line: EventLine) -> None:
-        """One line, on disk when this returns."""
+        """Write a line, which is on disk when this returns."""
         self._writer.write(line)
 
     def on_end(self, outcome: str) -> None:

@@ -1,9 +1,6 @@
 """Ledger lines as flat names and numbers, the same for every tracker."""
 
-from collections.abc import Iterator
-from typing import Any
-
-from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.ledger import AttentionEvent, EvaluateEvent, EventLine, StepLine, SuiteEvent
 
 _PLAIN = (
     "loss", "learning_rate", "gradient_norm", "length", "tokens_per_second", "mfu", "memory_gib",
@@ -24,44 +21,50 @@ def step_scalars(line: StepLine) -> dict[str, float]:
 
 
 def event_scalars(line: EventLine) -> dict[str, float]:
-    """The numbers of an evaluation, a suite or a sample of attention; of other events none."""
-    made = {"evaluate": _evaluation, "suite": _suite, "attention": _attention}.get(line.event)
-    found = {} if made is None else made(line)
+    """Return the numbers of an evaluation, a suite or a sample of attention; else none."""
+    match line.content:
+        case EvaluateEvent() as score:
+            found = _evaluation(score)
+        case SuiteEvent() as asked:
+            found = _suite(asked)
+        case AttentionEvent() as sample:
+            found = _attention(sample)
+        case _:  # facts and faults: a curve has no place for them
+            return {}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _suite(line: EventLine) -> dict[str, float]:
+def _suite(asked: SuiteEvent) -> dict[str, float | None]:
     """`suite/SUITE/TASK/FIGURE/LENGTH`; of RULER the length follows its own task."""
     return {
-        f"suite/{line.detail['suite']}/{task}/{figure}/{place}": value
-        for task, told in line.detail["tasks"].items()
-        for figure, values in told.items()
-        if isinstance(values, dict)
+        f"suite/{asked.suite}/{task}/{figure}/{place}": value
+        for task, scores in asked.tasks.items()
+        for figure, values in scores.figures().items()
         for place, value in values.items()
     }
 
 
-def _attention(line: EventLine) -> dict[str, float]:
+def _attention(sample: AttentionEvent) -> dict[str, float | None]:
     """`attention/KIND/FIGURE` by kind of layer."""
     return {
         f"attention/{kind}/{figure}": value
-        for kind, part in line.detail["by_kind"].items()
-        for figure, value in (*part.items(), *_masses(part))
-        if isinstance(value, int | float)
+        for kind, part in sample.by_kind.items()
+        for figure, value in {
+            "entropy_bits": part.entropy_bits,
+            "max_logit": part.max_logit,
+            "distance": part.distance,
+            "sink": part.sink,
+            **{f"mass_{segment}": share for segment, share in (part.mass or {}).items()},
+        }.items()
     }
 
 
-def _masses(part: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for segment, value in part["mass"].items():
-        yield f"mass_{segment}", value
-
-
-def _evaluation(line: EventLine) -> dict[str, float]:
+def _evaluation(score: EvaluateEvent) -> dict[str, float | None]:
     """`held_out/SET/loss` and `held_out/SET/loss_at_START_STOP`. SET ends in `_documents` where the
     rows are single documents."""
-    rows = line.detail.get("rows", "stream")
-    prefix = f"held_out/{line.detail['set']}" + ("" if rows == "stream" else f"_{rows}")
-    scalars = {f"{prefix}/loss": line.detail["loss"]}
-    for bucket in line.detail.get("by_position", ()):
-        scalars[f"{prefix}/loss_at_{bucket['start']}_{bucket['stop']}"] = bucket["loss"]
-    return scalars
+    rows = score.rows or "stream"
+    prefix = f"held_out/{score.set}" + ("" if rows == "stream" else f"_{rows}")
+    return {f"{prefix}/loss": score.loss} | {
+        f"{prefix}/loss_at_{bucket.start}_{bucket.stop}": bucket.loss
+        for bucket in score.by_position
+    }

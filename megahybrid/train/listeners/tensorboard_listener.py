@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.ledger import EventLine, StepLine
 from megahybrid.train.listeners.base import ListenerFailed, RunInfo
 from megahybrid.train.listeners.scalars import event_scalars, step_scalars
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.ledger import EventLine, StepLine, SuiteEvent
 from megahybrid.train.listeners.base import ListenerFailed, RunInfo
 from megahybrid.train.listeners.scalars import event_scalars, step_scalars
 
@@ -86,8 +86,8 @@ class WandbListener:
         place = {"step": line.step, "tokens": line.tokens}
         if scalars:
             self._put({**scalars, **place})
-        if line.event == "suite" and self._track is not None:
-            self._put(self._tracked(str(line.detail["suite"]), line.step, place))
+        if isinstance(line.content, SuiteEvent) and self._track is not None:
+            self._put(self._tracked(line.content.suite, line.step, place))
 
     def on_end(self, outcome: str) -> None:
         """Waits until everything is handed over, `finish_seconds` at most."""
@@ -110,7 +110,7 @@ class WandbListener:
             )
 
     def _tracked(self, suite: str | None, step: int, place: Row) -> Callable[[ModuleType], Row]:
-        """What the thread makes a row of: drawing must not hold up a step."""
+        """Return a function by which the thread makes a row: drawing must not hold up a step."""
         track, directory = self._track, self._directory
         assert track is not None
 
@@ -140,7 +140,7 @@ class WandbListener:
         try:
             tracked = begin(
                 wandb, run.directory, run.name, self._mode, self._project,
-                {**run.config, "facts": run.facts}, self._finish_seconds,
+                {**run.config, "facts": run.facts.detail()}, self._finish_seconds,
             )  # fmt: skip
             self._begun.set()
             while (row := self._rows.get()) is not None:

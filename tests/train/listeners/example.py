@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megahybrid.train.ledger import EventLine, StepLine
+from megahybrid.ledger import EvaluateEvent, EventLine, PositionBucket, RunFacts, StepLine
 from megahybrid.train.listeners import RunInfo
 
 STAGES = (("short", 800), ("long", 1600))
@@ -17,7 +17,7 @@ def run_info(directory: Path, step: int = 0) -> RunInfo:
         stage="short",
         tokens=100 * step,
         stages=STAGES,
-        facts={"parameters": 1_000_000, "device": "cpu"},
+        facts=RunFacts(world_size=1, device="cpu"),
     )
 
 
@@ -40,17 +40,14 @@ def step_line(step: int, **fields: object) -> StepLine:
     return StepLine(**{**values, **fields})
 
 
-EVALUATION: dict = {
-    "set": "stdlib",
-    "rows": "stream",
-    "length": 50,
-    "loss": 4.25,
-    "tokens": 1000,
-    "by_position": [
-        {"start": 0, "stop": 50, "tokens": 1000, "loss": 4.25},
-        {"start": 50, "stop": 100, "tokens": 0, "loss": None},
-    ],
-}
+EVALUATION = EvaluateEvent(
+    set="stdlib",
+    rows="stream",
+    loss=4.25,
+    tokens=1000,
+    length=50,
+    by_position=(PositionBucket(0, 50, 1000, 4.25), PositionBucket(50, 100, 0, None)),
+)
 
 
 class Memory:

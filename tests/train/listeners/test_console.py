@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from megahybrid.train.ledger import EventLine
+from megahybrid.ledger import EventLine
 from megahybrid.train.listeners import Console, Listeners
 from megahybrid.train.listeners.console import describe_event, duration_text, tokens_text
 from tests.train.listeners.example import EVALUATION, run_info, step_line
@@ -26,7 +26,7 @@ def tell(console: Console, directory: Path, clock: Clock, steps: int = 16) -> No
     for step in range(1, steps + 1):
         clock.seconds += 1.0
         listeners.on_step(step_line(step))
-    listeners.on_event("evaluate", EVALUATION)
+    listeners.on_event(EVALUATION)
     listeners.on_end("done")
 
 

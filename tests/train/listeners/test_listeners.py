@@ -1,10 +1,11 @@
 """Listeners: everyone is told, failures are kept apart, the ledger and TensorBoard get it all."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megahybrid.train.ledger import EventLine, read_ledger
+from megahybrid.ledger import EventLine, StageEvent, read_ledger
 from megahybrid.train.listeners import LedgerListener, Listeners, TensorBoardListener
 from megahybrid.train.listeners.scalars import event_scalars
 from tests.train.listeners.example import EVALUATION, Memory, run_info, step_line
@@ -15,8 +16,8 @@ def test_events_carry_the_step_stage_and_tokens_they_happened_at(tmp_path: Path)
     listeners = Listeners([memory])
     listeners.on_start(run_info(tmp_path))
     listeners.on_step(step_line(8))
-    listeners.on_event("stage", {"length": 100}, stage="long")
-    listeners.on_event("evaluate", EVALUATION)
+    listeners.on_event(StageEvent(index=1), stage="long")
+    listeners.on_event(EVALUATION)
     listeners.on_end("done")
     assert memory.names() == ["start", "stage", "evaluate", "end"]
     assert [(e.step, e.stage, e.tokens) for e in memory.events] == [
@@ -25,7 +26,8 @@ def test_events_carry_the_step_stage_and_tokens_they_happened_at(tmp_path: Path)
         (8, "long", 800),
         (8, "long", 800),
     ]
-    assert memory.events[2].detail == EVALUATION
+    assert memory.events[2].content == EVALUATION
+    assert memory.events[2].detail == EVALUATION.detail()
     assert memory.outcomes == ["done"]
 
 
@@ -33,7 +35,7 @@ def test_an_attempt_that_goes_on_is_told_as_a_resume(tmp_path: Path) -> None:
     memory = Memory()
     Listeners([memory]).on_start(run_info(tmp_path, step=5))
     assert (memory.events[0].event, memory.events[0].step) == ("resume", 5)
-    assert memory.events[0].detail["parameters"] == 1_000_000
+    assert memory.events[0].detail == {"world_size": 1, "device": "cpu"}
 
 
 def test_a_failing_listener_is_dropped_once_and_the_others_hear_why(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_the_ledger_listener_writes_all_and_hears_of_failures_at_the_end(tmp_pat
     listeners = Listeners([ledger, FailsToEnd()])
     listeners.on_start(run_info(tmp_path))
     listeners.on_step(step_line(1))
-    listeners.on_event("evaluate", EVALUATION)
+    listeners.on_event(EVALUATION)
     listeners.on_end("done")
     lines = read_ledger(tmp_path / "ledger.jsonl")
     assert [line.event for line in lines.events] == ["start", "evaluate", "end", "listener_failed"]
@@ -91,7 +93,7 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path: Path) -> None:
     listeners.on_start(run_info(tmp_path))
     for step in (1, 2):
         listeners.on_step(step_line(step))
-    listeners.on_event("evaluate", EVALUATION)
+    listeners.on_event(EVALUATION)
     listeners.on_end("done")
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -103,10 +105,8 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path: Path) -> None:
 
 def test_both_kinds_of_rows_of_a_held_out_set_keep_names_of_their_own() -> None:
     def scalars(rows: str) -> dict[str, float]:
-        detail = EVALUATION | {"rows": rows}
-        return event_scalars(
-            EventLine(event="evaluate", step=1, stage="short", tokens=100, detail=detail)
-        )
+        event = replace(EVALUATION, rows=rows)
+        return event_scalars(EventLine.of(event, step=1, stage="short", tokens=100))
 
     assert scalars("stream") == {"held_out/stdlib/loss": 4.25, "held_out/stdlib/loss_at_0_50": 4.25}
     assert set(scalars("documents")) == {

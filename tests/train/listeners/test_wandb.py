@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from megahybrid.ledger import EventLine, SuiteEvent
+from megahybrid.ledger.records import from_json
 from megahybrid.report.tracker_page import tracked
-from megahybrid.train.ledger import EventLine
 from megahybrid.train.listeners import Listeners, WandbListener
 from megahybrid.train.listeners.scalars import event_scalars
 from megahybrid.train.listeners.wandb_listener import stable_id
@@ -140,7 +141,7 @@ def test_an_offline_run_holds_every_step_through_stages_and_restarts(tmp_path: P
         listeners.on_start(run_info(tmp_path, step=first - 1))
         for step in range(first, last + 1):
             listeners.on_step(step_line(step))
-        listeners.on_event("evaluate", EVALUATION)
+        listeners.on_event(EVALUATION)
         listeners.on_end("done")
         time.sleep(1.1)  # wandb names an offline folder by the second
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
@@ -266,7 +267,7 @@ def test_an_offline_run_holds_the_reports_tables_and_pictures(tmp_path: Path) ->
     listeners = Listeners([memory, wandb])
     listeners.on_start(run_info(run))
     listeners.on_step(step_line(196))
-    listeners.on_event("suite", SUITE | {"suite": "long"})
+    listeners.on_event(from_json(SuiteEvent, SUITE | {"suite": "long"}))
     listeners.on_end("done")
     assert failures(memory) == []
     rows = [row for path in run.glob("wandb/offline-run-*/run-*.wandb") for row in rows_of(path)]
