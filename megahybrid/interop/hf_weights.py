@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
-from megahybrid.interop.names import HEAD, NO_SINK, TensorName, tensor_names
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.tensor_names import HEAD, TensorName
 from megahybrid.interop.shards import INDEX_NAME, reordered
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
@@ -106,11 +107,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_tensors(
-    weights: ForeignWeights, model: ModelConfig, plan: LayerPlan, architecture: str
+    weights: ForeignWeights, model: ModelConfig, plan: LayerPlan, architecture: Architecture
 ) -> list[TensorName]:
     """Every tensor of the model with both names. Raises InteropError where the folder has fewer,
     more, or others of another shape: nothing is guessed and nothing is dropped."""
-    names = list(tensor_names(model, plan, architecture))
+    names = list(architecture.tensor_names(model, plan))
     held = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
     if model.tie_embeddings:
         held.discard(HEAD)
@@ -119,7 +120,7 @@ def check_tensors(
         if some:
             raise InteropError(
                 f"{weights.folder} {what} {min(some)} ({len(some)} such tensors); a "
-                f"{architecture}ForCausalLM of its config has {len(wanted)}."
+                f"{architecture.name}ForCausalLM of its config has {len(wanted)}."
             )
     for name in names:
         if weights.shape(name.theirs) != name.shape:
@@ -128,12 +129,10 @@ def check_tensors(
                 f"its config.json means {list(name.shape)}."
             )
         if name.ours is None:
-            strongest = float(weights.rows(name.theirs, 0, name.shape[0]).max())
-            if strongest > NO_SINK / 10:
-                raise InteropError(
-                    f"{weights.folder}: {name.theirs} is {strongest:.3g}: our model has no "
-                    "attention sinks (only those of -1e9, which take nothing)."
-                )
+            largest = float(weights.rows(name.theirs, 0, name.shape[0]).max())
+            refusal = architecture.extra_refusal(name, largest)
+            if refusal:
+                raise InteropError(f"{weights.folder}: {refusal}")
     return names
 
 

@@ -22,12 +22,13 @@ from megahybrid.errors import EXIT_DONE, ConfigError, InteropError, MegahybridEr
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.table import position_table
 from megahybrid.interop import surgery
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.table import ARCHITECTURES, Table, of_model_type
+from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.export import require_transformers
-from megahybrid.interop.heard import hear
 from megahybrid.interop.hf_weights import Band, ForeignWeights, check_tensors
 from megahybrid.interop.logit_proof import our_model, proof_in_words, prove, quiet
 from megahybrid.interop.model_card import scheme_in_words
-from megahybrid.interop.names import TensorName
 from megahybrid.interop.publish import published
 from megahybrid.interop.shards import row_bands
 from megahybrid.parallel.mesh import ParallelMesh
@@ -44,6 +45,7 @@ def import_model(
     *,
     plan_file: Path | None = None,
     data: Path | None = None,
+    table: Table = ARCHITECTURES,
 ) -> int:
     """Write `out`, a run's folder with one checkpoint of step 0, and print what it holds. Left out,
     it is what `run_file` starts from, or a folder beside the run's own.
@@ -55,7 +57,7 @@ def import_model(
     """
     require_transformers()
     config = _config(folder)
-    architecture, model = _heard(folder, config)
+    architecture, model = _heard(folder, config, table)
     target = model
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
@@ -64,14 +66,14 @@ def import_model(
     is_new = not run_file.exists()
     out = out or _place(run_file)
     run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
-    print(f"{folder}: {architecture}ForCausalLM, {counting.parameters(model):,} parameters")
+    print(f"{folder}: {architecture.name}ForCausalLM, {counting.parameters(model):,} parameters")
     print("\n".join(_plan_in_words(model.layer_plan)))
     needed = counting.parameters(model) * 4
     with ForeignWeights(folder) as weights, published(out, needed) as place:
         names = check_tensors(weights, model, model.layer_plan, architecture)
         _save(place, weights, names, run, model)
         checkpoint = published_path(place, 0)
-        rows = prove(model, model.layer_plan, checkpoint, folder, own=False)
+        rows = prove(model, model.layer_plan, checkpoint, folder, architecture=architecture)
         print("\n".join(proof_in_words(rows)))
         if plan_file is not None:
             print("\n".join(surgery.in_words(changed)))
@@ -108,9 +110,10 @@ def _place(run_file: Path) -> Path:
     return Path(start.checkpoint if start is not None else f"runs/{run_file.stem}-imported")
 
 
-def _heard(folder: Path, config: Any) -> tuple[str, ModelConfig]:
+def _heard(folder: Path, config: Any, table: Table) -> tuple[Architecture, ModelConfig]:
     try:
-        return hear(config)
+        architecture = of_model_type(config.model_type, table)
+        return architecture, architecture.from_config(config)
     except MegahybridError:
         raise
     except Exception as error:  # a foreign file may say anything where a number is wanted

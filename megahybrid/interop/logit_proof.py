@@ -18,9 +18,10 @@ from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale, Rope
-from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.tensor_names import HEAD
 from megahybrid.interop.generation import (
     CACHE_STEPS,
     FEW_NEW_TOKENS,
@@ -30,9 +31,8 @@ from megahybrid.interop.generation import (
 )
 from megahybrid.interop.hf_weights import ForeignWeights, check_tensors
 from megahybrid.interop.layerwise import StreamedOurs, streamed_theirs
-from megahybrid.interop.names import HEAD
 from megahybrid.interop.read_back import check_bits
-from megahybrid.interop.said import MODEL_TYPES
+from megahybrid.interop.rotation_bits import frequencies
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -83,32 +83,6 @@ def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
     return plan.model_copy(update={"schemes": schemes})
 
 
-def shrink_config(config: Any, plan: LayerPlan, small: LayerPlan) -> None:
-    """Make a loaded config that says `plan` say `small`. Raises InteropError where it says neither.
-
-    So the window that is written is compared as well, though another one is run.
-    """
-    if config.model_type == "megahybrid":
-        for name, scheme in config.schemes.items():
-            _same("window", scheme["window"], plan.schemes[name].window)
-            scheme["window"] = small.schemes[name].window
-            scheme["logit_scale"] = dump(small.schemes[name].logit_scale)
-        return
-    windows = {s.window: small.schemes[name].window for name, s in plan.schemes.items()}
-    windows.pop(None, None)
-    if not windows:
-        return
-    _same("sliding_window", config.sliding_window, next(iter(windows)))
-    config.sliding_window = windows[config.sliding_window]
-
-
-def _same(name: str, said: Any, meant: Any) -> None:
-    if said != meant:
-        raise InteropError(
-            f"config.json says {name}={said}, but the plan has {meant}. Nothing was published."
-        )
-
-
 def lengths(plan: LayerPlan) -> tuple[int, int]:
     """A length below the shortest window and one well above the longest."""
     windows = [s.window for s in plan.schemes.values() if s.window is not None]
@@ -130,15 +104,17 @@ def our_model(
     return ours
 
 
-def their_config(folder: Path, plan: LayerPlan, small: LayerPlan, own: bool) -> Any:
+def their_config(
+    folder: Path, plan: LayerPlan, small: LayerPlan, architecture: Architecture
+) -> Any:
     """The config of `folder` as transformers reads it, made to say `small`."""
     from transformers import AutoConfig
 
     with quiet():
         config = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=own
+            str(folder), local_files_only=True, trust_remote_code=bool(architecture.code_files)
         )
-    shrink_config(config, plan, small)
+    architecture.shrink(config, plan, small)
     return config
 
 
@@ -290,7 +266,7 @@ def prove(
     checkpoint: Path,
     folder: Path,
     *,
-    own: bool,
+    architecture: Architecture,
     dtype: torch.dtype = torch.float32,
     whole_bytes: int = WHOLE_BYTES,
 ) -> list[Row]:
@@ -301,10 +277,11 @@ def prove(
     """
     parameters = counting.parameters(model)
     small = shrunk(plan, parameters)
-    config = their_config(folder, plan, small, own)
+    config = their_config(folder, plan, small, architecture)
+    own = bool(architecture.code_files)
     try:
         with Reader(checkpoint) as reader, ForeignWeights(folder) as weights, quiet():
-            names = check_tensors(weights, model, plan, _architecture(config))
+            names = check_tensors(weights, model, plan, architecture)
             if model.tie_embeddings and HEAD in weights.names():
                 # Some classes load it though the config ties it: then it must be the embedding.
                 names.append(replace(names[0], theirs=HEAD))
@@ -321,10 +298,6 @@ def prove(
             f"the model cannot be run by transformers ({type(error).__name__}: {words}). "
             "Nothing was published."
         ) from error
-
-
-def _architecture(config: Any) -> str:
-    return next(name for name, kind in MODEL_TYPES.items() if kind == config.model_type)
 
 
 def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
@@ -352,7 +325,7 @@ def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
 def padded_frequencies(scheme: AttentionScheme, head_dim: int) -> Tensor:
     """The frequencies of a rotation [head_dim / 2], zero where the head does not turn."""
     assert isinstance(scheme.position, Rope)
-    found = scheme.position.frequencies(head_dim, torch, torch.float32)
+    found = frequencies(scheme.position, head_dim)
     return torch.cat((found, found.new_zeros(head_dim // 2 - len(found))))
 
 

@@ -8,8 +8,8 @@ from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.describe import position_in_words
+from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
-from megahybrid.interop.names import OWN
 from megahybrid.interop.tokenizer import WrittenTokenizer
 from megahybrid.printable import printable
 from megahybrid.train.ledger import read_ledger
@@ -19,7 +19,7 @@ def model_card(
     run: RunConfig,
     plan: LayerPlan,
     manifest: Manifest,
-    architecture: str,
+    architecture: Architecture,
     dtype: str,
     rows: Sequence[Row],
     tokenizer: WrittenTokenizer,
@@ -27,7 +27,7 @@ def model_card(
     evaluations: Sequence[str] = (),
 ) -> str:
     """The text of README.md."""
-    trust = ", trust_remote_code=True" if architecture == OWN else ""
+    trust = ", trust_remote_code=True" if architecture.code_files else ""
     model = run.model
     lines = [
         "---",
@@ -36,7 +36,7 @@ def model_card(
         "tags: [megahybrid]",
         "---",
         "",
-        f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture}ForCausalLM",
+        f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",

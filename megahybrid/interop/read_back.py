@@ -14,8 +14,8 @@ import torch
 
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.hf_weights import ForeignWeights
-from megahybrid.interop.names import TensorName
 from megahybrid.interop.shards import DTYPES, reordered, row_bands
 
 

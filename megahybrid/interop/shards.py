@@ -12,7 +12,7 @@ import torch
 
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.reader import Reader
-from megahybrid.interop.names import TensorName
+from megahybrid.interop.architectures.tensor_names import TensorName
 
 SHARD_BYTES = 4 * 2**30
 BAND_BYTES = 32 * 2**20

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError, InteropError
-from megahybrid.interop import names, said
-from megahybrid.interop.export import choose, export
+from megahybrid.interop.architectures.cohere2 import Cohere2
+from megahybrid.interop.architectures.smollm3 import SmolLM3
+from megahybrid.interop.export import choose, export, inexact_rotations
 from megahybrid.interop.logit_proof import quiet
 from megahybrid.interop.model_card import evaluations_of
 from tests.interop.examples import (
@@ -134,7 +135,7 @@ def error(theirs: Any, model: ModelConfig, tensors: Any, length: int) -> tuple[f
 def test_an_export_is_the_plain_model(case: str, tmp_path: Path) -> None:
     name, schemes, fields = CASES[case]
     model = model_of(schemes, **fields)
-    assert choose(model, model.layer_plan, None) == name
+    assert choose(model, model.layer_plan, None).name == name
     theirs, tensors = exported(tmp_path, model)
     assert type(theirs).__name__ == f"{name}ForCausalLM"
     for length in (3, 40):
@@ -144,8 +145,8 @@ def test_an_export_is_the_plain_model(case: str, tmp_path: Path) -> None:
 
 def test_a_partial_rotation_is_said_only_to_the_bit(tmp_path: Path) -> None:
     model = model_of([rope(1e4, rotary_fraction=0.5)] * 2, **PARALLEL)
-    inexact = said.inexact_rotations(model.layer_plan, model.head_dim)
-    assert choose(model, model.layer_plan, None) == ("Megahybrid" if inexact else "Cohere")
+    inexact = inexact_rotations(model.layer_plan, model.head_dim)
+    assert choose(model, model.layer_plan, None).name == ("Megahybrid" if inexact else "Cohere")
     theirs, tensors = exported(tmp_path, model)
     found, bound = error(theirs, model, tensors, 40)
     assert found <= bound
@@ -200,7 +201,7 @@ def test_a_wrong_permutation_is_refused_and_its_layer_named(
 ) -> None:
     model = model_of([NOPE, LOCAL, LOCAL, NOPE], **PARALLEL)
     checkpoint_of_model(tmp_path / "run", model)
-    monkeypatch.setattr(names, "row_order", lambda *arguments: None)
+    monkeypatch.setattr(Cohere2, "row_order", lambda *arguments: None)
     with pytest.raises(InteropError, match="layer 1 is the first that differs"):
         export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -216,8 +217,8 @@ def test_a_wrong_config_is_refused(
         "layer_types": ["full_attention"] * 2,
     }[field]
     checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE]))
-    right = said._smollm3
-    monkeypatch.setitem(said._SAY, "SmolLM3", lambda *given: right(*given) | {field: wrong})
+    right = SmolLM3.layer_fields
+    monkeypatch.setattr(SmolLM3, "layer_fields", lambda *given: right(*given) | {field: wrong})
     with pytest.raises(InteropError, match="Nothing was published"):
         export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megahybrid.config.huggingface_fit import huggingface_fits
+from megahybrid.interop.architectures.table import huggingface_fits
 from tests.config.example import example
 from tests.config.test_counting import shipped
 
