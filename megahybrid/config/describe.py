@@ -19,7 +19,7 @@ def describe(
 ) -> dict[str, Any]:
     """The run in numbers, ready for JSON. Layers and KV cache are those of the last stage at its
     longest length; memory is for `world_size` ranks (one data rank when left out); `fits` tells
-    which Hugging Face classes can carry the model (left out: none is told)."""
+    which Hugging Face classes support the model (left out: none is listed)."""
     last = len(run.stages) - 1
     plan, length = run.plan_at(last), max(run.stages[last].lengths)
     cache = counting.kv_cache_bytes(run.model, length, plan)
@@ -313,7 +313,7 @@ def _memory_table(description: dict[str, Any]) -> Any:
 
 def _huggingface_table(description: dict[str, Any]) -> Any:
     table = _table(
-        "Hugging Face architectures", ("architecture", "can say it", "how, or why not"), ()
+        "Hugging Face architectures", ("architecture", "supported", "how, or why not"), ()
     )
     for fit in description["huggingface"]:
         table.add_row(

@@ -26,7 +26,7 @@ from megahybrid.interop.architectures.table import (
 from megahybrid.interop.logit_proof import Row, proof_in_words, prove
 from megahybrid.interop.model_card import evaluations_of, model_card
 from megahybrid.interop.publish import published
-from megahybrid.interop.read_back import check_dtype, check_files, check_told
+from megahybrid.interop.read_back import check_dtype, check_fields_as_read, check_files
 from megahybrid.interop.rotation_bits import frequencies, their_frequencies
 from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
 from megahybrid.interop.tokenizer import write_tokenizer
@@ -35,7 +35,7 @@ from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint and what it says of its model; the plan is of the stage it was written in."""
+    """A checkpoint and its run; the plan is that of the stage in which it was written."""
 
     folder: Path
     manifest: Manifest
@@ -73,7 +73,7 @@ def export(
     """Write `out` from a checkpoint, load it with transformers, compare, and only then name it.
 
     `tokenizer` is a file, or "none"; the run's own when left out. Raises MegahybridError, one
-    line, and leaves nothing behind, where the plan cannot be said or the logits differ.
+    line, and leaves nothing behind, where no class supports the plan or the logits differ.
     """
     require_transformers()
     source = open_source(path)
@@ -86,8 +86,8 @@ def export(
             _write(folder / name, text)
         rows = _write_weights(folder, source, chosen, dtype, shard_bytes)
         check_files(folder, files)
-        told = {"max_position_embeddings": source.max_length, "eos_token_id": ids.eod_id}
-        check_told(folder, told, own=bool(chosen.code_files))
+        meant = {"max_position_embeddings": source.max_length, "eos_token_id": ids.eod_id}
+        check_fields_as_read(folder, meant, trust_code=bool(chosen.code_files))
         card = model_card(
             source.run,
             source.plan,
@@ -118,7 +118,7 @@ def require_transformers() -> None:
 def choose(
     model: ModelConfig, plan: LayerPlan, wanted: str | None, table: Table = ARCHITECTURES
 ) -> Architecture:
-    """The class to export as. Raises ConfigError with what `wanted` cannot say."""
+    """Return the class to export as. Raises ConfigError with what `wanted` does not support."""
     if any(scheme.window is not None and scheme.window < 2 for scheme in plan.schemes.values()):
         raise ConfigError(
             "model.layer_plan has a window of 1 key, for which the cache of transformers is wrong. "
@@ -133,7 +133,7 @@ def choose(
     known = {name.lower(): name for name in reasons}
     if wanted is None:
         raise ConfigError(
-            "no class can say this model: "
+            "no class supports this model: "
             + "; ".join(f"{name}: {' and '.join(some)}" for name, some in reasons.items())
         )
     if wanted.lower() not in known:
@@ -145,13 +145,14 @@ def choose(
     if reasons[name]:
         way_out = f" Use {' or '.join(one.name for one in able)}." if able else ""
         raise ConfigError(
-            f"--architecture={name} cannot say this model: {'; '.join(reasons[name])}.{way_out}"
+            f"--architecture={name} does not support this model: {'; '.join(reasons[name])}."
+            f"{way_out}"
         )
     return by_name(name, table)
 
 
 def refusals(model: ModelConfig, plan: LayerPlan, table: Table) -> dict[str, list[str]]:
-    """What speaks against each class, by its name; the class with code of ours last."""
+    """Return the reasons against each class by its name, the class with code of ours last."""
     inexact = inexact_rotations(plan, model.head_dim)
     fits = huggingface_fits(model, plan, table)
     own = [one.fit(model, plan) for one in table if one.code_files]
@@ -161,8 +162,8 @@ def refusals(model: ModelConfig, plan: LayerPlan, table: Table) -> dict[str, lis
 
 
 def inexact_rotations(plan: LayerPlan, head_dim: int) -> list[str]:
-    """Reasons against every class of transformers: partial rotations whose frequencies it rounds
-    otherwise.
+    """Return the reasons against every class of transformers: partial rotations whose frequencies
+    it rounds otherwise.
 
     `proportional` reaches them by another theta, which is exact in real numbers only.
     """
@@ -188,7 +189,7 @@ def _write(path: Path, text: str) -> None:
 def _config_files(
     source: Source, architecture: Architecture, dtype: str, eod_id: int | None
 ) -> dict[str, str]:
-    """The text of each file that says what the weights are, and of the code where it goes along."""
+    """Return the text of each JSON file, and of the code where it goes along."""
     import transformers
 
     fields = architecture.to_config(source.run.model, source.plan, source.max_length)

@@ -53,11 +53,11 @@ def import_model(
     `run_file` must describe the same model; where it does not exist it is written. `plan_file`
     names another layer plan for the same weights; with `data`, a dataset, loss by position is
     printed before and after. Raises MegahybridError, one line, and leaves nothing behind, where a
-    field has no word, a tensor is missing or the logits differ.
+    field is not supported, a tensor is missing or the logits differ.
     """
     require_transformers()
     config = _config(folder)
-    architecture, model = _heard(folder, config, table)
+    architecture, model = _from_hf_config(folder, config, table)
     target = model
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
@@ -105,26 +105,26 @@ def _config(folder: Path) -> Any:
 
 
 def _place(run_file: Path) -> Path:
-    """Where an import goes that nobody named."""
+    """Return the folder of an import that the user gave no name."""
     start = load(run_file).start if run_file.exists() else None
     return Path(start.checkpoint if start is not None else f"runs/{run_file.stem}-imported")
 
 
-def _heard(folder: Path, config: Any, table: Table) -> tuple[Architecture, ModelConfig]:
+def _from_hf_config(folder: Path, config: Any, table: Table) -> tuple[Architecture, ModelConfig]:
     try:
         architecture = of_model_type(config.model_type, table)
         return architecture, architecture.from_config(config)
     except MegahybridError:
         raise
-    except Exception as error:  # a foreign file may say anything where a number is wanted
+    except Exception as error:  # a foreign file may hold anything where a number is wanted
         words = " ".join(str(error).split())[:200]
         raise InteropError(
-            f"{folder}/config.json does not say a model ({type(error).__name__}: {words})."
+            f"{folder}/config.json describes no model ({type(error).__name__}: {words})."
         ) from None
 
 
 def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunConfig:
-    """The run file, if its model is this one. Raises ConfigError, one line per difference."""
+    """Return the run file if its model is this one. Raises ConfigError, a line per difference."""
     run = load(run_file)
     lines = [
         f"model.{name}={show(getattr(run.model, name))} is not the source's "
@@ -132,33 +132,33 @@ def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunCo
         for name in FACTS
         if getattr(run.model, name) != getattr(model, name)
     ]
-    said = run.model.layer_plan.expand()
+    known = run.model.layer_plan.expand()
     for plan in (target.layer_plan, model.layer_plan):
-        if said == plan.expand():
+        if known == plan.expand():
             break
     else:
-        lines.append(_plan_difference(said, model.layer_plan, run_file))
+        lines.append(_plan_difference(known, model.layer_plan, run_file))
     if lines:
         raise ConfigError(*lines)
     return parse(RunConfig, dump(run) | {"model": dump(target), "start": None})
 
 
-def _plan_difference(said: tuple[Any, ...], plan: LayerPlan, run_file: Path) -> str:
+def _plan_difference(known: tuple[Any, ...], plan: LayerPlan, run_file: Path) -> str:
     schemes = plan.expand()
-    if len(said) != len(schemes):
+    if len(known) != len(schemes):
         return (
-            f"model.layer_plan.num_layers={len(said)} is not the source's ({len(schemes)}). "
+            f"model.layer_plan.num_layers={len(known)} is not the source's ({len(schemes)}). "
             "Set it to that."
         )
-    layer = next(i for i, (a, b) in enumerate(zip(said, schemes, strict=True)) if a != b)
+    layer = next(i for i, (a, b) in enumerate(zip(known, schemes, strict=True)) if a != b)
     return (
-        f"model.layer_plan: layer {layer} is {scheme_in_words(said[layer])}, the source's is "
+        f"model.layer_plan: layer {layer} is {scheme_in_words(known[layer])}, the source's is "
         f"{scheme_in_words(schemes[layer])}. Correct it, or mean it with --plan {run_file}."
     )
 
 
 def _new_run(folder: Path, model: ModelConfig, config: Any) -> RunConfig:
-    """A run that could train the model on, with places for the user's data."""
+    """Return a run that could train the model on, with places for the user's data."""
     length = min(NEW_LENGTH, config.max_position_embeddings)
     data: dict[str, Any] = {"sources": {"text": {"path": "data/text"}}, "block_tokens": 2**20}
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -225,7 +225,7 @@ def _save(
 def _fragments(
     weights: ForeignWeights, names: list[TensorName], head_dim: int
 ) -> Iterator[Fragment]:
-    """Bands of rows that are read one by one while they are written."""
+    """Yield bands of rows that are read one by one while they are written."""
     for name in names:
         if name.ours is None:
             continue
@@ -239,7 +239,7 @@ def _fragments(
 def _print_losses(
     run: RunConfig, checkpoint: Path, before: LayerPlan, after: LayerPlan, data: Path
 ) -> None:
-    """Loss by position of the same weights under both plans."""
+    """Print the loss by position of the same weights under both plans."""
     mesh = ParallelMesh.single("cpu")
     dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
     rows = max(length for stage in run.stages for length in stage.lengths)

@@ -47,9 +47,9 @@ NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layer
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: tokens of the input, the largest difference, the largest logit. What is
-    `cached` are the last few tokens, one by one; what is `generated`, those that `generate` wrote
-    after the others."""
+    """One comparison: tokens of the input, the largest difference, the largest logit.
+    `what` is whole, cached (the last few tokens, one by one) or generated (those that `generate`
+    wrote after the others)."""
 
     what: str
     length: int
@@ -58,17 +58,17 @@ class Row:
 
     @property
     def bound(self) -> float:
-        """The largest difference that is called equal."""
+        """Return the largest difference that is called equal."""
         return BOUND * max(1.0, self.largest)
 
     @property
     def equal(self) -> bool:
-        """Whether the logits are the same function's (false for what is not a number)."""
+        """True where the logits are the same function's; false for a NaN."""
         return self.difference <= self.bound
 
 
 def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
-    """The plan to compare with: windows of different lengths stay different."""
+    """Return the plan to compare with: windows of different lengths stay different."""
     limit = SMALL_WINDOW if parameters > LARGE else LARGE_WINDOW
     windows = sorted({s.window for s in plan.schemes.values() if s.window is not None})
     smaller = {window: min(window, limit + rank) for rank, window in enumerate(windows)}
@@ -84,7 +84,7 @@ def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
 
 
 def lengths(plan: LayerPlan) -> tuple[int, int]:
-    """A length below the shortest window and one well above the longest."""
+    """Return a length below the shortest window and one well above the longest."""
     windows = [s.window for s in plan.schemes.values() if s.window is not None]
     if not windows:
         return 5, 96
@@ -94,7 +94,8 @@ def lengths(plan: LayerPlan) -> tuple[int, int]:
 def our_model(
     model: ModelConfig, plan: LayerPlan, reader: Reader, dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """Our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were written."""
+    """Return our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were
+    written."""
     ours = Transformer(model, ParallelMesh.single("cpu"), plan=plan).eval()
     with torch.no_grad():
         for parameter, spec in ours.sharded_parameters().values():
@@ -107,7 +108,7 @@ def our_model(
 def their_config(
     folder: Path, plan: LayerPlan, small: LayerPlan, architecture: Architecture
 ) -> Any:
-    """The config of `folder` as transformers reads it, made to say `small`."""
+    """Return the config of `folder` as transformers reads it, shrunk to the plan `small`."""
     from transformers import AutoConfig
 
     with quiet():
@@ -119,7 +120,7 @@ def their_config(
 
 
 def their_model(folder: Path, config: Any, own: bool) -> Any:
-    """What `folder` holds, as anyone's transformers loads it, in fp32 on the CPU."""
+    """Return the model in `folder` as anyone's transformers loads it, in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
     options = {"local_files_only": True, "trust_remote_code": own}
@@ -145,7 +146,7 @@ def their_model(folder: Path, config: Any, own: bool) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and notes of transformers, which mean nothing here."""
+    """Silence the bars and notes of transformers, which mean nothing here."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -169,7 +170,8 @@ def compare(
     seed: int = 1,
     few_passes: bool = False,
 ) -> list[Row]:
-    """The rows of a proof. Raises InteropError, naming the first differing layer, where one fails.
+    """Return the rows of a proof. Raises InteropError, naming the first differing layer, where one
+    fails.
 
     `plan` is the one that both run. The last tokens also go through the cache of keys and values,
     one by one, unless `few_passes` (every pass reads all weights); and the longer input is gone on
@@ -201,7 +203,7 @@ def compare(
 
 
 def _generated(ours: Transformer | StreamedOurs, theirs: Any, prompt: Tensor, steps: int) -> Row:
-    """What `generate` wrote after `prompt`, and from which logits, against our logits of it all."""
+    """Compare what `generate` wrote after `prompt`, and its logits, with our logits of it all."""
     tokens, other = generate_greedily(theirs, prompt, steps)
     mine = ours.logits(tokens[:, :-1])[:, -steps:]
     row = _row("generated", mine, other, length=tokens.shape[1])
@@ -217,7 +219,7 @@ def _generated(ours: Transformer | StreamedOurs, theirs: Any, prompt: Tensor, st
 
 
 def _row(what: str, mine: Tensor, other: Tensor, length: int | None = None) -> Row:
-    """The last positions of `mine` against `other`, which may be of those only."""
+    """Compare the last positions of `mine` with `other`, which may be of those only."""
     difference = (mine[:, -other.shape[1] :] - other).abs().max().item()
     return Row(what, length or mine.shape[1], difference, mine.abs().max().item())
 
@@ -234,7 +236,7 @@ def _verdict(row: Row, layer: int | None, words: str) -> str:
 def first_difference(
     ours: Transformer | StreamedOurs, theirs: Any, tokens: Tensor
 ) -> tuple[int | None, str]:
-    """The first layer whose output differs by more than rounding, and by how much."""
+    """Return the first layer whose output differs by more than rounding, and by how much."""
     mine = _outputs(ours.blocks, lambda: ours.logits(tokens))
     other = _outputs(theirs.model.layers, lambda: theirs(input_ids=tokens, use_cache=False))
     for index, (a, b) in enumerate(zip(mine, other, strict=True)):
@@ -323,14 +325,14 @@ def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
 
 
 def padded_frequencies(scheme: AttentionScheme, head_dim: int) -> Tensor:
-    """The frequencies of a rotation [head_dim / 2], zero where the head does not turn."""
+    """Return the frequencies of a rotation [head_dim / 2], zero where the head does not rotate."""
     assert isinstance(scheme.position, Rope)
     found = frequencies(scheme.position, head_dim)
     return torch.cat((found, found.new_zeros(head_dim // 2 - len(found))))
 
 
 def proof_in_words(rows: Sequence[Row]) -> list[str]:
-    """One line per row."""
+    """Return one line per row."""
     return [
         f"{row.what:9s} {row.length:5d} tokens: largest difference {row.difference:.2e} "
         f"(bound {row.bound:.1e}, largest logit {row.largest:.3g})"

@@ -10,18 +10,20 @@ from megahybrid.config.attention import Rope
 
 
 def frequencies(position: Rope, head_dim: int) -> Tensor:
-    """The angular frequencies [rotary_dim / 2] that our model runs with."""
+    """Return the angular frequencies [rotary_dim / 2] that our model runs with."""
     found: Tensor = position.frequencies(head_dim, torch, torch.float32)
     return found
 
 
 def their_frequencies(theta: float, pairs: int, head_dim: int) -> Tensor:
-    """The first `pairs` frequencies of a whole head, in transformers' order of operations."""
+    """Return the first `pairs` frequencies of a whole head, in transformers' order of
+    operations."""
     return 1.0 / (theta ** (torch.arange(0, 2 * pairs, 2, dtype=torch.float) / head_dim))
 
 
 def partial_rope(theta: float, pairs: int, head_dim: int) -> Rope | None:
-    """Our rotation of part of a head that has the bits of a `proportional` one, None without any.
+    """Return our rotation of part of a head that has the bits of a `proportional` one, None without
+    any.
 
     The class reaches its frequencies by the theta that a whole head would have; ours is the one
     near its root that gives the same fp32 bits, if there is one.

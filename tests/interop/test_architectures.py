@@ -185,7 +185,7 @@ def test_a_class_writes_nothing_for_a_member_that_it_does_not_name(
 ) -> None:
     for scheme, _ in UNKNOWN.values():
         model = model_with(scheme)
-        with pytest.raises(InteropError, match=f"{architecture.name} cannot say this model"):
+        with pytest.raises(InteropError, match=f"{architecture.name} does not support this model"):
             architecture.to_config(model, model.layer_plan, 64)
     model = model_with(UNKNOWN["position"][0])
     with pytest.raises(AssertionError, match="unreachable"):

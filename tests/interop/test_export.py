@@ -143,7 +143,7 @@ def test_an_export_is_the_plain_model(case: str, tmp_path: Path) -> None:
         assert found <= bound
 
 
-def test_a_partial_rotation_is_said_only_to_the_bit(tmp_path: Path) -> None:
+def test_a_partial_rotation_is_exported_only_to_the_bit(tmp_path: Path) -> None:
     model = model_of([rope(1e4, rotary_fraction=0.5)] * 2, **PARALLEL)
     inexact = inexact_rotations(model.layer_plan, model.head_dim)
     assert choose(model, model.layer_plan, None).name == ("Megahybrid" if inexact else "Cohere")
@@ -154,7 +154,7 @@ def test_a_partial_rotation_is_said_only_to_the_bit(tmp_path: Path) -> None:
 
 @st.composite
 def fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Of any tiny model that the config language can say (windows of two keys or more)."""
+    """Of any tiny model that the config language has (windows of two keys or more)."""
     kv_heads = draw(st.sampled_from((1, 2, 3)))
     heads = kv_heads * draw(st.sampled_from((1, 2)))
     norm = draw(st.sampled_from(({}, {}, HEAD, WHOLE, PER_HEAD)))
@@ -227,7 +227,11 @@ def test_a_wrong_config_is_refused(
 @pytest.mark.parametrize(
     ("wanted", "schemes", "words"),
     [
-        ("llama", [LOCAL, NOPE], "Llama cannot say this model: it rotates in every layer or in"),
+        (
+            "llama",
+            [LOCAL, NOPE],
+            "Llama does not support this model: it rotates in every layer or in",
+        ),
         ("Cohere2", [LOCAL, NOPE], "its block is parallel, not pre_norm"),
         ("Qwen3", [LOCAL, ROPE], "its QK-norm is rms per head, weight shared, not none"),
         ("SmolLM3", [LOCAL, ROPE | {"window": 9}], "it has one window, not 2. Use Megahybrid"),
@@ -235,7 +239,7 @@ def test_a_wrong_config_is_refused(
         (None, [ROPE | {"window": 1}], "a window of 1 key"),
     ],
 )
-def test_what_cannot_be_said_is_refused_by_its_name(
+def test_what_a_class_does_not_support_is_refused_by_its_name(
     wanted: str | None, schemes: Any, words: str, tmp_path: Path
 ) -> None:
     checkpoint_of_model(tmp_path / "run", model_of(schemes))

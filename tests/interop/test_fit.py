@@ -1,4 +1,4 @@
-"""Which Hugging Face class can say which plan, as found by running each of them."""
+"""Which Hugging Face class supports which plan, as found by running each of them."""
 
 import pytest
 
@@ -83,7 +83,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("overrides", "names"), PLANS.values(), ids=PLANS)
-def test_a_plan_is_said_by_the_classes_that_were_seen_to_say_it(
+def test_a_plan_is_supported_by_the_classes_that_were_seen_to_run_it(
     overrides: list[str], names: set[str]
 ) -> None:
     fits = huggingface_fits(example(*overrides).model)

@@ -1,7 +1,7 @@
 """The base of every class: the members of each union that it serves, and what follows from them.
 
 What a class does not name it refuses, in words, so a scheme that is new to our model is written by
-no class until that class's file says how. Nothing here imports torch or transformers, and so
+no class until that class's file tells how. Nothing here imports torch or transformers, and so
 `describe` can ask every class.
 """
 
@@ -27,7 +27,7 @@ from megahybrid.interop.architectures.tensor_names import HEAD, Order, TensorNam
 
 NO_QK_NORM = QKNorm()
 # What a class must name before it may write them; a field that is newer than a class is refused
-# where it says anything.
+# where it has another value than its default.
 SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "logit_scale"))
 MODEL_FIELDS = frozenset(
     (
@@ -67,7 +67,7 @@ class Architecture(ABC):
     model_fields: ClassVar[frozenset[str]] = MODEL_FIELDS
 
     def fit(self, model: ModelConfig, plan: LayerPlan) -> Fit:
-        """The reasons against this class for a model, or how its config carries the model."""
+        """Return the reasons against this class for a model, or how its config carries it."""
         schemes = [scheme for scheme, _ in plan.counts()]
         reasons = [*self._model_reasons(model), *self._scheme_reasons(schemes)]
         known = [s for s in schemes if isinstance(s.position, self.serves.positions)]
@@ -76,22 +76,22 @@ class Architecture(ABC):
         return Fit(self.name, tuple(reasons), "" if reasons else self.how(known))
 
     def shape_reasons(self, model: ModelConfig) -> Iterator[str]:
-        """The reasons against a model's sizes."""
+        """Yield the reasons against a model's sizes."""
         if model.head_dim % 2:
             yield f"its heads have an even dimension (head_dim={model.head_dim})"
 
     @abstractmethod
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """The reasons against the positions and windows of these different layers together, all of
-        them of positions that the class serves."""
+        """Yield the reasons against the positions and windows of these different layers together;
+        all of them have a position that the class serves."""
 
     @abstractmethod
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The fields of its config that carry these different layers, for people."""
+        """Return, for people, the fields of its config that carry these different layers."""
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """Of several classes that carry a model, the one of the lowest rank is exported: the one
-        that the most programs read."""
+        """Return the place among classes that support the same model. The lowest is exported: the
+        class that the most programs read."""
         return 100
 
     def _size_fields(self, model: ModelConfig, plan: LayerPlan, max_length: int) -> Fields:
@@ -158,7 +158,7 @@ class Architecture(ABC):
             yield serves.no_scaling.format(kind=scaling.kind)
 
     def to_config(self, model: ModelConfig, plan: LayerPlan, max_length: int) -> Fields:
-        """config.json of a model, but for token ids, dtype and version.
+        """Return config.json of a model, but for token ids, dtype and version.
 
         Every field that has a default is written: defaults differ between classes, and several
         fields are silently ignored where another is missing. Raises InteropError for a model that
@@ -166,26 +166,25 @@ class Architecture(ABC):
         """
         reasons = self.fit(model, plan).reasons
         if reasons:
-            raise InteropError(f"{self.name} cannot say this model: {'; '.join(reasons)}.")
+            raise InteropError(f"{self.name} does not support this model: {'; '.join(reasons)}.")
         return self._size_fields(model, plan, max_length) | self.own_fields(model, plan)
 
     @abstractmethod
     def own_fields(self, model: ModelConfig, plan: LayerPlan) -> Fields:
-        """The fields of config.json beyond the sizes, which every class calls alike."""
+        """Return the fields of config.json beyond the sizes, whose names are those of every
+        class."""
 
     @abstractmethod
     def from_config(self, config: Any) -> ModelConfig:
-        """The model that computes what the class computes, from a config that transformers' own
-        class has read, so that defaults and old spellings are its to resolve.
+        """Return the model that computes what the class computes, from a config that transformers'
+        own class has read, so that defaults and old spellings are its to resolve.
 
-        Raises InteropError, by its name, for a field that our model has no word for.
+        Raises InteropError, by its name, for a field that our model does not support.
         """
 
     def shrink(self, config: Any, plan: LayerPlan, small: LayerPlan) -> None:
-        """Make a loaded config that says `plan` say `small`. Raises InteropError where it says
-        neither.
-
-        So the window that is written is compared as well, though another one is run.
+        """Change a loaded config of `plan` into one of `small`. Raises InteropError where it is not
+        one of `plan`: so the window that is written is compared as well, though another one is run.
         """
         windows = {s.window: small.schemes[name].window for name, s in plan.schemes.items()}
         windows.pop(None, None)
@@ -195,12 +194,12 @@ class Architecture(ABC):
         config.sliding_window = windows[config.sliding_window]
 
     def norm_names(self, model: ModelConfig) -> Mapping[str, str]:
-        """Its name of each norm of a block, by ours."""
+        """Return the class's name of each norm of a block, by ours."""
         return tensor_names.norm_names(model)
 
     def row_order(self, scheme: AttentionScheme, head_dim: int) -> Order | None:
-        """For each row of a rotated head as the class keeps it, our row; None where the orders
-        agree."""
+        """Return our row for each row of a rotated head as the class keeps it; None where the
+        orders agree."""
         match scheme.position:
             case Rope():
                 return self.pair_order(head_dim, scheme.position.rotary_dim(head_dim))
@@ -210,19 +209,20 @@ class Architecture(ABC):
                 assert_never(scheme.position)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
-        """The same, from which rows of a head the class rotates together."""
+        """Return `row_order` of a rotated head: it follows from which rows the class pairs."""
         return tensor_names.half_pairs(head_dim, rotary_dim)
 
     def extra_tensors(self, model: ModelConfig, theirs: str) -> Iterator[TensorName]:
-        """The tensors of one layer's attention that only the class has."""
+        """Yield the tensors of one layer's attention that only the class has."""
         return iter(())
 
     def extra_refusal(self, name: TensorName, largest: float) -> str:
-        """Why an imported tensor that only the class has cannot be left out, or nothing."""
+        """Return why an imported tensor that only the class has cannot be left out, "" if it
+        can."""
         return "" if largest == name.constant else "our model has no such tensor"
 
     def tensor_names(self, model: ModelConfig, plan: LayerPlan) -> Iterator[TensorName]:
-        """Every tensor of the model under both names, in the order of the layers."""
+        """Yield every tensor of the model under both names, in the order of the layers."""
         hidden = model.hidden_size
         yield TensorName(
             "embedding.weight", "model.embed_tokens.weight", (model.vocab_size, hidden)
@@ -241,16 +241,16 @@ class Architecture(ABC):
             yield TensorName("head.weight", HEAD, (model.vocab_size, hidden))
 
 
-def same_or_refused(name: str, said: Any, meant: Any) -> None:
+def same_or_refused(name: str, found: Any, meant: Any) -> None:
     """Raise InteropError where a config.json has another value than the plan."""
-    if said != meant:
+    if found != meant:
         raise InteropError(
-            f"config.json says {name}={said}, but the plan has {meant}. Nothing was published."
+            f"config.json has {name}={found}, but the plan has {meant}. Nothing was published."
         )
 
 
 def _new_fields(value: Frozen, known: frozenset[str]) -> Iterator[str]:
-    """A reason for each field beyond the known ones that has another value than its default."""
+    """Yield a reason for each field beyond the known ones that is not at its default."""
     for name, field in type(value).model_fields.items():
         if name not in known and getattr(value, name) != field.get_default(
             call_default_factory=True, validated_data={}

@@ -31,22 +31,22 @@ class Cohere(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """One rotation, no window."""
+        """Yield the reasons against several rotations and any window."""
         yield from layers.one_rotation_reasons(schemes)
         if layers.windowed(schemes):
             yield "it has no windows"
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The switch of the norm."""
+        """Return the switch of the norm."""
         has_norm = schemes[0].qk_norm.kind != "none"
         return "use_qk_norm true" if has_norm else "use_qk_norm false"
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """As the base says."""
+        """Return the place among classes that support the same model."""
         return 10
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """One rotation, and the switch of the norm."""
+        """Return the one rotation, and the switch of the norm."""
         return {
             "logit_scale": model.logit_scale,
             "use_qk_norm": schemes[0].qk_norm.kind != "none",
@@ -54,17 +54,17 @@ class Cohere(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """The one rotation in each."""
+        """Return the one rotation for each."""
         return layers.rotates_everywhere(config)
 
     def qk_norm(self, config: Any) -> QKNorm:
-        """By its switch."""
+        """Return the norm that the switch tells."""
         return PER_HEAD_LAYERNORM if config.use_qk_norm else NO_QK_NORM
 
     def logit_scale(self, config: Any) -> float:
-        """The field of that name."""
+        """Return the field of that name."""
         return float(config.logit_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
-        """Pairs of neighbours."""
+        """Return the order of pairs of neighbours."""
         return interleaved_pairs(head_dim, rotary_dim)

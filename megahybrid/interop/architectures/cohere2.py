@@ -28,19 +28,19 @@ class Cohere2(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """Rotation and window go together."""
+        """Yield the reasons where rotation and window do not go together."""
         return layers.sliding_rotates_reasons(schemes)
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The fields that say which layers rotate."""
+        """Return the fields that tell which layers rotate."""
         return layers.how_sliding_rotates(schemes)
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """As the base says."""
+        """Return the place among classes that support the same model."""
         return 20
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """Which layers rotate, which is which are windowed."""
+        """Return which layers rotate, which is which are windowed."""
         position = layers.one_position(schemes)
         return {
             "logit_scale": model.logit_scale,
@@ -50,13 +50,13 @@ class Cohere2(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """Rotated where windowed."""
+        """Return layers that rotate where they are windowed."""
         return layers.sliding_rotates(config)
 
     def logit_scale(self, config: Any) -> float:
-        """The field of that name."""
+        """Return the field of that name."""
         return float(config.logit_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
-        """Pairs of neighbours."""
+        """Return the order of pairs of neighbours."""
         return interleaved_pairs(head_dim, rotary_dim)

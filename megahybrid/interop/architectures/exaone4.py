@@ -26,21 +26,21 @@ class Exaone4(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """Rotation and window go together."""
+        """Yield the reasons where rotation and window do not go together."""
         return layers.sliding_rotates_reasons(schemes)
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The fields that say which layers rotate."""
+        """Return the fields that tell which layers rotate."""
         if _rotates_and_sees_everything(schemes):
             return "sliding_window null, all layer_types full"
         return layers.how_sliding_rotates(schemes)
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """As the base says."""
+        """Return the place among classes that support the same model."""
         return 60
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """Which layers rotate, which is which are windowed."""
+        """Return which layers rotate, which is which are windowed."""
         sliding = [layers.rotates(s) for s in schemes]
         window: int | None = layers.one_window(schemes) or layers.ENDLESS
         if _rotates_and_sees_everything(schemes):
@@ -53,7 +53,7 @@ class Exaone4(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """Full layers rotate where no window is given, and only there."""
+        """Return each layer: full ones rotate where no window is given, and only there."""
         if config.sliding_window is None:
             return layers.rotates_everywhere(config)
         return layers.sliding_rotates(config)

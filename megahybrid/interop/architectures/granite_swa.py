@@ -48,20 +48,20 @@ class GraniteSWA(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """Any theta in any layer, but of whole heads."""
+        """Yield a reason against partial rotations; any layer may have any theta."""
         if any(rope.rotary_fraction < 1 for rope in layers.rotations(schemes)):
             yield "its theta per layer takes no partial rotation"
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The same for every model."""
+        """Return the fields, which are the same for every model."""
         return "layer_rope_theta with 0 for none, sinks at -1e9, attention_multiplier"
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """Last: its sinks must be switched off."""
+        """Return the last place: its sinks must be switched off."""
         return 90
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """A theta per layer, which layers are windowed, and four multipliers."""
+        """Return a theta per layer, which layers are windowed, and four multipliers."""
         thetas = [_theta(scheme, model.head_dim) for scheme in schemes]
         return {
             "mlp_bias": False,
@@ -80,10 +80,10 @@ class GraniteSWA(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """A theta per layer, windowed by layer_types."""
+        """Return a theta per layer, windowed by layer_types."""
         kind = config.rope_parameters.get("rope_type", "default")
         if kind != "default":
-            raise InteropError(f"rope_type={kind} with a theta per layer has no word in our model.")
+            raise InteropError(f"rope_type={kind} with a theta per layer is not supported.")
         window = layers.window_of(config)
         return [
             (
@@ -94,21 +94,21 @@ class GraniteSWA(StockArchitecture):
         ]
 
     def score_scale(self, config: Any) -> Fields:
-        """The field attention_multiplier."""
+        """Return the scale in the field attention_multiplier."""
         if config.attention_multiplier == head_dim_of(config) ** -0.5:
             return {"kind": "sqrt_dim"}
         return {"kind": "fixed", "scale": float(config.attention_multiplier)}
 
     def logit_scale(self, config: Any) -> float:
-        """The inverse of the field logits_scaling."""
+        """Return the inverse of the field logits_scaling."""
         return 1.0 / config.logits_scaling
 
     def extra_tensors(self, model: ModelConfig, theirs: str) -> Iterator[TensorName]:
-        """A sink for each head that takes nothing."""
+        """Yield a sink for each head that takes no weight."""
         yield TensorName(None, f"{theirs}.sinks", (model.num_heads,), constant=NO_SINK)
 
     def extra_refusal(self, name: TensorName, largest: float) -> str:
-        """Sinks that take something."""
+        """Return a refusal of sinks that take weight."""
         if largest <= NO_SINK / 10:
             return ""
         return (

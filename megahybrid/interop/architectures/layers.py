@@ -35,7 +35,7 @@ def rotates(scheme: AttentionScheme) -> bool:
 
 
 def rotations(schemes: Schemes) -> dict[Rope, None]:
-    """The different rotations, in the order of the layers."""
+    """Return the different rotations, in the order of the layers."""
     return {s.position: None for s in schemes if isinstance(s.position, Rope)}
 
 
@@ -45,21 +45,21 @@ def windowed(schemes: Schemes) -> bool:
 
 
 def one_rotation_reasons(schemes: Schemes) -> Iterator[str]:
-    """One rotation for all layers; a partial one as `proportional`, which takes no scaling."""
+    """Yield the reasons against more than one rotation, and against a scaled partial one."""
     if len(rotations(schemes)) > 1:
         yield "its rotated layers share one theta and scaling"
     yield from partial_reasons(schemes)
 
 
 def partial_reasons(schemes: Schemes) -> Iterator[str]:
-    """A partial rotation is written as `proportional`, which takes no scaling."""
+    """Yield a reason against scaled partial rotations: `proportional` takes no scaling."""
     if any(r.rotary_fraction < 1 and r.scaling is not None for r in rotations(schemes)):
         yield "it cannot scale a partial rotation"
 
 
 def sliding_rotates_reasons(schemes: Schemes) -> Iterator[str]:
-    """Sliding layers rotate and full layers do not; a rotated full layer is a window at least as
-    long as the longest sequence."""
+    """Yield the reasons where sliding layers rotate and full layers do not; a rotated full layer is
+    a window at least as long as the longest sequence."""
     yield from one_rotation_reasons(schemes)
     if any(not rotates(s) and s.window is not None for s in schemes):
         yield "its layers without position are full"
@@ -68,7 +68,7 @@ def sliding_rotates_reasons(schemes: Schemes) -> Iterator[str]:
 
 
 def how_sliding_rotates(schemes: Schemes) -> str:
-    """The fields that say which layers rotate."""
+    """Return the fields that tell which layers rotate."""
     rotated = {s.window for s in schemes if rotates(s)}
     if rotated == {None}:
         return "sliding_window at least the longest sequence"
@@ -76,34 +76,35 @@ def how_sliding_rotates(schemes: Schemes) -> str:
 
 
 def rotates_everywhere_reasons(schemes: Schemes) -> Iterator[str]:
-    """One rotation in every layer, or in none by a proportional factor of 0."""
+    """Yield the reasons where each layer has the rotation, or none by a proportional factor of
+    0."""
     yield from one_rotation_reasons(schemes)
     if len({rotates(s) for s in schemes}) > 1:
         yield "it rotates in every layer or in none"
 
 
 def how_rotates_everywhere(schemes: Schemes) -> str:
-    """The fields that say the one rotation, or none."""
+    """Return the field of the one rotation, or of none."""
     return "rope_parameters" if rotates(schemes[0]) else "rope_type proportional with factor 0.0"
 
 
 def one_position(schemes: Schemes) -> Position:
-    """The one rotation of the layers that rotate, or none."""
+    """Return the one rotation of the layers that rotate, or no position."""
     return next((s.position for s in schemes if rotates(s)), schemes[0].position)
 
 
 def one_window(schemes: Schemes) -> int | None:
-    """The one window of the layers that have one, or None."""
+    """Return the one window of the layers that have one, or None."""
     return next((s.window for s in schemes if s.window is not None), None)
 
 
 def layer_types(sliding: Sequence[bool]) -> list[str]:
-    """The field of that name: which layers are windowed."""
+    """Return the field of that name: which layers are windowed."""
     return [SLIDING if item else FULL for item in sliding]
 
 
 def window_of(config: Any) -> int | None:
-    """The window of sliding layers, None where no sequence fills it."""
+    """Return the window of sliding layers, None where no sequence fills it."""
     window = config.sliding_window
     if window is not None and window < 2:
         raise InteropError(
@@ -114,19 +115,19 @@ def window_of(config: Any) -> int | None:
 
 
 def rotates_everywhere(config: Any) -> list[Layer]:
-    """Layers that all have the one rotation and no window."""
+    """Return layers that all have the one rotation and no window."""
     return [(rope_position(config.rope_parameters, config), None)] * config.num_hidden_layers
 
 
 def sliding_rotates(config: Any) -> list[Layer]:
-    """Layers that rotate where they are windowed."""
+    """Return layers that rotate where they are windowed."""
     rope = rope_position(config.rope_parameters, config)
     window = window_of(config)
     return [(rope, window) if t == SLIDING else (NOPE, None) for t in config.layer_types]
 
 
 def plan_of(layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields) -> Fields:
-    """A layer plan with a name for every different layer, its pattern as short as it tiles."""
+    """Return a plan with a name for every different layer, its pattern as short as it tiles."""
     same = {"qk_norm": dump(qk_norm), "logit_scale": score_scale}
     schemes: dict[str, Fields] = {}
     names = []

@@ -26,28 +26,29 @@ class Llama(StockArchitecture):
     )
 
     def shape_reasons(self, model: ModelConfig) -> Iterator[str]:
-        """As the base says, and its own."""
+        """Yield also that heads must divide the width."""
         yield from super().shape_reasons(model)
         if model.hidden_size % model.num_heads:
             yield f"its num_heads divides hidden_size ({model.num_heads}, {model.hidden_size})"
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """No window: given ones are silently ignored."""
+        """Yield the reasons against several rotations and any window: those are silently
+        ignored."""
         yield from layers.rotates_everywhere_reasons(schemes)
         if layers.windowed(schemes):
             yield "it ignores windows"
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The fields of the rotation."""
+        """Return the field of the rotation."""
         return layers.how_rotates_everywhere(schemes)
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """Last where no layer rotates: others have a field for it, this needs a rotation by
-        nothing."""
+        """Return the last place where no layer rotates: others have a field for it, this needs a
+        rotation by nothing."""
         return 30 if any(map(layers.rotates, schemes)) else 100
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """One rotation."""
+        """Return the one rotation."""
         return {
             "mlp_bias": False,
             "pretraining_tp": 1,
@@ -55,5 +56,5 @@ class Llama(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """The one rotation in each."""
+        """Return the one rotation for each."""
         return layers.rotates_everywhere(config)

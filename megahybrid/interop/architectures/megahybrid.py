@@ -1,4 +1,4 @@
-"""Our own class, which goes along with an export as code: what every layer is, said layer by layer.
+"""Our own class, which goes along with an export as code: every layer has a scheme.
 
 It keeps our order of the rows, and a rotation is its fp32 frequencies, which JSON keeps to the bit.
 """
@@ -59,19 +59,19 @@ class Megahybrid(Architecture):
     )
 
     def shape_reasons(self, model: ModelConfig) -> Iterator[str]:
-        """None: heads of an odd dimension rotate in part."""
+        """Yield nothing: heads of an odd dimension rotate in part."""
         return iter(())
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """None: each layer says everything itself."""
+        """Yield nothing: each layer is described by itself."""
         return iter(())
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """By its own code."""
+        """Return its two fields, which its own code reads."""
         return "schemes and layer_schemes, with trust_remote_code"
 
     def own_fields(self, model: ModelConfig, plan: LayerPlan) -> Fields:
-        """As the base says."""
+        """Return the schemes by name, and the name of each layer's."""
         return {
             "auto_map": {
                 "AutoConfig": "configuration_megahybrid.MegahybridConfig",
@@ -86,23 +86,23 @@ class Megahybrid(Architecture):
         }
 
     def from_config(self, config: Any) -> ModelConfig:
-        """Refused: its checkpoint is at hand, or its code would have to be run."""
+        """Refuse: the code of a folder is not run, and who trained the model has its checkpoint."""
         raise InteropError(f"model_type={config.model_type} cannot be imported.")
 
     def shrink(self, config: Any, plan: LayerPlan, small: LayerPlan) -> None:
-        """As the base says, scheme by scheme."""
+        """Change window and scale scheme by scheme, after the same comparison."""
         for name, scheme in config.schemes.items():
             same_or_refused("window", scheme["window"], plan.schemes[name].window)
             scheme["window"] = small.schemes[name].window
             scheme["logit_scale"] = dump(small.schemes[name].logit_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
-        """Ours."""
+        """Return None: it keeps our order."""
         return None
 
 
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
-    """The words of the exported code, which do not change with ours: it is shipped and read."""
+    """Return the fields that the shipped code reads; their names stay when ours change."""
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),

@@ -30,7 +30,7 @@ class Olmo3(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """One position for each of two kinds of layers."""
+        """Yield the reasons against more than one position for each of two kinds of layers."""
         kinds = [[s for s in schemes if (s.window is None) == full] for full in (False, True)]
         if not layers.windowed(schemes):
             if len({s.position for s in schemes}) > 2:
@@ -43,18 +43,19 @@ class Olmo3(StockArchitecture):
             yield "it ignores yarn's truncate: false for a kind of layers"
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The field of the rotations, and the window where it only makes two kinds of layers."""
+        """Return the field of the rotations, and the window where it only makes two kinds of
+        layers."""
         how = "rope_parameters for each kind of layer"
         if not layers.windowed(schemes) and len({s.position for s in schemes}) > 1:
             how += ", sliding_window at least the longest sequence"
         return how
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """As the base says."""
+        """Return the place among classes that support the same model."""
         return 70
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """Two kinds of layers, and the rotation of each."""
+        """Return two kinds of layers, and the rotation of each."""
         window = layers.one_window(schemes)
         if window is None:
             sliding = [s.position != schemes[0].position for s in schemes]
@@ -68,14 +69,14 @@ class Olmo3(StockArchitecture):
             "layer_types": layers.layer_types(sliding),
             "sliding_window": window or layers.ENDLESS,
             "rope_parameters": {
-                # A kind that no layer has must say something all the same.
+                # A kind that no layer has must have an entry all the same.
                 kind: rope_parameters((held or [schemes[0].position])[0], model.head_dim)
                 for kind, held in positions.items()
             },
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """The position of its kind in each; a `truncate` in a kind's own entry is ignored."""
+        """Return layers of two kinds; a `truncate` in a kind's own entry is ignored."""
         window = layers.window_of(config)
         entries = {
             kind: {key: value for key, value in entry.items() if key != "truncate"}

@@ -26,21 +26,21 @@ class Qwen3(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """One rotation in every layer, or in none."""
+        """Yield the reasons against several rotations, or one in some layers only."""
         return layers.rotates_everywhere_reasons(schemes)
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The fields of the rotation, and of windows where there are any."""
+        """Return the fields of the rotation, and of windows where there are any."""
         how = layers.how_rotates_everywhere(schemes)
         windows = ", layer_types, use_sliding_window true"
         return how + (windows if layers.windowed(schemes) else "")
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """As the base says."""
+        """Return the place among classes that support the same model."""
         return 50
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """One rotation, and which layers are windowed."""
+        """Return the one rotation, and which layers are windowed."""
         window = layers.one_window(schemes)
         return {
             "layer_types": layers.layer_types([s.window is not None for s in schemes]),
@@ -51,7 +51,7 @@ class Qwen3(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """The one rotation in each, windowed by layer_types."""
+        """Return the one rotation for each, windowed by layer_types."""
         rope = rope_position(config.rope_parameters, config)
         window = layers.window_of(config)
         return [(rope, window if t == layers.SLIDING else None) for t in config.layer_types]

@@ -15,7 +15,8 @@ ROPE_TYPES = (LinearScaling, NtkScaling, YarnScaling, Llama3Scaling)
 
 
 def rope_parameters(position: Position, head_dim: int) -> Fields:
-    """What 5.x of transformers calls a rotation; none is a proportional one of no part."""
+    """Return the rope_parameters of transformers 5. No rotation is a proportional one of no
+    part."""
     match position:
         case Nope():
             return {
@@ -71,7 +72,7 @@ def _scaled(position: Rope, head_dim: int) -> Fields:
 
 
 def switched_rope_parameters(position: Position, head_dim: int) -> Fields:
-    """A rotation for a class that has a switch of its own for layers without."""
+    """Return rope_parameters for a class that has a switch of its own for layers without."""
     match position:
         case Nope():
             return {"rope_type": "default", "rope_theta": 10000.0}
@@ -82,13 +83,13 @@ def switched_rope_parameters(position: Position, head_dim: int) -> Fields:
 
 
 def head_dim_of(config: Any) -> int:
-    """Dimensions of a head, which some configs leave to be worked out."""
+    """Return the dimensions of a head, which some configs leave to be worked out."""
     named = getattr(config, "head_dim", None)
     return named or config.hidden_size // config.num_attention_heads
 
 
 def rope_position(parameters: Fields, config: Any) -> Fields:
-    """Our position of one rope_parameters entry."""
+    """Return our position for one rope_parameters entry."""
     kind = parameters.get("rope_type", "default")
     theta = float(parameters["rope_theta"])
     part = parameters.get("partial_rotary_factor")
@@ -113,13 +114,13 @@ def rope_position(parameters: Fields, config: Any) -> Fields:
         scaling = _yarn(parameters, config)
     else:
         raise InteropError(
-            f"rope_type={kind} has no word in our model (default, linear, yarn, llama3)."
+            f"rope_type={kind} is not supported by our model (default, linear, yarn, llama3)."
         )
     return position | {"scaling": scaling}
 
 
 def _proportional(parameters: Fields, theta: float, head_dim: int) -> Fields:
-    """A rotation of part of a head, if one of our thetas gives its frequencies to the bit."""
+    """Return a rotation of part of a head, if a theta of ours gives its frequencies to the bit."""
     from megahybrid.interop.rotation_bits import partial_rope
 
     part = float(parameters.get("partial_rotary_factor", 1.0))

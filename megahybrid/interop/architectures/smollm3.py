@@ -33,21 +33,21 @@ class SmolLM3(StockArchitecture):
     )
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """One rotation for all layers that have one."""
+        """Yield the reasons against more than one rotation."""
         return layers.one_rotation_reasons(schemes)
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """The field of rotated layers, and those of windows where there are any."""
+        """Return the field of rotated layers, and those of windows where there are any."""
         how = "no_rope_layers (1 means that the layer uses RoPE)"
         windows = ", layer_types, use_sliding_window true"
         return how + (windows if layers.windowed(schemes) else "")
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """As the base says."""
+        """Return the place among classes that support the same model."""
         return 40
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """Which layers rotate, and which are windowed."""
+        """Return which layers rotate, and which are windowed."""
         window = layers.one_window(schemes)
         position = layers.one_position(schemes)
         return {
@@ -60,7 +60,8 @@ class SmolLM3(StockArchitecture):
         }
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """Windows without use_sliding_window hold on some devices only: refused."""
+        """Return each layer. Windows without use_sliding_window hold on some devices only:
+        refused."""
         rope = rope_position(config.rope_parameters, config)
         if layers.SLIDING in config.layer_types and not config.use_sliding_window:
             raise InteropError(

@@ -27,28 +27,28 @@ class StockArchitecture(Architecture):
 
     @abstractmethod
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """The fields of its config.json that say its layers, and any of its own; one scheme per
-        layer."""
+        """Return the fields of config.json for the layers, given one scheme per layer, and any that
+        only this class has."""
 
     @abstractmethod
     def layers_of(self, config: Any) -> list[Layer]:
-        """The position and window of each layer that a config says."""
+        """Return the position and window of each layer of a config."""
 
     def qk_norm(self, config: Any) -> QKNorm:
-        """The QK-norm that a config says."""
+        """Return the QK-norm of a config."""
         (norm,) = self.serves.qk_norms
         return norm
 
     def score_scale(self, config: Any) -> Fields:
-        """The scale of the scores that a config says."""
+        """Return the scale of the scores of a config."""
         return {"kind": "sqrt_dim"}
 
     def logit_scale(self, config: Any) -> float:
-        """The factor on the logits that a config says."""
+        """Return the factor on the logits of a config."""
         return 1.0
 
     def own_fields(self, model: ModelConfig, plan: LayerPlan) -> Fields:
-        """As the base says."""
+        """Return the fields that every class of transformers has, then those of the layers."""
         fields: Fields = {
             "hidden_act": "silu",
             "attention_bias": False,
@@ -58,12 +58,12 @@ class StockArchitecture(Architecture):
         return fields | self.layer_fields(model, plan.expand())
 
     def from_config(self, config: Any) -> ModelConfig:
-        """As the base says."""
+        """Return the model of a config, or raise, as Architecture describes it."""
         for field, value in PLAIN_FIELDS.items():
             found = getattr(config, field, value)
             if found != value:
                 raise InteropError(
-                    f"config.json: {field}={found} has no word in our model (only {value})."
+                    f"config.json: {field}={found} is not supported by our model (only {value})."
                 )
         if getattr(config, "quantization_config", None) is not None:
             raise InteropError("config.json: its weights are quantized. Ask for unquantized ones.")

@@ -35,19 +35,20 @@ ARCHITECTURES: Table = (
 def huggingface_fits(
     model: ModelConfig, plan: LayerPlan | None = None, table: Table = ARCHITECTURES
 ) -> list[Fit]:
-    """One Fit per class that transformers ships, those that can carry the model first."""
+    """Return one Fit per class that transformers ships, those that support the model first."""
     plan = plan or model.layer_plan
     fits = [architecture.fit(model, plan) for architecture in table if not architecture.code_files]
     return sorted(fits, key=lambda fit: not fit.can)
 
 
 def by_name(name: str, table: Table = ARCHITECTURES) -> Architecture:
-    """The class of that name."""
+    """Return the class of that name."""
     return next(architecture for architecture in table if architecture.name == name)
 
 
 def of_model_type(model_type: str, table: Table = ARCHITECTURES) -> Architecture:
-    """The class that a config.json names. Raises InteropError for one that cannot be imported."""
+    """Return the class that a config.json names. Raises InteropError for one that cannot be
+    imported."""
     known = {a.model_type: a for a in table if not a.code_files}
     if model_type not in known:
         raise InteropError(

@@ -1,9 +1,9 @@
 """Which Hugging Face tensor is which of ours, and in which order a class keeps the rows of a head.
 
-Inside our model a rotation turns pairs (i, i + rotary_dim / 2). Cohere's classes turn (2i, 2i + 1);
-and a rotation of part of a head, said as `proportional`, turns pairs of the whole head. Queries and
-keys of rotated layers are reordered for them; a layer without rotation keeps its order, because
-there any order that queries and keys share gives the same scores.
+Inside our model a rotation has the pairs (i, i + rotary_dim / 2). Cohere's classes have
+(2i, 2i + 1); and a rotation of part of a head, written as `proportional`, has pairs of the whole
+head. Queries and keys of rotated layers are reordered for them; a layer without rotation keeps its
+order, because there any order that queries and keys share gives the same scores.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,12 +38,12 @@ class TensorName:
 
     @property
     def in_last_dimension(self) -> bool:
-        """Whether `order` is of the last dimension: a QK-norm's weight of one row per head."""
+        """True where `order` is of the last dimension: a QK-norm's weight of one row per head."""
         return self.ours is not None and self.ours.endswith("_norm.weight") and len(self.shape) > 1
 
 
 def norm_names(model: ModelConfig) -> Mapping[str, str]:
-    """Their name of each norm of a block, as every class so far has it."""
+    """Return the name of each norm of a block, as every class so far has it, by ours."""
     match model.block:
         case "parallel":
             return {"norm": "input_layernorm"}
@@ -59,8 +59,8 @@ def norm_names(model: ModelConfig) -> Mapping[str, str]:
 
 
 def half_pairs(head_dim: int, rotary_dim: int) -> Order | None:
-    """Our row for each of theirs where pairs are (i, i + head_dim / 2), also of a part of a head;
-    None where the orders agree."""
+    """Return our row for each of theirs where pairs are (i, i + head_dim / 2), also for a part of a
+    head; None where the orders agree."""
     pairs = rotary_dim // 2
     still = list(range(rotary_dim, head_dim))
     fill = head_dim // 2 - pairs
@@ -69,7 +69,8 @@ def half_pairs(head_dim: int, rotary_dim: int) -> Order | None:
 
 
 def interleaved_pairs(head_dim: int, rotary_dim: int) -> Order | None:
-    """Our row for each of theirs where pairs are (2i, 2i + 1); None where the orders agree."""
+    """Return our row for each of theirs where pairs are (2i, 2i + 1); None where the orders
+    agree."""
     pairs = rotary_dim // 2
     still = list(range(rotary_dim, head_dim))
     order = [row for pair in range(pairs) for row in (pair, pairs + pair)] + still
@@ -79,7 +80,7 @@ def interleaved_pairs(head_dim: int, rotary_dim: int) -> Order | None:
 def attention_tensors(
     model: ModelConfig, scheme: AttentionScheme, ours: str, theirs: str, order: Order | None
 ) -> Iterator[TensorName]:
-    """The projections, the QK-norm and the learned scale of one layer."""
+    """Yield the projections, the QK-norm and the learned scale of one layer."""
     hidden, head_dim = model.hidden_size, model.head_dim
     heads = {"query": model.num_heads, "key": model.num_kv_heads, "value": model.num_kv_heads}
     for name, count in heads.items():
@@ -115,7 +116,7 @@ def attention_tensors(
 
 
 def _qk_norm_shape(norm: QKNorm, heads: int, head_dim: int) -> tuple[int, ...] | None:
-    """The shape of the weight of one of the two norms, None without a norm."""
+    """Return the shape of the weight of one of the two norms, None without a norm."""
     match norm.kind:
         case "none":
             return None
@@ -140,7 +141,7 @@ def _qk_norm_shape(norm: QKNorm, heads: int, head_dim: int) -> tuple[int, ...] |
 
 
 def mlp_tensors(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorName]:
-    """The three matrices of a SwiGLU MLP."""
+    """Yield the three matrices of a SwiGLU MLP."""
     for name in ("gate", "up", "down"):
         wide = (model.intermediate_size, model.hidden_size)
         yield TensorName(
