@@ -128,9 +128,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _describe(arguments: argparse.Namespace) -> int:
     from megahybrid.config.describe import describe, render
+    from megahybrid.interop.architectures.table import huggingface_fits
 
     run = _checked(arguments)
-    description = describe(run, arguments.world_size)
+    description = describe(run, arguments.world_size, huggingface_fits)
     print(json.dumps(description, indent=2) if arguments.json else render(description))
     return EXIT_DONE
 

@@ -5,18 +5,21 @@ from dataclasses import asdict
 from typing import Any
 
 from megahybrid.config import counting
+from megahybrid.config.architecture_fit import Fits
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.explain import show
-from megahybrid.config.huggingface_fit import huggingface_fits
 from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import Stage
 
 
-def describe(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
+def describe(
+    run: RunConfig, world_size: int | None = None, fits: Fits | None = None
+) -> dict[str, Any]:
     """The run in numbers, ready for JSON. Layers and KV cache are those of the last stage at its
-    longest length; memory is for `world_size` ranks (one data rank when left out)."""
+    longest length; memory is for `world_size` ranks (one data rank when left out); `fits` tells
+    which Hugging Face classes support the model (left out: none is listed)."""
     last = len(run.stages) - 1
     plan, length = run.plan_at(last), max(run.stages[last].lengths)
     cache = counting.kv_cache_bytes(run.model, length, plan)
@@ -45,7 +48,7 @@ def describe(run: RunConfig, world_size: int | None = None) -> dict[str, Any]:
                 "how": fit.how,
                 "why_not": fit.reasons,
             }
-            for fit in huggingface_fits(run.model, plan)
+            for fit in (fits(run.model, plan) if fits is not None else ())
         ],
     }
 
@@ -190,7 +193,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
         if stage["anneal"]:
             console.print(_anneal_table(stage))
     console.print(_memory_table(description))
-    console.print(_huggingface_table(description))
+    if description["huggingface"]:
+        console.print(_huggingface_table(description))
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
@@ -309,7 +313,7 @@ def _memory_table(description: dict[str, Any]) -> Any:
 
 def _huggingface_table(description: dict[str, Any]) -> Any:
     table = _table(
-        "Hugging Face architectures", ("architecture", "can say it", "how, or why not"), ()
+        "Hugging Face architectures", ("architecture", "supported", "how, or why not"), ()
     )
     for fit in description["huggingface"]:
         table.add_row(

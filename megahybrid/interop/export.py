@@ -5,34 +5,37 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, counting
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.attention import LayerPlan, Rope
 from megahybrid.config.base import did_you_mean
-from megahybrid.config.huggingface_fit import huggingface_fits
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import EXIT_DONE, ConfigError, InteropError
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.rope import rope_parameters
+from megahybrid.interop.architectures.table import (
+    ARCHITECTURES,
+    Table,
+    by_name,
+    huggingface_fits,
+)
 from megahybrid.interop.logit_proof import Row, proof_in_words, prove
 from megahybrid.interop.model_card import evaluations_of, model_card
-from megahybrid.interop.names import OWN, tensor_names
 from megahybrid.interop.publish import published
-from megahybrid.interop.read_back import check_dtype, check_files, check_told
-from megahybrid.interop.said import MODEL_TYPES, config_fields, inexact_rotations
+from megahybrid.interop.read_back import check_dtype, check_fields_as_read, check_files
+from megahybrid.interop.rotation_bits import frequencies, their_frequencies
 from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
 from megahybrid.interop.tokenizer import write_tokenizer
 from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
-CODE_FILES = ("cache_megahybrid.py", "configuration_megahybrid.py", "modeling_megahybrid.py")
-# Where several classes can say a model: the one that the most programs read. GraniteSWA has sinks
-# to be switched off, so it is the last.
-PREFERRED = ("Cohere", "Cohere2", "Llama", "SmolLM3", "Qwen3", "Exaone4", "Olmo3", "GraniteSWA")
-
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint and what it says of its model; the plan is of the stage it was written in."""
+    """A checkpoint and its run; the plan is that of the stage in which it was written."""
 
     folder: Path
     manifest: Manifest
@@ -65,16 +68,17 @@ def export(
     architecture: str | None = None,
     tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    table: Table = ARCHITECTURES,
 ) -> int:
     """Write `out` from a checkpoint, load it with transformers, compare, and only then name it.
 
     `tokenizer` is a file, or "none"; the run's own when left out. Raises MegahybridError, one
-    line, and leaves nothing behind, where the plan cannot be said or the logits differ.
+    line, and leaves nothing behind, where no class supports the plan or the logits differ.
     """
     require_transformers()
     source = open_source(path)
-    chosen = choose(source.run.model, source.plan, architecture)
-    print(f"{source.folder} as {chosen}ForCausalLM, {dtype}")
+    chosen = choose(source.run.model, source.plan, architecture, table)
+    print(f"{source.folder} as {chosen.name}ForCausalLM, {dtype}")
     with published(out, _bytes(source, dtype)) as folder:
         ids = write_tokenizer(folder, source.run, tokenizer)
         files = _config_files(source, chosen, dtype, ids.eod_id)
@@ -82,8 +86,8 @@ def export(
             _write(folder / name, text)
         rows = _write_weights(folder, source, chosen, dtype, shard_bytes)
         check_files(folder, files)
-        told = {"max_position_embeddings": source.max_length, "eos_token_id": ids.eod_id}
-        check_told(folder, told, own=chosen == OWN)
+        meant = {"max_position_embeddings": source.max_length, "eos_token_id": ids.eod_id}
+        check_fields_as_read(folder, meant, trust_code=bool(chosen.code_files))
         card = model_card(
             source.run,
             source.plan,
@@ -111,24 +115,27 @@ def require_transformers() -> None:
         ) from None
 
 
-def choose(model: ModelConfig, plan: LayerPlan, wanted: str | None) -> str:
-    """The class to export as. Raises ConfigError with what `wanted` cannot say."""
+def choose(
+    model: ModelConfig, plan: LayerPlan, wanted: str | None, table: Table = ARCHITECTURES
+) -> Architecture:
+    """Return the class to export as. Raises ConfigError with what `wanted` does not support."""
     if any(scheme.window is not None and scheme.window < 2 for scheme in plan.schemes.values()):
         raise ConfigError(
             "model.layer_plan has a window of 1 key, for which the cache of transformers is wrong. "
             "Use a window of 2 or more."
         )
-    inexact = inexact_rotations(plan, model.head_dim)
-    reasons = {
-        fit.architecture: [*fit.reasons, *inexact] for fit in huggingface_fits(model, plan)
-    } | {OWN: []}
-    able = sorted((n for n in reasons if n != OWN and not reasons[n]), key=PREFERRED.index)
-    if all(scheme.position.kind == "nope" for scheme in plan.schemes.values()):
-        # SmolLM3 has a word for it; Llama needs a rotation by nothing.
-        able.sort(key=lambda name: name == "Llama")
-    if wanted is None:
-        return able[0] if able else OWN
+    reasons = refusals(model, plan, table)
+    schemes = plan.expand()
+    able = [by_name(name, table) for name in reasons if not reasons[name]]
+    able.sort(key=lambda one: (bool(one.code_files), one.export_rank(schemes)))
+    if wanted is None and able:
+        return able[0]
     known = {name.lower(): name for name in reasons}
+    if wanted is None:
+        raise ConfigError(
+            "no class supports this model: "
+            + "; ".join(f"{name}: {' and '.join(some)}" for name, some in reasons.items())
+        )
     if wanted.lower() not in known:
         raise ConfigError(
             f"--architecture={wanted} is none of {', '.join(reasons)}."
@@ -136,11 +143,39 @@ def choose(model: ModelConfig, plan: LayerPlan, wanted: str | None) -> str:
         )
     name = known[wanted.lower()]
     if reasons[name]:
+        way_out = f" Use {' or '.join(one.name for one in able)}." if able else ""
         raise ConfigError(
-            f"--architecture={name} cannot say this model: {'; '.join(reasons[name])}. "
-            f"Use {' or '.join([*able, OWN])}."
+            f"--architecture={name} does not support this model: {'; '.join(reasons[name])}."
+            f"{way_out}"
         )
-    return name
+    return by_name(name, table)
+
+
+def refusals(model: ModelConfig, plan: LayerPlan, table: Table) -> dict[str, list[str]]:
+    """Return the reasons against each class by its name, the class with code of ours last."""
+    inexact = inexact_rotations(plan, model.head_dim)
+    fits = huggingface_fits(model, plan, table)
+    own = [one.fit(model, plan) for one in table if one.code_files]
+    return {fit.architecture: [*fit.reasons, *inexact] for fit in fits} | {
+        fit.architecture: list(fit.reasons) for fit in own
+    }
+
+
+def inexact_rotations(plan: LayerPlan, head_dim: int) -> list[str]:
+    """Return the reasons against every class of transformers: partial rotations whose frequencies
+    it rounds otherwise.
+
+    `proportional` reaches them by another theta, which is exact in real numbers only.
+    """
+    reasons = []
+    for name, scheme in plan.schemes.items():
+        position = scheme.position
+        if isinstance(position, Rope) and position.rotary_fraction < 1 and not position.scaling:
+            ours = frequencies(position, head_dim)
+            theta = rope_parameters(position, head_dim)["rope_theta"]
+            if not torch.equal(ours, their_frequencies(theta, len(ours), head_dim)):
+                reasons.append(f"the frequencies of its partial rotations are not {name}'s bits")
+    return reasons
 
 
 def _bytes(source: Source, dtype: str) -> int:
@@ -152,12 +187,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def _config_files(
-    source: Source, architecture: str, dtype: str, eod_id: int | None
+    source: Source, architecture: Architecture, dtype: str, eod_id: int | None
 ) -> dict[str, str]:
-    """The text of each file that says what the weights are, and of the code where it goes along."""
+    """Return the text of each JSON file, and of the code where it goes along."""
     import transformers
 
-    fields = config_fields(architecture, source.run.model, source.plan, source.max_length)
+    fields = architecture.to_config(source.run.model, source.plan, source.max_length)
     fields |= {
         "bos_token_id": None,
         "eos_token_id": eod_id,
@@ -165,26 +200,25 @@ def _config_files(
         "dtype": str(DTYPES[dtype][1]).removeprefix("torch."),
         "transformers_version": transformers.__version__,
     }
-    assert fields["model_type"] == MODEL_TYPES[architecture]
     generation = {"transformers_version": transformers.__version__, "eos_token_id": eod_id}
     files = {
         "config.json": json.dumps(fields, indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
     }
-    if architecture == OWN:
-        code = resources.files("megahybrid.interop.remote_code")
-        files |= {name: (code / name).read_text(encoding="utf-8") for name in CODE_FILES}
+    code = resources.files("megahybrid.interop.remote_code")
+    for name in architecture.code_files:
+        files[name] = (code / name).read_text(encoding="utf-8")
     return files
 
 
 def _write_weights(
-    folder: Path, source: Source, architecture: str, dtype: str, shard_bytes: int
+    folder: Path, source: Source, architecture: Architecture, dtype: str, shard_bytes: int
 ) -> list[Row]:
     model, plan = source.run.model, source.plan
-    names = list(tensor_names(model, plan, architecture))
+    names = list(architecture.tensor_names(model, plan))
     with Reader(source.folder) as reader:
         write_shards(folder, out_tensors(reader, names, model.head_dim), dtype, shard_bytes)
     check_dtype(folder, dtype)
     return prove(
-        model, plan, source.folder, folder, own=architecture == OWN, dtype=DTYPES[dtype][1]
+        model, plan, source.folder, folder, architecture=architecture, dtype=DTYPES[dtype][1]
     )

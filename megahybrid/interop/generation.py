@@ -11,7 +11,8 @@ NEW_TOKENS, FEW_NEW_TOKENS = 8, 3  # that `generate` writes
 
 
 def cache_name() -> str:
-    """What this transformers calls a cache, as a keyword and in an output: `cache` since 5.24."""
+    """Return this transformers' name of a cache, as a keyword and in an output: `cache` since
+    5.24."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     held = {field.name for field in fields(CausalLMOutputWithPast)}
@@ -19,7 +20,7 @@ def cache_name() -> str:
 
 
 def cached_logits(theirs: Any, tokens: Tensor, tail: int) -> Tensor:
-    """Logits of the last `tail` tokens, each seen alone with a cache of those before."""
+    """Return the logits of the last `tail` tokens, each seen alone with a cache of those before."""
     name = cache_name()
     out = theirs(input_ids=tokens[:, :-tail], use_cache=True)
     logits = []
@@ -31,8 +32,8 @@ def cached_logits(theirs: Any, tokens: Tensor, tail: int) -> Tensor:
 
 
 def generate_greedily(theirs: Any, prompt: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The prompt and `steps` tokens that the class's own `generate` wrote after it, and the logits
-    [batch, steps, vocab] that it took them from.
+    """Return the prompt and `steps` tokens that the class's own `generate` wrote after it, and the
+    logits [batch, steps, vocab] that it took them from.
 
     A folder's generation config may sample, or end at once: here none of it counts.
     """

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
-from megahybrid.interop.names import HEAD, NO_SINK, TensorName, tensor_names
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.tensor_names import HEAD, TensorName
 from megahybrid.interop.shards import INDEX_NAME, reordered
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
@@ -26,19 +27,20 @@ class ForeignWeights:
         self._open: dict[str, Any] = {}
 
     def names(self) -> set[str]:
-        """Every tensor there is."""
+        """Return the name of every tensor."""
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """Return the shape of one tensor."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """Of one tensor, in the words of safetensors: F32, BF16."""
+        """Return the dtype of one tensor as safetensors names it: F32, BF16."""
         return str(self._slice(name).get_dtype())
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start…stop of a tensor, fp32. Raises InteropError where that would round them."""
+        """Return rows start…stop of a tensor in fp32. Raises InteropError where that rounds
+        them."""
         found = self._slice(name)[start:stop]
         if not found.is_floating_point():
             raise InteropError(f"{self.folder}: {name} is {found.dtype}, not floating point.")
@@ -51,7 +53,7 @@ class ForeignWeights:
         return rows.contiguous().numpy()
 
     def close(self) -> None:
-        """Let go of the files, and of the pages that were read."""
+        """Close the files, which frees the pages that were read."""
         self._open.clear()
 
     def __enter__(self) -> "ForeignWeights":
@@ -78,7 +80,7 @@ def _open(path: Path) -> Any:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Return the file of each tensor."""
     index = folder / INDEX_NAME
     single = folder / "model.safetensors"
     if single.exists():  # before the index, as transformers chooses
@@ -106,11 +108,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def check_tensors(
-    weights: ForeignWeights, model: ModelConfig, plan: LayerPlan, architecture: str
+    weights: ForeignWeights, model: ModelConfig, plan: LayerPlan, architecture: Architecture
 ) -> list[TensorName]:
-    """Every tensor of the model with both names. Raises InteropError where the folder has fewer,
-    more, or others of another shape: nothing is guessed and nothing is dropped."""
-    names = list(tensor_names(model, plan, architecture))
+    """Return every tensor of the model with both names. Raises InteropError where the folder has
+    fewer, more, or others of another shape: nothing is guessed and nothing is dropped."""
+    names = list(architecture.tensor_names(model, plan))
     held = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
     if model.tie_embeddings:
         held.discard(HEAD)
@@ -119,7 +121,7 @@ def check_tensors(
         if some:
             raise InteropError(
                 f"{weights.folder} {what} {min(some)} ({len(some)} such tensors); a "
-                f"{architecture}ForCausalLM of its config has {len(wanted)}."
+                f"{architecture.name}ForCausalLM of its config has {len(wanted)}."
             )
     for name in names:
         if weights.shape(name.theirs) != name.shape:
@@ -128,12 +130,10 @@ def check_tensors(
                 f"its config.json means {list(name.shape)}."
             )
         if name.ours is None:
-            strongest = float(weights.rows(name.theirs, 0, name.shape[0]).max())
-            if strongest > NO_SINK / 10:
-                raise InteropError(
-                    f"{weights.folder}: {name.theirs} is {strongest:.3g}: our model has no "
-                    "attention sinks (only those of -1e9, which take nothing)."
-                )
+            largest = float(weights.rows(name.theirs, 0, name.shape[0]).max())
+            refusal = architecture.extra_refusal(name, largest)
+            if refusal:
+                raise InteropError(f"{weights.folder}: {refusal}")
     return names
 
 

@@ -22,12 +22,13 @@ from megahybrid.errors import EXIT_DONE, ConfigError, InteropError, MegahybridEr
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.table import position_table
 from megahybrid.interop import surgery
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.table import ARCHITECTURES, Table, of_model_type
+from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.export import require_transformers
-from megahybrid.interop.heard import hear
 from megahybrid.interop.hf_weights import Band, ForeignWeights, check_tensors
 from megahybrid.interop.logit_proof import our_model, proof_in_words, prove, quiet
 from megahybrid.interop.model_card import scheme_in_words
-from megahybrid.interop.names import TensorName
 from megahybrid.interop.publish import published
 from megahybrid.interop.shards import row_bands
 from megahybrid.parallel.mesh import ParallelMesh
@@ -44,6 +45,7 @@ def import_model(
     *,
     plan_file: Path | None = None,
     data: Path | None = None,
+    table: Table = ARCHITECTURES,
 ) -> int:
     """Write `out`, a run's folder with one checkpoint of step 0, and print what it holds. Left out,
     it is what `run_file` starts from, or a folder beside the run's own.
@@ -51,11 +53,11 @@ def import_model(
     `run_file` must describe the same model; where it does not exist it is written. `plan_file`
     names another layer plan for the same weights; with `data`, a dataset, loss by position is
     printed before and after. Raises MegahybridError, one line, and leaves nothing behind, where a
-    field has no word, a tensor is missing or the logits differ.
+    field is not supported, a tensor is missing or the logits differ.
     """
     require_transformers()
     config = _config(folder)
-    architecture, model = _heard(folder, config)
+    architecture, model = _from_hf_config(folder, config, table)
     target = model
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
@@ -64,14 +66,14 @@ def import_model(
     is_new = not run_file.exists()
     out = out or _place(run_file)
     run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
-    print(f"{folder}: {architecture}ForCausalLM, {counting.parameters(model):,} parameters")
+    print(f"{folder}: {architecture.name}ForCausalLM, {counting.parameters(model):,} parameters")
     print("\n".join(_plan_in_words(model.layer_plan)))
     needed = counting.parameters(model) * 4
     with ForeignWeights(folder) as weights, published(out, needed) as place:
         names = check_tensors(weights, model, model.layer_plan, architecture)
         _save(place, weights, names, run, model)
         checkpoint = published_path(place, 0)
-        rows = prove(model, model.layer_plan, checkpoint, folder, own=False)
+        rows = prove(model, model.layer_plan, checkpoint, folder, architecture=architecture)
         print("\n".join(proof_in_words(rows)))
         if plan_file is not None:
             print("\n".join(surgery.in_words(changed)))
@@ -103,25 +105,26 @@ def _config(folder: Path) -> Any:
 
 
 def _place(run_file: Path) -> Path:
-    """Where an import goes that nobody named."""
+    """Return the folder of an import that the user gave no name."""
     start = load(run_file).start if run_file.exists() else None
     return Path(start.checkpoint if start is not None else f"runs/{run_file.stem}-imported")
 
 
-def _heard(folder: Path, config: Any) -> tuple[str, ModelConfig]:
+def _from_hf_config(folder: Path, config: Any, table: Table) -> tuple[Architecture, ModelConfig]:
     try:
-        return hear(config)
+        architecture = of_model_type(config.model_type, table)
+        return architecture, architecture.from_config(config)
     except MegahybridError:
         raise
-    except Exception as error:  # a foreign file may say anything where a number is wanted
+    except Exception as error:  # a foreign file may hold anything where a number is wanted
         words = " ".join(str(error).split())[:200]
         raise InteropError(
-            f"{folder}/config.json does not say a model ({type(error).__name__}: {words})."
+            f"{folder}/config.json describes no model ({type(error).__name__}: {words})."
         ) from None
 
 
 def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunConfig:
-    """The run file, if its model is this one. Raises ConfigError, one line per difference."""
+    """Return the run file if its model is this one. Raises ConfigError, a line per difference."""
     run = load(run_file)
     lines = [
         f"model.{name}={show(getattr(run.model, name))} is not the source's "
@@ -129,33 +132,33 @@ def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunCo
         for name in FACTS
         if getattr(run.model, name) != getattr(model, name)
     ]
-    said = run.model.layer_plan.expand()
+    known = run.model.layer_plan.expand()
     for plan in (target.layer_plan, model.layer_plan):
-        if said == plan.expand():
+        if known == plan.expand():
             break
     else:
-        lines.append(_plan_difference(said, model.layer_plan, run_file))
+        lines.append(_plan_difference(known, model.layer_plan, run_file))
     if lines:
         raise ConfigError(*lines)
     return parse(RunConfig, dump(run) | {"model": dump(target), "start": None})
 
 
-def _plan_difference(said: tuple[Any, ...], plan: LayerPlan, run_file: Path) -> str:
+def _plan_difference(known: tuple[Any, ...], plan: LayerPlan, run_file: Path) -> str:
     schemes = plan.expand()
-    if len(said) != len(schemes):
+    if len(known) != len(schemes):
         return (
-            f"model.layer_plan.num_layers={len(said)} is not the source's ({len(schemes)}). "
+            f"model.layer_plan.num_layers={len(known)} is not the source's ({len(schemes)}). "
             "Set it to that."
         )
-    layer = next(i for i, (a, b) in enumerate(zip(said, schemes, strict=True)) if a != b)
+    layer = next(i for i, (a, b) in enumerate(zip(known, schemes, strict=True)) if a != b)
     return (
-        f"model.layer_plan: layer {layer} is {scheme_in_words(said[layer])}, the source's is "
+        f"model.layer_plan: layer {layer} is {scheme_in_words(known[layer])}, the source's is "
         f"{scheme_in_words(schemes[layer])}. Correct it, or mean it with --plan {run_file}."
     )
 
 
 def _new_run(folder: Path, model: ModelConfig, config: Any) -> RunConfig:
-    """A run that could train the model on, with places for the user's data."""
+    """Return a run that could train the model on, with places for the user's data."""
     length = min(NEW_LENGTH, config.max_position_embeddings)
     data: dict[str, Any] = {"sources": {"text": {"path": "data/text"}}, "block_tokens": 2**20}
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -222,7 +225,7 @@ def _save(
 def _fragments(
     weights: ForeignWeights, names: list[TensorName], head_dim: int
 ) -> Iterator[Fragment]:
-    """Bands of rows that are read one by one while they are written."""
+    """Yield bands of rows that are read one by one while they are written."""
     for name in names:
         if name.ours is None:
             continue
@@ -236,7 +239,7 @@ def _fragments(
 def _print_losses(
     run: RunConfig, checkpoint: Path, before: LayerPlan, after: LayerPlan, data: Path
 ) -> None:
-    """Loss by position of the same weights under both plans."""
+    """Print the loss by position of the same weights under both plans."""
     mesh = ParallelMesh.single("cpu")
     dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
     rows = max(length for stage in run.stages for length in stage.lengths)

@@ -1,4 +1,4 @@
-"""Both models with one layer in memory at a time, for those that do not fit as a whole.
+"""Run both models with one layer in memory at a time, where they do not fit as a whole.
 
 They are the same classes, built without storage; a layer's weights are read when it is called and
 forgotten when it returns. The embedding is read by the rows that are asked for, the head in bands.
@@ -48,7 +48,7 @@ def lend(module: nn.Module, prefix: str, load: Load) -> None:
 
 
 def bands(rows: int, columns: int) -> list[tuple[int, int]]:
-    """The rows of a matrix in pieces of BAND_BYTES."""
+    """Return the rows of a matrix in pieces of BAND_BYTES."""
     band = max(1, BAND_BYTES // (4 * columns))
     return [(start, min(start + band, rows)) for start in range(0, rows, band)]
 
@@ -97,7 +97,7 @@ class StreamedOurs:
 
 
 def streamed_theirs(folder: Path, config: Any, weights: ForeignWeights, own: bool) -> Any:
-    """The class of transformers that `folder` names, reading its weights as they are needed.
+    """Return the class of transformers that `folder` names, reading its weights as they are needed.
 
     Only its three readers of weights are replaced, so that its own forward and `generate` run.
     """

@@ -18,9 +18,10 @@ from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale, Rope
-from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.base import Architecture
+from megahybrid.interop.architectures.tensor_names import HEAD
 from megahybrid.interop.generation import (
     CACHE_STEPS,
     FEW_NEW_TOKENS,
@@ -30,9 +31,8 @@ from megahybrid.interop.generation import (
 )
 from megahybrid.interop.hf_weights import ForeignWeights, check_tensors
 from megahybrid.interop.layerwise import StreamedOurs, streamed_theirs
-from megahybrid.interop.names import HEAD
 from megahybrid.interop.read_back import check_bits
-from megahybrid.interop.said import MODEL_TYPES
+from megahybrid.interop.rotation_bits import frequencies
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -47,9 +47,9 @@ NAMED_FROM = 3e-5  # of a hidden state: above what rounding makes of equal layer
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: tokens of the input, the largest difference, the largest logit. What is
-    `cached` are the last few tokens, one by one; what is `generated`, those that `generate` wrote
-    after the others."""
+    """One comparison: tokens of the input, the largest difference, the largest logit.
+    `what` is whole, cached (the last few tokens, one by one) or generated (those that `generate`
+    wrote after the others)."""
 
     what: str
     length: int
@@ -58,17 +58,17 @@ class Row:
 
     @property
     def bound(self) -> float:
-        """The largest difference that is called equal."""
+        """Return the largest difference that is called equal."""
         return BOUND * max(1.0, self.largest)
 
     @property
     def equal(self) -> bool:
-        """Whether the logits are the same function's (false for what is not a number)."""
+        """True where the logits are the same function's; false for a NaN."""
         return self.difference <= self.bound
 
 
 def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
-    """The plan to compare with: windows of different lengths stay different."""
+    """Return the plan to compare with: windows of different lengths stay different."""
     limit = SMALL_WINDOW if parameters > LARGE else LARGE_WINDOW
     windows = sorted({s.window for s in plan.schemes.values() if s.window is not None})
     smaller = {window: min(window, limit + rank) for rank, window in enumerate(windows)}
@@ -83,34 +83,8 @@ def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
     return plan.model_copy(update={"schemes": schemes})
 
 
-def shrink_config(config: Any, plan: LayerPlan, small: LayerPlan) -> None:
-    """Make a loaded config that says `plan` say `small`. Raises InteropError where it says neither.
-
-    So the window that is written is compared as well, though another one is run.
-    """
-    if config.model_type == "megahybrid":
-        for name, scheme in config.schemes.items():
-            _same("window", scheme["window"], plan.schemes[name].window)
-            scheme["window"] = small.schemes[name].window
-            scheme["logit_scale"] = dump(small.schemes[name].logit_scale)
-        return
-    windows = {s.window: small.schemes[name].window for name, s in plan.schemes.items()}
-    windows.pop(None, None)
-    if not windows:
-        return
-    _same("sliding_window", config.sliding_window, next(iter(windows)))
-    config.sliding_window = windows[config.sliding_window]
-
-
-def _same(name: str, said: Any, meant: Any) -> None:
-    if said != meant:
-        raise InteropError(
-            f"config.json says {name}={said}, but the plan has {meant}. Nothing was published."
-        )
-
-
 def lengths(plan: LayerPlan) -> tuple[int, int]:
-    """A length below the shortest window and one well above the longest."""
+    """Return a length below the shortest window and one well above the longest."""
     windows = [s.window for s in plan.schemes.values() if s.window is not None]
     if not windows:
         return 5, 96
@@ -120,7 +94,8 @@ def lengths(plan: LayerPlan) -> tuple[int, int]:
 def our_model(
     model: ModelConfig, plan: LayerPlan, reader: Reader, dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """Our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were written."""
+    """Return our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were
+    written."""
     ours = Transformer(model, ParallelMesh.single("cpu"), plan=plan).eval()
     with torch.no_grad():
         for parameter, spec in ours.sharded_parameters().values():
@@ -130,20 +105,22 @@ def our_model(
     return ours
 
 
-def their_config(folder: Path, plan: LayerPlan, small: LayerPlan, own: bool) -> Any:
-    """The config of `folder` as transformers reads it, made to say `small`."""
+def their_config(
+    folder: Path, plan: LayerPlan, small: LayerPlan, architecture: Architecture
+) -> Any:
+    """Return the config of `folder` as transformers reads it, shrunk to the plan `small`."""
     from transformers import AutoConfig
 
     with quiet():
         config = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=own
+            str(folder), local_files_only=True, trust_remote_code=bool(architecture.code_files)
         )
-    shrink_config(config, plan, small)
+    architecture.shrink(config, plan, small)
     return config
 
 
 def their_model(folder: Path, config: Any, own: bool) -> Any:
-    """What `folder` holds, as anyone's transformers loads it, in fp32 on the CPU."""
+    """Return the model in `folder` as anyone's transformers loads it, in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
     options = {"local_files_only": True, "trust_remote_code": own}
@@ -169,7 +146,7 @@ def their_model(folder: Path, config: Any, own: bool) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and notes of transformers, which mean nothing here."""
+    """Silence the bars and notes of transformers, which mean nothing here."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -193,7 +170,8 @@ def compare(
     seed: int = 1,
     few_passes: bool = False,
 ) -> list[Row]:
-    """The rows of a proof. Raises InteropError, naming the first differing layer, where one fails.
+    """Return the rows of a proof. Raises InteropError, naming the first differing layer, where one
+    fails.
 
     `plan` is the one that both run. The last tokens also go through the cache of keys and values,
     one by one, unless `few_passes` (every pass reads all weights); and the longer input is gone on
@@ -225,7 +203,7 @@ def compare(
 
 
 def _generated(ours: Transformer | StreamedOurs, theirs: Any, prompt: Tensor, steps: int) -> Row:
-    """What `generate` wrote after `prompt`, and from which logits, against our logits of it all."""
+    """Compare what `generate` wrote after `prompt`, and its logits, with our logits of it all."""
     tokens, other = generate_greedily(theirs, prompt, steps)
     mine = ours.logits(tokens[:, :-1])[:, -steps:]
     row = _row("generated", mine, other, length=tokens.shape[1])
@@ -241,7 +219,7 @@ def _generated(ours: Transformer | StreamedOurs, theirs: Any, prompt: Tensor, st
 
 
 def _row(what: str, mine: Tensor, other: Tensor, length: int | None = None) -> Row:
-    """The last positions of `mine` against `other`, which may be of those only."""
+    """Compare the last positions of `mine` with `other`, which may be of those only."""
     difference = (mine[:, -other.shape[1] :] - other).abs().max().item()
     return Row(what, length or mine.shape[1], difference, mine.abs().max().item())
 
@@ -258,7 +236,7 @@ def _verdict(row: Row, layer: int | None, words: str) -> str:
 def first_difference(
     ours: Transformer | StreamedOurs, theirs: Any, tokens: Tensor
 ) -> tuple[int | None, str]:
-    """The first layer whose output differs by more than rounding, and by how much."""
+    """Return the first layer whose output differs by more than rounding, and by how much."""
     mine = _outputs(ours.blocks, lambda: ours.logits(tokens))
     other = _outputs(theirs.model.layers, lambda: theirs(input_ids=tokens, use_cache=False))
     for index, (a, b) in enumerate(zip(mine, other, strict=True)):
@@ -290,7 +268,7 @@ def prove(
     checkpoint: Path,
     folder: Path,
     *,
-    own: bool,
+    architecture: Architecture,
     dtype: torch.dtype = torch.float32,
     whole_bytes: int = WHOLE_BYTES,
 ) -> list[Row]:
@@ -301,10 +279,11 @@ def prove(
     """
     parameters = counting.parameters(model)
     small = shrunk(plan, parameters)
-    config = their_config(folder, plan, small, own)
+    config = their_config(folder, plan, small, architecture)
+    own = bool(architecture.code_files)
     try:
         with Reader(checkpoint) as reader, ForeignWeights(folder) as weights, quiet():
-            names = check_tensors(weights, model, plan, _architecture(config))
+            names = check_tensors(weights, model, plan, architecture)
             if model.tie_embeddings and HEAD in weights.names():
                 # Some classes load it though the config ties it: then it must be the embedding.
                 names.append(replace(names[0], theirs=HEAD))
@@ -321,10 +300,6 @@ def prove(
             f"the model cannot be run by transformers ({type(error).__name__}: {words}). "
             "Nothing was published."
         ) from error
-
-
-def _architecture(config: Any) -> str:
-    return next(name for name, kind in MODEL_TYPES.items() if kind == config.model_type)
 
 
 def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
@@ -350,14 +325,14 @@ def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
 
 
 def padded_frequencies(scheme: AttentionScheme, head_dim: int) -> Tensor:
-    """The frequencies of a rotation [head_dim / 2], zero where the head does not turn."""
+    """Return the frequencies of a rotation [head_dim / 2], zero where the head does not rotate."""
     assert isinstance(scheme.position, Rope)
-    found = scheme.position.frequencies(head_dim, torch, torch.float32)
+    found = frequencies(scheme.position, head_dim)
     return torch.cat((found, found.new_zeros(head_dim // 2 - len(found))))
 
 
 def proof_in_words(rows: Sequence[Row]) -> list[str]:
-    """One line per row."""
+    """Return one line per row."""
     return [
         f"{row.what:9s} {row.length:5d} tokens: largest difference {row.difference:.2e} "
         f"(bound {row.bound:.1e}, largest logit {row.largest:.3g})"

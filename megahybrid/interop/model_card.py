@@ -8,8 +8,8 @@ from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.describe import position_in_words
+from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
-from megahybrid.interop.names import OWN
 from megahybrid.interop.tokenizer import WrittenTokenizer
 from megahybrid.ledger import EvaluateEvent, read_ledger
 from megahybrid.printable import printable
@@ -19,15 +19,15 @@ def model_card(
     run: RunConfig,
     plan: LayerPlan,
     manifest: Manifest,
-    architecture: str,
+    architecture: Architecture,
     dtype: str,
     rows: Sequence[Row],
     tokenizer: WrittenTokenizer,
     parameters: int,
     evaluations: Sequence[str] = (),
 ) -> str:
-    """The text of README.md."""
-    trust = ", trust_remote_code=True" if architecture == OWN else ""
+    """Return the text of README.md."""
+    trust = ", trust_remote_code=True" if architecture.code_files else ""
     model = run.model
     lines = [
         "---",
@@ -36,7 +36,7 @@ def model_card(
         "tags: [megahybrid]",
         "---",
         "",
-        f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture}ForCausalLM",
+        f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
@@ -87,7 +87,7 @@ def model_card(
 
 
 def evaluations_of(checkpoint: Path, step: int) -> list[str]:
-    """A table of the held-out losses that the checkpoint's own run measured at that step."""
+    """Return a table of the held-out losses that the checkpoint's own run measured at that step."""
     ledger = checkpoint.parent.parent / "ledger.jsonl"
     if not ledger.exists():
         return []
@@ -110,12 +110,12 @@ def evaluations_of(checkpoint: Path, step: int) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """A name in a table of Markdown, where it can end no cell and be no HTML."""
+    """Return a name for a table of Markdown, where it can end no cell and be no HTML."""
     return re.sub(r"([\\`*<>|&~$]|\[|\])", r"\\\1", printable(text))
 
 
 def _layer_rows(plan: LayerPlan) -> list[str]:
-    """One row for each stretch of layers of one scheme."""
+    """Return one row for each stretch of layers of one scheme."""
     names, rows, start = plan.names(), [], 0
     for index in range(1, len(names) + 1):
         if index == len(names) or names[index] != names[start]:
@@ -127,7 +127,7 @@ def _layer_rows(plan: LayerPlan) -> list[str]:
 
 
 def scheme_in_words(scheme: AttentionScheme) -> str:
-    """For a line of text: "rope theta 10000, window 4096"."""
+    """Return a scheme for a line of text: "rope theta 10000, window 4096"."""
     words = position_in_words(scheme)
     if isinstance(scheme.position, Rope):
         words += f" theta {scheme.position.theta:g}"

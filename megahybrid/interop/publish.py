@@ -19,9 +19,8 @@ SPARE_BYTES = 64 * 2**20
 def published(out: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends well, and else is gone.
 
-    What a killed process left at the same place is deleted, and told. Raises InteropError where
-    `out` exists, is being written by another process, or cannot be written.
-    """
+    The leftover of a killed process at the same place is deleted, and printed. Raises InteropError
+    where `out` exists, is being written by another process, or cannot be written."""
     if out.exists() or out.is_symlink():
         raise InteropError(f"{out} exists. Name another folder, or remove it.")
     try:
@@ -73,7 +72,7 @@ def _clear(out: Path) -> None:
 
 
 def _hold(folder: Path) -> int | None:
-    """An open handle that says this process lives, for others to see until it is closed; None on
+    """Return an open handle that shows others, until it is closed, that this process lives; None on
     a file system without locks. Raises BlockingIOError where another process holds it."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:

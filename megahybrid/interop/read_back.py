@@ -1,4 +1,4 @@
-"""What was written is read back: every number of every tensor bit for bit, and every field.
+"""Read back what was written: every number of every tensor bit for bit, and every field.
 
 The logits of a proof touch a few hundred rows of an embedding, and no field that only says how long
 a text may be or where it ends.
@@ -14,8 +14,8 @@ import torch
 
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.hf_weights import ForeignWeights
-from megahybrid.interop.names import TensorName
 from megahybrid.interop.shards import DTYPES, reordered, row_bands
 
 
@@ -62,7 +62,7 @@ def _rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
-    """As integers: a NaN equals itself, and zero is not minus zero."""
+    """Return the values as integers: a NaN equals itself, and zero is not minus zero."""
     return np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
 
 
@@ -93,28 +93,28 @@ def check_files(folder: Path, files: Mapping[str, str]) -> None:
 
 def _difference(found: str, text: str) -> str:
     try:
-        said = json.loads(found)
+        held = json.loads(found)
         wanted = json.loads(text)
-        names = sorted(key for key in {*said, *wanted} if said.get(key) != wanted.get(key))
+        names = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
     except (ValueError, TypeError, AttributeError) as error:
         return f"it is no JSON object ({error})"
     if not names:
         return "its text differs"
-    return "; ".join(f"{n}={said.get(n)!s:.80} instead of {wanted.get(n)!s:.80}" for n in names[:3])
+    return "; ".join(f"{n}={held.get(n)!s:.80} instead of {wanted.get(n)!s:.80}" for n in names[:3])
 
 
-def check_told(folder: Path, fields: Mapping[str, Any], *, own: bool) -> None:
+def check_fields_as_read(folder: Path, fields: Mapping[str, Any], *, trust_code: bool) -> None:
     """Raise InteropError unless transformers reads these fields of a folder as they are meant."""
     from transformers import AutoConfig, GenerationConfig
 
     options: dict[str, Any] = {"local_files_only": True}
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=own, **options)
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_code, **options)
     generation = GenerationConfig.from_pretrained(str(folder), **options)
     for name, meant in fields.items():
         for file, holder in (("config.json", config), ("generation_config.json", generation)):
-            said = getattr(holder, name, meant)
-            if said != meant:
+            read = getattr(holder, name, meant)
+            if read != meant:
                 raise InteropError(
-                    f"transformers reads {name}={said} in {file}, but it is {meant}. "
+                    f"transformers reads {name}={read} in {file}, but it is {meant}. "
                     "Nothing was published."
                 )

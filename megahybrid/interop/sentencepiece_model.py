@@ -30,7 +30,7 @@ class SentencePieceModel:
 
 
 def parse(raw: bytes) -> SentencePieceModel:
-    """The model that the file's bytes say. Raises InteropError for kinds we do not know."""
+    """Return the model in the file's bytes. Raises InteropError for kinds we do not know."""
     pieces, trainer, normalizer = [], {}, {}
     for number, value in _fields(raw):
         if number == 1:
@@ -58,7 +58,7 @@ def parse(raw: bytes) -> SentencePieceModel:
 
 
 def tokenizer_json(model: SentencePieceModel) -> dict[str, Any]:
-    """The same tokenizer in the format of Hugging Face's tokenizers."""
+    """Return the same tokenizer in the format of Hugging Face's tokenizers."""
     added = [
         {
             "id": index,

@@ -12,7 +12,7 @@ import torch
 
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.reader import Reader
-from megahybrid.interop.names import TensorName
+from megahybrid.interop.architectures.tensor_names import TensorName
 
 SHARD_BYTES = 4 * 2**30
 BAND_BYTES = 32 * 2**20
@@ -89,7 +89,8 @@ def _chunks(tensors: Sequence[OutTensor], dtype: str) -> Iterator[memoryview]:
 
 
 def row_bands(name: TensorName, head_dim: int) -> Iterator[tuple[int, int]]:
-    """The rows of a tensor in pieces of BAND_BYTES in fp32; of whole heads if it is reordered."""
+    """Yield the rows of a tensor in pieces of BAND_BYTES in fp32; of whole heads if it is
+    reordered."""
     row = math.prod(name.shape[1:])
     step = _step(name, head_dim)
     band = max(step, BAND_BYTES // (4 * row) // step * step)
@@ -104,7 +105,7 @@ def _step(name: TensorName, head_dim: int) -> int:
 def reordered(
     rows: np.ndarray, name: TensorName, head_dim: int, inverse: bool = False
 ) -> np.ndarray:
-    """Whole heads of a tensor with their rows in their order (`inverse`: back in ours)."""
+    """Return whole heads of a tensor with their rows in their order (`inverse`: back in ours)."""
     if name.order is None:
         return rows
     order = np.array(name.order)
@@ -117,7 +118,7 @@ def reordered(
 
 
 def out_tensors(reader: Reader, names: Sequence[TensorName], head_dim: int) -> list[OutTensor]:
-    """What an export writes, read from a checkpoint as it is needed."""
+    """Return the tensors that an export writes, read from a checkpoint as they are needed."""
 
     def rows(name: TensorName) -> Rows:
         def read(start: int, stop: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from megahybrid.interop.model_card import scheme_in_words
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one layer. `exact_tokens`: up to that length its output is what it was;
+    """The change of one layer. `exact_tokens`: up to that length its output is what it was;
     None when it always is, 0 when it never is."""
 
     layer: int
@@ -28,12 +28,12 @@ class Change:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing changes."""
+        """True where nothing changes."""
         return self.exact_tokens is None
 
 
 def read_plan(path: Path, model: ModelConfig) -> LayerPlan:
-    """The layer plan that a run file or a model file says, for `model`'s heads."""
+    """Return the layer plan of a run file or a model file, checked for `model`'s heads."""
     tree = read_tree(path)
     found = (tree.get("model") or {}).get("layer_plan") if isinstance(tree, dict) else None
     if found is None:
@@ -46,7 +46,7 @@ def read_plan(path: Path, model: ModelConfig) -> LayerPlan:
 
 
 def changes(before: LayerPlan, after: LayerPlan) -> list[Change]:
-    """One Change per layer. Raises ConfigError where the weights could not be kept."""
+    """Return one Change per layer. Raises ConfigError where the weights could not be kept."""
     if before.num_layers != after.num_layers:
         raise ConfigError(
             f"model.layer_plan.num_layers={after.num_layers} of the plan is not the source's "
@@ -86,7 +86,7 @@ def _change(layer: int, old: AttentionScheme, new: AttentionScheme) -> Change:
 
 
 def in_words(found: list[Change]) -> list[str]:
-    """The difference of two plans, a line for each stretch of layers that change alike."""
+    """Return the difference of two plans, a line for each stretch of layers that change alike."""
     lines, start = [], 0
     for index in range(1, len(found) + 1):
         if index == len(found) or not _alike(found[index], found[start]):

@@ -28,7 +28,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class WrittenTokenizer:
-    """What became of the tokenizer: the id that ends documents, and lines for the user."""
+    """The tokenizer as written: the id that ends documents, and lines for the user."""
 
     eod_id: int | None
     words: tuple[str, ...]

@@ -10,6 +10,7 @@ from megahybrid.config.compare import compare, render_comparison
 from megahybrid.config.describe import describe, render
 from megahybrid.config.reference import reference
 from megahybrid.config.summary import summary
+from megahybrid.interop.architectures.table import huggingface_fits
 from tests.config.example import example
 from tests.config.test_config_files import CONFIGS, RUNS
 
@@ -33,7 +34,7 @@ def test_the_description_holds_a_row_per_layer_and_goes_into_json() -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_run_is_described_within_the_width(path: Path) -> None:
-    text = render(describe(load(path)), width=110)
+    text = render(describe(load(path), fits=huggingface_fits), width=110)
     assert max(len(line) for line in text.splitlines()) <= 110
     assert "…" not in text
     for part in ("parameters", "legal tensor degrees", "Stages", "Memory per rank", "Cohere2"):

@@ -18,7 +18,8 @@ from megahybrid.config.summary import summary
 summary(run, 1)
 checked = time.process_time()
 from megahybrid.config.describe import describe, render
-render(describe(run))
+from megahybrid.interop.architectures.table import huggingface_fits
+assert "Cohere2" in render(describe(run, None, huggingface_fits))
 heavy = [m for m in ("torch", "numpy", "deepspeed", "transformers", "wandb") if m in sys.modules]
 print(json.dumps({"load": loaded - started, "check": checked - started, "heavy": heavy}))
 """

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError, InteropError
-from megahybrid.interop import names, said
-from megahybrid.interop.export import choose, export
+from megahybrid.interop.architectures.cohere2 import Cohere2
+from megahybrid.interop.architectures.smollm3 import SmolLM3
+from megahybrid.interop.export import choose, export, inexact_rotations
 from megahybrid.interop.logit_proof import quiet
 from megahybrid.interop.model_card import evaluations_of
 from tests.interop.examples import (
@@ -134,7 +135,7 @@ def error(theirs: Any, model: ModelConfig, tensors: Any, length: int) -> tuple[f
 def test_an_export_is_the_plain_model(case: str, tmp_path: Path) -> None:
     name, schemes, fields = CASES[case]
     model = model_of(schemes, **fields)
-    assert choose(model, model.layer_plan, None) == name
+    assert choose(model, model.layer_plan, None).name == name
     theirs, tensors = exported(tmp_path, model)
     assert type(theirs).__name__ == f"{name}ForCausalLM"
     for length in (3, 40):
@@ -142,10 +143,10 @@ def test_an_export_is_the_plain_model(case: str, tmp_path: Path) -> None:
         assert found <= bound
 
 
-def test_a_partial_rotation_is_said_only_to_the_bit(tmp_path: Path) -> None:
+def test_a_partial_rotation_is_exported_only_to_the_bit(tmp_path: Path) -> None:
     model = model_of([rope(1e4, rotary_fraction=0.5)] * 2, **PARALLEL)
-    inexact = said.inexact_rotations(model.layer_plan, model.head_dim)
-    assert choose(model, model.layer_plan, None) == ("Megahybrid" if inexact else "Cohere")
+    inexact = inexact_rotations(model.layer_plan, model.head_dim)
+    assert choose(model, model.layer_plan, None).name == ("Megahybrid" if inexact else "Cohere")
     theirs, tensors = exported(tmp_path, model)
     found, bound = error(theirs, model, tensors, 40)
     assert found <= bound
@@ -153,7 +154,7 @@ def test_a_partial_rotation_is_said_only_to_the_bit(tmp_path: Path) -> None:
 
 @st.composite
 def fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Of any tiny model that the config language can say (windows of two keys or more)."""
+    """Of any tiny model that the config language has (windows of two keys or more)."""
     kv_heads = draw(st.sampled_from((1, 2, 3)))
     heads = kv_heads * draw(st.sampled_from((1, 2)))
     norm = draw(st.sampled_from(({}, {}, HEAD, WHOLE, PER_HEAD)))
@@ -200,7 +201,7 @@ def test_a_wrong_permutation_is_refused_and_its_layer_named(
 ) -> None:
     model = model_of([NOPE, LOCAL, LOCAL, NOPE], **PARALLEL)
     checkpoint_of_model(tmp_path / "run", model)
-    monkeypatch.setattr(names, "row_order", lambda *arguments: None)
+    monkeypatch.setattr(Cohere2, "row_order", lambda *arguments: None)
     with pytest.raises(InteropError, match="layer 1 is the first that differs"):
         export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -216,8 +217,8 @@ def test_a_wrong_config_is_refused(
         "layer_types": ["full_attention"] * 2,
     }[field]
     checkpoint_of_model(tmp_path / "run", model_of([LOCAL, NOPE]))
-    right = said._smollm3
-    monkeypatch.setitem(said._SAY, "SmolLM3", lambda *given: right(*given) | {field: wrong})
+    right = SmolLM3.layer_fields
+    monkeypatch.setattr(SmolLM3, "layer_fields", lambda *given: right(*given) | {field: wrong})
     with pytest.raises(InteropError, match="Nothing was published"):
         export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     assert not (tmp_path / "out").exists()
@@ -226,7 +227,11 @@ def test_a_wrong_config_is_refused(
 @pytest.mark.parametrize(
     ("wanted", "schemes", "words"),
     [
-        ("llama", [LOCAL, NOPE], "Llama cannot say this model: it rotates in every layer or in"),
+        (
+            "llama",
+            [LOCAL, NOPE],
+            "Llama does not support this model: it rotates in every layer or in",
+        ),
         ("Cohere2", [LOCAL, NOPE], "its block is parallel, not pre_norm"),
         ("Qwen3", [LOCAL, ROPE], "its QK-norm is rms per head, weight shared, not none"),
         ("SmolLM3", [LOCAL, ROPE | {"window": 9}], "it has one window, not 2. Use Megahybrid"),
@@ -234,7 +239,7 @@ def test_a_wrong_config_is_refused(
         (None, [ROPE | {"window": 1}], "a window of 1 key"),
     ],
 )
-def test_what_cannot_be_said_is_refused_by_its_name(
+def test_what_a_class_does_not_support_is_refused_by_its_name(
     wanted: str | None, schemes: Any, words: str, tmp_path: Path
 ) -> None:
     checkpoint_of_model(tmp_path / "run", model_of(schemes))

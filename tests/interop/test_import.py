@@ -352,20 +352,20 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("Llama", {"attention_bias": True}, "attention_bias=True has no word"),
-        ("Llama", {"hidden_act": "gelu"}, "hidden_act=gelu has no word"),
+        ("Llama", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("Llama", {"hidden_act": "gelu"}, "hidden_act=gelu is not supported"),
         (
             "Llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type=dynamic has no word",
+            "rope_type=dynamic is not supported",
         ),
         ("SmolLM3", {"layer_types": [SLIDING] * 2, "sliding_window": 4}, "use_sliding_window"),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 1}, "windows below 2 keys"),
-        ("Llama", {"num_hidden_layers": 0}, "config.json does not say a model"),
+        ("Llama", {"num_hidden_layers": 0}, "config.json describes no model"),
         ("Phi3", {}, "model_type=phi3 is none that can be imported"),
     ],
 )
-def test_what_has_no_word_is_refused_by_its_name(
+def test_what_our_model_does_not_support_is_refused_by_its_name(
     name: str, change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     written(tmp_path / "theirs", name, LLAMA | change)

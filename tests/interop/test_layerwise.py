@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megahybrid.errors import InteropError
 from megahybrid.interop import layerwise, logit_proof
+from megahybrid.interop.architectures.smollm3 import SmolLM3
 from megahybrid.interop.export import choose, export
 from megahybrid.interop.logit_proof import prove
 from tests.interop.examples import LOCAL, NOPE, checkpoint_of_model, model_of
@@ -36,7 +37,7 @@ def test_a_layer_at_a_time_is_the_same_proof(
     model = model_of(schemes, **fields)
     checkpoint_of_model(tmp_path / "run", model)
     export(tmp_path / "run", tmp_path / "out", dtype="bf16", tokenizer="none")
-    own = choose(model, model.layer_plan, None) == "Megahybrid"
+    architecture = choose(model, model.layer_plan, None)
 
     def again() -> None:
         rows = prove(
@@ -44,7 +45,7 @@ def test_a_layer_at_a_time_is_the_same_proof(
             model.layer_plan,
             tmp_path / "run/checkpoints/step-00000007",
             tmp_path / "out",
-            own=own,
+            architecture=architecture,
             dtype=torch.bfloat16,
             whole_bytes=0,
         )
@@ -79,7 +80,14 @@ def test_a_cache_that_keeps_too_little_is_seen_a_layer_at_a_time(
     monkeypatch.setattr(DynamicSlidingWindowLayer, "__init__", wrong)
     step = tmp_path / "run/checkpoints/step-00000007"
     with pytest.raises(InteropError, match="tokens, generated"):
-        prove(model, model.layer_plan, step, tmp_path / "out", own=False, whole_bytes=0)
+        prove(
+            model,
+            model.layer_plan,
+            step,
+            tmp_path / "out",
+            architecture=SmolLM3(),
+            whole_bytes=0,
+        )
 
 
 def test_a_layer_has_its_weights_only_while_it_runs() -> None:

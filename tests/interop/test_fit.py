@@ -1,8 +1,8 @@
-"""Which Hugging Face class can say which plan, as found by running each of them."""
+"""Which Hugging Face class supports which plan, as found by running each of them."""
 
 import pytest
 
-from megahybrid.config.huggingface_fit import huggingface_fits
+from megahybrid.interop.architectures.table import huggingface_fits
 from tests.config.example import example
 from tests.config.test_counting import shipped
 
@@ -83,7 +83,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize(("overrides", "names"), PLANS.values(), ids=PLANS)
-def test_a_plan_is_said_by_the_classes_that_were_seen_to_say_it(
+def test_a_plan_is_supported_by_the_classes_that_were_seen_to_run_it(
     overrides: list[str], names: set[str]
 ) -> None:
     fits = huggingface_fits(example(*overrides).model)

@@ -1,0 +1,141 @@
+"""GraniteSWA: theta per layer, 0 for none; attention sinks, which are switched off."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, assert_never
+
+from megahybrid.config.attention import (
+    AttentionScheme,
+    FixedScale,
+    Llama4Scale,
+    LogitScale,
+    LogScale,
+    Nope,
+    Rope,
+    SqrtDimScale,
+    SsmaxScale,
+)
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.scaling import NtkScaling
+from megahybrid.errors import InteropError
+from megahybrid.interop.architectures import layers
+from megahybrid.interop.architectures.base import NO_QK_NORM, Serves
+from megahybrid.interop.architectures.rope import (
+    NOPE,
+    Fields,
+    head_dim_of,
+    rope_parameters,
+)
+from megahybrid.interop.architectures.stock import StockArchitecture
+from megahybrid.interop.architectures.tensor_names import TensorName
+
+NO_SINK = -1e9  # as an extra logit beside the scores it takes no weight
+
+
+class GraniteSWA(StockArchitecture):
+    """Its scale of the scores is a field (by default 1), and the logits are divided by one."""
+
+    name = "GraniteSWA"
+    model_type = "granite_swa"
+    serves = Serves(
+        blocks=("pre_norm",),
+        norms=("rms",),
+        qk_norms=(NO_QK_NORM,),
+        positions=(Rope, Nope),
+        scalings=(NtkScaling,),
+        score_scales=(SqrtDimScale, FixedScale),
+        logit_scale=True,
+        no_scaling="its theta per layer takes no scaling",
+    )
+
+    def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
+        """Yield a reason against partial rotations; any layer may have any theta."""
+        if any(rope.rotary_fraction < 1 for rope in layers.rotations(schemes)):
+            yield "its theta per layer takes no partial rotation"
+
+    def how(self, schemes: Sequence[AttentionScheme]) -> str:
+        """Return the fields, which are the same for every model."""
+        return "layer_rope_theta with 0 for none, sinks at -1e9, attention_multiplier"
+
+    def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
+        """Return the last place: its sinks must be switched off."""
+        return 90
+
+    def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
+        """Return a theta per layer, which layers are windowed, and four multipliers."""
+        thetas = [_theta(scheme, model.head_dim) for scheme in schemes]
+        return {
+            "mlp_bias": False,
+            "layer_types": layers.layer_types([s.window is not None for s in schemes]),
+            # It makes the mask of a window for any input, whether a layer uses it or not.
+            "sliding_window": layers.one_window(schemes) or layers.ENDLESS,
+            "layer_rope_theta": thetas,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": next((theta for theta in thetas if theta), 10000.0),
+            },
+            "attention_multiplier": _multiplier(schemes[0].logit_scale, model.head_dim),
+            "logits_scaling": 1.0 / model.logit_scale,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+        }
+
+    def layers_of(self, config: Any) -> list[layers.Layer]:
+        """Return a theta per layer, windowed by layer_types."""
+        kind = config.rope_parameters.get("rope_type", "default")
+        if kind != "default":
+            raise InteropError(f"rope_type={kind} with a theta per layer is not supported.")
+        window = layers.window_of(config)
+        return [
+            (
+                {"kind": "rope", "theta": float(theta)} if theta else NOPE,
+                window if kind == layers.SLIDING else None,
+            )
+            for theta, kind in zip(config.layer_rope_theta, config.layer_types, strict=True)
+        ]
+
+    def score_scale(self, config: Any) -> Fields:
+        """Return the scale in the field attention_multiplier."""
+        if config.attention_multiplier == head_dim_of(config) ** -0.5:
+            return {"kind": "sqrt_dim"}
+        return {"kind": "fixed", "scale": float(config.attention_multiplier)}
+
+    def logit_scale(self, config: Any) -> float:
+        """Return the inverse of the field logits_scaling."""
+        return 1.0 / config.logits_scaling
+
+    def extra_tensors(self, model: ModelConfig, theirs: str) -> Iterator[TensorName]:
+        """Yield a sink for each head that takes no weight."""
+        yield TensorName(None, f"{theirs}.sinks", (model.num_heads,), constant=NO_SINK)
+
+    def extra_refusal(self, name: TensorName, largest: float) -> str:
+        """Return a refusal of sinks that take weight."""
+        if largest <= NO_SINK / 10:
+            return ""
+        return (
+            f"{name.theirs} is {largest:.3g}: our model has no attention sinks (only those of "
+            "-1e9, which take nothing)."
+        )
+
+
+def _theta(scheme: AttentionScheme, head_dim: int) -> float:
+    position = scheme.position
+    match position:
+        case Rope():
+            theta: float = rope_parameters(position, head_dim)["rope_theta"]
+            return theta
+        case Nope():
+            return 0
+        case _:
+            assert_never(position)
+
+
+def _multiplier(scale: LogitScale, head_dim: int) -> float:
+    match scale:
+        case SqrtDimScale():
+            return float(head_dim**-0.5)
+        case FixedScale():
+            return scale.scale
+        case Llama4Scale() | LogScale() | SsmaxScale():
+            raise InteropError(f"GraniteSWA has no logit scale of kind {scale.kind}.")
+        case _:
+            assert_never(scale)

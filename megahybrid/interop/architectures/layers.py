@@ -1,0 +1,155 @@
+"""What classes share of a model's layers: reasons against a plan, fields of a config, and back."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, assert_never
+
+from megahybrid.config.attention import (
+    AttentionScheme,
+    LayerPlan,
+    Nope,
+    Position,
+    QKNorm,
+    Rope,
+)
+from megahybrid.config.base import dump, parse
+from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.rope import NOPE, Fields, rope_position
+
+Schemes = Sequence[AttentionScheme]
+Layer = tuple[Fields, int | None]  # position and window, as an imported config has them
+# For classes that rotate windowed layers only: a window that no sequence fills. A multiple of 2, so
+# that it stays exact wherever it becomes a float.
+ENDLESS = 2**30
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def rotates(scheme: AttentionScheme) -> bool:
+    """True for a layer with a rotation, False for one without position."""
+    match scheme.position:
+        case Rope():
+            return True
+        case Nope():
+            return False
+        case _:
+            assert_never(scheme.position)
+
+
+def rotations(schemes: Schemes) -> dict[Rope, None]:
+    """Return the different rotations, in the order of the layers."""
+    return {s.position: None for s in schemes if isinstance(s.position, Rope)}
+
+
+def windowed(schemes: Schemes) -> bool:
+    """True where any layer has a window."""
+    return any(scheme.window is not None for scheme in schemes)
+
+
+def one_rotation_reasons(schemes: Schemes) -> Iterator[str]:
+    """Yield the reasons against more than one rotation, and against a scaled partial one."""
+    if len(rotations(schemes)) > 1:
+        yield "its rotated layers share one theta and scaling"
+    yield from partial_reasons(schemes)
+
+
+def partial_reasons(schemes: Schemes) -> Iterator[str]:
+    """Yield a reason against scaled partial rotations: `proportional` takes no scaling."""
+    if any(r.rotary_fraction < 1 and r.scaling is not None for r in rotations(schemes)):
+        yield "it cannot scale a partial rotation"
+
+
+def sliding_rotates_reasons(schemes: Schemes) -> Iterator[str]:
+    """Yield the reasons where sliding layers rotate and full layers do not; a rotated full layer is
+    a window at least as long as the longest sequence."""
+    yield from one_rotation_reasons(schemes)
+    if any(not rotates(s) and s.window is not None for s in schemes):
+        yield "its layers without position are full"
+    if len({s.window for s in schemes if rotates(s)}) > 1:
+        yield "its rotated layers have one window"
+
+
+def how_sliding_rotates(schemes: Schemes) -> str:
+    """Return the fields that tell which layers rotate."""
+    rotated = {s.window for s in schemes if rotates(s)}
+    if rotated == {None}:
+        return "sliding_window at least the longest sequence"
+    return "layer_types with sliding_window" if rotated else "all layer_types full"
+
+
+def rotates_everywhere_reasons(schemes: Schemes) -> Iterator[str]:
+    """Yield the reasons where each layer has the rotation, or none by a proportional factor of
+    0."""
+    yield from one_rotation_reasons(schemes)
+    if len({rotates(s) for s in schemes}) > 1:
+        yield "it rotates in every layer or in none"
+
+
+def how_rotates_everywhere(schemes: Schemes) -> str:
+    """Return the field of the one rotation, or of none."""
+    return "rope_parameters" if rotates(schemes[0]) else "rope_type proportional with factor 0.0"
+
+
+def one_position(schemes: Schemes) -> Position:
+    """Return the one rotation of the layers that rotate, or no position."""
+    return next((s.position for s in schemes if rotates(s)), schemes[0].position)
+
+
+def one_window(schemes: Schemes) -> int | None:
+    """Return the one window of the layers that have one, or None."""
+    return next((s.window for s in schemes if s.window is not None), None)
+
+
+def layer_types(sliding: Sequence[bool]) -> list[str]:
+    """Return the field of that name: which layers are windowed."""
+    return [SLIDING if item else FULL for item in sliding]
+
+
+def window_of(config: Any) -> int | None:
+    """Return the window of sliding layers, None where no sequence fills it."""
+    window = config.sliding_window
+    if window is not None and window < 2:
+        raise InteropError(
+            f"config.json: sliding_window={window}: transformers' own cache is wrong for windows "
+            "below 2 keys."
+        )
+    return None if window is None or window >= ENDLESS else int(window)
+
+
+def rotates_everywhere(config: Any) -> list[Layer]:
+    """Return layers that all have the one rotation and no window."""
+    return [(rope_position(config.rope_parameters, config), None)] * config.num_hidden_layers
+
+
+def sliding_rotates(config: Any) -> list[Layer]:
+    """Return layers that rotate where they are windowed."""
+    rope = rope_position(config.rope_parameters, config)
+    window = window_of(config)
+    return [(rope, window) if t == SLIDING else (NOPE, None) for t in config.layer_types]
+
+
+def plan_of(layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields) -> Fields:
+    """Return a plan with a name for every different layer, its pattern as short as it tiles."""
+    same = {"qk_norm": dump(qk_norm), "logit_scale": score_scale}
+    schemes: dict[str, Fields] = {}
+    names = []
+    for position, window in layers:
+        scheme = {"position": position, "window": window, **same}
+        name = next((known for known, held in schemes.items() if held == scheme), None)
+        if name is None:
+            name = _name(position, window, schemes)
+            schemes[name] = scheme
+        names.append(name)
+    period = next(
+        size
+        for size in range(1, len(names) + 1)
+        if len(names) % size == 0 and names == names[:size] * (len(names) // size)
+    )
+    plan = {"num_layers": len(names), "pattern": names[:period], "schemes": schemes}
+    return dump(parse(LayerPlan, plan, where="model.layer_plan"))
+
+
+def _name(position: Fields, window: int | None, taken: dict[str, Fields]) -> str:
+    plain = position["kind"] + ("_window" if window is not None else "")
+    name, number = plain, 2
+    while name in taken:
+        name, number = f"{plain}_{number}", number + 1
+    return name

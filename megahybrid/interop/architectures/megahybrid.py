@@ -1,0 +1,127 @@
+"""Our own class, which goes along with an export as code: every layer has a scheme.
+
+It keeps our order of the rows, and a rotation is its fp32 frequencies, which JSON keeps to the bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, assert_never
+
+from megahybrid.config.attention import (
+    AttentionScheme,
+    FixedScale,
+    LayerPlan,
+    Llama4Scale,
+    LogScale,
+    Nope,
+    Position,
+    QKNorm,
+    Rope,
+    SqrtDimScale,
+    SsmaxScale,
+)
+from megahybrid.config.base import dump
+from megahybrid.config.model import ModelConfig
+from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.base import Architecture, Serves, same_or_refused
+from megahybrid.interop.architectures.rope import Fields
+from megahybrid.interop.architectures.tensor_names import Order
+
+
+class Megahybrid(Architecture):
+    """Every scheme that the code in interop/remote_code computes."""
+
+    name = "Megahybrid"
+    model_type = "megahybrid"
+    code_files = (
+        "cache_megahybrid.py",
+        "configuration_megahybrid.py",
+        "modeling_megahybrid.py",
+    )
+    serves = Serves(
+        blocks=("pre_norm", "post_norm", "parallel"),
+        norms=("rms", "layernorm"),
+        qk_norms=(
+            QKNorm(kind="none"),
+            QKNorm(kind="none", weight="per_head"),
+            QKNorm(kind="none", over="projection"),
+            QKNorm(kind="rms"),
+            QKNorm(kind="rms", weight="per_head"),
+            QKNorm(kind="rms", over="projection"),
+            QKNorm(kind="layernorm"),
+            QKNorm(kind="layernorm", weight="per_head"),
+            QKNorm(kind="layernorm", over="projection"),
+        ),
+        positions=(Rope, Nope),
+        scalings=(object,),  # any: of a rotation only the frequencies and the factor are written
+        score_scales=(SqrtDimScale, FixedScale, Llama4Scale, LogScale, SsmaxScale),
+        logit_scale=True,
+        per_layer=True,
+    )
+
+    def shape_reasons(self, model: ModelConfig) -> Iterator[str]:
+        """Yield nothing: heads of an odd dimension rotate in part."""
+        return iter(())
+
+    def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
+        """Yield nothing: each layer is described by itself."""
+        return iter(())
+
+    def how(self, schemes: Sequence[AttentionScheme]) -> str:
+        """Return its two fields, which its own code reads."""
+        return "schemes and layer_schemes, with trust_remote_code"
+
+    def own_fields(self, model: ModelConfig, plan: LayerPlan) -> Fields:
+        """Return the schemes by name, and the name of each layer's."""
+        return {
+            "auto_map": {
+                "AutoConfig": "configuration_megahybrid.MegahybridConfig",
+                "AutoModelForCausalLM": "modeling_megahybrid.MegahybridForCausalLM",
+            },
+            "block": model.block,
+            "norm": model.norm,
+            "norm_eps": model.eps,
+            "logit_scale": model.logit_scale,
+            "schemes": {name: _scheme(s, model.head_dim) for name, s in plan.schemes.items()},
+            "layer_schemes": list(plan.names()),
+        }
+
+    def from_config(self, config: Any) -> ModelConfig:
+        """Refuse: the code of a folder is not run, and who trained the model has its checkpoint."""
+        raise InteropError(f"model_type={config.model_type} cannot be imported.")
+
+    def shrink(self, config: Any, plan: LayerPlan, small: LayerPlan) -> None:
+        """Change window and scale scheme by scheme, after the same comparison."""
+        for name, scheme in config.schemes.items():
+            same_or_refused("window", scheme["window"], plan.schemes[name].window)
+            scheme["window"] = small.schemes[name].window
+            scheme["logit_scale"] = dump(small.schemes[name].logit_scale)
+
+    def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
+        """Return None: it keeps our order."""
+        return None
+
+
+def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
+    """Return the fields that the shipped code reads; their names stay when ours change."""
+    return {
+        "rotation": _rotation(scheme.position, head_dim),
+        "position": dump(scheme.position),
+        "window": scheme.window,
+        "qk_norm": dump(scheme.qk_norm),
+        "logit_scale": dump(scheme.logit_scale),
+    }
+
+
+def _rotation(position: Position, head_dim: int) -> Fields | None:
+    match position:
+        case Nope():
+            return None
+        case Rope():
+            from megahybrid.interop.rotation_bits import frequencies
+
+            return {
+                "frequencies": frequencies(position, head_dim).tolist(),
+                "attention_factor": position.attention_factor(),
+            }
+        case _:
+            assert_never(position)
