@@ -15,7 +15,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.timing import timed
 from megahybrid.config.counting import attended_pairs
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import KERNELS, attend
+from megahybrid.model.kernels import KERNELS, AttentionSpec, attend
 from megahybrid.model.kernels.choice import why_it_failed
 
 NAMES = [name for name in KERNELS if name != "reference"]
@@ -65,9 +65,7 @@ def measure(
             row: dict[str, Any] = {"length": length, "window": window, "kernel": name}
 
             def forward(window: int | None = window, name: str = name) -> torch.Tensor:
-                return attend(
-                    q, k, v, window=window, documents=None, scale=head_dim**-0.5, kernel=name
-                )
+                return attend(q, k, v, AttentionSpec(window=window, scale=head_dim**-0.5), name)
 
             def both(forward: Any = forward) -> None:
                 torch.autograd.grad(forward(), (q, k, v), slope)

@@ -1,22 +1,39 @@
-"""One layer's attention between its projections: norm, rotation, logit scale, `attend`."""
+"""One layer's attention between its projections: norm, rotation, temperature, core attention."""
 
 from collections.abc import Callable
+from typing import NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.core_attention import attended, mix
+from megahybrid.model.core_attention import prepare_queries_keys
+from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.norm import QKNormModule
-from megahybrid.model.rotary import RotaryTable, rotate_both
-from megahybrid.model.score_scale import QueryScale
+from megahybrid.model.rotary import RotaryTable
+from megahybrid.model.score_scale import QueryScale, score_scale
 from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
-Places = tuple[RotaryTable | None, Tensor | None]  # the rotation, and a factor of each query
+
+class Positions(NamedTuple):
+    """What a batch's positions are to a layer, made on the way in: a compiled region can make no
+    table. Leading axes are [seq, batch], or [batch, seq] after `rows_first`."""
+
+    table: RotaryTable | None  # of the rotation
+    factor: (
+        Tensor | None
+    )  # [seq, batch or 1]: the temperature of each query, without what is learned
+
+    def rows_first(self) -> "Positions":
+        """Return the same for heads that are [batch, seq, ...]."""
+        return Positions(
+            None if self.table is None else self.table.rows_first(),
+            None if self.factor is None else self.factor.T,
+        )
 
 
 def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
@@ -58,8 +75,8 @@ class Attention(nn.Module):
         self.scheme = scheme
         self.head_dim = config.head_dim
         self.kernel = kernel
-        # A compiled `rotate_both`; None: as `mix` does it.
-        self.turn: Callable[..., tuple[Tensor, Tensor]] | None = None
+        # `prepare_queries_keys` through a compiler.
+        self.compiled_prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
         heads = (config.num_heads, config.num_kv_heads)
         self.qk_norm = (
             None
@@ -101,50 +118,46 @@ class Attention(nn.Module):
         v: Float[Tensor, "seq batch kv_heads_local head_dim"],
         context: SequenceContext,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The mixed values of heads that are normalised but not yet placed."""
-        position = self.scheme.position
-        if self.turn is not None and context.mixing is None and torch.is_grad_enabled():
-            if isinstance(position, Rope):
-                q, k = self.turn(q, k, context.rotary_table(position, self.head_dim))
-            if self.query_scale is not None:
-                q = self.query_scale(q, context.documents, context.length)
-            return self.attended(q, k, v, context)
-        return (context.mixing or mix)(
-            q,
-            k,
-            v,
-            scheme=self.scheme,
-            kernel=self.kernel,
-            context=context,
-            query_scale=self.query_scale,
-        )
+        """The attention output of heads that are normalised but not yet prepared."""
+        q, k = self.prepared(q, k, self.positions(context))
+        return context.attention(q, k, v, self.spec(context), self.kernel)
 
-    def places(self, context: SequenceContext) -> Places:
-        """What `placed` turns and scales this batch's heads by, [batch, seq, ...]."""
-        position = self.scheme.position
-        table = None
-        if isinstance(position, Rope):
-            table = context.rotary_table(position, self.head_dim).rows_first()
-        factor = None
+    def positions(self, context: SequenceContext) -> Positions:
+        """Return what `prepared` rotates and scales this batch's heads by."""
+        table, factor = None, None
+        match self.scheme.position:
+            case Rope() as rope:
+                table = context.rotary_table(rope, self.head_dim)
+            case Nope():
+                pass
+            case other:
+                assert_never(other)
         if self.query_scale is not None:
-            factor = self.query_scale.factor(context.documents, context.length, context.device).T
-        return table, factor
+            factor = self.query_scale.factor(context.documents, context.length, context.device)
+        return Positions(table, factor)
 
-    def placed(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """q and k turned to their positions and q scaled, from what is made already: a compiled
-        region can make no table. `mix` does the same from a context."""
-        table, factor = places
-        if table is not None:
-            q, k = rotate_both(q, k, table)
+    def prepared(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return q and k rotated to their positions and q times its temperature."""
+        table, factor = positions
         if self.query_scale is not None and factor is not None:
-            q = self.query_scale.scaled(q, factor)
-        return q, k
+            factor = self.query_scale(factor)
+        # A temperature without a rotation is one product: a kernel as it is.
+        if (
+            self.compiled_prepare is not None
+            and table is not None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            return self.compiled_prepare(q, k, table, factor)
+        return prepare_queries_keys(q, k, table, factor)
 
-    def attended(
-        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
-    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The mixed values of heads that are placed already."""
-        return attended(q, k, v, scheme=self.scheme, kernel=self.kernel, context=context)
+    def spec(self, context: SequenceContext) -> AttentionSpec:
+        """Return what this layer asks of a kernel for a batch."""
+        return AttentionSpec(
+            window=self.scheme.window,
+            documents=context.documents,
+            scale=score_scale(self.scheme, self.head_dim),
+        )
 
 
 def query_key_value(name: str, config: ModelConfig, mesh: ParallelMesh) -> ColumnParallelLinear:

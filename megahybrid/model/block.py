@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from megahybrid.config import memory_estimate
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
-from megahybrid.model.attention import Attention, Places, attention_outputs, query_key_value
+from megahybrid.model.attention import Attention, Positions, attention_outputs, query_key_value
 from megahybrid.model.chunked_mlp import ChunkedMLP
 from megahybrid.model.compiled import Passed, rows_first, traced_whole
 from megahybrid.model.context import SequenceContext
+from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs, swiglu
 from megahybrid.model.norm import make_norm
 from megahybrid.model.recompute import keeping_products, rederived
-from megahybrid.model.rotary import rotate_both
 from megahybrid.parallel.collectives import scatter_sequence
 from megahybrid.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh
@@ -57,12 +57,13 @@ class Block(nn.Module):
     def forward(self, hidden: Hidden, context: SequenceContext) -> Hidden:
         """One layer on this rank's part of the sequence."""
         regions = None if self._chunks(hidden) else self._regions
-        if regions is not None and context.mixing is None and torch.is_grad_enabled():
+        if regions is not None and torch.is_grad_enabled():
             enter, leave = regions
             # Made out here, once per batch: a compiled region sees tensors alone.
-            heads, (hidden, *rest) = enter(rows_first(hidden), self.attention.places(context))
+            positions = self.attention.positions(context).rows_first()
+            heads, (hidden, *rest) = enter(rows_first(hidden), positions)
             q, k, v = (x.transpose(0, 1) for x in heads)
-            mixed = self.attention.attended(q, k, v, context)
+            mixed = context.attention(q, k, v, self.attention.spec(context), self.attention.kernel)
             return leave(hidden, rows_first(mixed), *rest).transpose(0, 1)
         (q, k, v), rest = self.enter(hidden)
         return self.leave(hidden, self.attention(q, k, v, context), *rest)
@@ -70,7 +71,7 @@ class Block(nn.Module):
     def compile_pieces(self, backend: str) -> None:
         """Have what is local and holds no weight compiled when gradients are wanted: the rotation
         and the gated product. Collectives, products and norms, a kernel each, stay outside."""
-        self.attention.turn = traced_whole(rotate_both, backend)
+        self.attention.compiled_prepare = traced_whole(prepare_queries_keys, backend)
         for module in self.modules():
             if isinstance(module, GatedProduct):
                 module.swiglu = traced_whole(swiglu, backend)
@@ -88,12 +89,12 @@ class Block(nn.Module):
             enter, leave = keeping_products(enter), keeping_products(leave)
         self._regions = traced_whole(enter, backend), traced_whole(leave, backend)
 
-    def _enter_region(self, hidden: Tensor, places: Places) -> tuple[Heads, tuple[Any, ...]]:
+    def _enter_region(self, hidden: Tensor, positions: Positions) -> tuple[Heads, tuple[Any, ...]]:
         """`enter` and the rotation, all of it [batch, seq, ...]: the order that kernels want heads
         in, and any other layer does without. The stream comes out as well: its gradient is then
         added where the norm's is made."""
         (q, k, v), rest = self.enter(hidden)
-        q, k = self.attention.placed(q, k, places)
+        q, k = self.attention.prepared(q, k, positions)
         return (q, k, v), (Passed.apply(hidden), *self.folded(rest))
 
     def folded(self, rest: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megahybrid.config import memory_estimate
-from megahybrid.model import attention, core_attention
+from megahybrid.model import core_attention
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
+from megahybrid.model.kernels import attend
 from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -102,11 +103,11 @@ def test_heads_reach_the_kernel_row_by_row_from_one_program_each(
         block.compile_regions(TRACED)
     seen: list[bool] = []
 
-    def watched(*heads: Tensor, **options: Any) -> Tensor:
-        seen.extend(x.transpose(0, 1).is_contiguous() for x in heads[:2])  # v is a slice
-        return core_attention.attended(*heads, **options)
+    def watched(*given: Any) -> Tensor:
+        seen.extend(x.transpose(0, 1).is_contiguous() for x in given[:2])  # v is a slice
+        return attend(*given)
 
-    monkeypatch.setattr(attention, "attended", watched)
+    monkeypatch.setattr(core_attention, "attend", watched)
     step(built, random_batch(config.vocab_size, rows, LENGTH, seed=0))
     assert len(seen) == 4 and all(seen)
     # The first layer's stream lies otherwise than the second's.

@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.model.kernels import attend
+from megahybrid.model.kernels import AttentionSpec, attend
 from megahybrid.model.kernels import cudnn_frontend as kernel
 from megahybrid.model.kernels.cudnn_frontend import Case, Layout
 from megahybrid.model.kernels.documents import Documents
@@ -30,7 +29,7 @@ def stand_in(case: Case, buffers: dict[int, Tensor]) -> None:
         assert kernel.layout(buffers[uid]) == wanted
     q, k, v = (buffers[uid].clone().requires_grad_() for uid in (kernel.Q, kernel.K, kernel.V))
     with torch.enable_grad():
-        out = attend_reference(q, k, v, window=case.window, documents=None, scale=case.scale)
+        out = attend_reference(q, k, v, AttentionSpec(window=case.window, scale=case.scale))
     results = {kernel.OUT: out.detach()}
     if case.slope is not None:
         slope = buffers[kernel.SLOPE]
@@ -86,9 +85,9 @@ def test_values_and_gradients_reach_their_places(
 ) -> None:
     q, k, v, slope = drawn(*shape)
     v.requires_grad_()
-    how: dict[str, Any] = {"window": window, "documents": None, "scale": 0.3}
+    spec = AttentionSpec(window=window, scale=0.3)
     found, right = (
-        (out := attend(q, k, v, kernel=name, **how), *torch.autograd.grad(out, (q, k, v), slope))
+        (out := attend(q, k, v, spec, name), *torch.autograd.grad(out, (q, k, v), slope))
         for name in ("cudnn_frontend", "reference")
     )
     for ours, expected in zip(found, right, strict=True):
@@ -105,7 +104,7 @@ def test_values_and_gradients_reach_their_places(
 
 def test_a_gradient_of_a_sum_is_written_out_first(executed: list[Case]) -> None:
     q, k, v, _ = drawn(20, 1, 2, 1)
-    attend(q, k, v, window=5, documents=None, scale=1.0, kernel="cudnn_frontend").sum().backward()
+    attend(q, k, v, AttentionSpec(window=5, scale=1.0), "cudnn_frontend").sum().backward()
     assert executed[1].slope == kernel.dense(executed[1].q, executed[1].q)
     assert q.grad is not None and k.grad is not None
 
@@ -132,19 +131,20 @@ def test_an_axis_of_one_steps_as_far_as_the_next_in_memory() -> None:
 
 
 def test_documents_and_single_tokens_go_to_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[AttentionSpec] = []
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        seen.append(how)
+    def varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        seen.append(spec)
         return q
 
     monkeypatch.setattr(kernel, "attend_varlen", varlen)
     documents = Documents.from_lengths([[4, 6]])
     for seq, where in ((10, documents), (1, None)):
         q, k, v, _ = drawn(seq, 1, 2, 1)
-        kernel.attend_cudnn_frontend(q, k, v, window=3, documents=where, scale=0.5)
-    assert [how["documents"] for how in seen] == [documents, None]
-    assert all(how["window"] == 3 and how["scale"] == 0.5 for how in seen)
+        spec = AttentionSpec(window=3, documents=where, scale=0.5)
+        kernel.attend_cudnn_frontend(q, k, v, spec)
+    assert [spec.documents for spec in seen] == [documents, None]
+    assert all(spec.window == 3 and spec.scale == 0.5 for spec in seen)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -153,7 +153,7 @@ def test_a_case_says_whether_torch_is_asked_to_repeat_its_bits(
 ) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: asked)
     q, k, v, _ = drawn(20, 1, 2, 1)
-    attend(q, k, v, window=5, documents=None, scale=1.0, kernel="cudnn_frontend").sum().backward()
+    attend(q, k, v, AttentionSpec(window=5, scale=1.0), "cudnn_frontend").sum().backward()
     assert executed[1].deterministic is asked
 
 

@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from megahybrid.errors import ConfigError, first_line
 from megahybrid.model.kernels.cuda_limits import fused_refusal, near
-from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.varlen import attend_varlen
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec
+from megahybrid.model.kernels.varlen import attend_varlen, without_varlen
 
 LARGEST_HEAD_DIM = 128
 OLDEST_CUDNN = 91500
@@ -77,22 +78,25 @@ def attend_cudnn_frontend(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention over rows that are one document each, wherever their tokens lie.
 
     Batches with documents go to varlen, since a graph would be needed for each length; so do rows
     of a single token, which have no backward here.
     """
-    if documents is not None or q.shape[0] == 1:
-        return attend_varlen(q, k, v, window=window, documents=documents, scale=scale)
-    why_not = refusal(q.device, q.dtype, q.shape[-1])
-    if why_not:
-        raise ConfigError(f"kernels=cudnn_frontend {why_not}. Use varlen or auto.")
-    return _Attention.apply(q, k, v, window, scale)
+    if spec.documents is not None or q.shape[0] == 1:
+        return attend_varlen(q, k, v, spec)
+    return _Attention.apply(q, k, v, spec.window, spec.scale)
+
+
+KERNEL = Kernel(
+    "cudnn_frontend",
+    attend_cudnn_frontend,
+    serves=frozenset({"window", "documents"}),
+    unavailable=lambda spec, place: refusal(*place[:3]) or without_varlen(spec, place),
+    measured=Measured.FUSED,
+)
 
 
 class _Attention(torch.autograd.Function):

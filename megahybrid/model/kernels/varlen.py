@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.cuda_limits import fused_refusal
 from megahybrid.model.kernels.documents import Documents, Span, sent
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec, Place
 
 LARGEST_HEAD_DIM = 256
 
@@ -29,15 +30,10 @@ def attend_varlen(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention over the documents of all rows as one packed batch."""
-    why_not = refusal(q.device, q.dtype, q.shape[-1])
-    if why_not:
-        raise ConfigError(f"kernels=varlen {why_not}. Use sdpa or blocked.")
+    window, documents, scale = spec.window, spec.documents, spec.scale
     seq, batch, heads = q.shape[:3]
     if documents is None:
         boundaries, longest = plain_boundaries(batch, seq, q.device), seq
@@ -52,6 +48,22 @@ def attend_varlen(
     left = -1 if window is None else window - 1
     out = _call(packed_q, packed_k, packed_v, boundaries, longest, left, scale)
     return out.unflatten(0, (batch, seq)).transpose(0, 1)
+
+
+KERNEL = Kernel(
+    "varlen",
+    attend_varlen,
+    serves=frozenset({"window", "documents"}),
+    unavailable=lambda spec, place: refusal(*place[:3]),
+    rank=lambda spec: 1,
+    measured=Measured.FUSED,
+)
+
+
+def without_varlen(spec: AttentionSpec, place: Place) -> str | None:
+    """Return why a kernel that hands rows of several documents to this one cannot, or None."""
+    why_not = None if spec.documents is None else KERNEL.refusal(spec, place)
+    return why_not and f"hands documents to varlen, which {why_not}"
 
 
 @lru_cache(maxsize=16)

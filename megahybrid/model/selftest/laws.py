@@ -18,6 +18,7 @@ from megahybrid.config.attention import (
     SsmaxScale,
 )
 from megahybrid.model.context import SequenceContext
+from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.score_scale import QueryScale
 from megahybrid.model.selftest.comparison import normal
@@ -220,7 +221,9 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
     for rows in (Rows.of([length]), Rows.of([length // 3, length - length // 3])):
         documents = Documents(rows.starts).to(shape.device) if rows.several else None
         ones = torch.ones(length, 1, 1, 1, dtype=shape.dtype, device=shape.device)
-        factors = module(ones, documents, length)[:, 0, 0, 0].detach().double().cpu()
+        factor = module(module.factor(documents, length, shape.device))
+        queries, _ = prepare_queries_keys(ones, ones, None, factor)
+        factors = queries[:, 0, 0, 0].detach().double().cpu()
         begins = int(rows.starts[0, -1])
         for index in _places(scheme, begins, length):
             position = torch.tensor([[index - begins]])
