@@ -12,10 +12,11 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
+from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.rotary import RotaryTable
 from megahybrid.model.score_scale import QueryScale, score_scale
-from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
 
@@ -49,15 +50,18 @@ def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
     return head * config.head_dim, (head + 1) * config.head_dim
 
 
-def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> tuple[Output, ...]:
-    """Query, key and value, for a column-parallel matrix that may hold others as well."""
+def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> dict[str, Output]:
+    """Return the input projections of attention, for a matrix that may hold others as well.
+
+    What is neither query, key nor value is found in `BranchInputs`, under the same name.
+    """
     kv_features = config.num_kv_heads * config.head_dim
     keep = kv_rows(config, mesh.tensor)
-    return (
-        Output(f"{name}.query.weight", config.num_heads * config.head_dim),
-        Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
-        Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
-    )
+    return {
+        "query": Output(f"{name}.query.weight", config.num_heads * config.head_dim),
+        "key": Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
+        "value": Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
+    }
 
 
 class Attention(nn.Module):
@@ -102,14 +106,14 @@ class Attention(nn.Module):
         query: Float[Tensor, "seq batch query_features_local"],
         key: Float[Tensor, "seq batch kv_features_local"],
         value: Float[Tensor, "seq batch kv_features_local"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Heads:
         """q, k and v [seq, batch, heads, head_dim], normalised where the scheme says so."""
         q = query.unflatten(-1, (-1, self.head_dim))  # [seq, batch, heads_local, head_dim]
         k = key.unflatten(-1, (-1, self.head_dim))  # [seq, batch, kv_heads_local, head_dim]
         v = value.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        return q, k, v
+        return Heads(q, k, v)
 
     def forward(
         self,
@@ -120,7 +124,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The attention output of heads that are normalised but not yet prepared."""
         q, k = self.prepared(q, k, self.positions(context))
-        return context.attention(q, k, v, self.spec(context), self.kernel)
+        return self.attended(q, k, v, context)
 
     def positions(self, context: SequenceContext) -> Positions:
         """Return what `prepared` rotates and scales this batch's heads by."""
@@ -151,6 +155,22 @@ class Attention(nn.Module):
             return self.compiled_prepare(q, k, table, factor)
         return prepare_queries_keys(q, k, table, factor)
 
+    def attended(
+        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
+    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
+        """The attention output of heads that are prepared."""
+        return context.attention(q, k, v, self.spec(context), self.kernel)
+
+    def to_hidden(
+        self,
+        attention_output: Float[Tensor, "seq batch heads_local head_dim"],
+        inputs: BranchInputs,
+        reduce: bool = True,
+    ) -> Float[Tensor, "seq_out batch hidden"]:
+        """The attention output on the stream's width: a shard of the sum, or with reduce=False
+        this rank's part of it. `inputs` are those of this layer, for what acts on heads."""
+        return self.output(attention_output.flatten(-2), reduce=reduce)
+
     def spec(self, context: SequenceContext) -> AttentionSpec:
         """Return what this layer asks of a kernel for a batch."""
         return AttentionSpec(
@@ -158,8 +178,3 @@ class Attention(nn.Module):
             documents=context.documents,
             scale=score_scale(self.scheme, self.head_dim),
         )
-
-
-def query_key_value(name: str, config: ModelConfig, mesh: ParallelMesh) -> ColumnParallelLinear:
-    """The input projections of attention alone (the parallel block has one for all five)."""
-    return ColumnParallelLinear(config.hidden_size, attention_outputs(name, config, mesh), mesh)

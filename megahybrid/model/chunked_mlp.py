@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from megahybrid.config import memory_estimate
 from megahybrid.model.compiled import traced_whole
+from megahybrid.model.layer_inputs import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
-    ColumnParallelLinear,
     RowParallelLinear,
     rows_of,
     weight_gradient,
@@ -63,10 +63,11 @@ class ChunkedMLP(nn.Module):
     module's own parameters when that module runs.
     """
 
-    def __init__(self, input: ColumnParallelLinear, down: RowParallelLinear) -> None:
+    def __init__(self, input: InputProjection, down: RowParallelLinear) -> None:
         super().__init__()
-        gate, up = input.outputs[-2:]
-        assert gate.sharded and up.sharded
+        assert input.names[-2:] == ("gate", "up")
+        assert all(output.sharded for output in input.outputs[-2:])
+        self.names = (*input.names[:-2], "mlp")  # of what `forward` gives, as in BranchInputs
         self.outputs, self.sizes = input.outputs[:-2], input.sizes[:-2]
         self.kept = tuple(output.kept for output in self.outputs if not output.sharded)
         self.axis, self.weight, self.down = input.axis, input.weight, down.weight

@@ -18,6 +18,7 @@ from megahybrid.model import core_attention
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.kernels import attend
+from megahybrid.model.layer_inputs import BranchInputs
 from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -120,11 +121,12 @@ def test_gate_and_up_are_kept_apart_where_their_product_is_computed_again(policy
     block = built.blocks[0]
     assert isinstance(block, Block)
     gate, up = torch.randn(2, 3, 5).unbind()
-    first, second = block.folded((gate, up))
+    folded = block.folded(BranchInputs(gate=gate, up=up))
     if policy == "selective":
-        assert first is gate and second is up
+        assert folded.gate is gate and folded.up is up and folded.gated is None
     else:
-        assert torch.equal(first, swiglu(gate, up)) and second is None
+        assert folded.gated is not None and torch.equal(folded.gated, swiglu(gate, up))
+        assert folded.gate is None and folded.up is None
 
 
 def test_layers_lengths_and_documents_share_programs() -> None:
