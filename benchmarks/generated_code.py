@@ -91,7 +91,7 @@ def layer(
 
     torch._dynamo.reset()
     compiled.prepare_compiler()
-    compiled.write_gradients_in_place()
+    compiled.patch_inductor_cat()
     changed: Any = varlen
     changed._shares_heads = lambda device, dtype: True
     config = hybrid("1b").model_copy(update={"block": block, "norm": norm})

@@ -55,7 +55,7 @@ def measure(
         torch.randn(length, 1, kv_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
         for _ in range(2)
     )
-    slope = torch.randn_like(q)
+    grad_output = torch.randn_like(q)
     rows = []
     for window in (None, sizes["window"]):
         pairs = attended_pairs(length, window) * heads * head_dim
@@ -68,7 +68,7 @@ def measure(
                 return attend(q, k, v, AttentionSpec(window=window, scale=head_dim**-0.5), name)
 
             def both(forward: Any = forward) -> None:
-                torch.autograd.grad(forward(), (q, k, v), slope)
+                torch.autograd.grad(forward(), (q, k, v), grad_output)
 
             try:
                 for _ in range(2):

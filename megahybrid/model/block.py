@@ -21,7 +21,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
 from megahybrid.model.attention import Attention, Positions
 from megahybrid.model.chunked_mlp import ChunkedMLP
-from megahybrid.model.compiled import Passed, rows_first, traced_whole
+from megahybrid.model.compiled import PassThrough, rows_first, traced_whole
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.layer_inputs import BranchInputs, Heads
@@ -111,7 +111,7 @@ class Block(nn.Module):
         added where the norm's is made."""
         (q, k, v), inputs = self.enter(hidden)
         q, k = self.attention.prepared(q, k, positions)
-        return Heads(q, k, v), self.folded(inputs), Passed.apply(hidden)
+        return Heads(q, k, v), self.folded(inputs), PassThrough.apply(hidden)
 
     def folded(self, inputs: BranchInputs) -> BranchInputs:
         """What a compiled `leave` gets: gate and up multiplied, unless that is computed again.

@@ -30,7 +30,7 @@ def gated(
     return F.silu(gate).mul_(up)
 
 
-def gated_slopes(
+def gated_gradients(
     gate: Float[Tensor, "tokens inner"],
     up: Float[Tensor, "tokens inner"],
     grad: Float[Tensor, "tokens inner"],
@@ -52,7 +52,7 @@ class Between:
     """What is done between the products of one chunk."""
 
     gated: Callable[[Tensor, Tensor], Tensor] = gated
-    slopes: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_slopes
+    gradients: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_gradients
 
 
 class ChunkedMLP(nn.Module):
@@ -77,7 +77,7 @@ class ChunkedMLP(nn.Module):
 
     def compile_pieces(self, backend: str) -> None:
         """Have what lies between a chunk's products compiled when gradients are wanted."""
-        self.between = Between(traced_whole(gated, backend), traced_whole(gated_slopes, backend))
+        self.between = Between(traced_whole(gated, backend), traced_whole(gated_gradients, backend))
 
     def forward(
         self, x: Float[Tensor, "seq_local batch hidden"], needed: bool = True
@@ -175,7 +175,7 @@ def _of_chunks(
         both = linear(inputs[chunk], gate_up)
         grad = product(grads[chunk], way_down)
         gate, up = both.chunk(2, dim=-1)
-        made = setup.between.slopes(gate, up, grad)  # `both` is their gradient now
+        made = setup.between.gradients(gate, up, grad)  # `both` is their gradient now
         del grad
         accumulate(of_down, grads[chunk], made)
         del made

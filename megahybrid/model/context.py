@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megahybrid.config.attention import Rope
-from megahybrid.model.activation_offload import Away
+from megahybrid.model.activation_offload import OffloadedTensor
 from megahybrid.model.core_attention import CoreAttention, core_attention
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, plain_table
@@ -18,7 +18,7 @@ class SequenceContext:
     Tables are made when the first layer asks and shared by all layers of the same rotation.
     `attention` is called by every layer, in their order: what goes on from the keys of earlier
     tokens, or watches, stands there around `core_attention`. Training leaves it as it is.
-    `away` has the inputs of layers that wait in host memory, the lowest first.
+    `offloaded` has the inputs of layers that wait in host memory, the lowest first.
     """
 
     length: int
@@ -27,7 +27,7 @@ class SequenceContext:
     dtype: torch.dtype
     tables: dict[tuple[Rope, int], RotaryTable] = field(default_factory=dict)
     attention: CoreAttention = core_attention
-    away: list[Away] = field(default_factory=list)
+    offloaded: list[OffloadedTensor] = field(default_factory=list)
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 from megahybrid.config.stages import Recompute
-from megahybrid.model.activation_offload import kept_away
+from megahybrid.model.activation_offload import offload_saved_tensors
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def keeping_products(function: Callable[..., Any]) -> Callable[..., Any]:
 def run_block(
     block: Callable[..., Tensor], hidden: Tensor, context: Any, policy: Recompute
 ) -> Tensor:
-    """`block(hidden, context)`, under full recompute where the policy says so. `context.away` is
-    the line of inputs that wait in host memory."""
+    """Return `block(hidden, context)`, under full recompute where the policy says so.
+    `context.offloaded` is the line of inputs that wait in host memory."""
     what = recomputation(policy)
     if not what.layer or not torch.is_grad_enabled():
         return block(hidden, context)
     # The checkpoint keeps its input alone; what it keeps inside are its own hooks' affair.
-    keeping = kept_away(context.away) if what.offload else nullcontext()
+    keeping = offload_saved_tensors(context.offloaded) if what.offload else nullcontext()
     with keeping:
         # The blocks draw nothing at random, so no generator state needs to be put back.
         return checkpoint(

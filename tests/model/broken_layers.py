@@ -86,7 +86,7 @@ def wrong_way_back(patch: Patch) -> None:
     """The rotation's gradient is turned forward once more."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return rotary._turn(grads[0], *ctx.saved_tensors, 1), None, None
+        return rotary._rotate(grads[0], *ctx.saved_tensors, 1), None, None
 
     patch.setattr(rotary._Rotation, "backward", staticmethod(backward))
 

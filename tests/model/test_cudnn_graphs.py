@@ -108,7 +108,7 @@ def test_a_graphs_tensors_are_the_buffers_that_it_is_given(
     given = {"q": (kernel.Q, queries), "k": (kernel.K, keys), "v": (kernel.V, keys)}
     made = [(kernel.OUT, queries), (kernel.STATS, sums)]
     if backward:
-        given |= {"o": (kernel.OUT, queries), "dO": (kernel.SLOPE, queries)}
+        given |= {"o": (kernel.OUT, queries), "dO": (kernel.GRAD_OUTPUT, queries)}
         given |= {"stats": (kernel.STATS, sums)}
         made = [(kernel.DQ, queries), (kernel.DK, keys), (kernel.DV, keys)]
     else:

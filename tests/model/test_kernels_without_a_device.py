@@ -42,7 +42,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for kernel in (varlen, flash):
             monkeypatch.setattr(kernel, "refusal", lambda *where: None)
     for module in (documents, varlen):  # no memory can be pinned without a driver
-        monkeypatch.setattr(module, "sent", lambda tensor, device: tensor.to(device))
+        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor.to(device))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield
     varlen.plain_boundaries.cache_clear()

@@ -161,8 +161,8 @@ def prepared_with(change: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Pat
 
 def compiled_way_back(patch: Patch) -> None:
     """The rotation that compilers see turns one half the wrong way."""
-    right = rotary._turned
-    patch.setattr(rotary, "_turned", lambda x, cos, sin: right(x, cos, sin.abs()))
+    right = rotary._rotated
+    patch.setattr(rotary, "_rotated", lambda x, cos, sin: right(x, cos, sin.abs()))
 
 
 COMPILED_FAULTS: dict[str, tuple[str, bool, Callable[[Patch], None]]] = {

@@ -149,12 +149,12 @@ def _both(
         return drawn.requires_grad_()
 
     q, k, v = draw(work.heads), draw(work.kv_heads), draw(work.kv_heads)
-    slope = draw(work.heads).detach()
+    grad_output = draw(work.heads).detach()
     spec = AttentionSpec(window=window, documents=documents, scale=work.head_dim**-0.5)
 
     def run() -> Results:
         out = core_attention(q, k, v, spec, name)
-        results = (out.detach(), *torch.autograd.grad(out, (q, k, v), slope))
+        results = (out.detach(), *torch.autograd.grad(out, (q, k, v), grad_output))
         return dict(zip(("output", "dq", "dk", "dv"), results, strict=True))
 
     return run

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.model.compiled import prepare_compiler
-from megahybrid.model.kernels.cuda_limits import near
+from megahybrid.model.kernels.cuda_limits import within_int32_offsets
 from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.spec import AttentionSpec
 
@@ -45,7 +45,7 @@ def attend_flex(
         )
     if not records:
         q, k, v = (x.detach() for x in (q, k, v))  # on CPU it refuses leaves even under no_grad
-    q, k, v = (near(x.transpose(0, 1)) for x in (q, k, v))
+    q, k, v = (within_int32_offsets(x.transpose(0, 1)) for x in (q, k, v))
     return _compiled()(q, k, v, mask, scale).transpose(0, 1)
 
 

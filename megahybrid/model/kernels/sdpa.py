@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megahybrid.model.kernels.cuda_limits import near
+from megahybrid.model.kernels.cuda_limits import within_int32_offsets
 from megahybrid.model.kernels.documents import Documents, Span, additive, visible
 from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.spec import AttentionSpec
@@ -31,7 +31,7 @@ def attend_sdpa(
     """
     documents, scale = spec.documents, spec.scale
     # [batch, heads, seq, head_dim]
-    q, k, v = (near(x.transpose(0, 1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (within_int32_offsets(x.transpose(0, 1)).transpose(1, 2) for x in (q, k, v))
     if documents is None:
         out = attend_heads(q, k, v, None, scale)
     elif documents.seq <= SHARED_TOKENS:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.model.kernels.cuda_limits import fused_refusal
-from megahybrid.model.kernels.documents import Documents, Span, sent
+from megahybrid.model.kernels.documents import Documents, Span, to_device
 from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.spec import AttentionSpec, Place
 
@@ -78,7 +78,7 @@ def packed_boundaries(documents: Documents) -> tuple[Tensor, int]:
     spans: list[Span] = documents.spans()
     ends = [span.row * documents.seq + span.stop for span in spans]
     boundaries = torch.tensor([0, *ends], dtype=torch.int32)
-    return sent(boundaries, documents.device), max(span.stop - span.start for span in spans)
+    return to_device(boundaries, documents.device), max(span.stop - span.start for span in spans)
 
 
 def _call(
@@ -106,7 +106,7 @@ def _shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
         made = torch.randn(16, heads, 64, device=device, dtype=dtype, generator=generator)
         return made.requires_grad_()
 
-    q, k, v, slope = drawn(2), drawn(1), drawn(1), drawn(2).detach()
+    q, k, v, grad_output = drawn(2), drawn(1), drawn(1), drawn(2).detach()
     boundaries = plain_boundaries(1, 16, device)
     found = []
     # Hooks of its own: a layer under recomputation counts what is saved inside of it.
@@ -116,7 +116,7 @@ def _shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
             for copies in (1, 2):
                 keys, values = (x.repeat_interleave(copies, dim=1) for x in (k, v))
                 out = _call(q, keys, values, boundaries, 16, 7, 0.125)
-                found.append((out, *torch.autograd.grad(out, (q, k, v), slope)))
+                found.append((out, *torch.autograd.grad(out, (q, k, v), grad_output)))
     except (RuntimeError, ValueError):
         return False
     return all(
