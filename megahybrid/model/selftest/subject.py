@@ -139,7 +139,7 @@ class HeadsOnly(Block):
         """The attention output, and zeros: a stream is as wide behind a layer as before it."""
         return F.pad(attention_output.flatten(-2), (0, sum(self.sizes[1:])))
 
-    def mixed(self, hidden: Tensor, context: SequenceContext) -> Tensor:
+    def attention_output(self, hidden: Tensor, context: SequenceContext) -> Tensor:
         """[seq, batch, heads, head_dim]: what the heads make of a stream."""
         out: Tensor = self(hidden, context)
         return out[..., : self.sizes[0]].unflatten(-1, (-1, self.attention.head_dim))
