@@ -91,7 +91,7 @@ def layer(
 
     torch._dynamo.reset()
     compiled.prepare_compiler()
-    compiled.write_gradients_in_place()
+    compiled.patch_inductor_cat()
     changed: Any = varlen
     changed._shares_heads = lambda device, dtype: True
     config = hybrid("1b").model_copy(update={"block": block, "norm": norm})
@@ -119,7 +119,7 @@ def flex_attention(window: int | None, rows: int, length: int) -> list[dict[str,
     import torch
 
     from benchmarks.shapes import SHAPES
-    from megahybrid.model.kernels import flex
+    from megahybrid.model.kernels import AttentionSpec, flex
 
     torch._dynamo.reset()
     heads, kv_heads = SHAPES["1b"]["num_heads"], SHAPES["1b"]["num_kv_heads"]
@@ -135,7 +135,7 @@ def flex_attention(window: int | None, rows: int, length: int) -> list[dict[str,
             ).transpose(0, 1)
             for count in (heads, kv_heads, kv_heads)
         )
-        out = flex.attend_flex(q, k, v, window=window, documents=None, scale=128**-0.5)
+        out = flex.attend_flex(q, k, v, AttentionSpec(window=window, scale=128**-0.5))
         out.sum().backward()
     changed.compile = compile
     return described(("forward", "backward"), made, rows * length)

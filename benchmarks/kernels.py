@@ -15,7 +15,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.timing import timed
 from megahybrid.config.counting import attended_pairs
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import KERNELS, attend
+from megahybrid.model.kernels import KERNELS, AttentionSpec, attend
 from megahybrid.model.kernels.choice import why_it_failed
 
 NAMES = [name for name in KERNELS if name != "reference"]
@@ -55,7 +55,7 @@ def measure(
         torch.randn(length, 1, kv_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
         for _ in range(2)
     )
-    slope = torch.randn_like(q)
+    grad_output = torch.randn_like(q)
     rows = []
     for window in (None, sizes["window"]):
         pairs = attended_pairs(length, window) * heads * head_dim
@@ -65,12 +65,10 @@ def measure(
             row: dict[str, Any] = {"length": length, "window": window, "kernel": name}
 
             def forward(window: int | None = window, name: str = name) -> torch.Tensor:
-                return attend(
-                    q, k, v, window=window, documents=None, scale=head_dim**-0.5, kernel=name
-                )
+                return attend(q, k, v, AttentionSpec(window=window, scale=head_dim**-0.5), name)
 
             def both(forward: Any = forward) -> None:
-                torch.autograd.grad(forward(), (q, k, v), slope)
+                torch.autograd.grad(forward(), (q, k, v), grad_output)
 
             try:
                 for _ in range(2):

@@ -11,7 +11,7 @@ from benchmarks.timing import timed
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.counting import attended_pairs
 from megahybrid.errors import AuditError, ConfigError
-from megahybrid.model.kernels import Documents, attend
+from megahybrid.model.kernels import AttentionSpec, Documents, attend
 from megahybrid.model.kernels.choice import why_it_failed
 from megahybrid.model.selftest import run_self_test
 
@@ -80,10 +80,10 @@ def measured(
     lengths = [document_lengths(length, seed) if packed else [length] for seed in range(count)]
     documents = Documents.from_lengths(lengths).to(setting.device) if packed else None
 
+    spec = AttentionSpec(window=window, documents=documents, scale=head_dim**-0.5)
+
     def forward() -> torch.Tensor:
-        return attend(
-            q, k, v, window=window, documents=documents, scale=head_dim**-0.5, kernel=name
-        )
+        return attend(q, k, v, spec, name)
 
     def both() -> None:
         torch.autograd.grad(forward(), (q, k, v), grad_output)

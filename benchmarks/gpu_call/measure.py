@@ -97,7 +97,7 @@ def steps(options: argparse.Namespace, setting: Any) -> Iterable[dict[str, Any]]
     if options.without_patch:
         from megahybrid.model import compiled
 
-        compiled.write_gradients_in_place = lambda: None  # type: ignore[assignment]
+        compiled.patch_inductor_cat = lambda: None  # type: ignore[assignment]
     # megatron-core and DeepSpeed want a world, be it of one.
     initialise_distributed(setting.device.type)
     try:

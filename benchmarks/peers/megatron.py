@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.peers.peer import Peer
 from megahybrid.config.attention import Rope
 from megahybrid.config.model import ModelConfig
-from megahybrid.model.kernels import attend
+from megahybrid.model.kernels import AttentionSpec, attend
 
 LAYER = {
     "self_attention.linear_qkv": ("attention.query", "attention.key", "attention.value"),
@@ -138,16 +138,8 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """[seq, batch, heads, head_dim] to [seq, batch, heads · head_dim]."""
-        mixed = attend(
-            query,
-            key,
-            value,
-            window=self.window,
-            documents=None,
-            scale=self.scale,
-            kernel=self.kernel,
-        )
-        return mixed.flatten(2)
+        spec = AttentionSpec(window=self.window, scale=self.scale)
+        return attend(query, key, value, spec, self.kernel).flatten(2)
 
 
 def layout(config: ModelConfig, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

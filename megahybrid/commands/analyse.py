@@ -12,7 +12,7 @@ from megahybrid.commands.trained_model import TrainedModel, header, keep, load_t
 from megahybrid.config import load
 from megahybrid.config.suite import NeedleTask, RulerTask, Suite
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
-from megahybrid.evaluate.attention import Attention, attention_of, to_json
+from megahybrid.evaluate.attention import AttentionStatistics, attention_of, to_json
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.suite import examples_of
 from megahybrid.evaluate.suite_table import attention_tables
@@ -146,7 +146,7 @@ def _analysed(
                     likeliest[place - example.answer] == example.tokens[place]
                     for place in example.counted
                 )
-            figures = to_json(Attention.mean(parts), kinds, threshold)
+            figures = to_json(AttentionStatistics.mean(parts), kinds, threshold)
             told = {"trials": len(examples), "exact": right / len(examples)}
             results.append({**json.loads(labels), **told, "attention": figures})
     return results

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.counting import Shape, layer_flops_per_token, layer_shapes
 from megahybrid.config.model import ModelConfig
-from megahybrid.config.stages import RecomputeBudget, Stage
+from megahybrid.config.stages import Recompute, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ CHUNK_TOKENS = 8192
 # updated while another arrives and a third leaves.
 OFFLOAD_PIECE, OFFLOAD_ROOMS = 2**25, 3
 # From the least to the most that is computed again.
-POLICIES = ("none", "selective", "chunked", "full", "offload")
+POLICIES: tuple[Recompute, ...] = ("none", "selective", "chunked", "full", "offload")
 # The vocabulary is padded to a multiple of this and the tensor degree.
 VOCABULARY_MULTIPLE = 8
 
@@ -158,12 +158,12 @@ class MicroBatch:
         head = -(-model.vocab_size // tensor) * model.hidden_size
         self._waiting = width * head * model.tie_embeddings
 
-    def activations(self, policies: Sequence[str]) -> int:
+    def activations(self, policies: Sequence[Recompute]) -> int:
         """What all layers keep."""
         per_token = sum(count * self._per_token[p] for p, count in Counter(policies).items())
         return per_token * self._tokens // self._tensor
 
-    def working(self, policies: Sequence[str]) -> int:
+    def working(self, policies: Sequence[Recompute]) -> int:
         """The most that stands beside the kept activations: in the loss, or in one layer's
         backward. In backward a layer's own memory goes when it is done."""
         left, gone = set(policies), 0  # gone: what the layers above have kept
@@ -181,7 +181,7 @@ class MicroBatch:
 
 def activations(
     model: ModelConfig,
-    policies: Sequence[str],
+    policies: Sequence[Recompute],
     tokens: int,
     tensor: int,
     precision: str,
@@ -193,7 +193,7 @@ def activations(
 
 def working(
     model: ModelConfig,
-    policies: Sequence[str],
+    policies: Sequence[Recompute],
     tokens: int,
     tensor: int,
     precision: str,
@@ -272,7 +272,7 @@ def memory_per_rank(
     zero_stage: int,
     precision: str,
     device: str = "cuda",
-    policies: Sequence[str] | None = None,
+    policies: Sequence[Recompute] | None = None,
     offload: str = "none",
 ) -> Memory:
     """What one rank holds at the fullest moment of a step. `policies` has the recompute policy of
@@ -311,7 +311,7 @@ def _visitors(local: int) -> int:
     return 8 * OFFLOAD_ROOMS * min(OFFLOAD_PIECE, local)
 
 
-def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
+def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[Recompute]:
     """The recompute policy of each layer in stage `index`: as named, or solved for its budget.
 
     Raises ConfigError where a budget cannot be met.
@@ -343,7 +343,7 @@ def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[str]:
 
 def policies_within(
     model: ModelConfig, stage: Stage, plan: LayerPlan, budget_bytes: int, **where: Any
-) -> list[str]:
+) -> list[Recompute]:
     """The policies that fit at the fewest extra FLOPs: none where it fits; else selective, which
     repeats no product, on as many layers as it takes; else chunked, which repeats the one with gate
     and up; else full on as few as it takes, those with the fewest FLOPs first; then off-loaded as
@@ -351,11 +351,11 @@ def policies_within(
     tensor, precision = where["tensor"], where["precision"]
     device = where.get("device", "cuda")
     batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device)
-    start = ["none"] * plan.num_layers
+    start: list[Recompute] = ["none"] * plan.num_layers
     whole = memory_per_rank(model, stage, policies=start, **where)
     states = whole.weights + whole.gradients + whole.optimizer
 
-    def fits(policies: list[str]) -> bool:
+    def fits(policies: list[Recompute]) -> bool:
         return states + batch.activations(policies) + batch.working(policies) <= budget_bytes
 
     length = max(stage.lengths)
@@ -370,9 +370,13 @@ def policies_within(
     return policies
 
 
-def _relaxed(policies: list[str], fits: Callable[[list[str]], bool]) -> list[str]:
+def _relaxed(policies: list[Recompute], fits: Callable[[list[Recompute]], bool]) -> list[Recompute]:
     """Selective and chunked taken back where what was done after them left the room."""
-    for taken, back in (("chunked", "selective"), ("selective", "none")):
+    steps: tuple[tuple[Recompute, Recompute], ...] = (
+        ("chunked", "selective"),
+        ("selective", "none"),
+    )
+    for taken, back in steps:
         for layer, policy in enumerate(policies):
             if policy == taken:
                 tried = [*policies[:layer], back, *policies[layer + 1 :]]

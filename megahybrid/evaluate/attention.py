@@ -23,7 +23,7 @@ LAST_DROPPED = 0.03  # of the keys, from curves against key position
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionStatistics:
     """Means over the queries of question and answer (and over examples), by layer and head.
 
     A missing logit at a lag (no query saw a key so far away) is NaN.
@@ -41,7 +41,7 @@ class Attention:
     lag_edges: tuple[int, ...]
 
     @classmethod
-    def mean(cls, parts: "Sequence[Attention]") -> "Attention":
+    def mean(cls, parts: "Sequence[AttentionStatistics]") -> "AttentionStatistics":
         """The mean over examples of one length, each counting alike (max_logit: the largest)."""
         means = {
             name: torch.stack([getattr(part, name) for part in parts]).nanmean(dim=0)
@@ -146,7 +146,7 @@ class Tally:
         ones = torch.ones_like(known)
         self.lag_count[layer].index_add_(1, bucket, ones)
 
-    def result(self) -> Attention:
+    def result(self) -> AttentionStatistics:
         """Means over the end rows, of all heads. Every rank of the tensor axis calls it."""
         length = len(self.example.tokens)
         rows, answers = length - self.example.question, length - self.example.answer
@@ -161,7 +161,7 @@ class Tally:
             "by_position": self.by_bin[..., 1:-1] / (rows * widths),
             "logit_by_lag": (self.lag_sum / self.lag_count)[..., :-1],
         }
-        return Attention(
+        return AttentionStatistics(
             **{name: self._all_heads(value).cpu() for name, value in parts.items()},
             position_edges=self.position_edges,
             lag_edges=self.lag_edges,
@@ -187,7 +187,7 @@ def attention_of(
     starts: Int[Tensor, "one seq"] | None = None,
     position_bins: int = 64,
     chunk_tokens: int = 512,
-) -> tuple[Attention, Float[Tensor, "answer vocab"]]:
+) -> tuple[AttentionStatistics, Float[Tensor, "answer vocab"]]:
     """The attention of one example's end rows, and the logits of its answer's tokens.
 
     Memory beyond the weights is that of `by_layers` and four pieces of ROW_BYTES: it grows with
@@ -203,7 +203,7 @@ def attention_of(
     return tally.result(), logits
 
 
-def retrieval_heads(attention: Attention, threshold: float) -> list[dict[str, Any]]:
+def retrieval_heads(attention: AttentionStatistics, threshold: float) -> list[dict[str, Any]]:
     """Heads that look at the needle while they answer, strongest first."""
     found = (attention.retrieval >= threshold).nonzero().tolist()
     heads = [
@@ -213,7 +213,9 @@ def retrieval_heads(attention: Attention, threshold: float) -> list[dict[str, An
     return sorted(heads, key=lambda one: -float(one["score"]))
 
 
-def to_json(attention: Attention, kinds: Sequence[str], threshold: float) -> dict[str, Any]:
+def to_json(
+    attention: AttentionStatistics, kinds: Sequence[str], threshold: float
+) -> dict[str, Any]:
     """All figures by layer and head, their means by layer, by kind of layer and over all."""
     layers = [
         {
@@ -240,7 +242,7 @@ def to_json(attention: Attention, kinds: Sequence[str], threshold: float) -> dic
     }
 
 
-def _summary(attention: Attention, layers: list[int]) -> dict[str, Any]:
+def _summary(attention: AttentionStatistics, layers: list[int]) -> dict[str, Any]:
     """Means over heads and `layers` (the maximum of max_logit)."""
     entropy = float(attention.entropy[layers].mean())
     mass = attention.mass[layers].mean((0, 1)).tolist()
@@ -257,7 +259,7 @@ def _summary(attention: Attention, layers: list[int]) -> dict[str, Any]:
     }
 
 
-def _heads(attention: Attention, layer: int) -> list[dict[str, Any]]:
+def _heads(attention: AttentionStatistics, layer: int) -> list[dict[str, Any]]:
     entropy = attention.entropy[layer]
     return [
         {

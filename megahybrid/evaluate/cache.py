@@ -14,9 +14,8 @@ from torch import Tensor
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.model.attention import Attention
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.core_attention import positioned, score_scale
-from megahybrid.model.kernels.documents import Documents, additive
-from megahybrid.model.score_scale import QueryScale
+from megahybrid.model.core_attention import core_attention
+from megahybrid.model.kernels import AttentionSpec, Documents
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import gather_sequence, local_slice
 from megahybrid.parallel.mesh import Axis
@@ -132,28 +131,17 @@ class Cache:
         documents = Documents(starts - first)
         self.masks = {}
 
-        def mixing(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            *,
-            scheme: AttentionScheme,
-            kernel: str,
-            context: SequenceContext,
-            query_scale: QueryScale | None,
-        ) -> Tensor:
-            q, k = positioned(q, k, scheme.position, context)
-            if query_scale is not None:
-                q = query_scale(q, documents, length)
-            scale = score_scale(scheme, q.shape[-1])
+        def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
             q, k, v = q[:columns], k[:columns], v[:columns]
-            return filled(self._mix(next(layers), q, k, v, first, scale), self.tensor)
+            return filled(self._attend(next(layers), q, k, v, first, spec.scale), self.tensor)
 
-        return SequenceContext(length, documents, hidden.device, hidden.dtype, mixing=mixing)
+        return SequenceContext(length, documents, hidden.device, hidden.dtype, attention=attention)
 
-    def _mix(
+    def _attend(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float
     ) -> Float[Tensor, "seq batch heads head_dim"]:
+        """Core attention of the new columns to all that are kept, whose kernel is none of those
+        for whole batches."""
         layer = self.layers[index]
         keys, values, columns = layer.extend(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), first)
         queries = torch.arange(first, first + len(q), device=q.device)
@@ -164,7 +152,8 @@ class Cache:
         allowed = self.masks[key]
         if self.observe is not None:
             self.observe(index, q, keys, queries, columns, allowed, scale)
-        return _attend(q, keys, values, allowed, scale)
+        keys, values = (x.permute(2, 0, 1, 3) for x in (keys, values))
+        return core_attention(q, keys, values, AttentionSpec(scale=scale, visible=allowed), "auto")
 
 
 def filled(x: Float[Tensor, "seq *rest"], tensor: Axis) -> Float[Tensor, "seq_filled *rest"]:
@@ -189,25 +178,6 @@ def seen(
     query = queries[:, None]
     allowed = (columns <= query) & (columns >= starts[:, queries, None])
     return allowed if window is None else allowed & (columns > query - window)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """softmax(scale q kᵀ) v over the keys allowed; [seq, batch, heads, head_dim]."""
-    grouped = q.permute(1, 2, 0, 3).unflatten(1, (keys.shape[1], -1))
-    mask = additive(allowed, q.dtype)[:, None]  # [batch, 1, queries, keys]
-    if len(q) == 1:  # the queries that share a key are few: one product serves them
-        out = F.scaled_dot_product_attention(
-            grouped[:, :, :, 0], keys, values, attn_mask=mask, scale=scale
-        )[:, :, :, None]
-    else:  # one call for each member of the groups, so that neither keys nor mask are repeated
-        out = torch.stack(
-            [
-                F.scaled_dot_product_attention(member, keys, values, attn_mask=mask, scale=scale)
-                for member in grouped.unbind(2)
-            ],
-            dim=2,
-        )
-    return out.flatten(1, 2).permute(2, 0, 1, 3)
 
 
 @torch.no_grad()

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 
-class Away:
+class OffloadedTensor:
     """A copy of a tensor in host memory. `before` is the one that will be wanted after it."""
 
-    def __init__(self, tensor: Tensor, before: "Away | None") -> None:
+    def __init__(self, tensor: Tensor, before: "OffloadedTensor | None") -> None:
         self.before, self.device = before, tensor.device
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self.arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
-        with beside(self.device) as stream:
+        with copy_stream(self.device) as stream:
             self.host.copy_(tensor, non_blocking=True)
             if stream is not None:
                 tensor.record_stream(stream)  # its memory is not given away before it is read
@@ -30,7 +30,7 @@ class Away:
         if self.arriving is not None:
             return
         room = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-        with beside(self.device) as stream:
+        with copy_stream(self.device) as stream:
             room.copy_(self.host, non_blocking=True)
             if stream is not None:
                 room.record_stream(stream)
@@ -48,24 +48,24 @@ class Away:
         return room
 
 
-class kept_away(torch.autograd.graph.saved_tensors_hooks):
+class offload_saved_tensors(torch.autograd.graph.saved_tensors_hooks):
     """Inside this block, what autograd keeps waits in host memory, behind those in `line`."""
 
-    def __init__(self, line: list[Away]) -> None:
+    def __init__(self, line: list[OffloadedTensor]) -> None:
         def pack(kept: Tensor) -> Any:
             if not kept.numel():
                 return kept
-            line.append(Away(kept, line[-1] if line else None))
+            line.append(OffloadedTensor(kept, line[-1] if line else None))
             return line[-1]
 
         def unpack(packed: Any) -> Tensor:
-            return packed.back() if isinstance(packed, Away) else packed
+            return packed.back() if isinstance(packed, OffloadedTensor) else packed
 
         super().__init__(pack, unpack)
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+def copy_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
     """Inside, copies run beside the computation, behind what was queued before; on a CPU in it."""
     if device.type != "cuda":
         yield None

@@ -1,22 +1,40 @@
-"""One layer's attention between its projections: norm, rotation, logit scale, `attend`."""
+"""One layer's attention between its projections: norm, rotation, temperature, core attention."""
 
 from collections.abc import Callable
+from typing import NamedTuple, assert_never
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.core_attention import attended, mix
+from megahybrid.model.core_attention import prepare_queries_keys
+from megahybrid.model.kernels import AttentionSpec
+from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.norm import QKNormModule
-from megahybrid.model.rotary import RotaryTable, rotate_both
-from megahybrid.model.score_scale import QueryScale
-from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megahybrid.model.rotary import RotaryTable
+from megahybrid.model.score_scale import QueryScale, score_scale
+from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
-Places = tuple[RotaryTable | None, Tensor | None]  # the rotation, and a factor of each query
+
+class Positions(NamedTuple):
+    """What a batch's positions are to a layer, made on the way in: a compiled region can make no
+    table. Leading axes are [seq, batch], or [batch, seq] after `rows_first`."""
+
+    table: RotaryTable | None  # of the rotation
+    factor: (
+        Tensor | None
+    )  # [seq, batch or 1]: the temperature of each query, without what is learned
+
+    def rows_first(self) -> "Positions":
+        """Return the same for heads that are [batch, seq, ...]."""
+        return Positions(
+            None if self.table is None else self.table.rows_first(),
+            None if self.factor is None else self.factor.T,
+        )
 
 
 def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
@@ -32,15 +50,18 @@ def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
     return head * config.head_dim, (head + 1) * config.head_dim
 
 
-def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> tuple[Output, ...]:
-    """Query, key and value, for a column-parallel matrix that may hold others as well."""
+def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> dict[str, Output]:
+    """Return the input projections of attention, for a matrix that may hold others as well.
+
+    What is neither query, key nor value is found in `BranchInputs`, under the same name.
+    """
     kv_features = config.num_kv_heads * config.head_dim
     keep = kv_rows(config, mesh.tensor)
-    return (
-        Output(f"{name}.query.weight", config.num_heads * config.head_dim),
-        Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
-        Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
-    )
+    return {
+        "query": Output(f"{name}.query.weight", config.num_heads * config.head_dim),
+        "key": Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
+        "value": Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
+    }
 
 
 class Attention(nn.Module):
@@ -58,8 +79,8 @@ class Attention(nn.Module):
         self.scheme = scheme
         self.head_dim = config.head_dim
         self.kernel = kernel
-        # A compiled `rotate_both`; None: as `mix` does it.
-        self.turn: Callable[..., tuple[Tensor, Tensor]] | None = None
+        # `prepare_queries_keys` through a compiler.
+        self.compiled_prepare: Callable[..., tuple[Tensor, Tensor]] | None = None
         heads = (config.num_heads, config.num_kv_heads)
         self.qk_norm = (
             None
@@ -85,14 +106,14 @@ class Attention(nn.Module):
         query: Float[Tensor, "seq batch query_features_local"],
         key: Float[Tensor, "seq batch kv_features_local"],
         value: Float[Tensor, "seq batch kv_features_local"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Heads:
         """q, k and v [seq, batch, heads, head_dim], normalised where the scheme says so."""
         q = query.unflatten(-1, (-1, self.head_dim))  # [seq, batch, heads_local, head_dim]
         k = key.unflatten(-1, (-1, self.head_dim))  # [seq, batch, kv_heads_local, head_dim]
         v = value.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
-        return q, k, v
+        return Heads(q, k, v)
 
     def forward(
         self,
@@ -101,52 +122,59 @@ class Attention(nn.Module):
         v: Float[Tensor, "seq batch kv_heads_local head_dim"],
         context: SequenceContext,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The mixed values of heads that are normalised but not yet placed."""
-        position = self.scheme.position
-        if self.turn is not None and context.mixing is None and torch.is_grad_enabled():
-            if isinstance(position, Rope):
-                q, k = self.turn(q, k, context.rotary_table(position, self.head_dim))
-            if self.query_scale is not None:
-                q = self.query_scale(q, context.documents, context.length)
-            return self.attended(q, k, v, context)
-        return (context.mixing or mix)(
-            q,
-            k,
-            v,
-            scheme=self.scheme,
-            kernel=self.kernel,
-            context=context,
-            query_scale=self.query_scale,
-        )
+        """The attention output of heads that are normalised but not yet prepared."""
+        q, k = self.prepared(q, k, self.positions(context))
+        return self.attended(q, k, v, context)
 
-    def places(self, context: SequenceContext) -> Places:
-        """What `placed` turns and scales this batch's heads by, [batch, seq, ...]."""
-        position = self.scheme.position
-        table = None
-        if isinstance(position, Rope):
-            table = context.rotary_table(position, self.head_dim).rows_first()
-        factor = None
+    def positions(self, context: SequenceContext) -> Positions:
+        """Return what `prepared` rotates and scales this batch's heads by."""
+        table, factor = None, None
+        match self.scheme.position:
+            case Rope() as rope:
+                table = context.rotary_table(rope, self.head_dim)
+            case Nope():
+                pass
+            case other:
+                assert_never(other)
         if self.query_scale is not None:
-            factor = self.query_scale.factor(context.documents, context.length, context.device).T
-        return table, factor
+            factor = self.query_scale.factor(context.documents, context.length, context.device)
+        return Positions(table, factor)
 
-    def placed(self, q: Tensor, k: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """q and k turned to their positions and q scaled, from what is made already: a compiled
-        region can make no table. `mix` does the same from a context."""
-        table, factor = places
-        if table is not None:
-            q, k = rotate_both(q, k, table)
+    def prepared(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return q and k rotated to their positions and q times its temperature."""
+        table, factor = positions
         if self.query_scale is not None and factor is not None:
-            q = self.query_scale.scaled(q, factor)
-        return q, k
+            factor = self.query_scale(factor)
+        # A temperature without a rotation is one product: a kernel as it is.
+        if (
+            self.compiled_prepare is not None
+            and table is not None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            return self.compiled_prepare(q, k, table, factor)
+        return prepare_queries_keys(q, k, table, factor)
 
     def attended(
         self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The mixed values of heads that are placed already."""
-        return attended(q, k, v, scheme=self.scheme, kernel=self.kernel, context=context)
+        """The attention output of heads that are prepared."""
+        return context.attention(q, k, v, self.spec(context), self.kernel)
 
+    def to_hidden(
+        self,
+        attention_output: Float[Tensor, "seq batch heads_local head_dim"],
+        inputs: BranchInputs,
+        reduce: bool = True,
+    ) -> Float[Tensor, "seq_out batch hidden"]:
+        """The attention output on the stream's width: a shard of the sum, or with reduce=False
+        this rank's part of it. `inputs` are those of this layer, for what acts on heads."""
+        return self.output(attention_output.flatten(-2), reduce=reduce)
 
-def query_key_value(name: str, config: ModelConfig, mesh: ParallelMesh) -> ColumnParallelLinear:
-    """The input projections of attention alone (the parallel block has one for all five)."""
-    return ColumnParallelLinear(config.hidden_size, attention_outputs(name, config, mesh), mesh)
+    def spec(self, context: SequenceContext) -> AttentionSpec:
+        """Return what this layer asks of a kernel for a batch."""
+        return AttentionSpec(
+            window=self.scheme.window,
+            documents=context.documents,
+            scale=score_scale(self.scheme, self.head_dim),
+        )

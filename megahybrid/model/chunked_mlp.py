@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from megahybrid.config import memory_estimate
 from megahybrid.model.compiled import traced_whole
+from megahybrid.model.layer_inputs import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
-    ColumnParallelLinear,
     RowParallelLinear,
     rows_of,
     weight_gradient,
@@ -30,7 +30,7 @@ def gated(
     return F.silu(gate).mul_(up)
 
 
-def gated_slopes(
+def gated_gradients(
     gate: Float[Tensor, "tokens inner"],
     up: Float[Tensor, "tokens inner"],
     grad: Float[Tensor, "tokens inner"],
@@ -52,7 +52,7 @@ class Between:
     """What is done between the products of one chunk."""
 
     gated: Callable[[Tensor, Tensor], Tensor] = gated
-    slopes: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_slopes
+    gradients: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_gradients
 
 
 class ChunkedMLP(nn.Module):
@@ -63,10 +63,11 @@ class ChunkedMLP(nn.Module):
     module's own parameters when that module runs.
     """
 
-    def __init__(self, input: ColumnParallelLinear, down: RowParallelLinear) -> None:
+    def __init__(self, input: InputProjection, down: RowParallelLinear) -> None:
         super().__init__()
-        gate, up = input.outputs[-2:]
-        assert gate.sharded and up.sharded
+        assert input.names[-2:] == ("gate", "up")
+        assert all(output.sharded for output in input.outputs[-2:])
+        self.names = (*input.names[:-2], "mlp")  # of what `forward` gives, as in BranchInputs
         self.outputs, self.sizes = input.outputs[:-2], input.sizes[:-2]
         self.kept = tuple(output.kept for output in self.outputs if not output.sharded)
         self.axis, self.weight, self.down = input.axis, input.weight, down.weight
@@ -76,7 +77,7 @@ class ChunkedMLP(nn.Module):
 
     def compile_pieces(self, backend: str) -> None:
         """Have what lies between a chunk's products compiled when gradients are wanted."""
-        self.between = Between(traced_whole(gated, backend), traced_whole(gated_slopes, backend))
+        self.between = Between(traced_whole(gated, backend), traced_whole(gated_gradients, backend))
 
     def forward(
         self, x: Float[Tensor, "seq_local batch hidden"], needed: bool = True
@@ -174,7 +175,7 @@ def _of_chunks(
         both = linear(inputs[chunk], gate_up)
         grad = product(grads[chunk], way_down)
         gate, up = both.chunk(2, dim=-1)
-        made = setup.between.slopes(gate, up, grad)  # `both` is their gradient now
+        made = setup.between.gradients(gate, up, grad)  # `both` is their gradient now
         del grad
         accumulate(of_down, grads[chunk], made)
         del made

@@ -21,7 +21,7 @@ def traced_whole(function: Callable[..., Any], backend: str) -> Callable[..., An
     """`function` compiled at its first call, by input shapes. What cannot be traced whole is an
     error, never a slower program."""
     if backend == "inductor":
-        write_gradients_in_place()
+        patch_inductor_cat()
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
@@ -38,7 +38,7 @@ def prepare_compiler() -> None:
     torch._dynamo.config.recompile_limit = MOST_PROGRAMS
     torch._dynamo.config.accumulated_recompile_limit = 4 * MOST_PROGRAMS
     for name, value in (
-        # `Passed` is one: without this its programs would be traced again at every restart.
+        # `PassThrough` is one: without this its programs would be traced again at every restart.
         ("autograd_cache_allow_custom_autograd_functions", True),
         # Values are a slice of the input product's output. Newer torch would have their gradient
         # lie like them, between gaps of the whole product's width.
@@ -49,10 +49,14 @@ def prepare_compiler() -> None:
 
 
 @cache
-def write_gradients_in_place() -> None:
-    """What a product reads as one matrix is written there part by part, by the kernels that make
+def patch_inductor_cat() -> None:
+    """Have what a product reads as one matrix written there part by part, by the kernels that make
     the parts. torch would have one kernel compute every part at every element: for the gradients of
-    q, k, v, gate and up its instructions take four times as long as its bytes."""
+    q, k, v, gate and up its instructions take four times as long as its bytes.
+
+    It replaces inductor's lowering of `cat`, as torch 2.11 to 2.13 have it (the releases that
+    pyproject.toml admits); where another torch differs, nothing is replaced.
+    """
     try:
         from torch._inductor import ir, lowering
         from torch._inductor.virtualized import V
@@ -84,7 +88,7 @@ def _only_multiplied(node: Any) -> bool:
     )
 
 
-class Passed(torch.autograd.Function):
+class PassThrough(torch.autograd.Function):
     """A region's input among its outputs: what comes back for it is then added inside of the
     region's backward, not by a kernel of its own."""
 

@@ -1,13 +1,12 @@
 """What all layers share while one batch passes through: document boundaries and rotation tables."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from megahybrid.config.attention import Rope
-from megahybrid.model.activation_offload import Away
+from megahybrid.model.activation_offload import OffloadedTensor
+from megahybrid.model.core_attention import CoreAttention, core_attention
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, plain_table
 
@@ -17,9 +16,9 @@ class SequenceContext:
     """Built once per batch. `documents` is None where every row is one document.
 
     Tables are made when the first layer asks and shared by all layers of the same rotation.
-    `mixing` is called in place of `mixing.mix`, with its arguments, layer by layer: a cache of keys
-    that goes on from earlier tokens, or an observer of the attention. Training leaves it None.
-    `away` has the inputs of layers that wait in host memory, the lowest first.
+    `attention` is called by every layer, in their order: what goes on from the keys of earlier
+    tokens, or watches, stands there around `core_attention`. Training leaves it as it is.
+    `offloaded` has the inputs of layers that wait in host memory, the lowest first.
     """
 
     length: int
@@ -27,8 +26,8 @@ class SequenceContext:
     device: torch.device
     dtype: torch.dtype
     tables: dict[tuple[Rope, int], RotaryTable] = field(default_factory=dict)
-    mixing: Callable[..., Tensor] | None = None
-    away: list[Away] = field(default_factory=list)
+    attention: CoreAttention = core_attention
+    offloaded: list[OffloadedTensor] = field(default_factory=list)
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""

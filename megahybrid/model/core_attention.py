@@ -1,70 +1,43 @@
-"""From normalised queries and keys to mixed values: position, query scale, `attend`.
+"""The one way from queries, keys and values to attention output.
 
-Layers and the positional self-test both come through here: the test judges the code that runs.
+Every layer comes through these two functions: as written, as compiled pieces and regions, in the
+self-test, with a cache of keys, and under the analysis of attention. Nothing else rotates queries
+and keys, scales them, or calls a kernel.
 """
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, FixedScale, Nope, Rope
-from megahybrid.model.context import SequenceContext
-from megahybrid.model.kernels import attend
-from megahybrid.model.rotary import rotate_both
-from megahybrid.model.score_scale import QueryScale
+from megahybrid.model.kernels import AttentionSpec, attend
+from megahybrid.model.rotary import RotaryTable, rotate_both
 
-Heads = Float[Tensor, "seq batch heads head_dim"]
-KVHeads = Float[Tensor, "seq batch kv_heads head_dim"]
+Queries = Float[Tensor, "seq batch heads head_dim"]
+Keys = Float[Tensor, "keys batch kv_heads head_dim"]
 
 
-def mix(
-    q: Heads,
-    k: KVHeads,
-    v: KVHeads,
-    *,
-    scheme: AttentionScheme,
-    kernel: str,
-    context: SequenceContext,
-    query_scale: QueryScale | None,
-) -> Heads:
-    """One layer's attention as its scheme says it; q and k come normalised but not rotated."""
-    q, k = positioned(q, k, scheme.position, context)
-    if query_scale is not None:
-        q = query_scale(q, context.documents, context.length)
-    return attended(q, k, v, scheme=scheme, kernel=kernel, context=context)
+# `core_attention`, or what stands around it: a cache of keys, an observer.
+CoreAttention = Callable[[Tensor, Tensor, Tensor, AttentionSpec, str], Tensor]
 
 
-def attended(
-    q: Heads,
-    k: KVHeads,
-    v: KVHeads,
-    *,
-    scheme: AttentionScheme,
-    kernel: str,
-    context: SequenceContext,
-) -> Heads:
-    """`attend` as the scheme says it, of heads that are placed already."""
-    return attend(
-        q,
-        k,
-        v,
-        window=scheme.window,
-        documents=context.documents,
-        scale=score_scale(scheme, q.shape[-1]),
-        kernel=kernel,
-    )
+def prepare_queries_keys(
+    q: Tensor, k: Tensor, table: RotaryTable | None, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return q and k rotated by `table` and q times `factor`, the temperature of each query; the
+    very same tensors where a scheme has neither.
+
+    Everything is made already, because a compiled program sees tensors alone. The two leading axes
+    are [seq, batch] or [batch, seq], the same for all; `factor` is [seq, batch, heads, 1] and may
+    have one row, and one head, for all.
+    """
+    if table is not None:
+        q, k = rotate_both(q, k, table)
+    if factor is not None:
+        q = q * factor.to(q.dtype)
+    return q, k
 
 
-def positioned(
-    q: Heads, k: KVHeads, position: Rope | Nope, context: SequenceContext
-) -> tuple[Heads, KVHeads]:
-    """q and k turned to their positions; the very same tensors where the scheme has no position."""
-    if not isinstance(position, Rope):
-        return q, k
-    return rotate_both(q, k, context.rotary_table(position, q.shape[-1]))
-
-
-def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
-    """What q·k is multiplied by for every query alike."""
-    if isinstance(scheme.logit_scale, FixedScale):
-        return scheme.logit_scale.scale
-    return head_dim**-0.5
+def core_attention(q: Queries, k: Keys, v: Keys, spec: AttentionSpec, kernel: str) -> Queries:
+    """Return the attention output of prepared heads, by the kernel of this name (or `auto`)."""
+    return attend(q, k, v, spec, kernel)

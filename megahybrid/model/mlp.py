@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from megahybrid.config.model import ModelConfig
+from megahybrid.model.layer_inputs import InputProjection
 from megahybrid.model.recompute import rederived
-from megahybrid.parallel.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh
 
 
@@ -39,12 +40,11 @@ def swiglu(
     return _SwiGLU.apply(gate, up)
 
 
-def mlp_outputs(name: str, config: ModelConfig) -> tuple[Output, Output]:
-    """The two input projections, for a column-parallel matrix that may hold others as well."""
-    return (
-        Output(f"{name}.gate.weight", config.intermediate_size),
-        Output(f"{name}.up.weight", config.intermediate_size),
-    )
+def mlp_outputs(name: str, config: ModelConfig) -> dict[str, Output]:
+    """Return the two input projections, for a matrix that may hold others as well."""
+    return {
+        part: Output(f"{name}.{part}.weight", config.intermediate_size) for part in ("gate", "up")
+    }
 
 
 class GatedProduct(nn.Module):
@@ -61,13 +61,12 @@ class GatedProduct(nn.Module):
     def forward(
         self,
         gate: Float[Tensor, "seq batch features_local"],
-        up: Float[Tensor, "seq batch features_local"] | None,
+        up: Float[Tensor, "seq batch features_local"],
         reduce: bool = True,
     ) -> Float[Tensor, "seq_out batch hidden"]:
-        """The shard of the result, or with reduce=False this rank's part of the sum. Without `up`,
-        `gate` is their product already."""
-        if torch.compiler.is_compiling() or up is None:
-            return self.down(gate if up is None else swiglu(gate, up), reduce=reduce)
+        """The shard of the result, or with reduce=False this rank's part of the sum."""
+        if torch.compiler.is_compiling():
+            return self.down(swiglu(gate, up), reduce=reduce)
         function = self.swiglu if torch.is_grad_enabled() else swiglu
         product = function(gate, up)
         if not (self.selective and torch.is_grad_enabled()):
@@ -79,10 +78,9 @@ class GatedProduct(nn.Module):
 class MLP(nn.Module):
     """A whole feed-forward layer: [seq_local, batch, hidden] -> the same."""
 
-    def __init__(self, name: str, config: ModelConfig, mesh: ParallelMesh, selective: bool) -> None:
+    def __init__(self, input: InputProjection, product: GatedProduct) -> None:
         super().__init__()
-        self.input = ColumnParallelLinear(config.hidden_size, mlp_outputs(name, config), mesh)
-        self.product = GatedProduct(name, config, mesh, selective)
+        self.input, self.product = input, product
 
     def forward(
         self, hidden: Float[Tensor, "seq_local batch hidden"]

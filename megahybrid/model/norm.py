@@ -6,6 +6,7 @@ which adds the parts up in backward.
 """
 
 from collections.abc import Callable
+from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,13 @@ def make_norm(
     config: ModelConfig, name: str, mesh: ParallelMesh, implementation: str = "torch"
 ) -> nn.Module:
     """The model's kind of norm over hidden_size; its weight is `name`.weight."""
-    if config.norm == "rms":
-        return RMSNorm(config.hidden_size, name, mesh, config.eps, implementation)
-    return LayerNorm(config.hidden_size, name, mesh, config.eps)
+    match config.norm:
+        case "rms":
+            return RMSNorm(config.hidden_size, name, mesh, config.eps, implementation)
+        case "layernorm":
+            return LayerNorm(config.hidden_size, name, mesh, config.eps)
+        case other:
+            assert_never(other)
 
 
 class RMSNorm(nn.Module):
@@ -115,6 +120,8 @@ class QKNormModule(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
+        assert qk_norm.kind != "none"
+        self.kind: Literal["rms", "layernorm"] = qk_norm.kind
         self.qk_norm, self.head_dim, self.eps = qk_norm, head_dim, eps
         self.tensor = mesh.tensor
         self.heads = (num_heads, num_kv_heads)
@@ -157,25 +164,32 @@ class QKNormModule(nn.Module):
         return whole[head : head + heads_local]
 
     def _over_head(self, x: Tensor, weight: Tensor) -> Tensor:
-        shape = (self.head_dim,)
         if weight.dim() == 1:
-            if self.qk_norm.kind == "rms":
+            return self._of_each_head(x, weight)
+        return (self._of_each_head(_wide(x), None) * weight).to(x.dtype)
+
+    def _of_each_head(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        shape = (self.head_dim,)
+        match self.kind:
+            case "rms":
                 return F.rms_norm(x, shape, weight, self.eps)
-            return F.layer_norm(x, shape, weight, None, self.eps)
-        wide = _wide(x)
-        if self.qk_norm.kind == "rms":
-            normed = F.rms_norm(wide, shape, None, self.eps)
-        else:
-            normed = F.layer_norm(wide, shape, None, None, self.eps)
-        return (normed * weight).to(x.dtype)
+            case "layernorm":
+                return F.layer_norm(x, shape, weight, None, self.eps)
+            case other:
+                assert_never(other)
 
     def _over_projection(
         self, q: Tensor, k: Tensor, weights: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         wide = (_wide(q), _wide(k))
-        if self.qk_norm.kind == "layernorm":
-            means = self._means(*(x.sum((-2, -1)) for x in wide))
-            wide = (wide[0] - means[0], wide[1] - means[1])
+        match self.kind:
+            case "rms":
+                pass
+            case "layernorm":
+                means = self._means(*(x.sum((-2, -1)) for x in wide))
+                wide = (wide[0] - means[0], wide[1] - means[1])
+            case other:
+                assert_never(other)
         variances = self._means(*(x.square().sum((-2, -1)) for x in wide))
         q_normed, k_normed = (
             x * torch.rsqrt(variance + self.eps) * weight

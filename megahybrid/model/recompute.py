@@ -5,13 +5,14 @@ selective  norm outputs and the SwiGLU product are dropped and computed again fr
            kept anyway: no matrix product, no attention and no communication is repeated
 chunked    as selective, and the MLP runs chunk by chunk: gate and up are computed again as well
 full       only the layer's input is kept (arXiv 1604.06174); a long sequence's MLP runs in chunks
-offload    as full, and that input waits in host memory (model/away.py)
+offload    as full, and that input waits in host memory (model/activation_offload.py)
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -21,7 +22,36 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from megahybrid.model.activation_offload import kept_away
+from megahybrid.config.stages import Recompute
+from megahybrid.model.activation_offload import offload_saved_tensors
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What a policy drops in forward and computes again."""
+
+    norms: bool = False  # outputs of norms and the MLP's gated product
+    layer: bool = False  # everything but the layer's input
+    offload: bool = False  # that input waits in host memory
+    chunks: Literal["never", "long", "always"] = "never"  # which sequences an MLP cuts
+
+
+def recomputation(policy: Recompute) -> Recomputation:
+    """Return what a policy of the run file means."""
+    match policy:
+        case "none":
+            return Recomputation()
+        case "selective":
+            return Recomputation(norms=True)
+        case "chunked":
+            return Recomputation(norms=True, chunks="always")
+        case "full":
+            return Recomputation(layer=True, chunks="long")
+        case "offload":
+            return Recomputation(layer=True, offload=True, chunks="long")
+        case other:
+            assert_never(other)
+
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
@@ -74,13 +104,16 @@ def keeping_products(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def run_block(block: Callable[..., Tensor], hidden: Tensor, context: Any, policy: str) -> Tensor:
-    """`block(hidden, context)`, under full recompute where the policy says so. `context.away` is
-    the line of inputs that wait in host memory."""
-    if policy not in ("full", "offload") or not torch.is_grad_enabled():
+def run_block(
+    block: Callable[..., Tensor], hidden: Tensor, context: Any, policy: Recompute
+) -> Tensor:
+    """Return `block(hidden, context)`, under full recompute where the policy says so.
+    `context.offloaded` is the line of inputs that wait in host memory."""
+    what = recomputation(policy)
+    if not what.layer or not torch.is_grad_enabled():
         return block(hidden, context)
     # The checkpoint keeps its input alone; what it keeps inside are its own hooks' affair.
-    keeping = kept_away(context.away) if policy == "offload" else nullcontext()
+    keeping = offload_saved_tensors(context.offloaded) if what.offload else nullcontext()
     with keeping:
         # The blocks draw nothing at random, so no generator state needs to be put back.
         return checkpoint(

@@ -73,9 +73,10 @@ def plain_table(
 def rotate(
     x: Float[Tensor, "seq batch heads head_dim"], table: RotaryTable
 ) -> Float[Tensor, "seq batch heads head_dim"]:
-    """x with its first 2 * pairs dimensions turned: halves a, b -> a cos - b sin, b cos + a sin."""
+    """Return x with its first 2 * pairs dimensions rotated: halves a, b become a cos - b sin and
+    b cos + a sin."""
     if torch.compiler.is_compiling():
-        return _turned(x, table.cos, table.sin)
+        return _rotated(x, table.cos, table.sin)
     return _Rotation.apply(x, table.cos, table.sin)
 
 
@@ -90,15 +91,15 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return _rotate(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1), None, None
+        return _rotate(grads[0], cos, sin, -1), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same without writing in place: a compiler makes one kernel of it and of its backward."""
     pairs = sin.shape[-1]
     first, second, still = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
@@ -106,7 +107,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * turn - second * sin, second * turn + first * sin, still), dim=-1)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     pairs = sin.shape[-1]
     out = x * cos
     out[..., :pairs].addcmul_(x[..., pairs : 2 * pairs], sin, value=-direction)

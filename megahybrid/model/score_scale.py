@@ -1,17 +1,37 @@
-"""Scales of the logits that depend on the query: factors that multiply q before attend()."""
+"""The scale of the scores: a number for all, and factors that depend on the query, by which q is
+multiplied before attention."""
 
 from functools import lru_cache
+from typing import assert_never
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme, Llama4Scale, LogScale, SsmaxScale
+from megahybrid.config.attention import (
+    AttentionScheme,
+    FixedScale,
+    Llama4Scale,
+    LogScale,
+    SqrtDimScale,
+    SsmaxScale,
+)
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
 
 PositionScale = Llama4Scale | LogScale | SsmaxScale
+
+
+def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
+    """Return what q·k is multiplied by for every query alike."""
+    match scheme.logit_scale:
+        case FixedScale(scale=scale):
+            return scale
+        case SqrtDimScale() | Llama4Scale() | LogScale() | SsmaxScale():
+            return head_dim**-0.5
+        case other:
+            assert_never(other)
 
 
 def query_factor(
@@ -31,13 +51,18 @@ def query_factor(
         keys = position + 1 if window is None else (position + 1).clamp(max=window)
     else:
         position, keys = documents.positions().T, documents.visible_keys(window).T
-    if isinstance(scale, Llama4Scale):
-        steps = (position + 1) // scale.floor
-        return 1 + scale.coefficient * torch.log1p(steps.float())
-    if isinstance(scale, LogScale):
-        # The quotient of two fp32 logarithms: a base given as a number has no rounding of its own.
-        return torch.log(scale.base + keys.float()) / torch.log(torch.tensor(float(scale.base)))
-    return torch.log(keys.float())
+    match scale:
+        case Llama4Scale():
+            steps = (position + 1) // scale.floor
+            return 1 + scale.coefficient * torch.log1p(steps.float())
+        case LogScale():
+            # The quotient of two fp32 logarithms: a base given as a number has no rounding of its
+            # own.
+            return torch.log(scale.base + keys.float()) / torch.log(torch.tensor(float(scale.base)))
+        case SsmaxScale():
+            return torch.log(keys.float())
+        case other:
+            assert_never(other)
 
 
 @lru_cache(maxsize=8)
@@ -49,7 +74,7 @@ def _plain_factor(
 
 
 class QueryScale(nn.Module):
-    """Multiplies queries by `query_factor`, and for ssmax by a learned s per head."""
+    """`query_factor` of a scheme, and for ssmax a learned s per head."""
 
     def __init__(
         self,
@@ -76,9 +101,13 @@ class QueryScale(nn.Module):
 
         `name` is the layer's attention, for example blocks.3.attention.
         """
-        if isinstance(scheme.logit_scale, PositionScale):
-            return cls(scheme.logit_scale, scheme.window, num_heads, name, mesh)
-        return None
+        match scheme.logit_scale:
+            case Llama4Scale() | LogScale() | SsmaxScale() as scale:
+                return cls(scale, scheme.window, num_heads, name, mesh)
+            case SqrtDimScale() | FixedScale():
+                return None
+            case other:
+                assert_never(other)
 
     def factor(
         self, documents: Documents | None, length: int, device: torch.device
@@ -92,21 +121,8 @@ class QueryScale(nn.Module):
         )
 
     def forward(
-        self,
-        q: Float[Tensor, "seq batch heads_local head_dim"],
-        documents: Documents | None,
-        length: int,
-    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The scaled queries."""
-        return self.scaled(q, self.factor(documents, length, q.device))
-
-    def scaled(
-        self,
-        q: Float[Tensor, "seq batch heads_local head_dim"],
-        factor: Float[Tensor, "seq batch_or_1"],
-    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """q times the factor of each query, and for ssmax times the learned s of each head."""
+        self, factor: Float[Tensor, "seq batch_or_1"]
+    ) -> Float[Tensor, "seq batch_or_1 heads_or_1 1"]:
+        """The factor of each query and head: for ssmax times the learned s of the head."""
         factor = factor[..., None, None]
-        if self.logit_scale is not None:
-            factor = factor * self.logit_scale[:, None]
-        return q * factor.to(q.dtype)
+        return factor if self.logit_scale is None else factor * self.logit_scale[:, None]

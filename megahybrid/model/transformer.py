@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.stages import Recompute
 from megahybrid.model.attention import Attention
-from megahybrid.model.block import BLOCKS, Block
+from megahybrid.model.block import Block, block_class
 from megahybrid.model.compiled import prepare_compiler, traced_whole, whole_serves
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
@@ -38,7 +39,7 @@ class Transformer(nn.Module):
         *,
         plan: LayerPlan | None = None,
         kernels: Sequence[str] | None = None,
-        recompute: Sequence[str] | None = None,
+        recompute: Sequence[Recompute] | None = None,
         norm: str = "torch",
         compiler: str | None = None,
         keeps_weights: bool = True,
@@ -48,11 +49,12 @@ class Transformer(nn.Module):
         self.mesh = mesh
         schemes = (plan or config.layer_plan).expand()
         kernels = tuple(kernels or ("auto",) * len(schemes))
-        self.recompute = tuple(recompute or ("none",) * len(schemes))
+        nothing: list[Recompute] = ["none"] * len(schemes)
+        self.recompute = tuple(recompute or nothing)
         self.embedding = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, "embedding.weight", mesh
         )
-        block = BLOCKS[config.block]
+        block = block_class(config.block)
         self.blocks = nn.ModuleList(
             block(index, config, scheme, mesh, kernel, policy, norm)
             for index, (scheme, kernel, policy) in enumerate(

@@ -10,6 +10,7 @@ from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.stages import Recompute
 from megahybrid.errors import AuditError
 from megahybrid.ledger import EventSink, KernelsEvent
 from megahybrid.model.block import BLOCKS
@@ -159,7 +160,7 @@ def measure_blocks(
     plan: LayerPlan,
     work: Workload,
     kernels: dict[str, str],
-    policies: Sequence[str],
+    policies: Sequence[Recompute],
 ) -> dict[str, float | str]:
     """Seconds of forward and backward of one layer as written and compiled: whole where that can
     be (see `Transformer.compile_blocks`), else its pieces, on one tensor rank's heads and part of

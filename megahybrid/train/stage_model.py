@@ -9,7 +9,7 @@ import torch
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.memory_estimate import policies_of
-from megahybrid.config.stages import RecomputeBudget
+from megahybrid.config.stages import Recompute, RecomputeBudget
 from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent
 from megahybrid.model.compiled import whole_serves
 from megahybrid.model.selftest import HeadShape, run_self_test
@@ -57,7 +57,7 @@ class Layers:
         )
         return self.model
 
-    def _policies(self, index: int) -> list[str]:
+    def _policies(self, index: int) -> list[Recompute]:
         """The recompute policy of each layer; what a budget came to is told."""
         policies = policies_of(self._run, index, self._mesh.data.size)
         if isinstance(self._run.stages[index].recompute, RecomputeBudget):

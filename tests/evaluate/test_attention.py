@@ -11,7 +11,7 @@ from torch import Tensor
 from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.errors import ConfigError
 from megahybrid.evaluate.attention import (
-    Attention,
+    AttentionStatistics,
     attention_of,
     position_edges,
     retrieval_heads,
@@ -148,7 +148,7 @@ def test_pieces_of_rows_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatc
 def test_json_has_layers_kinds_heads_and_both_units_of_entropy() -> None:
     model, _ = pair("rnope_swa", "pre_norm")
     parts = [attention_of(model, example())[0] for _ in range(2)]
-    mean = Attention.mean(parts)
+    mean = AttentionStatistics.mean(parts)
     told = json.loads(json.dumps(to_json(mean, ["local", "global"], 0.0), allow_nan=False))
     assert [layer["kind"] for layer in told["layers"]] == ["local", "global"]
     assert told["by_kind"]["global"]["mass"] == told["layers"][1]["mass"]

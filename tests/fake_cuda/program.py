@@ -104,7 +104,7 @@ def step(
         packed = Documents.from_lengths(lengths).starts
     model = Transformer(config, ParallelMesh.single(device), recompute=list(policies))
     if backend is not None:
-        compiled.write_gradients_in_place()
+        compiled.patch_inductor_cat()
         model.compile_blocks(backend)
     optimizer = MasterAdamW(model.parameters())
     tokens = torch.randint(config.vocab_size, (ROWS, LENGTH), device=device)
@@ -188,8 +188,8 @@ def substitutes() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (documents.Documents, "spans", on_the_host),
-            (documents, "sent", to),
-            (varlen, "sent", to),
+            (documents, "to_device", to),
+            (varlen, "to_device", to),
             (varlen, "_shares_heads", lambda device, dtype: True),
             (activation_offload, "_road", lambda device: mock.MagicMock()),
             (torch.Tensor, "record_stream", lambda tensor, stream: None),

@@ -1,6 +1,7 @@
 """Ways to break a layer's attention, one thing at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megahybrid.config.attention import Nope, Rope
 from megahybrid.model import attention, context, core_attention, norm, rotary, score_scale
-from megahybrid.model.kernels import attend, blocked, documents, sdpa
+from megahybrid.model.kernels import AttentionSpec, attend, blocked, documents, sdpa
 from megahybrid.model.rotary import RotaryTable, rotate, rotate_both
 
 Patch = pytest.MonkeyPatch
@@ -85,7 +86,7 @@ def wrong_way_back(patch: Patch) -> None:
     """The rotation's gradient is turned forward once more."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return rotary._turn(grads[0], *ctx.saved_tensors, 1), None, None
+        return rotary._rotate(grads[0], *ctx.saved_tensors, 1), None, None
 
     patch.setattr(rotary._Rotation, "backward", staticmethod(backward))
 
@@ -103,12 +104,16 @@ def one_table(patch: Patch) -> None:
 
 def scaled_by(wrong: Callable[[Any, int], float]) -> Callable[[Patch], None]:
     """The part of the scale that is the same for every query."""
-    return lambda patch: patch.setattr(core_attention, "score_scale", wrong)
+    return lambda patch: patch.setattr(attention, "score_scale", wrong)
 
 
 def unscaled_queries(patch: Patch) -> None:
     """No temperature at all."""
-    patch.setattr(score_scale.QueryScale, "scaled", lambda self, q, factor: q)
+    patch.setattr(
+        score_scale.QueryScale,
+        "forward",
+        lambda self, factor: torch.ones_like(factor)[..., None, None],
+    )
 
 
 def factor_of(wrong: Callable[..., Tensor]) -> Callable[[Patch], None]:
@@ -166,25 +171,23 @@ def one_mask_for_all_windows(patch: Patch) -> None:
 
 def another_heads_factor(patch: Patch) -> None:
     """Each head has the learned scale of the head before."""
-    right = score_scale.QueryScale.scaled
-
-    def scaled(self: Any, q: Tensor, factor: Tensor) -> Tensor:
-        return right(self, q.roll(1, 2), factor).roll(-1, 2)
-
-    patch.setattr(score_scale.QueryScale, "scaled", scaled)
+    right = score_scale.QueryScale.forward
+    patch.setattr(
+        score_scale.QueryScale, "forward", lambda self, factor: right(self, factor).roll(-1, 2)
+    )
 
 
 def unlearned(patch: Patch) -> None:
     """The learned scale gets no gradient of its last head."""
-    right = score_scale.QueryScale.scaled
+    right = score_scale.QueryScale.forward
 
-    def scaled(self: Any, q: Tensor, factor: Tensor) -> Tensor:
+    def forward(self: Any, factor: Tensor) -> Tensor:
         if self.logit_scale is None:
-            return right(self, q, factor)
+            return right(self, factor)
         learned = torch.cat((self.logit_scale[:-1], self.logit_scale[-1:].detach()))
-        return q * (factor[..., None, None] * learned[:, None]).to(q.dtype)
+        return factor[..., None, None] * learned[:, None]
 
-    patch.setattr(score_scale.QueryScale, "scaled", scaled)
+    patch.setattr(score_scale.QueryScale, "forward", forward)
 
 
 def normed_over_heads(patch: Patch) -> None:
@@ -217,21 +220,26 @@ def unnormed_keys(patch: Patch) -> None:
     patch.setattr(norm.QKNormModule, "forward", lambda self, q, k: (right(self, q, k)[0], k))
 
 
-def positioned_by(wrong: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
-    """Another placing of q and k."""
-    return lambda patch: patch.setattr(core_attention, "positioned", wrong)
-
-
 def with_tables(of: Callable[[Any, Rope, int], tuple[RotaryTable, RotaryTable]]) -> Any:
     """q and k by tables of their own."""
 
-    def positioned(q: Tensor, k: Tensor, position: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(position, Nope):
-            return q, k
-        of_queries, of_keys = of(batch, position, q.shape[-1])
-        return rotate(q, of_queries), rotate(k, of_keys)
+    def plant(patch: Patch) -> None:
+        right = context.SequenceContext.rotary_table
+        asked: dict[int, tuple[Any, Rope, int]] = {}
 
-    return positioned_by(positioned)
+        def rotary_table(self: Any, rope: Rope, head_dim: int) -> RotaryTable:
+            table = right(self, rope, head_dim)
+            asked[id(table)] = (self, rope, head_dim)
+            return table
+
+        def rotated(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+            of_queries, of_keys = of(*asked[id(table)])
+            return rotate(q, of_queries), rotate(k, of_keys)
+
+        patch.setattr(context.SequenceContext, "rotary_table", rotary_table)
+        patch.setattr(core_attention, "rotate_both", rotated)
+
+    return plant
 
 
 def still(table: RotaryTable) -> RotaryTable:
@@ -324,36 +332,43 @@ def no_attention_factor(patch: Patch) -> None:
     )
 
 
-def lost_value_gradient(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def lost_value_gradient(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str
+) -> Tensor:
     """The last query head gives values no gradient."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     v = torch.cat((v[:, :, :-1], v[:, :, -1:].detach()), dim=2)
-    return attend(q, k, v, **how)
+    return attend(q, k, v, spec, kernel)
 
 
-def late_gradient_lost(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def late_gradient_lost(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """The last 16 keys have none."""
     kept, last = k[:-16], k[-16:].detach()
-    return attend(q, torch.cat((kept, last)), v, **how)
+    return attend(q, torch.cat((kept, last)), v, spec, kernel)
 
 
-def neighbours_head(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def neighbours_head(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """Keys in their groups, values of the other one."""
-    return attend(q, k, v.flip(2), **how)
+    return attend(q, k, v.flip(2), spec, kernel)
 
 
-def later_documents_joined(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def later_documents_joined(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str
+) -> Tensor:
     """Documents beyond the first thousand tokens pass for one."""
-    docs = how["documents"]
+    docs = spec.documents
     if docs is not None and docs.seq > 1000:
         starts = torch.where(docs.starts > 1000, 1000, docs.starts)
-        how = {**how, "documents": documents.Documents(starts)}
-    return attend(q, k, v, **how)
+        spec = replace(spec, documents=documents.Documents(starts))
+    return attend(q, k, v, spec, kernel)
 
 
-def window_of_documents_alone(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def window_of_documents_alone(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str
+) -> Tensor:
     """The window is off where rows hold documents."""
-    if how["documents"] is not None:
-        how = {**how, "window": how["window"] + 1}
-    return attend(q, k, v, **how)
+    if spec.documents is not None:
+        assert spec.window is not None
+        spec = replace(spec, window=spec.window + 1)
+    return attend(q, k, v, spec, kernel)

@@ -101,7 +101,7 @@ def test_a_chunks_slopes_take_the_place_of_gate_and_up(dtype: torch.dtype) -> No
     made = swiglu(gate.unsqueeze(1), up.unsqueeze(1)).squeeze(1)
     made.backward(grad)
     assert torch.equal(chunked_mlp.gated(gate.detach(), up.detach()), made)
-    assert torch.equal(chunked_mlp.gated_slopes(*both.chunk(2, dim=-1), grad), made)
+    assert torch.equal(chunked_mlp.gated_gradients(*both.chunk(2, dim=-1), grad), made)
     assert gate.grad is not None and up.grad is not None
     assert torch.equal(both, torch.cat((gate.grad, up.grad), dim=-1))
 

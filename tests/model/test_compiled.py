@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from megahybrid.config import memory_estimate
-from megahybrid.model import attention, core_attention
+from megahybrid.model import core_attention
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
+from megahybrid.model.kernels import attend
+from megahybrid.model.layer_inputs import BranchInputs
 from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -102,11 +104,11 @@ def test_heads_reach_the_kernel_row_by_row_from_one_program_each(
         block.compile_regions(TRACED)
     seen: list[bool] = []
 
-    def watched(*heads: Tensor, **options: Any) -> Tensor:
-        seen.extend(x.transpose(0, 1).is_contiguous() for x in heads[:2])  # v is a slice
-        return core_attention.attended(*heads, **options)
+    def watched(*given: Any) -> Tensor:
+        seen.extend(x.transpose(0, 1).is_contiguous() for x in given[:2])  # v is a slice
+        return attend(*given)
 
-    monkeypatch.setattr(attention, "attended", watched)
+    monkeypatch.setattr(core_attention, "attend", watched)
     step(built, random_batch(config.vocab_size, rows, LENGTH, seed=0))
     assert len(seen) == 4 and all(seen)
     # The first layer's stream lies otherwise than the second's.
@@ -119,11 +121,12 @@ def test_gate_and_up_are_kept_apart_where_their_product_is_computed_again(policy
     block = built.blocks[0]
     assert isinstance(block, Block)
     gate, up = torch.randn(2, 3, 5).unbind()
-    first, second = block.folded((gate, up))
+    folded = block.folded(BranchInputs(gate=gate, up=up))
     if policy == "selective":
-        assert first is gate and second is up
+        assert folded.gate is gate and folded.up is up and folded.gated is None
     else:
-        assert torch.equal(first, swiglu(gate, up)) and second is None
+        assert folded.gated is not None and torch.equal(folded.gated, swiglu(gate, up))
+        assert folded.gate is None and folded.up is None
 
 
 def test_layers_lengths_and_documents_share_programs() -> None:

@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.model.kernels import attend
+from megahybrid.model.kernels import AttentionSpec, attend
 from megahybrid.model.kernels import cudnn_frontend as kernel
 from megahybrid.model.kernels.cudnn_frontend import Case, Layout
 from megahybrid.model.kernels.documents import Documents
@@ -30,13 +29,13 @@ def stand_in(case: Case, buffers: dict[int, Tensor]) -> None:
         assert kernel.layout(buffers[uid]) == wanted
     q, k, v = (buffers[uid].clone().requires_grad_() for uid in (kernel.Q, kernel.K, kernel.V))
     with torch.enable_grad():
-        out = attend_reference(q, k, v, window=case.window, documents=None, scale=case.scale)
+        out = attend_reference(q, k, v, AttentionSpec(window=case.window, scale=case.scale))
     results = {kernel.OUT: out.detach()}
-    if case.slope is not None:
-        slope = buffers[kernel.SLOPE]
-        assert kernel.layout(slope) == case.slope
+    if case.grad_output is not None:
+        grad_output = buffers[kernel.GRAD_OUTPUT]
+        assert kernel.layout(grad_output) == case.grad_output
         assert torch.equal(buffers[kernel.OUT], out)
-        grads = torch.autograd.grad(out, (q, k, v), slope)
+        grads = torch.autograd.grad(out, (q, k, v), grad_output)
         results = dict(zip((kernel.DQ, kernel.DK, kernel.DV), grads, strict=True))
     for uid, result in results.items():
         assert kernel.layout(buffers[uid]) == kernel.dense(kernel.layout(result), case.q)
@@ -64,15 +63,17 @@ def drawn(
     as a compiled layer leaves them."""
     generator = torch.Generator().manual_seed(seq)
     counts = (heads, kv_heads, 3 * kv_heads, heads)
-    q, k, wide, slope = (
+    q, k, wide, grad_output = (
         torch.randn(batch, seq, n, HEAD_DIM, generator=generator, dtype=torch.float64)
         for n in counts
     )
     if rows_first:
-        q, k, wide, slope = (x.transpose(0, 1) for x in (q, k, wide, slope))
+        q, k, wide, grad_output = (x.transpose(0, 1) for x in (q, k, wide, grad_output))
     else:
-        q, k, wide, slope = (x.transpose(0, 1).contiguous() for x in (q, k, wide, slope))
-    return q.requires_grad_(), k.requires_grad_(), wide[:, :, kv_heads:-kv_heads], slope
+        q, k, wide, grad_output = (
+            x.transpose(0, 1).contiguous() for x in (q, k, wide, grad_output)
+        )
+    return q.requires_grad_(), k.requires_grad_(), wide[:, :, kv_heads:-kv_heads], grad_output
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 70])
@@ -84,11 +85,11 @@ def drawn(
 def test_values_and_gradients_reach_their_places(
     shape: tuple[int, ...], window: int | None, executed: list[Case]
 ) -> None:
-    q, k, v, slope = drawn(*shape)
+    q, k, v, grad_output = drawn(*shape)
     v.requires_grad_()
-    how: dict[str, Any] = {"window": window, "documents": None, "scale": 0.3}
+    spec = AttentionSpec(window=window, scale=0.3)
     found, right = (
-        (out := attend(q, k, v, kernel=name, **how), *torch.autograd.grad(out, (q, k, v), slope))
+        (out := attend(q, k, v, spec, name), *torch.autograd.grad(out, (q, k, v), grad_output))
         for name in ("cudnn_frontend", "reference")
     )
     for ours, expected in zip(found, right, strict=True):
@@ -98,15 +99,15 @@ def test_values_and_gradients_reach_their_places(
     forward, backward = executed
     inside = window is not None and window < shape[0]
     assert forward.window == backward.window == (window if inside else None)
-    assert forward.slope is None and backward.slope is not None
+    assert forward.grad_output is None and backward.grad_output is not None
     row = 3 * shape[3] * HEAD_DIM
     assert forward.v.strides[2] == (row if len(shape) == 5 else row * shape[1])  # where it lies
 
 
 def test_a_gradient_of_a_sum_is_written_out_first(executed: list[Case]) -> None:
     q, k, v, _ = drawn(20, 1, 2, 1)
-    attend(q, k, v, window=5, documents=None, scale=1.0, kernel="cudnn_frontend").sum().backward()
-    assert executed[1].slope == kernel.dense(executed[1].q, executed[1].q)
+    attend(q, k, v, AttentionSpec(window=5, scale=1.0), "cudnn_frontend").sum().backward()
+    assert executed[1].grad_output == kernel.dense(executed[1].q, executed[1].q)
     assert q.grad is not None and k.grad is not None
 
 
@@ -132,19 +133,20 @@ def test_an_axis_of_one_steps_as_far_as_the_next_in_memory() -> None:
 
 
 def test_documents_and_single_tokens_go_to_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[AttentionSpec] = []
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        seen.append(how)
+    def varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        seen.append(spec)
         return q
 
     monkeypatch.setattr(kernel, "attend_varlen", varlen)
     documents = Documents.from_lengths([[4, 6]])
     for seq, where in ((10, documents), (1, None)):
         q, k, v, _ = drawn(seq, 1, 2, 1)
-        kernel.attend_cudnn_frontend(q, k, v, window=3, documents=where, scale=0.5)
-    assert [how["documents"] for how in seen] == [documents, None]
-    assert all(how["window"] == 3 and how["scale"] == 0.5 for how in seen)
+        spec = AttentionSpec(window=3, documents=where, scale=0.5)
+        kernel.attend_cudnn_frontend(q, k, v, spec)
+    assert [spec.documents for spec in seen] == [documents, None]
+    assert all(spec.window == 3 and spec.scale == 0.5 for spec in seen)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -153,7 +155,7 @@ def test_a_case_says_whether_torch_is_asked_to_repeat_its_bits(
 ) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: asked)
     q, k, v, _ = drawn(20, 1, 2, 1)
-    attend(q, k, v, window=5, documents=None, scale=1.0, kernel="cudnn_frontend").sum().backward()
+    attend(q, k, v, AttentionSpec(window=5, scale=1.0), "cudnn_frontend").sum().backward()
     assert executed[1].deterministic is asked
 
 
@@ -204,8 +206,8 @@ for length, rows, heads, kv_heads, head_dim, window, half in json.loads(sys.argv
                               row if rows_first else rows * row, 1))
     q, k, v = layout(heads), layout(kv_heads), layout(kv_heads, 19456)
     dtype = getattr(torch, half)
-    for slope in (None, q):
-        case = Case(torch.device("cuda:0"), dtype, window, 0.09, False, q, k, v, slope)
+    for grad_output in (None, q):
+        case = Case(torch.device("cuda:0"), dtype, window, 0.09, False, q, k, v, grad_output)
         print(build(case, **where).workspace, flush=True)
 """
 # Length, rows, heads, KV heads, head_dim, window, dtype: the 1B shape, and the self-test's.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megahybrid.errors import ConfigError
+from megahybrid.model.kernels import AttentionSpec, attend
 from megahybrid.model.kernels import cudnn_frontend as kernel
 from megahybrid.model.kernels.cudnn_frontend import Case, Layout
 from tests.model.test_cudnn_frontend import HOPPER, drawn
@@ -107,7 +108,7 @@ def test_a_graphs_tensors_are_the_buffers_that_it_is_given(
     given = {"q": (kernel.Q, queries), "k": (kernel.K, keys), "v": (kernel.V, keys)}
     made = [(kernel.OUT, queries), (kernel.STATS, sums)]
     if backward:
-        given |= {"o": (kernel.OUT, queries), "dO": (kernel.SLOPE, queries)}
+        given |= {"o": (kernel.OUT, queries), "dO": (kernel.GRAD_OUTPUT, queries)}
         given |= {"stats": (kernel.STATS, sums)}
         made = [(kernel.DQ, queries), (kernel.DK, keys), (kernel.DV, keys)]
     else:
@@ -225,4 +226,4 @@ def test_a_refusal_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal() == "needs a Hopper device or newer"
     q, k, v, _ = drawn(8, 1, 2, 1)
     with pytest.raises(ConfigError, match="kernels=cudnn_frontend needs a CUDA device"):
-        kernel.attend_cudnn_frontend(q, k, v, window=3, documents=None, scale=1.0)
+        attend(q, k, v, AttentionSpec(window=3, scale=1.0), "cudnn_frontend")

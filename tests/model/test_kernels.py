@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import attend, choose, cudnn_frontend, flex, sdpa
+from megahybrid.model.kernels import AttentionSpec, attend, choose, cudnn_frontend, flex, sdpa
 from megahybrid.model.kernels.documents import Documents
 from tests.parallel.compare import EXACT, error
 
@@ -38,7 +38,8 @@ def draw(
 
 def outputs(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **how: object) -> list[Tensor]:
     """The output and the gradients of q, k and v."""
-    out = attend(q, k, v, scale=0.3, **how)  # type: ignore[arg-type]
+    kernel = how.pop("kernel", "auto")
+    out = attend(q, k, v, AttentionSpec(scale=0.3, **how), kernel)  # type: ignore[arg-type]
     return [out, *torch.autograd.grad(out, (q, k, v), grad)]
 
 
@@ -82,7 +83,7 @@ def judged_by_rounding(
 def test_reference_is_the_softmax_over_visible_keys_written_with_loops() -> None:
     q, k, v = (x.detach() for x in draw(9, 2, 4, 2, 3)[:3])
     documents = Documents.from_lengths([[4, 1, 4], [9]])
-    out = attend(q, k, v, window=3, documents=documents, scale=0.7, kernel="reference")
+    out = attend(q, k, v, AttentionSpec(window=3, documents=documents, scale=0.7), "reference")
     for row, begins in enumerate(([0] * 4 + [4] + [5] * 4, [0] * 9)):
         for i in range(9):
             keys = [j for j in range(9) if begins[i] <= j <= i and i - j < 3]
@@ -135,7 +136,8 @@ def test_windowed_query_sees_exactly_window_keys(data: st.DataObject) -> None:
     for first in range(0, seq, 8):
         part = torch.zeros(seq, 1, 1, 8, dtype=torch.float64)
         part[:, 0, 0, : min(8, seq - first)] = v[:, first : first + 8]
-        out = attend(q, k, part, window=window, documents=documents, scale=1.0, kernel=kernel)
+        spec = AttentionSpec(window=window, documents=documents, scale=1.0)
+        out = attend(q, k, part, spec, kernel)
         columns.append(out[:, 0, 0])
     sees = torch.cat(columns, dim=1)[:, :seq] > 1e-9
     i, j = torch.arange(seq)[:, None], torch.arange(seq)
@@ -165,7 +167,7 @@ def test_sdpa_with_documents_needs_memory_linear_in_the_length() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            attend(*tensors, window=None, documents=documents, scale=0.1)
+            attend(*tensors, AttentionSpec(documents=documents, scale=0.1))
         return sum(storages.values())
 
     assert kept(8000) < 2.2 * kept(4000)
@@ -182,8 +184,8 @@ def test_masks_are_made_once_per_batch_not_once_per_layer(monkeypatch: pytest.Mo
     documents = Documents.from_lengths([[300, 500, 200]])
     tensors = draw(1000, 1, 2, 2)[:3]
     for _ in range(3):
-        attend(*tensors, window=100, documents=documents, scale=0.1)
-        attend(*tensors, window=None, documents=documents, scale=0.1)
+        attend(*tensors, AttentionSpec(window=100, documents=documents, scale=0.1))
+        attend(*tensors, AttentionSpec(documents=documents, scale=0.1))
     assert len(made) == len(set(made)) == 4  # blocked head and tail, sdpa runs, spans
 
 
@@ -229,15 +231,17 @@ def test_documents_from_tokens_begin_behind_each_end() -> None:
 )
 def test_what_a_kernel_cannot_do_is_refused(how: dict[str, object], words: str) -> None:
     q, k, v, _ = draw(8, 1, 2, 2)
+    kernel = how.get("kernel", "auto")
+    spec = AttentionSpec(**{"scale": 1.0, **{n: x for n, x in how.items() if n != "kernel"}})  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as refused:
-        attend(q, k, v, **{"window": None, "documents": None, "scale": 1.0, **how})  # type: ignore[arg-type]
+        attend(q, k, v, spec, kernel)  # type: ignore[arg-type]
     assert str(refused.value).startswith(words)
 
 
 def test_heads_that_do_not_share_evenly_are_refused() -> None:
     q, k, v, _ = draw(8, 1, 3, 2)
     with pytest.raises(ConfigError, match="num_kv_heads=2 does not divide num_heads=3"):
-        attend(q, k, v, window=None, documents=None, scale=1.0)
+        attend(q, k, v, AttentionSpec(scale=1.0))
 
 
 def test_on_cpu_windows_are_blocked_and_the_rest_is_sdpa() -> None:
@@ -316,6 +320,6 @@ def test_flex_on_cpu_equals_the_reference_without_gradients() -> None:
     q, k, v, _ = draw(200, 1, 4, 2, 16, dtype=torch.float32)
     for window, where in ((50, documents), (None, None)):
         with torch.no_grad():
-            found = attend(q, k, v, window=window, documents=where, scale=0.3, kernel="flex")
-            true = attend(q, k, v, window=window, documents=where, scale=0.3, kernel="reference")
+            spec = AttentionSpec(window=window, documents=where, scale=0.3)
+            found, true = (attend(q, k, v, spec, kernel) for kernel in ("flex", "reference"))
         assert error(found, true) < 1e-5

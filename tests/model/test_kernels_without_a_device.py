@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megahybrid.config import memory_estimate
 from megahybrid.model import rotary
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.kernels import attend, blocked, documents, flash, flex, sdpa, varlen
+from megahybrid.model.kernels import (
+    AttentionSpec,
+    attend,
+    blocked,
+    documents,
+    flash,
+    flex,
+    sdpa,
+    varlen,
+)
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -33,7 +42,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for kernel in (varlen, flash):
             monkeypatch.setattr(kernel, "refusal", lambda *where: None)
     for module in (documents, varlen):  # no memory can be pinned without a driver
-        monkeypatch.setattr(module, "sent", lambda tensor, device: tensor.to(device))
+        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor.to(device))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield
     varlen.plain_boundaries.cache_clear()
@@ -107,15 +116,8 @@ def test_a_kernel_gives_heads_where_it_was_given_them(
     package = Package(KEYWORDS)
     monkeypatch.setattr(flash, "_function", lambda name: package)
     q, k, v = heads(HEADS, CUDA), heads(KV_HEADS, CUDA), heads(KV_HEADS, CUDA)
-    out = attend(
-        q,
-        k,
-        v,
-        window=window,
-        documents=None if rows == "one-document" else packed(CUDA),
-        scale=0.125,
-        kernel=kernel,
-    )
+    documents = None if rows == "one-document" else packed(CUDA)
+    out = attend(q, k, v, AttentionSpec(window=window, documents=documents, scale=0.125), kernel)
     assert out.shape == q.shape and out.dtype == q.dtype and out.device.type == CUDA.type
     for call in package.calls:
         none = None if kernel == "fa4" else -1
@@ -171,7 +173,7 @@ def test_pieces_of_rows_are_called_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     q = torch.zeros(length, 1, 2, 16)
     several = Documents.from_lengths([[length - 50, 30, 20]])
     for where in (None, several):
-        sdpa.attend_sdpa(q, q, q, documents=where, scale=0.25)
+        sdpa.attend_sdpa(q, q, q, AttentionSpec(documents=where, scale=0.25))
     assert parts == [False, True, True]
 
 
@@ -195,7 +197,8 @@ def test_varlen_gives_every_gradient_its_shape(
     with host_tensors(monkeypatch):
         q, k, v = (heads(n, host).requires_grad_() for n in (HEADS, KV_HEADS, KV_HEADS))
         where = None if rows == "one-document" else packed(host)
-        out = attend(q, k, v, window=window, documents=where, scale=0.125, kernel="varlen")
+        spec = AttentionSpec(window=window, documents=where, scale=0.125)
+        out = attend(q, k, v, spec, "varlen")
         grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         for grad, of in zip(grads, (q, k, v), strict=True):
             assert grad.shape == of.shape and grad.dtype == of.dtype
@@ -255,7 +258,5 @@ def test_what_indices_of_32_bits_cannot_reach_is_copied(
         given.clear()
         v = wide[:length, :, 64:96].unflatten(-1, (2, 16))
         with torch.no_grad():
-            attend(
-                q[:length], k[:length], v, window=None, documents=None, scale=0.25, kernel=kernel
-            )
+            attend(q[:length], k[:length], v, AttentionSpec(scale=0.25), kernel)
         assert given[2].is_contiguous() == copied and given[2].shape == (1, length, 2, 16)

@@ -82,7 +82,7 @@ def test_an_offloaded_layer_leaves_nothing_on_the_device_but_its_output() -> Non
     waiting = torch.randn(64, 1, 16, requires_grad=True)
     hidden = waiting * 2
     alive = weakref.ref(hidden)
-    out = run_block(lambda x, _: x.sin().cos(), hidden, SimpleNamespace(away=[]), "offload")
+    out = run_block(lambda x, _: x.sin().cos(), hidden, SimpleNamespace(offloaded=[]), "offload")
     del hidden
     gc.collect()
     assert alive() is None
@@ -107,13 +107,13 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
     def layer(name: str) -> Any:
         def run(x: Tensor, _: Any) -> Tensor:
             told.append(name)
-            coming.append([n for n, each in enumerate(context.away) if each.arriving])
+            coming.append([n for n, each in enumerate(context.offloaded) if each.arriving])
             return x.sin()
 
         return run
 
-    monkeypatch.setattr(activation_offload, "beside", road)
-    x, context = torch.randn(8, 1, 4, requires_grad=True), SimpleNamespace(away=[])
+    monkeypatch.setattr(activation_offload, "copy_stream", road)
+    x, context = torch.randn(8, 1, 4, requires_grad=True), SimpleNamespace(offloaded=[])
     hidden = x * 1
     for name in ("first", "second", "third"):
         hidden = run_block(layer(name), hidden, context, "offload")
@@ -124,7 +124,7 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
     # The uppermost brings its own and the next one's; the lowest has nothing to send for.
     assert told == ["copy", "copy", "third", "copy", "second", "first"]
     assert coming == [[1], [0], []]
-    assert all(each.arriving is None for each in context.away)
+    assert all(each.arriving is None for each in context.offloaded)
     (plain,) = torch.autograd.grad(x.sin().sin().sin().sum(), x)
     assert x.grad is not None and torch.equal(x.grad, plain)
 
@@ -132,7 +132,7 @@ def test_while_a_layer_runs_backward_the_input_of_the_one_below_is_fetched(
 def test_what_waits_in_host_memory_is_a_copy_that_can_come_back_twice() -> None:
     tensor = torch.randn(5, 3)
     kept = tensor.clone()
-    waiting = activation_offload.Away(tensor, None)
+    waiting = activation_offload.OffloadedTensor(tensor, None)
     tensor.zero_()
     assert torch.equal(waiting.back(), kept)
     waiting.back().zero_()
@@ -164,9 +164,11 @@ def test_copies_begin_behind_what_was_queued_and_readers_wait_for_them(
         yield
 
     main, road = Stream("main"), Stream("road")
-    beside, copy = activation_offload.beside, Tensor.copy_
+    copy_stream, copy = activation_offload.copy_stream, Tensor.copy_
     monkeypatch.setattr(activation_offload, "_road", lambda device: road)
-    monkeypatch.setattr(activation_offload, "beside", lambda device: beside(torch.device("cuda:0")))
+    monkeypatch.setattr(
+        activation_offload, "copy_stream", lambda device: copy_stream(torch.device("cuda:0"))
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
 
@@ -179,7 +181,7 @@ def test_copies_begin_behind_what_was_queued_and_readers_wait_for_them(
     monkeypatch.setattr(Tensor, "copy_", copied)
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: held.append(x))
     tensor = torch.arange(3.0)
-    waiting = activation_offload.Away(tensor, None)
+    waiting = activation_offload.OffloadedTensor(tensor, None)
     leaving = ["road waits for main", "on road", "copy"]
     assert told == leaving and held[0] is tensor
     told.clear()

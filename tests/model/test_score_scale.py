@@ -15,6 +15,7 @@ from megahybrid.config.attention import (
     SqrtDimScale,
     SsmaxScale,
 )
+from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.score_scale import QueryScale, query_factor
 from megahybrid.parallel.mesh import ParallelMesh
@@ -68,7 +69,8 @@ def ssmax_on_ranks(ranks: distributed.Ranks) -> float:
     s, q, grad = draw("s", 4).requires_grad_(), draw("q", 6, 2, 4, 8), draw("g", 6, 2, 4, 8)
     load(module, {"blocks.1.attention.logit_scale": s.detach()})
     mine = slice(2 * mesh.tensor.rank, 2 * mesh.tensor.rank + 2)
-    out = module(q[:, :, mine], None, 6)
+    factor = module(module.factor(None, 6, q.device))
+    out, _ = prepare_queries_keys(q[:, :, mine], q[:, :, mine], None, factor)
     out.backward(grad[:, :, mine])
     keys = torch.arange(1, 7).clamp(max=3).float().log().double()
     truth = q * keys[:, None, None, None] * s[:, None]

@@ -11,7 +11,7 @@ from megahybrid.config.attention import Rope
 from megahybrid.config.scaling import Llama3Scaling
 from megahybrid.errors import AuditError
 from megahybrid.model import attention, core_attention, rotary
-from megahybrid.model.core_attention import score_scale
+from megahybrid.model.score_scale import score_scale
 from tests.model.broken_layers import (
     another_heads_factor,
     attended_by,
@@ -147,37 +147,39 @@ def test_one_mask_for_two_windows_is_refused(monkeypatch: Patch) -> None:
         check("rope-window", "nope-log", kernel="reference")
 
 
-def placed_with(change: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
-    """A compiled region places its heads otherwise."""
-    right = attention.Attention.placed
+def prepared_with(change: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Patch], None]:
+    """A compiled region prepares its heads otherwise."""
+    right = core_attention.prepare_queries_keys
 
-    def placed(self: Any, q: Tensor, k: Tensor, places: Any) -> tuple[Tensor, Tensor]:
-        return change(self, right, q, k, places)
+    def prepare(q: Tensor, k: Tensor, table: Any, factor: Any) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling():
+            return right(q, k, table, factor)
+        return change(right, q, k, table, factor)
 
-    return lambda patch: patch.setattr(attention.Attention, "placed", placed)
+    return lambda patch: patch.setattr(attention, "prepare_queries_keys", prepare)
 
 
 def compiled_way_back(patch: Patch) -> None:
     """The rotation that compilers see turns one half the wrong way."""
-    right = rotary._turned
-    patch.setattr(rotary, "_turned", lambda x, cos, sin: right(x, cos, sin.abs()))
+    right = rotary._rotated
+    patch.setattr(rotary, "_rotated", lambda x, cos, sin: right(x, cos, sin.abs()))
 
 
 COMPILED_FAULTS: dict[str, tuple[str, bool, Callable[[Patch], None]]] = {
     "regions-keys-still": (
         "rope-window",
         True,
-        placed_with(lambda self, right, q, k, places: (right(self, q, k, places)[0], k)),
+        prepared_with(lambda right, q, k, *how: (right(q, k, *how)[0], k)),
     ),
     "regions-no-temperature": (
         "nope-ssmax",
         True,
-        placed_with(lambda self, right, q, k, places: right(self, q, k, (places[0], None))),
+        prepared_with(lambda right, q, k, table, factor: right(q, k, table, None)),
     ),
     "regions-nope-turned": (
         "nope",
         True,
-        placed_with(lambda self, right, q, k, places: (q.roll(1, 1), k)),
+        prepared_with(lambda right, q, k, *how: (q.roll(1, 1), k)),
     ),
     "regions-rotation": ("rope-window", True, compiled_way_back),
     "pieces-rotation": ("rope-window", False, compiled_way_back),
@@ -195,12 +197,12 @@ def test_a_broken_compiled_layer_is_refused(fault: str, monkeypatch: Patch) -> N
 
 def test_a_broken_way_without_gradients_is_refused(monkeypatch: Patch) -> None:
     """Compiled layers go another way where none are wanted."""
-    right = core_attention.mix
+    right = core_attention.prepare_queries_keys
 
-    def mix(q: Tensor, *args: Any, **how: Any) -> Tensor:
-        return right(q if torch.is_grad_enabled() else q * 1.5, *args, **how)
+    def prepare(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        return right(q if torch.is_grad_enabled() else q * 1.5, *args)
 
-    monkeypatch.setattr(attention, "mix", mix)
+    monkeypatch.setattr(attention, "prepare_queries_keys", prepare)
     with fresh_compiler(), pytest.raises(AuditError, match="self-test: scheme"):
         check("rope-partial", compiler=TRACED)
 

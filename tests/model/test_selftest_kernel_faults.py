@@ -1,7 +1,7 @@
 """Broken attention kernels, each of which the self-test must refuse by the law that it breaks."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megahybrid.errors import AuditError
 from megahybrid.model import core_attention
-from megahybrid.model.kernels import attend
+from megahybrid.model.kernels import AttentionSpec, attend
 from tests.model.test_selftest import check
 
 Patch = pytest.MonkeyPatch
@@ -26,58 +26,58 @@ def no_mask(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def shifted(by: int) -> Callable[..., Tensor]:
     """A kernel whose window is off by `by`."""
 
-    def broken(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        how["window"] += by
-        return attend(q, k, v, **how)
+    def broken(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
+        assert spec.window is not None
+        return attend(q, k, v, replace(spec, window=spec.window + by), kernel)
 
     return broken
 
 
-def future(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def future(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """A kernel that is not causal."""
-    return no_mask(q, k, v, how["scale"])
+    return no_mask(q, k, v, spec.scale)
 
 
-def joined(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def joined(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """A kernel that ignores documents."""
-    return attend(q, k, v, **{**how, "documents": None})
+    return attend(q, k, v, replace(spec, documents=None), kernel)
 
 
-def full(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def full(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """A kernel that ignores the window."""
-    return attend(q, k, v, **{**how, "window": None, "kernel": "sdpa"})
+    return attend(q, k, v, replace(spec, window=None), "sdpa")
 
 
-def interleaved_groups(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def interleaved_groups(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """A kernel that deals KV heads out in turns instead of in groups."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat(1, 1, group, 1) for x in (k, v))
-    return attend(q, k, v, **how)
+    return attend(q, k, v, spec, kernel)
 
 
 def backward_of(wrong: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The right output, with the gradients of a broken kernel."""
 
-    def broken(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        other = wrong(q, k, v, **how)
-        return other + (attend(q, k, v, **how) - other).detach()
+    def broken(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
+        other = wrong(q, k, v, spec, kernel)
+        return other + (attend(q, k, v, spec, kernel) - other).detach()
 
     return broken
 
 
-def of_one_head(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def of_one_head(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """Keys and values whose gradients come from the first query head of each group alone."""
     group = q.shape[2] // k.shape[2]
     first = torch.arange(q.shape[2], device=q.device)[:, None] % group == 0
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     k, v = (torch.where(first, x, x.detach()) for x in (k, v))
-    return attend(q, k, v, **how)
+    return attend(q, k, v, spec, kernel)
 
 
-def overflowing(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+def overflowing(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
     """A kernel whose gradients are NaN where scores are low, as cuDNN's are under a mask."""
-    low = (q.detach() * k.detach()[:, :, :1]).sum(-1).mean() * how["scale"] < -88.7
-    return attend(q * float("nan") if low else q, k, v, **how)
+    low = (q.detach() * k.detach()[:, :, :1]).sum(-1).mean() * spec.scale < -88.7
+    return attend(q * float("nan") if low else q, k, v, spec, kernel)
 
 
 KERNEL_FAULTS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megahybrid.model.kernels import attend, tiles
+from megahybrid.model.kernels import AttentionSpec, attend, tiles
 from megahybrid.model.kernels.documents import Documents
 
 BOUND = 1e-10
@@ -35,7 +35,7 @@ def test_outputs_and_gradients_are_the_reference_s(
     grad = torch.randn(seq, 2, 6, 8, dtype=torch.float64)
     where = {"window": window, "documents": documents, "scale": 0.3}
     ours = tiles.attend_tiles(*inputs, **where)  # type: ignore[arg-type]
-    exact = attend(*inputs, **where, kernel="reference")  # type: ignore[arg-type]
+    exact = attend(*inputs, AttentionSpec(**where), "reference")  # type: ignore[arg-type]
     pairs = zip(
         (ours, *torch.autograd.grad(ours, inputs, grad)),
         (exact, *torch.autograd.grad(exact, inputs, grad)),
@@ -76,7 +76,7 @@ def test_large_windows_in_fp32_on_a_cpu_go_by_tiles(monkeypatch: pytest.MonkeyPa
     def run(window: int, dtype: torch.dtype) -> torch.Tensor:
         torch.manual_seed(1)
         q, k, v = (torch.randn(700, 1, n, 64, dtype=dtype) for n in (3, 1, 1))
-        return attend(q, k, v, window=window, documents=None, scale=0.1, kernel="blocked")
+        return attend(q, k, v, AttentionSpec(window=window, scale=0.1), "blocked")
 
     run(32, torch.float32), run(512, torch.float64), run(512, torch.bfloat16)
     assert called == []

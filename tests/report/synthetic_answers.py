@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megahybrid.evaluate.attention import Attention, to_json
+from megahybrid.evaluate.attention import AttentionStatistics, to_json
 from tests.report.synthetic_run import BATCH
 
 LENGTHS, DEPTHS = (1024, 4096, 16_384), (0.0, 0.5, 1.0)
@@ -28,7 +28,7 @@ def figures() -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     mass = torch.rand(8, 4, 4, generator=draw)
     heads = torch.rand(8, 4, generator=draw)
-    attention = Attention(
+    attention = AttentionStatistics(
         mass / mass.sum(-1, keepdim=True), 4 * heads, heads, heads, heads, heads / 4,
         torch.rand(8, 4, 3), (10, 20, 30, 40), torch.rand(8, 4, 2), (0, 1, 2),
     )  # fmt: skip

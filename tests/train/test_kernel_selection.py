@@ -10,9 +10,9 @@ import torch
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.training import KernelConfig
 from megahybrid.model.block import BLOCKS
-from megahybrid.model.kernels import choice, choose, flash
+from megahybrid.model.core_attention import prepare_queries_keys
+from megahybrid.model.kernels import choice, choose, cudnn, cudnn_frontend, flash, varlen
 from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
-from megahybrid.model.rotary import rotate_both
 from megahybrid.parallel.matmul import usual_routine
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import kernel_selection
@@ -40,11 +40,12 @@ def test_the_fastest_of_those_that_run_is_taken() -> None:
 def test_a_kernel_that_fails_its_self_test_is_not_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megahybrid.model.kernels import attend
+    from megahybrid.model.kernels import AttentionSpec, attend
 
-    def off_by_one(*args: Any, window: int | None, kernel: str, **more: Any) -> Any:
-        wrong = kernel == "reference" and window is not None
-        return attend(*args, window=window + 1 if wrong else window, kernel=kernel, **more)  # type: ignore[operator]
+    def off_by_one(q: Any, k: Any, v: Any, spec: AttentionSpec, kernel: str) -> Any:
+        if kernel == "reference" and spec.window is not None:
+            spec = replace(spec, window=spec.window + 1)
+        return attend(q, k, v, spec, kernel)
 
     monkeypatch.setattr("megahybrid.model.core_attention.attend", off_by_one)
     clock = {"seconds_of": lambda run, device: 1.0}
@@ -58,16 +59,17 @@ def test_a_kernel_that_fails_its_self_test_is_not_measured(
 def test_a_kernel_with_other_gradients_than_the_first_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megahybrid.model.kernels import attend
+    from megahybrid.model.kernels import AttentionSpec, attend
 
-    def wrong_backward(*args: Any, window: int, kernel: str, **more: Any) -> Any:
-        out = attend(*args, window=window, kernel=kernel, **more)
+    def wrong_backward(q: Any, k: Any, v: Any, spec: AttentionSpec, kernel: str) -> Any:
+        out = attend(q, k, v, spec, kernel)
         if kernel != "blocked":
             return out
-        other = attend(*args, window=window + 1, kernel=kernel, **more)
+        assert spec.window is not None
+        other = attend(q, k, v, replace(spec, window=spec.window + 1), kernel)
         return other + (out - other).detach()
 
-    monkeypatch.setattr(choice, "attend", wrong_backward)
+    monkeypatch.setattr(choice, "core_attention", wrong_backward)
     found = measure(["reference", "blocked"], 24, WORK, lambda run, device: 1.0)
     assert found["reference"] == 1.0
     assert str(found["blocked"]).startswith("ArithmeticError: another dq than the first kernel's")
@@ -76,11 +78,11 @@ def test_a_kernel_with_other_gradients_than_the_first_is_not_chosen(
 def test_what_is_no_number_agrees_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from megahybrid.model.kernels import attend
 
-    def broken(*args: Any, kernel: str, **more: Any) -> Any:
-        out = attend(*args, kernel=kernel, **more)
-        return out * float("nan") if kernel == "blocked" else out
+    def broken(*args: Any) -> Any:
+        out = attend(*args)
+        return out * float("nan") if args[-1] == "blocked" else out
 
-    monkeypatch.setattr(choice, "attend", broken)
+    monkeypatch.setattr(choice, "core_attention", broken)
     found = measure(["reference", "blocked"], 24, WORK, lambda run, device: 1.0)
     assert found["reference"] == 1.0
     assert str(found["blocked"]).startswith("ArithmeticError: another output than the first")
@@ -248,7 +250,8 @@ def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_ha
         assert backend == "inductor"
 
         def called(*args: Any) -> Any:
-            widths[-1][function.__name__] = args[0].shape[-2 if function is rotate_both else -1]
+            heads = function is prepare_queries_keys
+            widths[-1][function.__name__] = args[0].shape[-2 if heads else -1]
             return function(*args)
 
         return called
@@ -267,8 +270,8 @@ def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_ha
     assert found["chosen"]["blocks"] == "compiled"
     assert found["seconds"]["blocks"] == "plain 2000.000 ms, compiled 1000.000 ms"
     # 4 heads and 48 values between the MLP's matrices.
-    products = ("gated", "gated_slopes") if recompute == "chunked" else ("swiglu",)
-    local = dict.fromkeys(products, 48 // tensor) | {"rotate_both": 4 // tensor}
+    products = ("gated", "gated_gradients") if recompute == "chunked" else ("swiglu",)
+    local = dict.fromkeys(products, 48 // tensor) | {"prepare_queries_keys": 4 // tensor}
     assert widths == [{}, local]
 
 
@@ -285,11 +288,9 @@ def test_a_package_that_is_not_there_is_no_candidate(name: str) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A Hopper device whose packages serve, as far as a refusal asks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(choice.cudnn, "refusal", lambda *where: None)
-    monkeypatch.setattr(
-        choice.cudnn_frontend, "refusal", lambda device, dtype, head_dim: _fused(dtype)
-    )
-    monkeypatch.setattr(choice.flash, "refusal", lambda *where: "needs a package")
+    monkeypatch.setattr(cudnn, "refusal", lambda *where: None)
+    monkeypatch.setattr(cudnn_frontend, "refusal", lambda device, dtype, head_dim: _fused(dtype))
+    monkeypatch.setattr(flash, "refusal", lambda *where: "needs a package")
     return torch.device("cuda:0")
 
 
@@ -304,9 +305,9 @@ def test_flex_is_measured_only_where_no_fused_kernel_serves(
     assert candidates("windowed", gpu, bf16, 128) == ["varlen", "cudnn_frontend"]
     assert choose(32, 128, None, gpu, bf16, 128) == "varlen"
     assert candidates("full", gpu, bf16, 128) == ["sdpa", "cudnn", "varlen", "cudnn_frontend"]
-    monkeypatch.setattr(choice.varlen, "refusal", lambda *where: "an older torch")
+    monkeypatch.setattr(varlen, "refusal", lambda *where: "an older torch")
     assert candidates("windowed", gpu, bf16, 128) == ["cudnn_frontend"]
-    monkeypatch.setattr(choice.cudnn_frontend, "refusal", lambda *where: "no such package")
+    monkeypatch.setattr(cudnn_frontend, "refusal", lambda *where: "no such package")
     assert candidates("windowed", gpu, bf16, 128) == ["flex"]
 
 

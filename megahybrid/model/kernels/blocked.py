@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megahybrid.model.kernels import tiles
 from megahybrid.model.kernels.documents import Documents, additive, visible
-from megahybrid.model.kernels.sdpa import attend_heads
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.sdpa import attend_heads, attend_sdpa
+from megahybrid.model.kernels.spec import AttentionSpec
 
 # Small blocks waste least: a query block reads window + block keys. Below 64 rows SDPA's own tiles
 # go unfilled, above 512 nothing is gained.
@@ -24,10 +26,7 @@ def attend_blocked(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention to the last `window` keys, in blocks.
 
@@ -35,6 +34,9 @@ def attend_blocked(
     others are blocks of queries against their own and `reach` earlier key blocks (the tail). Large
     ones in fp32 on a CPU are smaller blocks of their own products instead (`tiles`).
     """
+    window, documents, scale = spec.window, spec.documents, spec.scale
+    if window is None:
+        return attend_sdpa(q, k, v, spec)  # one block: no bands
     if tiles.serves(q, k, window):
         return tiles.attend_tiles(q, k, v, window=window, documents=documents, scale=scale)
     seq, batch, heads, head_dim = q.shape
@@ -143,3 +145,13 @@ class _OverlappingBlocks(torch.autograd.Function):
         for offset in range(ctx.reach + 1):
             total[offset : offset + blocks] += by_block[offset]
         return total.flatten(0, 1)[: ctx.seq], None, None, None
+
+
+# On a GPU its masks cost more than its products: it serves windows where nothing else does.
+KERNEL = Kernel(
+    "blocked",
+    attend_blocked,
+    serves=frozenset({"window", "documents"}),
+    rank=lambda spec: 4,
+    measured=Measured.LAST,
+)

@@ -10,11 +10,14 @@ from torch.linalg import vector_norm
 
 from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
-from megahybrid.model.kernels import attend, choose, cudnn, cudnn_frontend, flash, flex, varlen
+from megahybrid.model.core_attention import core_attention
+from megahybrid.model.kernels import AttentionSpec, choose
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.registry import measured
 from megahybrid.parallel import matmul
 
 KINDS = ("full", "windowed")
+WINDOWS = {"full": None, "windowed": 1}  # one that is shorter than every row
 REPEATS = 3
 # Of results that differ by rounding alone, relative: bf16 kernels are some 0.005 apart.
 DISAGREEMENT = 0.03
@@ -71,26 +74,8 @@ def resolve_kernels(
 
 def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Return the exact kernels with a backward that are measured for a kind of layer there, the
-    usual one first.
-
-    `flex` is compiled again for every window and length, minutes at each start, and has never been
-    the fastest where a fused kernel serves: it is measured only where none does. `blocked` serves
-    windows where nothing else is; on a GPU its masks cost more than its products.
-    """
-    where = (device, dtype, head_dim)
-    fused = {
-        "varlen": varlen.refusal(*where),
-        "cudnn_frontend": cudnn_frontend.refusal(*where),
-        "fa3": flash.refusal("fa3", *where),
-        "fa4": flash.refusal("fa4", *where),
-    }
-    serving = [name for name, refusal in fused.items() if refusal is None]
-    if not serving and dtype != torch.float32 and flex.refusal(*where) is None:
-        serving = ["flex"]
-    if kind == "full":
-        usual = ["sdpa"] + (["cudnn"] if cudnn.refusal(*where) is None else [])
-        return usual + serving
-    return serving or ["blocked"]
+    usual one first."""
+    return measured(WINDOWS[kind], device, dtype, head_dim)
 
 
 def measure(
@@ -164,13 +149,12 @@ def _both(
         return drawn.requires_grad_()
 
     q, k, v = draw(work.heads), draw(work.kv_heads), draw(work.kv_heads)
-    slope = draw(work.heads).detach()
+    grad_output = draw(work.heads).detach()
+    spec = AttentionSpec(window=window, documents=documents, scale=work.head_dim**-0.5)
 
     def run() -> Results:
-        out = attend(
-            q, k, v, window=window, documents=documents, scale=work.head_dim**-0.5, kernel=name
-        )
-        results = (out.detach(), *torch.autograd.grad(out, (q, k, v), slope))
+        out = core_attention(q, k, v, spec, name)
+        results = (out.detach(), *torch.autograd.grad(out, (q, k, v), grad_output))
         return dict(zip(("output", "dq", "dk", "dv"), results, strict=True))
 
     return run

@@ -20,7 +20,7 @@ def fused_refusal(
     return None
 
 
-def near(x: Tensor) -> Tensor:
+def within_int32_offsets(x: Tensor) -> Tensor:
     """x, or a copy where its elements lie 2³¹ and more apart though they would fit in less, as a
     slice of wide rows: values of the 1B shape from 110,378 tokens on.
 

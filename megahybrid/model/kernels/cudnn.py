@@ -5,11 +5,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.cuda_limits import fused_refusal
-from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.sdpa import attend_sdpa
-from megahybrid.model.kernels.varlen import attend_varlen
+from megahybrid.model.kernels.spec import AttentionSpec
+from megahybrid.model.kernels.varlen import attend_varlen, without_varlen
 
 LARGEST_HEAD_DIM = 128
 
@@ -30,18 +30,22 @@ def attend_cudnn(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """`attend_sdpa` by cuDNN; torch raises where it has no kernel for the shape.
 
     Batches with documents go to varlen: torch would have cuDNN compile a graph for each length.
     """
-    why_not = refusal(q.device, q.dtype, q.shape[-1])
-    if why_not:
-        raise ConfigError(f"kernels=cudnn {why_not}. Use sdpa.")
-    if documents is not None:
-        return attend_varlen(q, k, v, window=None, documents=documents, scale=scale)
+    if spec.documents is not None:
+        return attend_varlen(q, k, v, spec)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return attend_sdpa(q, k, v, documents=None, scale=scale)
+        return attend_sdpa(q, k, v, spec)
+
+
+KERNEL = Kernel(
+    "cudnn",
+    attend_cudnn,
+    serves=frozenset({"documents"}),
+    unavailable=lambda spec, place: refusal(*place[:3]) or without_varlen(spec, place),
+    measured=Measured.ALWAYS,
+)

@@ -16,16 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megahybrid.errors import ConfigError, first_line
-from megahybrid.model.kernels.cuda_limits import fused_refusal, near
-from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.varlen import attend_varlen
+from megahybrid.model.kernels.cuda_limits import fused_refusal, within_int32_offsets
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec
+from megahybrid.model.kernels.varlen import attend_varlen, without_varlen
 
 LARGEST_HEAD_DIM = 128
 OLDEST_CUDNN = 91500
 ALIGNMENT = 16  # bytes; every step between heads, rows and tokens is a multiple, or reads are wrong
 
 # What a graph calls its tensors.
-Q, K, V, OUT, STATS, SLOPE, DQ, DK, DV = range(1, 10)
+Q, K, V, OUT, STATS, GRAD_OUTPUT, DQ, DK, DV = range(1, 10)
 
 
 class Layout(NamedTuple):
@@ -36,7 +37,7 @@ class Layout(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What one plan is for. `slope`, the gradient of the output, is there for a backward."""
+    """What one plan is for. `grad_output`, the gradient of the output, is there for a backward."""
 
     device: torch.device
     dtype: torch.dtype
@@ -46,7 +47,7 @@ class Case(NamedTuple):
     q: Layout
     k: Layout
     v: Layout
-    slope: Layout | None = None
+    grad_output: Layout | None = None
 
 
 class Plan(NamedTuple):
@@ -77,22 +78,25 @@ def attend_cudnn_frontend(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention over rows that are one document each, wherever their tokens lie.
 
     Batches with documents go to varlen, since a graph would be needed for each length; so do rows
     of a single token, which have no backward here.
     """
-    if documents is not None or q.shape[0] == 1:
-        return attend_varlen(q, k, v, window=window, documents=documents, scale=scale)
-    why_not = refusal(q.device, q.dtype, q.shape[-1])
-    if why_not:
-        raise ConfigError(f"kernels=cudnn_frontend {why_not}. Use varlen or auto.")
-    return _Attention.apply(q, k, v, window, scale)
+    if spec.documents is not None or q.shape[0] == 1:
+        return attend_varlen(q, k, v, spec)
+    return _Attention.apply(q, k, v, spec.window, spec.scale)
+
+
+KERNEL = Kernel(
+    "cudnn_frontend",
+    attend_cudnn_frontend,
+    serves=frozenset({"window", "documents"}),
+    unavailable=lambda spec, place: refusal(*place[:3]) or without_varlen(spec, place),
+    measured=Measured.FUSED,
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -111,10 +115,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         q, k, v, out, stats = ctx.saved_tensors
         buffers = {Q: readable(q), K: readable(k), V: readable(v), OUT: out, STATS: stats}
-        buffers[SLOPE] = readable(slope)
+        buffers[GRAD_OUTPUT] = readable(grad_output)
         for uid, x in ((DQ, q), (DK, k), (DV, v)):
             buffers[uid] = empty(x, buffers[Q])
         _execute(_case(buffers, ctx.window, ctx.scale), buffers)
@@ -123,11 +127,11 @@ class _Attention(torch.autograd.Function):
 
 def readable(x: Tensor) -> Tensor:
     """x [seq, batch, heads, head_dim], or a copy where cuDNN would read it wrongly: unaligned, or
-    not `near`."""
+    not `within_int32_offsets`."""
     steps = [step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
     aligned = all(step > 0 and step * x.element_size() % ALIGNMENT == 0 for step in steps[:-1])
     aligned &= x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0
-    return near(x) if aligned else x.clone(memory_format=torch.contiguous_format)
+    return within_int32_offsets(x) if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def layout(x: Tensor) -> Layout:
@@ -169,7 +173,7 @@ def _case(buffers: dict[int, Tensor], window: int | None, scale: float) -> Case:
         q=layout(q),
         k=layout(buffers[K]),
         v=layout(buffers[V]),
-        slope=layout(buffers[SLOPE]) if SLOPE in buffers else None,
+        grad_output=layout(buffers[GRAD_OUTPUT]) if GRAD_OUTPUT in buffers else None,
     )
 
 
@@ -201,7 +205,7 @@ def build(case: Case, **where: Any) -> Plan:
         # bound counts the query's own key, as ours does.
         rule["diagonal_band_left_bound"] = case.window
     q, k, v = given(Q, case.q), given(K, case.k), given(V, case.v)
-    if case.slope is None:
+    if case.grad_output is None:
         out, sums = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **rule)
         results = [(OUT, out, dense(case.q, case.q), half), (STATS, sums, stats, kind.FLOAT)]
     else:
@@ -210,7 +214,7 @@ def build(case: Case, **where: Any) -> Plan:
             k=k,
             v=v,
             o=given(OUT, dense(case.q, case.q)),
-            dO=given(SLOPE, case.slope),
+            dO=given(GRAD_OUTPUT, case.grad_output),
             stats=given(STATS, stats, kind.FLOAT),
             use_deterministic_algorithm=case.deterministic,
             **rule,

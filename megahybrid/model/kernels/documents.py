@@ -68,7 +68,7 @@ class Documents:
         accelerator wait for its own boundaries.
         """
         spans = self.spans()
-        moved = Documents(sent(self.starts, torch.device(device)))
+        moved = Documents(to_device(self.starts, torch.device(device)))
         moved._kept["spans"] = spans
         return moved
 
@@ -110,7 +110,7 @@ class Documents:
         return self.keep("spans", find)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host's tensor on `device`, without either waiting for the other."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.cuda_limits import fused_refusal
-from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec
 from megahybrid.model.kernels.varlen import packed_boundaries, plain_boundaries
 
 # Built from its repository; from a wheel of flash-attn-4.
@@ -34,16 +34,10 @@ def attend_flash(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention over the documents of all rows as one packed batch."""
-    why_not = refusal(name, q.device, q.dtype, q.shape[-1])
-    function = _function(name)
-    if why_not or function is None:
-        raise ConfigError(f"kernels={name} {why_not}. Use varlen or auto.")
+    function, window, documents = _function(name), spec.window, spec.documents
     seq, batch = q.shape[:2]
     if documents is None:
         boundaries, longest = plain_boundaries(batch, seq, q.device), seq
@@ -56,7 +50,7 @@ def attend_flash(
         cu_seqlens_k=boundaries,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
-        softmax_scale=scale,
+        softmax_scale=spec.scale,
         causal=True,
         # Counts keys before the query's own.
         window_size=(none, none) if window is None else (window - 1, 0),
@@ -74,3 +68,16 @@ def _function(name: str) -> Any:
         return importlib.import_module(MODULES[name]).flash_attn_varlen_func
     except (ImportError, AttributeError, OSError):
         return None
+
+
+def _kernel(name: str) -> Kernel:
+    return Kernel(
+        name,
+        lambda q, k, v, spec: attend_flash(name, q, k, v, spec),
+        serves=frozenset({"window", "documents"}),
+        unavailable=lambda spec, place: refusal(name, *place[:3]),
+        measured=Measured.FUSED,
+    )
+
+
+FA3, FA4 = _kernel("fa3"), _kernel("fa4")

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
 from megahybrid.model.compiled import prepare_compiler
-from megahybrid.model.kernels.cuda_limits import near
-from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.cuda_limits import within_int32_offsets
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec
 
 BLOCK = 128  # tokens; FlexAttention's own
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,17 +32,11 @@ def attend_flex(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention by a compiled kernel; on CPU without gradients only."""
     records = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    why_not = refusal(q.device, q.dtype, q.shape[-1])
-    if why_not and (records or q.device.type == "cuda"):
-        raise ConfigError(f"kernels=flex {why_not}. Use sdpa or blocked.")
-    seq = q.shape[0]
+    seq, window, documents, scale = q.shape[0], spec.window, spec.documents, spec.scale
     if documents is None:
         mask = _plain_mask(window, seq, q.device)
     else:
@@ -51,8 +45,24 @@ def attend_flex(
         )
     if not records:
         q, k, v = (x.detach() for x in (q, k, v))  # on CPU it refuses leaves even under no_grad
-    q, k, v = (near(x.transpose(0, 1)) for x in (q, k, v))
+    q, k, v = (within_int32_offsets(x.transpose(0, 1)) for x in (q, k, v))
     return _compiled()(q, k, v, mask, scale).transpose(0, 1)
+
+
+# It is compiled again for every window and length, minutes at each start, and has never been the
+# fastest where a fused kernel serves. In fp32 no fused kernel does, and a tiny run on a GPU would
+# wait for the compiler longer than it trains.
+KERNEL = Kernel(
+    "flex",
+    attend_flex,
+    serves=frozenset({"window", "documents"}),
+    unavailable=lambda spec, place: (
+        refusal(*place[:3]) if place.gradients or place.device.type == "cuda" else None
+    ),
+    rank=lambda spec: 3,
+    measured=Measured.COMPILED,
+    unchosen=frozenset({torch.float32}),
+)
 
 
 @lru_cache(maxsize=32)

@@ -5,16 +5,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.kernel import Kernel
+from megahybrid.model.kernels.spec import AttentionSpec
 
 
 def attend_reference(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """softmax(scale * q kᵀ + mask) v with a dense mask, in fp32 (fp64 for fp64 inputs).
 
@@ -22,13 +21,19 @@ def attend_reference(
     """
     seq, batch = q.shape[:2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    documents = spec.documents
     if documents is None:
         documents = Documents(torch.zeros(batch, seq, dtype=torch.int64, device=q.device))
-    allowed = documents.visible(window)[:, None, None]
+    allowed = documents.visible(spec.window)[:, None, None]
 
     grouped = q.to(compute).unflatten(
         2, (k.shape[2], -1)
     )  # [seq, batch, kv_heads, group, head_dim]
-    scores = torch.einsum("ibhgd,jbhd->bhgij", grouped, k.to(compute)) * scale
+    scores = torch.einsum("ibhgd,jbhd->bhgij", grouped, k.to(compute)) * spec.scale
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
     return torch.einsum("bhgij,jbhd->ibhgd", weights, v.to(compute)).flatten(2, 3).to(q.dtype)
+
+
+KERNEL = Kernel(
+    "reference", attend_reference, serves=frozenset({"window", "documents"}), quadratic=True
+)

@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megahybrid.model.kernels.cuda_limits import near
+from megahybrid.model.kernels.cuda_limits import within_int32_offsets
 from megahybrid.model.kernels.documents import Documents, Span, additive, visible
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec
 
 # Documents shorter than this share one masked call; a longer one has a call of its own, unmasked.
 SHARED_TOKENS = 512
@@ -20,17 +22,16 @@ def attend_sdpa(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention to all earlier keys of the document; memory is linear in seq.
 
     No key outside a document is ever computed: a document, or a run of short ones, is attention on
     its own slice.
     """
+    documents, scale = spec.documents, spec.scale
     # [batch, heads, seq, head_dim]
-    q, k, v = (near(x.transpose(0, 1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (within_int32_offsets(x.transpose(0, 1)).transpose(1, 2) for x in (q, k, v))
     if documents is None:
         out = attend_heads(q, k, v, None, scale)
     elif documents.seq <= SHARED_TOKENS:
@@ -98,3 +99,13 @@ def runs(documents: Documents) -> list[Span]:
         else:
             joined.append(span)
     return joined
+
+
+KERNEL = Kernel(
+    "sdpa",
+    attend_sdpa,
+    serves=frozenset({"documents"}),
+    # Rows of several documents are a call for each: a fused kernel has one for all.
+    rank=lambda spec: 0 if spec.documents is None else 2,
+    measured=Measured.ALWAYS,
+)

@@ -58,7 +58,7 @@ class _Tiles(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.window, ctx.starts, ctx.scale = window, starts, scale
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        queries, mixed = _of_one_key_head(q, k), _of_one_key_head(q, k)
+        queries, attention_output = _of_one_key_head(q, k), _of_one_key_head(q, k)
         scores = _Scores(q, k, window)
         for row, head, heads in _each_key_head(q, k):
             torch.mul(q[:, row, heads], scale, out=queries)
@@ -66,8 +66,8 @@ class _Tiles(torch.autograd.Function):
             for tile, seen, masks in _tiles(q.shape[0], window, starts, row):
                 some = queries[tile].flatten(0, 1)
                 weights = scores.softmax(some, keys[seen], masks)
-                torch.mm(weights, values[seen], out=mixed[tile].flatten(0, 1))
-            out[:, row, heads] = mixed
+                torch.mm(weights, values[seen], out=attention_output[tile].flatten(0, 1))
+            out[:, row, heads] = attention_output
         return out
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Tiles(torch.autograd.Function):
         by_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         queries, grad, of_queries = (_of_one_key_head(q, k) for _ in range(3))
-        scores, slopes = _Scores(q, k, ctx.window), _Scores(q, k, ctx.window)
+        scores, grad_scores = _Scores(q, k, ctx.window), _Scores(q, k, ctx.window)
         for row, head, heads in _each_key_head(q, k):
             torch.mul(q[:, row, heads], ctx.scale, out=queries)
             grad.copy_(grads[0][:, row, heads])
@@ -87,10 +87,12 @@ class _Tiles(torch.autograd.Function):
                 seen_keys = keys[seen]
                 weights = scores.softmax(some, seen_keys, masks)
                 of_values[seen].addmm_(weights.t(), incoming)
-                slope = torch.mm(incoming, values[seen].t(), out=slopes.like(weights))
-                torch._softmax_backward_data(slope, weights, -1, slope.dtype, grad_input=slope)
-                of_keys[seen].addmm_(slope.t(), some)
-                torch.mm(slope, seen_keys, out=of_queries[tile].flatten(0, 1))
+                grad_score = torch.mm(incoming, values[seen].t(), out=grad_scores.like(weights))
+                torch._softmax_backward_data(
+                    grad_score, weights, -1, grad_score.dtype, grad_input=grad_score
+                )
+                of_keys[seen].addmm_(grad_score.t(), some)
+                torch.mm(grad_score, seen_keys, out=of_queries[tile].flatten(0, 1))
             torch.mul(of_queries, ctx.scale, out=by_q[:, row, heads])
         return by_q, by_k, by_v, None, None, None
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.cuda_limits import fused_refusal
-from megahybrid.model.kernels.documents import Documents, Span, sent
+from megahybrid.model.kernels.documents import Documents, Span, to_device
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec, Place
 
 LARGEST_HEAD_DIM = 256
 
@@ -29,15 +30,10 @@ def attend_varlen(
     q: Float[Tensor, "seq batch heads head_dim"],
     k: Float[Tensor, "seq batch kv_heads head_dim"],
     v: Float[Tensor, "seq batch kv_heads head_dim"],
-    *,
-    window: int | None,
-    documents: Documents | None,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention over the documents of all rows as one packed batch."""
-    why_not = refusal(q.device, q.dtype, q.shape[-1])
-    if why_not:
-        raise ConfigError(f"kernels=varlen {why_not}. Use sdpa or blocked.")
+    window, documents, scale = spec.window, spec.documents, spec.scale
     seq, batch, heads = q.shape[:3]
     if documents is None:
         boundaries, longest = plain_boundaries(batch, seq, q.device), seq
@@ -54,6 +50,22 @@ def attend_varlen(
     return out.unflatten(0, (batch, seq)).transpose(0, 1)
 
 
+KERNEL = Kernel(
+    "varlen",
+    attend_varlen,
+    serves=frozenset({"window", "documents"}),
+    unavailable=lambda spec, place: refusal(*place[:3]),
+    rank=lambda spec: 1,
+    measured=Measured.FUSED,
+)
+
+
+def without_varlen(spec: AttentionSpec, place: Place) -> str | None:
+    """Return why a kernel that hands rows of several documents to this one cannot, or None."""
+    why_not = None if spec.documents is None else KERNEL.refusal(spec, place)
+    return why_not and f"hands documents to varlen, which {why_not}"
+
+
 @lru_cache(maxsize=16)
 def plain_boundaries(batch: int, seq: int, device: torch.device) -> Tensor:
     """Those of rows of one document each, int32 [batch + 1]: the same for every batch."""
@@ -66,7 +78,7 @@ def packed_boundaries(documents: Documents) -> tuple[Tensor, int]:
     spans: list[Span] = documents.spans()
     ends = [span.row * documents.seq + span.stop for span in spans]
     boundaries = torch.tensor([0, *ends], dtype=torch.int32)
-    return sent(boundaries, documents.device), max(span.stop - span.start for span in spans)
+    return to_device(boundaries, documents.device), max(span.stop - span.start for span in spans)
 
 
 def _call(
@@ -94,7 +106,7 @@ def _shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
         made = torch.randn(16, heads, 64, device=device, dtype=dtype, generator=generator)
         return made.requires_grad_()
 
-    q, k, v, slope = drawn(2), drawn(1), drawn(1), drawn(2).detach()
+    q, k, v, grad_output = drawn(2), drawn(1), drawn(1), drawn(2).detach()
     boundaries = plain_boundaries(1, 16, device)
     found = []
     # Hooks of its own: a layer under recomputation counts what is saved inside of it.
@@ -104,7 +116,7 @@ def _shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
             for copies in (1, 2):
                 keys, values = (x.repeat_interleave(copies, dim=1) for x in (k, v))
                 out = _call(q, keys, values, boundaries, 16, 7, 0.125)
-                found.append((out, *torch.autograd.grad(out, (q, k, v), slope)))
+                found.append((out, *torch.autograd.grad(out, (q, k, v), grad_output)))
     except (RuntimeError, ValueError):
         return False
     return all(

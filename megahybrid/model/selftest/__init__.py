@@ -8,10 +8,11 @@ window would pass. Nothing is drawn at random but from generators of the test's 
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 
-from megahybrid.config.attention import AttentionScheme, FixedScale, Nope, Rope, SqrtDimScale
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.errors import AuditError
 from megahybrid.model.kernels import choose, flex, sdpa
 from megahybrid.model.kernels.blocked import block_and_reach
@@ -89,13 +90,11 @@ class _OneScheme:
         fewer = affordable(shape, rows, scheme.window, forward_only=True)
         seeing = HeadsOnly(fewer, laws.bare(scheme), self.kernel)
         for each in both:
-            if isinstance(scheme.position, Rope):
-                laws.turns_by_its_frequencies(scheme.position, shape, self.contexts.of(each), each)
+            self.rotates(shape, each)
             with torch.no_grad():
                 laws.sees_its_keys(seeing, fewer, self.contexts.of(each), each)
         laws.scales_its_scores(scheme, shape, self.kernel)
-        if not isinstance(scheme.logit_scale, SqrtDimScale | FixedScale):
-            laws.scales_its_queries(scheme, shape, rows.length)
+        laws.scales_its_queries(scheme, shape, rows.length)
         scheme, rows, fewer = reduced(scheme, self.kernel, shape)
         for each in (rows.joined(), rows):
             self.numbers(scheme, fewer, each)
@@ -108,13 +107,27 @@ class _OneScheme:
         for rows in (TOGETHER.joined(), TOGETHER):
             context = self.contexts.of(rows)
             laws.stays_finite(bare, self.shape, context, rows)
-            if isinstance(self.scheme.position, Rope):
-                laws.turns_by_its_frequencies(self.scheme.position, self.shape, context, rows)
+            self.rotates(self.shape, rows)
             for compiler in compilers:
                 self.numbers(self.scheme, self.shape, rows, compiler)
-        if isinstance(self.scheme.position, Nope):
-            block = self.block(self.scheme, self.shape, TOGETHER.length)
-            laws.is_blind_to_position(block, self.shape, self.contexts)
+        match self.scheme.position:
+            case Rope():
+                pass
+            case Nope():
+                block = self.block(self.scheme, self.shape, TOGETHER.length)
+                laws.is_blind_to_position(block, self.shape, self.contexts)
+            case other:
+                assert_never(other)
+
+    def rotates(self, shape: HeadShape, rows: Rows) -> None:
+        """The table of the rotation, where there is one."""
+        match self.scheme.position:
+            case Rope() as rope:
+                laws.rotates_by_its_frequencies(rope, shape, self.contexts.of(rows), rows)
+            case Nope():
+                pass
+            case other:
+                assert_never(other)
 
     def numbers(
         self, scheme: AttentionScheme, shape: HeadShape, rows: Rows, compiler: str | None = None

@@ -3,12 +3,12 @@ head: what is wrong at one document's border or in one head is not lost among al
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.selftest.expected import expected_output, score_factor, visible_keys
 from megahybrid.model.selftest.subject import HeadShape, HeadsOnly, Rows, Violation
@@ -52,7 +52,13 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
     """What queries are multiplied by before anything else is done to them: in bf16 scores of
     several times SCORE are rounded by as much as would hide what is wrong."""
-    rotation = scheme.position.attention_factor() if isinstance(scheme.position, Rope) else 1.0
+    match scheme.position:
+        case Rope() as rope:
+            rotation = rope.attention_factor()
+        case Nope():
+            rotation = 1.0
+        case other:
+            assert_never(other)
     # A row's last query has the largest factor; SSMax's own is small by what it has learned.
     position = torch.tensor([[length - 1]])
     keys = torch.tensor([[_most_keys(scheme, length)]])
@@ -73,11 +79,11 @@ def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
     queries = queries_of(rows, scheme.window)
     seen = visible_keys(rows.starts, queries, scheme.window).sum(-1).T
-    slope = torch.zeros(rows.length, len(rows.documents), shape.heads, shape.head_dim)
-    drawn = normal(generator, len(queries), *slope.shape[1:]) * seen[..., None, None]
-    slope[queries] = drawn.to(slope.dtype)
+    grad_output = torch.zeros(rows.length, len(rows.documents), shape.heads, shape.head_dim)
+    drawn = normal(generator, len(queries), *grad_output.shape[1:]) * seen[..., None, None]
+    grad_output[queries] = drawn.to(grad_output.dtype)
     where: dict[str, Any] = {"device": shape.device, "dtype": shape.dtype}
-    return Draw(wide.to(**where), slope.to(**where), queries)
+    return Draw(wide.to(**where), grad_output.to(**where), queries)
 
 
 def queries_of(rows: Rows, window: int | None) -> Tensor:
@@ -127,8 +133,8 @@ def _numbers(
     hidden = drawn.hidden.detach().clone().requires_grad_()
     if evaluates:
         with torch.no_grad():
-            return [block.mixed(hidden, context)[drawn.queries]]
-    out = block.mixed(hidden, context)
+            return [block.attention_output(hidden, context)[drawn.queries]]
+    out = block.attention_output(hidden, context)
     learned = tuple(block.learned().values())
     # Of a sum: for a gradient given by hand autograd imports sympy, a third of a second.
     summed, leaves = (out * drawn.grad_output).sum(), (hidden, *learned)
@@ -148,8 +154,8 @@ def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> li
     q, k, v = leaves
     scheme, starts = block.attention.scheme, rows.starts.to(shape.device)
     out = expected_output(scheme, (q, k, v), learned, starts, queries)
-    slope = drawn.grad_output[queries].double()
-    grads = torch.autograd.grad((out * slope).sum(), (q, k, v, *learned.values()))
+    grad_output = drawn.grad_output[queries].double()
+    grads = torch.autograd.grad((out * grad_output).sum(), (q, k, v, *learned.values()))
     return [out.detach(), grads[0][queries], *grads[1:]]
 
 

@@ -16,6 +16,7 @@ from megahybrid.config.attention import (
     Llama4Scale,
     LogitScale,
     LogScale,
+    Nope,
     QKNorm,
     Rope,
     SqrtDimScale,
@@ -31,13 +32,18 @@ def expected_output(
     starts: Tensor,  # [rows, seq]
     queries: Tensor,  # indices
 ) -> Tensor:
-    """The mixed values of these queries, [queries, rows, heads, head_dim]."""
+    """The attention output of these queries, [queries, rows, heads, head_dim]."""
     q, k, v = heads
     q = normed(q, scheme.qk_norm, learned.get("qk_norm.query_weight"))
     k = normed(k, scheme.qk_norm, learned.get("qk_norm.key_weight"))
     positions = torch.arange(starts.shape[1], device=starts.device) - starts
-    if isinstance(scheme.position, Rope):
-        q, k = (turned(x, positions.T, scheme.position) for x in (q, k))
+    match scheme.position:
+        case Rope() as rope:
+            q, k = (rotated(x, positions.T, rope) for x in (q, k))
+        case Nope():
+            pass
+        case other:
+            assert_never(other)
     seen = visible_keys(starts, queries, scheme.window)
     scale = score_factor(
         scheme.logit_scale,
@@ -64,11 +70,16 @@ def visible_keys(starts: Tensor, queries: Tensor, window: int | None) -> Tensor:
 def normed(x: Tensor, norm: QKNorm, weight: Tensor | None) -> Tensor:
     """x over the root of its mean square, a head or all heads together, without its mean before
     where the norm is `layernorm`; times the weight."""
-    if norm.kind == "none":
-        return x
     over: tuple[int, ...] = (-2, -1) if norm.over == "projection" else (-1,)
-    if norm.kind == "layernorm":
-        x = x - x.mean(over, keepdim=True)
+    match norm.kind:
+        case "none":
+            return x
+        case "rms":
+            pass
+        case "layernorm":
+            x = x - x.mean(over, keepdim=True)
+        case other:
+            assert_never(other)
     assert weight is not None
     x = x / (x.square().mean(over, keepdim=True) + EPS).sqrt()
     return x * weight.view(-1, x.shape[-1])  # [heads, head_dim], or one for all heads
@@ -80,8 +91,9 @@ def angles(positions: Tensor, rope: Rope, head_dim: int) -> Tensor:
     return positions.float()[..., None] * frequencies
 
 
-def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
-    """x with dimensions i and i + pairs turned as a pair, and what is behind them left as it is."""
+def rotated(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+    """Return x with dimensions i and i + pairs rotated as a pair, and those behind them as they
+    are."""
     turn = angles(positions, rope, x.shape[-1])[:, :, None]
     factor, pairs = rope.attention_factor(), turn.shape[-1]
     cos, sin = turn.cos().double() * factor, turn.sin().double() * factor

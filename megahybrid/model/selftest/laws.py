@@ -18,6 +18,7 @@ from megahybrid.config.attention import (
     SsmaxScale,
 )
 from megahybrid.model.context import SequenceContext
+from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.score_scale import QueryScale
 from megahybrid.model.selftest.comparison import normal
@@ -67,7 +68,7 @@ def sees_its_keys(block: HeadsOnly, shape: HeadShape, context: SequenceContext, 
             k[probe, row] = pointed
             v[probe, row, :, channel] = 1
     hidden = torch.cat([x.flatten(-2) for x in (q, k, v)], dim=-1)
-    out = block.mixed(hidden.to(shape.device, shape.dtype), context)
+    out = block.attention_output(hidden.to(shape.device, shape.dtype), context)
     out = out.detach().double().cpu()
 
     of_group = torch.arange(shape.heads) // (shape.heads // shape.kv_heads) / shape.kv_heads
@@ -114,14 +115,14 @@ def stays_finite(block: HeadsOnly, shape: HeadShape, context: SequenceContext, r
     """Where all scores are low there are gradients still."""
     generator = torch.Generator().manual_seed(2)
     hidden = normal(generator, rows.length, len(rows.documents), shape.features)
-    slope = normal(generator, *hidden.shape[:2], shape.heads, shape.head_dim)
+    grad_output = normal(generator, *hidden.shape[:2], shape.heads, shape.head_dim)
     low = math.sqrt(-LOW_SCORE / math.sqrt(shape.head_dim))
     of_queries = shape.heads * shape.head_dim
     hidden[..., :of_queries] -= low
     hidden[..., of_queries : of_queries + shape.kv_heads * shape.head_dim] += low
     moved = hidden.to(shape.device, shape.dtype).requires_grad_()
-    out = block.mixed(moved, context)
-    (grad,) = torch.autograd.grad((out * slope.to(out)).sum(), moved)
+    out = block.attention_output(moved, context)
+    (grad,) = torch.autograd.grad((out * grad_output.to(out)).sum(), moved)
     if not (out.isfinite().all() and grad.isfinite().all()):
         raise Violation(f"computes what is no number where all scores are about {LOW_SCORE}")
 
@@ -135,13 +136,13 @@ def is_blind_to_position(block: HeadsOnly, shape: HeadShape, contexts: Contexts)
     kv = slice(shape.heads * shape.head_dim, None)
     text[length - reach : -1, 1, kv] = text[length - reach : -1, 1, kv].flip(0)
     rows = Rows.of([length], [length])
-    out = block.mixed(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
+    out = block.attention_output(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
     _demand_same(out[-1, 0], out[-1, 1], "the order of keys matters", shape)
 
     text = normal(generator, length, 2, shape.features)
     text[apart:, 0] = text[: length - apart, 1]
     rows = Rows.of([apart, length - apart], [length - apart, apart])
-    out = block.mixed(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
+    out = block.attention_output(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
     _demand_same(out[apart:, 0], out[: length - apart, 1], "a common shift matters", shape)
 
 
@@ -151,7 +152,7 @@ def _demand_same(before: Tensor, after: Tensor, what: str, shape: HeadShape) -> 
         raise Violation(f"is not blind to position: {what} ({difference:.2g} relative)")
 
 
-def turns_by_its_frequencies(
+def rotates_by_its_frequencies(
     rope: Rope, shape: HeadShape, context: SequenceContext, rows: Rows
 ) -> None:
     """The table that layers turn by has this scheme's angles, from 0 at each document's start, in
@@ -197,7 +198,7 @@ def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) ->
     hidden[:-1, 0, of_queries + of_keys :: shape.head_dim] = 1  # values of the other keys
     context = Contexts(shape).of(Rows.of([length]))
     with torch.no_grad():
-        out = block.mixed(hidden.to(shape.device, shape.dtype), context)
+        out = block.attention_output(hidden.to(shape.device, shape.dtype), context)
     left = out[-1, 0, :, 0].double().cpu()
     score, wanted = ((1 - left) / left * (length - 1)).log(), float(side**2) * abs(factor)
     wrong = (score / wanted - 1).abs()
@@ -212,15 +213,18 @@ def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) ->
 def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -> None:
     """The factor that depends on the query, number by number: at the steps of `llama4` as well,
     which may be beyond any probe."""
-    scale = scheme.logit_scale
+    module = QueryScale.of(scheme, 1, "selftest", ParallelMesh.single(shape.device))
+    if module is None:
+        return  # the same for every query
+    scale = module.scale
     if isinstance(scale, Llama4Scale):
         length = max(length, 3 * scale.floor + 2)
-    module = QueryScale.of(scheme, 1, "selftest", ParallelMesh.single(shape.device))
-    assert module is not None
     for rows in (Rows.of([length]), Rows.of([length // 3, length - length // 3])):
         documents = Documents(rows.starts).to(shape.device) if rows.several else None
         ones = torch.ones(length, 1, 1, 1, dtype=shape.dtype, device=shape.device)
-        factors = module(ones, documents, length)[:, 0, 0, 0].detach().double().cpu()
+        factor = module(module.factor(documents, length, shape.device))
+        queries, _ = prepare_queries_keys(ones, ones, None, factor)
+        factors = queries[:, 0, 0, 0].detach().double().cpu()
         begins = int(rows.starts[0, -1])
         for index in _places(scheme, begins, length):
             position = torch.tensor([[index - begins]])

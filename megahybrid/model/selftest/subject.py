@@ -10,11 +10,12 @@ from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.model import ModelConfig
-from megahybrid.model.attention import Attention
-from megahybrid.model.block import Block, Heads
+from megahybrid.model.block import Block
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.layer_inputs import BranchInputs, Heads
+from megahybrid.model.layer_parts import LayerParts
 from megahybrid.parallel.mesh import ParallelMesh
 
 # Relative, of one number: half a unit in its last place and that again for what it is made of.
@@ -112,8 +113,6 @@ class HeadsOnly(Block):
     attention mixed: norm, rotation, scale and kernel are reached by the code of every block."""
 
     def __init__(self, shape: HeadShape, scheme: AttentionScheme, kernel: str) -> None:
-        mesh = ParallelMesh.single(shape.device)
-        super().__init__("none", mesh)
         config = ModelConfig(
             vocab_size=1,
             hidden_size=1,
@@ -124,19 +123,23 @@ class HeadsOnly(Block):
             eps=EPS,
             layer_plan=LayerPlan(num_layers=1, pattern=["only"], schemes={"only": scheme}),
         )
+        super().__init__(0, config, scheme, ParallelMesh.single(shape.device), kernel, "none")
         self.sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
-        self.attention = Attention("blocks.0.attention", config, scheme, mesh, kernel)
         self.to(shape.dtype)
 
-    def enter(self, hidden: Tensor) -> tuple[Heads, tuple[Tensor, ...]]:
+    def add_parts(self, parts: LayerParts) -> None:
+        """Attention alone."""
+        self.attention = parts.attention()
+
+    def enter(self, hidden: Tensor) -> tuple[Heads, BranchInputs]:
         """Slices of wide rows, as one product leaves them."""
-        return self.attention.heads(*hidden.split(self.sizes, dim=-1)), ()
+        return self.entered(Heads._fields, hidden.split(self.sizes, dim=-1))
 
-    def leave(self, hidden: Tensor, mixed: Tensor, *rest: Tensor) -> Tensor:
-        """The mixed values, and zeros: a stream is as wide behind a layer as before it."""
-        return F.pad(mixed.flatten(-2), (0, sum(self.sizes[1:])))
+    def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
+        """The attention output, and zeros: a stream is as wide behind a layer as before it."""
+        return F.pad(attention_output.flatten(-2), (0, sum(self.sizes[1:])))
 
-    def mixed(self, hidden: Tensor, context: SequenceContext) -> Tensor:
+    def attention_output(self, hidden: Tensor, context: SequenceContext) -> Tensor:
         """[seq, batch, heads, head_dim]: what the heads make of a stream."""
         out: Tensor = self(hidden, context)
         return out[..., : self.sizes[0]].unflatten(-1, (-1, self.attention.head_dim))

@@ -1,0 +1,58 @@
+"""A kernel's record: its function, and what it can do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from megahybrid.model.kernels.spec import AttentionSpec, Place
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
+
+
+class Measured(Enum):
+    """When a kernel is among those that are measured for a kind of layer."""
+
+    ALWAYS = "wherever it serves"
+    FUSED = "wherever it serves, beside the other fused kernels"
+    COMPILED = "where no fused kernel serves"
+    LAST = "where nothing else serves"
+    NEVER = "only where the run file names it"
+
+
+def _anywhere(spec: AttentionSpec, place: Place) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute attention.
+
+    `serves` names the fields of an AttentionSpec that it computes with; it refuses all others by
+    itself. `unavailable` says why it cannot run at a place, or None. `needs` names fields without
+    which it is no kernel at all. `rank` orders the choice without a measurement, the lowest first;
+    None: it is not chosen so. `unchosen` has the dtypes in which it runs only where it is named.
+    """
+
+    name: str
+    attend: Attend
+    serves: frozenset[str]
+    unavailable: Callable[[AttentionSpec, Place], str | None] = _anywhere
+    needs: frozenset[str] = frozenset()
+    rank: Callable[[AttentionSpec], int] | None = None
+    measured: Measured = Measured.NEVER
+    unchosen: frozenset[torch.dtype] = frozenset()
+    quadratic: bool = False  # holds all scores at once: for tests, never a way out of a refusal
+
+    def refusal(self, spec: AttentionSpec, place: Place) -> str | None:
+        """Return why this kernel cannot compute `spec` there, in words that follow its name; None
+        if it can."""
+        asked = spec.features()
+        for name, words in asked.items():
+            if name not in self.serves:
+                return f"has no {words}"
+        if not self.needs <= asked.keys():
+            return f"serves nothing without {' and '.join(sorted(self.needs))}"
+        return self.unavailable(spec, place)

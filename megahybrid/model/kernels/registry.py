@@ -1,0 +1,140 @@
+"""The table of kernels: adding one is its file and its line here."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megahybrid.errors import ConfigError
+from megahybrid.model.kernels import (
+    blocked,
+    cudnn,
+    cudnn_frontend,
+    flash,
+    flex,
+    masked,
+    reference,
+    sdpa,
+    varlen,
+)
+from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.spec import AttentionSpec, Place
+
+# In the order in which measurements name them: the usual one first.
+TABLE: tuple[Kernel, ...] = (
+    reference.KERNEL,
+    blocked.KERNEL,
+    sdpa.KERNEL,
+    cudnn.KERNEL,
+    varlen.KERNEL,
+    cudnn_frontend.KERNEL,
+    flex.KERNEL,
+    flash.FA3,
+    flash.FA4,
+    masked.KERNEL,
+)
+REGISTRY = {kernel.name: kernel for kernel in TABLE}
+KERNELS = tuple(kernel.name for kernel in TABLE if not kernel.needs)  # those of a whole batch
+
+
+def attend(
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    v: Float[Tensor, "keys batch kv_heads head_dim"],
+    spec: AttentionSpec,
+    kernel: str = "auto",
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """softmax(scale * q kᵀ) v over the keys each query sees; KV head = head // (heads / kv_heads).
+
+    Softmax is fp32 or better. Raises ConfigError where `kernel` cannot do what `spec` asks: none
+    attends to more or less than asked.
+    """
+    _check(q, k, spec)
+    spec = spec.within(len(k))
+    place = Place(
+        q.device,
+        q.dtype,
+        q.shape[-1],
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+    )
+    name = _preferred(spec, place) if kernel == "auto" else kernel
+    if name not in REGISTRY:
+        known = ", ".join(KERNELS)
+        raise ConfigError(f"kernels={name} is not a kernel. Use auto or one of {known}.")
+    why_not = REGISTRY[name].refusal(spec, place)
+    if why_not is not None:
+        raise ConfigError(f"kernels={name} {why_not}. {_way_out(spec, place)}")
+    return REGISTRY[name].attend(q, k, v, spec)
+
+
+def choose(
+    window: int | None,
+    seq: int,
+    documents: Documents | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+) -> str:
+    """Return the name of the fastest exact kernel with a backward for a layer, by rule."""
+    spec = AttentionSpec(scale=1.0, window=window, documents=documents)
+    return _preferred(spec.within(seq), Place(device, dtype, head_dim))
+
+
+def measured(
+    window: int | None, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> list[str]:
+    """Return the names of the kernels with a backward that are measured for layers with this
+    window, the usual one first."""
+    spec, place = AttentionSpec(scale=1.0, window=window), Place(device, dtype, head_dim)
+    found: dict[Measured, list[str]] = {kind: [] for kind in Measured}
+    for kernel in TABLE:
+        if dtype not in kernel.unchosen and kernel.refusal(spec, place) is None:
+            found[kernel.measured].append(kernel.name)
+    names = found[Measured.ALWAYS] + (found[Measured.FUSED] or found[Measured.COMPILED])
+    return names or found[Measured.LAST]
+
+
+def _preferred(spec: AttentionSpec, place: Place) -> str:
+    """Return the first kernel by rank that serves, with a backward even where none is wanted: an
+    evaluation goes the way of the training."""
+    place = place._replace(gradients=True)
+    ranks = {
+        kernel.name: kernel.rank(spec)
+        for kernel in TABLE
+        if kernel.rank is not None
+        and place.dtype not in kernel.unchosen
+        and kernel.refusal(spec, place) is None
+    }
+    if not ranks:
+        asked = " and ".join(spec.features().values())
+        raise ConfigError(f"kernels=auto: no kernel has {asked} on {place.device.type}.")
+    return min(ranks, key=lambda name: ranks[name])
+
+
+def _way_out(spec: AttentionSpec, place: Place) -> str:
+    """Return the kernels that can do what another one refused, as an advice."""
+    able = [kernel for kernel in TABLE if kernel.refusal(spec, place) is None]
+    names = [kernel.name for kernel in able if not kernel.quadratic] or [k.name for k in able]
+    if not names:
+        return "No kernel can, here."
+    return f"Use {', '.join(names[:-1]) + ' or ' if names[1:] else ''}{names[-1]}."
+
+
+def _check(q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
+    """Raise ConfigError where heads, window and documents do not fit each other."""
+    seq, batch, heads = q.shape[:3]
+    if heads % k.shape[2]:
+        raise ConfigError(
+            f"model.num_kv_heads={k.shape[2]} does not divide num_heads={heads} in attend(). "
+            "Use a divisor."
+        )
+    if spec.window is not None and spec.window < 1:
+        raise ConfigError(f"window={spec.window} hides a query's own key. Use 1 or more, or null.")
+    covered = None if spec.documents is None else tuple(spec.documents.starts.shape)
+    if covered is not None and covered != (batch, seq):
+        raise ConfigError(
+            f"documents cover {covered} (batch, seq) but q has ({batch}, {seq}). Build them from "
+            "the same batch."
+        )
+    # Without a rule for it a causal mask would be laid against the wrong corner.
+    assert len(k) == seq or spec.visible is not None or spec.pieces is not None

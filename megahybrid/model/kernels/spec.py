@@ -1,0 +1,74 @@
+"""What a kernel is told beside queries, keys and values, and where it is to run."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from megahybrid.model.kernels.documents import Documents
+
+
+class Piece(NamedTuple):
+    """Queries first_query … last_query - 1 of row `row`, and the keys from `first_key` to the own
+    key of the last of these queries."""
+
+    row: int
+    first_query: int
+    last_query: int
+    first_key: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionSpec:
+    """Which keys each query sees, and how scores are made: the one argument of a kernel after
+    q, k and v.
+
+    Every field but the scale is a feature: None where it is not asked for. A kernel lists those
+    that it serves, so that a field added here is refused by all kernels until one of them has it.
+    """
+
+    scale: float  # multiplies q·k
+    # Keys visible to a query, its own included; None: all earlier ones.
+    window: int | None = field(default=None, metadata={"words": "window"})
+    # Hides other documents of the row; None: a row is one document.
+    documents: Documents | None = field(default=None, metadata={"words": "documents within a row"})
+    # The whole rule, for keys in any order and number, in place of window and documents.
+    visible: Bool[Tensor, "batch queries keys"] | None = field(
+        default=None, metadata={"words": "keys given one by one"}
+    )
+    # Queries and keys of different lengths: a part of the rows, and the keys that it sees.
+    pieces: tuple[Piece, ...] | None = field(
+        default=None, metadata={"words": "pieces of queries and keys of different lengths"}
+    )
+    # Per query head, the score of a key that has no value.
+    sinks: Tensor | None = field(default=None, metadata={"words": "learned sinks"})
+    # Added to the scores.
+    bias: Tensor | None = field(default=None, metadata={"words": "bias of the scores"})
+
+    def features(self) -> dict[str, str]:
+        """Return what is asked for beside the scale, by field, in the words of a message."""
+        found = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not None and "words" in each.metadata:
+                number = f" ({each.name}={value})" if isinstance(value, int) else ""
+                found[each.name] = each.metadata["words"] + number
+        return found
+
+    def within(self, length: int) -> "AttentionSpec":
+        """Return the same for rows of `length` tokens: a window as long as they are hides nothing,
+        and then every kernel without windows serves."""
+        if self.window is None or self.window < length:
+            return self
+        return replace(self, window=None)
+
+
+class Place(NamedTuple):
+    """Where a kernel is to run, on what values, and whether with a backward."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    gradients: bool = True
