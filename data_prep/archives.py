@@ -20,8 +20,8 @@ from megahybrid.data_prep.compressed import (
     BOMB_BYTES,
     BOMB_RATIO,
     Packing,
-    kind_of,
     open_stretch,
+    packing_by_name,
     scan,
 )
 from megahybrid.data_prep.zip_salvage import SalvagedZip, is_sound
@@ -69,7 +69,7 @@ def is_archive(name: str | Path) -> bool:
     """Whether a file is a .tar or .zip, by its name."""
     path = Path(str(name).lower())
     return path.suffix in (".tar", ".tgz", ".tzst", ".zip") or (
-        kind_of(path) is not None and Path(path.stem).suffix == ".tar"
+        packing_by_name(path) is not None and Path(path.stem).suffix == ".tar"
     )
 
 
@@ -272,7 +272,7 @@ class _Tar:
             elif header.isreg():
                 yield Member(shown, length, _buffered(inside, length), offset=at, packed=packed)
             if not inside.skip():
-                if not inside.told:
+                if not inside.reported:
                     yield Member(
                         shown, problem="truncated tar", offset=self._offset, absent=inside.absent
                     )
@@ -293,16 +293,16 @@ class _Tar:
         begun, used = self._offset - len(block), len(block)
         data = block[1:] + self.read(SEARCH_BYTES)
         while len(data) >= BLOCK:
-            place = data.find(b"ustar", USTAR_PLACE)
-            while place >= 0:
-                begin = place - USTAR_PLACE
+            position = data.find(b"ustar", USTAR_PLACE)
+            while position >= 0:
+                begin = position - USTAR_PLACE
                 if len(data) - begin < BLOCK:
                     break
                 if _header(data[begin : begin + BLOCK]) is not None:
                     self._ahead = data[begin:] + self._ahead
                     self._offset -= len(data) - begin
                     return True, self._offset - begun
-                place = data.find(b"ustar", place + 1)
+                position = data.find(b"ustar", position + 1)
             if held := len(data.rstrip(b"\0")):
                 used = self._offset - len(data) + held - begun
             more = self.read(SEARCH_BYTES)
@@ -350,7 +350,7 @@ class _Payload(io.RawIOBase):
     def __init__(self, tar: _Tar, size: int) -> None:
         self._tar, self._left = tar, size
         self.padding = -size % BLOCK
-        self.told = False
+        self.reported = False
 
     @property
     def absent(self) -> float:
@@ -363,7 +363,7 @@ class _Payload(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._tar.read(min(len(buffer), self._left))
         if not data and self._left and len(buffer):
-            self.told = True
+            self.reported = True
             raise Truncated("truncated tar", self._left * self._tar.rate, self.absent)
         buffer[: len(data)] = data
         self._left -= len(data)

@@ -18,7 +18,12 @@ from megahybrid.errors import DataError
 Packing = Literal["gzip", "zstd"]
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 MAGIC: dict[Packing, bytes] = {"gzip": GZIP_MAGIC, "zstd": ZSTD_MAGIC}
-KINDS: dict[str, Packing] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd"}
+PACKING_BY_SUFFIX: dict[str, Packing] = {
+    ".gz": "gzip",
+    ".tgz": "gzip",
+    ".zst": "zstd",
+    ".tzst": "zstd",
+}
 INPUT_BYTES = 2**16
 SURE_BYTES = 2**18  # of text that tell how well a member is packed; a zstd block gives half of it
 MOST_HEADER_BYTES = 18  # of a zstd frame
@@ -59,35 +64,35 @@ class _Broken(Exception):
     """A member that cannot be unpacked."""
 
 
-def kind_of(path: str | Path) -> Packing | None:
+def packing_by_name(path: str | Path) -> Packing | None:
     """gzip, zstd or None, by the file's name."""
-    return KINDS.get(Path(path).suffix.lower())
+    return PACKING_BY_SUFFIX.get(Path(path).suffix.lower())
 
 
-def packing_of(beginning: bytes) -> Packing | None:
+def packing_by_content(beginning: bytes) -> Packing | None:
     """gzip, zstd or None, by a file's first bytes."""
-    return next((kind for kind, magic in MAGIC.items() if beginning.startswith(magic)), None)
+    return next((packing for packing, magic in MAGIC.items() if beginning.startswith(magic)), None)
 
 
-def beginning_of(file: BinaryIO, kind: Packing, size: int) -> bytes:
+def beginning_of(file: BinaryIO, packing: Packing, size: int) -> bytes:
     """Up to `size` first bytes of the text; of the next member that gives any where the first is
     broken from its beginning."""
     end = file.seek(0, io.SEEK_END)
-    return _beginning(file, kind, 0, size) or _beginning(
-        file, kind, _next_member(file, kind, 1, end), size
+    return _beginning(file, packing, 0, size) or _beginning(
+        file, packing, _next_member(file, packing, 1, end), size
     )
 
 
-def _beginning(file: BinaryIO, kind: Packing, begin: int, size: int) -> bytes:
+def _beginning(file: BinaryIO, packing: Packing, begin: int, size: int) -> bytes:
     found = bytearray()
-    for chunk in _members(file, kind, begin):
+    for chunk in _members(file, packing, begin):
         found += chunk
         if len(found) >= size:
             break
     return bytes(found[:size])
 
 
-def scan(path: str | Path, kind: Packing, content: bytes | None = None) -> list[Stretch]:
+def scan(path: str | Path, packing: Packing, content: bytes | None = None) -> list[Stretch]:
     """The usable stretches of a compressed file, in order; one with a problem ends at it.
 
     `content` is that of a file within an archive, where `path` is only its name.
@@ -106,19 +111,19 @@ def scan(path: str | Path, kind: Packing, content: bytes | None = None) -> list[
 
         while begin < size:
             try:
-                end, length, told = _measure(file, kind, begin)
+                end, length, stated = _measure(file, packing, begin)
             except _Broken as error:
                 if str(error) == BOMB:
                     return [*found, end_here(BOMB, size - begin)]
-                following = _next_member(file, kind, begin + 1, size)
+                following = _next_member(file, packing, begin + 1, size)
                 found.append(end_here(str(error), following - begin))
                 begin = start = following
                 begin_offset = offset
                 continue
             if end is None:
-                part = _cut_off(size - begin, length, told, begin / offset if offset else None)
+                part = _cut_off(size - begin, length, stated, begin / offset if offset else None)
                 offset += length
-                return [*found, part.joined(end_here(f"truncated {kind}"))]
+                return [*found, part.joined(end_here(f"truncated {packing}"))]
             offset += length
             begin = end
         if offset > begin_offset:
@@ -145,21 +150,21 @@ class _CutOff:
         )
 
 
-def _cut_off(here: int, length: int, told: int, rate: float | None) -> _CutOff:
-    """What `here` bytes of a member are that gave `length` bytes of text, `told` in all; `rate`:
+def _cut_off(here: int, length: int, stated: int, rate: float | None) -> _CutOff:
+    """What `here` bytes of a member are that gave `length` bytes of text, `stated` in all; `rate`:
     bytes on disk for each byte of the text before it."""
     if rate is None or length >= SURE_BYTES:
         rate = here / length if length else 0.0
     # The last block gives nothing where it is not whole.
     used = min(here, round(length * rate))
-    return _CutOff(used, here - used, max(0.0, told * rate - here))
+    return _CutOff(used, here - used, max(0.0, stated * rate - here))
 
 
 def open_stretch(
-    path: str | Path, kind: Packing, stretch: Stretch, content: bytes | None = None
+    path: str | Path, packing: Packing, stretch: Stretch, content: bytes | None = None
 ) -> BinaryIO:
     """The text of a stretch as a file to read forwards."""
-    return io.BufferedReader(_Unpacked(_open(path, content), kind, stretch), OUTPUT_BYTES)
+    return io.BufferedReader(_Unpacked(_open(path, content), packing, stretch), OUTPUT_BYTES)
 
 
 def _open(path: str | Path, content: bytes | None) -> BinaryIO:
@@ -167,9 +172,9 @@ def _open(path: str | Path, content: bytes | None) -> BinaryIO:
 
 
 class _Unpacked(io.RawIOBase):
-    def __init__(self, file: BinaryIO, kind: Packing, stretch: Stretch) -> None:
+    def __init__(self, file: BinaryIO, packing: Packing, stretch: Stretch) -> None:
         self._file, self._left = file, stretch.bytes
-        self._chunks = _members(file, kind, stretch.start)
+        self._chunks = _members(file, packing, stretch.start)
         self._chunk = memoryview(b"")
 
     def readable(self) -> bool:
@@ -191,10 +196,10 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def _members(file: BinaryIO, kind: Packing, begin: int) -> Iterator[bytes]:
+def _members(file: BinaryIO, packing: Packing, begin: int) -> Iterator[bytes]:
     """Text of the members from `begin` on; ends where one is truncated or broken."""
     while True:
-        member = _Member(file, kind, begin)
+        member = _Member(file, packing, begin)
         try:
             some = False
             for chunk in member.chunks():
@@ -207,23 +212,23 @@ def _members(file: BinaryIO, kind: Packing, begin: int) -> Iterator[bytes]:
         begin = member.end
 
 
-def _measure(file: BinaryIO, kind: Packing, begin: int) -> tuple[int | None, int, int]:
+def _measure(file: BinaryIO, packing: Packing, begin: int) -> tuple[int | None, int, int]:
     """Where the member at `begin` ends (None: it is truncated), the bytes that it unpacks to, and
     those that it says it does, or 0."""
-    member = _Member(file, kind, begin)
+    member = _Member(file, packing, begin)
     length = 0
     for chunk in member.chunks():
         length += len(chunk)
         if length > BOMB_BYTES and length > BOMB_RATIO * member.consumed:
             raise _Broken(BOMB)
-    return (member.end, length, 0) if member.whole else (None, length, member.told_length())
+    return (member.end, length, 0) if member.whole else (None, length, member.stated_length())
 
 
 class _Member:
     """One gzip member or zstd frame at byte `begin`; `end` and `whole` are known after `chunks`."""
 
-    def __init__(self, file: BinaryIO, kind: Packing, begin: int) -> None:
-        self.file, self.kind, self.begin, self.end = file, kind, begin, begin
+    def __init__(self, file: BinaryIO, packing: Packing, begin: int) -> None:
+        self.file, self.packing, self.begin, self.end = file, packing, begin, begin
         self.whole, self.consumed = False, 0
 
     def chunks(self) -> Iterator[bytes]:
@@ -233,11 +238,11 @@ class _Member:
             self.whole = True
             return
         self.file.seek(self.begin)
-        yield from self._gzip() if self.kind == "gzip" else self._zstd()
+        yield from self._gzip() if self.packing == "gzip" else self._zstd()
 
-    def told_length(self) -> int:
+    def stated_length(self) -> int:
         """The bytes of text that its header names; 0 where it names none, as in gzip."""
-        if self.kind != "zstd":
+        if self.packing != "zstd":
             return 0
         zstandard = _zstandard()
         self.file.seek(self.begin)
@@ -287,24 +292,24 @@ class _Member:
         self.whole = True
 
 
-def _next_member(file: BinaryIO, kind: Packing, begin: int, size: int) -> int:
+def _next_member(file: BinaryIO, packing: Packing, begin: int, size: int) -> int:
     """Where the next member begins whose first MiB can be unpacked; `size` where none does."""
-    magic = GZIP_MAGIC if kind == "gzip" else ZSTD_MAGIC
+    magic = GZIP_MAGIC if packing == "gzip" else ZSTD_MAGIC
     position = begin
     while position < size:
         file.seek(position)
         raw = file.read(2**20)
-        place = raw.find(magic)
-        while place >= 0:
-            if _begins(file, kind, position + place):
-                return position + place
-            place = raw.find(magic, place + 1)
+        found = raw.find(magic)
+        while found >= 0:
+            if _begins(file, packing, position + found):
+                return position + found
+            found = raw.find(magic, found + 1)
         position += max(1, len(raw) - len(magic) + 1)
     return size
 
 
-def _begins(file: BinaryIO, kind: Packing, begin: int) -> bool:
-    member = _Member(file, kind, begin)
+def _begins(file: BinaryIO, packing: Packing, begin: int) -> bool:
+    member = _Member(file, packing, begin)
     length = 0
     try:
         for chunk in member.chunks():

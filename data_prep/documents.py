@@ -15,7 +15,7 @@ from typing import BinaryIO, assert_never
 from megahybrid.data_prep import hub, tables
 from megahybrid.data_prep.archives import Member, Truncated, is_archive, tar_members, zip_members
 from megahybrid.data_prep.compressed import open_stretch, scan
-from megahybrid.data_prep.inputs import Piece, Unit
+from megahybrid.data_prep.inputs import InputRange, Unit
 from megahybrid.data_prep.items import (
     BadDocument,
     BadText,
@@ -35,7 +35,14 @@ from megahybrid.data_prep.plain_text import (
     stream_lines,
     unreadable,
 )
-from megahybrid.data_prep.sniff import LOOKS, Format, NoText, judge, look, packing_of_file
+from megahybrid.data_prep.sniff import (
+    LOOKS,
+    Format,
+    NotText,
+    detect_format,
+    guess_format,
+    packing_of_file,
+)
 
 __all__ = ["BadDocument", "BadText", "Document", "Item", "LongDocument", "read_unit"]
 
@@ -44,13 +51,13 @@ TEXT = Fields()
 
 def read_unit(unit: Unit, fields: Fields = TEXT) -> Iterator[Item]:
     """The documents of a unit, in order. A LongDocument's pieces are to be used before the next."""
-    for piece in unit.pieces:
+    for part in unit.ranges:
         known = _Known()
         try:
-            yield from known.of(_read_piece(piece, fields))
+            yield from known.of(_read_part(part, fields))
         except OSError as error:
-            rest = max(0.0, piece.size - known.size)
-            yield BadDocument(piece.shown, piece.start, unreadable(error), b"", rest)
+            rest = max(0.0, part.size - known.size)
+            yield BadDocument(part.shown, part.start, unreadable(error), b"", rest)
 
 
 class _Known:
@@ -65,29 +72,29 @@ class _Known:
             yield item
 
 
-def _read_piece(piece: Piece, fields: Fields) -> Iterator[Item]:
-    kind, packed = piece.format.kind, piece.format.packed
-    origin = Origin(piece.shown, fields, strings=kind == "strings")
+def _read_part(part: InputRange, fields: Fields) -> Iterator[Item]:
+    kind, packed = part.format.kind, part.format.packed
+    origin = Origin(part.shown, fields, strings=kind == "strings")
     if kind == "hub":
-        rows = hub.read_shard(piece.path, piece.start, fields.text)
-        yield from _read_rows(replace(origin, file=f"{piece.shown}#{piece.start}"), rows)
+        rows = hub.read_shard(part.path, part.start, fields.text)
+        yield from _read_rows(replace(origin, file=f"{part.shown}#{part.start}"), rows)
     elif kind == "zip" and not packed:
-        yield from _read_archive(zip_members(piece.path, piece.start, piece.stop), origin)
+        yield from _read_archive(zip_members(part.path, part.start, part.stop), origin)
     elif kind == "tar":
-        yield from _read_archive(tar_members(piece.path, packed), origin)
+        yield from _read_archive(tar_members(part.path, packed), origin)
     elif packed:
-        yield from _read_packed(piece.path, piece.format, origin, piece.size)
+        yield from _read_packed(part.path, part.format, origin, part.size)
     elif kind == "parquet":
         rows = tables.read_rows(
-            piece.path, piece.start, piece.stop, piece.size, fields.text, fields.kept
+            part.path, part.start, part.stop, part.size, fields.text, fields.kept
         )
         yield from _read_rows(origin, rows)
     else:
-        with open(piece.path, "rb") as file:
+        with open(part.path, "rb") as file:
             if kind in ("jsonl", "strings"):
-                yield from read_lines(file, piece.start, piece.stop, origin)
+                yield from read_lines(file, part.start, part.stop, origin)
             else:
-                yield from _read_forwards(file, piece.format, origin, piece.size)
+                yield from _read_forwards(file, part.format, origin, part.size)
 
 
 def _read_archive(archive: Iterator[Member], origin: Origin) -> Iterator[Item]:
@@ -110,13 +117,15 @@ def _read_archive(archive: Iterator[Member], origin: Origin) -> Iterator[Item]:
 def _read_member(member: Member, name: str, fields: Fields) -> Iterator[Item]:
     head = member.file.peek(LOOKS[1])
     origin = Origin(name, fields, member.rate)
-    found: Format | NoText | None
+    found: Format | NotText | None
     if is_archive(member.name):
         found = Format("tar")
     elif packing_of_file(head, member.name):
         found = Format("text", "gzip")
     else:
-        found = judge(head, len(head) >= member.size, member.name, fields.text, fields.format)
+        found = guess_format(
+            head, len(head) >= member.size, member.name, fields.text, fields.format
+        )
     assert found is not None
     if isinstance(found, Format) and (found.packed or found.kind == "parquet"):
         # These are read twice or out of order, for which an archive has no second pass.
@@ -129,11 +138,11 @@ def _read_member(member: Member, name: str, fields: Fields) -> Iterator[Item]:
             rows = tables.read_rows(held, 0, 2**62, member.packed, fields.text, fields.kept)
             yield from _read_rows(origin, rows)
             return
-        found = look(io.BytesIO(content), member.name, fields.text, fields.format)
+        found = detect_format(io.BytesIO(content), member.name, fields.text, fields.format)
         if isinstance(found, Format):
             yield from _read_packed(member.name, found, origin, len(content), content)
             return
-    if isinstance(found, NoText):
+    if isinstance(found, NotText):
         yield BadDocument(name, 0, found.why, b"", member.packed)
     else:
         yield from _read_forwards(member.file, found, origin, member.size)
@@ -224,5 +233,5 @@ def _read_rows(origin: Origin, rows: Iterator[tables.Row]) -> Iterator[Item]:
         else:
             found = checked(text, each, row, size)
             if fields.kept and isinstance(found, Document):
-                found = replace(found, note=fields.note(more))
+                found = replace(found, metadata=fields.metadata(more))
             yield found

@@ -23,7 +23,7 @@ from megahybrid.data_prep.loss import Loss, loss_of
 
 # key orders the documents, split decides which are held out; both from the text alone, so that
 # copies of a document never lie on both sides. offset and length are in tokens, eod included.
-# note: where what is kept of the document's row lies in `.notes`, and its bytes.
+# note, note_length: where in `.notes` the kept fields of the document's row lie, and their bytes.
 RECORD = np.dtype(
     [
         ("key", "<u8"),
@@ -78,10 +78,10 @@ def unit_path(folder: str | Path, number: int, suffix: str) -> Path:
 def read_result(folder: str | Path, number: int) -> UnitResult | None:
     """What is known of a unit that is done; None for one that is not."""
     try:
-        told = json.loads(unit_path(folder, number, "done").read_bytes())
+        stored = json.loads(unit_path(folder, number, "done").read_bytes())
     except FileNotFoundError:
         return None
-    return UnitResult(**told | {"loss": Loss(**told["loss"])})
+    return UnitResult(**stored | {"loss": Loss(**stored["loss"])})
 
 
 def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
@@ -100,7 +100,9 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
             elif isinstance(item, LongDocument):
                 encoder.add_long(item)
             elif len(item.text) >= LONG_CHARACTERS:
-                encoder.add_long(LongDocument(item.name, slices(item.text), item.note, item.size))
+                encoder.add_long(
+                    LongDocument(item.name, slices(item.text), item.metadata, item.size)
+                )
             else:
                 encoder.add(item)
         encoder.flush()
@@ -147,7 +149,7 @@ class _Encoder:
             digest = document_hash(self.seed)
             digest.update(document.text.encode())
             tokens = np.concatenate((ids, self.end))
-            self.writer.add(tokens, document_keys(digest), document.note)
+            self.writer.add(tokens, document_keys(digest), document.metadata)
 
     def add_long(self, document: LongDocument) -> None:
         """Encodes a document piece by piece, straight to disk; takes it back if it is bad."""
@@ -172,7 +174,7 @@ class _Encoder:
             self.leave_out(replace(_bad(document, reason, ""), absent=absent))
             return
         self.writer.add_piece(self.end)
-        self.writer.end_long(begin, document_keys(digest), document.note)
+        self.writer.end_long(begin, document_keys(digest), document.metadata)
 
 
 class RunWriter:
@@ -182,21 +184,21 @@ class RunWriter:
         self.folder, self.number, self.dtype = folder, number, dtype
         self._tokens = open(unit_path(folder, number, "tokens"), "wb")  # noqa: SIM115
         self._records = open(unit_path(folder, number, "records"), "wb")  # noqa: SIM115
-        self._notes = open(unit_path(folder, number, "notes"), "wb")  # noqa: SIM115
+        self._metadata = open(unit_path(folder, number, "notes"), "wb")  # noqa: SIM115
         self._held: list[npt.NDArray[Any]] = []
-        self._held_notes: list[bytes] = []
+        self._held_metadata: list[bytes] = []
         self._rows: list[tuple[int, int, int, int, int, int]] = []
-        self._held_tokens = self._written = self._written_notes = self._held_bytes = 0
+        self._held_tokens = self._written = self._written_metadata = self._held_bytes = 0
         self._runs: list[int] = []
 
-    def add(self, tokens: npt.NDArray[Any], keys: tuple[int, int], note: bytes = b"") -> None:
+    def add(self, tokens: npt.NDArray[Any], keys: tuple[int, int], metadata: bytes = b"") -> None:
         """Adds a document, eod included, and what is kept of its row."""
         self._held.append(tokens)
-        self._held_notes.append(note)
-        self._rows.append((*keys, 0, len(tokens), 0, len(note)))
+        self._held_metadata.append(metadata)
+        self._rows.append((*keys, 0, len(tokens), 0, len(metadata)))
         self._held_tokens += len(tokens)
         # Beside the tokens, an array and a row cost about 300 bytes each.
-        self._held_bytes += len(tokens) * self.dtype.itemsize + len(note) + 300
+        self._held_bytes += len(tokens) * self.dtype.itemsize + len(metadata) + 300
         if self._held_bytes > RUN_BYTES:
             self._write_run()
 
@@ -209,13 +211,13 @@ class RunWriter:
         records["offset"] = self._written + np.cumsum(records["length"]) - records["length"]
         self._tokens.writelines(self._held[index].data for index in order)
         self._written += self._held_tokens
-        notes = np.cumsum(records["note_length"], dtype=np.int64)
-        records["note"] = self._written_notes + notes - records["note_length"]
-        self._notes.writelines(self._held_notes[index] for index in order)
-        self._written_notes += int(notes[-1])
+        metadata_lines = np.cumsum(records["note_length"], dtype=np.int64)
+        records["note"] = self._written_metadata + metadata_lines - records["note_length"]
+        self._metadata.writelines(self._held_metadata[index] for index in order)
+        self._written_metadata += int(metadata_lines[-1])
         self._records.write(records.tobytes())
         self._runs.append(len(records))
-        self._held, self._held_notes, self._rows = [], [], []
+        self._held, self._held_metadata, self._rows = [], [], []
         self._held_tokens = self._held_bytes = 0
 
     def begin_long(self) -> int:
@@ -234,11 +236,11 @@ class RunWriter:
         self._tokens.truncate()
         self._written = begin
 
-    def end_long(self, begin: int, keys: tuple[int, int], note: bytes = b"") -> None:
+    def end_long(self, begin: int, keys: tuple[int, int], metadata: bytes = b"") -> None:
         """Ends the document begun: a run of its own."""
-        row = [(*keys, begin, self._written - begin, self._written_notes, len(note))]
-        self._notes.write(note)
-        self._written_notes += len(note)
+        row = [(*keys, begin, self._written - begin, self._written_metadata, len(metadata))]
+        self._metadata.write(metadata)
+        self._written_metadata += len(metadata)
         self._records.write(np.asarray(row, RECORD).tobytes())
         self._runs.append(1)
 
@@ -258,12 +260,12 @@ class RunWriter:
         unnamed = done.with_suffix(".done.tmp")
         with (
             open(unit_path(self.folder, self.number, "bad"), "wb") as listing,
-            open(unnamed, "wb") as told,
+            open(unnamed, "wb") as stored,
         ):
             for item in bad:
                 listing.write(json.dumps(_shown(item), ensure_ascii=False).encode() + b"\n")
-            told.write(json.dumps(asdict(result)).encode())
-            for file in (listing, told, self._tokens, self._records, self._notes):
+            stored.write(json.dumps(asdict(result)).encode())
+            for file in (listing, stored, self._tokens, self._records, self._metadata):
                 if file.tell():
                     file.flush()
                     os.fsync(file.fileno())
@@ -277,7 +279,7 @@ class RunWriter:
     def __exit__(self, *_: object) -> None:
         self._tokens.close()
         self._records.close()
-        self._notes.close()
+        self._metadata.close()
 
 
 @lru_cache(maxsize=1)

@@ -34,8 +34,8 @@ def refuse_occupied(folder: Path, ours: Collection[str] = ()) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        kind = "a link to nothing" if folder.is_symlink() else "a file"
-        raise DataError(f"{folder} is {kind}, not a folder. Name a new folder.")
+        what = "a link to nothing" if folder.is_symlink() else "a file"
+        raise DataError(f"{folder} is {what}, not a folder. Name a new folder.")
     if any(entry.name not in ours for entry in folder.iterdir()):
         raise DataError(f"{folder} is not empty. Name a new folder, or remove this one.")
 

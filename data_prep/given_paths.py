@@ -46,16 +46,16 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[s
                 yield name, text
 
 
-def _said(name: str, text: str) -> str:
+def _shown(name: str, text: str) -> str:
     shown = shortened(text)
     return f"--{name}={shown}" if name in OPTIONS else f"{name}={shown}"
 
 
 def _check_text(name: str, text: str) -> None:
     if not text:
-        raise DataError(f"{_said(name, text)} is empty. Name a path.")
+        raise DataError(f"{_shown(name, text)} is empty. Name a path.")
     if "\0" in text:
-        raise DataError(f"{_said(name, text)} holds a NUL character. Name a path without.")
+        raise DataError(f"{_shown(name, text)} holds a NUL character. Name a path without.")
 
 
 def _check_read(name: str, text: str) -> None:
@@ -64,13 +64,15 @@ def _check_read(name: str, text: str) -> None:
     except FileNotFoundError:
         return  # a glob, a prefix, or missing: the command says what it has looked for
     if name == "inputs" and is_kernels(text):
-        raise DataError(f"{_said(name, text)} is the kernel's, no text on a disk. Name another.")
+        raise DataError(f"{_shown(name, text)} is the kernel's, no text on a disk. Name another.")
     if stat.S_ISDIR(mode):
         os.scandir(text).close()
     elif stat.S_ISREG(mode):
         open(text, "rb").close()
     elif not (name == "inputs" and stat.S_ISFIFO(mode) and is_open_file(text)):
-        raise DataError(f"{_said(name, text)} is no file and no folder ({_kind(mode)}). Name one.")
+        raise DataError(
+            f"{_shown(name, text)} is no file and no folder ({_file_type(mode)}). Name one."
+        )
 
 
 def is_open_file(given: str | Path) -> bool:
@@ -87,13 +89,15 @@ def is_kernels(given: str | Path) -> bool:
 def _check_written(name: str, text: str, is_file: bool) -> None:
     path = Path(text)
     if not path.name:
-        raise DataError(f"{_said(name, text)} has no name of its own. Name a new one.")
+        raise DataError(f"{_shown(name, text)} has no name of its own. Name a new one.")
     try:
         mode = os.stat(text).st_mode
     except (FileNotFoundError, NotADirectoryError):
         mode = None
     if mode is not None and not stat.S_ISREG(mode) and (is_file or not stat.S_ISDIR(mode)):
-        raise DataError(f"{_said(name, text)} is there already ({_kind(mode)}). Name a new one.")
+        raise DataError(
+            f"{_shown(name, text)} is there already ({_file_type(mode)}). Name a new one."
+        )
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(path.with_name(path.name + LONGEST_SUFFIX))
     parent = next(place for place in path.absolute().parents if place.exists())
@@ -113,8 +117,8 @@ def _check_pattern(pattern: str) -> None:
         ) from None
 
 
-def _kind(mode: int) -> str:
-    for test, kind in (
+def _file_type(mode: int) -> str:
+    for test, file_type in (
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
@@ -122,7 +126,7 @@ def _kind(mode: int) -> str:
         (stat.S_ISBLK, "a device"),
     ):
         if test(mode):
-            return kind
+            return file_type
     return "a file"
 
 

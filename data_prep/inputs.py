@@ -9,7 +9,7 @@ from typing import BinaryIO
 from megahybrid.data_prep import hub, tables
 from megahybrid.data_prep.archives import member_ranges
 from megahybrid.data_prep.items import Fields
-from megahybrid.data_prep.sniff import JSON_LINES, Format, NoText, look
+from megahybrid.data_prep.sniff import JSON_LINES, Format, NotText, detect_format
 from megahybrid.errors import DataError
 
 UNIT_BYTES = 8 * 2**20
@@ -36,7 +36,7 @@ class InputFile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class InputRange:
     """Lines of a file that begin in [start, stop), row groups of a table, or a whole file.
 
     `size`: bytes on disk, to share out the work, to show progress and to weigh what is lost.
@@ -54,17 +54,17 @@ class Piece:
 class Unit:
     """What one worker does at a time."""
 
-    pieces: tuple[Piece, ...]
+    ranges: tuple[InputRange, ...]
 
     @property
     def bytes(self) -> int:
         """Size of its input."""
-        return sum(piece.size for piece in self.pieces)
+        return sum(part.size for part in self.ranges)
 
     @property
     def of_rows(self) -> bool:
         """Whether it is a shard of a hub dataset, whose bytes are not known."""
-        return self.pieces[0].format.kind == "hub"
+        return self.ranges[0].format.kind == "hub"
 
 
 def named_entries(given: str | Path, pattern: str) -> list[Path]:
@@ -139,18 +139,18 @@ def _hidden(parts: Sequence[str]) -> bool:
     return any((part[0] == "." and part != "..") or part == "__pycache__" for part in parts)
 
 
-def look_at(path: Path, fields: Fields, name: str | None = None) -> InputFile | NoText:
+def identify(path: Path, fields: Fields, name: str | None = None) -> InputFile | NotText:
     """How a file is read, by its content; by its name alone where it cannot be opened."""
     if hub.is_hub(path):
         return InputFile(path, 0, Format("hub"))
     size = path.stat().st_size
-    found: Format | NoText
+    found: Format | NotText
     try:
         with open(path, "rb") as file:
-            found = look(file, name or path.name, fields.text, fields.format)
+            found = detect_format(file, name or path.name, fields.text, fields.format)
     except OSError:  # reading it says so
         found = Format("jsonl" if path.suffix.lower() in JSON_LINES else "text")
-    return found if isinstance(found, NoText) else InputFile(path, size, found)
+    return found if isinstance(found, NotText) else InputFile(path, size, found)
 
 
 def shared_unit_bytes(files: Sequence[InputFile]) -> int:
@@ -165,24 +165,24 @@ def cut_units(files: Sequence[InputFile], unit_bytes: int = UNIT_BYTES) -> Itera
     A packed file cannot be entered in the middle and is one piece.
     """
     unit_bytes = max(unit_bytes, sum(file.size for file in files) // MOST_UNITS)
-    group: list[Piece] = []
+    group: list[InputRange] = []
     size = 0
     for file in files:
-        for piece in _pieces(file, unit_bytes):
-            alone = piece.format.kind == "hub" or (group and group[0].format.kind == "hub")
-            if group and (alone or size + piece.size > unit_bytes):
+        for part in _parts_of(file, unit_bytes):
+            alone = part.format.kind == "hub" or (group and group[0].format.kind == "hub")
+            if group and (alone or size + part.size > unit_bytes):
                 yield Unit(tuple(group))
                 group, size = [], 0
-            group.append(piece)
-            size += piece.size
+            group.append(part)
+            size += part.size
     if group:
         yield Unit(tuple(group))
 
 
-def _pieces(file: InputFile, unit_bytes: int) -> Iterator[Piece]:
+def _parts_of(file: InputFile, unit_bytes: int) -> Iterator[InputRange]:
     for start, stop, size in _ranges(file, unit_bytes):
         path = str(file.path)
-        yield Piece(path, start, stop, size, file.format, file.shown or path)
+        yield InputRange(path, start, stop, size, file.format, file.shown or path)
 
 
 def _ranges(file: InputFile, unit_bytes: int) -> Iterator[tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from megahybrid.errors import DataError
 from megahybrid.printable import printable
 
 SHOWN_CHARACTERS = 400
-NOTE_CHARACTERS = 160
+METADATA_CHARACTERS = 160
 BAR = 30
 
 
@@ -65,16 +65,18 @@ def inspect_dataset(
     for index in range(min(documents, dataset.documents)):
         tokens = dataset.document(index)
         console.rule(f"document {index}: {len(tokens):,} tokens")
-        if dataset.noted:
-            console.print(Text(shown_note(dataset.note(index))), style="dim", soft_wrap=True)
+        if dataset.has_metadata:
+            console.print(
+                Text(shown_metadata(dataset.metadata(index))), style="dim", soft_wrap=True
+            )
         part = tokens[:SHOWN_CHARACTERS].tolist()
         shown = text.decode(part) if text else " ".join(map(str, part))
         console.print(Text(visible(shown[:SHOWN_CHARACTERS])), soft_wrap=True)
 
 
-def shown_note(note: dict[str, Any]) -> str:
+def shown_metadata(metadata: dict[str, Any]) -> str:
     """What is kept of a document's row, on one line."""
-    shown = ", ".join(f"{name} {value}" for name, value in note.items())[:NOTE_CHARACTERS]
+    shown = ", ".join(f"{name} {value}" for name, value in metadata.items())[:METADATA_CHARACTERS]
     return printable(shown)
 
 

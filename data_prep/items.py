@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megahybrid.data_prep.kept_fields import note_line
+from megahybrid.data_prep.kept_fields import metadata_line
 
 EMPTY = "empty"
 BOM = codecs.BOM_UTF8
@@ -15,12 +15,12 @@ WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `name` says where it came from: file:byte (file:row in .parquet), `note` what is
+    """One text; `name` says where it came from: file:byte (file:row in .parquet), `metadata` what is
     kept of its row. `size`: bytes on disk that it takes up (of a hub dataset: rows)."""
 
     name: str
     text: str
-    note: bytes = b""
+    metadata: bytes = b""
     size: float = 0.0
 
 
@@ -30,7 +30,7 @@ class LongDocument:
 
     name: str
     pieces: Iterator[str]
-    note: bytes = b""
+    metadata: bytes = b""
     size: float = 0.0
 
 
@@ -75,13 +75,13 @@ class Fields:
     found: Counter[str] = field(default_factory=Counter)
     format: str = "auto"
 
-    def note(self, row: Mapping[str, Any]) -> bytes:
+    def metadata(self, row: Mapping[str, Any]) -> bytes:
         """What is kept of a row, as strict JSON; nothing where nothing is to be kept."""
         if not self.kept:
             return b""
         value = {name: row[name] for name in self.kept if name in row}
         self.found.update(value.keys())
-        return note_line(value)
+        return metadata_line(value)
 
 
 @dataclass(frozen=True)

@@ -165,21 +165,21 @@ def _encoding(identity: Mapping[str, Any]) -> Identity:
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What two jobs differ in, the files first, on one line."""
     try:
-        told = list(_changed_files(before.get("files"), now["files"]))
+        differences = list(_changed_files(before.get("files"), now["files"]))
     except (TypeError, ValueError, IndexError, OverflowError):
         return f"{JOB} is damaged"
     if any(before.get(name) != now[name] for name in OF_TOKENIZER):
         hashes = [str(job.get("sha256"))[:12] for job in (before, now)]
         word = " then and now" if hashes[0] == hashes[1] else f" {hashes[0]} then, {hashes[1]} now"
         eods = f"eod_id {before.get('eod_id')} then, {now['eod_id']} now"
-        told.append(f"the tokenizer has sha256{word}, {eods}")
+        differences.append(f"the tokenizer has sha256{word}, {eods}")
     for name in sorted({*before, *now} - {"files", "units", *OF_TOKENIZER}):
         if before.get(name) != now.get(name):
             option = OPTIONS.get(name, "--" + name.replace("_", "-"))
-            told.append(f"{option} was {before.get(name)}, is {now.get(name)}")
-    if not told:
-        told.append(f"another version cut the inputs into {before.get('units')} units")
-    return "; ".join(told)
+            differences.append(f"{option} was {before.get(name)}, is {now.get(name)}")
+    if not differences:
+        differences.append(f"another version cut the inputs into {before.get('units')} units")
+    return "; ".join(differences)
 
 
 def _changed_files(before: Any, now: Sequence[Sequence[Any]]) -> Iterator[str]:

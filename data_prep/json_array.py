@@ -33,7 +33,7 @@ class ArrayReader:
     def __init__(self, file: BinaryIO, most_bytes: int) -> None:
         self._file, self._most = file, most_bytes
         self._held = bytearray()
-        self._base = self._place = 0  # of what is held; within it
+        self._base = self._position = 0  # of what is held; within it
         self._lead = self._first_key = b""
         self._is_begun = self._is_over = False
 
@@ -46,7 +46,7 @@ class ArrayReader:
         """The next element, or what there is in its stead; None at the end."""
         if self._is_over:
             return None
-        self._drop(self._place)
+        self._drop(self._position)
         begin = self._at()
         found = self._separator()
         if found == "end":
@@ -57,7 +57,7 @@ class ArrayReader:
             self._is_over = True
             return Element(b"", self._at(), 0, "truncated json")
         if found == "broken":
-            return self._search(self._place, "broken json")
+            return self._search(self._position, "broken json")
         return self._element()
 
     def skip_broken(self, element: Element, reason: str) -> Element:
@@ -71,13 +71,13 @@ class ArrayReader:
             self._first_key = key.group(1)
 
     def _element(self) -> Element:
-        self._drop(self._place)
+        self._drop(self._position)
         self._lead = self._lead or bytes(self._held[:1])
         end = self._end(0)
         if end < 0:
             cut = len(self._held) <= self._most
             return self._search(0, "truncated json" if cut else "line too long", least=1)
-        self._place = end
+        self._position = end
         return Element(bytes(self._held[:end]), self._base, end)
 
     def _separator(self) -> str:
@@ -85,10 +85,10 @@ class ArrayReader:
         if not self._is_begun:
             self._is_begun = True
             if self._byte() == BOM[0]:
-                self._place += len(BOM)
+                self._position += len(BOM)
             if self._byte() != ord("["):
                 return "broken"
-            self._place += 1
+            self._position += 1
             return {ord("]"): "end", -1: "cut"}.get(self._byte(), "element")
         match self._byte():
             case -1:
@@ -96,17 +96,17 @@ class ArrayReader:
             case 0x5D:
                 return "end"
             case 0x2C:
-                self._place += 1
+                self._position += 1
                 return {ord("]"): "broken", -1: "cut"}.get(self._byte(), "element")
         return "broken"
 
     def _byte(self) -> int:
         """The next byte that is no space, not passed; -1 at the end."""
         while True:
-            while self._place < len(self._held):
-                if self._held[self._place] not in SPACE:
-                    return self._held[self._place]
-                self._place += 1
+            while self._position < len(self._held):
+                if self._held[self._position] not in SPACE:
+                    return self._held[self._position]
+                self._position += 1
             if not self._more():
                 return -1
 
@@ -117,30 +117,30 @@ class ArrayReader:
                 if not self._more_of_one():
                     return -1
             return found.start()
-        depth, place = 0, start
+        depth, position = 0, start
         while True:
-            found = _STRUCTURE.search(self._held, place)
+            found = _STRUCTURE.search(self._held, position)
             if not found:
-                place = len(self._held)
+                position = len(self._held)
                 if not self._more_of_one():
                     return -1
                 continue
-            place, sign = found.end(), found.group()
+            position, sign = found.end(), found.group()
             del found
             if sign == b'"':
-                place = self._string_end(place)
-                if place < 0:
+                position = self._string_end(position)
+                if position < 0:
                     return -1
             else:
                 depth += 1 if sign in b"{[" else -1
             if depth <= 0:
-                return place
+                return position
 
-    def _string_end(self, place: int) -> int:
+    def _string_end(self, position: int) -> int:
         while True:
-            quote = self._held.find(b'"', place)
+            quote = self._held.find(b'"', position)
             if quote < 0:
-                place = len(self._held)
+                position = len(self._held)
                 if not self._more_of_one():
                     return -1
                 continue
@@ -149,18 +149,21 @@ class ArrayReader:
                 slashes -= 1
             if (quote - slashes) % 2 == 0:
                 return quote + 1
-            place = quote + 1
+            position = quote + 1
 
     def _search(self, start: int, problem: str, least: int = 0) -> Element:
         """Gives up what begins at `start`; the next element is looked for at least so far on."""
         offset, beginning = self._base + start, bytes(self._held[start : start + 80])
         after = rb"\}\s*,\s*(?=\{\s*" + re.escape(self._first_key) + rb")"
-        place, pattern = start + least, re.compile(rb'"\s*,\s*(?=")' if self.of_strings else after)
+        position, pattern = (
+            start + least,
+            re.compile(rb'"\s*,\s*(?=")' if self.of_strings else after),
+        )
         while True:
-            found = pattern.search(self._held, place)
+            found = pattern.search(self._held, position)
             if found:
                 # At the comma, so that what follows is read as any other.
-                self._place = found.start() + 1
+                self._position = found.start() + 1
                 del found
                 size = self._at() - offset
                 if problem == "truncated json" or (
@@ -168,20 +171,20 @@ class ArrayReader:
                 ):
                     problem = "broken json"
                 return Element(beginning, offset, size, problem)
-            self._drop(max(place, len(self._held) - OVERLAP))
-            place = 0
+            self._drop(max(position, len(self._held) - OVERLAP))
+            position = 0
             if not self._more():
-                self._place = len(self._held)
+                self._position = len(self._held)
                 self._is_over = True
                 return Element(beginning, offset, self._at() - offset, problem)
 
     def _at(self) -> int:
-        return self._base + self._place
+        return self._base + self._position
 
     def _drop(self, count: int) -> None:
         del self._held[:count]
         self._base += count
-        self._place = max(0, self._place - count)
+        self._position = max(0, self._position - count)
 
     def _more(self) -> bool:
         data = self._file.read(CHUNK_BYTES)
@@ -194,10 +197,10 @@ class ArrayReader:
     def _rest(self) -> int:
         """Reads to the end; how many bytes stand behind the array's, from the first that is no
         space."""
-        self._place += 1
+        self._position += 1
         if self._byte() < 0:
             return 0
-        count = len(self._held) - self._place
+        count = len(self._held) - self._position
         while data := self._file.read(CHUNK_BYTES):
             count += len(data)
         return count

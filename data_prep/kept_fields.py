@@ -15,7 +15,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 DEEPEST = 100  # lists within lists; what lies deeper is null
 
 
-def note_line(kept: Mapping[str, Any]) -> bytes:
+def metadata_line(kept: Mapping[str, Any]) -> bytes:
     """The note of one row: a JSON object on one line, in ASCII."""
     return json.dumps(_strict(kept, 0), allow_nan=False).encode()
 

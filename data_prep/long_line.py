@@ -21,27 +21,27 @@ def parse_long(line: bytes) -> tuple[Any, list[tuple[int, int]]]:
     """
     long: list[tuple[int, int]] = []
     kept: list[bytes] = []
-    begin = place = 0
-    while (start := line.find(b'"', place)) >= 0:
+    begin = position = 0
+    while (start := line.find(b'"', position)) >= 0:
         end = _string_end(line, start + 1)
         if end - start > LONG_STRING:
             kept += [line[begin : start + 1], json.dumps(f"{MARK}{len(long)}").encode()[1:]]
             long.append((start + 1, end))
             begin = end + 1
-        place = end + 1
+        position = end + 1
     kept.append(line[begin:])
     return json.loads(b"".join(kept).decode("utf-8")), long
 
 
-def _string_end(line: bytes, place: int) -> int:
+def _string_end(line: bytes, position: int) -> int:
     """Where the quote stands that ends the string; the line's end where there is none."""
-    while (quote := line.find(b'"', place)) >= 0:
+    while (quote := line.find(b'"', position)) >= 0:
         slashes = quote
         while line[slashes - 1] == 0x5C:
             slashes -= 1
         if (quote - slashes) % 2 == 0:
             return quote
-        place = quote + 1
+        position = quote + 1
     return len(line)
 
 
@@ -56,20 +56,20 @@ def pieces_of(line: bytes, start: int, stop: int) -> Iterator[str]:
 def _cut(line: bytes, start: int, end: int, stop: int) -> int:
     """The last place up to `end` that no escape, no pair of them and no character reaches over."""
     while end < stop:
-        for place in range(end, max(start, end - SEARCHED), -1):
-            if line[place] & 0xC0 == 0x80:
+        for position in range(end, max(start, end - SEARCHED), -1):
+            if line[position] & 0xC0 == 0x80:
                 continue  # inside a character
-            if b"\\" not in line[place - 6 : place]:
-                return place
+            if b"\\" not in line[position - 6 : position]:
+                return position
             # At an escape that begins here and is no second half of a pair.
-            slashes = place
+            slashes = position
             while line[slashes - 1] == 0x5C:
                 slashes -= 1
             if (
-                line[place : place + 2] == b"\\u"
-                and (place - slashes) % 2 == 0
-                and line[place + 2 : place + 4].lower() not in (b"dc", b"dd", b"de", b"df")
+                line[position : position + 2] == b"\\u"
+                and (position - slashes) % 2 == 0
+                and line[position + 2 : position + 4].lower() not in (b"dc", b"dd", b"de", b"df")
             ):
-                return place
+                return position
         end += PIECE_BYTES
     return stop

@@ -57,18 +57,20 @@ def slices(text: str) -> Iterator[str]:
 def _find_cut(tokenizer: Tokenizer, text: str, near: int) -> _Cut:
     stop = min(len(text) - WINDOW, near + PIECE_CHARACTERS // 2)
     words = (
-        place
-        for place in range(near, stop)
-        if text[place] in " \n" and not text[place - 1].isspace() and not text[place + 1].isspace()
+        position
+        for position in range(near, stop)
+        if text[position] in " \n"
+        and not text[position - 1].isspace()
+        and not text[position + 1].isspace()
     )
-    for place in chain(islice(words, CANDIDATES), range(near, min(stop, near + CANDIDATES))):
-        left, right = text[place - WINDOW : place], text[place : place + WINDOW]
+    for position in chain(islice(words, CANDIDATES), range(near, min(stop, near + CANDIDATES))):
+        left, right = text[position - WINDOW : position], text[position : position + WINDOW]
         tries = [left + right, left, right]
         # A tokenizer that puts a space before every text must not be given that space twice.
         drop = right.startswith(" ")
         whole, *parts = tokenizer.encode(tries + [right[1:]] * drop)
         if whole == parts[0] + parts[1]:
-            return _Cut(place, place)
+            return _Cut(position, position)
         if drop and whole == parts[0] + parts[2]:
-            return _Cut(place, place + 1)
+            return _Cut(position, position + 1)
     return _Cut(near, near)

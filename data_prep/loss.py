@@ -39,9 +39,9 @@ class Loss:
         return max(_share(self.lost_bytes, self.bytes), _share(self.lost_rows, self.rows))
 
     def __str__(self) -> str:
-        told = [f"{_percent(self.lost_bytes, self.bytes)} of the bytes on disk"] * bool(self.bytes)
-        told += [f"{_percent(self.lost_rows, self.rows)} of the rows"] * bool(self.rows)
-        return " and ".join(told) or "nothing"
+        parts = [f"{_percent(self.lost_bytes, self.bytes)} of the bytes on disk"] * bool(self.bytes)
+        parts += [f"{_percent(self.lost_rows, self.rows)} of the rows"] * bool(self.rows)
+        return " and ".join(parts) or "nothing"
 
     def is_sure_to_exceed(self, limit: float, bytes_in_all: int) -> bool:
         """Whether a part of the work shows already that more than `limit` will be lost."""

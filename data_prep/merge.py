@@ -47,7 +47,7 @@ class _Run:
 
     tokens: Path
     records: Path
-    notes: Path
+    metadata_lines: Path
     first: int
     stop: int
 
@@ -69,8 +69,8 @@ def runs_of(folder: Path, results: Sequence[UnitResult]) -> list[_Run]:
         for count in result.runs:
             tokens = unit_path(folder, result.number, "tokens")
             records = unit_path(folder, result.number, "records")
-            notes = unit_path(folder, result.number, "notes")
-            found.append(_Run(tokens, records, notes, first, first + count))
+            metadata_lines = unit_path(folder, result.number, "notes")
+            found.append(_Run(tokens, records, metadata_lines, first, first + count))
             first += count
     return found
 
@@ -161,7 +161,7 @@ class Merge:
         """Records with low <= key < high."""
         found: list[Records] = []
         pieces: list[Tokens | None] = []  # None: large, to be copied from its file
-        notes: list[bytes] = []
+        metadata_lines: list[bytes] = []
         origin: list[npt.NDArray[Any]] = []
         for number, run in enumerate(self.runs):
             records = run.mapped()
@@ -173,7 +173,7 @@ class Merge:
                 found.append(np.array(records[first:stop]))
                 origin.append(np.full(stop - first, number))
                 pieces += self._pieces(run, found[-1])
-                notes += _notes(run, found[-1])
+                metadata_lines += _metadata(run, found[-1])
         if not found:
             return
         records = np.concatenate(found)
@@ -190,7 +190,7 @@ class Merge:
             ("held_out", held & ~is_long),
             ("held_out_long", is_long),
         ):
-            self._write(name, records, runs, pieces, notes, order[chosen[order]])
+            self._write(name, records, runs, pieces, metadata_lines, order[chosen[order]])
 
     def _pieces(self, run: _Run, records: Records) -> Iterator[Tokens | None]:
         """Tokens of consecutive records: one read for each stretch without a large document."""
@@ -225,27 +225,27 @@ class Merge:
         records: Records,
         runs: npt.NDArray[Any],
         pieces: list[Tokens | None],
-        notes: list[bytes],
+        metadata_lines: list[bytes],
         wanted: npt.NDArray[Any],
     ) -> None:
         writer = self.writers[name] if len(wanted) else None
         held: list[Tokens] = []
-        held_notes: list[bytes] = []
+        held_metadata: list[bytes] = []
         size = 0
 
         def flush() -> None:
-            nonlocal held, held_notes, size
+            nonlocal held, held_metadata, size
             if held and writer is not None:
                 lengths = np.fromiter(map(len, held), np.int64, len(held))
-                writer.add_documents(np.concatenate(held), lengths, notes=held_notes)
+                writer.add_documents(np.concatenate(held), lengths, metadata_lines=held_metadata)
                 self.progress(size * self.dtype.itemsize)
-            held, held_notes, size = [], [], 0
+            held, held_metadata, size = [], [], 0
 
         for index in wanted:
             tokens = pieces[index]
             if tokens is not None:
                 held.append(tokens)
-                held_notes.append(notes[index])
+                held_metadata.append(metadata_lines[index])
                 size += len(tokens)
                 if size >= COPY_TOKENS:
                     flush()
@@ -256,7 +256,7 @@ class Merge:
             path = self.runs[int(runs[index])].tokens
             assert writer is not None
             tokens_of = self._copy(path, int(record["offset"]), length)
-            writer.add_long(tokens_of, length, notes[index])
+            writer.add_long(tokens_of, length, metadata_lines[index])
             self.progress(length * self.dtype.itemsize)
         flush()
 
@@ -267,12 +267,12 @@ class Merge:
             yield np.fromfile(path, self.dtype, count=count, offset=(offset + first) * item)
 
 
-def _notes(run: _Run, records: Records) -> list[bytes]:
+def _metadata(run: _Run, records: Records) -> list[bytes]:
     """Of consecutive records, in one read; empty ones where nothing was kept."""
     ends = np.cumsum(records["note_length"], dtype=np.int64)
     if not ends[-1]:
         return [b""] * len(records)
-    with open(run.notes, "rb") as file:
+    with open(run.metadata_lines, "rb") as file:
         file.seek(int(records["note"][0]))
         raw = file.read(int(ends[-1]))
     return [raw[begin:end] for begin, end in pairwise([0, *ends.tolist()])]

@@ -71,14 +71,14 @@ def best_fit_decreasing(counts: Array, length: int) -> list[Group]:
     for size in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[size])
         while left:
-            place = bisect_left(rooms, size)
+            index = bisect_left(rooms, size)
             free, below, rows = length, None, left  # new rows, unless one has room
-            if place < len(rooms):
-                free = rooms[place]
+            if index < len(rooms):
+                free = rooms[index]
                 below = groups[free].pop()
                 rows = below.rows
                 if not groups[free]:
-                    del groups[free], rooms[place]
+                    del groups[free], rooms[index]
             fits = free // size
             full = min(rows, left // fits)
             if full:

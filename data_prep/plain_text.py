@@ -104,7 +104,7 @@ def _parse_long(line: bytes, offset: int, origin: Origin) -> Item:
     return LongDocument(
         f"{origin.file}:{offset}",
         _long_pieces(line, start, stop),
-        origin.fields.note(short),
+        origin.fields.metadata(short),
         size * origin.rate,
     )
 
@@ -124,7 +124,7 @@ def _of_row(
 ) -> Document | BadDocument:
     if isinstance(found, BadDocument):
         return replace(found, beginning=line[:80])
-    return replace(found, note=origin.fields.note(row)) if origin.fields.kept else found
+    return replace(found, metadata=origin.fields.metadata(row)) if origin.fields.kept else found
 
 
 def _long_pieces(line: bytes, start: int, stop: int) -> Iterator[str]:

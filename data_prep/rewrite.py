@@ -29,13 +29,13 @@ def nothing(done_bytes: int) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentBatch:
     """Whole documents one after another (pieces is None), or one too long to hold."""
 
     tokens: Array
     lengths: Array
     pieces: Iterator[Array] | None = None
-    notes: tuple[bytes, ...] = ()
+    metadata_lines: tuple[bytes, ...] = ()
 
 
 def refuse_masks(dataset: TokenDataset) -> None:
@@ -56,7 +56,7 @@ def refuse_plan(dataset: TokenDataset) -> None:
         )
 
 
-def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[Part]:
+def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[DocumentBatch]:
     """Every document in order, ending with eod; added where a foreign file has none."""
     refuse_masks(dataset)
     for number, shard in enumerate(dataset.shards):
@@ -64,29 +64,29 @@ def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[Part]:
         for first in range(0, shard.documents, 2**16):
             starts, lengths = shard.document_spans(first, first + 2**16)
             keep = lengths > 0
-            notes = [b""] * len(lengths)
-            if (known := dataset.notes[number]) is not None:
-                notes = known.lines(first, first + len(lengths))
-            kept = [notes[index] for index in np.flatnonzero(keep)]
+            metadata_lines = [b""] * len(lengths)
+            if (known := dataset.shard_metadata[number]) is not None:
+                metadata_lines = known.lines(first, first + len(lengths))
+            kept = [metadata_lines[index] for index in np.flatnonzero(keep)]
             yield from _parts(dataset, starts[keep] + origin, lengths[keep], kept, eod_id)
 
 
 def _parts(
-    dataset: TokenDataset, starts: Array, lengths: Array, notes: list[bytes], eod_id: int
-) -> Iterator[Part]:
+    dataset: TokenDataset, starts: Array, lengths: Array, metadata_lines: list[bytes], eod_id: int
+) -> Iterator[DocumentBatch]:
     begin = 0
     while begin < len(starts):
         ends = np.cumsum(lengths[begin:])
         stop = begin + int(np.searchsorted(ends, PIECE_TOKENS, side="right"))
         if stop == begin:
             long = _long(dataset, int(starts[begin]), int(lengths[begin]), eod_id)
-            yield replace(long, notes=(notes[begin],))
+            yield replace(long, metadata_lines=(metadata_lines[begin],))
             begin += 1
             continue
         size = int(ends[stop - begin - 1])
         tokens = dataset.read(int(starts[begin]), size)
         tokens, sizes = _with_eod(tokens, lengths[begin:stop], eod_id)
-        yield Part(tokens, sizes, notes=tuple(notes[begin:stop]))
+        yield DocumentBatch(tokens, sizes, metadata_lines=tuple(metadata_lines[begin:stop]))
         begin = stop
 
 
@@ -99,7 +99,7 @@ def _with_eod(tokens: Array, lengths: Array, eod_id: int) -> tuple[Array, Array]
     return tokens, lengths
 
 
-def _long(dataset: TokenDataset, start: int, length: int, eod_id: int) -> Part:
+def _long(dataset: TokenDataset, start: int, length: int, eod_id: int) -> DocumentBatch:
     missing = int(dataset.read(start + length - 1, 1)[0]) != eod_id
 
     def pieces() -> Iterator[Array]:
@@ -108,7 +108,7 @@ def _long(dataset: TokenDataset, start: int, length: int, eod_id: int) -> Part:
         if missing:
             yield np.asarray([eod_id], dataset.dtype)
 
-    return Part(np.zeros(0, dataset.dtype), np.asarray([length + missing]), pieces())
+    return DocumentBatch(np.zeros(0, dataset.dtype), np.asarray([length + missing]), pieces())
 
 
 def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], TokenizerInfo]:
@@ -131,11 +131,11 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
     return datasets, infos[0]
 
 
-def _copy(part: Part, writer: TokenWriter) -> None:
+def _copy(part: DocumentBatch, writer: TokenWriter) -> None:
     if part.pieces is None:
-        writer.add_documents(part.tokens, part.lengths, notes=part.notes)
+        writer.add_documents(part.tokens, part.lengths, metadata_lines=part.metadata_lines)
     else:
-        writer.add_long(part.pieces, int(part.lengths[0]), part.notes[0])
+        writer.add_long(part.pieces, int(part.lengths[0]), part.metadata_lines[0])
 
 
 def _sources(datasets: Sequence[TokenDataset]) -> list[dict[str, object]]:
@@ -157,7 +157,7 @@ def merge_datasets(
     datasets, info = open_alike(paths)
     options: dict[str, Any] = {
         "sources": _sources(datasets),
-        "noted": any(dataset.noted for dataset in datasets),
+        "has_metadata": any(dataset.has_metadata for dataset in datasets),
         "command": command,
         "shard_tokens": shard_tokens,
     }
@@ -182,7 +182,7 @@ def import_dataset(
     dataset = TokenDataset(path, vocab_size=tokenizer.vocab_size)
     options: dict[str, Any] = {
         "sources": _sources([dataset]),
-        "noted": dataset.noted,
+        "has_metadata": dataset.has_metadata,
         "command": command,
         "shard_tokens": shard_tokens,
     }
@@ -214,7 +214,7 @@ def shuffle_datasets(
         names += ["held_out"] * (split.held_out > 0) + ["held_out_long"] * (split.longest > 0)
     options: dict[str, Any] = {
         "sources": _sources(datasets),
-        "noted": any(dataset.noted for dataset in datasets),
+        "has_metadata": any(dataset.has_metadata for dataset in datasets),
         "command": command,
         "shard_tokens": shard_tokens,
     }
@@ -251,17 +251,17 @@ def _keyed(
         for part in parts_of(dataset, info.eod_id):
             if part.pieces is None:
                 documents = np.split(part.tokens, np.cumsum(part.lengths)[:-1])
-                for tokens, note in zip(documents, part.notes, strict=True):
+                for tokens, metadata in zip(documents, part.metadata_lines, strict=True):
                     digest = document_hash(seed)
                     digest.update(np.ascontiguousarray(tokens).data)
-                    writer.add(tokens, document_keys(digest), note)
+                    writer.add(tokens, document_keys(digest), metadata)
             else:
                 digest = document_hash(seed)
                 begin = writer.begin_long()
                 for tokens in part.pieces:
                     digest.update(np.ascontiguousarray(tokens).data)
                     writer.add_piece(np.ascontiguousarray(tokens))
-                writer.end_long(begin, document_keys(digest), part.notes[0])
+                writer.end_long(begin, document_keys(digest), part.metadata_lines[0])
             progress(int(part.lengths.sum()) * dtype.itemsize)
         return writer.finish(dataset.tokens * dtype.itemsize, [])
 

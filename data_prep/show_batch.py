@@ -13,7 +13,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import RowPlan
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep.batch_picture import batch_picture
-from megahybrid.data_prep.inspect_dataset import shown_note, visible
+from megahybrid.data_prep.inspect_dataset import shown_metadata, visible
 from megahybrid.data_prep.trace import find_step, load_run, open_mixture
 
 WIDTH = 64
@@ -41,8 +41,8 @@ def show_batch(
     mixture = open_mixture(run)
     directory = Path(path) if Path(path).is_dir() else None
     found = find_step(run, mixture, stage, step, directory)
-    words = tokenizer or run.data.tokenizer
-    text = load_tokenizer(words) if words else None
+    tokenizer_path = tokenizer or run.data.tokenizer
+    text = load_tokenizer(tokenizer_path) if tokenizer_path else None
     console = Console(soft_wrap=True, highlight=False, markup=False)
     point = found.point
     title = (
@@ -85,11 +85,11 @@ def _print_row(
     starts, targets = batch.starts[number], batch.targets[number]
     length, filled = len(starts), sum(size for _, size in plan.spans)
     first = np.unique(starts[:filled])
-    places = ", ".join(f"{start:,} + {size:,}" for start, size in plan.spans[:4])
+    spans = ", ".join(f"{start:,} + {size:,}" for start, size in plan.spans[:4])
     more = f" and {len(plan.spans) - 4} more" if len(plan.spans) > 4 else ""
     filling = f", {length - filled:,} filling" if filled < length else ""
     console.print(
-        f"\nrow {number}: {plan.source} ({visible(str(dataset.path))}), tokens {places}{more}; "
+        f"\nrow {number}: {plan.source} ({visible(str(dataset.path))}), tokens {spans}{more}; "
         f"{len(first)} documents{filling}, {int((targets >= 0).sum()):,} of {length:,} targets "
         "count"
     )
@@ -107,14 +107,14 @@ def _print_row(
         ids = batch.tokens[number, begin : min(end, begin + TEXT_TOKENS)].tolist()
         shown = text.decode(ids) if text else " ".join(map(str, ids[:12]))
         console.print(Text(f"  {begin:>8,} {end - begin:>8,} tokens  {shown[:100]!r}"))
-        if dataset.noted:
-            note = dataset.note(dataset.document_at(_place(plan, begin)))
-            console.print(Text(f"{'':>27}{shown_note(note)}"), style="dim")
+        if dataset.has_metadata:
+            metadata = dataset.metadata(dataset.document_at(_token_at(plan, begin)))
+            console.print(Text(f"{'':>27}{shown_metadata(metadata)}"), style="dim")
     if len(first) > 5:
         console.print(f"  … and {len(first) - 5} documents more")
 
 
-def _place(plan: RowPlan, column: int) -> int:
+def _token_at(plan: RowPlan, column: int) -> int:
     """Which token of its source stands in a column of a row."""
     for start, size in plan.spans:
         if column < size:

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megahybrid.data_prep.compressed import Packing, beginning_of, kind_of, packing_of
+from megahybrid.data_prep.compressed import (
+    Packing,
+    beginning_of,
+    packing_by_content,
+    packing_by_name,
+)
 from megahybrid.data_prep.items import BOM, WIDE_BOMS
 
 Kind = Literal["text", "jsonl", "strings", "json", "parquet", "tar", "zip", "hub"]
@@ -64,22 +69,22 @@ class Format:
 
 
 @dataclass(frozen=True)
-class NoText:
+class NotText:
     """Why a file is left out."""
 
     why: str
 
 
-def look(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format | NoText:
+def detect_format(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format | NotText:
     """What a file is that can be read again from its beginning; `asked` is one of FORMATS."""
-    verdict: Format | NoText | None = None
+    verdict: Format | NotText | None = None
     for size in LOOKS:
         file.seek(0)
         raw = file.read(size)
         packed = packing_of_file(raw, name)
         inside = beginning_of(file, packed, size) if packed else raw
         last = size == LOOKS[-1]
-        verdict = judge(inside, len(inside) < size, _inner(name), field, asked, last=last)
+        verdict = guess_format(inside, len(inside) < size, _inner(name), field, asked, last=last)
         if verdict is not None:
             break
     assert verdict is not None
@@ -89,20 +94,20 @@ def look(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format |
 def packing_of_file(raw: bytes, name: str) -> Packing | None:
     """What a file that begins with `raw` is packed in."""
     # Without its magic a packed file is damaged, unless somebody has unpacked it already.
-    named = kind_of(name) if not raw or _is_binary(raw) else None
-    return packing_of(raw) or named
+    named = packing_by_name(name) if not raw or _is_binary(raw) else None
+    return packing_by_content(raw) or named
 
 
 def _inner(name: str) -> str:
-    if kind_of(name) is None:
+    if packing_by_name(name) is None:
         return name
     inner = name.rpartition(".")[0]
     return f"{inner}.tar" if name.lower().endswith((".tgz", ".tzst")) else inner
 
 
-def judge(
+def guess_format(
     raw: bytes, whole: bool, name: str, field: str, asked: str = "auto", *, last: bool = True
-) -> Format | NoText | None:
+) -> Format | NotText | None:
     """What a text that begins with `raw` is; whole: it is all of it. None where more must be seen
     first, unless this is the `last` look."""
     suffix = Path(name).suffix.lower()
@@ -122,7 +127,7 @@ def judge(
         return Format("jsonl" if suffix in JSON_LINES and not raw else "text")
     binary = _is_binary(raw)
     if binary and (why := _magic(raw)):
-        return NoText(why)
+        return NotText(why)
     body = raw.removeprefix(BOM).lstrip(b" \t\r\n")
     if body[:1] in (b"{", b"[", b'"') or suffix in JSON_NAMES:
         if b"\n" not in body and not whole and not last:
@@ -132,11 +137,11 @@ def judge(
     if suffix in JSON_LINES:
         return Format("jsonl")
     if binary:
-        return NoText("binary")
+        return NotText("binary")
     if suffix == ".json":
-        return NoText(NO_LIST)
+        return NotText(NO_LIST)
     text = body.decode("utf-8", "replace")
-    return NoText(why) if (why := _no_prose(text, suffix, whole)) else Format("text")
+    return NotText(why) if (why := _no_prose(text, suffix, whole)) else Format("text")
 
 
 def _is_binary(raw: bytes) -> bool:
@@ -160,7 +165,7 @@ def _is_tar(raw: bytes) -> bool:
     return True
 
 
-def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NoText | None:
+def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NotText | None:
     """What JSON this is; None where it is none, or cannot be told from text."""
     lines = [line for line in body.split(b"\n") if line.strip()]
     if not lines:
@@ -180,13 +185,13 @@ def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NoText 
     if body.startswith(b"["):
         return _array(body, whole, named, field)
     if _begins_json(body, whole):
-        return NoText(NO_LIST) if body.startswith(b"{") or named else None
+        return NotText(NO_LIST) if body.startswith(b"{") or named else None
     if suffix in JSON_LINES or not _many_objects(body):
         return None
-    return NoText(NO_LIST)
+    return NotText(NO_LIST)
 
 
-def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NoText | None:
+def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NotText | None:
     """What begins with a bracket: a list of documents by its first element, or by the name."""
     text = body.decode("utf-8", "replace")[1:].lstrip()
     first = _first(text.encode())
@@ -197,7 +202,7 @@ def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NoText
         return Format("json")
     if sound and not whole and first is None and text.startswith(('"', "{")):
         return Format("json")  # its first element is longer than what was looked at
-    return NoText(NO_LIST) if sound else None
+    return NotText(NO_LIST) if sound else None
 
 
 def _value(line: bytes) -> Any:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megahybrid.data_prep import hub
-from megahybrid.data_prep.compressed import kind_of
+from megahybrid.data_prep.compressed import packing_by_name
 from megahybrid.data_prep.given_paths import is_kernels, is_open_file
-from megahybrid.data_prep.inputs import InputFile, Unit, cut_units, look_at, named_entries
+from megahybrid.data_prep.inputs import InputFile, Unit, cut_units, identify, named_entries
 from megahybrid.data_prep.items import Fields
-from megahybrid.data_prep.sniff import NoText
+from megahybrid.data_prep.sniff import NotText
 from megahybrid.errors import DataError
 
 STDIN = "-"
@@ -26,10 +26,10 @@ MOST_SUFFIX = 20
 MOST_ROWS = 40
 CHUNK_BYTES = 2**20
 
-Tell = Callable[[str], object]
+PrintLine = Callable[[str], object]
 
 
-def silent(line: str) -> None:
+def print_nothing(line: str) -> None:
     """Tells nobody."""
 
 
@@ -85,7 +85,7 @@ class Survey:
         """Units of work of each input."""
         return [list(cut_units(source.taken)) for source in self.sources]
 
-    def tell(self, tell: Tell) -> None:
+    def print_table(self, print_line: PrintLine) -> None:
         """Tells as a table what is taken and what is left out, by suffix."""
         files, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         left_out = {file.path: file for source in self.sources for file in source.left_out}
@@ -97,13 +97,15 @@ class Survey:
             files[suffix, what] += 1
             sizes[suffix, what] += size
         wide = max([len("suffix"), *(len(suffix) for suffix, _ in files)])
-        tell(f"{'suffix':{wide}}  {'files':>9}  {'bytes':>17}  read as")
+        print_line(f"{'suffix':{wide}}  {'files':>9}  {'bytes':>17}  read as")
         shown = sorted(files, key=lambda row: (-sizes[row], row))
         for row in shown[:MOST_ROWS]:
-            tell(f"{row[0]:{wide}}  {files[row]:>9,}  {sizes[row]:>17,}  {row[1]}")
+            print_line(f"{row[0]:{wide}}  {files[row]:>9,}  {sizes[row]:>17,}  {row[1]}")
         if rest := shown[MOST_ROWS:]:
             count, size = sum(files[row] for row in rest), sum(sizes[row] for row in rest)
-            tell(f"{'others':{wide}}  {count:>9,}  {size:>17,}  as said in {len(rest)} more rows")
+            print_line(
+                f"{'others':{wide}}  {count:>9,}  {size:>17,}  as said in {len(rest)} more rows"
+            )
 
 
 def survey(
@@ -112,7 +114,7 @@ def survey(
     fields: Fields | None = None,
     *,
     output: Path | None = None,
-    tell: Tell = silent,
+    print_line: PrintLine = print_nothing,
 ) -> Survey:
     """Looks into every file that the inputs name, and tells what is read of them.
 
@@ -125,7 +127,7 @@ def survey(
         raise DataError(f"inputs={len(inputs)} name a stream twice (1 can be read). Name it once.")
     written = output.absolute() if output else None
     found = Survey(tuple(_source(given, pattern, fields, written) for given in inputs))
-    found.tell(tell)
+    found.print_table(print_line)
     single = [source for source in found.sources if source.is_file]
     for source in found.sources:
         if not source.is_file:
@@ -152,8 +154,8 @@ def _source(given: str | Path, pattern: str, fields: Fields, written: Path | Non
         if path.is_symlink() and is_kernels(path):
             left_out.append(LeftOut(path, 0, "the kernel's"))
             continue
-        found = look_at(path, fields)
-        if isinstance(found, NoText):
+        found = identify(path, fields)
+        if isinstance(found, NotText):
             left_out.append(LeftOut(path, path.stat().st_size, found.why))
         else:
             taken.append(found)
@@ -198,7 +200,7 @@ def _suffix(path: Path, shown: str = "") -> str:
     if hub.is_hub(path):
         return "hf:"
     last = Path(name).suffix
-    suffix = Path(Path(name).stem).suffix + last if kind_of(name) else last
+    suffix = Path(Path(name).stem).suffix + last if packing_by_name(name) else last
     clean = "".join(sign for sign in suffix if sign.isprintable())
     return clean[:MOST_SUFFIX] or (STDIN if shown else "(none)")
 
@@ -228,7 +230,7 @@ def _spooled(given: str, fields: Fields) -> InputFile | LeftOut:
     held.flush()
     path = Path(f"/proc/{os.getpid()}/fd/{held.fileno()}")
     size = held.tell()
-    found = look_at(path, fields, name=STDIN)
-    if isinstance(found, NoText):
+    found = identify(path, fields, name=STDIN)
+    if isinstance(found, NotText):
         return LeftOut(Path(given), size, found.why)
     return replace(found, size=size, shown=given, held=held, digest=digest.hexdigest())

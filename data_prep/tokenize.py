@@ -36,7 +36,7 @@ from megahybrid.data_prep.job_folder import (
 from megahybrid.data_prep.loss import Loss, refuse_loss, refuse_nothing
 from megahybrid.data_prep.merge import Merge, Split, runs_of
 from megahybrid.data_prep.progress import byte_bars
-from megahybrid.data_prep.survey import Tell, silent, survey
+from megahybrid.data_prep.survey import PrintLine, print_nothing, survey
 from megahybrid.errors import DataError
 
 
@@ -73,7 +73,7 @@ def tokenize(
     shard_tokens: int = SHARD_TOKENS,
     max_bad_fraction: float = 0.05,
     quiet: bool = False,
-    tell: Tell = silent,
+    print_line: PrintLine = print_nothing,
 ) -> TokenizeReport:
     """Writes OUTPUT/train, and OUTPUT/held_out and /held_out_long where they are asked for.
 
@@ -85,7 +85,7 @@ def tokenize(
     it was and ends with the same bytes (a finished one says what it made); `workers` and
     `memory_bytes` may differ.
 
-    `format` is how every file is read, "auto" by its content; `tell` is told what is read.
+    `format` is how every file is read, "auto" by its content; `print_line` is told what is read.
 
     Raises DataError when nothing is left to write or a part would be empty, or more than
     `max_bad_fraction` of the bytes on disk (of the rows of a hub dataset) is lost, as soon as that
@@ -99,9 +99,9 @@ def tokenize(
     table: list[str] = []
     try:
         fields = Fields(text_field, format=format)
-        found = survey(inputs, pattern, fields, output=folder, tell=table.append)
+        found = survey(inputs, pattern, fields, output=folder, print_line=table.append)
     except DataError:
-        _tell_all(table, tell)  # a refusal of what is left out is read beside it
+        _print_all(table, print_line)  # a refusal of what is left out is read beside it
         raise
     files = found.files
     units = list(cut_units(files, shared_unit_bytes(files)))
@@ -114,7 +114,7 @@ def tokenize(
     with alone_in(folder):
         if (made := begin_job(folder, identity)) is not None:
             return TokenizeReport(**made | {"output": str(folder), "loss": Loss(**made["loss"])})
-        _tell_all(table, tell)
+        _print_all(table, print_line)
         with released_if_refused(folder), byte_bars(quiet) as progress:
             results = _encode_all(job, units, workers, progress, max_bad_fraction)
             bad = _quarantine(folder, len(units))
@@ -134,7 +134,7 @@ def tokenize(
                     sources=sources,
                     command=command,
                     shard_tokens=shard_tokens,
-                    noted=bool(kept),
+                    has_metadata=bool(kept),
                 )
                 for part in parts
             }
@@ -163,9 +163,9 @@ def tokenize(
         return report
 
 
-def _tell_all(lines: Sequence[str], tell: Tell) -> None:
+def _print_all(lines: Sequence[str], print_line: PrintLine) -> None:
     for line in lines:
-        tell(line)
+        print_line(line)
 
 
 def _publish(

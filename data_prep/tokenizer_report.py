@@ -12,7 +12,7 @@ from rich.table import Table
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep.items import Fields
-from megahybrid.data_prep.survey import Tell, silent, survey
+from megahybrid.data_prep.survey import PrintLine, print_nothing, survey
 from megahybrid.data_prep.vocabulary import sampled_texts
 from megahybrid.errors import DataError
 
@@ -52,7 +52,7 @@ def report(
     text_field: str = "text",
     format: str = "auto",
     pattern: str = "**/*",
-    tell: Tell = silent,
+    print_line: PrintLine = print_nothing,
 ) -> tuple[list[SourceReport], Counter[int]]:
     """Counts for each input, on about `sample_bytes` of it, and how often each id was used."""
     tokenizer = load_tokenizer(tokenizer_path, eod)
@@ -60,10 +60,10 @@ def report(
     used: Counter[int] = Counter()
     found = []
     fields = Fields(text_field, format=format)
-    looked = survey(inputs, pattern, fields, tell=tell)
+    looked = survey(inputs, pattern, fields, print_line=print_line)
     for given, units in zip(inputs, looked.units(), strict=True):
         source = SourceReport(str(given))
-        texts = sampled_texts([units], None, sample_bytes, seed, fields, tell)
+        texts = sampled_texts([units], None, sample_bytes, seed, fields, print_line)
         for batch in _batches(texts):
             _count(source, batch, tokenizer, other, used)
         found.append(source)

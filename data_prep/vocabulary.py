@@ -14,7 +14,7 @@ from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.data_prep.documents import BadText, Document, Item, LongDocument, read_unit
 from megahybrid.data_prep.inputs import Unit
 from megahybrid.data_prep.items import EMPTY, Fields
-from megahybrid.data_prep.survey import Tell, silent, survey
+from megahybrid.data_prep.survey import PrintLine, print_nothing, survey
 from megahybrid.errors import DataError
 
 SAMPLE_BYTES = 64 * 2**20
@@ -38,7 +38,7 @@ def train_tokenizer(
     weights: Sequence[float] | None = None,
     digits_apart: bool = True,
     space_runs: bool = True,
-    tell: Tell = silent,
+    print_line: PrintLine = print_nothing,
 ) -> TokenizerInfo:
     """Trains on about `sample_bytes` of documents chosen by keyed hash; writes the model file.
 
@@ -63,9 +63,9 @@ def train_tokenizer(
             "positive one, in their order, or none."
         )
     fields = Fields(text_field, format=format)
-    found = survey(inputs, pattern, fields, tell=tell)
+    found = survey(inputs, pattern, fields, print_line=print_line)
     model = train_sentencepiece(
-        sampled_texts(found.units(), weights, sample_bytes, seed, fields, tell),
+        sampled_texts(found.units(), weights, sample_bytes, seed, fields, print_line),
         vocab_size=vocab_size,
         kind=kind,
         special_tokens=special_tokens,
@@ -83,13 +83,13 @@ def sampled_texts(
     sample_bytes: int,
     seed: int,
     fields: Fields,
-    tell: Tell = silent,
+    print_line: PrintLine = print_nothing,
 ) -> Iterator[str]:
     """About `sample_bytes` of documents, shared among the sources by weight (default: by size).
 
     A source with less than its share gives all it has. Where a source has much more, units of it
     are looked at in an order keyed by the seed until its share is full, LOOK_SHARE times as much
-    text or LOOK_BYTES: a corpus is not read whole for a sample. `tell` is told what of it could not
+    text or LOOK_BYTES: a corpus is not read whole for a sample. `print_line` is told what of it could not
     be read.
     """
     shares = weights or [sum(unit.bytes for unit in units) for units in sources]
@@ -109,7 +109,7 @@ def sampled_texts(
         if seen.bad:
             lost = seen.lost / seen.size if seen.size else 0.0
             reasons = ", ".join(f"{count:,} {why}" for why, count in seen.bad.items())
-            tell(f"input {number + 1}: {lost:.2%} of what was looked at is lost ({reasons})")
+            print_line(f"input {number + 1}: {lost:.2%} of what was looked at is lost ({reasons})")
 
 
 @dataclass

@@ -38,11 +38,11 @@ def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
     if sum(info.compress_size for info in listed) > size:
         return False
     at = raw.rfind(END_MAGIC)
-    told = int.from_bytes(raw[at + 10 : at + 12], "little")
+    stated = int.from_bytes(raw[at + 10 : at + 12], "little")
     wide = raw.rfind(WIDE_END_MAGIC, 0, max(0, at))
-    if told == 0xFFFF and wide >= 0:
+    if stated == 0xFFFF and wide >= 0:
         return len(listed) == int.from_bytes(raw[wide + 32 : wide + 40], "little")
-    return len(listed) % 2**16 == told  # old writers let the count run over
+    return len(listed) % 2**16 == stated  # old writers let the count run over
 
 
 class SalvagedZip:
@@ -141,12 +141,12 @@ def _described(file: BinaryIO, begin: int, method: int) -> tuple[int, int, int, 
             return BROKEN
     end = position - len(unpack.unused_data)
     file.seek(end)
-    told = file.read(24)
-    mark = 4 * told.startswith(DESCRIPTOR_MAGIC)
+    stated = file.read(24)
+    marker = 4 * stated.startswith(DESCRIPTOR_MAGIC)
     for form in ("<3I", "<I2Q"):
-        length = mark + struct.calcsize(form)
-        if len(told) >= length:
-            crc, *sizes = struct.unpack_from(form, told, mark)
+        length = marker + struct.calcsize(form)
+        if len(stated) >= length:
+            crc, *sizes = struct.unpack_from(form, stated, marker)
             if sizes == [end - begin, whole]:
                 return end - begin, whole, crc, end + length
     return BROKEN
@@ -167,8 +167,8 @@ def _find(file: BinaryIO, begin: int, size: int) -> int:
         file.seek(begin)
         raw = file.read(step)
         step = CHUNK_BYTES
-        place = raw.find(LOCAL_MAGIC)
-        if place >= 0:
-            return begin + place
+        position = raw.find(LOCAL_MAGIC)
+        if position >= 0:
+            return begin + position
         begin += max(1, len(raw) - len(LOCAL_MAGIC) + 1)
     return size

@@ -66,7 +66,7 @@ class Attempt:
         """The heartbeats of this attempt's ranks."""
         return read_beats(self.run, self.name)
 
-    def tell(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """One line in the batch log. That may lie on a full disk, and costs nothing but itself."""
         try:
             print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
@@ -77,12 +77,12 @@ class Attempt:
         """One line in the run's records, with the job's number."""
         record(self.run, event, job=self.number, **facts)
 
-    def note(self, event: str, **facts: Any) -> None:
+    def try_record(self, event: str, **facts: Any) -> None:
         """The same, of what is only told: a full disk must not end ranks that compute."""
         try:
             self.record(event, **facts)
         except OSError as error:
-            self.tell(f"{event} could not be recorded ({error.strerror})")
+            self.log(f"{event} could not be recorded ({error.strerror})")
 
     def step(self, nodes: Sequence[str]) -> dict[str, str]:
         """The environment of a step on `nodes`."""

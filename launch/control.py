@@ -7,7 +7,7 @@ from megahybrid.errors import ConfigError
 from megahybrid.launch import slurm
 from megahybrid.launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, Job, read_job
 from megahybrid.launch.records import jobs, record
-from megahybrid.launch.slurm import Queued, SlurmError
+from megahybrid.launch.slurm import QueuedJob, SlurmError
 
 SETTLE_SECONDS = 5  # between a requeue and a start by hand
 
@@ -24,7 +24,7 @@ def job_of(run_directory: Path) -> Job:
         ) from None
 
 
-def queued(run_directory: Path) -> list[Queued]:
+def queued(run_directory: Path) -> list[QueuedJob]:
     """The run's jobs in the queue."""
     ours = set(jobs(run_directory))
     return [one for one in slurm.queue().values() if one.job in ours or one.array in ours]

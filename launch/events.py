@@ -30,12 +30,12 @@ class JobEvents:
     def listen(self) -> None:
         """From now on signals are noted; they end nothing by themselves."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
             # One that came before is a file of the batch script's.
             if (self.attempt.logs / number.name.removeprefix("SIG")).exists():
-                self._note(number, None)
+                self._on_signal(number, None)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         name = signal.Signals(number).name
         first = name not in self.signals
         self.signals.append(name)
@@ -60,7 +60,7 @@ class JobEvents:
         """Read the time limit. A preemption would move it, and is none of it."""
         with contextlib.suppress(SlurmError, ValueError, KeyError):
             fields = slurm.job_fields(self.attempt.task)
-            self.judge(fields)
+            self.interpret(fields)
             if self.interruption is None:
                 end = time.mktime(time.strptime(fields["EndTime"], "%Y-%m-%dT%H:%M:%S"))
                 self.time_limit = time.monotonic() + end - time.time()
@@ -72,10 +72,10 @@ class JobEvents:
             fields = None
             with contextlib.suppress(SlurmError):
                 fields = slurm.job_fields(self.attempt.task)
-            self.judge(fields)
+            self.interpret(fields)
         return self.interruption
 
-    def judge(self, fields: Mapping[str, str] | None) -> Interruption | None:
+    def interpret(self, fields: Mapping[str, str] | None) -> Interruption | None:
         """What these `fields` of the job say was done to the attempt; recorded."""
         over = self.terminated or ended(fields or {}, self.attempt.restart)
         how = interruption(
@@ -87,8 +87,8 @@ class JobEvents:
         )
         if how is not None and how is not self.interruption:
             self.interruption = how
-            self.attempt.tell(f"this attempt: {how}")
-            self.attempt.note("interrupted", attempt=self.attempt.restart, how=how)
+            self.attempt.log(f"this attempt: {how}")
+            self.attempt.try_record("interrupted", attempt=self.attempt.restart, how=how)
         return how
 
     def _own_nodes(self) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megahybrid.launch.attempt import Attempt
 from megahybrid.launch.events import JobEvents
-from megahybrid.launch.pairs import judge, read_answers, rounds
+from megahybrid.launch.pairs import find_bad_nodes, read_answers, rounds
 from megahybrid.launch.policy import task_ends
 from megahybrid.launch.slurm import SlurmError
 from megahybrid.launch.step import check_step, pair_step
@@ -26,8 +26,8 @@ def fit_nodes(
     if check.pairs and len(good) > 1:
         bad |= _in_pairs(attempt, good, events)
     for node, reason in bad.items():
-        attempt.tell(f"bad node {node}: {reason}")
-        attempt.note("bad_node", node=node, reason=reason)
+        attempt.log(f"bad node {node}: {reason}")
+        attempt.try_record("bad_node", node=node, reason=reason)
     return [node for node in nodes if node not in bad], bad
 
 
@@ -68,12 +68,13 @@ def _in_pairs(attempt: Attempt, nodes: Sequence[str], events: JobEvents) -> dict
         events.check("pairs of nodes were checked")
     if not answers:
         raise SlurmError(f"no pair of nodes answered ({_last_line(attempt, 'pair-check.log')})")
-    verdict = judge(nodes, answers, check.pair_ratio)
-    attempt.tell(verdict.told)
-    if verdict.nobody is not None:
+    verdict = find_bad_nodes(nodes, answers, check.pair_ratio)
+    attempt.log(verdict.summary)
+    if verdict.no_pair_error is not None:
         raise SlurmError(
-            f"no two nodes reach each other ({verdict.nobody}). Look at the network, the python of "
-            "the site file and its NCCL_SOCKET_IFNAME, or set node_check.pairs: false there."
+            f"no two nodes reach each other ({verdict.no_pair_error}). Look at the network, the "
+            "python of the site file and its NCCL_SOCKET_IFNAME, or set node_check.pairs: false "
+            "there."
         )
     return verdict.bad
 

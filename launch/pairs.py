@@ -26,7 +26,7 @@ def rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PairResult:
     """What one node says of one pair. `gib_per_second` is None where it failed."""
 
     pair: tuple[str, str]
@@ -34,28 +34,30 @@ class Answer:
     error: str
 
 
-def read_answers(folder: Path) -> list[Answer]:
+def read_answers(folder: Path) -> list[PairResult]:
     """Of all nodes that answered."""
     found = []
     for path in sorted(folder.glob("node-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for one in json.loads(path.read_text()):
                 first, second = one["pair"]
-                found.append(Answer((first, second), one["gib_per_second"], one["error"]))
+                found.append(PairResult((first, second), one["gib_per_second"], one["error"]))
     return found
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`bad`: node and reason. `told`: a line for the batch log. `nobody`: an error, where no pair
+class PairVerdict:
+    """`bad`: node and reason. `summary`: a line for the batch log. `no_pair_error`: an error, where no pair
     worked at all and the nodes are hardly to blame for it."""
 
     bad: dict[str, str]
-    told: str
-    nobody: str | None = None
+    summary: str
+    no_pair_error: str | None = None
 
 
-def judge(nodes: Sequence[str], answers: Sequence[Answer], ratio: float) -> Verdict:
+def find_bad_nodes(
+    nodes: Sequence[str], answers: Sequence[PairResult], ratio: float
+) -> PairVerdict:
     """Bad are nodes none of whose pairs worked, and those all of whose pairs are `ratio` times
     slower than the median. Of two that fail with each other alone, the later one."""
     pairs = [pair for part in rounds(nodes) for pair in part]
@@ -88,9 +90,9 @@ def judge(nodes: Sequence[str], answers: Sequence[Answer], ratio: float) -> Verd
             own = [speed for pair, speed in speeds.items() if node in pair]
             if len(own) == 2 and max(own) * ratio < usual:
                 bad[node] = f"all-reduce at {max(own):.3g} GiB/s ({usual:.3g} between others)"
-    told = f"pairs: {len(speeds)} of {len(pairs)} reach each other"
+    summary = f"pairs: {len(speeds)} of {len(pairs)} reach each other"
     if speeds:
-        told += f", at {min(speeds.values()):.3g} to {max(speeds.values()):.3g} GiB/s"
+        summary += f", at {min(speeds.values()):.3g} to {max(speeds.values()):.3g} GiB/s"
     common = next(iter(errors.values()), "")
     no_node = not speeds and (len(nodes) > 2 or "ModuleNotFoundError" in common)
-    return Verdict(bad, told, common if no_node else None)
+    return PairVerdict(bad, summary, common if no_node else None)

@@ -68,7 +68,7 @@ def _environment(*, submits: bool) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Queued:
+class QueuedJob:
     """A job as the queue shows it."""
 
     job: str
@@ -82,7 +82,7 @@ class Queued:
     restarts: int | None = None  # how often it was put back; None where that is not known
 
 
-def queue() -> dict[str, Queued]:
+def queue() -> dict[str, QueuedJob]:
     """This user's jobs by number; ended ones leave it after some minutes, or at once."""
     # First the counts: a job is put back and COMPLETING at once, so that a state read after its
     # count is of this start or says that it has ended, and never RUNNING with the next one's count.
@@ -96,7 +96,7 @@ def queue() -> dict[str, Queued]:
         known = restarts.get(job)
         state = "RUNNING" if state == "SIGNALING" else state  # what it is while a signal travels
         left = "0:00" if left == "INVALID" else left  # what it says when the time is over
-        found[job] = Queued(job, array, state, reason, nodes, left, task, name, known)
+        found[job] = QueuedJob(job, array, state, reason, nodes, left, task, name, known)
     return found
 
 
@@ -154,7 +154,7 @@ def job_fields(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def fate(job: str) -> str | None:
+def final_state(job: str) -> str | None:
     """How Slurm says that an ended job ended: for some minutes it still knows, and with an
     accounting database for ever."""
     with contextlib.suppress(SlurmError, KeyError):

@@ -20,7 +20,7 @@ from megahybrid.launch.records import (
     newest_checkpoint,
     read_records,
 )
-from megahybrid.launch.slurm import Queued, SlurmError
+from megahybrid.launch.slurm import QueuedJob, SlurmError
 
 BEHIND_SECONDS = 10.0
 # Codes that say nothing against a node: its ranks ended in order, or met a mistake of the user's.
@@ -35,7 +35,7 @@ _REASONS = {
 }
 
 
-def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
+def status_line(run_directory: Path, queue: Mapping[str, QueuedJob] | None) -> str:
     """What the run is doing now. `queue` is None where Slurm did not answer."""
     ours = jobs(run_directory)
     if not ours:
@@ -78,18 +78,18 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     if undecided:
         ended += f"; {undecided}"
     state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
-    if queue is not None and (fate := slurm.fate(ours[-1])):
-        if fate.startswith("CANCELLED"):  # nobody was there to record it
+    if queue is not None and (final_state := slurm.final_state(ours[-1])):
+        if final_state.startswith("CANCELLED"):  # nobody was there to record it
             reason = Interruption.CANCELLED
             return (
                 f"{run_directory.name}: STOPPED with code {EXIT_RESUME}: {reason}"
                 f"{_progress(run_directory)}"
             )
-        ended += f"; Slurm says {fate}"
+        ended += f"; Slurm says {final_state}"
     return f"{run_directory.name}: {state} ({ended}){_progress(run_directory)}{where}"
 
 
-def _running(run: Path, job: Queued, history: Sequence[AttemptRecord], waiting: int) -> str:
+def _running(run: Path, job: QueuedJob, history: Sequence[AttemptRecord], waiting: int) -> str:
     parts = [f"{run.name}: {job.state} job {job.task}"]
     last = history[-1] if history else None
     here = last is not None and last.job == job.job  # the records' last start is the queue's
@@ -203,7 +203,7 @@ def _times(number: int) -> str:
     return "1 attempt" if number == 1 else f"{number} attempts"
 
 
-def read_queue() -> dict[str, Queued] | None:
+def read_queue() -> dict[str, QueuedJob] | None:
     """The queue, or None where Slurm does not answer."""
     try:
         return slurm.queue()

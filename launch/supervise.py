@@ -57,17 +57,17 @@ class Supervisor:
         restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
         self.attempt = Attempt(job, environment["SLURM_JOB_ID"], restart, environment)
         self.job, self.run, self.number = job, job.directory, self.attempt.number
-        self.tell = self.attempt.tell
+        self.log = self.attempt.log
         self.events = JobEvents(self.attempt)
         self.watch = RankWatch(self.attempt, self.events)
 
-    def go(self) -> int:
+    def supervise(self) -> int:
         """The attempt, from its first look to its exit code. Where its own files cannot be written
         that is one line and 74, and the job is put back so many times in a row at most."""
         self.events.listen()
         try:
             self._touch(BEGAN)  # the batch script takes a node that gets no further for a bad one
-            code = self._go()
+            code = self._supervise()
         except OSError as error:
             storage = from_os_error(error, began=True)
             if storage is None:
@@ -81,18 +81,18 @@ class Supervisor:
         self.attempt.logs.mkdir(parents=True, exist_ok=True)
         (self.attempt.logs / name).touch()
 
-    def _go(self) -> int:
+    def _supervise(self) -> int:
         if (self.run / FOLDER / DONE).exists():
-            self.tell("the run is complete: nothing to do")
+            self.log("the run is complete: nothing to do")
             self._end_chain()
             return EXIT_DONE
         if user := user_stop(self.attempt):
-            self.tell(f"{self.run / STOP_NOW} is there: not started")
-            self.attempt.note("verdict", code=EXIT_RESUME, reason=f"{user} on request")
+            self.log(f"{self.run / STOP_NOW} is there: not started")
+            self.attempt.try_record("verdict", code=EXIT_RESUME, reason=f"{user} on request")
             self._end_chain()
             return EXIT_RESUME
         if (other := self._held_by()) is not None:
-            self.tell(f"job {other} is at work in {self.run}: not started beside it")
+            self.log(f"job {other} is at work in {self.run}: not started beside it")
             return EXIT_USER_MISTAKE
         nodes = slurm.hostnames(self.attempt.environment["SLURM_JOB_NODELIST"])
         self._explain_lost()
@@ -110,7 +110,7 @@ class Supervisor:
         lost = lost_in_a_row(attempts(self.run, since_submit=True)[:-1])
         if lost >= self.job.site.caps.without_checkpoint:
             return self._give_up(lost)
-        self.tell(f"job {self.number}, attempt {self.attempt.restart + 1}, on {' '.join(nodes)}")
+        self.log(f"job {self.number}, attempt {self.attempt.restart + 1}, on {' '.join(nodes)}")
         return self._begun(nodes)
 
     def _begun(self, nodes: Sequence[str]) -> int:
@@ -136,10 +136,10 @@ class Supervisor:
         """Nothing can be recorded, so that only Slurm's count of restarts tells how often."""
         before = [one.attempt for one in attempts(self.run) if one.job == self.number]
         failures = self.attempt.restart - max(before, default=-1)
-        self.tell(str(error))
+        self.log(str(error))
         if failures >= self.job.site.caps.failures_in_a_row:
             cap = f"caps.failures_in_a_row={self.job.site.caps.failures_in_a_row}"
-            self.tell(f"given up: {failures} attempts in a row could record nothing ({cap})")
+            self.log(f"given up: {failures} attempts in a row could record nothing ({cap})")
             self._end_chain()
             return error.exit_code
         return self._requeue(Decision(True, False, error.exit_code, "no room for our records"))
@@ -160,8 +160,8 @@ class Supervisor:
         )
         ended = Outcome(EXIT_DO_NOT_RESTART, reason)
         self._record_end(ended)
-        self.tell(f"given up: {reason}")
-        self.attempt.note("verdict", code=ended.code, reason=reason)
+        self.log(f"given up: {reason}")
+        self.attempt.try_record("verdict", code=ended.code, reason=reason)
         self._end_chain()
         return ended.code
 
@@ -171,13 +171,13 @@ class Supervisor:
         if not before or before[-1].code is not None or not before[-1].counts:
             return
         for node, state in self._blame(before[-1].nodes).items():
-            self.tell(f"the attempt before was lost: {node} is {state}")
+            self.log(f"the attempt before was lost: {node} is {state}")
 
     def _blame(self, nodes: Sequence[str]) -> dict[str, str]:
         """Those nodes that Slurm says are not well; they are recorded."""
         ill = self.events.ill_nodes(nodes)
         for node, state in ill.items():
-            self.attempt.note("bad_node", node=node, reason=state)
+            self.attempt.try_record("bad_node", node=node, reason=state)
         return ill
 
     def _release_lock(self) -> None:
@@ -187,7 +187,7 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError, SlurmError):
             owner = json.loads(path.read_text()).get("job")
             if owner == self.number or (owner and owner not in slurm.queue()):
-                self.tell(f"{path} was left by an attempt of job {owner} that is gone: removed")
+                self.log(f"{path} was left by an attempt of job {owner} that is gone: removed")
                 path.unlink()
 
     def _without_nodes(self, bad: Mapping[str, str]) -> int:
@@ -200,7 +200,7 @@ class Supervisor:
             ended = Outcome(1, f"bad node {names}; {before} requeues did not help")
             self._record_end(ended)
             self._end_chain()
-            self.tell(f"given up: {ended.reason}")
+            self.log(f"given up: {ended.reason}")
             return 1
         ended = Outcome(EXIT_RESUME, f"bad node {names}")
         self._record_end(ended)
@@ -221,7 +221,7 @@ class Supervisor:
 
     def _record_end(self, ended: Outcome) -> None:
         step = next((line["step"] for line in ledger_tail(self.run) if "step" in line), None)
-        self.attempt.note(
+        self.attempt.try_record(
             "end",
             attempt=self.attempt.restart,
             code=ended.code,
@@ -234,7 +234,7 @@ class Supervisor:
 
     def _after(self, ended: Outcome) -> int:
         if self.attempt.superseded:
-            self.tell("another attempt has gone on with this run: nothing more is done here")
+            self.log("another attempt has gone on with this run: nothing more is done here")
             return ended.code
         user = user_stop(self.attempt)
         ended = self._explained(ended, user)
@@ -252,8 +252,8 @@ class Supervisor:
         )
         if decision.again:
             return self._requeue(decision)
-        self.tell(f"ended with {decision.exit_code}: {decision.reason}")
-        self.attempt.note("verdict", code=decision.exit_code, reason=decision.reason)
+        self.log(f"ended with {decision.exit_code}: {decision.reason}")
+        self.attempt.try_record("verdict", code=decision.exit_code, reason=decision.reason)
         if decision.exit_code == EXIT_DONE:
             with contextlib.suppress(OSError):
                 (self.run / FOLDER / DONE).write_text(f"job {self.number}\n")
@@ -293,9 +293,9 @@ class Supervisor:
         """Back into the queue. Slurm answers by ending this very process, which must live until it
         has also said which nodes it does not want: a running job's list cannot be changed."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _often(lambda: self._put_back(decision.reason), self.tell)
+        _retry(lambda: self._put_back(decision.reason), self.log)
         if exclude:
-            _often(lambda: self._exclude(exclude), self.tell)
+            _retry(lambda: self._exclude(exclude), self.log)
         return decision.exit_code
 
     def _put_back(self, reason: str) -> None:
@@ -304,11 +304,11 @@ class Supervisor:
         its time limit nobody else requeues it."""
         fields = slurm.job_fields(self.attempt.task)
         if put_back(fields, self.attempt.restart):
-            self.tell(f"Slurm has put the job back into the queue itself ({reason})")
-        elif self.events.judge(fields) is Interruption.CANCELLED:
-            self.tell(f"the job was cancelled meanwhile ({reason})")
+            self.log(f"Slurm has put the job back into the queue itself ({reason})")
+        elif self.events.interpret(fields) is Interruption.CANCELLED:
+            self.log(f"the job was cancelled meanwhile ({reason})")
         else:
-            self.tell(f"back into the queue ({reason})")
+            self.log(f"back into the queue ({reason})")
             slurm.requeue(self.attempt.task)
 
     def _exclude(self, nodes: Sequence[str]) -> None:
@@ -323,7 +323,7 @@ class Supervisor:
             return any(found.state == "PENDING" for found in self._others().values())
         return False
 
-    def _others(self) -> dict[str, slurm.Queued]:
+    def _others(self) -> dict[str, slurm.QueuedJob]:
         ours = {*jobs(self.run)}
         return {
             number: found
@@ -335,18 +335,18 @@ class Supervisor:
         with contextlib.suppress(SlurmError):
             waiting = [found.task for found in self._others().values() if found.state == "PENDING"]
             if waiting:
-                self.tell(f"cancelling {', '.join(waiting)}: not wanted any more")
+                self.log(f"cancelling {', '.join(waiting)}: not wanted any more")
                 slurm.cancel(waiting)
 
 
-def _often(action: Callable[[], None], tell: Callable[[str], None]) -> None:
+def _retry(action: Callable[[], None], log: Callable[[str], None]) -> None:
     """A controller that is busy or restarting must not cost the run."""
     for pause in (1, 2, 5, 10, 20, 30, 60, *[300] * 12):  # an hour: it may be an upgrade
         try:
             action()
             return
         except SlurmError as error:
-            tell(f"{error} Trying again in {pause} s.")
+            log(f"{error} Trying again in {pause} s.")
             time.sleep(pause)
     action()
 
@@ -358,21 +358,21 @@ def _shell_code(code: int) -> int:
 def main(arguments: Sequence[str]) -> int:
     """The entry of the batch script."""
     try:
-        return Supervisor(read_job(Path(arguments[0])), dict(os.environ)).go()
+        return Supervisor(read_job(Path(arguments[0])), dict(os.environ)).supervise()
     except SlurmError as error:  # Slurm was away: nothing was decided, which the script mends
-        return _told(str(error), 1)
+        return _fail(str(error), 1)
     except MegahybridError as error:
-        return _told(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except OSError as error:
         known = from_os_error(error)
         # A node whose file system is ill: not decided here, so that the script leaves it out.
         mistake = known is not None and not isinstance(known, StorageError)
-        return _told(str(known or error), EXIT_USER_MISTAKE if mistake else 1)
+        return _fail(str(known or error), EXIT_USER_MISTAKE if mistake else 1)
     except (IndexError, KeyError) as error:
-        return _told(f"no batch job of ours ({error!r}).", EXIT_USER_MISTAKE)
+        return _fail(f"no batch job of ours ({error!r}).", EXIT_USER_MISTAKE)
 
 
-def _told(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"megahybrid: {message}", file=sys.stderr, flush=True)
     return code

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 
 from megahybrid.errors import EXIT_RESUME
-from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, Watch, first_failure, slow_ranks
+from megahybrid.heartbeat import STACKS_SIGNAL, Beat, Hang, HangDetector, first_failure, slow_ranks
 from megahybrid.launch import slurm
 from megahybrid.launch.attempt import Attempt
 from megahybrid.launch.events import JobEvents, user_stop
@@ -36,7 +36,7 @@ class RankWatch:
     def until_end(self, process: subprocess.Popen) -> str | None:
         """Until srun ends. Returns why the ranks were killed, if they were."""
         limits = self.attempt.job.site.watchdog
-        watch = Watch(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
+        watch = HangDetector(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
         look_at = stop_by = 0.0
         while process.poll() is None:
             time.sleep(POLL_SECONDS)
@@ -116,7 +116,7 @@ class RankWatch:
         handler; torchrun's agents would die of it."""
         self.asked = why
         attempt = self.attempt
-        attempt.tell(f"asking the ranks to stop ({why})")
+        attempt.log(f"asking the ranks to stop ({why})")
         path = attempt.run / STOP_NOW
         if not path.exists():
             with contextlib.suppress(OSError):  # a full disk; the signal does it too
@@ -132,18 +132,16 @@ class RankWatch:
             if beat.rank not in self._told_slow:
                 self._told_slow.add(beat.rank)
                 message = f"rank {beat.rank} on {beat.host} takes {times:.1f}× the median time"
-                self.attempt.tell(f"slow: {message}")
-                self.attempt.note(
+                self.attempt.log(f"slow: {message}")
+                self.attempt.try_record(
                     "slow_rank", rank=beat.rank, node=beat.host, times=round(times, 2)
                 )
 
     def _end_hung(self, process: subprocess.Popen, hang: Hang, beats: Mapping[int, Beat]) -> None:
         attempt = self.attempt
-        attempt.tell(
-            f"hang: {hang.message}; stacks of all ranks are in {attempt.logs}/stacks-*.txt"
-        )
+        attempt.log(f"hang: {hang.message}; stacks of all ranks are in {attempt.logs}/stacks-*.txt")
         for host in {beats[rank].host for rank in hang.ranks if rank in beats}:
-            attempt.note("hang", node=host, reason=f"hang: {hang.message}")
+            attempt.try_record("hang", node=host, reason=f"hang: {hang.message}")
         with contextlib.suppress(SlurmError):
             running = slurm.steps(attempt.number)
             # A stopped process must run again to say where it stood.

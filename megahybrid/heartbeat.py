@@ -77,7 +77,7 @@ class Heartbeat:
         attempt = Path(os.environ.get(LOGS, "")).name
         self._beat = Beat(rank, host, os.getpid(), attempt=attempt)
         # One value, replaced whole: the loop writes it while the thread reads.
-        self._place = ("start", 0, time.monotonic())
+        self._phase_since = ("start", 0, time.monotonic())
         self._recent: list[float] = []
         self._beat_seconds = beat_seconds
         self._writing = threading.Lock()
@@ -94,12 +94,12 @@ class Heartbeat:
     def phase(self, name: str, step: int | None = None) -> None:
         """From now on the rank is in phase `name`, one of PHASES, with `step` steps done."""
         assert name in PHASES, name
-        self._place = (name, self._place[1] if step is None else step, time.monotonic())
+        self._phase_since = (name, self._phase_since[1] if step is None else step, time.monotonic())
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Phase `name` inside, the one before it afterwards."""
-        before = self._place[0]
+        before = self._phase_since[0]
         self.phase(name)
         try:
             yield
@@ -126,7 +126,7 @@ class Heartbeat:
             if self._superseded():
                 self._stop.set()
                 return
-            phase, step, since = self._place
+            phase, step, since = self._phase_since
             recent = self._recent
             self._beat = replace(
                 self._beat,
@@ -219,7 +219,7 @@ class Hang:
     message: str
 
 
-class Watch:
+class HangDetector:
     """Judges the beats of `world_size` ranks, looked at now and then.
 
     `limits` are seconds by phase; `silent_seconds` is how long a rank may not beat at all.
@@ -250,7 +250,7 @@ class Watch:
             return Hang(
                 tuple(silent),
                 f"{_ranks(silent)} gave no sign for {max(silence[r] for r in silent):.0f} s "
-                f"({_places(silent, alive)})",
+                f"({_where(silent, alive)})",
             )
         over = [
             rank
@@ -263,7 +263,7 @@ class Watch:
         longest = max(alive[rank].phase_seconds + silence[rank] for rank in over)
         return Hang(
             tuple(suspects),
-            f"{_ranks(suspects)} no further for {longest:.0f} s ({_places(suspects, alive)})",
+            f"{_ranks(suspects)} no further for {longest:.0f} s ({_where(suspects, alive)})",
         )
 
 
@@ -280,7 +280,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{', …' * (len(ranks) > 4)}"
 
 
-def _places(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
+def _where(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
     rank = ranks[0]
     beat = beats[rank]
     return f"phase {beat.phase}, step {beat.step}, on {beat.host}"

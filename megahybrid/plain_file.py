@@ -8,7 +8,7 @@ from pathlib import Path
 from megahybrid.errors import PathError
 from megahybrid.printable import shortened
 
-_KINDS = (
+_SPECIAL_FILES = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
@@ -48,9 +48,9 @@ def _check(path: str | Path, facts: os.stat_result, most_bytes: int) -> None:
     name = shortened(str(path), 200)
     if stat.S_ISDIR(facts.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    for is_kind, words in _KINDS:
-        if is_kind(facts.st_mode):
-            raise PathError(f"{name} is {words}, not a plain file. Name a file.")
+    for is_special, what in _SPECIAL_FILES:
+        if is_special(facts.st_mode):
+            raise PathError(f"{name} is {what}, not a plain file. Name a file.")
     if facts.st_size > most_bytes:
         raise PathError(
             f"{name} has {facts.st_size:,} bytes, more than the {most_bytes:,} that are read of "

@@ -14,8 +14,8 @@ import pytest
 from megahybrid.heartbeat import (
     PHASES,
     Beat,
+    HangDetector,
     Heartbeat,
-    Watch,
     clear,
     first_failure,
     heartbeat_file,
@@ -70,14 +70,14 @@ def test_a_full_disk_does_not_end_the_rank(tmp_path: Path) -> None:
 
 
 def test_ranks_that_beat_and_move_do_not_hang() -> None:
-    watch = Watch(2, LIMITS, 10)
+    watch = HangDetector(2, LIMITS, 10)
     for second in range(500):
         beats = _beats({"beats": second}, {"beats": second})
         assert watch.judge(beats, time.monotonic() + second) is None
 
 
 def test_a_silent_rank_is_named_by_the_watchers_own_clock() -> None:
-    watch, now = Watch(3, LIMITS, 10), time.monotonic()
+    watch, now = HangDetector(3, LIMITS, 10), time.monotonic()
     watch.judge(_beats({}, {}, {}), now)
     assert watch.judge(_beats({"beats": 2}, {}, {"beats": 2}), now + 9) is None
     hang = watch.judge(_beats({"beats": 3}, {}, {"beats": 3}), now + 11)
@@ -88,26 +88,26 @@ def test_a_silent_rank_is_named_by_the_watchers_own_clock() -> None:
 def test_of_ranks_that_wait_the_one_behind_is_named() -> None:
     waiting = {"phase_seconds": 120.0}
     stuck = {"phase_seconds": 130.0, "phase": "data"}
-    hang = Watch(3, LIMITS, 10).judge(_beats(waiting, waiting, stuck))
+    hang = HangDetector(3, LIMITS, 10).judge(_beats(waiting, waiting, stuck))
     assert hang is not None and hang.ranks == (2,)
     assert "rank 2 no further for 130 s (phase data, step 5, on n2)" in hang.message
 
 
 def test_each_phase_has_its_own_limit() -> None:
-    assert Watch(1, LIMITS, 10).judge(_beats({"phase_seconds": 50.0})) is None
-    assert Watch(1, LIMITS, 10).judge(_beats({"phase_seconds": 50.0, "phase": "data"}))
+    assert HangDetector(1, LIMITS, 10).judge(_beats({"phase_seconds": 50.0})) is None
+    assert HangDetector(1, LIMITS, 10).judge(_beats({"phase_seconds": 50.0, "phase": "data"}))
 
 
 def test_ranks_that_never_began_are_named() -> None:
-    watch = Watch(4, LIMITS, 10)
+    watch = HangDetector(4, LIMITS, 10)
     beats = _beats({}, {})
     assert watch.judge(beats, time.monotonic() + 5) is None
-    hang = Watch(4, LIMITS, 1000).judge(beats, time.monotonic() + 101)
+    hang = HangDetector(4, LIMITS, 1000).judge(beats, time.monotonic() + 101)
     assert hang is not None and hang.message == "ranks 2, 3 did not start in 100 s"
 
 
 def test_a_rank_that_ended_is_silent_for_good_reason() -> None:
-    watch, now = Watch(2, LIMITS, 10), time.monotonic()
+    watch, now = HangDetector(2, LIMITS, 10), time.monotonic()
     beats = _beats({"exit_code": 75}, {"exit_code": 75})
     watch.judge(beats, now)
     assert watch.judge(beats, now + 1000) is None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.steps import Step, update_after
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.sharding import mark, shard_spec
+from megahybrid.parallel.sharding import attach_shard_spec, shard_spec
 from megahybrid.parallel.vocab import VocabParallelHead
 
 # Tensors by our canonical names to tensors by the peer's names, in its layout.
@@ -69,7 +69,7 @@ def lent_loss(peer: Peer, ours: Transformer) -> Callable[[Tensor], Tensor]:
     """Our chunked loss on the peer's own embedding: a loss that holds all logits is the first thing
     not to fit."""
     config = ours.config
-    mark(peer.embedding, shard_spec(ours.embedding.weight))
+    attach_shard_spec(peer.embedding, shard_spec(ours.embedding.weight))
     head = VocabParallelHead(
         config.vocab_size, config.hidden_size, "embedding.weight", ours.mesh, weight=peer.embedding
     )

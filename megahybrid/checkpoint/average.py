@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megahybrid.checkpoint.diff import CHUNK_ELEMENTS, row_boxes
-from megahybrid.checkpoint.directory import Owner, check_model
+from megahybrid.checkpoint.directory import RunLock, check_model
 from megahybrid.checkpoint.folders import candidates
 from megahybrid.checkpoint.fragments import Array, Box, Fragment, volume, whole
 from megahybrid.checkpoint.manifest import MANIFEST_NAME
@@ -75,7 +75,7 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
             states=("weight",),
         )
         try:
-            stack.enter_context(Owner(out))
+            stack.enter_context(RunLock(out))
             check_model(out, newest.model_fingerprint)
         except OSError as error:
             raise CheckpointError(f"--out={out} cannot be written ({error.strerror}).").because(

@@ -27,16 +27,22 @@ class Ranks:
     gather: Callable[[Any], list[Any]] = _alone
 
 
-Answer = dict[str, Any]
+ActionOutcome = dict[str, Any]
 
 
 class Refused(Exception):
     """Some rank's machine refused its part (a full disk); all ranks raise this together."""
 
 
-def perform(action: Callable[[], Any]) -> Answer:
+def perform(action: Callable[[], Any]) -> ActionOutcome:
     """The result of an action or what it failed with, JSON-able, to be told to the other ranks."""
-    answer: Answer = {"value": None, "refused": None, "wrong": None, "code": 0, "broken": None}
+    answer: ActionOutcome = {
+        "value": None,
+        "refused": None,
+        "wrong": None,
+        "code": 0,
+        "broken": None,
+    }
     try:
         answer["value"] = action()
     except MegahybridError as error:
@@ -50,7 +56,7 @@ def perform(action: Callable[[], Any]) -> Answer:
     return answer
 
 
-def exchange(ranks: Ranks, answer: Answer) -> list[Any]:
+def exchange(ranks: Ranks, answer: ActionOutcome) -> list[Any]:
     """Every rank's result, on every rank; or the same exception on every rank. Collective."""
     answers = ranks.gather(answer)
     for rank, other in enumerate(answers):

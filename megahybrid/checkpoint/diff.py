@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """One state of one tensor that both hold, of the same shape."""
 
     tensor: str
@@ -30,7 +30,7 @@ class Change:
 class Difference:
     """`only_a`, `only_b`: "tensor (state)" that only one of them holds, or of another shape."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[TensorChange, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     facts: tuple[tuple[str, Any, Any], ...]  # dotted fields of config and manifest that differ
@@ -40,13 +40,13 @@ def difference(a: Reader, b: Reader, states: tuple[str, ...] = ("weight",)) -> D
     """Compare b with a, tensor by tensor; the most changed first."""
     holds_a, holds_b = _held(a, states), _held(b, states)
     both = [key for key in holds_a if holds_b.get(key) == holds_a[key]]
-    changes = [_change(a, b, *key) for key in both]
+    changes = [_tensor_change(a, b, *key) for key in both]
     changes.sort(key=lambda change: (-change.relative, change.tensor, change.state))
     return Difference(
         tuple(changes),
         tuple(f"{name} ({state})" for name, state in holds_a if (name, state) not in both),
         tuple(f"{name} ({state})" for name, state in holds_b if (name, state) not in both),
-        tuple(_facts(_told(a), _told(b))),
+        tuple(_facts(_manifest_facts(a), _manifest_facts(b))),
     )
 
 
@@ -69,7 +69,7 @@ def _held(reader: Reader, states: tuple[str, ...]) -> dict[tuple[str, str], tupl
     }
 
 
-def _change(a: Reader, b: Reader, name: str, state: str) -> Change:
+def _tensor_change(a: Reader, b: Reader, name: str, state: str) -> TensorChange:
     shape = a.manifest.tensors[name].shape
     moved = size = largest = 0.0
     changed = 0
@@ -81,10 +81,10 @@ def _change(a: Reader, b: Reader, name: str, state: str) -> Change:
         size += float(np.square(old.astype(np.float64)).sum())
         largest = max(largest, float(np.abs(step).max(initial=0.0)))
     relative = 0.0 if moved == 0 else math.sqrt(moved / size) if size else math.inf
-    return Change(name, state, math.prod(shape), changed, relative, largest)
+    return TensorChange(name, state, math.prod(shape), changed, relative, largest)
 
 
-def _told(reader: Reader) -> dict[str, Any]:
+def _manifest_facts(reader: Reader) -> dict[str, Any]:
     manifest = reader.manifest
     names = ("step", "tokens", "optimizer_step", "model_fingerprint")
     return {name: getattr(manifest, name) for name in names} | {"config": manifest.config}

@@ -15,7 +15,7 @@ from typing import Any
 from megahybrid.checkpoint import durable
 from megahybrid.errors import CheckpointError, StorageError
 
-OWNER_NAME = "owner.lock"
+LOCK_NAME = "owner.lock"
 MODEL_NAME = "model_fingerprint"
 BEAT_SECONDS = 10.0
 # Longer than a network file system or a paused machine may be silent.
@@ -46,7 +46,7 @@ def check_model(run_directory: Path | str, fingerprint: str, *, claim: bool = Tr
         )
 
 
-class Owner:
+class RunLock:
     """The right to write to a run directory, as a context manager.
 
     `owner.lock` names the process; a thread renews its time every few seconds, so a process that
@@ -62,7 +62,7 @@ class Owner:
         beat_seconds: float = BEAT_SECONDS,
         stale_after_seconds: float = STALE_AFTER_SECONDS,
     ) -> None:
-        self.path = Path(run_directory) / OWNER_NAME
+        self.path = Path(run_directory) / LOCK_NAME
         self.took_over: str | None = None
         self._beat_seconds = beat_seconds
         self._stale_after_seconds = stale_after_seconds
@@ -71,9 +71,9 @@ class Owner:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-directory-owner", daemon=True)
 
-    def __enter__(self) -> "Owner":
+    def __enter__(self) -> "RunLock":
         os.makedirs(self.path.parent, exist_ok=True)
-        with _one_at_a_time(self.path.with_name(f".{OWNER_NAME}.guard")) as now:
+        with _one_at_a_time(self.path.with_name(f".{LOCK_NAME}.guard")) as now:
             found = _read(self.path)
             if found is not None:
                 self._refuse_if_alive(found, now)
@@ -86,7 +86,7 @@ class Owner:
         self._stop.set()
         self._thread.join()
         # A lock that cannot be removed is known as a dead process's; what ended us is what counts.
-        with suppress(OSError), _one_at_a_time(self.path.with_name(f".{OWNER_NAME}.guard")):
+        with suppress(OSError), _one_at_a_time(self.path.with_name(f".{LOCK_NAME}.guard")):
             if (_read(self.path) or {}).get("token") == self._token:
                 self.path.unlink(missing_ok=True)
 
@@ -142,7 +142,7 @@ class Owner:
                 "token": self._token,
             }
         )
-        temporary = self.path.with_name(f".{OWNER_NAME}.tmp")
+        temporary = self.path.with_name(f".{LOCK_NAME}.tmp")
         durable.write(temporary, [memoryview(text.encode())])
         durable.rename(temporary, self.path)
 

@@ -122,7 +122,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def forget(path: Path) -> None:
+def drop_page_cache(path: Path) -> None:
     """Let the next reading of a file ask the disk, not the memory it was written from."""
     if hasattr(os, "posix_fadvise"):
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

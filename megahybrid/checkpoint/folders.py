@@ -49,7 +49,7 @@ def candidates(run_directory: Path) -> list[Path]:
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def reap(run_directory: Path) -> list[str]:
+def remove_leftovers(run_directory: Path) -> list[str]:
     """Delete what an interrupted save left behind; returns the names. Only the run's owner may."""
     folder = checkpoints_of(run_directory)
     gone = []
@@ -67,7 +67,9 @@ def reap(run_directory: Path) -> list[str]:
     return gone
 
 
-def retain(run_directory: Path, retention: Retention, verified: Collection[Path] = ()) -> list[str]:
+def apply_retention(
+    run_directory: Path, retention: Retention, verified: Collection[Path] = ()
+) -> list[str]:
     """Delete the checkpoints that `retention` does not keep; returns the names deleted.
 
     Damaged ones do not count. Those that hold another step than their name says do not count and
@@ -78,7 +80,7 @@ def retain(run_directory: Path, retention: Retention, verified: Collection[Path]
     if retention.keep_last < 1:
         raise ValueError(f"keep_last={retention.keep_last} would delete the last checkpoint")
     proven, kept, gone = False, 0, []
-    looks = {path: _look(path) for path in candidates(run_directory)}
+    looks = {path: _condition(path) for path in candidates(run_directory)}
     found = [path for path, look in looks.items() if look != "misnamed"]
     steps = {path: step_of(path) for path in found}
     whole = {step for path, step in steps.items() if looks[path] == "whole"}
@@ -106,7 +108,7 @@ def withdraw(run_directory: Path, step: int) -> None:
         durable.rename(waiting, published)
 
 
-def _look(path: Path) -> Literal["whole", "damaged", "misnamed"]:
+def _condition(path: Path) -> Literal["whole", "damaged", "misnamed"]:
     """What a folder is, by its manifest, its name and the sizes of its files."""
     try:
         check_sizes(path)

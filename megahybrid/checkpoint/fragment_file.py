@@ -16,7 +16,7 @@ from megahybrid.checkpoint.manifest import ELEMENT_BYTES, FragmentRecord
 from megahybrid.errors import CheckpointError
 
 READERS = min(4, os.cpu_count() or 1)
-PIECE_BYTES = 2**21
+CHUNK_BYTES = 2**21
 
 
 class FragmentFile:
@@ -58,15 +58,15 @@ class FragmentFile:
         """Fill `out` (flat, contiguous) with a fragment's data from element `start` on."""
         at = self.check(part) + start * ELEMENT_BYTES
         wanted = out.data.cast("B")
-        if len(wanted) < 2 * PIECE_BYTES:
+        if len(wanted) < 2 * CHUNK_BYTES:
             self._fill(part, at, wanted)
             return
         # What is in memory already comes as fast as it is copied: one core would be the limit.
         with ThreadPoolExecutor(READERS) as readers:
-            pieces = range(0, len(wanted), PIECE_BYTES)
+            chunks = range(0, len(wanted), CHUNK_BYTES)
             done = [
-                readers.submit(self._fill, part, at + low, wanted[low : low + PIECE_BYTES])
-                for low in pieces
+                readers.submit(self._fill, part, at + low, wanted[low : low + CHUNK_BYTES])
+                for low in chunks
             ]
             for each in done:
                 each.result()

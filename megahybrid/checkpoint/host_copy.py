@@ -12,8 +12,8 @@ from megahybrid.checkpoint.fragments import Fragment
 # Fragments of a device come through locked memory, piece by piece. torch's allocator of locked
 # memory takes the next power of two: locking a whole share of 8B parameters on one rank, 96 GB,
 # would take 128 GiB. Two pieces, so that one arrives while the other is emptied.
-PIECE = 2**24  # elements of fp32: 64 MiB, a power of two
-PIECES = 2
+CHUNK_ELEMENTS = 2**24  # elements of fp32: 64 MiB, a power of two
+CHUNKS = 2
 
 
 class HostCopy:
@@ -22,7 +22,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
-        self._ring: _Ring | None = None
+        self._ring: _PinnedRing | None = None
 
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         """Return the same fragments, held here. What an earlier call returned is overwritten."""
@@ -32,61 +32,63 @@ class HostCopy:
         if self._buffer.numel() < sum(sizes):
             self._buffer = torch.empty(sum(sizes), dtype=torch.float32)
         copies = []
-        for part, size, tensor, place in zip(
-            parts, sizes, tensors, self._places(sizes), strict=True
+        for part, size, tensor, target in zip(
+            parts, sizes, tensors, self._targets(sizes), strict=True
         ):
             if tensor.dtype != torch.float32 or tensor.shape != (size,):
                 raise TypeError(
                     f"{part.tensor}: {tensor.dtype} {list(tensor.shape)}, not flat fp32"
                 )
             if tensor.device.type == "cpu":
-                _copy(tensor, place)
+                _copy(tensor, target)
             else:
                 if self._ring is None:
-                    self._ring = _Ring(tensor.device)
-                self._ring.bring(tensor.detach(), place)
-            copies.append(replace(part, data=place.numpy()))
+                    self._ring = _PinnedRing(tensor.device)
+                self._ring.start_copy(tensor.detach(), target)
+            copies.append(replace(part, data=target.numpy()))
         if self._ring is not None:
             self._ring.empty()
         return copies
 
-    def _places(self, sizes: list[int]) -> Iterator[Tensor]:
+    def _targets(self, sizes: list[int]) -> Iterator[Tensor]:
         at = 0
         for size in sizes:
             yield self._buffer[at : at + size]
             at += size
 
 
-def _copy(source: Tensor, place: Tensor) -> None:
+def _copy(source: Tensor, target: Tensor) -> None:
     # One thread: torch's would wait for one another on a machine that computes.
-    np.copyto(place.numpy(), source.detach().numpy())
+    np.copyto(target.numpy(), source.detach().numpy())
 
 
-class _Ring:
+class _PinnedRing:
     """Pieces of locked memory between a device and the buffer."""
 
-    def __init__(self, device: torch.device, piece: int = PIECE, pieces: int = PIECES) -> None:
+    def __init__(
+        self, device: torch.device, chunk: int = CHUNK_ELEMENTS, chunks: int = CHUNKS
+    ) -> None:
         cuda = device.type == "cuda"
-        self._rooms = [
-            torch.empty(piece, dtype=torch.float32, pin_memory=cuda) for _ in range(pieces)
+        self._buffers = [
+            torch.empty(chunk, dtype=torch.float32, pin_memory=cuda) for _ in range(chunks)
         ]
-        self._arrived = [torch.cuda.Event() if cuda else None for _ in range(pieces)]
+        self._arrived = [torch.cuda.Event() if cuda else None for _ in range(chunks)]
         self._under_way: dict[int, Tensor] = {}  # by room: where its content belongs
         self._next = 0
 
     @property
     def bytes(self) -> int:
         """Return how much memory is locked."""
-        return sum(room.nbytes for room in self._rooms)
+        return sum(buffer.nbytes for buffer in self._buffers)
 
-    def bring(self, tensor: Tensor, place: Tensor) -> None:
-        """Begin to copy `tensor`, flat, to `place`; it is there after `empty`."""
-        piece = len(self._rooms[0])
-        for source, part in zip(tensor.split(piece), place.split(piece), strict=True):
+    def start_copy(self, tensor: Tensor, target: Tensor) -> None:
+        """Begin to copy `tensor`, flat, to `target`; it is there after `empty`."""
+        chunk = len(self._buffers[0])
+        for source, part in zip(tensor.split(chunk), target.split(chunk), strict=True):
             slot = self._next
-            self._next = (slot + 1) % len(self._rooms)
+            self._next = (slot + 1) % len(self._buffers)
             self._hand_on(slot)
-            self._rooms[slot][: len(source)].copy_(source, non_blocking=True)
+            self._buffers[slot][: len(source)].copy_(source, non_blocking=True)
             event = self._arrived[slot]
             if event is not None:
                 event.record()
@@ -94,7 +96,7 @@ class _Ring:
 
     def empty(self) -> None:
         """Return when everything has come to its place."""
-        for slot in range(len(self._rooms)):
+        for slot in range(len(self._buffers)):
             self._hand_on(slot)
 
     def _hand_on(self, slot: int) -> None:
@@ -104,4 +106,4 @@ class _Ring:
         event = self._arrived[slot]
         if event is not None:
             event.synchronize()
-        _copy(self._rooms[slot][: len(part)], part)
+        _copy(self._buffers[slot][: len(part)], part)

@@ -25,7 +25,7 @@ from megahybrid.checkpoint.fragments import (
     whole,
 )
 from megahybrid.checkpoint.names import name_fault
-from megahybrid.checkpoint.train_record import TrainRecord, Writer
+from megahybrid.checkpoint.train_record import TrainRecord, WrittenBy
 from megahybrid.config.base import Count, Frozen, first_fault, parse_json
 from megahybrid.errors import CheckpointError
 from megahybrid.printable import shortened
@@ -195,7 +195,7 @@ class _Check:
 
 def _read_version_1(values: dict[str, Any], text: str, check: _Check) -> Manifest:
     manifest = check.value(Manifest, text, values)
-    for name, type in (("train_state", TrainRecord), ("written_by", Writer)):
+    for name, type in (("train_state", TrainRecord), ("written_by", WrittenBy)):
         plain = values[name]
         check.value(type, json.dumps(plain), plain, name)
     for name in ("step", "tokens"):

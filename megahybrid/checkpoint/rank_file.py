@@ -12,7 +12,7 @@ from megahybrid.checkpoint.fragments import Fragment, as_numpy
 from megahybrid.checkpoint.manifest import ELEMENT_BYTES, FileRecord
 
 
-class OwnFile:
+class RankFile:
     """The header is known before the first byte is written, so nothing is ever moved or patched."""
 
     def __init__(self, fragments: Sequence[Fragment], rank: int) -> None:
@@ -51,7 +51,7 @@ class OwnFile:
         """What reading the file back finds wrong, or None. Raises OSError."""
         if self._record is None:
             return None
-        durable.forget(folder / self.name)
+        durable.drop_page_cache(folder / self.name)
         bad = durable.damaged_blocks(folder / self.name, self._record)
         return f"block {bad[0]} of {self.name} reads back differently" if bad else None
 

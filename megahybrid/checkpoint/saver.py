@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megahybrid.checkpoint.collective import Answer, Ranks, agree, exchange, perform
+from megahybrid.checkpoint.collective import ActionOutcome, Ranks, agree, exchange, perform
 from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.host_copy import HostCopy
 from megahybrid.checkpoint.writer import (
@@ -23,8 +23,8 @@ from megahybrid.checkpoint.writer import (
     SaveResult,
     Snapshot,
     advance,
-    at_once,
-    phases,
+    run_phases,
+    save_phases,
 )
 
 
@@ -58,21 +58,21 @@ class Saver:
         self.finish()
         started = time.monotonic()
         copied = replace(snapshot, fragments=self._memory.take(snapshot.fragments))
-        steps = phases(self._directory, copied, self._ranks, retention, self._check)
+        steps = save_phases(self._directory, copied, self._ranks, retention, self._check)
         action = next(steps)
         try:
             for _ in range(SHORT_PHASES):
                 action = advance(steps, partial(agree, self._ranks, action))
         except StopIteration as end:
-            return self._told(end.value, time.monotonic() - started)
+            return self._finish_save(end.value, time.monotonic() - started)
         self._under_way = _UnderWay(steps, action, time.monotonic() - started)
         return None
 
     def save(self, snapshot: Snapshot, retention: Retention) -> SaveResult:
         """Write the snapshot while training waits: nothing is copied."""
         self.finish()
-        steps = phases(self._directory, snapshot, self._ranks, retention, self._check)
-        return self._told(at_once(steps, self._ranks))
+        steps = save_phases(self._directory, snapshot, self._ranks, retention, self._check)
+        return self._finish_save(run_phases(steps, self._ranks))
 
     def poll(self) -> None:
         """Move on a save whose phase is done on every rank; returns at once where it is not."""
@@ -91,7 +91,7 @@ class Saver:
             action = advance(save.steps, lambda: exchange(self._ranks, answer))
         except StopIteration as end:
             self._under_way = None
-            self._told(end.value, save.stalled + time.monotonic() - started)
+            self._finish_save(end.value, save.stalled + time.monotonic() - started)
         except BaseException:
             self._under_way = None
             raise
@@ -99,7 +99,7 @@ class Saver:
             save.begin(action)
             save.stalled += time.monotonic() - started
 
-    def _told(self, result: SaveResult, stalled: float | None = None) -> SaveResult:
+    def _finish_save(self, result: SaveResult, stalled: float | None = None) -> SaveResult:
         if stalled is not None:
             result = replace(result, stall_seconds=stalled)
         self._report(result)
@@ -116,7 +116,7 @@ class _UnderWay:
 
     def begin(self, action: Callable[[], Any]) -> None:
         """Run the next phase beside the training."""
-        self._answer: Answer | None = None
+        self._answer: ActionOutcome | None = None
         # A daemon: an attempt that fails must end, and leaves only what the next one clears away.
         self._thread = threading.Thread(
             target=self._run, args=(action,), name="checkpoint", daemon=True
@@ -127,7 +127,7 @@ class _UnderWay:
         """Whether the phase is done here."""
         return not self._thread.is_alive()
 
-    def answer(self) -> Answer:
+    def answer(self) -> ActionOutcome:
         """The phase's outcome; waits for it."""
         self._thread.join()
         assert self._answer is not None

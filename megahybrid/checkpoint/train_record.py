@@ -10,7 +10,7 @@ from megahybrid.config.base import Count, Frozen, UnixSeconds
 from megahybrid.config.training import KernelConfig
 
 
-class Parent(Frozen, extra="allow"):
+class ParentRecord(Frozen, extra="allow"):
     """The checkpoint that a run branched off."""
 
     checkpoint: str
@@ -19,7 +19,7 @@ class Parent(Frozen, extra="allow"):
     tokens: Count = 0
 
 
-class Averaged(Frozen, extra="allow"):
+class AveragedRecord(Frozen, extra="allow"):
     """One of the checkpoints that a mean was made of."""
 
     checkpoint: str
@@ -61,12 +61,12 @@ class TrainRecord(Frozen, extra="allow"):
     skipped_in_a_row: Count = 0
     recent: tuple[tuple[float, float], ...] = ()
     kernels: KernelRecord | None = None
-    parent: Parent | None = None
-    averaged: tuple[Averaged, ...] | None = None
+    parent: ParentRecord | None = None
+    averaged: tuple[AveragedRecord, ...] | None = None
     schemes: dict[str, dict[str, Any]] | None = None
 
 
-class Writer(Frozen, extra="allow"):
+class WrittenBy(Frozen, extra="allow"):
     """`written_by` of a manifest."""
 
     megahybrid: str = "unknown"

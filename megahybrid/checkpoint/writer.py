@@ -5,7 +5,8 @@ full disk) leaves the run with the checkpoints it had. Then every rank reads its
 when all bytes came back as they were written are older checkpoints deleted. A save that the machine
 refuses is a result, not an exception: the run goes on without it.
 
-The order of things is `phases`; `save` goes through them at once, `saver.py` beside the training.
+`save_phases` gives the order of things; `save` goes through them at once, `saver.py` beside the
+training.
 """
 
 import errno
@@ -32,7 +33,7 @@ from megahybrid.checkpoint.manifest import (
     TensorRecord,
     parse,
 )
-from megahybrid.checkpoint.rank_file import OwnFile
+from megahybrid.checkpoint.rank_file import RankFile
 from megahybrid.errors import CheckpointError
 
 # The manifest, and what a file system needs for itself.
@@ -99,10 +100,12 @@ def save(
     Afterwards all but the newest `keep_last` checkpoints are deleted.
     """
     ranks = ranks or Ranks()
-    return at_once(phases(Path(run_directory), snapshot, ranks, Retention(keep_last)), ranks)
+    return run_phases(
+        save_phases(Path(run_directory), snapshot, ranks, Retention(keep_last)), ranks
+    )
 
 
-def at_once(steps: Phases, ranks: Ranks) -> SaveResult:
+def run_phases(steps: Phases, ranks: Ranks) -> SaveResult:
     """Go through all phases of a save while the caller waits. Collective."""
     started = time.monotonic()
     action = next(steps)
@@ -126,7 +129,7 @@ def advance(steps: Phases, outcome: Callable[[], list[Any]]) -> Callable[[], Any
     return steps.send(results)
 
 
-def phases(
+def save_phases(
     run_directory: Path,
     snapshot: Snapshot,
     ranks: Ranks,
@@ -135,7 +138,7 @@ def phases(
 ) -> Phases:
     """The actions of a save in their order."""
     started = time.monotonic()
-    own = OwnFile(snapshot.fragments, ranks.rank)
+    own = RankFile(snapshot.fragments, ranks.rank)
     temporary = names.temporary_path(run_directory, snapshot.step)
     published = names.published_path(run_directory, snapshot.step)
     first = ranks.rank == 0
@@ -190,7 +193,7 @@ def phases(
 def _prepare(run_directory: Path, temporary: Path, total: int) -> None:
     """Make an empty folder to write to, on a disk with enough room."""
     os.makedirs(temporary.parent, exist_ok=True)
-    folders.reap(run_directory)
+    folders.remove_leftovers(run_directory)
     free = shutil.disk_usage(temporary.parent).free
     if free < total + SPARE_BYTES:
         raise OSError(
@@ -223,7 +226,8 @@ def _publish(run_directory: Path, snapshot: Snapshot, written: list[dict[str, An
     if published.is_dir() and not replaced.exists():
         durable.rename(published, replaced)
     else:
-        # Nothing, a file, or damaged: `reap` would otherwise have deleted the one put aside.
+        # Nothing, a file, or damaged: `remove_leftovers` would otherwise have deleted the one put
+        # aside.
         durable.remove(published)
     durable.rename(temporary, published)
 
@@ -238,7 +242,7 @@ def _conclude(
         return {"removed": [], "warning": None}
     try:
         durable.remove(names.replaced_path(run_directory, step))
-        removed = folders.retain(run_directory, retention, verified=[published])
+        removed = folders.apply_retention(run_directory, retention, verified=[published])
     except OSError as error:
         return {"removed": [], "warning": f"old checkpoints stay: {error}"}
     return {"removed": removed, "warning": None}

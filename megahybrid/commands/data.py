@@ -72,7 +72,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
         weights=args.weight,
         digits_apart=args.digits == "apart",
         space_runs=args.spaces == "runs",
-        tell=print,
+        print_line=print,
     )
     print(
         f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
@@ -97,7 +97,7 @@ def _tokenizer_report(args: argparse.Namespace) -> None:
         text_field=args.field,
         format=args.format,
         pattern=args.glob,
-        tell=print,
+        print_line=print,
     )
     print_report(inputs[0], sources, used, against=args.against, eod=args.eod)
 
@@ -138,7 +138,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         shard_tokens=args.shard_tokens,
         max_bad_fraction=args.max_bad_fraction,
         quiet=not sys.stderr.isatty(),
-        tell=print,
+        print_line=print,
     )
     for part, documents in report.documents.items():
         print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megahybrid.config.site import Watchdog
 from megahybrid.errors import EXIT_DO_NOT_RESTART, EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, tell
-from megahybrid.heartbeat import STACKS_SIGNAL, Watch, clear, read_beats, remove_empty_stacks
+from megahybrid.heartbeat import STACKS_SIGNAL, HangDetector, clear, read_beats, remove_empty_stacks
 from megahybrid.train.stop import SAVE_NOW, STOP_NOW
 
 # What another attempt would only repeat, or what was asked for.
@@ -65,7 +65,7 @@ def _never() -> None:
 def _watch(
     directory: Path, processes: int, watchdog: Watchdog
 ) -> Callable[[], tuple[int, str] | None]:
-    watch = Watch(processes, watchdog.limits.model_dump(), watchdog.silent)
+    watch = HangDetector(processes, watchdog.limits.model_dump(), watchdog.silent)
 
     def hung() -> tuple[int, str] | None:
         hang = watch.judge(read_beats(directory))

@@ -56,11 +56,11 @@ def train(
         raise ConfigError(f"--processes={processes} starts no rank. Use 1 or more.")
     processes = processes or _default_processes(run)
     run.check(processes)
-    from megahybrid.checkpoint.directory import Owner
+    from megahybrid.checkpoint.directory import RunLock
     from megahybrid.train.preflight import check_inputs
 
     check_inputs(run, directory, allow)
-    Owner(directory).check_free()
+    RunLock(directory).check_free()
     _make_directory(directory)
     from megahybrid.commands.local_restarts import forget_requests, train_local
 

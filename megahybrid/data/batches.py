@@ -119,28 +119,28 @@ def make_batch(
     breaks: list[int] = []  # the same, of joins alone
     filled: list[Array] = []  # and what else does not count
     for row, plan in enumerate(plans):
-        place = written = 0
+        column = written = 0
         flat = row * length
         for start, size in plan.spans:
             dataset = datasets[plan.source]
-            written = place + size + (start + size < dataset.tokens)
-            tokens = ids[row, place:written]
+            written = column + size + (start + size < dataset.tokens)
+            tokens = ids[row, column:written]
             if dataset.dtype == dtype:
                 dataset.read_into(start, tokens)
             else:
-                tokens[:] = dataset.read(start, written - place, False)
+                tokens[:] = dataset.read(start, written - column, False)
             if eod is None:
-                ends.append(dataset.document_ends(start, tokens[:size]) + (flat + place))
+                ends.append(dataset.document_ends(start, tokens[:size]) + (flat + column))
             if dataset.masked:
                 # The token in column n is the target of column n - 1.
-                unasked = dataset.uncounted(start, len(tokens)) + place
+                unasked = dataset.uncounted(start, len(tokens)) + column
                 filled.append(unasked[(unasked > 0) & (unasked <= length)] - 1 + flat)
-            place += size
-            if place < length or written == place:
-                breaks.append(flat + place - 1)
+            column += size
+            if column < length or written == column:
+                breaks.append(flat + column - 1)
         if written <= length:
             ids[row, written:] = 0
-            filled.append(np.arange(flat + place, flat + length))
+            filled.append(np.arange(flat + column, flat + length))
     _check_ids(datasets, plans, ids)
     if eod is not None:
         found = np.flatnonzero(ids == eod)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megahybrid.data.document_metadata import Notes
+from megahybrid.data.document_metadata import DocumentMetadata
 from megahybrid.data.integrity import BlockChecks, UnchangedFiles, ends_crc
 from megahybrid.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megahybrid.data.packing import PLAN_NAME, PackPlan
@@ -72,14 +72,16 @@ class TokenDataset:
         self._masks = _open_masks(self.shards, self.manifest)
         self.masked = any(self._masks)  # whether a shard says which of its targets count
         entries = {} if self.manifest is None else {e.bin: e for e in self.manifest.shards}
-        self._notes = [
-            Notes(shard, crc32)
+        self._metadata = [
+            DocumentMetadata(shard, crc32)
             if (entry := entries.get(shard.bin_path.name)) is not None
             and (crc32 := entry.notes_crc32) is not None
             else None
             for shard in self.shards
         ]
-        self.noted = any(self._notes)  # whether more than tokens is known of the documents
+        self.has_metadata = any(
+            self._metadata
+        )  # whether more than tokens is known of the documents
         self.documents = sum(shard.documents for shard in self.shards)
         self.starts = [0]
         for shard in self.shards:
@@ -93,7 +95,7 @@ class TokenDataset:
         self._unchanged = UnchangedFiles(self.shards)
         self._files = ShardFiles(self.shards)
         self._checks = BlockChecks(self.shards, self.manifest, self._files.read)
-        self._checks.try_some()
+        self._checks.check_random_blocks()
 
     def _check_plan(self, plan: PackPlan) -> None:
         if plan.info.dataset_fingerprint != self.fingerprint:
@@ -178,8 +180,8 @@ class TokenDataset:
         starts = self.starts
         number = bisect_right(starts, start) - 1
         first, checks = start - starts[number], self._checks
-        checks.owed -= len(tokens)
-        if checks.owed < 0:
+        checks.tokens_until_check -= len(tokens)
+        if checks.tokens_until_check < 0:
             checks.check(number, first)
         while start + len(tokens) > starts[number + 1]:
             part = tokens[: starts[number + 1] - start]
@@ -221,12 +223,12 @@ class TokenDataset:
             self._unchanged.check(number)
 
     def _refuse_id(self, start: int, tokens: Array) -> None:
-        place = int(np.argmax(tokens.view(self._unsigned) >= self.vocab_size))
-        number = bisect_right(self.starts, start + place) - 1
+        index = int(np.argmax(tokens.view(self._unsigned) >= self.vocab_size))
+        number = bisect_right(self.starts, start + index) - 1
         shard = self.shards[number]
         raise DataError(
-            f"{shard.bin_path} has token id {tokens[place]} at token "
-            f"{start + place - self.starts[number]}, not below vocab_size={self.vocab_size}. "
+            f"{shard.bin_path} has token id {tokens[index]} at token "
+            f"{start + index - self.starts[number]}, not below vocab_size={self.vocab_size}. "
             "Run `megahybrid data verify`, or name the tokenizer that made the data."
         )
 
@@ -270,11 +272,11 @@ class TokenDataset:
             index -= shard.documents
         raise IndexError(index)
 
-    def note(self, index: int) -> dict[str, Any]:
+    def metadata(self, index: int) -> dict[str, Any]:
         """What is known of document `index` beside its tokens."""
-        for shard, notes in zip(self.shards, self._notes, strict=True):
+        for shard, metadata in zip(self.shards, self._metadata, strict=True):
             if index < shard.documents:
-                return {} if notes is None else notes.of(index)
+                return {} if metadata is None else metadata.of(index)
             index -= shard.documents
         raise IndexError(index)
 
@@ -285,9 +287,9 @@ class TokenDataset:
         return sum(shard.documents for shard in self.shards[:number]) + before - 1
 
     @property
-    def notes(self) -> list[Notes | None]:
+    def shard_metadata(self) -> list[DocumentMetadata | None]:
         """Of each shard."""
-        return self._notes
+        return self._metadata
 
     def check_tokenizer(self, sha256: str, name: str = "data.tokenizer") -> None:
         """Raises DataError unless the data was made with the tokenizer of this hash."""

@@ -22,7 +22,7 @@ from megahybrid.errors import DataError
 NOTHING = b"{}"
 
 
-class NotesWriter:
+class MetadataWriter:
     """Writes the notes of one shard; `finish` publishes them."""
 
     def __init__(self, path: Path) -> None:
@@ -30,14 +30,14 @@ class NotesWriter:
         self._file = open(path.with_name(path.name + ".tmp"), "wb")  # noqa: SIM115
         self._ends, self._crc = array("q"), 0
 
-    def add(self, notes: Sequence[bytes]) -> None:
+    def add(self, metadata_lines: Sequence[bytes]) -> None:
         """Appends one JSON object for each document."""
         end = self._ends[-1] if self._ends else 0
-        notes = [note or NOTHING for note in notes]
-        for note in notes:
-            end += len(note) + 1
+        metadata_lines = [metadata or NOTHING for metadata in metadata_lines]
+        for metadata in metadata_lines:
+            end += len(metadata) + 1
             self._ends.append(end)
-        data = b"".join(note + b"\n" for note in notes)
+        data = b"".join(metadata + b"\n" for metadata in metadata_lines)
         self._crc = zlib.crc32(data, self._crc)
         self._file.write(data)
 
@@ -57,11 +57,11 @@ class NotesWriter:
         return self._crc
 
 
-class Notes:
+class DocumentMetadata:
     """The notes of one shard. Raises DataError where their sizes do not fit it."""
 
     def __init__(self, shard: ShardIndex, crc32: int) -> None:
-        self.path, self.crc32, self.documents = notes_path(shard), crc32, shard.documents
+        self.path, self.crc32, self.documents = metadata_path(shard), crc32, shard.documents
         ends = _ends_path(self.path)
         found, expected = file_facts(ends)[0], 8 * shard.documents
         if found == expected and shard.documents:
@@ -112,7 +112,7 @@ class Notes:
             raise DataError(f"{self.path} has crc32 {crc}, not {self.crc32}. Copy this file again.")
 
 
-def notes_path(shard: ShardIndex) -> Path:
+def metadata_path(shard: ShardIndex) -> Path:
     """Where the notes of a shard lie, if it has any."""
     return shard.bin_path.with_suffix(".jsonl")
 

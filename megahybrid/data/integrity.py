@@ -58,13 +58,15 @@ class BlockChecks:
         self._entries = manifest.shards if manifest else ()
         self._seen: set[tuple[int, int]] = set()
         self._every = 0
-        self.owed: float = float("inf")  # tokens to serve until the next block is checked
+        self.tokens_until_check: float = float(
+            "inf"
+        )  # tokens to serve until the next block is checked
         if self._entries:
             entry = self._entries[0]
             self._every = CHECKED_SHARE * entry.block_bytes // shards[0].dtype.itemsize
-            self.owed = self._every
+            self.tokens_until_check = self._every
 
-    def try_some(self) -> None:
+    def check_random_blocks(self) -> None:
         """Checks TRIED_BLOCKS blocks, drawn by chance."""
         draw = random.SystemRandom()
         for _ in range(TRIED_BLOCKS if self._entries else 0):
@@ -73,7 +75,7 @@ class BlockChecks:
 
     def check(self, number: int, token: int) -> None:
         """Checks the block of shard `number` that holds `token`, once. Raises DataError."""
-        self.owed = self._every
+        self.tokens_until_check = self._every
         entry = self._entries[number]
         block = token * self._shards[number].dtype.itemsize // entry.block_bytes
         if (number, block) in self._seen:

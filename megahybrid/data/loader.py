@@ -116,7 +116,7 @@ class BatchLoader:
         self._replaced = 0
         self._held: list[StepData | BaseException | None] = []  # taken from the queue by `ready`
         self._waits_since: float | None = None
-        self._told = False
+        self._warned = False
         self._thread: threading.Thread | None = None
         if prefetch:
             self._start()
@@ -176,7 +176,7 @@ class BatchLoader:
     def __next__(self) -> StepData:
         began = self._waits_since or time.perf_counter()
         item = self._next()
-        self._waits_since, self._told = None, False
+        self._waits_since, self._warned = None, False
         if isinstance(item, StepData):
             self._state = item.state
             self._ahead.popleft()
@@ -209,12 +209,12 @@ class BatchLoader:
             pass
         if not self._thread.is_alive() and self._queue.empty():
             self._replace()
-        if not self._told and time.perf_counter() - self._waits_since >= self._stall_seconds:
-            self._told = True
-            self._tell_stall()
+        if not self._warned and time.perf_counter() - self._waits_since >= self._stall_seconds:
+            self._warned = True
+            self._warn_of_stall()
         return False
 
-    def _tell_stall(self) -> None:
+    def _warn_of_stall(self) -> None:
         assert self._waits_since is not None
         shape = self._ahead[0] if self._ahead else None
         sources = ", ".join(

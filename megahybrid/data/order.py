@@ -106,17 +106,17 @@ class SourceOrder:
         self._permutation = lru_cache(maxsize=8)(
             lambda epoch: Permutation(self.blocks, seed, name, epoch)
         )
-        self._place = lru_cache(maxsize=2 * self.lanes + 2)(self._find_place)
+        self._block_span = lru_cache(maxsize=2 * self.lanes + 2)(self._find_block_span)
 
     def start(self) -> Cursor:
         """The cursor before the first token."""
         return [[lane, 0] for lane in range(self.lanes)]
 
-    def place(self, n: int) -> Span:
+    def block_span(self, n: int) -> Span:
         """First token and length of block n of the endless sequence."""
-        return self._place(n)
+        return self._block_span(n)
 
-    def _find_place(self, n: int) -> Span:
+    def _find_block_span(self, n: int) -> Span:
         epoch, index = divmod(n, self.blocks)
         first = self._permutation(epoch)(index) * self.block_tokens
         return first, min(self.block_tokens, self.tokens - first)
@@ -128,7 +128,7 @@ class SourceOrder:
 
         Consecutive spans of a row are joins, even where chance put them side by side on disk.
         """
-        lanes, block_tokens, place = self.lanes, self.block_tokens, self._place
+        lanes, block_tokens, block_span = self.lanes, self.block_tokens, self._block_span
         after = [list(lane) for lane in cursor]
         heap = [
             (n // lanes * block_tokens + offset, lane) for lane, (n, offset) in enumerate(after)
@@ -138,7 +138,7 @@ class SourceOrder:
         for _ in range(rows):
             lane = heap[0][1]
             n, offset = after[lane]
-            first, size = place(n)
+            first, size = block_span(n)
             end = offset + length
             if end < size:
                 taken.append(((first + offset, length),))
@@ -155,7 +155,7 @@ class SourceOrder:
         """A row that reaches its block's end: its spans, and the lane's cursor after it."""
         spans = []
         while length:
-            first, size = self._place(n)
+            first, size = self._block_span(n)
             part = min(length, size - offset)
             spans.append((first + offset, part))
             length -= part
@@ -201,7 +201,7 @@ class SourceOrder:
 
     def _left(self, n: int, offset: int) -> int:
         """Tokens of the first epoch that are left to the lane that stands at block n."""
-        return sum(self._place(m)[1] for m in range(n, self.blocks, self.lanes)) - offset
+        return sum(self._block_span(m)[1] for m in range(n, self.blocks, self.lanes)) - offset
 
     def check(self, cursor: Any) -> Cursor:
         """The cursor, if it can be one of this order; else DataError."""
@@ -212,7 +212,7 @@ class SourceOrder:
                 and len(entry) == 2
                 and all(type(number) is int and number >= 0 for number in entry)
                 and entry[0] % self.lanes == lane
-                and entry[1] < self.place(entry[0])[1]
+                and entry[1] < self.block_span(entry[0])[1]
             )
             if not valid:
                 break

@@ -17,22 +17,22 @@ def tokenizer_of(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
                 "data.tokenizer=null: this run names no tokenizer. Name its file with --tokenizer."
             )
         name, file = "data.tokenizer", Path(run.data.tokenizer)
-    words = load_tokenizer(file)
-    if words.info.vocab_size > run.model.vocab_size:
+    tokenizer = load_tokenizer(file)
+    if tokenizer.info.vocab_size > run.model.vocab_size:
         raise DataError(
-            f"{name}={file} has {words.info.vocab_size} tokens, more than the model knows "
+            f"{name}={file} has {tokenizer.info.vocab_size} tokens, more than the model knows "
             f"(model.vocab_size={run.model.vocab_size}). Name the tokenizer that made the data."
         )
     known = known_tokenizer(run)
     if known is None:
-        return words, words.info.eod_id
+        return tokenizer, tokenizer.info.eod_id
     made_with, source = known
-    if words.info.sha256 != made_with.sha256:
+    if tokenizer.info.sha256 != made_with.sha256:
         raise DataError(
-            f"{name}={file} has sha256 {words.info.sha256[:12]}, but {source} was made with "
+            f"{name}={file} has sha256 {tokenizer.info.sha256[:12]}, but {source} was made with "
             f"{made_with.sha256[:12]}. Name the tokenizer that made the data."
         )
-    return words, made_with.eod_id
+    return tokenizer, made_with.eod_id
 
 
 def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:

@@ -176,11 +176,11 @@ class ShardIndex:
             begins = ends - part * item
             wrong = np.asarray(pointers[first : first + CHECK_ENTRIES]) != begins
             if wrong.any():
-                place = int(np.argmax(wrong))
+                index = int(np.argmax(wrong))
                 raise _damaged(
                     self.idx_path,
-                    f"puts sequence {first + place} at byte {pointers[first + place]}, "
-                    f"not {begins[place]} (where the one before ends)",
+                    f"puts sequence {first + index} at byte {pointers[first + index]}, "
+                    f"not {begins[index]} (where the one before ends)",
                 )
             expected = int(ends[-1])
         self._check_document_index()

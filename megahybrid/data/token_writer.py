@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megahybrid.data.document_metadata import NOTHING, NotesWriter
+from megahybrid.data.document_metadata import NOTHING, MetadataWriter
 from megahybrid.data.manifest import (
     BLOCK_BYTES,
     MANIFEST_NAME,
@@ -53,7 +53,7 @@ class TokenWriter:
         command: str = "",
         shard_tokens: int = SHARD_TOKENS,
         block_bytes: int = BLOCK_BYTES,
-        noted: bool = False,
+        has_metadata: bool = False,
     ) -> None:
         """noted: documents come with notes (JSON objects), kept beside the tokens."""
         check_shard_tokens(shard_tokens)
@@ -63,7 +63,7 @@ class TokenWriter:
             raise DataError(f"{self.folder} is not empty. Name a new folder, or remove this one.")
         self.tokenizer, self.shard_tokens, self.block_bytes = tokenizer, shard_tokens, block_bytes
         self._sources, self._command = tuple(map(dict, sources)), command
-        self._dtype, self._noted = np.dtype(tokenizer.dtype), noted
+        self._dtype, self._has_metadata = np.dtype(tokenizer.dtype), has_metadata
         self._shards: list[ShardEntry] = []
         self._histogram = np.zeros((64, 2), np.int64)
         self._shard: _Shard | None = None
@@ -96,7 +96,7 @@ class TokenWriter:
         tokens: Array,
         lengths: Array,
         counts: Array | None = None,
-        notes: Sequence[bytes] | None = None,
+        metadata_lines: Sequence[bytes] | None = None,
     ) -> None:
         """Appends documents that lie one after another in `tokens`, each ending with eod.
 
@@ -109,11 +109,11 @@ class TokenWriter:
         self._check(tokens, lengths)
         for name, given, unit, number in (
             ("counts", counts, "token", len(tokens)),
-            ("notes", notes or None, "document", len(lengths)),
+            ("metadata_lines", metadata_lines or None, "document", len(lengths)),
         ):
             if given is not None and len(given) != number:
                 raise DataError(f"{name} has {len(given)} entries, not one per {unit} ({number}).")
-        _check_notes(notes or ())
+        _check_metadata(metadata_lines or ())
         bins = np.frexp(lengths)[1] - 1
         self._histogram[:, 0] += np.bincount(bins, minlength=64)
         # Sums of one call stay far below 2**53, so counting in float64 is exact.
@@ -133,16 +133,18 @@ class TokenWriter:
             end = int(ends[stop - 1])
             shard.append(tokens[begin:end], lengths[first:stop])
             shard.count(end - begin, None if counts is None else counts[begin:end])
-            if self._noted:
-                shard.note(notes[first:stop] if notes else [NOTHING] * (stop - first))
+            if self._has_metadata:
+                shard.add_metadata(
+                    metadata_lines[first:stop] if metadata_lines else [NOTHING] * (stop - first)
+                )
             first, begin = stop, end
 
-    def add_long(self, pieces: Iterable[Array], length: int, note: bytes = NOTHING) -> None:
+    def add_long(self, pieces: Iterable[Array], length: int, metadata: bytes = NOTHING) -> None:
         """Appends one document of `length` tokens, eod included, that comes in pieces.
 
         Raises DataError as `add_documents` does.
         """
-        _check_notes([note])
+        _check_metadata([metadata])
         if self._shard is not None and self._shard.tokens + length > self.shard_tokens:
             self._finish_shard()
         shard = self._shard = self._shard or _Shard(self, len(self._shards))
@@ -159,7 +161,7 @@ class TokenWriter:
         if done != length:
             raise DataError(f"document lengths sum to {length}, not {done} (tokens).")
         shard.enter(np.asarray([length], np.int64))
-        shard.note([note or NOTHING])
+        shard.add_metadata([metadata or NOTHING])
         self._histogram[length.bit_length() - 1] += (1, length)
 
     def _check(self, tokens: Array, lengths: Array) -> None:
@@ -221,10 +223,12 @@ class TokenWriter:
             self._shard.file.close()
 
 
-def _check_notes(notes: Sequence[bytes]) -> None:
-    for note in notes:
-        if b"\n" in note:
-            raise DataError(f"note {note[:60]!r} is not one line. Write each as one JSON object.")
+def _check_metadata(metadata_lines: Sequence[bytes]) -> None:
+    for metadata in metadata_lines:
+        if b"\n" in metadata:
+            raise DataError(
+                f"metadata {metadata[:60]!r} is not one line. Write each as one JSON object."
+            )
 
 
 class _Shard:
@@ -241,8 +245,10 @@ class _Shard:
         self.crc, self.crc_bytes = 0, 0
         # Tokens written at a time and which of them count; None: all. Held until the shard ends.
         self.counts: list[tuple[int, Array | None]] = []
-        noted = writer._noted
-        self.notes = NotesWriter(self.folder / f"{self.name}.jsonl") if noted else None
+        has_metadata = writer._has_metadata
+        self.metadata_writer = (
+            MetadataWriter(self.folder / f"{self.name}.jsonl") if has_metadata else None
+        )
 
     def append(self, tokens: Array, lengths: Array) -> None:
         self.write(tokens)
@@ -255,10 +261,10 @@ class _Shard:
         self._checksum(data)
         self.tokens += len(tokens)
 
-    def note(self, notes: Sequence[bytes]) -> None:
+    def add_metadata(self, metadata_lines: Sequence[bytes]) -> None:
         """One note for each of the documents just written."""
-        if self.notes is not None:
-            self.notes.add(notes)
+        if self.metadata_writer is not None:
+            self.metadata_writer.add(metadata_lines)
 
     def count(self, tokens: int, counts: Array | None) -> None:
         """Which of the tokens just written count as targets; None: all."""
@@ -311,7 +317,7 @@ class _Shard:
             block_bytes=self.block_bytes,
             crc32=tuple(self.checksums),
             mask_crc32=self._finish_mask(),
-            notes_crc32=self.notes.finish() if self.notes else None,
+            notes_crc32=self.metadata_writer.finish() if self.metadata_writer else None,
         )
 
     def _finish_mask(self) -> int | None:

@@ -14,10 +14,10 @@ from megahybrid.data.token_file import Array
 from megahybrid.data.word_cache import (
     SEPARATORS,
     SPACE_SIGN,
-    Cuts,
+    SplitPatterns,
     WordCache,
-    hugging_face_words,
-    sentencepiece_words,
+    hugging_face_splits,
+    sentencepiece_splits,
 )
 from megahybrid.errors import DataError
 from megahybrid.plain_file import read_plain_file
@@ -51,7 +51,7 @@ class _Arrays:
     """`encode_arrays` of what has `encode` and `info`."""
 
     info: TokenizerInfo
-    _words: WordCache | None = None
+    _word_cache: WordCache | None = None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -59,13 +59,13 @@ class _Arrays:
 
     def encode_arrays(self, texts: Sequence[str]) -> list[Array]:
         """Ids of each text in the dtype of `info`, word by word where that gives the same."""
-        if self._words is not None:
-            return self._words.encode(several(texts))
+        if self._word_cache is not None:
+            return self._word_cache.encode(several(texts))
         return [np.asarray(ids, self.info.dtype) for ids in self.encode(texts)]
 
-    def _use_words(self, cuts: Cuts | None, whole: re.Pattern[str]) -> None:
+    def _use_word_cache(self, cuts: SplitPatterns | None, whole: re.Pattern[str]) -> None:
         if cuts is not None:
-            self._words = WordCache(self.encode, np.dtype(self.info.dtype), cuts, whole)
+            self._word_cache = WordCache(self.encode, np.dtype(self.info.dtype), cuts, whole)
 
 
 class SentencePieceTokenizer(_Arrays):
@@ -92,7 +92,7 @@ class SentencePieceTokenizer(_Arrays):
             kind="sentencepiece", sha256=_sha256(raw), vocab_size=piece.vocab_size(), eod_id=eod_id
         )
         names = [piece.id_to_piece(token) for token in range(piece.vocab_size())]
-        self._use_words(sentencepiece_words(raw, names), re.compile(SPACE_SIGN))
+        self._use_word_cache(sentencepiece_splits(raw, names), re.compile(SPACE_SIGN))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -132,7 +132,7 @@ class HuggingFaceTokenizer(_Arrays):
         self.info = TokenizerInfo(
             kind="huggingface", sha256=_sha256(raw), vocab_size=size, eod_id=eod_id
         )
-        self._use_words(hugging_face_words(backend.to_str()), SEPARATORS)
+        self._use_word_cache(hugging_face_splits(backend.to_str()), SEPARATORS)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""

@@ -35,9 +35,9 @@ def verify_dataset(
         dataset.plan.check_contents(dataset.tokens)
     for mask in dataset.masks:
         mask.verify()
-    for notes in dataset.notes:
-        if notes is not None:
-            notes.verify()
+    for metadata in dataset.shard_metadata:
+        if metadata is not None:
+            metadata.verify()
     files = ShardFiles(dataset.shards)
     # Two blocks at a time: checksums and comparisons run outside of Python's lock.
     with ThreadPoolExecutor(THREADS) as pool:
@@ -88,9 +88,9 @@ def _check_tokens(
     tokens = np.frombuffer(data, shard.dtype)
     unsigned = tokens.view(f"<u{shard.dtype.itemsize}")  # a negative id is a huge one
     if int(unsigned.max()) >= dataset.vocab_size:
-        place = int(np.argmax(unsigned >= dataset.vocab_size))
+        index = int(np.argmax(unsigned >= dataset.vocab_size))
         raise DataError(
-            f"{shard.bin_path} has token id {tokens[place]} at token {first + place}, not below "
+            f"{shard.bin_path} has token id {tokens[index]} at token {first + index}, not below "
             f"vocab_size={dataset.vocab_size}. Name the tokenizer that made the data."
         )
     if dataset.eod_id is None:
@@ -99,8 +99,8 @@ def _check_tokens(
     low, high = np.searchsorted(ends, [first + 1, first + len(tokens) + 1])
     expected = ends[low:high]
     if not np.array_equal(found, expected):
-        place = int(np.setxor1d(found, expected)[0]) - 1
+        index = int(np.setxor1d(found, expected)[0]) - 1
         raise DataError(
             f"{shard.bin_path} and {shard.idx_path.name} disagree on a document's end at token "
-            f"{place} (eod_id={dataset.eod_id}). Prepare the data again."
+            f"{index} (eod_id={dataset.eod_id}). Prepare the data again."
         )

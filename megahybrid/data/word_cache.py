@@ -43,7 +43,7 @@ KNOWN_SPLITS = {
 }
 
 
-class Cuts(NamedTuple):
+class SplitPatterns(NamedTuple):
     """How a text may be cut. pieces: at some places where the tokenizer cuts, found fast; words:
     of an ASCII piece exactly what the tokenizer makes of it, where that can be said in `re` and
     the piece has nothing of `added`, which the tokenizer looks for before."""
@@ -63,7 +63,7 @@ class WordCache:
         self,
         encode: Callable[[Sequence[str]], list[list[int]]],
         dtype: np.dtype[Any],
-        cuts: Cuts,
+        cuts: SplitPatterns,
         whole: re.Pattern[str],
     ) -> None:
         self._encode, self._dtype = encode, dtype
@@ -76,19 +76,19 @@ class WordCache:
     def encode(self, texts: Sequence[str]) -> list[Array]:
         """Ids of each text, as the tokenizer gives them for the whole."""
         pieces = [[text] if self._whole(text) else self._find(text) for text in texts]
-        raw = self._through(self._pieces, pieces, self._pieces_packed)
+        raw = self._cached_ids(self._pieces, pieces, self._encode_pieces)
         return [np.frombuffer(item, self._dtype) for item in raw]
 
-    def _through(
+    def _cached_ids(
         self,
         kept: dict[str, bytes],
         parted: list[list[str]],
-        packed: Callable[[list[str]], Iterable[bytes]],
+        encode_new: Callable[[list[str]], Iterable[bytes]],
     ) -> list[bytes]:
-        """Ids of each list of strings, joined; `packed` gives those of the ones not yet kept."""
+        """Ids of each list of strings, joined; `encode_new` gives those of the ones not yet kept."""
         new = list({piece for part in parted for piece in part if piece not in kept})
         if new:
-            kept.update(zip(new, packed(new), strict=True))
+            kept.update(zip(new, encode_new(new), strict=True))
         raw = [b"".join(map(kept.__getitem__, part)) for part in parted]
         for piece in new:
             if len(piece) > LONGEST_WORD:
@@ -97,23 +97,23 @@ class WordCache:
             kept.clear()
         return raw
 
-    def _pieces_packed(self, pieces: list[str]) -> Iterable[bytes]:
+    def _encode_pieces(self, pieces: list[str]) -> Iterable[bytes]:
         if (find := self._find_words) is None:
-            return self._packed(pieces)
+            return self._encode_words(pieces)
         added = self._added
         parted = [
             find(piece) if piece.isascii() and not added(piece) else [piece] for piece in pieces
         ]
-        return self._through(self._words, parted, self._packed)
+        return self._cached_ids(self._words, parted, self._encode_words)
 
-    def _packed(self, pieces: list[str]) -> Iterator[bytes]:
+    def _encode_words(self, pieces: list[str]) -> Iterator[bytes]:
         encoded = self._encode(pieces)
         ends = np.cumsum([len(ids) for ids in encoded]) * self._dtype.itemsize
         raw = np.fromiter(chain.from_iterable(encoded), self._dtype).tobytes()
         return (raw[begin:end] for begin, end in pairwise([0, *ends.tolist()]))
 
 
-def sentencepiece_words(raw: bytes, pieces: Sequence[str]) -> Cuts | None:
+def sentencepiece_splits(raw: bytes, pieces: Sequence[str]) -> SplitPatterns | None:
     """How texts for this model file may be cut, or None where they may not.
 
     Merges of a BPE are tokens, so where no token has a space after another character none reaches
@@ -131,7 +131,7 @@ def sentencepiece_words(raw: bytes, pieces: Sequence[str]) -> Cuts | None:
         and normaliser.get(5, 1) == 1  # escape_whitespaces
     )
     crosses = re.compile(f"[^{SPACE_SIGN}]{SPACE_SIGN}").search
-    return Cuts(SPACE) if settings and not any(map(crosses, pieces)) else None
+    return SplitPatterns(SPACE) if settings and not any(map(crosses, pieces)) else None
 
 
 def _messages(raw: bytes, number: int) -> dict[int, Any]:
@@ -145,31 +145,31 @@ def _messages(raw: bytes, number: int) -> dict[int, Any]:
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
     """Field numbers and values of a protobuf message: whole numbers, or bytes."""
-    place = 0
+    position = 0
 
     def number() -> int:
-        nonlocal place
+        nonlocal position
         value = shift = 0
         while True:
-            byte = raw[place]
-            place += 1
+            byte = raw[position]
+            position += 1
             value |= (byte & 127) << shift
             shift += 7
             if byte < 128:
                 return value
 
-    while place < len(raw):
+    while position < len(raw):
         field, kind = divmod(number(), 8)
         if kind == 0:
             yield field, number()
             continue
         size = {1: 8, 2: -1, 5: 4}[kind]
         size = number() if size < 0 else size
-        yield field, raw[place : place + size]
-        place += size
+        yield field, raw[position : position + size]
+        position += size
 
 
-def hugging_face_words(text: str) -> Cuts | None:
+def hugging_face_splits(text: str) -> SplitPatterns | None:
     """How texts for this tokenizer.json may be cut, or None where they may not.
 
     Known are byte-level BPEs with the splits of GPT-2, and of GPT-4 and its like.
@@ -192,7 +192,7 @@ def hugging_face_words(text: str) -> Cuts | None:
     return found._replace(added=re.compile(names))
 
 
-def _splits(value: Any) -> Cuts | None:
+def _splits(value: Any) -> SplitPatterns | None:
     parts = value["pretokenizers"] if value and value["type"] == "Sequence" else [value]
     digits = [part for part in parts if part and part["type"] == "Digits"]
     *splits, last = [part for part in parts if part not in digits] or [None]
@@ -200,7 +200,7 @@ def _splits(value: Any) -> Cuts | None:
         return None
     regex = last.get("use_regex", True)
     if not splits:
-        return Cuts(ANY_SPACE, None if digits else _ascii(GPT2_SPLIT)) if regex else None
+        return SplitPatterns(ANY_SPACE, None if digits else _ascii(GPT2_SPLIT)) if regex else None
     known = all(
         part["type"] == "Split"
         and part["pattern"].get("Regex") in KNOWN_SPLITS
@@ -210,7 +210,7 @@ def _splits(value: Any) -> Cuts | None:
     )
     if not known or len(splits) > 1 or regex:
         return None
-    return Cuts(PLAIN_SPACE, None if digits else _ascii(splits[0]["pattern"]["Regex"]))
+    return SplitPatterns(PLAIN_SPACE, None if digits else _ascii(splits[0]["pattern"]["Regex"]))
 
 
 def _ascii(split: str) -> re.Pattern[str]:

@@ -37,10 +37,10 @@ def score_answers(
     likelihoods are over the same. Any layout: every rank of a tensor axis calls it alike.
     """
     scores: dict[int, Score] = {}
-    places = {id(example): index for index, example in enumerate(examples)}
+    positions = {id(example): index for index, example in enumerate(examples)}
     for batch in same_length(examples, batch_tokens):
         for example, score in zip(batch, _score_batch(model, batch, vocab_size), strict=True):
-            scores[places[id(example)]] = score
+            scores[positions[id(example)]] = score
         tell(len(scores))
     return [scores[index] for index in range(len(examples))]
 
@@ -54,13 +54,17 @@ def _score_batch(
     tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % tensor.size))
     hidden = gather_sequence(model.hidden(tokens), tensor)  # [seq, batch, hidden]
     for row, example in enumerate(batch):
-        places = torch.tensor(example.counted, device=device)
-        asked = hidden[places - 1, row][:, None]
-        logits = model.head.logits(asked, model.config.logit_scale)[: len(places), 0, :vocab_size]
-        wanted = tokens[row, places]
+        positions = torch.tensor(example.counted, device=device)
+        asked = hidden[positions - 1, row][:, None]
+        logits = model.head.logits(asked, model.config.logit_scale)[
+            : len(positions), 0, :vocab_size
+        ]
+        wanted = tokens[row, positions]
         likely = logits.double().log_softmax(dim=-1).gather(1, wanted[:, None])
         hit = logits.argmax(dim=-1) == wanted
-        yield Score(bool(hit.all()), float(hit.double().mean()), float(likely.sum()), len(places))
+        yield Score(
+            bool(hit.all()), float(hit.double().mean()), float(likely.sum()), len(positions)
+        )
 
 
 @dataclass(frozen=True)

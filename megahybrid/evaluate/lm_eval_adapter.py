@@ -31,14 +31,14 @@ class HybridLM(TemplateLM):
     def __init__(
         self,
         model: Transformer,
-        words: Tokenizer,
+        tokenizer: Tokenizer,
         *,
         eod_id: int,
         max_length: int,
         batch_tokens: int = 16_384,
     ) -> None:
         super().__init__()
-        self.model, self.words, self._eod_id = model, words, eod_id
+        self.model, self._tokenizer, self._eod_id = model, tokenizer, eod_id
         self.max_length, self.batch_tokens = max_length, batch_tokens
 
     @property
@@ -49,13 +49,13 @@ class HybridLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Names the tokenizer in the harness's caches."""
-        return self.words.info.sha256[:16]
+        return self._tokenizer.info.sha256[:16]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Ids of the text alone: our tokenizers add nothing."""
-        return self.words.encode([string])[0]
+        return self._tokenizer.encode([string])[0]
 
     def _loglikelihood_tokens(
         self,
@@ -114,7 +114,7 @@ class HybridLM(TemplateLM):
                 self.model,
                 [asked[n][0] for n in batch],
                 first[1],
-                vocab_size=self.words.info.vocab_size,
+                vocab_size=self._tokenizer.info.vocab_size,
                 ends=partial(self._ends, until=first[2]),
             )
             for n, tokens in zip(batch, added, strict=True):
@@ -142,11 +142,11 @@ class HybridLM(TemplateLM):
     def _ends(self, tokens: list[int], until: tuple[str, ...]) -> bool:
         if tokens[-1] == self._eod_id:
             return True
-        text = self.words.decode(tokens)
+        text = self._tokenizer.decode(tokens)
         return any(stop and stop in text for stop in until)
 
     def _cut(self, tokens: list[int], until: tuple[str, ...]) -> str:
-        text = self.words.decode([token for token in tokens if token != self._eod_id])
+        text = self._tokenizer.decode([token for token in tokens if token != self._eod_id])
         for stop in until:
             if stop:
                 text = text.split(stop)[0]

@@ -30,7 +30,7 @@ class NeedleMaker:
         where the length cannot hold needles, question and answer.
         """
         task, encode = self.task, self.material.encode
-        keys, values, asked = self._drawn(draw)
+        keys, values, asked = self._draw_needles(draw)
         needles = [
             encode(task.needle.format(key=key, value=value))
             for key, value in zip(keys, values, strict=True)
@@ -51,8 +51,8 @@ class NeedleMaker:
                 f"lengths={length} is too short for needles, question and answer ({fixed} tokens "
                 "with this tokenizer). Use longer rows."
             )
-        hay, places = self._hay(length - fixed, keys, draw)
-        cuts = _cuts([depths[n] for n in order], len(hay), places)
+        hay, positions = self._hay(length - fixed, keys, draw)
+        cuts = _cuts([depths[n] for n in order], len(hay), positions)
         tokens: list[int] = []
         spans: dict[int, tuple[int, int]] = {}
         done = 0
@@ -73,7 +73,7 @@ class NeedleMaker:
             references=tuple(found),
         )
 
-    def _drawn(self, draw: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
+    def _draw_needles(self, draw: np.random.Generator) -> tuple[list[str], list[str], list[int]]:
         """Keys and values of all needles, and which of them are asked for."""
         task = self.task
         count = 1 if task.variant == "single" else task.needles
@@ -88,7 +88,7 @@ class NeedleMaker:
     ) -> tuple[list[int], list[int] | None]:
         if self.hay is not None:
             return self.hay(count, draw)
-        task, hay, places = self.task, list[int](), [0]
+        task, hay, positions = self.task, list[int](), [0]
         lists = [known for known in (task.keys, task.values) if isinstance(known, list)]
         few = min([16, *map(len, lists)])
         if isinstance(task.keys, list) and set(task.keys) <= set(keys):
@@ -100,14 +100,14 @@ class NeedleMaker:
             others = [k for k in draw_strings(task.keys, few, draw) if k not in keys]
             for key, value in zip(others, draw_strings(task.values, few, draw), strict=False):
                 hay += self.material.encode(task.needle.format(key=key, value=value))
-                places.append(len(hay))
-        return hay[:count], [place for place in places if place <= count]
+                positions.append(len(hay))
+        return hay[:count], [position for position in positions if position <= count]
 
 
-def _cuts(depths: list[float], size: int, places: list[int] | None) -> list[int]:
-    """Where in `size` tokens of hay needles go: at the nearest of `places`, if there are any."""
+def _cuts(depths: list[float], size: int, positions: list[int] | None) -> list[int]:
+    """Where in `size` tokens of hay needles go: at the nearest of `positions`, if there are any."""
     cuts = [round(depth * size) for depth in depths]
-    if places is None:
+    if positions is None:
         return cuts
-    known = np.asarray(places)
+    known = np.asarray(positions)
     return [int(known[np.abs(known - cut).argmin()]) for cut in cuts]

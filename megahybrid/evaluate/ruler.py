@@ -173,14 +173,14 @@ def variables(size: int, draw: np.random.Generator, hops: int = 4) -> tuple[str,
         name = "".join(draw.choice(letters, 5))
         names += [name] if name not in names else []
     value = str(draw.integers(10_000, 100_000))
-    said = [f"VAR {names[0]} = {value}."]
-    said += [f"VAR {names[n + 1]} = VAR {names[n]}." for n in range(hops)]
-    places = np.sort(draw.integers(0, size + 1, hops + 1))
+    statements = [f"VAR {names[0]} = {value}."]
+    statements += [f"VAR {names[n + 1]} = VAR {names[n]}." for n in range(hops)]
+    positions = np.sort(draw.integers(0, size + 1, hops + 1))
     text = [NOISE.text.strip()] * size
-    for place, line in sorted(zip(places, said, strict=True), key=lambda one: -one[0]):
-        text.insert(int(place), line)
+    for position, line in sorted(zip(positions, statements, strict=True), key=lambda one: -one[0]):
+        text.insert(int(position), line)
     # Equal places were inserted in reverse of their order; assignments must follow one another.
-    lines = iter(said)
+    lines = iter(statements)
     text = [next(lines) if line.startswith("VAR ") else line for line in text]
     body = "Follow the chain of assignments in this text.\n" + "\n".join(text)
     return body, f"\nAll variables whose value is {value} are:", names

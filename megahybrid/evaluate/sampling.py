@@ -53,13 +53,13 @@ def sample_tokens(
     model's logits are not finite.
     """
     known = list(prompt)
-    told = False
+    warned = False
     decoder: Decoder | None = None
     for number in range(tokens):
         if len(known) > context_tokens:
-            if not told:
+            if not warned:
                 cropped()
-            told, decoder = True, None
+            warned, decoder = True, None
             context = torch.tensor([known[-context_tokens:]], device=model.embedding.weight.device)
             all_logits = next_token_logits(model, context)
         elif decoder is None:

@@ -17,10 +17,10 @@ from megahybrid.evaluate.synthetic import PUZZLES, Alphabet
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.random import key
 
-Tell = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 
 
-def drawn(seed: int, *names: str | int) -> np.random.Generator:
+def example_draw(seed: int, *names: str | int) -> np.random.Generator:
     """The draws of one example, a function of the names alone."""
     return np.random.Generator(np.random.Philox(key=key(seed, "suite", *names)))
 
@@ -33,7 +33,7 @@ def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Ex
         for length in task.lengths:
             for depth in task.depths:
                 for trial in range(task.trials):
-                    draw = drawn(seed, name, length, str(depth), trial)
+                    draw = example_draw(seed, name, length, str(depth), trial)
                     found.append(maker.make(length, depth, draw))
     elif isinstance(task, SyntheticTask):
         first, stop = task.ids or (0, material.vocab_size)
@@ -45,23 +45,28 @@ def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Ex
         ids = Alphabet(first, stop)
         for length in task.lengths:
             for trial in range(task.trials):
-                draw = drawn(seed, name, length, trial)
-                one = PUZZLES[task.kind](length, task.pairs, ids, draw)
-                one.labels.update(length=length)
-                found.append(one)
+                draw = example_draw(seed, name, length, trial)
+                example = PUZZLES[task.kind](length, task.pairs, ids, draw)
+                example.labels.update(length=length)
+                found.append(example)
     else:
         ruler = RulerMaker(task, material)
         for which in task.tasks:
             for length in task.lengths:
                 for trial in range(task.trials):
-                    one = ruler.make(which, length, drawn(seed, name, which, length, trial))
-                    one.labels.update(task=which, length=length)
-                    found.append(one)
+                    example = ruler.make(
+                        which, length, example_draw(seed, name, which, length, trial)
+                    )
+                    example.labels.update(task=which, length=length)
+                    found.append(example)
     return found
 
 
 def run_suite(
-    model: Transformer, suite: Suite, material: Material, tell: Tell = lambda name, done, of: None
+    model: Transformer,
+    suite: Suite,
+    material: Material,
+    tell: ReportProgress = lambda name, done, of: None,
 ) -> dict[str, Any]:
     """Scores of every task, as JSON values; `tell` is told a task's progress."""
     results: dict[str, Any] = {}
@@ -73,12 +78,16 @@ def run_suite(
         else:
             labels = ("length", "depth") if isinstance(task, NeedleTask) else ("length",)
 
-            def told(done: int, name: str = name, of: int = len(examples)) -> None:
+            def report_task(done: int, name: str = name, of: int = len(examples)) -> None:
                 tell(name, done, of)
 
             vocab_size = material.vocab_size
             scores = score_answers(
-                model, examples, vocab_size=vocab_size, batch_tokens=suite.batch_tokens, tell=told
+                model,
+                examples,
+                vocab_size=vocab_size,
+                batch_tokens=suite.batch_tokens,
+                tell=report_task,
             )
             result["rows"] = by_labels(examples, scores, labels)
             result["by_length"] = by_labels(examples, scores, ("length",))
@@ -95,7 +104,7 @@ def _ruler(
     examples: list[Example],
     suite: Suite,
     material: Material,
-    tell: Tell,
+    tell: ReportProgress,
 ) -> list[dict[str, Any]]:
     """A row for each of RULER's tasks and lengths: the mean share of references found."""
     assert material.tokenizer is not None  # needles were encoded with it

@@ -24,14 +24,14 @@ class Alphabet:
                 f"ids={[first, stop]} leaves {max(0, half)} keys beside {NOISE} of noise and a "
                 f"question mark. Use at least {NOISE + 5} ids."
             )
-        self.mark = first
+        self.question_mark = first
         self.noise = np.arange(first + 1, first + 1 + NOISE)
         self.keys = np.arange(half) + first + 1 + NOISE
         self.values = self.keys + half
 
 
 def recall(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator) -> Example:
-    """`pairs` of key and value at drawn places in noise; then `mark key value` for each key once.
+    """`pairs` of key and value at drawn places in noise; then `question_mark key value` for each key once.
 
     The values asked for are what counts; every key is asked in drawn order.
     """
@@ -45,12 +45,12 @@ def recall(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator) ->
     values = draw.choice(ids.values, pairs)
     tokens = draw.choice(ids.noise, length)
     # Places in a text where each pair is one token, then each one shifted by those before it.
-    places = np.sort(draw.choice(context - pairs, pairs, replace=False)) + np.arange(pairs)
-    tokens[places], tokens[places + 1] = keys, values
+    positions = np.sort(draw.choice(context - pairs, pairs, replace=False)) + np.arange(pairs)
+    tokens[positions], tokens[positions + 1] = keys, values
     order = draw.permutation(pairs)
-    tokens[context::3], tokens[context + 1 :: 3] = ids.mark, keys[order]
+    tokens[context::3], tokens[context + 1 :: 3] = ids.question_mark, keys[order]
     tokens[context + 2 :: 3] = values[order]
-    spans = tuple((int(place), int(place) + 2) for place in places)
+    spans = tuple((int(position), int(position) + 2) for position in positions)
     asked = tuple(range(context + 2, length, 3))
     return Example(_plain(tokens), context, context + 2, spans, asked)
 
@@ -60,7 +60,7 @@ def copy(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator) -> E
     size = (length - 1) // 2
     text = draw.choice(ids.values, size)
     front = draw.choice(ids.noise, length - 1 - 2 * size)
-    tokens = np.concatenate((front, text, [ids.mark], text))
+    tokens = np.concatenate((front, text, [ids.question_mark], text))
     return Example(
         _plain(tokens), length - size - 1, length - size, ((len(front), len(front) + size),)
     )
@@ -71,9 +71,9 @@ def induction(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator)
     key, value = draw.choice(ids.keys), draw.choice(ids.values)
     others = np.concatenate((ids.keys[ids.keys != key], ids.values))
     tokens = draw.choice(others, length)
-    place = int(draw.integers(length - 3))
-    tokens[[place, place + 1, length - 2, length - 1]] = key, value, key, value
-    return Example(_plain(tokens), length - 2, length - 1, ((place, place + 2),))
+    position = int(draw.integers(length - 3))
+    tokens[[position, position + 1, length - 2, length - 1]] = key, value, key, value
+    return Example(_plain(tokens), length - 2, length - 1, ((position, position + 2),))
 
 
 def phonebook(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator) -> Example:
@@ -91,7 +91,7 @@ def phonebook(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator)
     book[:, 2:] = draw.choice(ids.values, (entries, 3))
     front = draw.choice(ids.noise, length - 6 - 5 * entries)
     one = int(draw.integers(entries))
-    tokens = np.concatenate((front, book.ravel(), [ids.mark], book[one]))
+    tokens = np.concatenate((front, book.ravel(), [ids.question_mark], book[one]))
     start = len(front) + 5 * one
     return Example(_plain(tokens), length - 6, length - 3, ((start, start + 5),))
 

@@ -17,7 +17,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError
 from megahybrid.parallel.collectives import copy_to_tensor, reduce_both
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, mark
+from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
 
 RmsFunction = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -204,7 +204,9 @@ class QKNormModule(nn.Module):
 
 def _weight(name: str, shape: tuple[int, ...], dim: int | None, mesh: ParallelMesh) -> nn.Parameter:
     spec = ShardSpec((Segment(name, shape, dim),), mesh.tensor.size, mesh.tensor.rank)
-    return mark(nn.Parameter(torch.ones(spec.parameter_shape, device=mesh.device)), spec)
+    return attach_shard_spec(
+        nn.Parameter(torch.ones(spec.parameter_shape, device=mesh.device)), spec
+    )
 
 
 def _wide(x: Tensor) -> Tensor:

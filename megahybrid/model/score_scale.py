@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megahybrid.config.attention import AttentionScheme, Llama4Scale, LogScale, SsmaxScale
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, mark
+from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
 
 PositionScale = Llama4Scale | LogScale | SsmaxScale
 
@@ -66,7 +66,7 @@ class QueryScale(nn.Module):
             segment = Segment(f"{name}.logit_scale", (num_heads,), 0)
             spec = ShardSpec((segment,), mesh.tensor.size, mesh.tensor.rank)
             initial = torch.full(spec.parameter_shape, scale.initial, device=mesh.device)
-            self.logit_scale = mark(nn.Parameter(initial), spec)
+            self.logit_scale = attach_shard_spec(nn.Parameter(initial), spec)
 
     @classmethod
     def of(

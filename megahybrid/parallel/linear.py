@@ -20,7 +20,7 @@ from megahybrid.parallel.collectives import (
 )
 from megahybrid.parallel.matmul import linear, product
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, mark, shard_spec
+from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec, shard_spec
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def sharded_parameter(
     """A zero parameter of this rank's shape, marked. `random.fill_normal` draws its values."""
     spec = ShardSpec(segments, mesh.tensor.size, mesh.tensor.rank, padded)
     empty = torch.zeros(spec.parameter_shape, dtype=dtype, device=mesh.device)
-    return mark(nn.Parameter(empty), spec)
+    return attach_shard_spec(nn.Parameter(empty), spec)
 
 
 def _product(x: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> Tensor:

@@ -14,18 +14,18 @@ from torch import Tensor
 
 # Of a row of logits, each summed up by itself. With fewer sums than a device wants (256 rows, on an
 # H200) torch's compiler cuts the rows, and then reads them twice: once to find the largest.
-PIECES = 8
+ROW_PARTS = 8
 
 # peak, total and target's logit of each token: what the ranks tell one another
 Statistics = Float[Tensor, "3 tokens"]
 
 
 class Softmax(NamedTuple):
-    """`statistics` comes first, then `combine`; `slope` gets the logits as the first left them."""
+    """`statistics` comes first, then `combine`; `grad_logits` gets the logits as the first left them."""
 
     statistics: Callable[..., Statistics]
     combine: Callable[..., tuple[Tensor, Tensor]]
-    slope: Callable[..., object]
+    grad_logits: Callable[..., object]
 
 
 def statistics(
@@ -50,7 +50,7 @@ def combine(
     counts: Bool[Tensor, " tokens"],
     scale: float,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Each token's loss, 0 where it does not count, and the `factor` of `slope` on the rank whose
+    """Each token's loss, 0 where it does not count, and the `factor` of `grad_logits` on the rank whose
     largest logit is `peak`."""
     peaks, totals, target_logits = of_ranks.unbind(1)
     top = peaks.amax(dim=0)
@@ -59,7 +59,7 @@ def combine(
     return losses, (peak - top).exp() / denominator * counts * scale
 
 
-def slope(
+def grad_logits(
     exponentials: Float[Tensor, "tokens words"],
     peak: Float[Tensor, " tokens"],
     factor: Float[Tensor, " tokens"],
@@ -81,16 +81,16 @@ def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float)
     find the largest and the sum in one reading."""
     scaled = logits if scale == 1.0 else logits * scale
     target_logit = torch.where(mine, scaled.gather(1, column).squeeze(1), 0)
-    pieces = PIECES if logits.shape[1] % PIECES == 0 else 1
-    parts = scaled.unflatten(1, (pieces, -1))  # [tokens, pieces, words / pieces]
-    peaks = parts.amax(dim=2, keepdim=True)
-    totals = (parts - peaks).exp().sum(dim=2, keepdim=True)
+    parts = ROW_PARTS if logits.shape[1] % ROW_PARTS == 0 else 1
+    of_part = scaled.unflatten(1, (parts, -1))  # [tokens, pieces, words / pieces]
+    peaks = of_part.amax(dim=2, keepdim=True)
+    totals = (of_part - peaks).exp().sum(dim=2, keepdim=True)
     peak = peaks.amax(dim=1, keepdim=True)
     total = (totals * (peaks - peak).exp()).sum(dim=1)
     return torch.stack([peak.flatten(), total.flatten(), target_logit])
 
 
-def fused_slope(
+def fused_grad_logits(
     logits: Tensor,
     peak: Tensor,
     factor: Tensor,
@@ -99,13 +99,13 @@ def fused_slope(
     scale: float,
     out: Tensor,
 ) -> None:
-    """`slope` from the logits themselves; `out` is another tensor."""
+    """`grad_logits` from the logits themselves; `out` is another tensor."""
     scaled = logits if scale == 1.0 else logits * scale
     exponentials = (scaled - peak.unsqueeze(1)).exp() * factor.unsqueeze(1)
-    word = torch.arange(logits.shape[1], device=logits.device)
-    target = (word == column) & mine.unsqueeze(1)
+    index = torch.arange(logits.shape[1], device=logits.device)
+    target = (index == column) & mine.unsqueeze(1)
     out.copy_(torch.where(target, exponentials - scale, exponentials))
 
 
-WRITTEN_OUT = Softmax(statistics, combine, slope)
-FUSED = Softmax(fused_statistics, combine, fused_slope)
+WRITTEN_OUT = Softmax(statistics, combine, grad_logits)
+FUSED = Softmax(fused_statistics, combine, fused_grad_logits)

@@ -148,19 +148,19 @@ def initialise_distributed(
     that waits longer than `timeout_seconds` fails; ranks that do not all arrive within
     `connect_seconds` are a MeshError, as are missing variables and a taken port.
     """
-    place = find_rendezvous(os.environ if environment is None else environment)
-    chosen = choose_device(device, place.local_rank if place else 0)
+    rendezvous = find_rendezvous(os.environ if environment is None else environment)
+    chosen = choose_device(device, rendezvous.local_rank if rendezvous else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if place is None:
+    if rendezvous is None:
         # In memory: a lone process must not fail because a port is taken or no network is up.
         rank, world_size = 0, 1
         store: dist.Store = dist.HashStore()
     else:
-        rank, world_size = place.rank, place.world_size
-        store = _meet(place, connect_seconds)
+        rank, world_size = rendezvous.rank, rendezvous.world_size
+        store = _connect_store(rendezvous, connect_seconds)
         if chosen.type == "cuda":
-            claim_device(store, place, chosen)
+            claim_device(store, rendezvous, chosen)
     dist.init_process_group(
         backend="gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=store,
@@ -168,48 +168,48 @@ def initialise_distributed(
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    return World(rank, world_size, place.local_rank if place else 0, chosen)
+    return World(rank, world_size, rendezvous.local_rank if rendezvous else 0, chosen)
 
 
-def _meet(place: Rendezvous, connect_seconds: float) -> dist.Store:
+def _connect_store(rendezvous: Rendezvous, connect_seconds: float) -> dist.Store:
     """The store of all ranks; rank 0 serves it unless the launcher does."""
-    serves = place.rank == 0 and not place.store_elsewhere
-    where = f"MASTER_ADDR={place.address} MASTER_PORT={place.port}"
+    serves = rendezvous.rank == 0 and not rendezvous.store_elsewhere
+    where = f"MASTER_ADDR={rendezvous.address} MASTER_PORT={rendezvous.port}"
     try:
         store = dist.TCPStore(
-            place.address,
-            place.port,
-            world_size=place.world_size,
+            rendezvous.address,
+            rendezvous.port,
+            world_size=rendezvous.world_size,
             is_master=serves,
             timeout=timedelta(seconds=connect_seconds),
-            wait_for_workers=not place.store_elsewhere,
+            wait_for_workers=not rendezvous.store_elsewhere,
             multi_tenant=True,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         reason = str(error)
         if "EADDRINUSE" in reason or "address already in use" in reason.lower():
             raise RendezvousError(
-                f"{where} is taken by another process on this host (rank {place.rank} of "
-                f"{place.world_size} wanted to serve it). Set MASTER_PORT to a free port."
+                f"{where} is taken by another process on this host (rank {rendezvous.rank} of "
+                f"{rendezvous.world_size} wanted to serve it). Set MASTER_PORT to a free port."
             ) from error
         raise RendezvousError(
             f"{where} did not bring all ranks together within {connect_seconds:.0f} s (rank "
-            f"{place.rank} of {place.world_size}: {reason.splitlines()[0]}). See that rank 0 runs, "
-            "that its host can be reached and that all ranks were started."
+            f"{rendezvous.rank} of {rendezvous.world_size}: {reason.splitlines()[0]}). See that "
+            "rank 0 runs, that its host can be reached and that all ranks were started."
         ) from error
-    return dist.PrefixStore(f"attempt-{place.attempt}", store)
+    return dist.PrefixStore(f"attempt-{rendezvous.attempt}", store)
 
 
-def claim_device(store: dist.Store, place: Rendezvous, device: torch.device) -> None:
+def claim_device(store: dist.Store, rendezvous: Rendezvous, device: torch.device) -> None:
     """Raises MeshError where another rank has this GPU already: NCCL would end both later, with
     "Duplicate GPU detected" and a page of its own. A rank that sees one GPU cannot know by itself
     whether its launcher gave it one of its own or all ranks see the same."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     if uuid is not None and store.add(f"device:{uuid}", 1) > 1:
         raise MeshError(
-            f"rank {place.rank} of {place.world_size} has the same GPU as another rank ({device}, "
-            f"{torch.cuda.device_count()} visible). Start one process per GPU (on one GPU: "
-            "--processes 1 parallel.tensor=1), or use device=cpu."
+            f"rank {rendezvous.rank} of {rendezvous.world_size} has the same GPU as another rank "
+            f"({device}, {torch.cuda.device_count()} visible). Start one process per GPU (on one "
+            "GPU: --processes 1 parallel.tensor=1), or use device=cpu."
         )
 
 

@@ -80,5 +80,5 @@ def fill_normal(
         blocks = range(start - start % BLOCK_ROWS, stop, BLOCK_ROWS)
         for first, last in ((max(b, start), min(b + BLOCK_ROWS, stop)) for b in blocks):
             drawn = normal_rows(seed, segment.name, (first, last), row_length, std, columns=columns)
-            place = offset + (first - start) * width
-            flat[place : place + drawn.size].copy_(torch.from_numpy(drawn).view(-1))
+            position = offset + (first - start) * width
+            flat[position : position + drawn.size].copy_(torch.from_numpy(drawn).view(-1))

@@ -70,7 +70,7 @@ def find_rendezvous(
 
 def _from_torchrun(environment: Mapping[str, str]) -> Rendezvous:
     _require(environment, _TORCHRUN, "torchrun")
-    place = Rendezvous(
+    rendezvous = Rendezvous(
         rank=_integer(environment, "RANK"),
         world_size=_integer(environment, "WORLD_SIZE"),
         local_rank=_integer(environment, "LOCAL_RANK"),
@@ -80,7 +80,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Rendezvous:
         store_elsewhere=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
-    return _checked(place, "RANK", "WORLD_SIZE")
+    return _checked(rendezvous, "RANK", "WORLD_SIZE")
 
 
 def _from_slurm(environment: Mapping[str, str], expand: Callable[[str], str]) -> Rendezvous:
@@ -98,7 +98,7 @@ def _from_slurm(environment: Mapping[str, str], expand: Callable[[str], str]) ->
         port = _integer(environment, "MASTER_PORT")
     else:
         port = 20000 + _integer(environment, "SLURM_JOB_ID") % 10000
-    place = Rendezvous(
+    rendezvous = Rendezvous(
         rank=_integer(environment, "SLURM_PROCID"),
         world_size=_integer(environment, "SLURM_NTASKS"),
         local_rank=_integer(environment, "SLURM_LOCALID"),
@@ -107,7 +107,7 @@ def _from_slurm(environment: Mapping[str, str], expand: Callable[[str], str]) ->
         source="srun",
         attempt=environment.get("SLURM_RESTART_COUNT", "0"),
     )
-    return _checked(place, "SLURM_PROCID", "SLURM_NTASKS")
+    return _checked(rendezvous, "SLURM_PROCID", "SLURM_NTASKS")
 
 
 def _require(environment: Mapping[str, str], names: tuple[str, ...], launcher: str) -> None:
@@ -131,10 +131,10 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
     return value
 
 
-def _checked(place: Rendezvous, rank_name: str, size_name: str) -> Rendezvous:
-    if place.rank >= place.world_size:
+def _checked(rendezvous: Rendezvous, rank_name: str, size_name: str) -> Rendezvous:
+    if rendezvous.rank >= rendezvous.world_size:
         raise MeshError(
-            f"{rank_name}={place.rank} does not fit {size_name}={place.world_size}. "
-            f"Ranks run from 0 to {place.world_size - 1}."
+            f"{rank_name}={rendezvous.rank} does not fit {size_name}={rendezvous.world_size}. "
+            f"Ranks run from 0 to {rendezvous.world_size - 1}."
         )
-    return place
+    return rendezvous

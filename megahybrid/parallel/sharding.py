@@ -146,7 +146,7 @@ def box_slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
-def mark(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
+def attach_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
     """Attaches the spec, and DeepSpeed's mark, which must be true only where ranks hold shards.
 
     DeepSpeed adds a marked parameter's gradient norm over the tensor axis and takes an unmarked
@@ -161,7 +161,7 @@ def mark(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
 
 
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:
-    """The spec that `mark` attached. Raises ValueError for a parameter that nobody described."""
+    """The spec that `attach_shard_spec` attached. Raises ValueError for a parameter that nobody described."""
     spec = getattr(parameter, "shard_spec", None)
     if not isinstance(spec, ShardSpec):
         raise ValueError(

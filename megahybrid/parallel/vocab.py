@@ -187,7 +187,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_weight = grad_enabled and ctx.needs_input_grad[1]
-        needs_slope = needs_hidden or needs_weight
+        needs_grad = needs_hidden or needs_weight
         whole = all_gather(hidden, axis)
         flat, flat_targets = whole.flatten(0, 1), targets.flatten()  # [tokens, hidden], [tokens]
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -202,32 +202,32 @@ class _ChunkedLoss(torch.autograd.Function):
         # out in the logits' own precision they take the logits' place.
         lower = hidden.dtype != exact
         part = -(-chunk // LOSS_PARTS) if lower else chunk
-        slopes = None
-        if needs_slope and (lower or softmax is not WRITTEN_OUT):
-            slopes = flat.new_empty(min(chunk, flat.shape[0]), used.shape[0])
+        grad_chunk = None
+        if needs_grad and (lower or softmax is not WRITTEN_OUT):
+            grad_chunk = flat.new_empty(min(chunk, flat.shape[0]), used.shape[0])
         for start in range(0, flat.shape[0], chunk):
             stop = min(start + chunk, flat.shape[0])
             for first in range(start, stop, part):
                 some = slice(first, min(first + part, stop))
-                out = None if slopes is None else slopes[first - start : some.stop - start]
-                per_token[some], slope = _loss_and_slope(
+                out = None if grad_chunk is None else grad_chunk[first - start : some.stop - start]
+                per_token[some], grad_logits = _loss_and_grad(
                     flat[some],
                     used,
                     (counts[some], mine[some], columns[some]),
                     axis,
                     rows[1] - rows[0],
                     scale,
-                    softmax if needs_slope else WRITTEN_OUT,
-                    needs_slope,
+                    softmax if needs_grad else WRITTEN_OUT,
+                    needs_grad,
                     out,
                 )
-            if slope is not None:
-                slope = slope if slopes is None else slopes[: stop - start]
+            if grad_logits is not None:
+                grad_logits = grad_logits if grad_chunk is None else grad_chunk[: stop - start]
                 if grad_whole is not None:
-                    product(slope, used, out=grad_whole[start:stop])
+                    product(grad_logits, used, out=grad_whole[start:stop])
                 if grad_weight is not None:
-                    accumulate(grad_weight, slope, flat[start:stop])
-                del slope  # else it stands beside the next chunk's logits
+                    accumulate(grad_weight, grad_logits, flat[start:stop])
+                del grad_logits  # else it stands beside the next chunk's logits
         # Held as attributes: gradients of this size must be freed or handed over, never copied.
         ctx.grad_weight, ctx.weight_dtype = grad_weight, weight.dtype
         ctx.grad_hidden = (
@@ -254,39 +254,45 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
-def _loss_and_slope(
+def _loss_and_grad(
     inputs: Tensor,
     weight: Tensor,
     targets: tuple[Tensor, Tensor, Tensor],
     axis: Axis,
-    words: int,
+    vocab_local: int,
     scale: float,
     softmax: Softmax,
-    needs_slope: bool,
+    needs_grad: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype,
     which is `out` or takes the logits' place. `targets` say of each token whether it counts,
-    whether its target is one of this rank's `words` (none where all is padding), and which.
+    whether its target is one of this rank's `vocab_local` (none where all is padding), and which.
 
     One collective per call: each rank sends its own maximum, its sum of exponentials relative to
     it, and the target's logit where it holds the target; all combine them alike.
     """
     counts, mine, column = targets
     logits = product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
-    if words:
-        statistics = softmax.statistics(logits[:, :words], column, mine, scale)
+    if vocab_local:
+        statistics = softmax.statistics(logits[:, :vocab_local], column, mine, scale)
     else:
         statistics = logits.new_zeros(3, len(counts))
         statistics[0] = -torch.inf
     of_ranks = all_gather(statistics.unsqueeze(0), axis)  # [tensor ranks, 3, tokens]
     losses, factor = softmax.combine(of_ranks, statistics[0], counts, scale)
-    if not needs_slope:
+    if not needs_grad:
         return losses, None
-    slope = logits if out is None else out
-    slope[:, words:] = 0
-    if words:
-        softmax.slope(
-            logits[:, :words], statistics[0], factor, column, mine, scale, slope[:, :words]
+    grad_logits = logits if out is None else out
+    grad_logits[:, vocab_local:] = 0
+    if vocab_local:
+        softmax.grad_logits(
+            logits[:, :vocab_local],
+            statistics[0],
+            factor,
+            column,
+            mine,
+            scale,
+            grad_logits[:, :vocab_local],
         )
-    return losses, slope
+    return losses, grad_logits

@@ -97,7 +97,7 @@ def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
-def judge(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def check_rules(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each rule with both medians and whether it holds; None where a side was not measured."""
     medians = {
         (row["variant"], name): told["median"]

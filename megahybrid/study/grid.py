@@ -19,9 +19,9 @@ from megahybrid.config.study import Study
 from megahybrid.config.suite import RulerTask, Suite
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, ConfigError, DataError
 from megahybrid.run_folder import refuse_foreign_study_folder
-from megahybrid.study.figures import judge, tabulate
+from megahybrid.study.figures import check_rules, tabulate
 from megahybrid.study.material import prepare
-from megahybrid.study.one_run import OneRun
+from megahybrid.study.one_run import StudyRun
 from megahybrid.study.tables import rules_table, runs_table
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -47,15 +47,15 @@ def study(
     """
     plan = _load(folder)
     out = (out or Path("runs") / folder.resolve().name).resolve()
-    asked = _asked(plan, variants, seeds)
+    asked = _selected_runs(plan, variants, seeds)
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs={jobs} runs nothing. Use 1 or more.")
     code = EXIT_DONE
-    grid = [OneRun(plan, folder, out, *one) for one in asked]
+    grid = [StudyRun(plan, folder, out, *one) for one in asked]
     if not tabulate_only:
         _check(plan, folder, grid)
         refuse_foreign_study_folder(out)
-        with _alone(out):
+        with _only_study(out):
             missing = [run for run in grid if not run.result.exists()]
             if missing:
                 prepare(plan, out)
@@ -67,14 +67,14 @@ def study(
         if tabulate_only:
             raise DataError(f"{out / 'results'} holds no result of this study. Run it first.")
         return code
-    tell(plan, results, out)
+    print_results(plan, results, out)
     return code
 
 
-def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
+def print_results(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
     """Print the table and how the rules fare; keep both as `out`/table.json, and pictures there."""
     rows = tabulate(plan, results)
-    rules = judge(plan, rows)
+    rules = check_rules(plan, rows)
     table = {"rows": rows, "rules": rules}
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     # A name in brackets is a name.
@@ -91,7 +91,7 @@ def tell(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
         console.print(str(path), markup=False, soft_wrap=True)
 
 
-def read_results(out: Path, plan: Study, grid: Sequence[OneRun]) -> list[dict[str, Any]]:
+def read_results(out: Path, plan: Study, grid: Sequence[StudyRun]) -> list[dict[str, Any]]:
     """The results kept so far of the grid's runs. Raises DataError for one that is damaged."""
     found = []
     for run in grid:
@@ -116,7 +116,7 @@ def _load(folder: Path) -> Study:
     return load(file, type=Study)
 
 
-def _asked(
+def _selected_runs(
     plan: Study, variants: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> list[tuple[str, int]]:
     """Variants and seeds, seed by seed: the first seed of all is there soonest."""
@@ -132,7 +132,7 @@ def _asked(
     return [(name, seed) for seed in chosen for name in dict.fromkeys(variants or plan.variants)]
 
 
-def _check(plan: Study, folder: Path, grid: Sequence[OneRun]) -> None:
+def _check(plan: Study, folder: Path, grid: Sequence[StudyRun]) -> None:
     """Every run file, suite and figure that is named, before the first run."""
     known = {"loss"} if plan.held_out is not None else set()
     for file in (plan.suite, plan.analyse):
@@ -152,7 +152,7 @@ def _check(plan: Study, folder: Path, grid: Sequence[OneRun]) -> None:
         load(folder / plan.run, run.overrides()).check(1)
 
 
-def _on_gpu(run: OneRun) -> bool:
+def _on_gpu(run: StudyRun) -> bool:
     """Whether runs will use a GPU. Asked of the system, not of torch: CUDA, once looked at, cannot
     be used after a fork."""
     config = load(run.folder / run.plan.run, run.overrides())
@@ -160,7 +160,7 @@ def _on_gpu(run: OneRun) -> bool:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _only_study(out: Path) -> Iterator[None]:
     """No other study works in `out` meanwhile; a killed one leaves nothing behind."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _run_all(missing: Sequence[OneRun], jobs: int, fork: bool) -> int:
+def _run_all(missing: Sequence[StudyRun], jobs: int, fork: bool) -> int:
     """Processes, `jobs` at a time, until all are done or one met a mistake of the user's. A stop
     signal is handed to them: they save and end."""
     if fork:
@@ -188,7 +188,7 @@ def _run_all(missing: Sequence[OneRun], jobs: int, fork: bool) -> int:
         import megahybrid.train.run  # noqa: F401 (all of torch and DeepSpeed once, for all runs)
 
     waiting, code = list(missing), EXIT_DONE
-    running: dict[int, OneRun] = {}
+    running: dict[int, StudyRun] = {}
     began: dict[int, float] = {}
     stopping, done = False, 0
 
@@ -210,7 +210,7 @@ def _run_all(missing: Sequence[OneRun], jobs: int, fork: bool) -> int:
                 continue
             run, ended = running.pop(child), os.waitstatus_to_exitcode(status)
             done += ended == EXIT_DONE
-            _say(f"{done} of {len(missing)}", run, ended, time.monotonic() - began[child])
+            _report_end(f"{done} of {len(missing)}", run, ended, time.monotonic() - began[child])
             # A mistake of the user's outweighs a failure: other runs would only repeat it.
             failed = ended if ended >= 0 else 128 - ended
             code = EXIT_USER_MISTAKE if EXIT_USER_MISTAKE in (code, failed) else code or failed
@@ -220,7 +220,7 @@ def _run_all(missing: Sequence[OneRun], jobs: int, fork: bool) -> int:
     return EXIT_RESUME if stopping else code
 
 
-def _say(done: str, run: OneRun, ended: int, seconds: float) -> None:
+def _report_end(done: str, run: StudyRun, ended: int, seconds: float) -> None:
     if ended == EXIT_DONE:
         print(f"{done}: {run.name} ({seconds:.0f} s)", flush=True)
         return

@@ -18,7 +18,7 @@ from megahybrid.errors import EXIT_DONE, ConfigError
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.haystack import Material
 from megahybrid.evaluate.needle import NeedleMaker
-from megahybrid.evaluate.suite import drawn
+from megahybrid.evaluate.suite import example_draw
 from megahybrid.evaluate.synthetic import PUZZLES, Alphabet
 
 EOD = 1  # of puzzles; their ids begin behind it
@@ -32,13 +32,13 @@ def prepare(plan: Study, out: Path) -> None:
     done = out / "data" / "prepared"
     already = int(done.read_text()) if done.exists() else 0
     for number, line in enumerate(plan.prepare[already:], already + 1):
-        words = [word.replace("{out}", str(out)) for word in shlex.split(line)]
-        print(f"{' '.join(words)}", flush=True)
-        if "--output" in words and Path(words[words.index("--output") + 1]).is_dir():
+        arguments = [word.replace("{out}", str(out)) for word in shlex.split(line)]
+        print(f"{' '.join(arguments)}", flush=True)
+        if "--output" in arguments and Path(arguments[arguments.index("--output") + 1]).is_dir():
             # Left by a command that was interrupted.
-            shutil.rmtree(words[words.index("--output") + 1])
+            shutil.rmtree(arguments[arguments.index("--output") + 1])
         done.parent.mkdir(parents=True, exist_ok=True)
-        if subprocess.run([sys.executable, "-m", "megahybrid", *words]).returncode != EXIT_DONE:
+        if subprocess.run([sys.executable, "-m", "megahybrid", *arguments]).returncode != EXIT_DONE:
             raise ConfigError(f"prepare={line!r} was refused (see above). Correct it.")
         write_durably(done, str(number).encode())
     for name, documents in plan.data.items():
@@ -64,7 +64,7 @@ def _draw(folder: Path, documents: Puzzles | NeedleDocuments, ids: list[int], ou
 
 def _puzzles(documents: Puzzles, ids: list[int]) -> Iterator[Example]:
     alphabet = Alphabet(*ids)
-    draw = drawn(documents.seed, "study", documents.kind, documents.length)
+    draw = example_draw(documents.seed, "study", documents.kind, documents.length)
     for _ in range(documents.rows):
         yield PUZZLES[documents.kind](documents.length, documents.pairs, alphabet, draw)
 
@@ -75,7 +75,7 @@ def _needles(documents: NeedleDocuments, out: Path) -> tuple[TokenizerInfo, Iter
     maker = NeedleMaker(documents.task, Material(tokenizer.info.vocab_size, tokenizer, hay))
 
     def made() -> Iterator[Example]:
-        draw = drawn(documents.seed, "study", "needles")
+        draw = example_draw(documents.seed, "study", "needles")
         for _ in range(documents.rows):
             length = int(draw.choice(documents.task.lengths))
             yield maker.make(length - 1, float(draw.random()), draw)  # eod follows

@@ -21,7 +21,7 @@ EXIT_FAILURE = 1
 
 
 @dataclass(frozen=True)
-class OneRun:
+class StudyRun:
     """A variant with a seed. `folder` is the study's, `out` where everything is kept."""
 
     plan: Study
@@ -70,8 +70,8 @@ class OneRun:
                 os.dup2(log.fileno(), sys.stdout.fileno())
                 os.dup2(log.fileno(), sys.stderr.fileno())
             if not fork:
-                words = [self.folder, self.out, self.variant, self.seed]
-                command = [sys.executable, "-m", __name__, *map(str, words)]
+                arguments = [self.folder, self.out, self.variant, self.seed]
+                command = [sys.executable, "-m", __name__, *map(str, arguments)]
                 os.execv(sys.executable, command)
             code = self.work()
         except MegahybridError as error:
@@ -106,14 +106,14 @@ class OneRun:
         result["overrides"] = plan.variants[self.variant]
         if plan.suite is not None:
             suite = self.folder / plan.suite
-            result["suite"] = _said(lambda: evaluate_suite(run, suite, mesh, as_json=True))
+            result["suite"] = _json_output(lambda: evaluate_suite(run, suite, mesh, as_json=True))
         if plan.analyse is not None:
             looked_at = self.folder / plan.analyse
-            told = _said(lambda: analyse(run, mesh, suite_file=looked_at, as_json=True))
+            told = _json_output(lambda: analyse(run, mesh, suite_file=looked_at, as_json=True))
             result["attention"] = without_curves(told)
         if plan.held_out is not None:
             length, most = plan.held_out.length, plan.held_out.max_tokens
-            result["held_out"] = _said(
+            result["held_out"] = _json_output(
                 lambda: evaluate(run, mesh, length=length, max_tokens=most, as_json=True)
             )
         spent = os.times()
@@ -153,7 +153,7 @@ def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
     return attention | {"results": groups}
 
 
-def _said(command: Callable[[], int]) -> dict[str, Any]:
+def _json_output(command: Callable[[], int]) -> dict[str, Any]:
     """The JSON that a command prints."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard):
@@ -177,7 +177,7 @@ if __name__ == "__main__":
     FOLDER, OUT, VARIANT, SEED = sys.argv[1:]
     PLAN = load(Path(FOLDER) / "study.yaml", type=Study)
     try:
-        sys.exit(OneRun(PLAN, Path(FOLDER), Path(OUT), VARIANT, int(SEED)).work())
+        sys.exit(StudyRun(PLAN, Path(FOLDER), Path(OUT), VARIANT, int(SEED)).work())
     except MegahybridError as mistake:
         print(f"megahybrid: {mistake}", file=sys.stderr)
         sys.exit(mistake.exit_code)

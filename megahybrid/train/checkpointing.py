@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.checkpoint.collective import Ranks
-from megahybrid.checkpoint.directory import Owner
+from megahybrid.checkpoint.directory import RunLock
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.folders import Retention
 from megahybrid.checkpoint.saver import Saver
@@ -38,7 +38,7 @@ class RunSaver:
         directory: Path,
         mesh: ParallelMesh,
         listeners: Listeners,
-        owner: Owner | None,
+        owner: RunLock | None,
         train_state: dict[str, Any],
         held: tuple[int, Path] | None = None,
     ) -> None:

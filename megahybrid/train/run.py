@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megahybrid.checkpoint.directory import Owner, check_model
+from megahybrid.checkpoint.directory import RunLock, check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import RunConfig, dump, dump_yaml
@@ -61,7 +61,7 @@ class Attempt:
     mesh: ParallelMesh
     listeners: Listeners
     stop: StopRequest
-    owner: Owner | None  # on rank 0
+    owner: RunLock | None  # on rank 0
     heartbeat: Heartbeat
     allow: Sequence[str] = ()  # fields that may differ from those the run began with
     clock: StepClock = field(default_factory=StepClock)
@@ -373,7 +373,7 @@ def run_attempt(
     if run.deterministic and mesh.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
     with contextlib.ExitStack() as stack:
-        owner = stack.enter_context(Owner(directory)) if mesh.rank == 0 else None
+        owner = stack.enter_context(RunLock(directory)) if mesh.rank == 0 else None
         warnings: list[str] = []
         on_first(mesh.world, lambda: _claim(run, directory, allow))
         located = locate(run, directory, warnings.append, ranks_of(mesh))

@@ -287,7 +287,7 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
 def test_a_large_fragment_is_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fragment_file, "PIECE_BYTES", 12)
+    monkeypatch.setattr(fragment_file, "CHUNK_BYTES", 12)
     with Reader(save_plain(tmp_path, 1)) as reader:
         for name, shape in SHAPES.items():
             for state in STATES:

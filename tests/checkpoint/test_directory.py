@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.checkpoint.directory import Owner, check_model
+from megahybrid.checkpoint.directory import RunLock, check_model
 from megahybrid.errors import CheckpointError
 
 
@@ -21,15 +21,15 @@ def write_lock(run: Path, **changes: object) -> None:
 
 
 def test_a_second_owner_is_refused_and_a_later_one_welcome(tmp_path: Path) -> None:
-    with Owner(tmp_path):
+    with RunLock(tmp_path):
         with (
             pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} on "),
-            Owner(tmp_path),
+            RunLock(tmp_path),
         ):
             pass
         assert (tmp_path / "owner.lock").exists(), "the refused one must not take the lock along"
     assert not (tmp_path / "owner.lock").exists()
-    with Owner(tmp_path) as owner:
+    with RunLock(tmp_path) as owner:
         assert owner.took_over is None
 
 
@@ -43,38 +43,41 @@ def test_a_killed_owner_on_this_machine_is_replaced_at_once(tmp_path: Path) -> N
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)])
     process.wait()
     assert (tmp_path / "owner.lock").exists()
-    with Owner(tmp_path) as owner:
+    with RunLock(tmp_path) as owner:
         assert owner.took_over == f"process {process.pid} on {socket.gethostname()}"
 
 
 def test_another_process_with_the_dead_owners_number_does_not_count(tmp_path: Path) -> None:
     write_lock(tmp_path, host=socket.gethostname(), pid=os.getpid(), process_start="0")
-    with Owner(tmp_path) as owner:
+    with RunLock(tmp_path) as owner:
         assert owner.took_over is not None
 
 
 def test_an_owner_on_another_machine_counts_until_its_lock_is_old(tmp_path: Path) -> None:
     write_lock(tmp_path)
-    with pytest.raises(CheckpointError, match="in use by process 17 on elsewhere"), Owner(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="in use by process 17 on elsewhere"),
+        RunLock(tmp_path),
+    ):
         pass
     old = time.time() - 400
     os.utime(tmp_path / "owner.lock", (old, old))
-    with Owner(tmp_path) as owner:
+    with RunLock(tmp_path) as owner:
         assert owner.took_over == "process 17 on elsewhere"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}'])
 def test_a_lock_that_says_nothing_counts_until_it_is_old(tmp_path: Path, text: str) -> None:
     (tmp_path / "owner.lock").write_text(text)
-    with pytest.raises(CheckpointError, match="in use by process"), Owner(tmp_path):
+    with pytest.raises(CheckpointError, match="in use by process"), RunLock(tmp_path):
         pass
     os.utime(tmp_path / "owner.lock", (0, 0))
-    with Owner(tmp_path):
+    with RunLock(tmp_path):
         pass
 
 
 def test_the_lock_is_renewed_while_the_owner_is_busy(tmp_path: Path) -> None:
-    with Owner(tmp_path, beat_seconds=0.05):
+    with RunLock(tmp_path, beat_seconds=0.05):
         os.utime(tmp_path / "owner.lock", (0, 0))
         deadline = time.monotonic() + 10
         while (tmp_path / "owner.lock").stat().st_mtime < 1 and time.monotonic() < deadline:
@@ -83,7 +86,7 @@ def test_the_lock_is_renewed_while_the_owner_is_busy(tmp_path: Path) -> None:
 
 
 def test_an_owner_learns_that_it_was_replaced_and_leaves_the_new_lock(tmp_path: Path) -> None:
-    with Owner(tmp_path, beat_seconds=0.05) as owner:
+    with RunLock(tmp_path, beat_seconds=0.05) as owner:
         owner.check()
         write_lock(tmp_path)
         with pytest.raises(CheckpointError, match="was taken over by process 17 on elsewhere"):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megahybrid.checkpoint.folders import Retention, reap, retain
+from megahybrid.checkpoint.folders import Retention, apply_retention, remove_leftovers
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.commands.checkpoint import chosen
@@ -133,8 +133,8 @@ def test_no_way_in_runs_what_a_file_holds(kind: str, tmp_path: Path) -> None:
     (folders[2] / "fragments-0000.safetensors").write_bytes(evil[:size].ljust(size, b"\0"))
     ways: list[Callable[[], Any]] = [
         lambda: latest(run, lambda line: None),
-        lambda: retain(run, Retention(1)),
-        lambda: reap(run),
+        lambda: apply_retention(run, Retention(1)),
+        lambda: remove_leftovers(run),
         lambda: checkpoint_of(run),
         lambda: chosen(run),
     ]
@@ -176,7 +176,7 @@ def test_no_source_of_the_load_path_can_unpickle() -> None:
 
 
 def test_a_second_job_on_the_directory_is_refused(tmp_path: Path) -> None:
-    from megahybrid.checkpoint.directory import Owner
+    from megahybrid.checkpoint.directory import RunLock
 
     script = (
         "import sys, time\n"
@@ -190,8 +190,8 @@ def test_a_second_job_on_the_directory_is_refused(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "mine\n"
         with pytest.raises(CheckpointError, match=f"is in use by process {process.pid} on"):
-            Owner(tmp_path).__enter__()
+            RunLock(tmp_path).__enter__()
         process.kill()
         process.wait()
-    with Owner(tmp_path) as owner:
+    with RunLock(tmp_path) as owner:
         assert owner.took_over == f"process {process.pid} on {socket.gethostname()}"

@@ -17,7 +17,7 @@ import pytest
 from megahybrid.checkpoint import durable, names, writer
 from megahybrid.checkpoint.fragments import STATES, whole
 from megahybrid.checkpoint.latest import latest
-from megahybrid.checkpoint.rank_file import OwnFile
+from megahybrid.checkpoint.rank_file import RankFile
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.writer import save
 from tests.checkpoint.examples import SHAPES, save_plain, save_together, snapshot, values
@@ -179,7 +179,7 @@ def test_a_file_that_rank_0_cannot_see_fails_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "VISIBLE_WITHIN_SECONDS", 0.2)
-    real = OwnFile.write
+    real = RankFile.write
 
     def elsewhere(self: Any, folder: Path) -> Any:
         record = real(self, folder)
@@ -187,7 +187,7 @@ def test_a_file_that_rank_0_cannot_see_fails_the_save(
             (folder / self.name).unlink()
         return record
 
-    monkeypatch.setattr(OwnFile, "write", elsewhere)
+    monkeypatch.setattr(RankFile, "write", elsewhere)
     parts = snapshot(1).fragments
     results = save_together(tmp_path, [snapshot(1, parts[rank::2]) for rank in range(2)])
     assert "fragments-0001.safetensors was written by its rank but" in str(results[1].error)

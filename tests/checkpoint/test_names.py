@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid import cli
-from megahybrid.checkpoint.folders import Retention, retain
+from megahybrid.checkpoint.folders import Retention, apply_retention
 from megahybrid.checkpoint.latest import latest
 from megahybrid.checkpoint.manifest import read_manifest
 from megahybrid.checkpoint.names import name_fault
@@ -63,7 +63,7 @@ def test_the_real_ones_stay_and_so_does_the_one_of_another_name(run: Path) -> No
     """Newer or older, it takes no real one's place and is not ours to delete."""
     for name in ("step-00000999", "step-00000001", "step-0000000171"):
         misname(run, name=name)
-    assert retain(run, Retention(keep_last=2)) == ["step-00000168"]
+    assert apply_retention(run, Retention(keep_last=2)) == ["step-00000168"]
     assert save_plain(run, 172, keep_last=2) == latest(run, lambda line: None)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-00000001", "step-0000000171", "step-00000171", "step-00000172", "step-00000999",

@@ -17,7 +17,7 @@ from megahybrid.checkpoint.folders import Retention, candidates
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.host_copy import HostCopy
 from megahybrid.checkpoint.latest import latest
-from megahybrid.checkpoint.rank_file import OwnFile
+from megahybrid.checkpoint.rank_file import RankFile
 from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult
 from megahybrid.errors import CheckpointError
@@ -32,13 +32,13 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        real = OwnFile.write
+        real = RankFile.write
 
-        def write(own: OwnFile, folder: Path) -> Any:
+        def write(own: RankFile, folder: Path) -> Any:
             assert self.open.wait(30)
             return real(own, folder)
 
-        monkeypatch.setattr(OwnFile, "write", write)
+        monkeypatch.setattr(RankFile, "write", write)
 
 
 def saver(run: Path, told: list[SaveResult], **words: Any) -> Saver:
@@ -127,14 +127,14 @@ def test_a_failure_on_one_rank_is_all_ranks_outcome(
     failure: Exception, raised: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = save_plain(tmp_path, 1)
-    real, parts = OwnFile.write, snapshot(2).fragments
+    real, parts = RankFile.write, snapshot(2).fragments
 
-    def write(own: OwnFile, folder: Path) -> Any:
+    def write(own: RankFile, folder: Path) -> Any:
         if own.name == "fragments-0001.safetensors":
             raise failure
         return real(own, folder)
 
-    monkeypatch.setattr(OwnFile, "write", write)
+    monkeypatch.setattr(RankFile, "write", write)
 
     def rank(ranks: Ranks) -> Any:
         told: list[SaveResult] = []
@@ -244,19 +244,19 @@ def test_a_device_s_share_comes_through_a_few_locked_pieces_whatever_its_size() 
             late.append((self.as_subclass(torch.Tensor), source.clone()))
             return self
 
-    ring = host_copy._Ring(torch.device("cpu"), piece=4, pieces=2)
-    ring._rooms = [room.as_subclass(Room) for room in ring._rooms]
+    ring = host_copy._PinnedRing(torch.device("cpu"), chunk=4, chunks=2)
+    ring._buffers = [room.as_subclass(Room) for room in ring._buffers]
     ring._arrived = [Event(), Event()]  # type: ignore[list-item]
     sizes = (1, 4, 5, 17, 0, 8)
     sources = [torch.randn(size) for size in sizes]
     places = [torch.full((size,), float("nan")) for size in sizes]
     for source, place in zip(sources, places, strict=True):
-        ring.bring(source, place)
+        ring.start_copy(source, place)
     ring.empty()
     assert all(torch.equal(a, b) for a, b in zip(sources, places, strict=True))
     assert ring.bytes == 2 * 4 * 4
 
 
 def test_locked_memory_is_of_a_size_that_the_allocator_does_not_round_up() -> None:
-    assert host_copy.PIECE * 4 & (host_copy.PIECE * 4 - 1) == 0
-    assert host_copy._Ring(torch.device("cpu")).bytes == 2**27
+    assert host_copy.CHUNK_ELEMENTS * 4 & (host_copy.CHUNK_ELEMENTS * 4 - 1) == 0
+    assert host_copy._PinnedRing(torch.device("cpu")).bytes == 2**27

@@ -80,9 +80,9 @@ def test_order_survives_resumes_and_reweightings_and_loses_nothing(
         expected = np.zeros(datasets[name].tokens, int)
         for lane, (n, offset) in enumerate(source["cursor"]):
             for block in range(lane, n, order.lanes):
-                start, size = order.place(block)
+                start, size = order.block_span(block)
                 expected[start : start + size] += 1
-            start, _ = order.place(n)
+            start, _ = order.block_span(n)
             expected[start : start + offset] += 1
         assert origins[name].tolist() == expected.tolist()
         assert source["tokens"] == expected.sum()

@@ -91,9 +91,9 @@ def test_each_token_is_an_input_once_per_epoch(
     expected = np.zeros(tokens, int)
     for lane, (n, offset) in enumerate(cursor):
         for block in range(lane, n, fast.lanes):
-            start, size = fast.place(block)
+            start, size = fast.block_span(block)
             expected[start : start + size] += 1
-        start, _ = fast.place(n)
+        start, _ = fast.block_span(n)
         expected[start : start + offset] += 1
     assert counts.tolist() == expected.tolist()
     begun = max(n if offset else n - fast.lanes for n, offset in cursor)

@@ -93,19 +93,21 @@ def test_counts_of_another_length_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with TokenWriter(tmp_path / "data", INFO, noted=True) as writer:
+    with TokenWriter(tmp_path / "data", INFO, has_metadata=True) as writer:
         two = (np.asarray([2, 1, 3, 1]), np.asarray([2, 2]))
         with pytest.raises(DataError, match=r"counts has 3 entries, not one per token \(4\)"):
             writer.add_documents(*two, counts=np.ones(3, bool))
-        with pytest.raises(DataError, match=r"notes has 1 entries, not one per document \(2\)"):
-            writer.add_documents(*two, notes=[b"{}"])
-        with pytest.raises(DataError, match=r"note b'\{\\n\}' is not one line"):
-            writer.add_documents(*two, notes=[b"{}", b"{\n}"])
-        with pytest.raises(DataError, match=r"note b'\{\\n\}' is not one line"):
+        with pytest.raises(
+            DataError, match=r"metadata_lines has 1 entries, not one per document \(2\)"
+        ):
+            writer.add_documents(*two, metadata_lines=[b"{}"])
+        with pytest.raises(DataError, match=r"metadata b'\{\\n\}' is not one line"):
+            writer.add_documents(*two, metadata_lines=[b"{}", b"{\n}"])
+        with pytest.raises(DataError, match=r"metadata b'\{\\n\}' is not one line"):
             writer.add_long([two[0][:2]], 2, b"{\n}")
-        writer.add_documents(*two, notes=[b'{"a":1}', b""])
+        writer.add_documents(*two, metadata_lines=[b'{"a":1}', b""])
     dataset = verify_dataset(tmp_path / "data")
-    assert dataset.documents == 2 and dataset.note(0) == {"a": 1}
+    assert dataset.documents == 2 and dataset.metadata(0) == {"a": 1}
 
 
 @pytest.mark.parametrize("eod_counts", [False, True])

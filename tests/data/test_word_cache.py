@@ -71,7 +71,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
 @given(given_texts=texts)
 def test_words_give_the_ids_of_the_whole(cut: list[Any], given_texts: list[str]) -> None:
     for tokenizer in cut:
-        assert tokenizer._words is not None
+        assert tokenizer._word_cache is not None
         for ids, expected in zip(
             tokenizer.encode_arrays(given_texts), tokenizer.encode(given_texts), strict=True
         ):
@@ -87,20 +87,20 @@ def test_tokenizers_that_reach_across_words_are_not_cut(tmp_path: Path) -> None:
         hugging_face(tmp_path, "own", split=r"\w+ \w+|\s+"),
     ]
     for tokenizer in whole:
-        assert tokenizer._words is None
+        assert tokenizer._word_cache is None
         assert tokenizer.encode_arrays(CORPUS[:2])[0].tolist() == tokenizer.encode(CORPUS[:1])[0]
 
 
 def test_a_piece_with_a_space_inside_forbids_the_cut(tmp_path: Path, cut: list[Any]) -> None:
     raw = train_sentencepiece(CORPUS, vocab_size=340)
-    assert word_cache.sentencepiece_words(raw, ["▁the", "a"]) is not None
-    assert word_cache.sentencepiece_words(raw, ["▁the▁cat"]) is None
+    assert word_cache.sentencepiece_splits(raw, ["▁the", "a"]) is not None
+    assert word_cache.sentencepiece_splits(raw, ["▁the▁cat"]) is None
 
 
 def test_words_kept_are_bounded(monkeypatch: pytest.MonkeyPatch, cut: list[Any]) -> None:
     monkeypatch.setattr(word_cache, "MOST_WORDS", 5)
     for tokenizer in (cut[0], cut[2]):
-        cache = tokenizer._words
+        cache = tokenizer._word_cache
         assert (cache._find_words is None) == (tokenizer is cut[0])
         for text in ("a b c d", "e f g h", "x" * 65, "a b c d"):
             assert cache.encode([text])[0].tolist() == tokenizer.encode([text])[0]

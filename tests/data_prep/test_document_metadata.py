@@ -17,7 +17,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.verify import verify_dataset
 from megahybrid.data_prep.inputs import Fields
-from megahybrid.data_prep.kept_fields import note_line
+from megahybrid.data_prep.kept_fields import metadata_line
 from megahybrid.data_prep.merge import Split
 from megahybrid.data_prep.rewrite import merge_datasets, shuffle_datasets
 from megahybrid.data_prep.tokenize import tokenize
@@ -26,7 +26,7 @@ from tests.data_prep.test_commands import call
 
 
 @pytest.fixture
-def noted(tmp_path: Path, model: Path) -> Path:
+def corpus(tmp_path: Path, model: Path) -> Path:
     """A corpus with ids, urls here and there, and a document with neither."""
     draw = random.Random(1)
     lines = []
@@ -53,21 +53,21 @@ def check(dataset: TokenDataset, tokenizer: Tokenizer) -> set[int]:
     ids = set()
     for index in range(dataset.documents):
         text = tokenizer.decode(dataset.document(index).tolist())
-        note = dataset.note(index)
+        metadata = dataset.metadata(index)
         if text == "no row":
-            assert note == {}
+            assert metadata == {}
             continue
         number = int(text.split()[1])
-        assert note == {"id": number} | ({"url": f"é/{number}"} if number % 3 else {})
+        assert metadata == {"id": number} | ({"url": f"é/{number}"} if number % 3 else {})
         ids.add(number)
     return ids
 
 
-def test_notes_follow_their_documents(noted: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    parts = [verify_dataset(noted / part) for part in ("train", "held_out")]
+def test_notes_follow_their_documents(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parts = [verify_dataset(corpus / part) for part in ("train", "held_out")]
     assert len(parts[0].shards) > 2
     assert sorted(n for part in parts for n in check(part, tokenizer)) == list(range(200))
-    paths = [noted / "train", noted / "held_out"]
+    paths = [corpus / "train", corpus / "held_out"]
     merge_datasets(paths, tmp_path / "merged", shard_tokens=5000)
     assert check(verify_dataset(tmp_path / "merged"), tokenizer) == set(range(200))
     shuffle_datasets(paths, tmp_path / "again", split=Split(0.1, 3), memory_bytes=30_000)
@@ -80,9 +80,9 @@ def test_notes_follow_their_documents(noted: Path, tokenizer: Tokenizer, tmp_pat
 
 
 def test_how_often_each_field_was_found_is_told(
-    noted: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows, output = noted.parent / "in", f"{noted.parent}/told"
+    rows, output = corpus.parent / "in", f"{corpus.parent}/told"
     for _ in range(2):  # a finished job says the same again
         call(
             *("tokenize", str(rows), "--tokenizer", str(model), "--output", output),
@@ -93,18 +93,18 @@ def test_how_often_each_field_was_found_is_told(
 
 
 def test_notes_are_shown_and_checked(
-    noted: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call("inspect", f"{noted}/train", "--documents", "4")
+    call("inspect", f"{corpus}/train", "--documents", "4")
     assert "id " in capsys.readouterr().out
-    path = noted / "train/shard-00000.jsonl"
+    path = corpus / "train/shard-00000.jsonl"
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"1", b"2", 1))
     with pytest.raises(DataError, match=r"shard-00000.jsonl has crc32 \d+, not \d+"):
-        verify_dataset(noted / "train")
+        verify_dataset(corpus / "train")
     path.write_bytes(raw[:-1])
     with pytest.raises(DataError, match=r"shard-00000.jsonl and .* are not of this shard"):
-        TokenDataset(noted / "train")
+        TokenDataset(corpus / "train")
 
 
 def deep(levels: int) -> list[Any]:
@@ -137,7 +137,7 @@ def refuse(constant: str) -> None:
 
 @pytest.mark.parametrize("value, expected", PLAIN, ids=[repr(value)[:20] for value, _ in PLAIN])
 def test_notes_are_json_that_any_reader_takes(value: object, expected: object) -> None:
-    line = Fields("text", ("x",)).note({"x": value, "text": "t"})
+    line = Fields("text", ("x",)).metadata({"x": value, "text": "t"})
     assert b"\n" not in line
     assert json.loads(line.decode("ascii"), parse_constant=refuse) == {"x": expected}
 
@@ -149,7 +149,7 @@ def test_notes_are_json_that_any_reader_takes(value: object, expected: object) -
     )
 )
 def test_any_value_becomes_a_strict_line(value: object) -> None:
-    line = note_line({"x": value})
+    line = metadata_line({"x": value})
     json.loads(line.decode("ascii"), parse_constant=refuse)["x"]
     # An escaped pair is one character; half of one alone could not be written as UTF-8.
     json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8")
@@ -157,8 +157,8 @@ def test_any_value_becomes_a_strict_line(value: object) -> None:
 
 
 def test_what_is_nested_too_deep_is_cut_off() -> None:
-    assert json.loads(note_line({"x": deep(20)})) == {"x": deep(20)}
-    json.loads(note_line({"x": deep(50_000)}))
+    assert json.loads(metadata_line({"x": deep(20)})) == {"x": deep(20)}
+    json.loads(metadata_line({"x": deep(50_000)}))
 
 
 def test_rows_with_numbers_that_are_none_keep_strict_notes(model: Path, tmp_path: Path) -> None:

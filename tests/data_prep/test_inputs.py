@@ -123,7 +123,7 @@ def test_what_the_kernel_makes_up_is_no_input(
     assert "is the kernel's" in capsys.readouterr().err
     Path("a.txt").write_text(PROSE)
     table: list[str] = []
-    assert len(survey([tmp_path], tell=table.append).files) == 1
+    assert len(survey([tmp_path], print_line=table.append).files) == 1
     assert "left out: the kernel's" in "\n".join(table)
 
 

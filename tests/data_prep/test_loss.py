@@ -237,7 +237,7 @@ def test_disk_that_fails_loses_the_rest(
     monkeypatch.setattr(
         documents, "open", lambda name, _: io.BufferedReader(Failing(name)), raising=False
     )
-    monkeypatch.setattr(inputs_module, "look_at", None)
+    monkeypatch.setattr(inputs_module, "identify", None)
     known = lost = 0.0
     for item in read_unit(unit):
         if isinstance(item, LongDocument):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megahybrid.data_prep import compressed, plain_text
-from megahybrid.data_prep.compressed import kind_of, open_stretch, scan
+from megahybrid.data_prep.compressed import open_stretch, packing_by_name, scan
 from megahybrid.data_prep.documents import BadDocument, Document, LongDocument, read_unit
 from megahybrid.data_prep.inputs import cut_units
 from megahybrid.data_prep.items import Fields
@@ -147,7 +147,7 @@ def test_any_flipped_byte_costs_at_most_its_member(
 def test_stretches_give_the_bytes_they_promise(tmp_path: Path, packed) -> None:
     path = tmp_path / f"a.{packed[0]}"
     path.write_bytes(packed[1](b"abc" * 1000))
-    kind = kind_of(path)
+    kind = packing_by_name(path)
     assert kind is not None
     (stretch,) = scan(path, kind)
     assert stretch.packed == path.stat().st_size and stretch.lost == 0

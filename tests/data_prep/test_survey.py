@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data_prep import json_array, sniff
 from megahybrid.data_prep.documents import BadDocument, Document, read_unit
-from megahybrid.data_prep.inputs import InputFile, look_at
+from megahybrid.data_prep.inputs import InputFile, identify
 from megahybrid.data_prep.items import Fields
-from megahybrid.data_prep.sniff import NoText
+from megahybrid.data_prep.sniff import NotText
 from megahybrid.data_prep.survey import survey
 from megahybrid.data_prep.tokenize import tokenize
 from megahybrid.data_prep.vocabulary import train_tokenizer
@@ -34,7 +34,7 @@ DIGESTS = "".join(f"{n:064x}  file-{n}.txt\n" for n in range(3))
 
 
 def kind(path: Path, asked: str = "auto") -> str:
-    found = look_at(path, Fields(format=asked))
+    found = identify(path, Fields(format=asked))
     return str(found.format) if isinstance(found, InputFile) else f"- {found.why}"
 
 
@@ -217,7 +217,7 @@ def test_folder_is_told_by_suffix(model: Path, tmp_path: Path) -> None:
     (folder / "gone").symlink_to(folder / "nothing")
     (folder / "linked").symlink_to(folder / "deep")
     told: list[str] = []
-    report = tokenize([folder], model, tmp_path / "out", quiet=True, tell=told.append)
+    report = tokenize([folder], model, tmp_path / "out", quiet=True, print_line=told.append)
     assert report.documents == {"train": 10} and report.loss.lost_bytes == 0
     rows = {tuple(line.split()) for line in told}
     size = str((folder / "a.json.gz").stat().st_size)
@@ -323,5 +323,5 @@ def test_pipe_by_name_is_read_to_its_end(tmp_path: Path) -> None:
 )
 def test_no_bytes_make_it_fail(raw: bytes, name: str) -> None:
     for asked in sniff.FORMATS:
-        found = sniff.look(io.BytesIO(raw), name, "text", asked)
-        assert isinstance(found, sniff.Format | NoText)
+        found = sniff.detect_format(io.BytesIO(raw), name, "text", asked)
+        assert isinstance(found, sniff.Format | NotText)

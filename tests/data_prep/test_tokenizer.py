@@ -35,7 +35,7 @@ def test_text_that_spells_a_special_token_is_text(tokenizer: Tokenizer, text: st
 
 @pytest.mark.parametrize("one", ["text", ""])
 def test_one_text_without_a_list_is_refused(one: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert tokenizer._words is not None  # both ways to arrays: word by word, and whole
+    assert tokenizer._word_cache is not None  # both ways to arrays: word by word, and whole
     for words in (tokenizer, load_tokenizer(write_hugging_face(tmp_path))):
         for encode in (words.encode, words.encode_arrays):
             with pytest.raises(

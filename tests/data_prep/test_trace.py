@@ -49,12 +49,14 @@ def packed_run(tmp_path: Path) -> Path:
     for seed, name in enumerate(("a", "b")):
         lengths = [20, 11, 20, 9, 20, 10, 7] * 30
         documents = random_documents(lengths, seed=seed)
-        with TokenWriter(tmp_path / f"{name}-documents", tokenizer_info(), noted=True) as writer:
+        with TokenWriter(
+            tmp_path / f"{name}-documents", tokenizer_info(), has_metadata=True
+        ) as writer:
             for number, document in enumerate(documents):
                 writer.add_documents(
                     np.append(document, tokenizer_info().eod_id),
                     np.asarray([len(document) + 1]),
-                    notes=[json.dumps({"id": f"{name}{number}"}).encode()],
+                    metadata_lines=[json.dumps({"id": f"{name}{number}"}).encode()],
                 )
         pack(tmp_path / f"{name}-documents", tmp_path / name, 32)
     return make_run(tmp_path, "run")
@@ -277,8 +279,10 @@ def test_what_fills_a_row_is_no_document(
         assert drawn.count("·") * length // 64 == filling and set(drawn) <= set("█▓·")
         listed = [line for line in lines if " tokens  " in line]
         assert [int(line.split()[1]) for line in listed] == row[:5]
-        notes = [line for line in lines if line.strip().startswith("id ")]
-        assert len(notes) == len(listed) and all(f"id {plan.source}" in note for note in notes)
+        metadata_lines = [line for line in lines if line.strip().startswith("id ")]
+        assert len(metadata_lines) == len(listed) and all(
+            f"id {plan.source}" in metadata for metadata in metadata_lines
+        )
     boxes = [box.get("fill") for box in ElementTree.parse(picture).getroot()]
     assert boxes.count("#e8e8e8") == sum(sum(row) < length for row in sizes)
     coloured = [box for box in boxes if box and box not in ("black", "white", "#e8e8e8")]

@@ -17,7 +17,7 @@ from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.generation import greedy
 from megahybrid.evaluate.haystack import Material
 from megahybrid.evaluate.needle import NeedleMaker
-from megahybrid.evaluate.suite import drawn, examples_of, run_suite
+from megahybrid.evaluate.suite import example_draw, examples_of, run_suite
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests.evaluate.characters import VOCAB, Characters, material
@@ -39,7 +39,7 @@ def test_example_has_the_length_and_holds_needles_question_and_answer(
     settings = {"variant": variant, "needles": 3, "haystack": {"kind": hay}}
     maker = NeedleMaker(task(**settings), material())
     for trial in range(5):
-        one = maker.make(700, 0.5, drawn(1, "test", trial))
+        one = maker.make(700, 0.5, example_draw(1, "test", trial))
         assert len(one.tokens) == 700
         answer, question = TEXT(one.expected), TEXT(one.tokens[one.question : one.answer])
         assert answer == " " + ", ".join(one.references)
@@ -62,7 +62,7 @@ def test_example_has_the_length_and_holds_needles_question_and_answer(
 def test_needle_stands_at_its_depth(depth: float, tmp_path: Path) -> None:
     (tmp_path / "hay.txt").write_text("abcdefghijklmnop" * 40)
     hay = {"kind": "text", "path": str(tmp_path / "hay.txt")}
-    one = NeedleMaker(task(haystack=hay), material()).make(600, depth, drawn(1, "x"))
+    one = NeedleMaker(task(haystack=hay), material()).make(600, depth, example_draw(1, "x"))
     (start, stop) = one.needles[0]
     size = one.question - (stop - start)
     assert start == round(depth * size)
@@ -76,7 +76,7 @@ def test_noise_and_keys_are_cut_between_sentences_only() -> None:
             task(haystack={"kind": hay, **({"text": "One two. "} if hay == "noise" else {})}),
             material(),
         )
-        one = maker.make(500, 0.4, drawn(2, hay))
+        one = maker.make(500, 0.4, example_draw(2, hay))
         before = TEXT(one.tokens[: one.needles[0][0]])
         assert before.endswith("One two. " if hay == "noise" else ".")
 
@@ -88,7 +88,9 @@ def test_held_out_documents_are_hay_without_their_ends(tmp_path: Path) -> None:
     from megahybrid.data.dataset import TokenDataset
 
     held = Material(VOCAB, Characters(), {"books": TokenDataset(tmp_path / "set")})
-    one = NeedleMaker(task(haystack={"kind": "held_out"}), held).make(300, 0.0, drawn(1, "y"))
+    one = NeedleMaker(task(haystack={"kind": "held_out"}), held).make(
+        300, 0.0, example_draw(1, "y")
+    )
     hay = TEXT(one.tokens[one.needles[0][1] : one.question])
     assert hay in "hello theregeneral" * 30
     assert 1 not in one.tokens
@@ -109,10 +111,10 @@ def test_same_seed_draws_the_same_examples_and_trials_differ() -> None:
 
 def test_lengths_that_cannot_hold_the_needle_and_lists_too_short_are_refused() -> None:
     with pytest.raises(ConfigError, match="lengths=50 is too short for needles"):
-        NeedleMaker(task(), material()).make(50, 0.5, drawn(1, "z"))
+        NeedleMaker(task(), material()).make(50, 0.5, example_draw(1, "z"))
     few = task(keys=["a", "b"], variant="multi_key", needles=4)
     with pytest.raises(ConfigError, match="4 different strings are needed but the list has 2"):
-        NeedleMaker(few, material()).make(400, 0.5, drawn(1, "z"))
+        NeedleMaker(few, material()).make(400, 0.5, example_draw(1, "z"))
     with pytest.raises(ConfigError, match=r"needle='x' does not name \{key\}"):
         task(needle="x")
     with pytest.raises(ConfigError, match="needles are text"):

@@ -14,7 +14,7 @@ from megahybrid.config.suite import RULER_TASKS, RulerTask, Suite
 from megahybrid.errors import ConfigError, DataError
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.ruler import RulerMaker, generated_tokens, matches
-from megahybrid.evaluate.suite import drawn, run_suite
+from megahybrid.evaluate.suite import example_draw, run_suite
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests.evaluate.characters import VOCAB, Characters, material
@@ -51,7 +51,7 @@ def test_prompt_and_generation_fit_the_length_and_fill_it(
 ) -> None:
     made = maker(passages)
     for trial in range(2):
-        one = made.make(name, length, drawn(1, name, trial))
+        one = made.make(name, length, example_draw(1, name, trial))
         used = len(one.prompt) + generated_tokens(name, length)
         assert used <= length
         if name.startswith("niah"):
@@ -65,7 +65,7 @@ def test_prompt_and_generation_fit_the_length_and_fill_it(
 
 
 def text(made: RulerMaker, name: str, length: int = 2500) -> tuple[str, Example]:
-    one = made.make(name, length, drawn(3, name))
+    one = made.make(name, length, example_draw(3, name))
     return TEXT(one.prompt), one
 
 
@@ -115,7 +115,7 @@ def test_questions_need_their_file(tmp_path: Path) -> None:
         maker(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="lengths=100 is too short for RULER's cwe"):
         plain = {"kind": "ruler", "tasks": ["cwe"], "lengths": [100]}
-        RulerMaker(parse(RulerTask, plain), material()).make("cwe", 100, drawn(1, "x"))
+        RulerMaker(parse(RulerTask, plain), material()).make("cwe", 100, example_draw(1, "x"))
 
 
 def test_ruler_runs_on_a_model_and_says_how_sure_it_is(passages: Path) -> None:

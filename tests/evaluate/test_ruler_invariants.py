@@ -17,7 +17,7 @@ from megahybrid.errors import ConfigError
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.haystack import COMMON_WORDS, Material, draw_strings, word
 from megahybrid.evaluate.ruler import RulerMaker, generated_tokens, matches
-from megahybrid.evaluate.suite import drawn
+from megahybrid.evaluate.suite import example_draw
 from tests.evaluate.characters import VOCAB, Characters
 
 EOD = 1
@@ -100,7 +100,7 @@ def maker(name: str, passages: str) -> RulerMaker:
 
 def made(made_by: RulerMaker, task: str, length: int, trial: int = 0) -> Example | None:
     try:
-        return made_by.make(task, length, drawn(5, task, length, trial))
+        return made_by.make(task, length, example_draw(5, task, length, trial))
     except ConfigError as error:
         assert f"lengths={length} is too short" in str(error) and "\n" not in str(error)
         return None
@@ -238,5 +238,5 @@ def test_answers_that_a_tokenizer_cannot_write_are_refused(passages: str) -> Non
     fields = {"kind": "ruler", "tasks": ["niah_single_1", "vt"], "lengths": [8]}
     made_by = RulerMaker(parse(RulerTask, fields), Material(VOCAB, NoDigits(), {}))
     with pytest.raises(ConfigError, match=r"cannot write '\d{7}' \(it reads back as '\?{7}'\)"):
-        made_by.make("niah_single_1", 1500, drawn(1, "x"))
-    assert made_by.make("vt", 1500, drawn(1, "x")).references  # its names have no digits
+        made_by.make("niah_single_1", 1500, example_draw(1, "x"))
+    assert made_by.make("vt", 1500, example_draw(1, "x")).references  # its names have no digits

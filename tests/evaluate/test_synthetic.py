@@ -22,7 +22,7 @@ def test_recall_asks_every_key_once_and_the_value_stands_behind_it(length: int, 
         asked = []
         for place in one.counted:
             mark, key, value = one.tokens[place - 2 : place + 1]
-            assert mark == IDS.mark and context.count(key) == 1
+            assert mark == IDS.question_mark and context.count(key) == 1
             assert context[context.index(key) + 1] == value
             asked.append(key)
         assert len(set(asked)) == pairs

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megahybrid.launch.pairs import judge, read_answers, rounds
+from megahybrid.launch.pairs import find_bad_nodes, read_answers, rounds
 from tests.faults.conftest import environment
 from tests.launch.cluster import free_ports
 
@@ -26,6 +26,6 @@ def test_processes_of_a_node_without_a_network_fail_in_time_and_the_others_meet(
     assert [process.wait(120) for process in started] == [0, 0, 0]
     answers = read_answers(tmp_path)
     assert len(answers) == 6
-    verdict = judge(nodes, answers, 4)
+    verdict = find_bad_nodes(nodes, answers, 4)
     assert set(verdict.bad) == {"b"}
-    assert verdict.told.startswith("pairs: 1 of 3 reach each other, at ")
+    assert verdict.summary.startswith("pairs: 1 of 3 reach each other, at ")

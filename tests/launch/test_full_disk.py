@@ -78,7 +78,7 @@ def test_a_full_batch_log_changes_no_code() -> None:
 
 def said() -> int:
     """A process that tells something, then ends with 75."""
-    Supervisor(_job(), {"SLURM_JOB_ID": "5"}).tell("something")
+    Supervisor(_job(), {"SLURM_JOB_ID": "5"}).log("something")
     return 75
 
 

@@ -11,7 +11,7 @@ from megahybrid.heartbeat import LOGS, Heartbeat
 from megahybrid.launch import slurm
 from megahybrid.launch.forecast import forecast
 from megahybrid.launch.records import attempts, read_records, record, records_file, stop_lead
-from megahybrid.launch.slurm import Queued
+from megahybrid.launch.slurm import QueuedJob
 from megahybrid.launch.status import node_lines, status_line
 from megahybrid.launch.submit import plan
 from megahybrid.launch.tail import first_error, tail
@@ -50,11 +50,11 @@ def _checkpoint(directory: Path, step: int) -> None:
     (folder / "manifest.json").write_text("{}")
 
 
-def _queue(state: str, reason: str = "None") -> dict[str, Queued]:
+def _queue(state: str, reason: str = "None") -> dict[str, QueuedJob]:
     return {
-        "7": Queued("7", "7", state, reason, "n[1,3]", "3:12:00", "7", "demo"),
-        "8": Queued("8", "8", "PENDING", "Dependency", "", "1:00:00", "8", "demo"),
-        "9": Queued("9", "9", "RUNNING", "None", "n9", "1:00", "9", "another's"),
+        "7": QueuedJob("7", "7", state, reason, "n[1,3]", "3:12:00", "7", "demo"),
+        "8": QueuedJob("8", "8", "PENDING", "Dependency", "", "1:00:00", "8", "demo"),
+        "9": QueuedJob("9", "9", "RUNNING", "None", "n9", "1:00", "9", "another's"),
     }
 
 
@@ -75,7 +75,7 @@ def test_ranks_that_are_slow_or_behind_and_requests_are_shown(run: Path) -> None
         for _ in range(3):
             heart.busy(seconds)
         heart.phase("step", step)
-        heart._place = ("step", step, heart._place[2] - 20)
+        heart._phase_since = ("step", step, heart._phase_since[2] - 20)
         heart.start().end(0)
     (run / "stop-now").touch()
     line = status_line(run, _queue("RUNNING"))
@@ -131,16 +131,16 @@ def test_a_run_that_was_cancelled_before_anything_was_recorded_is_told_as_cancel
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(tmp_path, "submit", jobs=["7"], nodes=2)
-    monkeypatch.setattr("megahybrid.launch.slurm.fate", lambda job: "CANCELLED, code 0:0")
+    monkeypatch.setattr("megahybrid.launch.slurm.final_state", lambda job: "CANCELLED, code 0:0")
     line = status_line(tmp_path, {})
     assert line == f"{tmp_path.name}: STOPPED with code 75: cancelled in Slurm"
     monkeypatch.setattr(
-        "megahybrid.launch.slurm.fate", lambda job: "CANCELLED by 0, code 0:0"
+        "megahybrid.launch.slurm.final_state", lambda job: "CANCELLED by 0, code 0:0"
     )  # sacct's
     assert status_line(tmp_path, {}) == line
     record(tmp_path, "start", job="7", attempt=0, nodes=["n1"], checkpoint=None)
     assert "STOPPED with code 75: cancelled in Slurm" in status_line(tmp_path, {})
-    monkeypatch.setattr("megahybrid.launch.slurm.fate", lambda job: "NODE_FAIL, code 0:0")
+    monkeypatch.setattr("megahybrid.launch.slurm.final_state", lambda job: "NODE_FAIL, code 0:0")
     assert "NOT IN THE QUEUE (job 7 try 1" in status_line(tmp_path, {})
 
 
@@ -162,7 +162,7 @@ def test_between_a_runs_end_and_its_jobs_it_is_not_preparing(run: Path) -> None:
 
 
 def test_what_the_batch_shell_said_is_told_where_nothing_began(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megahybrid.launch.slurm.fate", lambda job: None)
+    monkeypatch.setattr("megahybrid.launch.slurm.final_state", lambda job: None)
     record(tmp_path, "submit", jobs=["7"], nodes=2)
     (tmp_path / "slurm" / "undecided").write_text("one\nthe batch process on n1 ended with 1\n")
     (tmp_path / "logs").mkdir()

@@ -9,13 +9,13 @@ import pytest
 
 from megahybrid.config.base import parse
 from megahybrid.config.site import Site
-from megahybrid.heartbeat import Beat, Watch, heartbeat_file
+from megahybrid.heartbeat import Beat, HangDetector, heartbeat_file
 from megahybrid.launch import attempt as attempts
 from megahybrid.launch import slurm
 from megahybrid.launch.attempt import Attempt
 from megahybrid.launch.events import JobEvents
 from megahybrid.launch.records import read_records, record
-from megahybrid.launch.slurm import Queued
+from megahybrid.launch.slurm import QueuedJob
 from megahybrid.launch.status import status_line
 from megahybrid.launch.supervise import Supervisor
 from megahybrid.launch.watch import END_BEFORE_LIMIT, RankWatch
@@ -53,7 +53,7 @@ def _hung(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[JobEvents, subpro
     """Ranks that give signs of life and never stop, and no Slurm that answers."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(attempts, "KILL_SECONDS", 0.1)
-    monkeypatch.setattr(Watch, "judge", lambda *_: None)
+    monkeypatch.setattr(HangDetector, "judge", lambda *_: None)
     monkeypatch.setattr("megahybrid.launch.watch.STACKS_SECONDS", 0.0)
     (run / "logs/7.0").mkdir(parents=True)
     return JobEvents(_attempt(run)), subprocess.Popen(["/bin/sleep", "60"])
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_before_its_process_began_is_told_as_stopped(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     record(tmp_path, "submit", jobs=["7"], nodes=1)
     (tmp_path / "stop-now").write_text(f"{word}\n")
-    assert Supervisor(_attempt(tmp_path).job, {"SLURM_JOB_ID": "7"}).go() == 75
+    assert Supervisor(_attempt(tmp_path).job, {"SLURM_JOB_ID": "7"}).supervise() == 75
     line = status_line(tmp_path, {})
     assert line == f"{tmp_path.name}: STOPPED with code 75: {told} on request"
 
@@ -114,8 +114,8 @@ def test_a_second_job_submitted_by_hand_does_not_start_beside_the_first(
 ) -> None:
     record(tmp_path, "start", job="6", attempt=0, nodes=["n1"], checkpoint=None)
     job = _attempt(tmp_path).job
-    state = {"6": Queued("6", "6", "RUNNING", "None", "n1", "1:00", "6", "x")}
+    state = {"6": QueuedJob("6", "6", "RUNNING", "None", "n1", "1:00", "6", "x")}
     monkeypatch.setattr(slurm, "queue", lambda: state)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    assert Supervisor(job, {"SLURM_JOB_ID": "7"}).go() == 2
+    assert Supervisor(job, {"SLURM_JOB_ID": "7"}).supervise() == 2
     assert len(read_records(tmp_path)) == 1

@@ -115,12 +115,12 @@ def bf16_errors(ranks: Ranks) -> dict[str, tuple[float, float]]:
         "up": draw("up", wide, wide, dtype=bf16) / 16,
         "down": draw("down", wide, wide, dtype=bf16) / 16,
     }
-    slope = draw("slope", 64, BATCH, wide, dtype=bf16)
+    grad_logits = draw("slope", 64, BATCH, wide, dtype=bf16)
 
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
         leaf = {name: v.to(dtype, copy=True).requires_grad_() for name, v in values.items()}
         y = F.linear(F.linear(leaf["x"], leaf["up"]).tanh(), leaf["down"])
-        y.backward(slope.to(dtype))
+        y.backward(grad_logits.to(dtype))
         return {"y": y.detach()} | {name: v.grad for name, v in leaf.items() if v.grad is not None}
 
     truth, usual = plain(torch.float64), plain(bf16)
@@ -130,7 +130,7 @@ def bf16_errors(ranks: Ranks) -> dict[str, tuple[float, float]]:
         load(layer, values)
     x = local_slice(values["x"], axis).clone().requires_grad_()
     y = down(up(x)[0].tanh())
-    y.backward(local_slice(slope, axis))
+    y.backward(local_slice(grad_logits, axis))
     assert x.grad is not None and up.weight is not None
     assert up.weight.grad is not None and down.weight.grad is not None
     assert up.weight.grad.dtype == down.weight.grad.dtype == bf16

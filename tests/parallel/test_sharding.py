@@ -9,9 +9,9 @@ from torch import nn
 from megahybrid.parallel.sharding import (
     Segment,
     ShardSpec,
+    attach_shard_spec,
     box_shape,
     box_slices,
-    mark,
     shard_spec,
 )
 
@@ -94,7 +94,7 @@ def test_boxes_of_a_cut_tensor_cover_each_element_once(layout: Layout) -> None:
 @given(layouts())
 def test_mark_is_true_exactly_where_ranks_hold_shards(layout: Layout) -> None:
     for spec in all_ranks(layout):
-        parameter = mark(nn.Parameter(torch.zeros(spec.parameter_shape)), spec)
+        parameter = attach_shard_spec(nn.Parameter(torch.zeros(spec.parameter_shape)), spec)
         assert shard_spec(parameter) is spec
         cut = any(segment.dim is not None for segment in spec.segments)
         assert parameter.tensor_model_parallel is cut
@@ -122,6 +122,8 @@ def test_parameter_that_nobody_described_is_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(3, 2\) has no ShardSpec"):
         shard_spec(nn.Parameter(torch.zeros(3, 2)))
     with pytest.raises(ValueError, match=r"s: shape \(3, 2\) is not \(4, 2\)"):
-        mark(nn.Parameter(torch.zeros(3, 2)), ShardSpec((Segment("s", (4, 2), None),), 1, 0))
+        attach_shard_spec(
+            nn.Parameter(torch.zeros(3, 2)), ShardSpec((Segment("s", (4, 2), None),), 1, 0)
+        )
     with pytest.raises(ValueError, match=r"s: \(3, 2\) is not \(4, 2\)"):
         ShardSpec((Segment("s", (4, 2), None),), 1, 0).split({"s": torch.zeros(3, 2)})

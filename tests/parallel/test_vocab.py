@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megahybrid.config.memory_estimate import LOSS_PARTS
 from megahybrid.parallel.collectives import gather_sequence_replicated, local_slice
-from megahybrid.parallel.loss_softmax import PIECES, fused_statistics
+from megahybrid.parallel.loss_softmax import ROW_PARTS, fused_statistics
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import shard_spec
 from megahybrid.parallel.vocab import (
@@ -228,7 +228,7 @@ def bf16_errors(ranks: Ranks, fused: bool) -> dict[str, tuple[float, float]]:
     }
 
 
-@pytest.mark.parametrize("words", [VOCAB, 8 * PIECES])
+@pytest.mark.parametrize("words", [VOCAB, 8 * ROW_PARTS])
 def test_the_pieces_of_a_row_have_its_sum_and_its_largest_logit(words: int) -> None:
     logits = 300 * draw("logits", 6, words)
     column, mine = torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, dtype=torch.bool)

@@ -17,9 +17,9 @@ from megahybrid.config.study import Study
 from megahybrid.config.suite import Suite
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import ConfigError, DataError
-from megahybrid.study.figures import figures_of, interval, judge, tabulate
+from megahybrid.study.figures import check_rules, figures_of, interval, tabulate
 from megahybrid.study.grid import study
-from megahybrid.study.one_run import OneRun
+from megahybrid.study.one_run import StudyRun
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = sorted(path.parent for path in EXPERIMENTS.rglob("study.yaml"))
@@ -31,7 +31,7 @@ def test_every_variant_of_a_shipped_study_is_a_run_that_can_be_meant(folder: Pat
     assert plan.hypothesis and plan.rules
     plans = []
     for variant in plan.variants:
-        overrides = OneRun(plan, folder, Path("/out"), variant, 1).overrides()
+        overrides = StudyRun(plan, folder, Path("/out"), variant, 1).overrides()
         run = load(folder / plan.run, overrides)
         run.check(1)
         plans.append(run.model_dump(exclude={"directory": True}))
@@ -52,7 +52,7 @@ def test_what_is_published_of_a_study_is_what_its_results_say(folder: Path) -> N
     if results:
         table = json.loads((folder / "table.json").read_text())
         rows = tabulate(plan, results)
-        assert table == json.loads(json.dumps({"rows": rows, "rules": judge(plan, rows)}))
+        assert table == json.loads(json.dumps({"rows": rows, "rules": check_rules(plan, rows)}))
 
 
 RUN = """
@@ -165,7 +165,7 @@ def test_study_keeps_each_result_once_and_judges_its_rules(
     first = json.loads(kept[0].read_text())
     kept[0].unlink()
     plan = load(small / "study.yaml", type=Study)
-    alone = OneRun(plan, small, out, "nope", 1).start(fork=False)
+    alone = StudyRun(plan, small, out, "nope", 1).start(fork=False)
     assert os.waitstatus_to_exitcode(os.waitpid(alone, 0)[1]) == 0
     assert figures_of(json.loads(kept[0].read_text())) == figures_of(first)
     kept[0].write_text("{")
@@ -253,7 +253,7 @@ def test_runs_below_the_gate_are_counted_apart_and_rules_compare_medians() -> No
     assert (told["median"], told["least"], told["most"]) == (0.2, 0.1, 0.6)
     assert told["mean"] == pytest.approx(0.3)
     assert told["interval"] == pytest.approx(4.303 * 0.264575 / 3**0.5, rel=1e-4)
-    judged = {rule["rule"]: rule["holds"] for rule in judge(plan, rows)}
+    judged = {rule["rule"]: rule["holds"] for rule in check_rules(plan, rows)}
     assert judged["rnope_swa:recall.4096 > rope:recall.4096"] is True
     assert judged["rnope_swa:recall.4096 > nope:recall.4096"] is None  # nope has no run that counts
 

@@ -14,7 +14,7 @@ from megahybrid.model.init import draw
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.mpu import Mpu
-from megahybrid.parallel.sharding import mark
+from megahybrid.parallel.sharding import attach_shard_spec
 
 
 def draw_partitioned(
@@ -42,7 +42,7 @@ def draw_partitioned(
                 owners.setdefault(parameter, []).append((module, key))
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     for empty, spec in model.sharded_parameters().values():
-        weights = mark(nn.Parameter(torch.empty_like(empty, device=mesh.device)), spec)
+        weights = attach_shard_spec(nn.Parameter(torch.empty_like(empty, device=mesh.device)), spec)
         draw(weights, spec, model.config, run.seed, run.optimizer)
         weights.data = weights.data.to(dtype)
         init._convert_to_zero_parameters([weights])
