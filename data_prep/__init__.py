@@ -1,1 +1,1 @@
-"""From text to shuffled, split, tokenized datasets."""
+"""Data preparation: text becomes shuffled, split, tokenized datasets."""

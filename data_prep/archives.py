@@ -34,8 +34,10 @@ LEFT_OUT = ("__pycache__", "__MACOSX")
 
 
 class Truncated(OSError):
-    """A member that ends before its size. left: bytes on disk that it lacks; absent: those that are
-    in no other part of the file either."""
+    """A member ends before its size.
+
+    left: bytes on disk that it lacks; absent: those that are in no other part of the file either.
+    """
 
     def __init__(self, reason: str, left: float = 0.0, absent: float = 0.0) -> None:
         super().__init__(reason)
@@ -61,12 +63,12 @@ class Member:
 
     @property
     def rate(self) -> float:
-        """Bytes on disk for each byte of its text."""
+        """The bytes on disk for each byte of its text."""
         return self.packed / self.size if self.size else 0.0
 
 
 def is_archive(name: str | Path) -> bool:
-    """Whether a file is a .tar or .zip, by its name."""
+    """Return whether a file is a .tar or .zip, by its name."""
     path = Path(str(name).lower())
     return path.suffix in (".tar", ".tgz", ".tzst", ".zip") or (
         packing_by_name(path) is not None and Path(path.stem).suffix == ".tar"
@@ -150,7 +152,7 @@ def _zip_members(path: Path, start: int, stop: int) -> Iterator[Member]:
 
 
 def _zip_problem(archive: zipfile.ZipFile | SalvagedZip, info: zipfile.ZipInfo) -> str:
-    """Why a member cannot be used; "" when all of it unpacks to its checksum."""
+    """Return why a member cannot be used; "" when all of it unpacks to its checksum."""
     if info.flag_bits & 1:
         return "encrypted zip member"
     size = 0
@@ -205,8 +207,11 @@ def _tar_members(path: Path, packing: Packing | None) -> Iterator[Member]:
 
 
 class _Tar:
-    """A .tar read forwards. rate: bytes on disk for each of its own. whole=False: that it has no
-    end is told by the caller. ends: what a last member lacks is nowhere else."""
+    """A .tar read forwards.
+
+    rate: bytes on disk for each of its own. whole=False: the caller reports that it has no end.
+    ends: the bytes that a last member lacks are nowhere else.
+    """
 
     def __init__(
         self,
@@ -288,8 +293,11 @@ class _Tar:
         return data[: header.size] if len(data) == padded else None
 
     def _find_header(self, block: bytes) -> tuple[bool, int]:
-        """Goes on at the next header, wherever it begins. Returns whether there is one, and how
-        many bytes were passed over for it; the zeros at an archive's end are none."""
+        """Go on at the next header, wherever it begins.
+
+        Returns whether there is one, and how many bytes were passed over for it; the zeros at an
+        archive's end are none.
+        """
         begun, used = self._offset - len(block), len(block)
         data = block[1:] + self.read(SEARCH_BYTES)
         while len(data) >= BLOCK:

@@ -56,7 +56,7 @@ class Stretch:
 
     @property
     def rate(self) -> float:
-        """Bytes on disk for each byte of the text."""
+        """The bytes on disk for each byte of the text."""
         return self.packed / self.bytes if self.bytes else 0.0
 
 
@@ -75,8 +75,10 @@ def packing_by_content(beginning: bytes) -> Packing | None:
 
 
 def beginning_of(file: BinaryIO, packing: Packing, size: int) -> bytes:
-    """Up to `size` first bytes of the text; of the next member that gives any where the first is
-    broken from its beginning."""
+    """Return up to `size` first bytes of the text.
+
+    They are those of the next member that gives any where the first is broken from its beginning.
+    """
     end = file.seek(0, io.SEEK_END)
     return _beginning(file, packing, 0, size) or _beginning(
         file, packing, _next_member(file, packing, 1, end), size
@@ -151,8 +153,11 @@ class _CutOff:
 
 
 def _cut_off(here: int, length: int, stated: int, rate: float | None) -> _CutOff:
-    """What `here` bytes of a member are that gave `length` bytes of text, `stated` in all; `rate`:
-    bytes on disk for each byte of the text before it."""
+    """Return how the `here` bytes of a truncated member count: used, lost and absent.
+
+    They gave `length` bytes of text, of `stated` in all by its header. `rate`: bytes on disk for
+    each byte of the text before it.
+    """
     if rate is None or length >= SURE_BYTES:
         rate = here / length if length else 0.0
     # The last block gives nothing where it is not whole.
@@ -213,8 +218,10 @@ def _members(file: BinaryIO, packing: Packing, begin: int) -> Iterator[bytes]:
 
 
 def _measure(file: BinaryIO, packing: Packing, begin: int) -> tuple[int | None, int, int]:
-    """Where the member at `begin` ends (None: it is truncated), the bytes that it unpacks to, and
-    those that it says it does, or 0."""
+    """Return the end of the member at `begin`, its unpacked bytes and its stated bytes.
+
+    The end is None where it is truncated. The stated bytes are 0 where its header names none.
+    """
     member = _Member(file, packing, begin)
     length = 0
     for chunk in member.chunks():
@@ -293,7 +300,10 @@ class _Member:
 
 
 def _next_member(file: BinaryIO, packing: Packing, begin: int, size: int) -> int:
-    """Where the next member begins whose first MiB can be unpacked; `size` where none does."""
+    """Return where the next member begins whose first MiB can be unpacked.
+
+    `size` where none does.
+    """
     magic = GZIP_MAGIC if packing == "gzip" else ZSTD_MAGIC
     position = begin
     while position < size:

@@ -1,8 +1,7 @@
-"""Reading documents: lines of JSON and JSON arrays (one an element), .parquet (one a row), any
-other text (one a file).
+"""Reading documents: JSON (one a line or array element), .parquet (one a row), text files.
 
-Text and JSON may be packed as .gz or .zst, and all of them may lie in a .tar or .zip; `hf:NAME`
-is a Hugging Face dataset. What cannot be a document becomes a `BadDocument` with its reason and the
+Text and JSON may be packed as .gz or .zst, and all of them may lie in a .tar or .zip; `hf:NAME` is
+a Hugging Face dataset. What cannot be a document becomes a `BadDocument` with its reason and the
 bytes that are lost with it, never an exception.
 """
 

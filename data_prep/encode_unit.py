@@ -1,4 +1,4 @@
-"""What a worker does: a unit of text becomes tokens and records, in runs sorted by their keys."""
+"""The work of one worker: a unit of text becomes tokens and records, in runs sorted by key."""
 
 import hashlib
 import json
@@ -44,7 +44,10 @@ Records = npt.NDArray[np.void]
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What every unit needs. threads: of the tokenizer, where one unit is all the work."""
+    """The settings that every unit needs.
+
+    threads: of the tokenizer, where one unit is all the work.
+    """
 
     tokenizer: str
     eod: str | None
@@ -71,12 +74,12 @@ class UnitResult:
 
 
 def unit_path(folder: str | Path, number: int, suffix: str) -> Path:
-    """Where the parts of an encoded unit lie; `.done` (JSON counts) is written last."""
+    """Return the path of one part of an encoded unit; `.done` (JSON counts) is written last."""
     return Path(folder) / f"unit-{number:08d}.{suffix}"
 
 
 def read_result(folder: str | Path, number: int) -> UnitResult | None:
-    """What is known of a unit that is done; None for one that is not."""
+    """Return the result of a unit that is done; None for one that is not."""
     try:
         stored = json.loads(unit_path(folder, number, "done").read_bytes())
     except FileNotFoundError:
@@ -112,7 +115,10 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
 
 
 class _Encoder:
-    """Documents in, encoded in batches. `bad`: what was left out; `empty`: how many had no text."""
+    """The encoder of one unit: documents go in and are encoded in batches.
+
+    `bad`: the documents that were left out; `empty`: how many had no text.
+    """
 
     def __init__(self, seed: int, tokenizer: Tokenizer, writer: "RunWriter") -> None:
         self.seed, self.tokenizer, self.writer = seed, tokenizer, writer
@@ -124,7 +130,7 @@ class _Encoder:
         self.characters = 0
 
     def leave_out(self, item: BadDocument) -> None:
-        """Counts what is no document."""
+        """Count an item that is no document."""
         if item.reason == EMPTY:
             self.empty += 1
         else:
@@ -192,7 +198,7 @@ class RunWriter:
         self._runs: list[int] = []
 
     def add(self, tokens: npt.NDArray[Any], keys: tuple[int, int], metadata: bytes = b"") -> None:
-        """Adds a document, eod included, and what is kept of its row."""
+        """Add a document, eod included, and the kept fields of its row."""
         self._held.append(tokens)
         self._held_metadata.append(metadata)
         self._rows.append((*keys, 0, len(tokens), 0, len(metadata)))
@@ -221,23 +227,23 @@ class RunWriter:
         self._held_tokens = self._held_bytes = 0
 
     def begin_long(self) -> int:
-        """Begins a document that is written piece by piece; returns where."""
+        """Begin a document that is written piece by piece; returns where it begins."""
         self._write_run()
         return self._written
 
     def add_piece(self, tokens: npt.NDArray[Any]) -> None:
-        """A piece of the document begun."""
+        """Add a piece to the document that was begun."""
         self._tokens.write(tokens.data)
         self._written += len(tokens)
 
     def drop_long(self, begin: int) -> None:
-        """Takes the document begun back."""
+        """Drop the document that was begun."""
         self._tokens.seek(begin * self.dtype.itemsize)
         self._tokens.truncate()
         self._written = begin
 
     def end_long(self, begin: int, keys: tuple[int, int], metadata: bytes = b"") -> None:
-        """Ends the document begun: a run of its own."""
+        """End the document that was begun: it is a run of its own."""
         row = [(*keys, begin, self._written - begin, self._written_metadata, len(metadata))]
         self._metadata.write(metadata)
         self._written_metadata += len(metadata)

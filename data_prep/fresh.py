@@ -29,8 +29,10 @@ def fresh_folder(output: Path) -> Iterator[Path]:
 
 
 def refuse_occupied(folder: Path, ours: Collection[str] = ()) -> None:
-    """Raises DataError unless `folder` can become a new folder of ours: it is not there, or is an
-    empty folder but for the names in `ours`."""
+    """Raise DataError unless `folder` can become a new folder of ours.
+
+    It can where it is not there, or is an empty folder but for the names in `ours`.
+    """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -54,10 +56,11 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other calls out of a folder, which is made where it is not there and does not stay
-    where it is empty. Two that write the same names would each publish what the other has begun.
+    """Keep other calls out of a folder while the block runs.
 
-    The system lets go of it however the process ends. Raises DataError where another call has it.
+    The folder is made where it is not there and does not stay where it is empty. Two calls that
+    write the same names would each publish what the other has begun. The system lets go of it
+    however the process ends. Raises DataError where another call has it.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         refuse_occupied(folder)

@@ -76,12 +76,18 @@ def _check_read(name: str, text: str) -> None:
 
 
 def is_open_file(given: str | Path) -> bool:
-    """Whether this names what the process has open: a pipe of `<(command)` has its writer."""
+    """Return whether this names a file that the process has open.
+
+    A pipe of `<(command)` is one: it has a writer.
+    """
     return given in STDIN or OPEN_FILE.fullmatch(os.path.abspath(given)) is not None
 
 
 def is_kernels(given: str | Path) -> bool:
-    """Whether the kernel makes this up when it is read: it has no size, and may never end."""
+    """Return whether the kernel makes this file up when it is read.
+
+    Such a file has no size, and may never end.
+    """
     real = os.path.realpath(given) + "/"
     return real.startswith(("/proc/", "/sys/")) and not is_open_file(given)
 

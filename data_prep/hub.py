@@ -17,12 +17,12 @@ PREFIX = "hf:"
 
 
 def is_hub(given: str | Path) -> bool:
-    """Whether an input names a Hugging Face dataset."""
+    """Return whether an input names a Hugging Face dataset."""
     return str(given).startswith(PREFIX)
 
 
 def shards(given: str | Path) -> int:
-    """Into how many parts the dataset can be streamed."""
+    """Return into how many parts the dataset can be streamed."""
     return int(_open(str(given)).num_shards)
 
 

@@ -52,18 +52,18 @@ class InputRange:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker does at a time."""
+    """The work that one worker does at a time."""
 
     ranges: tuple[InputRange, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of its input."""
+        """The size of its input."""
         return sum(part.size for part in self.ranges)
 
     @property
     def of_rows(self) -> bool:
-        """Whether it is a shard of a hub dataset, whose bytes are not known."""
+        """True for a shard of a hub dataset, whose bytes are not known."""
         return self.ranges[0].format.kind == "hub"
 
 
@@ -102,8 +102,10 @@ def _searched(folder: Path, pattern: str) -> list[Path]:
 
 
 def _globbed(written: Path, pattern: str) -> list[Path]:
-    """What a glob names, as a shell has it: hidden names only where it spells them, and the files
-    of the folders among them."""
+    """Return the files that a glob names, and those of the folders among them, as a shell does.
+
+    Hidden names are found only where the glob spells them.
+    """
     parts = written.parts
     literal = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     spelt = _hidden(parts[literal:])
@@ -122,7 +124,10 @@ def _globbed(written: Path, pattern: str) -> list[Path]:
 
 
 def _refuse_closed(folder: Path) -> None:
-    """A search passes over folders that may not be opened without a word."""
+    """Raise DataError for a folder that may not be opened.
+
+    A search would pass over it without a word.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(
@@ -140,7 +145,7 @@ def _hidden(parts: Sequence[str]) -> bool:
 
 
 def identify(path: Path, fields: Fields, name: str | None = None) -> InputFile | NotText:
-    """How a file is read, by its content; by its name alone where it cannot be opened."""
+    """Return how a file is read, by its content; by its name alone where it cannot be opened."""
     if hub.is_hub(path):
         return InputFile(path, 0, Format("hub"))
     size = path.stat().st_size
@@ -154,7 +159,7 @@ def identify(path: Path, fields: Fields, name: str | None = None) -> InputFile |
 
 
 def shared_unit_bytes(files: Sequence[InputFile]) -> int:
-    """How large units of these files are to be, for any number of workers."""
+    """Return the size of units of these files, the same for any number of workers."""
     share = sum(file.size for file in files) // FEWEST_UNITS
     return max(LEAST_UNIT_BYTES, min(UNIT_BYTES, share))
 
@@ -186,7 +191,7 @@ def _parts_of(file: InputFile, unit_bytes: int) -> Iterator[InputRange]:
 
 
 def _ranges(file: InputFile, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Where the pieces of a file begin and end, and their bytes on disk."""
+    """Yield where the parts of a file begin and end, and their bytes on disk."""
     kind, packed = file.format.kind, file.format.packed
     if kind == "hub":
         for index in range(hub.shards(file.path)):

@@ -75,7 +75,7 @@ def inspect_dataset(
 
 
 def shown_metadata(metadata: dict[str, Any]) -> str:
-    """What is kept of a document's row, on one line."""
+    """Return the kept fields of a document's row on one line."""
     shown = ", ".join(f"{name} {value}" for name, value in metadata.items())[:METADATA_CHARACTERS]
     return printable(shown)
 

@@ -1,4 +1,4 @@
-"""What reading gives: documents, and what is none, each with the bytes on disk that it took up."""
+"""The items that reading gives: documents and bad ones, each with the bytes on disk it took up."""
 
 import codecs
 from collections import Counter
@@ -15,8 +15,11 @@ WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `name` says where it came from: file:byte (file:row in .parquet), `metadata` what is
-    kept of its row. `size`: bytes on disk that it takes up (of a hub dataset: rows)."""
+    """One text.
+
+    `name` says where it came from: file:byte (file:row in .parquet). `metadata` is what is kept of
+    its row. `size`: bytes on disk that it takes up (of a hub dataset: rows).
+    """
 
     name: str
     text: str
@@ -76,7 +79,7 @@ class Fields:
     format: str = "auto"
 
     def metadata(self, row: Mapping[str, Any]) -> bytes:
-        """What is kept of a row, as strict JSON; nothing where nothing is to be kept."""
+        """Return the kept fields of a row as strict JSON; nothing where none are to be kept."""
         if not self.kept:
             return b""
         value = {name: row[name] for name in self.kept if name in row}
@@ -97,7 +100,7 @@ class Origin:
     strings: bool = False
 
     def bad(self, offset: int, reason: str, beginning: bytes, size: float) -> BadDocument:
-        """What is no document and takes up `size` bytes of the text."""
+        """Return a bad document that takes up `size` bytes of the text."""
         return BadDocument(self.file, offset, reason, beginning, size * self.rate)
 
 

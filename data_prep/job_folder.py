@@ -53,8 +53,10 @@ def identity_of(
 
 
 def _named(file: InputFile) -> list[Any]:
-    """What says that an input is still the same: its size and time, or its content where it is a
-    copy of a stream."""
+    """Return the facts by which an input is known to be the same.
+
+    They are its size and time, or its content where it is a copy of a stream.
+    """
     if is_hub(file.path):
         return [str(file.path)]
     if file.held is not None:
@@ -94,8 +96,10 @@ def begin_job(folder: Path, identity: Identity) -> dict[str, Any] | None:
 
 @contextmanager
 def released_if_refused(folder: Path) -> Iterator[None]:
-    """Leaves the folder to any other call where this one is refused, and no folder where nothing
-    was encoded or listed."""
+    """Leave the folder to any other call where this one is refused.
+
+    No folder stays where nothing was encoded or listed.
+    """
     try:
         yield
     except Refused:
@@ -110,7 +114,7 @@ def released_if_refused(folder: Path) -> Iterator[None]:
 
 
 def _worth_keeping(work: Path) -> bool:
-    """Whether a call was interrupted that had encoded something."""
+    """Return whether an interrupted call had encoded something."""
     return not (work / REFUSED).exists() and any(work.glob("unit-*.done"))
 
 
@@ -142,7 +146,7 @@ def _is_report(value: Mapping[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a job.json says; None where there is none."""
+    """Return the value of a job.json; None where there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -163,7 +167,7 @@ def _encoding(identity: Mapping[str, Any]) -> Identity:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two jobs differ in, the files first, on one line."""
+    """Return the differences of two jobs on one line, the files first."""
     try:
         differences = list(_changed_files(before.get("files"), now["files"]))
     except (TypeError, ValueError, IndexError, OverflowError):

@@ -17,8 +17,10 @@ _FIRST_KEY = re.compile(rb'\{\s*("(?:[^"\\]|\\.){0,200}")\s*:')
 
 
 class Element(NamedTuple):
-    """The bytes of an element and where they begin; with a `problem`, so many bytes of the file
-    that hold none."""
+    """The bytes of an element and where they begin.
+
+    With a `problem`: so many bytes of the file that hold no element.
+    """
 
     raw: bytes
     offset: int
@@ -27,8 +29,10 @@ class Element(NamedTuple):
 
 
 class ArrayReader:
-    """Gives the elements in order: `next()` until None. `skip_broken()` says that the last one
-    was no JSON after all, and where to go on."""
+    """A reader of the elements in order: call `next()` until it returns None.
+
+    `skip_broken()` says that the last one was no JSON after all, and where to go on.
+    """
 
     def __init__(self, file: BinaryIO, most_bytes: int) -> None:
         self._file, self._most = file, most_bytes
@@ -39,7 +43,7 @@ class ArrayReader:
 
     @property
     def of_strings(self) -> bool:
-        """Whether its elements are strings, as far as the first one tells."""
+        """True where its elements are strings, as far as the first one shows."""
         return self._lead == b'"'
 
     def next(self) -> Element | None:
@@ -61,8 +65,10 @@ class ArrayReader:
         return self._element()
 
     def skip_broken(self, element: Element, reason: str) -> Element:
-        """What is lost with the last element, which is no JSON for that reason; goes on behind it,
-        or within it where its end was another's."""
+        """Return the bytes that are lost with the last element, which `reason` says is no JSON.
+
+        Reading goes on behind it, or within it where its end was another's.
+        """
         return self._search(element.offset - self._base, reason, least=1)
 
     def learn(self, element: Element) -> None:
@@ -81,7 +87,7 @@ class ArrayReader:
         return Element(bytes(self._held[:end]), self._base, end)
 
     def _separator(self) -> str:
-        """Passes what stands before an element."""
+        """Pass over the separator that stands before an element."""
         if not self._is_begun:
             self._is_begun = True
             if self._byte() == BOM[0]:
@@ -111,7 +117,10 @@ class ArrayReader:
                 return -1
 
     def _end(self, start: int) -> int:
-        """Behind the value that begins at `start`; -1 where the file ends, or too much is held."""
+        """Return the end of the value that begins at `start`.
+
+        -1 where the file ends, or too much is held.
+        """
         if self._held[start] not in b'"{[':
             while not (found := _SCALAR_END.search(self._held, start + 1)):
                 if not self._more_of_one():
@@ -152,7 +161,10 @@ class ArrayReader:
             position = quote + 1
 
     def _search(self, start: int, problem: str, least: int = 0) -> Element:
-        """Gives up what begins at `start`; the next element is looked for at least so far on."""
+        """Give up the element that begins at `start` and look for the next one.
+
+        It is looked for from `least` bytes on.
+        """
         offset, beginning = self._base + start, bytes(self._held[start : start + 80])
         after = rb"\}\s*,\s*(?=\{\s*" + re.escape(self._first_key) + rb")"
         position, pattern = (
@@ -195,8 +207,10 @@ class ArrayReader:
         return len(self._held) <= self._most and self._more()
 
     def _rest(self) -> int:
-        """Reads to the end; how many bytes stand behind the array's, from the first that is no
-        space."""
+        """Read to the end and return how many bytes stand behind the array.
+
+        They are counted from the first that is no space.
+        """
         self._position += 1
         if self._byte() < 0:
             return 0

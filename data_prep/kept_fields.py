@@ -1,4 +1,4 @@
-"""What is kept of a row beside its tokens, as one line of strict JSON that any reader takes.
+"""The kept fields of a row as one line of strict JSON that any reader takes.
 
 JSON has no NaN, no infinities and no bytes, and a lone surrogate is no Unicode. Numbers that are
 not finite become null; bytes become the text they hold, or hex digits where they hold none; lone
@@ -16,7 +16,7 @@ DEEPEST = 100  # lists within lists; what lies deeper is null
 
 
 def metadata_line(kept: Mapping[str, Any]) -> bytes:
-    """The note of one row: a JSON object on one line, in ASCII."""
+    """Return the metadata of one row: a JSON object on one line, in ASCII."""
     return json.dumps(_strict(kept, 0), allow_nan=False).encode()
 
 

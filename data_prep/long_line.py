@@ -34,7 +34,7 @@ def parse_long(line: bytes) -> tuple[Any, list[tuple[int, int]]]:
 
 
 def _string_end(line: bytes, position: int) -> int:
-    """Where the quote stands that ends the string; the line's end where there is none."""
+    """Return where the quote stands that ends the string; the line's end where there is none."""
     while (quote := line.find(b'"', position)) >= 0:
         slashes = quote
         while line[slashes - 1] == 0x5C:

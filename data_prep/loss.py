@@ -1,4 +1,4 @@
-"""How much of the inputs could not be used: bytes on disk, and rows of hub datasets."""
+"""The loss: how much of the inputs could not be used, in bytes on disk and rows of hub datasets."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,13 +10,16 @@ ENOUGH_TO_JUDGE = 10_000  # rows of a hub dataset, whose number is not known, to
 
 
 class Refused(DataError):
-    """What was read is not made into datasets: another call may ask for something else."""
+    """The inputs are not made into datasets: another call may ask for something else."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Bytes on disk and how many of them are lost, rows and how many of them; empty documents, of
-    which nothing is lost. Bytes that are named by a header but not there count in both."""
+    """Bytes on disk and rows, how many of them are lost, and the number of empty documents.
+
+    Nothing is lost of an empty document. Bytes that are named by a header but not there count in
+    both.
+    """
 
     bytes: int = 0
     lost_bytes: int = 0
@@ -44,7 +47,7 @@ class Loss:
         return " and ".join(parts) or "nothing"
 
     def is_sure_to_exceed(self, limit: float, bytes_in_all: int) -> bool:
-        """Whether a part of the work shows already that more than `limit` will be lost."""
+        """Return whether a part of the work shows already that more than `limit` will be lost."""
         absent = 0 if not self.bytes else max(0, self.bytes - bytes_in_all)
         rows = self.rows >= ENOUGH_TO_JUDGE and self.lost_rows > limit * self.rows
         return rows or self.lost_bytes > limit * (bytes_in_all + absent)

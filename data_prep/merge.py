@@ -1,4 +1,4 @@
-"""From encoded units to datasets: documents in keyed order, copies left out, a part held out.
+"""The merge of encoded units into datasets: keyed order, copies left out, a part held out.
 
 External: the keys are cut into ranges ("buckets") so small that one fits in the memory allowed; the
 documents of a bucket lie together in every run, because runs are sorted. A document that is large
@@ -110,8 +110,10 @@ class Merge:
             self._bucket(low, high)
 
     def refuse_empty_parts(self, made: Mapping[str, Manifest]) -> None:
-        """Raises Refused where a part that was asked for has no document, or none is left to train
-        on: held-out scores over nothing would say nothing."""
+        """Raise Refused where a part has no document, or none is left to train on.
+
+        Held-out scores over nothing would say nothing.
+        """
         split, total = self.split, sum(part.documents for part in made.values())
         if not made["train"].documents:
             raise Refused(
@@ -268,7 +270,10 @@ class Merge:
 
 
 def _metadata(run: _Run, records: Records) -> list[bytes]:
-    """Of consecutive records, in one read; empty ones where nothing was kept."""
+    """Return the metadata of consecutive records, in one read.
+
+    The lines are empty where nothing was kept.
+    """
     ends = np.cumsum(records["note_length"], dtype=np.int64)
     if not ends[-1]:
         return [b""] * len(records)

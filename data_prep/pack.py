@@ -159,7 +159,7 @@ class _Source:
         self.documents = 0
 
     def chunks(self) -> Iterator[tuple[Array, Array]]:
-        """First tokens and lengths."""
+        """Yield first tokens and lengths."""
         self.documents = 0
         for number, shard in enumerate(self.dataset.shards):
             for first in range(0, shard.documents, CHUNK_DOCUMENTS):

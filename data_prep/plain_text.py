@@ -61,8 +61,10 @@ def read_lines(file: BinaryIO, start: int, stop: int, origin: Origin) -> Iterato
 
 
 def document_of_line(line: bytes, size: int, offset: int, origin: Origin) -> Iterator[Item]:
-    """What a line of `size` bytes holds, of which `line` may be the beginning; of a blank one
-    nothing."""
+    """Yield the document that a line of `size` bytes holds; a blank line holds none.
+
+    `line` may be no more than the beginning of it.
+    """
     if LONG_BYTES <= len(line) == size:
         yield _parse_long(line, offset, origin)
         return
@@ -88,7 +90,7 @@ def _line(file: BinaryIO) -> tuple[bytes, int]:
 
 
 def _parse_long(line: bytes, offset: int, origin: Origin) -> Item:
-    """As `_parse`, without a second copy of the text."""
+    """Parse a line as `_parse` does, without a second copy of the text."""
     size = len(line)
     try:
         value, long = parse_long(line.removeprefix(BOM) if offset == 0 else line)
@@ -200,5 +202,5 @@ def _text_pieces(file: BinaryIO, size: int) -> Iterator[str]:
 
 
 def unreadable(error: OSError) -> str:
-    """Why a file gives nothing more."""
+    """Return the reason why a file gives nothing more."""
     return f"unreadable: {error.strerror or error}"

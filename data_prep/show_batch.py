@@ -115,7 +115,7 @@ def _print_row(
 
 
 def _token_at(plan: RowPlan, column: int) -> int:
-    """Which token of its source stands in a column of a row."""
+    """Return the token of its source that stands in a column of a row."""
     for start, size in plan.spans:
         if column < size:
             return start + column

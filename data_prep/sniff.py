@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes; its name only where they cannot tell.
+"""The format of a file, by its first bytes; by its name only where they cannot tell.
 
 Text of any suffix is taken. JSON is taken where it is a list of documents: lines, or one array.
 """
@@ -59,7 +59,7 @@ _DIGEST = re.compile(rf"\\?{_HEX}([ \t]+[*]?\S.*)?\s*|[\w/-]+ ?\(.+\) ?= ?{_HEX}
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is read: what it holds, and what that is packed in."""
+    """The way in which a file is read: its content, and the packing around that."""
 
     kind: Kind
     packed: Packing | None = None
@@ -70,13 +70,16 @@ class Format:
 
 @dataclass(frozen=True)
 class NotText:
-    """Why a file is left out."""
+    """The reason why a file is left out."""
 
     why: str
 
 
 def detect_format(file: BinaryIO, name: str, field: str, asked: str = "auto") -> Format | NotText:
-    """What a file is that can be read again from its beginning; `asked` is one of FORMATS."""
+    """Return the format of a file that can be read again from its beginning.
+
+    `asked` is one of FORMATS.
+    """
     verdict: Format | NotText | None = None
     for size in LOOKS:
         file.seek(0)
@@ -92,7 +95,7 @@ def detect_format(file: BinaryIO, name: str, field: str, asked: str = "auto") ->
 
 
 def packing_of_file(raw: bytes, name: str) -> Packing | None:
-    """What a file that begins with `raw` is packed in."""
+    """Return the packing of a file that begins with `raw`."""
     # Without its magic a packed file is damaged, unless somebody has unpacked it already.
     named = packing_by_name(name) if not raw or _is_binary(raw) else None
     return packing_by_content(raw) or named
@@ -108,8 +111,10 @@ def _inner(name: str) -> str:
 def guess_format(
     raw: bytes, whole: bool, name: str, field: str, asked: str = "auto", *, last: bool = True
 ) -> Format | NotText | None:
-    """What a text that begins with `raw` is; whole: it is all of it. None where more must be seen
-    first, unless this is the `last` look."""
+    """Return the format of a text that begins with `raw`; None where more must be seen first.
+
+    whole: `raw` is all of it. The `last` look always decides.
+    """
     suffix = Path(name).suffix.lower()
     if suffix == ".tar" or _is_tar(raw):
         return Format("tar")
@@ -166,7 +171,7 @@ def _is_tar(raw: bytes) -> bool:
 
 
 def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NotText | None:
-    """What JSON this is; None where it is none, or cannot be told from text."""
+    """Return which JSON this is; None where it is none, or cannot be told from text."""
     lines = [line for line in body.split(b"\n") if line.strip()]
     if not lines:
         return None
@@ -192,7 +197,10 @@ def _json(body: bytes, whole: bool, suffix: str, field: str) -> Format | NotText
 
 
 def _array(body: bytes, whole: bool, named: bool, field: str) -> Format | NotText | None:
-    """What begins with a bracket: a list of documents by its first element, or by the name."""
+    """Return the format of a text that begins with a bracket.
+
+    It is a list of documents by its first element, or by the name.
+    """
     text = body.decode("utf-8", "replace")[1:].lstrip()
     first = _first(text.encode())
     sound = _begins_json(body, whole)
@@ -217,7 +225,7 @@ def _first_value(body: bytes) -> Any:
 
 
 def _begins_json(body: bytes, whole: bool) -> bool:
-    """Whether this is one JSON value, or, unless it is the whole, the beginning of one."""
+    """Return whether this is one JSON value, or, unless it is the whole, the beginning of one."""
     text = body.decode("utf-8", "replace")
     try:
         json.loads(text)
@@ -239,7 +247,10 @@ def _first(body: bytes) -> Any:
 
 
 def _many_objects(body: bytes) -> bool:
-    """Whether this is one object after another, over many lines: text may begin with braces."""
+    """Return whether this is one object after another, over many lines.
+
+    Text may begin with braces too.
+    """
     text = body.decode("utf-8", "replace")
     try:
         first, end = json.JSONDecoder().raw_decode(text)
@@ -249,7 +260,7 @@ def _many_objects(body: bytes) -> bool:
 
 
 def _no_prose(text: str, suffix: str, whole: bool) -> str:
-    """Why a text is none that a model should read; "" where nothing speaks against it."""
+    """Return why a model should not read a text; "" where nothing speaks against it."""
     lines = [line for line in text.splitlines() if line.strip()]
     lines = lines[:-1] if len(lines) > 1 and not whole else lines
     if lines and all(_DIGEST.fullmatch(line) for line in lines):
@@ -260,7 +271,10 @@ def _no_prose(text: str, suffix: str, whole: bool) -> str:
 
 
 def _is_table(lines: list[str]) -> bool:
-    """Whether all lines have as many cells, and one column is of numbers: verse has no such."""
+    """Return whether all lines have as many cells, one column of them numbers.
+
+    Verse has no such column.
+    """
     for sign, least in (("\t", 1), (",", 2), (";", 2), ("|", 2)):
         if lines[0].count(sign) < least:
             continue

@@ -1,4 +1,4 @@
-"""What inputs give: the files that are read and how, those that are left out and why."""
+"""A survey of inputs: the files that are read and how, those that are left out and why."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ PrintLine = Callable[[str], object]
 
 
 def print_nothing(line: str) -> None:
-    """Tells nobody."""
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Source:
-    """What one of the inputs gives."""
+    """The files that one of the inputs gives."""
 
     given: str
     taken: tuple[InputFile, ...]
@@ -52,7 +52,7 @@ class Source:
     is_file: bool = False
 
     def entry(self) -> dict[str, Any]:
-        """As a manifest has it; the formats with their files."""
+        """Return the entry that a manifest keeps of it; the formats with their files."""
         formats = Counter(str(file.format) for file in self.taken)
         value: dict[str, Any] = {
             "path": self.given,
@@ -68,7 +68,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Survey:
-    """What all inputs give, in their order."""
+    """The files that all inputs give, in their order."""
 
     sources: tuple[Source, ...]
 
@@ -86,7 +86,7 @@ class Survey:
         return [list(cut_units(source.taken)) for source in self.sources]
 
     def print_table(self, print_line: PrintLine) -> None:
-        """Tells as a table what is taken and what is left out, by suffix."""
+        """Print as a table which files are read and which are left out, by suffix."""
         files, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
         left_out = {file.path: file for source in self.sources for file in source.left_out}
         rows = [
@@ -116,11 +116,11 @@ def survey(
     output: Path | None = None,
     print_line: PrintLine = print_nothing,
 ) -> Survey:
-    """Looks into every file that the inputs name, and tells what is read of them.
+    """Look into every file that the inputs name, and print how each is read.
 
     What lies in `output` is no input. Raises DataError where an input names nothing, or where more
-    than MOST_LEFT_OUT of its bytes are in files that hold no documents; files that are named
-    one by one are weighed together.
+    than MOST_LEFT_OUT of its bytes are in files that hold no documents; files that are named one by
+    one are weighed together.
     """
     fields = fields or Fields()
     if sum(_is_stream(given) for given in inputs) > 1:
@@ -163,8 +163,10 @@ def _source(given: str | Path, pattern: str, fields: Fields, written: Path | Non
 
 
 def _link(path: Path, folder: Path) -> LeftOut:
-    """A link that is not followed, with the bytes that it keeps from being read: none where they
-    are in the folder that is searched as well."""
+    """Return a link that is not followed, with the bytes that it keeps from being read.
+
+    None are where they lie in the folder that is searched as well.
+    """
     if not path.is_dir():
         return LeftOut(path, 0, "dead link")
     real, searched = os.path.realpath(path), os.path.realpath(folder)
@@ -206,7 +208,7 @@ def _suffix(path: Path, shown: str = "") -> str:
 
 
 def _is_stream(given: str | Path) -> bool:
-    """Whether an input can be read only once, or only by this process."""
+    """Return whether an input can be read only once, or only by this process."""
     if is_open_file(str(given)):
         return True
     try:
@@ -217,8 +219,10 @@ def _is_stream(given: str | Path) -> bool:
 
 
 def _spooled(given: str, fields: Fields) -> InputFile | LeftOut:
-    """A stream as a file without a name, which its handle keeps: it is read more than once, and by
-    other processes."""
+    """Return a stream as a file without a name, which its handle keeps.
+
+    So it can be read more than once, and by other processes.
+    """
     held: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
     digest = hashlib.sha256()
     source = sys.stdin.buffer if given in (STDIN, "/dev/stdin") else open(given, "rb")  # noqa: SIM115

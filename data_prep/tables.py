@@ -20,8 +20,10 @@ class BadRow:
 
 
 class Row(NamedTuple):
-    """Number of a row within its file, its text, and what else of it was asked for. size: bytes on
-    disk (of a hub dataset: rows) that it takes up, or that are lost."""
+    """One row: its number in the file, its text, and the other fields that were asked for.
+
+    size: bytes on disk (of a hub dataset: rows) that it takes up, or that are lost.
+    """
 
     number: int
     text: str | BadRow
@@ -58,11 +60,11 @@ def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, in
 def read_rows(
     path: str | BinaryIO, start: int, stop: int, size: float, field: str, kept: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Rows of row groups start … stop - 1, with those of the columns `kept` that there are; all of
-    them together take up `size` bytes on disk.
+    """Yield the rows of row groups start … stop - 1, with the columns of `kept` that there are.
 
-    One BadRow for a row without text, one for the rest of a row group that is damaged, and one for
-    all rows where the column is missing.
+    All of them together take up `size` bytes on disk. There is one BadRow for a row without text,
+    one for the rest of a row group that is damaged, and one for all rows where the column is
+    missing.
     """
     parquet = _parquet()
     try:

@@ -42,8 +42,11 @@ from megahybrid.errors import DataError
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What was written: documents and tokens by part, what was left out, by reason, in how many
-    rows each field to be kept was found, and how much of the inputs was lost."""
+    """The outcome of `tokenize`.
+
+    Documents and tokens by part, how many were left out, by reason, in how many rows each field to
+    be kept was found, and how much of the inputs was lost.
+    """
 
     output: str
     documents: dict[str, int]
@@ -244,8 +247,11 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A pool's process waits for work for ever where its parent was killed, and would go on writing
-    into a folder that another call may have by then."""
+    """End this process with its parent.
+
+    A pool's process waits for work for ever where its parent was killed, and would go on writing
+    into a folder that another call may have by then.
+    """
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -275,7 +281,10 @@ def _command(
     shard_tokens: int,
     pattern: str,
 ) -> str:
-    """What would make the same data; without the options that change only speed or place."""
+    """Return a command that would make the same data.
+
+    The options that change only speed or place are left out.
+    """
     words = ["megahybrid", "data", "tokenize", *map(str, inputs), "--tokenizer", str(tokenizer)]
     words += ["--held-out", str(split.held_out), "--longest", str(split.longest)]
     words += ["--seed", str(job.seed), "--field", job.text_field, "--glob", pattern]

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of real text, and taking over one that exists."""
+"""A report on a tokenizer with real text, and taking over one that exists."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -85,12 +85,12 @@ def sampled_texts(
     fields: Fields,
     print_line: PrintLine = print_nothing,
 ) -> Iterator[str]:
-    """About `sample_bytes` of documents, shared among the sources by weight (default: by size).
+    """Yield about `sample_bytes` of documents, shared among the sources by weight.
 
-    A source with less than its share gives all it has. Where a source has much more, units of it
-    are looked at in an order keyed by the seed until its share is full, LOOK_SHARE times as much
-    text or LOOK_BYTES: a corpus is not read whole for a sample. `print_line` is told what of it could not
-    be read.
+    Without `weights` they are shared by size. A source with less than its share gives all it has.
+    Where a source has much more, units of it are looked at in an order keyed by the seed until its
+    share is full, LOOK_SHARE times as much text or LOOK_BYTES: a corpus is not read whole for a
+    sample. `print_line` gets a line for each source of which something could not be read.
     """
     shares = weights or [sum(unit.bytes for unit in units) for units in sources]
     for number, (units, share) in enumerate(zip(sources, shares, strict=True)):
@@ -114,7 +114,7 @@ def sampled_texts(
 
 @dataclass
 class _Seen:
-    """What the items were that were looked at, and how much was lost with bad ones."""
+    """The items that were looked at: how much there was, and how much was lost with bad ones."""
 
     size: float = 0.0
     lost: float = 0.0

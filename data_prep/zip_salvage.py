@@ -22,8 +22,10 @@ BROKEN = (0, 0, 1, None)  # nothing has the checksum 0
 
 
 def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
-    """Whether a directory that could be read is one of this file: as many members as its end says,
-    which begin where it says and do not share their bytes."""
+    """Return whether a directory that could be read is one of this file.
+
+    It has as many members as its end says, which begin where it says and do not share their bytes.
+    """
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         for info in (*listed[:1], *listed[-1:]):
@@ -46,10 +48,11 @@ def is_sound(path: str | Path, listed: Sequence[zipfile.ZipInfo]) -> bool:
 
 
 class SalvagedZip:
-    """As a ZipFile that is read: `infolist`, `open`. `end`: behind the last member found; `lost`:
-    bytes that belong to no member, nor to what is left of the directory.
+    """A damaged .zip with the part of ZipFile that reading needs: `infolist` and `open`.
 
-    What is found may still be broken; as of any .zip, that shows when a member is read to its end.
+    `end`: behind the last member found; `lost`: bytes that belong to no member, nor to what is left
+    of the directory. What is found may still be broken; as of any .zip, that shows when a member is
+    read to its end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,7 +156,7 @@ def _described(file: BinaryIO, begin: int, method: int) -> tuple[int, int, int, 
 
 
 def _follows(file: BinaryIO, end: int, size: int) -> bool:
-    """Whether a member may end here: the file does, or another part of it begins."""
+    """Return whether a member may end here: the file does, or another part of it begins."""
     if end >= size:
         return end == size
     file.seek(end)
@@ -161,7 +164,7 @@ def _follows(file: BinaryIO, end: int, size: int) -> bool:
 
 
 def _find(file: BinaryIO, begin: int, size: int) -> int:
-    """Where the next member's header is; `size` where there is none."""
+    """Return where the next member's header is; `size` where there is none."""
     step = len(LOCAL_MAGIC)  # it nearly always is right there
     while begin < size:
         file.seek(begin)

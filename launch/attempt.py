@@ -22,8 +22,10 @@ KILL_SECONDS = 60.0  # what srun may take to end after its ranks were killed
 
 @dataclass(frozen=True)
 class Attempt:
-    """A job, its number, how often it was started before, and what Slurm put into the
-    environment."""
+    """One start of a job: the job, its number, how often it was started before, its environment.
+
+    The environment is the one that Slurm gave the batch process.
+    """
 
     job: Job
     number: str
@@ -37,25 +39,31 @@ class Attempt:
 
     @property
     def name(self) -> str:
-        """As its logs and its ranks' heartbeats know it."""
+        """The attempt's name in its logs and its ranks' heartbeats."""
         return f"{self.number}.{self.restart}"
 
     @property
     def task(self) -> str:
-        """The job as scontrol must name it: the number of an array's last task is that of the whole
-        array, and would put every other task back too."""
+        """The job as scontrol must name it.
+
+        The number of an array's last task is that of the whole array, and would put every other
+        task back too.
+        """
         array = self.environment.get("SLURM_ARRAY_JOB_ID")
         return f"{array}_{self.environment['SLURM_ARRAY_TASK_ID']}" if array else self.number
 
     @property
     def logs(self) -> Path:
-        """Where this attempt's logs are."""
+        """The folder of this attempt's logs."""
         return self.run / "logs" / self.name
 
     @property
     def superseded(self) -> bool:
-        """Whether a later one has begun: this node was silent for long, Slurm took it for dead and
-        went on elsewhere. Then the run's files and the job's steps are that one's."""
+        """True once a later attempt has begun.
+
+        This node was silent for long, Slurm took it for dead and went on elsewhere. Then the run's
+        files and the job's steps belong to that attempt.
+        """
         try:
             newest = attempts(self.run)[-1:]
         except OSError:  # a file system that stumbles says nothing
@@ -67,29 +75,35 @@ class Attempt:
         return read_beats(self.run, self.name)
 
     def log(self, message: str) -> None:
-        """One line in the batch log. That may lie on a full disk, and costs nothing but itself."""
+        """Write one line to the batch log.
+
+        That may lie on a full disk, and costs nothing but itself.
+        """
         try:
             print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}", flush=True)
         except OSError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else Python itself ends with 120)
 
     def record(self, event: str, **facts: Any) -> None:
-        """One line in the run's records, with the job's number."""
+        """Write one line to the run's records, with the job's number."""
         record(self.run, event, job=self.number, **facts)
 
     def try_record(self, event: str, **facts: Any) -> None:
-        """The same, of what is only told: a full disk must not end ranks that compute."""
+        """Write one line to the records where that is possible.
+
+        It is for facts that are only told: a full disk must not end ranks that compute.
+        """
         try:
             self.record(event, **facts)
         except OSError as error:
             self.log(f"{event} could not be recorded ({error.strerror})")
 
     def step(self, nodes: Sequence[str]) -> dict[str, str]:
-        """The environment of a step on `nodes`."""
+        """Return the environment of a step on `nodes`."""
         return step_environment(self.job, self.environment, nodes, self.restart, self.logs)
 
     def start(self, command: Sequence[str], nodes: Sequence[str], log: str) -> subprocess.Popen:
-        """A step on `nodes`; what srun itself says goes to the log of that name."""
+        """Start a step on `nodes`; the messages of srun itself go to the log of that name."""
         with open(self.logs / log, "a") as file:
             return subprocess.Popen(
                 command,

@@ -1,4 +1,4 @@
-"""`JobEvents`: what reaches an attempt from outside while it goes on, in whatever phase it is."""
+"""`JobEvents`: the events that reach an attempt from outside, in whatever phase it is."""
 
 import contextlib
 import signal
@@ -28,7 +28,7 @@ class JobEvents:
         self.interruption: Interruption | None = None
 
     def listen(self) -> None:
-        """From now on signals are noted; they end nothing by themselves."""
+        """Note signals from now on; they end nothing by themselves."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
             # One that came before is a file of the batch script's.
@@ -48,16 +48,19 @@ class JobEvents:
 
     @property
     def terminated(self) -> bool:
-        """Whether the batch process was told to end, by Slurm or by hand."""
+        """True once the batch process was told to end, by Slurm or by hand."""
         return "SIGTERM" in self.signals or "SIGINT" in self.signals
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the time limit that the attempt began with."""
+        """The seconds until the time limit that the attempt began with."""
         return None if self.time_limit is None else self.time_limit - time.monotonic()
 
     def begin(self) -> None:
-        """Read the time limit. A preemption would move it, and is none of it."""
+        """Read the time limit.
+
+        A preemption would move it, and is none of it.
+        """
         with contextlib.suppress(SlurmError, ValueError, KeyError):
             fields = slurm.job_fields(self.attempt.task)
             self.interpret(fields)
@@ -66,8 +69,11 @@ class JobEvents:
                 self.time_limit = time.monotonic() + end - time.time()
 
     def ask(self) -> Interruption | None:
-        """What Slurm has done to the attempt so far, by its own words; recorded. Of a preemption it
-        knows nothing any more once the job is back in the queue: what was found once stays."""
+        """Return what Slurm has done to the attempt so far, by its own words, and record it.
+
+        Of a preemption Slurm knows nothing any more once the job is back in the queue: what was
+        found once stays.
+        """
         if self.interruption in (None, Interruption.ENDED):
             fields = None
             with contextlib.suppress(SlurmError):
@@ -76,7 +82,7 @@ class JobEvents:
         return self.interruption
 
     def interpret(self, fields: Mapping[str, str] | None) -> Interruption | None:
-        """What these `fields` of the job say was done to the attempt; recorded."""
+        """Return what the job's `fields` say was done to the attempt, and record it."""
         over = self.terminated or ended(fields or {}, self.attempt.restart)
         how = interruption(
             fields,
@@ -97,15 +103,18 @@ class JobEvents:
         return []
 
     def ill_nodes(self, nodes: Sequence[str]) -> dict[str, str]:
-        """Those nodes that Slurm says are not well, and their state."""
+        """Return those nodes that Slurm says are not well, and their state."""
         with contextlib.suppress(SlurmError):
             states = slurm.node_states(nodes)
             return {node: state for node, state in states.items() if any(x in state for x in _ILL)}
         return {}
 
     def check(self, doing: str) -> None:
-        """Raise Stopped where nothing more is to be started: Slurm or a person ends this attempt.
-        A step that ended badly says nothing before this was asked: TERM goes to steps first."""
+        """Raise Stopped where nothing more is to be started.
+
+        That is so where Slurm or a person ends this attempt. A step that ended badly says nothing
+        before this was asked: TERM goes to steps first.
+        """
         user = user_stop(self.attempt)
         if user is not None:
             raise Stopped(f"{user} on request while {doing}")
@@ -116,8 +125,10 @@ class JobEvents:
 
 
 def user_stop(attempt: Attempt) -> str | None:
-    """What a person wants of the run: that it is "stopped" or "cancelled". Our own request is of
-    one attempt alone."""
+    """Return what a person wants of the run: that it is "stopped" or "cancelled".
+
+    Our own request is for one attempt alone, and is none.
+    """
     try:
         text = (attempt.run / STOP_NOW).read_text()
     except OSError:

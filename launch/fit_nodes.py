@@ -1,4 +1,4 @@
-"""Which of a job's nodes are fit: each is looked at by itself, then they talk in pairs."""
+"""The choice of nodes that are fit: each is looked at by itself, then they talk in pairs."""
 
 import json
 import subprocess
@@ -16,8 +16,11 @@ from megahybrid.launch.step import check_step, pair_step
 def fit_nodes(
     attempt: Attempt, nodes: Sequence[str], events: JobEvents
 ) -> tuple[list[str], dict[str, str]]:
-    """The nodes that are fit, and what is wrong with the others; those are told and recorded.
-    Raises Stopped where a check was ended from outside: that says nothing of a node."""
+    """Return the nodes that are fit, and what is wrong with the others.
+
+    The others are logged and recorded. Raises Stopped where a check was ended from outside: that
+    says nothing of a node.
+    """
     check = attempt.job.site.node_check
     if not check.enabled:
         return list(nodes), {}
@@ -85,7 +88,10 @@ def _last_line(attempt: Attempt, log: str) -> str:
 
 
 def _wait(attempt: Attempt, process: subprocess.Popen, seconds: float, events: JobEvents) -> None:
-    """Until a short step ends, at most `seconds`, or until something ends the attempt itself."""
+    """Wait until a short step ends, at most `seconds`.
+
+    The wait is over too when something ends the attempt itself.
+    """
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline and not events.signals:
         time.sleep(0.1)

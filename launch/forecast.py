@@ -1,4 +1,4 @@
-"""What `check`, `submit` and its dry run say of a run on an allocation, before anything waits."""
+"""The forecast of a run on an allocation, for `check`, `submit` and its dry run."""
 
 import math
 

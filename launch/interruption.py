@@ -1,4 +1,4 @@
-"""What Slurm or an operator did to an attempt, from what Slurm says of its job: a pure function.
+"""The actions of Slurm or an operator on an attempt, told from Slurm's words by a pure function.
 
 Any of it may come in any phase, also before there is a rank that could save. A run is to blame for
 none of it but its time limit, and for nodes that are lost under it too often.
@@ -14,7 +14,7 @@ _ENDED = ("CANCELLED", "COMPLETING", "NODE_FAIL", "TIMEOUT")
 
 
 class Interruption(StrEnum):
-    """Why an attempt ended from outside; the value is what people are told."""
+    """The reason why an attempt ended from outside; the value is what people are told."""
 
     PREEMPTED = "preempted"
     REQUEUED = "put back into the queue"
@@ -25,7 +25,7 @@ class Interruption(StrEnum):
 
     @property
     def counts(self) -> bool:
-        """Whether it counts against the run: too many of these in a row must end it."""
+        """True where it counts against the run: too many of these in a row must end it."""
         return self in (Interruption.NODE_LOST, Interruption.TIME_LIMIT)
 
 
@@ -37,13 +37,13 @@ def interruption(
     nodes_ill: bool = False,
     seconds_left: float | None = None,
 ) -> Interruption | None:
-    """What happened to attempt number `restart` (from 0) of a job with these `fields` (as `scontrol
-    show job` names them; None where Slurm did not answer).
+    """Return what happened to attempt number `restart` (from 0) of a job with these `fields`.
 
-    `terminated`: the batch process got TERM; one that came before it could take any is in
-    `fields` alone. `seconds_left`: until the time limit that the attempt began with; a preemption
-    moves Slurm's own end time. Where Slurm preempts with a grace time, the steps get TERM and the
-    batch process gets nothing.
+    `fields` are as `scontrol show job` names them; None where Slurm did not answer. `terminated`:
+    the batch process got TERM; one that came before it could take any is in `fields` alone.
+    `seconds_left`: until the time limit that the attempt began with; a preemption moves Slurm's own
+    end time. Where Slurm preempts with a grace time, the steps get TERM and the batch process gets
+    nothing.
     """
     fields = fields or {}
     if fields.get("JobState") == "PREEMPTED" or _preempted(fields, restart):
@@ -65,13 +65,15 @@ def interruption(
 
 
 def ended(fields: Mapping[str, str], restart: int) -> bool:
-    """Whether Slurm says that it has ended attempt `restart`, whose batch process is still there to
-    ask."""
+    """Return whether Slurm says that it has ended attempt `restart`.
+
+    Its batch process is still there to ask.
+    """
     return fields.get("JobState") in _ENDED or put_back(fields, restart)
 
 
 def put_back(fields: Mapping[str, str], restart: int) -> bool:
-    """Whether Slurm has put the job back into the queue since it started attempt `restart`."""
+    """Return whether Slurm has put the job back into the queue since attempt `restart` began."""
     return fields.get("JobState") == "PENDING" or _restarts(fields) > restart
 
 
@@ -83,7 +85,7 @@ def _seconds_left(fields: Mapping[str, str]) -> float | None:
 
 
 def _preempted(fields: Mapping[str, str], restart: int) -> bool:
-    """Whether this start of the job was preempted, and not one before it."""
+    """Return whether this start of the job was preempted, and not one before it."""
     when = fields.get("PreemptTime", "None")
     began = fields.get("StartTime", "")
     # Both are written as 2026-05-04T03:02:01, so text is in the order of time.

@@ -1,4 +1,4 @@
-"""Is this node fit? One task per node before ranks start; writes NODE.json with what is wrong.
+"""The check of one node: a task per node writes NODE.json with its problems before ranks start.
 
 python -m megahybrid.launch.node_check --output DIR --run-directory RUN --gpus 8 …
 """
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes what is wrong with this node; 0 whether or not anything is."""
+    """Write the problems of this node; returns 0 whether or not there are any."""
     parser = argparse.ArgumentParser(
         prog="megahybrid.launch.node_check", description="Is this node fit?"
     )
@@ -53,13 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def clock(expected: float, found: float, limit: float) -> list[str]:
-    """The clock, against the batch host's when it started the check (that takes some seconds)."""
+    """Return a problem where the clock is off.
+
+    It is compared with the batch host's when it started the check (that takes some seconds).
+    """
     skew = found - expected
     return [f"clock is off by {skew:+.0f} s"] if abs(skew) > limit else []
 
 
 def disk(path: Path, least_gib: float) -> list[str]:
-    """Room and inodes on the node's temporary folder."""
+    """Return problems with the room and inodes of the node's temporary folder."""
     free = shutil.disk_usage(path).free / GIB
     inodes = os.statvfs(path)
     problems = []
@@ -71,7 +74,7 @@ def disk(path: Path, least_gib: float) -> list[str]:
 
 
 def memory(meminfo: Path, least_gib: float) -> list[str]:
-    """Memory that programs can still have."""
+    """Return a problem where programs can have too little memory."""
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:
@@ -83,7 +86,7 @@ def memory(meminfo: Path, least_gib: float) -> list[str]:
 
 
 def folder(run_directory: Path) -> list[str]:
-    """The run's folder can be written to from here."""
+    """Return a problem where the run's folder cannot be written to from here."""
     probe = run_directory / f".probe-{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
     try:
         probe.write_text("x")
@@ -95,7 +98,7 @@ def folder(run_directory: Path) -> list[str]:
 
 
 def own(command: str) -> list[str]:
-    """The site's own check: its last line says what is wrong."""
+    """Return the problem that the site's own check found: the last line that it printed."""
     try:
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -107,7 +110,10 @@ def own(command: str) -> list[str]:
 
 
 def gpus(wanted: int, idle_mib: int) -> list[str]:
-    """Number of GPUs, whether somebody else uses one, uncorrected ECC errors, Xid messages."""
+    """Return problems with GPUs.
+
+    They are their number, other users, uncorrected ECC errors and Xid messages.
+    """
     query = "index,memory.used,ecc.errors.uncorrected.volatile.total"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
@@ -120,7 +126,7 @@ def gpus(wanted: int, idle_mib: int) -> list[str]:
 
 
 def judge_gpus(csv: str, wanted: int, idle_mib: int) -> list[str]:
-    """What nvidia-smi's lines `index, MiB used, uncorrected errors` say is wrong."""
+    """Return the problems in nvidia-smi's lines `index, MiB used, uncorrected errors`."""
     rows = [[cell.strip() for cell in line.split(",")] for line in csv.splitlines() if line.strip()]
     problems = [] if len(rows) >= wanted else [f"{len(rows)} GPUs ({wanted} wanted)"]
     for index, used, errors in rows:
@@ -132,7 +138,7 @@ def judge_gpus(csv: str, wanted: int, idle_mib: int) -> list[str]:
 
 
 def xid() -> list[str]:
-    """NVIDIA's messages of hardware trouble in the kernel's log, where it may be read."""
+    """Return NVIDIA's messages of hardware trouble in the kernel's log, where it may be read."""
     try:
         done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Which node of several cannot talk to the others: pairs around a ring, and what they tell.
+"""The search for a node that cannot talk to the others: pairs around a ring, and their results.
 
 On every node megahybrid/parallel/pair_check.py takes part in its pairs, one round after another.
 Each node has two pairs, so a bad one is the node both of whose pairs fail.
@@ -27,7 +27,7 @@ def rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
 
 @dataclass(frozen=True)
 class PairResult:
-    """What one node says of one pair. `gib_per_second` is None where it failed."""
+    """The result that one node gives of one pair. `gib_per_second` is None where it failed."""
 
     pair: tuple[str, str]
     gib_per_second: float | None
@@ -35,7 +35,7 @@ class PairResult:
 
 
 def read_answers(folder: Path) -> list[PairResult]:
-    """Of all nodes that answered."""
+    """Return the results of all nodes that answered."""
     found = []
     for path in sorted(folder.glob("node-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -47,8 +47,11 @@ def read_answers(folder: Path) -> list[PairResult]:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """`bad`: node and reason. `summary`: a line for the batch log. `no_pair_error`: an error, where no pair
-    worked at all and the nodes are hardly to blame for it."""
+    """The verdict on all pairs.
+
+    `bad`: node and reason. `summary`: a line for the batch log. `no_pair_error`: an error, where no
+    pair worked at all and the nodes are hardly to blame for it.
+    """
 
     bad: dict[str, str]
     summary: str
@@ -58,8 +61,11 @@ class PairVerdict:
 def find_bad_nodes(
     nodes: Sequence[str], answers: Sequence[PairResult], ratio: float
 ) -> PairVerdict:
-    """Bad are nodes none of whose pairs worked, and those all of whose pairs are `ratio` times
-    slower than the median. Of two that fail with each other alone, the later one."""
+    """Return the bad nodes: none of their pairs worked, or all of them were slow.
+
+    Slow is `ratio` times slower than the median. Of two that fail with each other alone, the later
+    one is bad.
+    """
     pairs = [pair for part in rounds(nodes) for pair in part]
     speeds: dict[tuple[str, str], float] = {}
     errors: dict[tuple[str, str], str] = {}

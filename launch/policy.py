@@ -1,4 +1,4 @@
-"""What comes after an attempt: pure functions of how it ended and of what happened before."""
+"""The decision after an attempt: pure functions of how it ended and of what happened before."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,21 +22,23 @@ _TASK_ENDED = re.compile(r"^srun: error: \S+: tasks? (\d+)[\d,-]*: ([A-Z][A-Za-z
 
 
 def first_ended(srun_log: str) -> tuple[int, str] | None:
-    """The rank that srun saw end badly before all others, and how. Those after it were ended by
-    srun because of it."""
+    """Return the rank that srun saw end badly before all others, and how.
+
+    Those after it were ended by srun because of it.
+    """
     found = _TASK_ENDED.search(srun_log)
     return (int(found[1]), found[2].strip()) if found else None
 
 
 def task_ends(srun_log: str) -> dict[str, str]:
-    """How srun says that the tasks of a node ended: Killed, Exited with exit code 127."""
+    """Return how srun says that the tasks of a node ended: Killed, Exited with exit code 127."""
     found = re.findall(r"^srun: error: (\S+): tasks? [\d,-]+: (.+)$", srun_log, re.MULTILINE)
     return {node: how.strip() for node, how in reversed(found)}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the ranks of an attempt ended."""
+    """The end of an attempt's ranks: its code and its reason."""
 
     code: int
     reason: str
@@ -46,7 +48,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the batch process does now. `exit_code` is what Slurm is told."""
+    """The batch process's next move. `exit_code` is what Slurm is told."""
 
     again: bool  # requeue this job
     end_chain: bool  # jobs of this run that still wait are not wanted any more
@@ -60,8 +62,11 @@ def outcome(
     srun_code: int,
     first: tuple[int, str] | None = None,
 ) -> Outcome:
-    """The training code, from what the ranks wrote at their ends; srun's own code shows a signal
-    where one rank's failure made it kill the others. `first` is what `first_ended` says."""
+    """Return the outcome of an attempt from what the ranks wrote at their ends.
+
+    srun's own code shows a signal where one rank's failure made it kill the others. `first` is what
+    `first_ended` returned.
+    """
     ended = {rank: beat for rank, beat in beats.items() if beat.exit_code is not None}
     codes = {beat.exit_code for beat in ended.values()}
     if len(ended) == world_size and codes <= {EXIT_DONE, EXIT_RESUME}:
@@ -104,14 +109,20 @@ def _of(beat: Beat) -> str:
 
 
 def _failure(code: int) -> int:
-    """A code that says failure: what ended without a word was neither done nor saved."""
+    """Return a code that says failure.
+
+    Ranks that ended without a word were neither done nor saved.
+    """
     return code if code not in (0, EXIT_USER_MISTAKE, EXIT_RESUME, EXIT_DO_NOT_RESTART) else 137
 
 
 def interrupted(ended: Outcome, how: Interruption | None) -> Outcome:
-    """The outcome of an attempt to which Slurm did `how`. Whatever its ranks died of, the run is to
-    be resumed: a TERM can kill a rank that has no handler yet, its data workers, the nodes' check.
-    What is certain stays: done, the user's mistake, do not restart."""
+    """Return the outcome of an attempt to which Slurm did `how`.
+
+    Whatever its ranks died of, the run is to be resumed: a TERM can kill a rank that has no handler
+    yet, its data workers, the nodes' check. What is certain stays: done, the user's mistake, do not
+    restart.
+    """
     if how is None or ended.code in (EXIT_DONE, EXIT_USER_MISTAKE, EXIT_DO_NOT_RESTART):
         return ended
     if ended.reason.startswith(how):
@@ -131,11 +142,12 @@ def decide(
     time_is_up: bool = False,
     next_waits: bool = False,
 ) -> Decision:
-    """What comes after `ended`; `history` holds this submission's attempts, this one the last.
+    """Return what comes after `ended`.
 
-    `by_user`: "stopped" or "cancelled", where a person wanted that. `next_waits`: another job of
-    the chain takes over. An attempt that left a newer checkpoint is never counted against a run
-    (over weeks every run has many failures), nor is one that Slurm interrupted.
+    `history` holds this submission's attempts, this one the last. `by_user`: "stopped" or
+    "cancelled", where a person wanted that. `next_waits`: another job of the chain takes over. An
+    attempt that left a newer checkpoint is never counted against a run (over weeks every run has
+    many failures), nor is one that Slurm interrupted.
     """
     code = ended.code
     if code == EXIT_DONE:
@@ -176,13 +188,15 @@ def decide(
 
 
 def lost_in_a_row(history: Sequence[AttemptRecord]) -> int:
-    """How many attempts before this one ended without a word and without a checkpoint: nobody was
-    left to count them."""
+    """Return how many attempts before this one ended without a word and without a checkpoint.
+
+    Nobody was left to count them.
+    """
     return _in_a_row(history, lambda attempt: attempt.code is None)
 
 
 def _in_a_row(history: Sequence[AttemptRecord], which: Callable[[AttemptRecord], bool]) -> int:
-    """The newest attempts of which that is true; what Slurm did is passed over."""
+    """Return how many of the newest attempts fulfil `which`; what Slurm did is passed over."""
     number = 0
     for attempt in reversed(history):
         if attempt.progressed:

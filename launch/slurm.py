@@ -56,8 +56,11 @@ def call(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
 
 
 def _environment(*, submits: bool) -> dict[str, str]:
-    """Ours without options. A new job would take over the variables of one (an interactive one) it
-    is submitted from: its count of restarts, its shape, where its ranks met."""
+    """Return our environment without options of Slurm's commands.
+
+    A new job would take over the variables of one (an interactive one) it is submitted from: its
+    count of restarts, its shape, where its ranks met.
+    """
     others = _OF_A_JOB if submits else ()
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     return {
@@ -101,7 +104,7 @@ def queue() -> dict[str, QueuedJob]:
 
 
 def _restarts() -> dict[str, int]:
-    """By job; squeue's short options do not know them."""
+    """Return the counts of restarts by job; squeue's short options do not know them."""
     words = ("-h", "-r", "-u", str(os.getuid()), "-O", "JobID:20,RestartCnt:20")
     rows: list[list[str]] = []
     with contextlib.suppress(SlurmError):
@@ -144,7 +147,7 @@ def exclude(job: str, nodes: Sequence[str]) -> None:
 
 
 def hostnames(node_list: str) -> list[str]:
-    """n[1-3] as n1, n2, n3."""
+    """Return the names of a node list: n[1-3] as n1, n2, n3."""
     return call("scontrol", "show", "hostnames", node_list).split() if node_list else []
 
 
@@ -155,8 +158,10 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 def final_state(job: str) -> str | None:
-    """How Slurm says that an ended job ended: for some minutes it still knows, and with an
-    accounting database for ever."""
+    """Return how Slurm says that an ended job ended.
+
+    For some minutes it still knows, and with an accounting database for ever.
+    """
     with contextlib.suppress(SlurmError, KeyError):
         known = job_fields(job)
         return f"{known['JobState']}, code {known['ExitCode']}"

@@ -36,7 +36,10 @@ _REASONS = {
 
 
 def status_line(run_directory: Path, queue: Mapping[str, QueuedJob] | None) -> str:
-    """What the run is doing now. `queue` is None where Slurm did not answer."""
+    """Return a line that says what the run is doing now.
+
+    `queue` is None where Slurm did not answer.
+    """
     ours = jobs(run_directory)
     if not ours:
         return f"{run_directory.name}: NEVER SUBMITTED{_progress(run_directory)}"
@@ -116,7 +119,7 @@ def _running(run: Path, job: QueuedJob, history: Sequence[AttemptRecord], waitin
 
 
 def _phase(run: Path, beats: Mapping[int, Beat]) -> list[str]:
-    """What most ranks do, and how old the oldest sign of life is."""
+    """Return the phase of most ranks, and how old the oldest sign of life is."""
     if not beats:
         return ["preparing"]
     phases = Counter(beat.phase for beat in beats.values())
@@ -193,7 +196,7 @@ def _verdict(run: Path) -> dict | None:
 
 
 def _undecided(run: Path) -> str:
-    """What the batch shell said of a batch process that ended without a decision."""
+    """Return the batch shell's words on a batch process that ended without a decision."""
     with contextlib.suppress(OSError, IndexError):
         return (run / FOLDER / UNDECIDED).read_text().splitlines()[-1]
     return ""

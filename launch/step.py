@@ -25,8 +25,11 @@ _OF_THE_JOB = (
 def step_environment(
     job: Job, environment: Mapping[str, str], nodes: Sequence[str], attempt: int, logs: Path
 ) -> dict[str, str]:
-    """What srun and the ranks see. The port differs from attempt to attempt, so that one left over
-    from the last attempt does no harm; MASTER_ADDR from the site file stays."""
+    """Return the environment of srun and the ranks.
+
+    The port differs from attempt to attempt, so that one left over from the last attempt does no
+    harm; MASTER_ADDR from the site file stays.
+    """
     kept = {name: value for name, value in environment.items() if name not in _OF_THE_JOB}
     number = int(environment["SLURM_JOB_ID"])
     return kept | {
@@ -79,8 +82,10 @@ def check_step(job: Job, nodes: Sequence[str], folder: Path, now: float) -> list
 
 
 def pair_step(job: Job, nodes: Sequence[str], folder: Path) -> list[str]:
-    """The command in which nodes talk to each other in pairs, one task each, with the ranks' own
-    libraries."""
+    """Return the command in which nodes talk to each other in pairs, one task each.
+
+    It runs with the ranks' own libraries.
+    """
     return [
         *_srun(job, nodes, 1),
         "--kill-on-bad-exit=0",
@@ -120,8 +125,10 @@ def _rank(job: Job) -> list[str]:
 
 
 def _agent(job: Job, nodes: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """torchrun or DeepSpeed's launcher, started once per node. Only a shell on the node knows the
-    node's number."""
+    """Return the command of torchrun or DeepSpeed's launcher, started once per node.
+
+    Only a shell on the node knows the node's number.
+    """
     torchrun = job.site.launcher == "torchrun"
     before, after = _torchrun(job, nodes) if torchrun else _deepspeed(job, environment)
     address = [
@@ -140,18 +147,21 @@ def _torchrun(job: Job, nodes: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _deepspeed(job: Job, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Over ssh it would start ranks outside of the job, where no signal and no kill of ours goes,
-    without the site's environment. It would give each rank an option that ours do not know."""
+    """Return DeepSpeed's launcher, kept from ssh, and the script with its arguments.
+
+    Over ssh it would start ranks outside of the job, where no signal and no kill of ours goes,
+    without the site's environment. It would give each rank an option that ours do not know.
+    """
     runner = ["deepspeed.launcher.runner", f"--hostfile={hostfile(environment)}", "--no_ssh"]
     script = ["--module", *job.train[1:]] if job.train[0] == "-m" else job.train
     return [*runner, "--no_local_rank"], [*script, job.run_file]
 
 
 def hostfile(environment: Mapping[str, str]) -> str:
-    """Where DeepSpeed's runner finds its hosts."""
+    """Return the path where DeepSpeed's runner finds its hosts."""
     return f"{environment[LOGS]}/hostfile"
 
 
 def hostfile_text(job: Job, nodes: Sequence[str]) -> str:
-    """One host a line, with its ranks."""
+    """Return the text of a hostfile: one host a line, with its ranks."""
     return "".join(f"{node} slots={job.site.ranks}\n" for node in nodes)

@@ -1,4 +1,4 @@
-"""`megahybrid launch tail`: what the ranks wrote, merged, the first real error before all else."""
+"""`megahybrid launch tail`: the ranks' logs, merged, the first real error before all else."""
 
 import re
 import time
@@ -27,7 +27,7 @@ def log_folder(run_directory: Path) -> Path | None:
 
 
 def first_error(run_directory: Path, folder: Path) -> list[str]:
-    """What went wrong first, in a few lines; empty when nothing did."""
+    """Return the first thing that went wrong, in a few lines; empty when nothing did."""
     lines = []
     cause = first_failure(
         {
@@ -47,7 +47,7 @@ def first_error(run_directory: Path, folder: Path) -> list[str]:
 
 
 def _tracebacks(folder: Path) -> Iterator[tuple[bool, str, list[str]]]:
-    """(is a consequence, source, lines) of the last traceback of each log."""
+    """Yield (is a consequence, source, lines) of the last traceback of each log."""
     for path in _logs(folder):
         lines = path.read_text(errors="replace").splitlines()
         starts = [n for n, line in enumerate(lines) if TRACEBACK in line]
@@ -71,8 +71,10 @@ def _source(path: Path) -> str:
 
 
 def tail(run_directory: Path, lines: int) -> list[str]:
-    """The first real error, then the last `lines` lines of every rank; what all ranks wrote alike
-    stands once."""
+    """Return the first real error, then the last `lines` lines of every rank.
+
+    A line that all ranks wrote alike stands once.
+    """
     folder = log_folder(run_directory)
     if folder is None:
         return _batch_log(run_directory, lines) or [f"{run_directory} has no logs of a job yet"]

@@ -1,4 +1,4 @@
-"""From the ranks' start to their end: ask them to stop in time, and end them where they hang."""
+"""Watching the ranks until they end: ask them to stop in time, and end them where they hang."""
 
 import contextlib
 import signal
@@ -34,7 +34,7 @@ class RankWatch:
         self._told_slow: set[int] = set()
 
     def until_end(self, process: subprocess.Popen) -> str | None:
-        """Until srun ends. Returns why the ranks were killed, if they were."""
+        """Wait until srun ends. Returns why the ranks were killed, if they were."""
         limits = self.attempt.job.site.watchdog
         watch = HangDetector(self.attempt.job.world_size, limits.limits.model_dump(), limits.silent)
         look_at = stop_by = 0.0
@@ -85,14 +85,18 @@ class RankWatch:
                 self._ask(f"the time limit is {left:.0f} s away")
 
     def _must_end(self) -> bool:
-        """Whether ranks that were asked to stop would overrun the time limit, with which Slurm ends
-        whoever could put the job back."""
+        """Return whether ranks that were asked to stop would overrun the time limit.
+
+        At the limit Slurm ends whoever could put the job back.
+        """
         left = self.events.seconds_left
         return self.asked is not None and left is not None and left < END_BEFORE_LIMIT
 
     def _look_whether_preempted(self, began: int) -> None:
-        """Once, when all ranks are there: a TERM that came before their step existed reached
-        nobody, and the grace time goes by."""
+        """Ask Slurm once whether it has preempted the job, when all ranks are there.
+
+        A TERM that came before their step existed reached nobody, and the grace time goes by.
+        """
         if not self._all_began and began == self.attempt.job.world_size:
             self._all_began = True
             if self.asked is None and (how := self.events.ask()) is not None:
@@ -111,9 +115,12 @@ class RankWatch:
             self.events.ask()  # now, while it knows: we may be killed before the ranks have ended
 
     def _ask(self, why: str) -> None:
-        """Ask the ranks to save and leave: by a file that every step's end looks for, and by a
-        signal, which a long evaluation hears too. A signal alone can come before there is a
-        handler; torchrun's agents would die of it."""
+        """Ask the ranks to save and leave.
+
+        They are asked by a file that every step's end looks for, and by a signal, which a long
+        evaluation gets too. A signal alone can come before there is a handler; torchrun's agents
+        would die of it.
+        """
         self.asked = why
         attempt = self.attempt
         attempt.log(f"asking the ranks to stop ({why})")
@@ -152,7 +159,7 @@ class RankWatch:
 
 
 def _failed(beats: Mapping[int, Beat]) -> bool:
-    """Whether a rank has ended by a failure of its own."""
+    """Return whether a rank has ended by a failure of its own."""
     failed = {r: beat for r, beat in beats.items() if beat.exit_code not in (None, EXIT_RESUME)}
     cause = first_failure(failed)
     return cause is not None and not cause.consequence

@@ -30,8 +30,10 @@ _LONG_WORD = re.compile(r"\S{250,}")
 
 
 def tell(message: str, terminal: TextIO | None = None) -> None:
-    """Writes what ended a process to `terminal` (stderr), our name before each line. What a message
-    quotes of a file or a name cannot steer the terminal."""
+    """Write what ended a process to `terminal` (stderr), our name before each line.
+
+    What a message quotes of a file or a name cannot steer the terminal.
+    """
     for line in message.split("\n"):
         words = _LONG_WORD.sub(lambda found: shortened(found[0], 200), printable(line))
         print(f"megahybrid: {words}", file=terminal or sys.stderr, flush=True)
@@ -48,15 +50,21 @@ class MegahybridError(Exception):
         return "\n".join(printable(str(line)) for line in self.args)
 
     def because(self, cause: OSError | int | None) -> "MegahybridError":
-        """This error, with the exit code of the refusal (or its errno) that caused it: words of its
-        own must not turn storage that fails into a user's mistake, which nobody tries again."""
+        """Return this error with the exit code of the refusal (or its errno) that caused it.
+
+        Words of its own must not turn storage that fails into a user's mistake, which nobody tries
+        again.
+        """
         self.system_errno = cause.errno if isinstance(cause, OSError) else cause
         if self.system_errno in _STORAGE:
             self.exit_code = EXIT_STORAGE
         return self
 
     def in_training(self) -> "MegahybridError":
-        """This error, met after an attempt's first step: no path is the user's mistake then."""
+        """Return this error, met after an attempt's first step.
+
+        No path is the user's mistake then.
+        """
         if self.system_errno in _TYPED and self.exit_code == EXIT_USER_MISTAKE:
             self.exit_code = EXIT_STORAGE
         return self
@@ -75,12 +83,14 @@ class CheckpointError(MegahybridError):
 
 
 class InteropError(MegahybridError):
-    """A model that cannot leave or enter as it is, or that came out another function."""
+    """A model cannot be exported or imported as it is, or computes another function there."""
 
 
 class StorageError(MegahybridError):
-    """Storage failed beneath us: no space, a quota, a disk or file system that fails. Nothing that
-    was there is lost, and another attempt may do better."""
+    """Storage failed beneath us: no space, a quota, a disk or file system that fails.
+
+    Nothing that was there is lost, and another attempt may do better.
+    """
 
     exit_code = EXIT_STORAGE
 
@@ -94,8 +104,10 @@ class MeshError(MegahybridError):
 
 
 class RendezvousError(MeshError):
-    """Ranks that did not find one another: a node that died or a port left over. Another attempt
-    may do better."""
+    """Ranks did not find one another: a node that died or a port left over.
+
+    Another attempt may do better.
+    """
 
     exit_code = 69  # EX_UNAVAILABLE
 
@@ -119,13 +131,17 @@ class RepeatError(MegahybridError):
 
 
 class ExhaustedError(NoProgressError):
-    """The data have come to their end. Training saves and ends as done where the run file says
-    data.exhausted=stop."""
+    """The data have come to their end.
+
+    Training saves and ends as done where the run file says data.exhausted=stop.
+    """
 
 
 class GateError(MegahybridError):
-    """A model did not reach at a stage's end what the run file asks of it: another attempt would
-    not either."""
+    """A model did not reach at a stage's end what the run file asks of it.
+
+    Another attempt would not either.
+    """
 
     exit_code = EXIT_DO_NOT_RESTART
 
@@ -153,8 +169,9 @@ _STORAGE = frozenset(
 
 
 def from_os_error(error: OSError, *, began: bool = False) -> MegahybridError | None:
-    """Return the one-line error for what the operating system refused, or None where it is neither
-    a path nor storage (a refused connection, too many open files).
+    """Return the one-line error for what the operating system refused.
+
+    None where it is neither a path nor storage (a refused connection, too many open files).
 
     `began`: the run has taken its first step, so its paths were right once and no path is the
     user's mistake any more (exit code 74 in place of 2).
@@ -180,9 +197,12 @@ def _named(filename: object) -> str:
 
 
 def from_exception(error: Exception) -> MegahybridError | None:
-    """Return the one-line error for what input alone can cause and nobody refused before: paths and
-    storage, a path that is none, text that is no UTF-8, nesting without end, memory that does not
-    suffice. None for everything else: that is our own fault, and a traceback says where."""
+    """Return the one-line error for what input alone can cause and nobody refused before.
+
+    That is paths and storage, a path that is none, text that is no UTF-8, nesting without end,
+    memory that does not suffice. None for everything else: that is our own fault, and a traceback
+    says where.
+    """
     match error:
         case OSError():
             return from_os_error(error)
@@ -215,7 +235,7 @@ _PARSERS = ("json", "ruamel", "pydantic", "megahybrid.config.yaml_file")
 
 
 def _while_parsing(error: RecursionError) -> bool:
-    """Whether a parser ran into the limit: any other endless recursion is our own fault."""
+    """Return whether a parser ran into the limit: any other endless recursion is our own fault."""
     modules = {
         str(frame.f_globals.get("__name__", ""))
         for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -226,8 +246,10 @@ def _while_parsing(error: RecursionError) -> bool:
 
 
 def raise_in_training(error: BaseException) -> None:
-    """Raise what an attempt met after its first step, when every path had once been right, as
-    failing storage; return where it is neither a path nor storage."""
+    """Raise what an attempt met after its first step as failing storage.
+
+    Every path had once been right then. Returns where it is neither a path nor storage.
+    """
     if isinstance(error, MegahybridError):
         raise error.in_training()
     known = from_os_error(error, began=True) if isinstance(error, OSError) else None

@@ -1,10 +1,10 @@
-"""What each rank says about itself while it works: which phase, which step, and how it ended.
+"""Heartbeats: each rank's own word on which phase and step it is in, and how it ended.
 
 A file per rank, replaced whole every few seconds by a thread, so that the loop pays nothing. It
 holds no time of day: clocks jump and differ between machines. It counts its beats, and tells how
 long the phase has lasted by the rank's own monotonic clock; who watches measures with its own how
-long no beat came. `judge` says from that which rank hangs. Standard library only: the launcher
-reads on login nodes.
+long no beat came. `HangDetector` says from that which rank hangs. Standard library only: the
+launcher reads on login nodes.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _FIELDS = {field.name for field in fields(Beat)}
 
 
 def heartbeat_file(run_directory: Path, rank: int) -> Path:
-    """Where a rank's heartbeat lies."""
+    """Return the path of a rank's heartbeat."""
     return run_directory / FOLDER / f"rank-{rank:04d}.json"
 
 
@@ -92,13 +92,13 @@ class Heartbeat:
         return self
 
     def phase(self, name: str, step: int | None = None) -> None:
-        """From now on the rank is in phase `name`, one of PHASES, with `step` steps done."""
+        """Enter phase `name`, one of PHASES, with `step` steps done."""
         assert name in PHASES, name
         self._phase_since = (name, self._phase_since[1] if step is None else step, time.monotonic())
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Phase `name` inside, the one before it afterwards."""
+        """Be in phase `name` inside the block, and in the one before it afterwards."""
         before = self._phase_since[0]
         self.phase(name)
         try:
@@ -107,12 +107,14 @@ class Heartbeat:
             self.phase(before)
 
     def busy(self, seconds: float) -> None:
-        """What a fixed piece of work cost this rank alone; the median of the last five is told,
-        once there are three: a machine stumbles now and then."""
+        """Note what a fixed piece of work cost this rank alone.
+
+        The median of the last five is told, once there are three: a machine stumbles now and then.
+        """
         self._recent = [*self._recent[-4:], seconds]
 
     def end(self, exit_code: int, message: str | None = None, *, consequence: bool = False) -> None:
-        """The last beat: how the rank ended. Nothing follows."""
+        """Write the last beat: how the rank ended. Nothing follows."""
         self._stop.set()
         self._write(exit_code=exit_code, message=message, consequence=consequence)
 
@@ -140,7 +142,7 @@ class Heartbeat:
             write_whole(self.path, json.dumps(asdict(self._beat)))
 
     def _superseded(self) -> bool:
-        """Whether a later attempt beats here: this node was silent, and the run went on."""
+        """Return whether a later attempt beats here: this node was silent, and the run went on."""
         found = _read_beat(self.path)
         return found is not None and _order(found.attempt) > _order(self._beat.attempt)
 
@@ -151,7 +153,7 @@ def _order(attempt: str) -> tuple[int, ...]:
 
 
 def write_stacks_on_signal(path: Path) -> None:
-    """From now on STACKS_SIGNAL appends the stacks of all threads to `path`; nothing else happens.
+    """Have STACKS_SIGNAL append the stacks of all threads to `path`; nothing else happens.
 
     faulthandler writes from the signal itself, so a rank that hangs inside a library answers too.
     """
@@ -220,7 +222,7 @@ class Hang:
 
 
 class HangDetector:
-    """Judges the beats of `world_size` ranks, looked at now and then.
+    """A judge of the beats of `world_size` ranks, asked now and then.
 
     `limits` are seconds by phase; `silent_seconds` is how long a rank may not beat at all.
     """

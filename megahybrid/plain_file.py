@@ -32,9 +32,10 @@ def read_plain_file(path: str | Path, most_bytes: int = 2**30) -> bytes:
 
 
 def refuse_other_than_file(path: str | Path, option: str) -> None:
-    """Raise PathError where a pipe, a socket or a folder stands in the place of a file that is to
-    be written: opening a pipe waits for a reader that may never come. A device such as /dev/null
-    may be meant."""
+    """Raise PathError where a pipe, a socket or a folder stands in place of a file to be written.
+
+    Opening a pipe waits for a reader that may never come. A device such as /dev/null may be meant.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError:

@@ -20,8 +20,10 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 
 def shortened(text: str, most: int = 80) -> str:
-    """Return printable text of at most `most` characters; what is longer loses its middle, because
-    a path is told by both of its ends."""
+    """Return printable text of at most `most` characters.
+
+    A longer text loses its middle, because a path is told by both of its ends.
+    """
     text = printable(text)
     if len(text) <= most:
         return text

@@ -1,4 +1,4 @@
-"""Which folders a command may fill with its own files: new, empty, or made by the same command."""
+"""The folders that a command may fill with its files: new, empty, or made by the same command."""
 
 import os
 from collections.abc import Iterable
@@ -28,10 +28,10 @@ _OTHERS = {
 
 
 def refuse_foreign_run_folder(directory: Path, option: str = "directory") -> None:
-    """Raise ConfigError where `directory` holds something that is no run: a dataset, a checkpoint,
-    a model, a study, or anybody's files.
+    """Raise ConfigError where `directory` holds something that is no run.
 
-    Ranks of one launch look at different times, so what one of them writes allows nothing.
+    That is a dataset, a checkpoint, a model, a study, or anybody's files. Ranks of one launch look
+    at different times, so what one of them writes allows nothing.
     """
     names = _entries(directory, option)
     if not any(proof in names for proof in _PROOFS):
@@ -39,12 +39,12 @@ def refuse_foreign_run_folder(directory: Path, option: str = "directory") -> Non
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run, or a job that is to start one, has been in `directory`."""
+    """Return whether a run, or a job that is to start one, has been in `directory`."""
     return any((directory / name).exists() for name in (*_PROOFS, "slurm", "heartbeats", "logs"))
 
 
 def refuse_foreign_study_folder(out: Path, option: str = "--out") -> None:
-    """The same for a study's output."""
+    """Raise ConfigError where `out` holds something that is no study's output."""
     names = _entries(out, option)
     own = ("study.lock", "results", "runs", "logs", "data", "table.json", "commands")
     if "study.lock" not in names and "results" not in names:
@@ -75,8 +75,10 @@ def _refuse(
 
 
 def _entries(directory: Path, option: str) -> list[str]:
-    """The names in a folder, sorted; none where it does not exist or is no folder, which whoever
-    makes it will tell."""
+    """Return the names in a folder, sorted.
+
+    None where it does not exist or is no folder: making it will then say so.
+    """
     try:
         return sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):

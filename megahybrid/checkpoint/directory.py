@@ -1,4 +1,4 @@
-"""Whose a run directory is: one process's at a time, and one model's for good."""
+"""The ownership of a run directory: one process's at a time, and one model's for good."""
 
 import fcntl
 import json
@@ -47,12 +47,12 @@ def check_model(run_directory: Path | str, fingerprint: str, *, claim: bool = Tr
 
 
 class RunLock:
-    """The right to write to a run directory, as a context manager.
+    """The lock on a run directory, as a context manager: the right to write to it.
 
     `owner.lock` names the process; a thread renews its time every few seconds, so a process that
     computes or compiles for long stays the owner. A second process is refused while the owner lives
-    and takes over from one that is dead: on the same machine its process is looked up, from
-    another machine the lock's age decides.
+    and takes over from one that is dead: on the same machine its process is looked up, from another
+    machine the lock's age decides.
     """
 
     def __init__(
@@ -91,14 +91,19 @@ class RunLock:
                 self.path.unlink(missing_ok=True)
 
     def check_free(self) -> None:
-        """Raise CheckpointError when somebody lives here now. Takes nothing: entering decides."""
+        """Raise CheckpointError when a process holds the lock now.
+
+        Takes nothing: entering decides.
+        """
         found = _read(self.path)
         if found is not None:
             self._refuse_if_alive(found, time.time())
 
     def check(self) -> None:
-        """Raise CheckpointError when the directory was taken over, StorageError when it is gone: to
-        be asked at each step and before each save, which would make another one in its place."""
+        """Raise CheckpointError when the directory was taken over, StorageError when it is gone.
+
+        To be called at each step and before each save, which would make another one in its place.
+        """
         try:
             os.stat(self.path.parent)
         except FileNotFoundError:
@@ -175,7 +180,10 @@ def _one_at_a_time(guard: Path) -> Iterator[float]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None where there is none, empty where it cannot be understood."""
+    """Return the contents of a lock.
+
+    None where there is none, empty where it cannot be understood.
+    """
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -186,9 +194,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _start_of(pid: Any) -> str | None:
-    """When a process of this machine began, in the kernel's words; None when there is no such one.
+    """Return when a process of this machine began, in the kernel's words.
 
-    A number alone would not do: after a reboot another process may have it.
+    None when there is no such process. A number alone would not do: after a reboot another process
+    may have it.
     """
     if not isinstance(pid, int):
         return None

@@ -91,8 +91,11 @@ def write(path: Path, chunks: Iterable[memoryview]) -> FileRecord:
 
 
 def _begin_write_back(handle: int, start: int, count: int) -> None:
-    """Have the disk begin with these bytes of a file, and wait for nothing: most of what the final
-    fsync would wait for is then done. Where there is no such call nothing happens."""
+    """Have the disk begin with these bytes of a file, and wait for nothing.
+
+    Most of what the final fsync would wait for is then done. Where there is no such call nothing
+    happens.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, start, count, os.POSIX_FADV_DONTNEED)
 
@@ -113,8 +116,10 @@ def rename(old: Path, new: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder with all it holds, or the file or link that stands in its place; nothing
-    happens when it is gone already."""
+    """Delete a folder with all it holds, or the file or link that stands in its place.
+
+    Nothing happens when it is gone already.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -22,15 +22,21 @@ from megahybrid.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `keep_last`, those of every `keep_every_steps` steps, and
-    the one whose step has the lowest loss in `scores`."""
+    """The rule for which checkpoints stay.
+
+    The newest `keep_last`, those of every `keep_every_steps` steps, and the one whose step has the
+    lowest loss in `scores`.
+    """
 
     keep_last: int = 3
     keep_every_steps: int | None = None
     scores: Mapping[int, float] = field(default_factory=dict)
 
     def spares(self, step: int, steps: Collection[int]) -> bool:
-        """Whether a checkpoint stays however old it is; `steps` are those of all there are."""
+        """Return whether a checkpoint stays however old it is.
+
+        `steps` are those of all checkpoints there are.
+        """
         if self.keep_every_steps is not None and step % self.keep_every_steps == 0:
             return True
         scored = [each for each in steps if each in self.scores]
@@ -109,7 +115,7 @@ def withdraw(run_directory: Path, step: int) -> None:
 
 
 def _condition(path: Path) -> Literal["whole", "damaged", "misnamed"]:
-    """What a folder is, by its manifest, its name and the sizes of its files."""
+    """Return the condition of a folder, by its manifest, its name and the sizes of its files."""
     try:
         check_sizes(path)
     except Misnamed:

@@ -20,7 +20,10 @@ CHUNK_BYTES = 2**21
 
 
 class FragmentFile:
-    """Raises CheckpointError, in one line, for whatever is not as the manifest says."""
+    """One open file.
+
+    Raises CheckpointError, in one line, for whatever is not as the manifest says.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +42,10 @@ class FragmentFile:
             raise (damaged.because(error) if isinstance(error, OSError) else damaged) from None
 
     def check(self, part: FragmentRecord) -> int:
-        """Where a fragment's data begins in the file; proven to be what the manifest says."""
+        """Return where a fragment's data begins in the file.
+
+        It is proven to be what the manifest says.
+        """
         wanted = [part.flat[1] - part.flat[0]]
         entry = self._table.get(part.key)
         if entry is None:

@@ -38,7 +38,7 @@ def whole(shape: Sequence[int]) -> Box:
 
 
 def inside(box: Box, outer: Box) -> bool:
-    """Whether `box` is a well-formed box of as many dimensions within `outer`."""
+    """Return whether `box` is a well-formed box of as many dimensions within `outer`."""
     return len(box) == len(outer) and all(
         low <= start <= stop <= high for (start, stop), (low, high) in zip(box, outer, strict=True)
     )
@@ -128,10 +128,10 @@ class Fragment:
 
 
 def coverage_fault(parts: Iterable[tuple[Box, Flat]], target: Box) -> str | None:
-    """Why `parts` do not hold each element of `target` exactly once, or None where they do.
+    """Return why `parts` do not hold each element of `target` exactly once, or None.
 
-    Elements are counted and overlaps looked for separately: a gap as large as an overlap
-    elsewhere would leave the count right.
+    Elements are counted and overlaps looked for separately: a gap as large as an overlap elsewhere
+    would leave the count right.
     """
     pieces = [
         shared

@@ -17,8 +17,10 @@ CHUNKS = 2
 
 
 class HostCopy:
-    """One buffer per rank, made at the first copy and used again by every later one: touching new
-    memory costs as much as the copy itself."""
+    """One buffer per rank, made at the first copy and used again by every later one.
+
+    Touching new memory costs as much as the copy itself.
+    """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
@@ -63,7 +65,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
 
 
 class _PinnedRing:
-    """Pieces of locked memory between a device and the buffer."""
+    """Buffers of pinned memory between a device and the host copy."""
 
     def __init__(
         self, device: torch.device, chunk: int = CHUNK_ELEMENTS, chunks: int = CHUNKS

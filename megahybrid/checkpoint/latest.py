@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest whose every byte is as it was written."""
+"""The choice of the checkpoint to resume from: the newest whose every byte is as it was written."""
 
 import logging
 from collections.abc import Callable

@@ -50,7 +50,7 @@ class TensorRecord(Frozen):
 
 
 class FragmentRecord(Frozen):
-    """Where one fragment lies: `key` in `file`, in this folder."""
+    """The place of one fragment: `key` in `file`, in this folder."""
 
     tensor: str
     state: State
@@ -116,8 +116,11 @@ class Manifest(Frozen):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and fully check `folder`/manifest.json. Raises CheckpointError, one line; Misnamed where
-    the folder stands among a run's checkpoints under another step's name."""
+    """Read and fully check `folder`/manifest.json.
+
+    Raises CheckpointError, one line; Misnamed where the folder stands among a run's checkpoints
+    under another step's name.
+    """
     path = folder / MANIFEST_NAME
     try:
         # A pipe or a device in its place would be waited for, or read, without end.
@@ -167,7 +170,7 @@ def parse(values: Any, path: Path) -> Manifest:
 
 
 class _Check:
-    """Turns what is wrong with a manifest into one line."""
+    """Turn what is wrong with a manifest into one line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -182,7 +185,7 @@ class _Check:
             raise CheckpointError(f"{self.path}: {name}={shown} is not {found!r}. {advice}.")
 
     def value(self, type: type[Value], text: str, plain: Any, where: str = "") -> Value:
-        """The value that JSON text says; what is wrong with it in one line."""
+        """Return the value that JSON text says, or raise what is wrong with it in one line."""
         try:
             return parse_json(type, text)
         except ValueError as error:

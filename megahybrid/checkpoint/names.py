@@ -20,17 +20,17 @@ def checkpoints_of(run_directory: Path) -> Path:
 
 
 def published_path(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands when it is complete."""
+    """Return the path of a step's checkpoint when it is complete."""
     return checkpoints_of(run_directory) / f"step-{step:08d}"
 
 
 def temporary_path(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written."""
+    """Return the path where a step's checkpoint is written."""
     return checkpoints_of(run_directory) / f".step-{step:08d}.tmp"
 
 
 def replaced_path(run_directory: Path, step: int) -> Path:
-    """Where a checkpoint waits while another of the same step takes its place."""
+    """Return the path where a checkpoint waits while another of the same step takes its place."""
     return checkpoints_of(run_directory) / f".step-{step:08d}.replaced"
 
 
@@ -42,7 +42,7 @@ def step_of(path: Path) -> int:
 
 
 def name_fault(folder: Path, step: int) -> str | None:
-    """Why a folder that holds `step` cannot stand where it does, or None.
+    """Return why a folder that holds `step` cannot stand where it does, or None.
 
     In a run's `checkpoints` a name decides which one is newest: a copy or a folder that was renamed
     there would hide the real ones from every restart, and retention would delete them. Elsewhere a

@@ -1,4 +1,4 @@
-"""From a parameter's ShardSpec to fragments and back: what an engine needs of a checkpoint.
+"""The way between parameters and fragments by ShardSpec: what an engine needs of a checkpoint.
 
 `start` and `stop` count elements of the flattened local parameter, as ZeRO cuts it; padding of the
 vocabulary is never written and comes back as zero.

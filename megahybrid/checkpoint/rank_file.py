@@ -13,7 +13,10 @@ from megahybrid.checkpoint.manifest import ELEMENT_BYTES, FileRecord
 
 
 class RankFile:
-    """The header is known before the first byte is written, so nothing is ever moved or patched."""
+    """One rank's file of a save.
+
+    The header is known before the first byte is written, so nothing is ever moved or patched.
+    """
 
     def __init__(self, fragments: Sequence[Fragment], rank: int) -> None:
         self.name = f"fragments-{rank:04d}.safetensors"
@@ -48,7 +51,7 @@ class RankFile:
         return {"name": self.name, "fragments": table, **record.model_dump()}
 
     def damage(self, folder: Path) -> str | None:
-        """What reading the file back finds wrong, or None. Raises OSError."""
+        """Return what reading the file back finds wrong, or None. Raises OSError."""
         if self._record is None:
             return None
         durable.drop_page_cache(folder / self.name)

@@ -176,12 +176,12 @@ def verify(path: Path | str, ranks: Ranks | None = None) -> Manifest:
 def _share_of_bytes(
     path: Path, manifest: Manifest, ranks: Ranks, known: list[str]
 ) -> tuple[list[str], dict[str, list[int]], int | None]:
-    """Of one rank's part of all blocks: what could not be read, the damaged ones by file, and the
-    errno of the last refusal.
+    """Check this rank's share of all blocks.
 
+    Returns what could not be read, the damaged blocks by file, and the errno of the last refusal.
     Files that the lines `known` begin with are left out.
 
-    Parts are runs of blocks in the order of files, so that a rank of the layout that wrote them
+    Shares are runs of blocks in the order of files, so that a rank of the layout that wrote them
     reads about the file that it will load.
     """
     total = sum(len(record.crc32) for record in manifest.files.values())
@@ -218,7 +218,7 @@ def _damage(name: str, record: FileRecord, bad: list[int]) -> str:
 
 
 def _table_problems(path: Path, name: str, manifest: Manifest) -> list[str]:
-    """Whether a file's own table is what the manifest says of it: no lines, or one."""
+    """Return the line that says how a file's own table differs from the manifest, if it does."""
     try:
         opened = FragmentFile(path / name)
     except CheckpointError as error:
@@ -235,7 +235,10 @@ def _table_problems(path: Path, name: str, manifest: Manifest) -> list[str]:
 
 
 def quick_check(path: Path) -> str | None:
-    """What is wrong with a checkpoint's manifest or its files' sizes, or None; reads no data."""
+    """Return what is wrong with a checkpoint's manifest or its files' sizes, or None.
+
+    No data is read.
+    """
     try:
         check_sizes(path)
     except CheckpointError as error:

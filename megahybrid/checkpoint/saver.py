@@ -124,11 +124,11 @@ class _UnderWay:
         self._thread.start()
 
     def ready(self) -> bool:
-        """Whether the phase is done here."""
+        """Return whether the phase is done here."""
         return not self._thread.is_alive()
 
     def answer(self) -> ActionOutcome:
-        """The phase's outcome; waits for it."""
+        """Wait for the phase's outcome and return it."""
         self._thread.join()
         assert self._answer is not None
         return self._answer

@@ -1,4 +1,4 @@
-"""What a manifest says of training: checked as a whole, so that nobody who reads it has to ask.
+"""The training part of a manifest: checked as a whole, so that nobody who reads it has to ask.
 
 Every field may be missing: a checkpoint that training did not write has few. Whoever needs one says
 so itself. Fields of a later version stay.
@@ -35,7 +35,7 @@ class KernelRecord(KernelConfig, extra="allow"):
 
 
 class SourceRecord(Frozen, extra="allow"):
-    """Where one source of the data stands; its cursor is checked by the source's own order."""
+    """The position in one source of the data; its cursor is checked by the source's own order."""
 
     cursor: Any = None
     tokens: Count = 0
@@ -43,7 +43,7 @@ class SourceRecord(Frozen, extra="allow"):
 
 
 class DataRecord(Frozen, extra="allow"):
-    """Where the data stand. Empty before the first row."""
+    """The position in the data. Empty before the first row."""
 
     weights: dict[str, float] | None = None
     since: dict[str, Count] | None = None

@@ -44,7 +44,7 @@ VISIBLE_WITHIN_SECONDS = 30.0
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What one rank gives to a save: its own fragments, and the facts that all ranks agree on.
+    """One rank's part of a save: its own fragments, and the facts that all ranks agree on.
 
     `tensors` maps every canonical name to its global shape, `states` says which states are kept of
     each. A replicated parameter is given by one rank only. `train_state` and `config` are of JSON.
@@ -63,9 +63,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What became of a save; the same on every rank but for the seconds. `path` is None where it
-    failed. `seconds` go until the checkpoint is published and on the disk, `checked_seconds` until
-    it was read back and older ones are deleted, `stall_seconds` are those that training waited."""
+    """The outcome of a save; the same on every rank but for the seconds.
+
+    `path` is None where it failed. `seconds` go until the checkpoint is published and on the disk,
+    `checked_seconds` until it was read back and older ones are deleted, `stall_seconds` are those
+    that training waited.
+    """
 
     step: int
     path: Path | None
@@ -79,7 +82,7 @@ class SaveResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the checkpoint was published."""
+        """True where the checkpoint was published."""
         return self.path is not None
 
 
@@ -276,7 +279,10 @@ def _manifest(snapshot: Snapshot, written: list[dict[str, Any] | None]) -> Manif
 
 
 def _fragment_record(row: Mapping[str, Any]) -> FragmentRecord:
-    """What a rank told of a fragment; on its way a tuple may have become a list."""
+    """Return the record of a fragment as a rank sent it.
+
+    On its way a tuple may have become a list.
+    """
     box = tuple((start, stop) for start, stop in row["box"])
     start, stop = row["flat"]
     return FragmentRecord(**{**row, "box": box, "flat": (start, stop)})

@@ -173,9 +173,10 @@ def _check_ids(datasets: Mapping[str, TokenDataset], plans: Sequence[RowPlan], i
 
 
 def rank_rows(rows: int, rank: int, world_size: int, micro_rows: int) -> list[range]:
-    """Which of a step's rows each micro batch of `rank` has: rank, rank + world_size, … in turn.
+    """Return which of a step's rows each micro batch of `rank` has.
 
-    Raises DataError unless every rank gets whole micro batches.
+    They are rank, rank + world_size, … in turn. Raises DataError unless every rank gets whole micro
+    batches.
     """
     if rows % (world_size * micro_rows):
         raise DataError(

@@ -192,7 +192,7 @@ class TokenDataset:
 
     @property
     def masks(self) -> list[TargetMask]:
-        """Of the shards that say which of their targets count."""
+        """The masks of the shards that say which of their targets count."""
         return [mask for mask in self._masks if mask is not None]
 
     def uncounted(self, start: int, length: int) -> Array:
@@ -233,9 +233,9 @@ class TokenDataset:
         )
 
     def document_ends(self, start: int, tokens: Array) -> Array:
-        """Which of `tokens` (read at `start`) are the last of their document, as ascending indices.
+        """Return which of `tokens` (read at `start`) end their document, as ascending indices.
 
-        From eod; from the index in a file without one.
+        They are found by eod; by the index in a file without one.
         """
         if self.eod_id is not None:
             return np.flatnonzero(tokens == self.eod_id)
@@ -273,7 +273,7 @@ class TokenDataset:
         raise IndexError(index)
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """What is known of document `index` beside its tokens."""
+        """Return what is known of document `index` beside its tokens."""
         for shard, metadata in zip(self.shards, self._metadata, strict=True):
             if index < shard.documents:
                 return {} if metadata is None else metadata.of(index)
@@ -288,7 +288,7 @@ class TokenDataset:
 
     @property
     def shard_metadata(self) -> list[DocumentMetadata | None]:
-        """Of each shard."""
+        """The document metadata of each shard."""
         return self._metadata
 
     def check_tokenizer(self, sha256: str, name: str = "data.tokenizer") -> None:

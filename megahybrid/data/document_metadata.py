@@ -1,4 +1,4 @@
-"""What is known of documents beside their tokens: `shard-00000.jsonl`, line n for document n.
+"""Metadata of documents beside their tokens: `shard-00000.jsonl`, line n for document n.
 
 `shard-00000.jsonl.ends` holds where each line ends (i64, little endian), so that one is found
 without reading the others. Training does not open them.
@@ -23,7 +23,7 @@ NOTHING = b"{}"
 
 
 class MetadataWriter:
-    """Writes the notes of one shard; `finish` publishes them."""
+    """A writer of the metadata of one shard; `finish` publishes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,7 +31,7 @@ class MetadataWriter:
         self._ends, self._crc = array("q"), 0
 
     def add(self, metadata_lines: Sequence[bytes]) -> None:
-        """Appends one JSON object for each document."""
+        """Append one JSON object for each document."""
         end = self._ends[-1] if self._ends else 0
         metadata_lines = [metadata or NOTHING for metadata in metadata_lines]
         for metadata in metadata_lines:
@@ -42,7 +42,7 @@ class MetadataWriter:
         self._file.write(data)
 
     def finish(self) -> int:
-        """The checksum of the lines, which are on disk now."""
+        """Publish the lines, which are on disk then, and return their checksum."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -58,7 +58,7 @@ class MetadataWriter:
 
 
 class DocumentMetadata:
-    """The notes of one shard. Raises DataError where their sizes do not fit it."""
+    """The document metadata of one shard. Raises DataError where its sizes do not fit the shard."""
 
     def __init__(self, shard: ShardIndex, crc32: int) -> None:
         self.path, self.crc32, self.documents = metadata_path(shard), crc32, shard.documents
@@ -79,7 +79,7 @@ class DocumentMetadata:
         return found
 
     def lines(self, first: int, stop: int) -> list[bytes]:
-        """The notes of documents first … stop - 1."""
+        """Return the lines of documents first … stop - 1."""
         if stop <= first:
             return []
         begins = self._ends(first - 1, stop - first + 1) if first else [0, *self._ends(0, stop)]
@@ -92,7 +92,7 @@ class DocumentMetadata:
         return lines
 
     def of(self, document: int) -> dict[str, Any]:
-        """The note of one document."""
+        """Return the metadata of one document."""
         try:
             value = json.loads(self.lines(document, document + 1)[0])
         except ValueError:
@@ -113,7 +113,7 @@ class DocumentMetadata:
 
 
 def metadata_path(shard: ShardIndex) -> Path:
-    """Where the notes of a shard lie, if it has any."""
+    """Return the path of a shard's metadata, if it has any."""
     return shard.bin_path.with_suffix(".jsonl")
 
 

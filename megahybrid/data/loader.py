@@ -30,7 +30,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepData:
-    """What one rank needs for one step.
+    """The data of one step for one rank.
 
     plans: every row of the step, all ranks. state: the mixture's state AFTER this step, to be saved
     with it. source_tokens, epochs: served up to and including this step. exhausted: epochs of the
@@ -197,8 +197,10 @@ class BatchLoader:
         return self._held.pop()
 
     def ready(self, seconds: float) -> bool:
-        """Whether the next step, an error or the end is there, waited for so long at most. What is
-        not read ahead counts as there."""
+        """Wait at most `seconds` and return whether the next step, an error or the end is there.
+
+        What is not read ahead counts as there.
+        """
         if self._thread is None or self._held or self._stop.is_set():
             return True
         self._waits_since = self._waits_since or time.perf_counter()
@@ -229,7 +231,10 @@ class BatchLoader:
         )
 
     def _replace(self) -> None:
-        """A thread killed from outside leaves nothing behind: begin after what was delivered."""
+        """Start another thread after what was delivered.
+
+        A thread killed from outside leaves nothing behind.
+        """
         self._replaced += 1
         if self._replaced > MOST_REPLACED:
             raise DataError(
@@ -240,8 +245,10 @@ class BatchLoader:
         self._start()
 
     def close(self) -> None:
-        """Ends the reading thread; what it had read ahead is dropped. One that a disk holds is left
-        behind: it ends with the process."""
+        """End the reading thread; what it had read ahead is dropped.
+
+        One that waits for a disk is left behind: it ends with the process.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)

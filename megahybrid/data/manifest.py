@@ -24,7 +24,7 @@ ITEM_BYTES = {"uint16": 2, "int32": 4}
 
 
 class TokenizerInfo(Record):
-    """Which tokenizer made the ids. `eod_id` follows every document."""
+    """The tokenizer that made the ids. `eod_id` follows every document."""
 
     kind: str
     sha256: str
@@ -56,7 +56,7 @@ class ShardEntry(Record):
     """One pair of files. `bytes` and the checksums are of the .bin; the .idx follows from it.
 
     `mask_crc32` is of the .mask that says which targets count, `notes_crc32` of the .jsonl that
-    says more of the documents; None where there is none.
+    holds the documents' metadata; None where there is none.
     """
 
     bin: str

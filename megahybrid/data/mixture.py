@@ -1,4 +1,4 @@
-"""`Mixture`: which source each row comes from, and where in it, as a function of a small state."""
+"""`Mixture`: the source of each row, and where in it, as a function of a small state."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -19,7 +19,10 @@ STATE_VERSION = 1
 
 
 class RowPlan(NamedTuple):
-    """Where the input tokens of one row come from. Between spans there is a join."""
+    """The spans of a source that the input tokens of one row come from.
+
+    Between spans there is a join.
+    """
 
     source: str
     spans: tuple[Span, ...]
@@ -217,7 +220,7 @@ class Mixture:
     def _rows_before_exhaustion(
         self, state: State, chosen: Sequence[str], length: int
     ) -> tuple[int, str | None]:
-        """How many of the chosen rows there are, and the source that lacks the next one."""
+        """Return how many of the chosen rows there are, and the source that lacks the next one."""
         left = {
             name: (self.order(name).tokens - state["sources"][name]["tokens"]) // length
             for name in set(chosen)
@@ -261,7 +264,7 @@ class Mixture:
         return {name: source["tokens"] for name, source in state["sources"].items()}
 
     def epochs(self, state: State) -> dict[str, float]:
-        """How many times over each source has been served."""
+        """Return how many times over each source has been served."""
         return {
             name: source["tokens"] / self.order(name).tokens
             for name, source in state["sources"].items()
@@ -339,9 +342,12 @@ def open_mixture(run: "RunConfig") -> Mixture:
 
 
 def carried_state(state: State, numbers: Mapping[str, int], files: Mapping[str, str]) -> State:
-    """What another plan can go on from of a mixture's `state`: all of it where the order is made
-    from the same `numbers` (seed, block_tokens, lanes), source by source where the fingerprints in
-    `files` are the same; the rest begins anew. {} where nothing is left."""
+    """Return the part of a mixture's `state` that another plan can go on from.
+
+    All of it where the order is made from the same `numbers` (seed, block_tokens, lanes), source by
+    source where the fingerprints in `files` are the same; the rest begins anew. {} where nothing is
+    left.
+    """
     if not state or any(state[name] != value for name, value in numbers.items()):
         return {}
     sources = {

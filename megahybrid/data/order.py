@@ -43,7 +43,7 @@ class Permutation:
         self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where `index` goes."""
+        """Return where `index` goes."""
         rows, columns = self._rows, self._columns
         while True:
             left, right = divmod(index, columns)
@@ -167,10 +167,11 @@ class SourceOrder:
     def take_once(
         self, cursor: Sequence[Sequence[int]], length: int, rows: int
     ) -> tuple[list[tuple[Span, ...]], Cursor]:
-        """As `take`, but of the first epoch only: a lane that is through it waits for the others.
+        """Take rows as `take` does, but of the first epoch only.
 
-        The last rows, for which no lane has enough left, are joined from several. The caller sees
-        to it that rows * length tokens of the epoch are left.
+        A lane that is through it waits for the others. The last rows, for which no lane has enough
+        left, are joined from several. The caller sees to it that rows * length tokens of the epoch
+        are left.
         """
         ahead = rows * length // (self.lanes * self.block_tokens) + 3
         if max(n for n, _ in cursor) + ahead * self.lanes < self.blocks:

@@ -36,8 +36,10 @@ def tokenizer_of(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
 
 
 def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
-    """What the run's data says of its tokenizer, and which dataset says so; None where no data
-    with a manifest is on this machine."""
+    """Return the tokenizer that the run's data was made with, and which dataset says so.
+
+    None where no data with a manifest is on this machine.
+    """
     for source in (*run.data.sources.values(), *run.data.held_out.values()):
         if (Path(source.path) / MANIFEST_NAME).exists():
             return read_manifest(Path(source.path))[0].tokenizer, source.path

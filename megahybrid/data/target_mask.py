@@ -1,7 +1,7 @@
 """`.mask`: which tokens of a shard count as targets, one bit each, the least significant first.
 
-For questions whose answers alone are to be learnt. Token n counts when bit n is set; as an input
-it is seen either way.
+For questions whose answers alone are to be learnt. Token n counts when bit n is set; as an input it
+is seen either way.
 """
 
 import zlib
@@ -15,7 +15,7 @@ from megahybrid.errors import DataError
 
 
 def mask_path(shard: ShardIndex) -> Path:
-    """Where the mask of a shard lies, if it has one."""
+    """Return the path of a shard's mask, if it has one."""
     return shard.bin_path.with_suffix(".mask")
 
 

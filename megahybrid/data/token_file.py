@@ -143,7 +143,10 @@ class ShardIndex:
         return begins[lengths > 0]  # an empty document begins nothing
 
     def documents_before(self, token: int) -> int:
-        """How many documents begin before `token`; touches a few pages of the mapped index."""
+        """Return how many documents begin before `token`.
+
+        It touches a few pages of the mapped index.
+        """
         index, pointers, item = self.document_index(), self.pointers(), self.dtype.itemsize
         low, high = 0, self.documents
         while low < high:

@@ -55,7 +55,10 @@ class TokenWriter:
         block_bytes: int = BLOCK_BYTES,
         has_metadata: bool = False,
     ) -> None:
-        """noted: documents come with notes (JSON objects), kept beside the tokens."""
+        """Make the folder.
+
+        has_metadata: documents come with metadata (JSON objects), kept beside the tokens.
+        """
         check_shard_tokens(shard_tokens)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -262,12 +265,12 @@ class _Shard:
         self.tokens += len(tokens)
 
     def add_metadata(self, metadata_lines: Sequence[bytes]) -> None:
-        """One note for each of the documents just written."""
+        """Add one line of metadata for each of the documents just written."""
         if self.metadata_writer is not None:
             self.metadata_writer.add(metadata_lines)
 
     def count(self, tokens: int, counts: Array | None) -> None:
-        """Which of the tokens just written count as targets; None: all."""
+        """Enter which of the tokens just written count as targets; None: all."""
         if counts is None and self.counts and self.counts[-1][1] is None:
             tokens += self.counts.pop()[0]
         self.counts.append((tokens, None if counts is None else np.asarray(counts, bool)))

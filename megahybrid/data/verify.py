@@ -1,4 +1,4 @@
-"""Reads every byte of a dataset and compares it with what its manifest and indexes say."""
+"""Verification: every byte of a dataset is read and compared with its manifest and indexes."""
 
 from collections import deque
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def verify_dataset(
 
 
 class _Job(NamedTuple):
-    """What checking a block of one shard needs."""
+    """The facts that checking a block of one shard needs."""
 
     number: int
     shard: ShardIndex

@@ -44,9 +44,12 @@ KNOWN_SPLITS = {
 
 
 class SplitPatterns(NamedTuple):
-    """How a text may be cut. pieces: at some places where the tokenizer cuts, found fast; words:
-    of an ASCII piece exactly what the tokenizer makes of it, where that can be said in `re` and
-    the piece has nothing of `added`, which the tokenizer looks for before."""
+    """The patterns by which a text may be cut.
+
+    pieces: at some places where the tokenizer cuts, found fast; words: of an ASCII piece exactly
+    what the tokenizer makes of it, where that can be said in `re` and the piece has nothing of
+    `added`, which the tokenizer looks for before.
+    """
 
     pieces: re.Pattern[str]
     words: re.Pattern[str] | None = None
@@ -85,7 +88,10 @@ class WordCache:
         parted: list[list[str]],
         encode_new: Callable[[list[str]], Iterable[bytes]],
     ) -> list[bytes]:
-        """Ids of each list of strings, joined; `encode_new` gives those of the ones not yet kept."""
+        """Return the ids of each list of strings, joined.
+
+        `encode_new` gives those of the strings that are not yet kept.
+        """
         new = list({piece for part in parted for piece in part if piece not in kept})
         if new:
             kept.update(zip(new, encode_new(new), strict=True))
@@ -114,7 +120,7 @@ class WordCache:
 
 
 def sentencepiece_splits(raw: bytes, pieces: Sequence[str]) -> SplitPatterns | None:
-    """How texts for this model file may be cut, or None where they may not.
+    """Return how texts for this model file may be cut, or None where they may not.
 
     Merges of a BPE are tokens, so where no token has a space after another character none reaches
     across a cut there. The normaliser must leave the text alone. (A unigram model sums in single
@@ -170,7 +176,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def hugging_face_splits(text: str) -> SplitPatterns | None:
-    """How texts for this tokenizer.json may be cut, or None where they may not.
+    """Return how texts for this tokenizer.json may be cut, or None where they may not.
 
     Known are byte-level BPEs with the splits of GPT-2, and of GPT-4 and its like.
     """

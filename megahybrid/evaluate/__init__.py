@@ -1,1 +1,1 @@
-"""What a model knows and looks at: held-out loss, questions, attention, text that it writes."""
+"""Evaluation of a model: held-out loss, questions, attention, text that it writes."""

@@ -38,7 +38,7 @@ def word(number: int) -> str:
 
 @dataclass(frozen=True)
 class Material:
-    """What a suite is built from: a tokenizer, if there is one, and the run's held-out sets."""
+    """The material of a suite: a tokenizer, if there is one, and the run's held-out sets."""
 
     vocab_size: int
     tokenizer: Tokenizer | None
@@ -54,8 +54,10 @@ class Material:
         return self.tokenizer.encode([text])[0]
 
     def check_written(self, answers: Sequence[str]) -> None:
-        """Raises ConfigError for an answer that the tokenizer cannot write: scores of it would say
-        nothing."""
+        """Raise ConfigError for an answer that the tokenizer cannot write.
+
+        Scores of it would say nothing.
+        """
         if self.tokenizer is None:
             return
         for answer in answers:

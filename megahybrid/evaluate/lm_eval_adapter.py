@@ -43,7 +43,7 @@ class HybridLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What follows every document; also what an empty context is replaced by."""
+        """The id that follows every document; an empty context is replaced by it too."""
         return self._eod_id
 
     @property

@@ -54,7 +54,7 @@ class HeldOutLoss:
         return None if self.loss is None else self.loss / math.log(2)
 
     def to_json(self) -> dict[str, Any]:
-        """As the ledger keeps it."""
+        """Return the score as the ledger keeps it."""
         return {
             "loss": self.loss,
             "tokens": self.tokens,

@@ -105,7 +105,10 @@ class NeedleMaker:
 
 
 def _cuts(depths: list[float], size: int, positions: list[int] | None) -> list[int]:
-    """Where in `size` tokens of hay needles go: at the nearest of `positions`, if there are any."""
+    """Return where in `size` tokens of hay needles go.
+
+    They go to the nearest of `positions`, if there are any.
+    """
     cuts = [round(depth * size) for depth in depths]
     if positions is None:
         return cuts

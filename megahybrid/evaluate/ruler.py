@@ -86,7 +86,10 @@ class RulerMaker:
         )
 
     def _builders(self, name: str, draw: np.random.Generator) -> list[tuple[Build, int]]:
-        """What may make the text, in order of preference, and the least items each must have."""
+        """Return the functions that may make the text, in order of preference.
+
+        Each comes with the least items that it must have.
+        """
         if name == "vt":
             return [(variables, 1)]
         if name == "fwe":
@@ -226,8 +229,10 @@ def question(
     draw: np.random.Generator,
     filler: Callable[[np.random.Generator], str],
 ) -> tuple[str, str, list[str]]:
-    """qa: the passages of one question among `size` - 1 others in drawn order: those of other
-    questions, then, where there are no more, pieces of essays."""
+    """qa: the passages of one question among `size` - 1 others in drawn order.
+
+    The others are those of other questions, then, where there are no more, pieces of essays.
+    """
     item = items[chosen]
     gold = list(item["passages"])
     known = dict.fromkeys(text for other in items for text in other["passages"])

@@ -23,8 +23,10 @@ from megahybrid.parallel.random import key
 def next_token_logits(
     model: Transformer, tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of the token that follows each row, without vocabulary padding. Every rank of a tensor
-    axis calls it alike."""
+    """Return logits of the token that follows each row, without vocabulary padding.
+
+    Every rank of a tensor axis calls it alike.
+    """
     tensor, length = model.mesh.tensor, tokens.shape[1]
     # Later tokens are not seen by earlier ones: what fills a row up changes nothing.
     hidden = model.hidden(F.pad(tokens, (0, -length % tensor.size)))

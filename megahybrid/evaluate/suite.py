@@ -68,7 +68,7 @@ def run_suite(
     material: Material,
     tell: ReportProgress = lambda name, done, of: None,
 ) -> dict[str, Any]:
-    """Scores of every task, as JSON values; `tell` is told a task's progress."""
+    """Return the scores of every task, as JSON values; `tell` is called with a task's progress."""
     results: dict[str, Any] = {}
     for name, task in suite.tasks.items():
         examples = examples_of(name, task, suite.seed, material)

@@ -31,9 +31,9 @@ class Alphabet:
 
 
 def recall(length: int, pairs: int, ids: Alphabet, draw: np.random.Generator) -> Example:
-    """`pairs` of key and value at drawn places in noise; then `question_mark key value` for each key once.
+    """`pairs` of key and value at drawn positions in noise; then `? key value` for each key.
 
-    The values asked for are what counts; every key is asked in drawn order.
+    Every key is asked once, in drawn order. The values asked for are what counts.
     """
     context = length - 3 * pairs
     if context < 2 * pairs or pairs > len(ids.keys):

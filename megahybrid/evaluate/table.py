@@ -31,8 +31,10 @@ def reach_table(
     sliding: Mapping[str, HeldOutLoss],
     trained_length: int,
 ) -> Table:
-    """A row for each length of rows, by multiples of the trained one, and one for a sliding window;
-    loss and perplexity of each set."""
+    """Return a table of loss and perplexity of each set, a row for each length.
+
+    The lengths are multiples of the trained one; one more row is for a sliding window.
+    """
     table = _table("rows")
     for name in sliding:
         table.add_column(name, justify="right")

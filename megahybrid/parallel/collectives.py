@@ -250,7 +250,7 @@ def broadcast_object(value: T, axis: Axis, source: int = 0) -> T:
 
 
 def on_first(axis: Axis, function: Callable[[], T]) -> T:
-    """What rank 0's call gives, on every rank of the axis; or the MegahybridError it raised."""
+    """Return rank 0's result on every rank of the axis, or raise the MegahybridError it raised."""
     found: Any = None
     if axis.rank == 0:
         try:

@@ -143,7 +143,10 @@ def sharded_parameter(
     dtype: torch.dtype | None = None,
     padded: int | None = None,
 ) -> nn.Parameter:
-    """A zero parameter of this rank's shape, marked. `random.fill_normal` draws its values."""
+    """Return a zero parameter of this rank's shape with its spec.
+
+    `random.fill_normal` draws its values.
+    """
     spec = ShardSpec(segments, mesh.tensor.size, mesh.tensor.rank, padded)
     empty = torch.zeros(spec.parameter_shape, dtype=dtype, device=mesh.device)
     return attach_shard_spec(nn.Parameter(empty), spec)

@@ -41,12 +41,15 @@ class RankFailure:
 
 
 def failure_file(log_directory: Path, rank: int) -> Path:
-    """Where a rank leaves the error that ended it."""
+    """Return the path where a rank leaves the error that ended it."""
     return log_directory / f"rank-{rank:04d}.error.json"
 
 
 def record_failure(log_directory: Path, rank: int, message: str, *, consequence: bool) -> None:
-    """Called by a rank that fails; `consequence` marks an error caused by another rank's end."""
+    """Record the failure of this rank.
+
+    `consequence` marks an error that another rank's end caused.
+    """
     entry = {"time": time.time(), "message": message, "consequence": consequence}
     # A full disk may be what failed; then the exit code alone must do.
     with contextlib.suppress(OSError):
@@ -54,7 +57,7 @@ def record_failure(log_directory: Path, rank: int, message: str, *, consequence:
 
 
 def started_by_launcher() -> bool:
-    """Whether this process is a rank that `launch_local` started."""
+    """Return whether this process is a rank that `launch_local` started."""
     return LAUNCHER in os.environ
 
 
@@ -64,7 +67,7 @@ def launcher_logs() -> Path | None:
 
 
 def lost_peer(message: str) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Return whether an error only says that another rank is gone."""
     words = ("Connection closed by peer", "Connection reset", "Broken pipe", "recvValue failed")
     return any(word in message for word in (*words, "NCCL", "remote process exited"))
 
@@ -79,8 +82,10 @@ def end_with_launcher() -> None:
 
 
 class _Terminal(DefaultLogsSpecs):
-    """Ranks write where the launcher does: no temporary folder that stays behind, no threads that
-    read what nobody writes."""
+    """Have ranks write where the launcher does.
+
+    So no temporary folder stays behind, and no thread reads what nobody writes.
+    """
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         destinations = super().reify(envs)
@@ -157,8 +162,11 @@ def launch_local(
 
 
 class _Forwarder:
-    """Handles stop signals: sends each on to every rank, those also that came before there were
-    ranks. Python runs it on the main thread whichever thread the system interrupted."""
+    """A handler of stop signals that sends each on to every rank.
+
+    So it does with those that came before there were ranks. Python runs it on the main thread
+    whichever thread the system interrupted.
+    """
 
     def __init__(self, stopping: str) -> None:
         self.stopping = stopping
@@ -194,7 +202,7 @@ class _Forwarder:
 
 @contextlib.contextmanager
 def _without_torchs_handlers() -> Iterator[None]:
-    """torch's launcher would take the signals while it starts and raise in the midst of it."""
+    """Keep torch's launcher from the signals: it would raise in the midst of its start."""
     name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
     before = os.environ.get(name)
     os.environ[name] = ""

@@ -1,4 +1,4 @@
-"""What the loss makes of one chunk's logits: sums for the loss, and the slope for the gradients.
+"""The softmax of one chunk's logits: sums for the loss, and the gradient of the logits.
 
 Two ways of the same numbers. Written out, each operation passes over the logits and leaves its
 result in their place. Fused, for a compiler to make one reading of each of the two: a logit then
@@ -21,7 +21,10 @@ Statistics = Float[Tensor, "3 tokens"]
 
 
 class Softmax(NamedTuple):
-    """`statistics` comes first, then `combine`; `grad_logits` gets the logits as the first left them."""
+    """The three steps of one way.
+
+    `statistics` comes first, then `combine`; `grad_logits` gets the logits as the first left them.
+    """
 
     statistics: Callable[..., Statistics]
     combine: Callable[..., tuple[Tensor, Tensor]]
@@ -34,8 +37,11 @@ def statistics(
     mine: Bool[Tensor, " tokens"],
     scale: float,
 ) -> Statistics:
-    """The largest scaled logit, the sum of exponentials relative to it, and the logit in `column`
-    (0 where it is not `mine`). Leaves the exponentials in the place of `logits`."""
+    """Return the largest scaled logit, the sum of exponentials relative to it, the target's logit.
+
+    The target's logit is the one in `column` (0 where it is not `mine`). Leaves the exponentials in
+    the place of `logits`.
+    """
     if scale != 1.0:
         logits.mul_(scale)
     target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
@@ -50,8 +56,10 @@ def combine(
     counts: Bool[Tensor, " tokens"],
     scale: float,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Each token's loss, 0 where it does not count, and the `factor` of `grad_logits` on the rank whose
-    largest logit is `peak`."""
+    """Return each token's loss, 0 where it does not count, and the `factor` of its gradient.
+
+    The factor is that of `grad_logits` on the rank whose largest logit is `peak`.
+    """
     peaks, totals, target_logits = of_ranks.unbind(1)
     top = peaks.amax(dim=0)
     denominator = (totals * (peaks - top).exp()).sum(dim=0)
@@ -68,8 +76,10 @@ def grad_logits(
     scale: float,
     out: Float[Tensor, "tokens words"],
 ) -> None:
-    """exponentials * factor, less `scale` in the column that is `mine`, into `out`, which may be
-    the exponentials."""
+    """Write exponentials * factor, less `scale` in the column that is `mine`, into `out`.
+
+    `out` may be the exponentials.
+    """
     # In full precision: near a certain prediction probability - 1 would lose its digits.
     at_target = exponentials.gather(1, column).squeeze(1) * factor - mine.to(factor.dtype) * scale
     torch.mul(exponentials, factor.unsqueeze(1), out=out)
@@ -77,8 +87,10 @@ def grad_logits(
 
 
 def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float) -> Statistics:
-    """`statistics` that leaves the logits as they are. Written as compilers know a softmax: they
-    find the largest and the sum in one reading."""
+    """Return `statistics` and leave the logits as they are.
+
+    Written as compilers know a softmax: they find the largest and the sum in one reading.
+    """
     scaled = logits if scale == 1.0 else logits * scale
     target_logit = torch.where(mine, scaled.gather(1, column).squeeze(1), 0)
     parts = ROW_PARTS if logits.shape[1] % ROW_PARTS == 0 else 1
@@ -99,7 +111,7 @@ def fused_grad_logits(
     scale: float,
     out: Tensor,
 ) -> None:
-    """`grad_logits` from the logits themselves; `out` is another tensor."""
+    """Compute `grad_logits` from the logits themselves; `out` is another tensor."""
     scaled = logits if scale == 1.0 else logits * scale
     exponentials = (scaled - peak.unsqueeze(1)).exp() * factor.unsqueeze(1)
     index = torch.arange(logits.shape[1], device=logits.device)

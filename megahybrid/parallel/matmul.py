@@ -127,7 +127,10 @@ def accumulate(
 
 @cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch's addmm takes an fp32 addend to low-precision factors (2.10 does not)."""
+    """Return whether this torch's addmm takes an fp32 addend to low-precision factors.
+
+    2.10 does not.
+    """
     factor, addend = torch.ones(8, 8, device=device, dtype=dtype), torch.ones(8, 8, device=device)
     try:
         torch.addmm(addend, factor, factor, out_dtype=torch.float32, out=addend)
@@ -166,7 +169,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def prefers_onednn(left: Tensor, right: Tensor) -> bool:
-    """Whether left @ right goes to oneDNN."""
+    """Return whether left @ right goes to oneDNN."""
     if left.dtype != torch.float32 or left.device.type != "cpu" or left.numel() == 0:
         return False
     inner, columns = right.shape

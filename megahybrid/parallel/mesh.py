@@ -106,7 +106,7 @@ def _axis(name: str, all_ranks: list[tuple[int, ...]], rank: int) -> Axis:
 
 @dataclass(frozen=True)
 class World:
-    """What `initialise_distributed` found out: this process's place and its device."""
+    """This process's place in the world and its device, as `initialise_distributed` found them."""
 
     rank: int
     world_size: int
@@ -201,9 +201,12 @@ def _connect_store(rendezvous: Rendezvous, connect_seconds: float) -> dist.Store
 
 
 def claim_device(store: dist.Store, rendezvous: Rendezvous, device: torch.device) -> None:
-    """Raises MeshError where another rank has this GPU already: NCCL would end both later, with
-    "Duplicate GPU detected" and a page of its own. A rank that sees one GPU cannot know by itself
-    whether its launcher gave it one of its own or all ranks see the same."""
+    """Raise MeshError where another rank has this GPU already.
+
+    NCCL would end both later, with "Duplicate GPU detected" and a page of its own. A rank that sees
+    one GPU cannot know by itself whether its launcher gave it one of its own or all ranks see the
+    same.
+    """
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     if uuid is not None and store.add(f"device:{uuid}", 1) > 1:
         raise MeshError(

@@ -6,10 +6,11 @@ from megahybrid.parallel.mesh import Axis, ParallelMesh
 
 
 class Mpu:
-    """Answers DeepSpeed's questions about groups. Make one per mesh, on every rank alike.
+    """The mesh in the shape in which DeepSpeed asks for groups.
 
-    No method may be named get_sequence_parallel_* or initialize_sequence_parallel: DeepSpeed would
-    take the mesh for Ulysses and compute wrong gradient norms.
+    Make one per mesh, on every rank alike. No method may be named get_sequence_parallel_* or
+    initialize_sequence_parallel: DeepSpeed would take the mesh for Ulysses and compute wrong
+    gradient norms.
     """
 
     def __init__(self, mesh: ParallelMesh) -> None:

@@ -1,10 +1,10 @@
-"""Can this node talk to its neighbours? One task per node, before ranks start.
+"""The check of a node's links to its neighbours, one task per node, before ranks start.
 
 python -m megahybrid.parallel.pair_check --folder DIR --seconds 60
 
 DIR/rounds.json holds rounds of pairs of node names. A pair is an all-reduce between two processes
 of their own, which are killed when the round's time is up: a library that waits for a dead peer
-does not come back by itself. What came of it goes to DIR/node-NODE.json.
+does not come back by itself. The results go to DIR/node-NODE.json.
 """
 
 import argparse
@@ -25,7 +25,10 @@ CPU_BYTES, GPU_BYTES = 4 * 2**20, 64 * 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Every pair of this node, or with --pair one of them; 0 whether or not they work."""
+    """Check every pair of this node, or with --pair one of them.
+
+    Returns 0 whether or not they work.
+    """
     parser = argparse.ArgumentParser(prog="pair_check", description="Do nodes reach each other?")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="that a round may take")
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _in_time(pair: list[str], node: str, port: int, seconds: float) -> dict:
-    """One pair in a process of its own."""
+    """Check one pair in a process of its own."""
     # Given by the site where nodes share a host whose name is not theirs.
     address = os.environ.get("PAIR_ADDRESS") or pair[0]
     command = [sys.executable, "-m", "megahybrid.parallel.pair_check", "--folder", ".", "--seconds"]

@@ -1,4 +1,4 @@
-"""Which rank is this process, and where do the ranks meet? torchrun's or Slurm's variables say.
+"""This process's rank, and where the ranks meet, by torchrun's or Slurm's variables.
 
 Imports no torch, so that the command line can ask before it starts anything heavy.
 """

@@ -30,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How the parameter of tensor rank `rank` of `degree` lies.
+    """The layout of the parameter of tensor rank `rank` of `degree`.
 
     `padded` is the padded size of the cut dimension of a vocabulary (canonical shapes are never
     padded): the box is clipped to the canonical tensor and may be empty, padding rows come last.
@@ -57,7 +57,7 @@ class ShardSpec:
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks hold different values: DeepSpeed counts these on every tensor rank."""
+        """True where ranks hold different values: DeepSpeed counts these on every tensor rank."""
         return any(segment.dim is not None for segment in self.segments)
 
     @property
@@ -147,10 +147,10 @@ def box_slices(box: Box) -> tuple[slice, ...]:
 
 
 def attach_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
-    """Attaches the spec, and DeepSpeed's mark, which must be true only where ranks hold shards.
+    """Attach the spec, and DeepSpeed's flag, which must be true only where ranks hold shards.
 
-    DeepSpeed adds a marked parameter's gradient norm over the tensor axis and takes an unmarked
-    one's from tensor rank 0; a wrong mark makes a wrong norm without a warning.
+    DeepSpeed adds a flagged parameter's gradient norm over the tensor axis and takes an unflagged
+    one's from tensor rank 0; a wrong flag makes a wrong norm without a warning.
     """
     if tuple(parameter.shape) != spec.parameter_shape:
         names = ", ".join(segment.name for segment in spec.segments)
@@ -161,7 +161,10 @@ def attach_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
 
 
 def shard_spec(parameter: nn.Parameter) -> ShardSpec:
-    """The spec that `attach_shard_spec` attached. Raises ValueError for a parameter that nobody described."""
+    """Return the spec that `attach_shard_spec` attached.
+
+    Raises ValueError for a parameter that nobody described.
+    """
     spec = getattr(parameter, "shard_spec", None)
     if not isinstance(spec, ShardSpec):
         raise ValueError(

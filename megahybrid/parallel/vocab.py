@@ -112,8 +112,10 @@ class VocabParallelHead(nn.Module):
         return cls(vocab_size, hidden_size, segment.name, mesh, weight=embedding.weight)
 
     def fuse(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Have what the loss makes of its logits compiled by `compile` when gradients are wanted.
-        Products and collectives stay outside."""
+        """Have the loss's softmax compiled by `compile` when gradients are wanted.
+
+        Products and collectives stay outside.
+        """
         self.softmax = Softmax(*map(compile, FUSED))
 
     def forward(
@@ -166,7 +168,10 @@ class VocabParallelHead(nn.Module):
 
 
 def chunk_size(local_vocab: int, hidden: Tensor) -> int:
-    """Tokens per chunk whose slopes, in hidden's dtype, take about LOSS_CHUNK_BYTES on one rank."""
+    """Return how many tokens' gradients of logits take about LOSS_CHUNK_BYTES on one rank.
+
+    They are in hidden's dtype.
+    """
     of_token = local_vocab * hidden.element_size()
     return max(1, LOSS_CHUNK_BYTES[hidden.device.type] // of_token)
 
@@ -265,9 +270,11 @@ def _loss_and_grad(
     needs_grad: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [tokens], and their derivative by this rank's unscaled logits in the inputs' dtype,
-    which is `out` or takes the logits' place. `targets` say of each token whether it counts,
-    whether its target is one of this rank's `vocab_local` (none where all is padding), and which.
+    """Return the losses [tokens], and their gradient by this rank's unscaled logits.
+
+    The gradient is in the inputs' dtype; it is `out` or takes the logits' place. `targets` say of
+    each token whether it counts, whether its target is one of this rank's `vocab_local` ids (none
+    where all is padding), and which.
 
     One collective per call: each rank sends its own maximum, its sum of exponentials relative to
     it, and the target's logit where it holds the target; all combine them alike.

@@ -45,7 +45,7 @@ def figures_of(result: Result) -> dict[str, float]:
 
 
 def counts(plan: Study, result: Result) -> bool:
-    """Whether a run is past the gate."""
+    """Return whether a run is past the gate."""
     if plan.gate is None:
         return True
     name = f"{plan.gate.task}.{plan.gate.length}"
@@ -65,8 +65,11 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """For each variant: its seeds, those past the gate, the processor's time for all, and every
-    figure of those that count: median, least, most, mean, and half of the mean's 95 % interval."""
+    """Return a row for each variant.
+
+    A row has its seeds, those past the gate, the processor's time for all, and every figure of
+    those that count: median, least, most, mean, and half of the mean's 95 % interval.
+    """
     rows = []
     for variant in plan.variants:
         mine = [result for result in results if result["variant"] == variant]
@@ -98,7 +101,10 @@ def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def check_rules(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each rule with both medians and whether it holds; None where a side was not measured."""
+    """Return each rule with both medians and whether it holds.
+
+    That is None where a side was not measured.
+    """
     medians = {
         (row["variant"], name): told["median"]
         for row in rows

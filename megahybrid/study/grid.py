@@ -72,7 +72,10 @@ def study(
 
 
 def print_results(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Print the table and how the rules fare; keep both as `out`/table.json, and pictures there."""
+    """Print the table and how the rules fare.
+
+    Both are kept as `out`/table.json, and pictures there.
+    """
     rows = tabulate(plan, results)
     rules = check_rules(plan, rows)
     table = {"rows": rows, "rules": rules}
@@ -119,7 +122,7 @@ def _load(folder: Path) -> Study:
 def _selected_runs(
     plan: Study, variants: Sequence[str] | None, seeds: Sequence[int] | None
 ) -> list[tuple[str, int]]:
-    """Variants and seeds, seed by seed: the first seed of all is there soonest."""
+    """Return variants and seeds, seed by seed: the first seed of all is there soonest."""
     for name in variants or []:
         if name not in plan.variants:
             raise ConfigError(
@@ -133,7 +136,7 @@ def _selected_runs(
 
 
 def _check(plan: Study, folder: Path, grid: Sequence[StudyRun]) -> None:
-    """Every run file, suite and figure that is named, before the first run."""
+    """Check every run file, suite and figure that is named, before the first run."""
     known = {"loss"} if plan.held_out is not None else set()
     for file in (plan.suite, plan.analyse):
         if file is not None:
@@ -153,15 +156,17 @@ def _check(plan: Study, folder: Path, grid: Sequence[StudyRun]) -> None:
 
 
 def _on_gpu(run: StudyRun) -> bool:
-    """Whether runs will use a GPU. Asked of the system, not of torch: CUDA, once looked at, cannot
-    be used after a fork."""
+    """Return whether runs will use a GPU.
+
+    The system is asked, not torch: CUDA, once looked at, cannot be used after a fork.
+    """
     config = load(run.folder / run.plan.run, run.overrides())
     return config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidia0").exists())
 
 
 @contextmanager
 def _only_study(out: Path) -> Iterator[None]:
-    """No other study works in `out` meanwhile; a killed one leaves nothing behind."""
+    """Keep other studies out of `out` while the block runs; a killed one leaves nothing behind."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "study.lock", "w")  # noqa: SIM115 (closed below)
@@ -178,8 +183,10 @@ def _only_study(out: Path) -> Iterator[None]:
 
 
 def _run_all(missing: Sequence[StudyRun], jobs: int, fork: bool) -> int:
-    """Processes, `jobs` at a time, until all are done or one met a mistake of the user's. A stop
-    signal is handed to them: they save and end."""
+    """Run processes, `jobs` at a time, until all are done or one met a mistake of the user's.
+
+    A stop signal is handed to them: they save and end.
+    """
     if fork:
         if jobs > 1:
             os.environ.setdefault("OMP_NUM_THREADS", "1")

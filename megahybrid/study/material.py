@@ -1,4 +1,4 @@
-"""What a study trains on: commands that prepare data, and documents drawn for it."""
+"""The data that a study trains on: commands that prepare it, and documents drawn for it."""
 
 import shlex
 import shutil
@@ -25,7 +25,7 @@ EOD = 1  # of puzzles; their ids begin behind it
 
 
 def prepare(plan: Study, out: Path) -> None:
-    """Gives each command of `prepare` once, then draws what is missing of `data`.
+    """Run each command of `prepare` once, then draw what is missing of `data`.
 
     What a kill interrupted is done again. Raises MegahybridError for what a command refuses.
     """

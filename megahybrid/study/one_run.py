@@ -22,7 +22,7 @@ EXIT_FAILURE = 1
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A variant with a seed. `folder` is the study's, `out` where everything is kept."""
+    """One run: a variant with a seed. `folder` is the study's, `out` where everything is kept."""
 
     plan: Study
     folder: Path
@@ -32,28 +32,28 @@ class StudyRun:
 
     @property
     def name(self) -> str:
-        """As files are called."""
+        """The name of its files."""
         return f"{self.variant}-seed{self.seed}"
 
     @property
     def result(self) -> Path:
-        """Where the result is kept; a run that has one is not repeated."""
+        """The path of the result; a run that has one is not repeated."""
         return self.out / "results" / f"{self.name}.json"
 
     @property
     def log(self) -> Path:
-        """What its commands said."""
+        """The path of its commands' output."""
         return self.out / "logs" / f"{self.name}.log"
 
     def overrides(self) -> list[str]:
-        """What differs from the study's run file."""
+        """Return the fields in which it differs from the study's run file."""
         paths = [f"data.sources.{name}.path={self.out / 'data' / name}" for name in self.plan.data]
         said = [*self.plan.common, *self.plan.variants[self.variant]]
         own = [word.replace("{out}", str(self.out)) for word in said]
         return [*paths, *own, f"seed={self.seed}", f"directory={self.out / 'runs' / self.name}"]
 
     def start(self, fork: bool = True) -> int:
-        """Starts a process that does the work; returns its id.
+        """Start a process that does the work; returns its id.
 
         Forked, it shares what was imported here; call it before any computing, because threads are
         not shared. Otherwise it is a new Python.
@@ -88,7 +88,7 @@ class StudyRun:
             os._exit(code)
 
     def work(self) -> int:
-        """Trains where that is not done, scores, keeps the result. Returns the exit code."""
+        """Train where that is not done, score, and keep the result. Returns the exit code."""
         from megahybrid.commands.analyse import analyse
         from megahybrid.commands.evaluate import evaluate
         from megahybrid.commands.suite import evaluate_suite
@@ -130,8 +130,10 @@ class StudyRun:
 
 
 def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
-    """An analysis without its long lists (attention by position, logits by lag, heads): those stay
-    in the run's `evaluations`."""
+    """Return an analysis without its long lists (attention by position, logits by lag, heads).
+
+    Those stay in the run's `evaluations`.
+    """
     kept = ("mass", "entropy_bits", "max_logit", "distance", "sink", "retrieval", "layers")
 
     def short(part: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json_output(command: Callable[[], int]) -> dict[str, Any]:
-    """The JSON that a command prints."""
+    """Return the JSON that a command prints."""
     heard = io.StringIO()
     with contextlib.redirect_stdout(heard):
         command()
@@ -162,8 +164,10 @@ def _json_output(command: Callable[[], int]) -> dict[str, Any]:
 
 
 def _end_with(parent: int) -> None:
-    """Ask the kernel to end this process when the study dies, however it dies (Linux): two studies
-    after one another must not train the same run."""
+    """Ask the kernel to end this process when the study dies, however it dies (Linux).
+
+    Two studies after one another must not train the same run.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)

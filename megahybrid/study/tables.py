@@ -1,4 +1,4 @@
-"""What came out of a study, for a terminal."""
+"""The results of a study as tables for a terminal."""
 
 import re
 from collections.abc import Mapping, Sequence
