@@ -27,28 +27,41 @@ def add_arguments(subparsers: Any) -> None:
     )
     _add_inputs(tokenizer)
     tokenizer.add_argument("--output", help=".model to write")
-    tokenizer.add_argument("--vocab-size", type=_from(1, LARGEST_VOCABULARY))
-    tokenizer.add_argument("--kind", choices=("bpe", "unigram"), default="bpe")
     tokenizer.add_argument(
-        "--sample-mib", type=_from(1, LARGEST_MIB), default=64, help="text to look at"
+        "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="tokens of the vocabulary"
     )
-    tokenizer.add_argument("--special-token", action="append", default=[])
     tokenizer.add_argument(
-        "--weight", type=float, action="append", help="share of the text, once for each input"
+        "--kind", choices=("bpe", "unigram"), default="bpe", help="algorithm (default: bpe)"
     )
-    tokenizer.add_argument("--digits", choices=("apart", "together"), default="apart")
     tokenizer.add_argument(
-        "--spaces", choices=("runs", "single"), default="runs", help="whether runs may be a token"
+        "--sample-mib", type=_from(1, LARGEST_MIB), default=64, help="MiB of text to train on"
+    )
+    tokenizer.add_argument(
+        "--special-token", action="append", default=[], help="text that is one token; repeatable"
+    )
+    tokenizer.add_argument(
+        "--weight", type=float, action="append", help="share of the text, given once for each input"
+    )
+    tokenizer.add_argument(
+        "--digits", choices=("apart", "together"), default="apart", help="whether digits may merge"
+    )
+    tokenizer.add_argument(
+        "--spaces",
+        choices=("runs", "single"),
+        default="runs",
+        help="whether runs of spaces may merge",
     )
     tokenizer.add_argument("--against", metavar="OTHER", help="report: compare with this one")
     tokenizer.add_argument("--eod", help="report, adopt: the token that follows every document")
 
-    tokenize = commands.add_parser("tokenize", help="text to shuffled token files")
+    tokenize = commands.add_parser("tokenize", help="turn text into shuffled token files")
     _add_inputs(tokenize)
     tokenize.add_argument("--tokenizer", required=True, help=".model or tokenizer.json")
     tokenize.add_argument("--output", required=True, help="new folder")
-    tokenize.add_argument("--held-out", type=_fraction, default=0.0, help="fraction of documents")
-    tokenize.add_argument("--longest", type=_from(0), default=0, help="longest documents held out")
+    tokenize.add_argument("--held-out", type=_fraction, default=0.0, help="share held out, 0 to 1")
+    tokenize.add_argument(
+        "--longest", type=_from(0), default=0, help="how many longest to hold out"
+    )
     tokenize.add_argument(
         "--deduplicate", action="store_true", help="keep only the first of equal texts"
     )
@@ -64,17 +77,20 @@ def add_arguments(subparsers: Any) -> None:
         "--workers", type=_from(1, MOST_WORKERS), default=len(os.sched_getaffinity(0))
     )
     tokenize.add_argument(
-        "--memory-mib", type=_from(1, LARGEST_MIB), default=256, help="for the shuffle"
+        "--memory-mib",
+        type=_from(1, LARGEST_MIB),
+        default=256,
+        help="MiB of memory for the shuffle",
     )
     tokenize.add_argument("--shard-tokens", type=_from(1, 2**31 - 1), default=2**30)
     tokenize.add_argument(
         "--max-bad-fraction",
         type=_fraction,
         default=0.05,
-        help="of the inputs' bytes that may be lost",
+        help="share of the inputs' bytes that may be unreadable (default: 0.05)",
     )
 
-    pack = commands.add_parser("pack", help="rows of whole documents for one length")
+    pack = commands.add_parser("pack", help="plan rows of whole documents for one length")
     pack.add_argument("path", help="dataset")
     pack.add_argument("--output", required=True, help="new folder; the path of a source in a run")
     pack.add_argument("--length", type=_from(1, LONGEST_ROW), required=True, help="tokens of a row")
@@ -88,24 +104,24 @@ def add_arguments(subparsers: Any) -> None:
     _add_rewriting(commands)
 
     verify = commands.add_parser("verify", help="read every byte and compare with the checksums")
-    verify.add_argument("path")
+    verify.add_argument("path", help="dataset")
     verify.add_argument(
         "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
     )
 
-    inspect = commands.add_parser("inspect", help="what a dataset, or one step of a run, holds")
+    inspect = commands.add_parser("inspect", help="show a dataset, or one step of a run")
     inspect.add_argument("path", help="dataset, run file or a run's folder")
     inspect.add_argument(
         "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
     )
     inspect.add_argument("--tokenizer", help="to show documents as text")
     inspect.add_argument("--documents", type=_from(0), default=3, help="how many to show")
-    inspect.add_argument("--picture", metavar="FILE.svg", help="lengths, or mix and rows, drawn")
-    inspect.add_argument("--step", type=_from(1), default=1, help="of a run (from 1)")
+    inspect.add_argument("--picture", metavar="FILE.svg", help="draw lengths, or mix and rows")
+    inspect.add_argument("--step", type=_from(1), default=1, help="step of a run, from 1")
     inspect.add_argument("--stage", help="count the step within this stage")
     inspect.add_argument("--rows", type=_from(1), default=4, help="rows of the step to show")
 
-    audit = commands.add_parser("audit", help="prove from a run's ledger which tokens it has read")
+    audit = commands.add_parser("audit", help="prove from a run's ledger which tokens it read")
     audit.add_argument("run_directory", metavar="RUN", help="a run's folder")
     audit.add_argument("other", metavar="RUN2", nargs="?", help="compare with this run")
 
@@ -140,9 +156,9 @@ def _fraction(text: str) -> float:
 
 
 def _add_rewriting(commands: Any) -> None:
-    merge = commands.add_parser("merge", help="several datasets as one, in order")
-    shuffle = commands.add_parser("shuffle", help="documents of datasets in a keyed random order")
-    split = commands.add_parser("split", help="a dataset in parts, by hash of the documents")
+    merge = commands.add_parser("merge", help="write several datasets as one, in order")
+    shuffle = commands.add_parser("shuffle", help="shuffle the documents of datasets by a seed")
+    split = commands.add_parser("split", help="split a dataset by hash of the documents")
     for parser, paths in ((merge, "+"), (shuffle, "+"), (split, 1)):
         parser.add_argument("paths", nargs=paths, help="datasets made with one tokenizer")
         parser.add_argument("--output", required=True, help="new folder")
@@ -150,15 +166,15 @@ def _add_rewriting(commands: Any) -> None:
     for parser in (shuffle, split):
         parser.add_argument("--seed", type=_from(-(2**62)), default=0)
         parser.add_argument(
-            "--memory-mib", type=_from(1, LARGEST_MIB), default=256, help="to work in"
+            "--memory-mib", type=_from(1, LARGEST_MIB), default=256, help="MiB of memory"
         )
-    split.add_argument("--held-out", type=_fraction, default=0.0, help="fraction of documents")
-    split.add_argument("--longest", type=_from(0), default=0, help="longest documents held out")
+    split.add_argument("--held-out", type=_fraction, default=0.0, help="share held out, 0 to 1")
+    split.add_argument("--longest", type=_from(0), default=0, help="how many longest to hold out")
     split.add_argument(
         "--deduplicate", action="store_true", help="keep only the first of equal documents"
     )
 
-    imported = commands.add_parser("import", help="a manifest for plain Megatron .bin and .idx")
+    imported = commands.add_parser("import", help="add a manifest to plain Megatron .bin and .idx")
     imported.add_argument("path", help="folder, prefix or .bin")
     imported.add_argument("--output", required=True, help="new folder")
     imported.add_argument("--tokenizer", help=".model or tokenizer.json that made the ids")
@@ -169,8 +185,8 @@ def _add_rewriting(commands: Any) -> None:
     imported.add_argument("--eod-id", type=_from(0, LARGEST_VOCABULARY), help="without --tokenizer")
     imported.add_argument("--shard-tokens", type=_from(1, 2**31 - 1), default=2**30)
 
-    export = commands.add_parser("export", help="one .bin and .idx that Megatron reads")
-    export.add_argument("path")
+    export = commands.add_parser("export", help="write one .bin and .idx that Megatron reads")
+    export.add_argument("path", help="dataset")
     export.add_argument("prefix", help="PREFIX.bin and PREFIX.idx are written")
     export.add_argument(
         "--vocab-size", type=_from(1, LARGEST_VOCABULARY), help="for files without a manifest"
@@ -185,8 +201,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "text", "jsonl", "json", "parquet"),
         default="auto",
-        help="how every file is read; by default its content says",
+        help="format of every file (default: by its content)",
     )
     parser.add_argument("--glob", default="**/*", help="which files of a folder")
-    parser.add_argument("--field", default="text", help="the text's field of a row")
+    parser.add_argument("--field", default="text", help="field of a row that holds the text")
     parser.add_argument("--seed", type=_from(-(2**62)), default=0)

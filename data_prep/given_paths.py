@@ -71,7 +71,7 @@ def _check_read(name: str, text: str) -> None:
         open(text, "rb").close()
     elif not (name == "inputs" and stat.S_ISFIFO(mode) and is_open_file(text)):
         raise DataError(
-            f"{_shown(name, text)} is no file and no folder ({_file_type(mode)}). Name one."
+            f"{_shown(name, text)} is neither a file nor a folder ({_file_type(mode)}). Name one."
         )
 
 
@@ -118,7 +118,7 @@ def _check_pattern(pattern: str) -> None:
         next(Path(os.devnull).glob(pattern), None)
     except (ValueError, NotImplementedError, IndexError):
         raise DataError(
-            f"--glob={pattern!r} is no pattern of names within a folder. Write one like "
+            f"--glob={pattern!r} is not a pattern of names within a folder. Write one like "
             "'**/*.jsonl'."
         ) from None
 
@@ -143,11 +143,11 @@ def check_picture(name: str | None) -> None:
     path = Path(name)
     if path.suffix.lower() != ".svg":
         raise DataError(
-            f"--picture={name} is no .svg, the one kind of picture that is drawn. Name a file "
-            "that ends in .svg."
+            f"--picture={name} is not an .svg, the only format that pictures are drawn in. Name a "
+            "file that ends in .svg."
         )
     if not path.parent.is_dir():
         raise DataError(
-            f"--picture={name} lies in {path.parent}, which is no folder. Name a file in one that "
-            "is there."
+            f"--picture={name} lies in {path.parent}, which is not a folder. Name a file in one "
+            "that exists."
         )

@@ -27,7 +27,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 JSON_NAMES = (*JSON_LINES, ".json")
 MOST_CONTROLS = 0.02  # of the bytes of a text; a tenth of random bytes are control characters
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\b\x1b")) + b"\x7f"
-NO_LIST = "JSON that is no list of documents"
+NO_LIST = "JSON that is not a list of documents"
 MAGIC = {
     b"\x89PNG": "image",
     b"\xff\xd8\xff": "image",

@@ -138,11 +138,13 @@ def print_report(
     console.print("longest: " + ", ".join(f"{text!r} ({i})" for text, i in spelled[:LONGEST]))
     changed = [text for source in sources for text in source.changed]
     if changed:
-        console.print(f"NOT lossless: {len(changed)} texts or more do not come back, for example")
+        console.print(
+            f"NOT lossless: {len(changed)} texts or more decode to another text, for example"
+        )
         for text in changed[:3]:
             console.print(f"  {text[:100]!r}", markup=False)
     else:
-        console.print("lossless: every text comes back as it was")
+        console.print("lossless: every text decodes to itself")
 
 
 def adopt(source: str, output: str, eod: str | None = None) -> tuple[TokenizerInfo, list[str]]:

@@ -94,7 +94,7 @@ def folder(run_directory: Path) -> list[str]:
         probe.unlink()
     except OSError as error:
         return [f"{run_directory} cannot be written to ({error.strerror})"]
-    return [] if read == "x" else [f"{run_directory} does not give back what was written"]
+    return [] if read == "x" else [f"{run_directory} does not return what was written to it"]
 
 
 def own(command: str) -> list[str]:

@@ -224,7 +224,8 @@ def from_exception(error: Exception) -> MegahybridError | None:
             return DataError("a file that was named is nested too deeply. Flatten it.")
         case MemoryError():
             return ConfigError(
-                f"memory does not suffice ({shortened(first_line(error) or 'MemoryError', 200)}). "
+                "there is not enough memory "
+                f"({shortened(first_line(error) or 'MemoryError', 200)}). "
                 "Ask for less, or use a machine with more."
             )
         case _:

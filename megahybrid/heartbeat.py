@@ -251,7 +251,7 @@ class HangDetector:
         if silent:
             return Hang(
                 tuple(silent),
-                f"{_ranks(silent)} gave no sign for {max(silence[r] for r in silent):.0f} s "
+                f"{_ranks(silent)} sent no heartbeat for {max(silence[r] for r in silent):.0f} s "
                 f"({_where(silent, alive)})",
             )
         over = [
@@ -265,7 +265,7 @@ class HangDetector:
         longest = max(alive[rank].phase_seconds + silence[rank] for rank in over)
         return Hang(
             tuple(suspects),
-            f"{_ranks(suspects)} no further for {longest:.0f} s ({_where(suspects, alive)})",
+            f"{_ranks(suspects)} made no progress for {longest:.0f} s ({_where(suspects, alive)})",
         )
 
 

@@ -20,7 +20,7 @@ def read_plain_file(path: str | Path, most_bytes: int = 2**30) -> bytes:
     """Return the bytes of a plain file.
 
     A pipe would wait for a writer and a device may have no end, so neither is opened. Raises
-    OSError, and PathError for what is no plain file or larger than `most_bytes`.
+    OSError, and PathError for what is not a plain file or larger than `most_bytes`.
     """
     _check(path, os.stat(path), most_bytes)
     # Not waiting, for what was put in the file's place since.
@@ -42,7 +42,7 @@ def refuse_other_than_file(path: str | Path, option: str) -> None:
         return  # whoever opens it tells
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISDIR(mode):
         name = shortened(str(path), 200)
-        raise PathError(f"{option}={name} is there and is no file. Name a file.")
+        raise PathError(f"{option}={name} exists and is not a file. Name a file.")
 
 
 def _check(path: str | Path, facts: os.stat_result, most_bytes: int) -> None:

@@ -108,9 +108,9 @@ TYPED = {
     # data and tokenizer
     TRAIN + "directory=books": "directory=books holds a dataset or a checkpoint "
     "(manifest.json), which is not a run's. Name a new or empty folder, or a run's.",
-    TRAIN + "data.sources.code.path=nowhere": "nowhere is no dataset: no manifest.json and no "
+    TRAIN + "data.sources.code.path=nowhere": "nowhere is not a dataset: no manifest.json and no "
     ".idx. Prepare the data with `megahybrid data tokenize`, or correct the path.",
-    TRAIN + "data.held_out.held.path=nowhere": "nowhere is no dataset: no manifest.json and no "
+    TRAIN + "data.held_out.held.path=nowhere": "nowhere is not a dataset: no manifest.json and no "
     ".idx. Prepare the data with `megahybrid data tokenize`, or correct the path.",
     TRAIN + "data.sources.code.path=cut": "cut/shard-00000.bin has 1001 bytes, not 7444 (the last "
     "offset in shard-00000.idx). Copy or prepare the data again.",
@@ -125,7 +125,7 @@ TYPED = {
     "(97). Use model.vocab_size=97.",
     TRAIN + "data.tokenizer=lost.model": "tokenizer lost.model cannot be read (No such file or "
     "directory). Correct the path, or train one with `megahybrid data tokenizer`.",
-    TRAIN + "data.tokenizer=notes.txt": "notes.txt is no sentencepiece model (damaged?). "
+    TRAIN + "data.tokenizer=notes.txt": "notes.txt is not a sentencepiece model (damaged?). "
     "Train or copy it again.",
     # places
     TRAIN + "directory=notes.txt": "directory=notes.txt cannot be written to (Not a directory). "
@@ -137,8 +137,8 @@ TYPED = {
     "'megahybrid-checkpoint'. It is not a checkpoint of megahybrid.",
     "report lost": "lost/ledger.jsonl could not be read (No such file or directory). Name the "
     "directory of a run.",
-    "data verify lost": "lost is no dataset: no manifest.json and no .idx. Prepare the data with "
-    "`megahybrid data tokenize`, or correct the path.",
+    "data verify lost": "lost is not a dataset: no manifest.json and no .idx. Prepare the data "
+    "with `megahybrid data tokenize`, or correct the path.",
 }
 
 

@@ -82,7 +82,7 @@ def test_a_silent_rank_is_named_by_the_watchers_own_clock() -> None:
     assert watch.judge(_beats({"beats": 2}, {}, {"beats": 2}), now + 9) is None
     hang = watch.judge(_beats({"beats": 3}, {}, {"beats": 3}), now + 11)
     assert hang is not None and hang.ranks == (1,)
-    assert hang.message == "rank 1 gave no sign for 11 s (phase step, step 5, on n1)"
+    assert hang.message == "rank 1 sent no heartbeat for 11 s (phase step, step 5, on n1)"
 
 
 def test_of_ranks_that_wait_the_one_behind_is_named() -> None:
@@ -90,7 +90,7 @@ def test_of_ranks_that_wait_the_one_behind_is_named() -> None:
     stuck = {"phase_seconds": 130.0, "phase": "data"}
     hang = HangDetector(3, LIMITS, 10).judge(_beats(waiting, waiting, stuck))
     assert hang is not None and hang.ranks == (2,)
-    assert "rank 2 no further for 130 s (phase data, step 5, on n2)" in hang.message
+    assert "rank 2 made no progress for 130 s (phase data, step 5, on n2)" in hang.message
 
 
 def test_each_phase_has_its_own_limit() -> None:

@@ -131,7 +131,7 @@ class RunLock:
             advice = f"Wait until it ends, or {self._stale_after_seconds:.0f} s after it died"
         if alive:
             raise CheckpointError(
-                f"directory={self.path.parent} is in use by {_words(found)} (last sign "
+                f"directory={self.path.parent} is in use by {_words(found)} (last heartbeat "
                 f"{max(age, 0):.0f} s ago). {advice}, or use another directory."
             )
 

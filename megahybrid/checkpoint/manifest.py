@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         # A pipe or a device in its place would be waited for, or read, without end.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "it is no plain file")
+            raise OSError(errno.EINVAL, "it is not a plain file")
         text = path.read_bytes().decode("utf-8")
         values = json.loads(text, parse_constant=_refuse_constant)
     except FileNotFoundError as error:

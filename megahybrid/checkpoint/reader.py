@@ -261,7 +261,7 @@ def size_problems(path: Path, manifest: Manifest) -> list[str]:
             problems.append(f"{name} is missing ({error.strerror})")
             continue
         if not stat.S_ISREG(found.st_mode):
-            problems.append(f"{name} is no plain file")
+            problems.append(f"{name} is not a plain file")
         elif found.st_size != record.bytes:
             problems.append(
                 f"{name} has {found.st_size} bytes, not the {record.bytes} of the manifest"

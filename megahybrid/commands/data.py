@@ -114,7 +114,7 @@ def _tokenizer_adopt(args: argparse.Namespace) -> None:
         f"sha256 {info.sha256[:12]}"
     )
     for text in changed:
-        print(f"not lossless: {text!r} does not come back as it was")
+        print(f"not lossless: {text!r} does not decode to itself")
 
 
 def _tokenize(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from megahybrid.run_folder import holds_run
 
 
 def add_arguments(commands: argparse._SubParsersAction) -> None:
-    """The command `launch` with its own commands."""
+    """Add the command `launch` with its own commands."""
     text = "run on a Slurm cluster: submit, watch, stop, requeue"
     launch = commands.add_parser("launch", help=text, description=text[0].upper() + text[1:] + ".")
     verbs = launch.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -20,25 +20,27 @@ def add_arguments(commands: argparse._SubParsersAction) -> None:
     submit.add_argument(
         "--site", required=True, metavar="SITE", help="a name under configs/sites/, or a site file"
     )
-    submit.add_argument("--name", metavar="NAME", help="in the queue (default: the run's)")
+    submit.add_argument("--name", metavar="NAME", help="name in the queue (default: the run's)")
     submit.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     row = submit.add_mutually_exclusive_group()
     row.add_argument(
         "--chain", type=int, default=1, metavar="K", help="K jobs, each after the one before"
     )
     row.add_argument("--array", type=int, metavar="K", help="the same as one array of K tasks")
-    submit.add_argument("--spares", type=int, default=0, metavar="S", help="nodes that stand by")
-    submit.add_argument("--exclude", default="", metavar="NODES", help="nodes not to use: n3,n7")
+    submit.add_argument("--spares", type=int, default=0, metavar="S", help="spare nodes")
+    submit.add_argument("--exclude", default="", metavar="NODES", help="nodes to leave out: n3,n7")
     status = _verb(verbs, "status", "one line for each run")
     status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="default: runs/*")
     tail = _run_verb(verbs, "tail", "the ranks' last lines, the first real error first")
-    tail.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="of each rank")
-    tail.add_argument("-f", "--follow", action="store_true", help="go on until the jobs have ended")
+    tail.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each rank")
+    tail.add_argument(
+        "-f", "--follow", action="store_true", help="follow until the jobs have ended"
+    )
     _run_verb(verbs, "stop", "save, then end and do not come back")
     _run_verb(verbs, "save", "write a checkpoint at the end of this step")
     _run_verb(verbs, "cancel", "end all jobs of the run now")
     _run_verb(verbs, "requeue", "save and start again; or submit an ended run's script again")
-    _run_verb(verbs, "nodes", "the nodes the run met, their state and failures")
+    _run_verb(verbs, "nodes", "the nodes that the run used, their state and failures")
 
 
 def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
@@ -52,7 +54,7 @@ def _run_verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argpar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """One command; returns the exit code."""
+    """Run one command; returns the exit code."""
     if arguments.verb == "submit":
         return _submit(arguments)
     if arguments.verb == "status":
@@ -81,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_run(directory: Path) -> None:
     """Raise ConfigError where no run is: a request that is written there would reach nobody."""
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is no folder. Name the directory of a run.")
+        raise ConfigError(f"{directory} is not a folder. Name the directory of a run.")
     if not holds_run(directory):
         raise ConfigError(
             f"{directory} holds no run (no ledger, checkpoints, job or logs). Name the directory "

@@ -146,7 +146,9 @@ class TokenDataset:
             way_out = "Prepare the data with `megahybrid data tokenize`, or correct the path."
             if (self.path / "train" / MANIFEST_NAME).exists():
                 way_out = f"Did you mean {self.path / 'train'}?"
-            raise DataError(f"{self.path} is no dataset: no {MANIFEST_NAME} and no .idx. {way_out}")
+            raise DataError(
+                f"{self.path} is not a dataset: no {MANIFEST_NAME} and no .idx. {way_out}"
+            )
         shards = [
             ShardIndex.open(stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx"))
             for stem in stems

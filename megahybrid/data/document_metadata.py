@@ -98,7 +98,7 @@ class DocumentMetadata:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise DataError(f"{self.path} line {document + 1} is no JSON object. {RESTORE}")
+            raise DataError(f"{self.path} line {document + 1} is not a JSON object. {RESTORE}")
         return value
 
     def verify(self) -> None:

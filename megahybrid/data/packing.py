@@ -78,7 +78,7 @@ class PackPlan:
                 error
             ) from None
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            raise _damaged(path, "is no plan of this version") from None
+            raise _damaged(path, "is not a plan of this version") from None
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         counts = (self.info.rows + 1, self.info.entries, self.info.entries)
         self._rows, self._starts, self._lengths = (
@@ -160,7 +160,7 @@ class PackedOrder:
         if rest or not packs:
             raise DataError(
                 f"data.sources.{self.name} is packed for a length of {self.plan.info.length}, of "
-                f"which the stage's {length} is no multiple. Pack it for this length."
+                f"which the stage's {length} is not a multiple. Pack it for this length."
             )
         n = cursor[0][0]
         taken = []

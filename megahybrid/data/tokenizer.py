@@ -80,7 +80,7 @@ class SentencePieceTokenizer(_Arrays):
             self._processor = SentencePieceProcessor(model_proto=raw)
         except RuntimeError:
             raise DataError(
-                f"{path} is no sentencepiece model (damaged?). Train or copy it again."
+                f"{path} is not a sentencepiece model (damaged?). Train or copy it again."
             ) from None
         piece = self._processor
         eod_id = piece.eos_id() if eod is None else piece.piece_to_id(eod)
@@ -118,7 +118,7 @@ class HuggingFaceTokenizer(_Arrays):
         try:
             backend: Any = Backend.from_buffer(raw)
         except Exception:  # the library raises bare Exception
-            raise DataError(f"{path} is no tokenizer.json (damaged?). Copy it again.") from None
+            raise DataError(f"{path} is not a tokenizer.json (damaged?). Copy it again.") from None
         backend.no_truncation()
         backend.no_padding()
         # Text that spells a special token is text: otherwise a document could end itself.

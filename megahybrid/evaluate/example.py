@@ -47,7 +47,7 @@ class Example:
         for start, stop in self.needles:
             if not 0 <= start < stop <= self.question:
                 raise ConfigError(
-                    f"needles={[start, stop]} is no stretch before question={self.question}. "
+                    f"needles={[start, stop]} is not a range before question={self.question}. "
                     "Give [first, last + 1]."
                 )
 

@@ -64,7 +64,7 @@ class Material:
             found = self.tokenizer.decode(self.encode(" " + answer)).strip()
             if found.lower() != answer.strip().lower():
                 raise ConfigError(
-                    f"the tokenizer cannot write {answer!r} (it reads back as {found!r}). Ask for "
+                    f"the tokenizer cannot encode {answer!r} (it decodes to {found!r}). Ask for "
                     "keys and values that it knows."
                 )
 
@@ -86,7 +86,7 @@ def make_hay(source: HeldOutHaystack | TextHaystack | NoiseHaystack, material: M
     sets = material.held_out
     if not sets or (source.set is not None and source.set not in sets):
         raise DataError(
-            f"haystack.set={source.set} is no held-out set of this run "
+            f"haystack.set={source.set} is not a held-out set of this run "
             f"({', '.join(sets) or 'none'}). Name one of data.held_out."
         )
     name = source.set or next(iter(sets))

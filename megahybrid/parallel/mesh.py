@@ -194,8 +194,8 @@ def _connect_store(rendezvous: Rendezvous, connect_seconds: float) -> dist.Store
             ) from error
         raise RendezvousError(
             f"{where} did not bring all ranks together within {connect_seconds:.0f} s (rank "
-            f"{rendezvous.rank} of {rendezvous.world_size}: {reason.splitlines()[0]}). See that "
-            "rank 0 runs, that its host can be reached and that all ranks were started."
+            f"{rendezvous.rank} of {rendezvous.world_size}: {reason.splitlines()[0]}). Check "
+            "that rank 0 runs, that its host can be reached and that all ranks were started."
         ) from error
     return dist.PrefixStore(f"attempt-{rendezvous.attempt}", store)
 

@@ -168,7 +168,7 @@ def shard_spec(parameter: nn.Parameter) -> ShardSpec:
     spec = getattr(parameter, "shard_spec", None)
     if not isinstance(spec, ShardSpec):
         raise ValueError(
-            f"a parameter of shape {tuple(parameter.shape)} has no ShardSpec: mark it where it is "
-            "made, else it would miss from checkpoints and from the gradient norm"
+            f"a parameter of shape {tuple(parameter.shape)} has no ShardSpec: attach one where it "
+            "is made, else checkpoints and the gradient norm would miss it"
         )
     return spec

@@ -118,7 +118,7 @@ def check_rules(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
             # With every variant measured, a name that none has is a slip of the pen.
             if variant is not None and all(row["counted"] for row in rows) and name not in known:
                 raise ConfigError(
-                    f"rules names {name}, which is no figure ({_some(known)}). Correct it."
+                    f"rules names {name}, which is not a figure ({_some(known)}). Correct it."
                 )
         here, there = (
             float(name) if variant is None else medians.get((variant, name))

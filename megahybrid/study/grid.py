@@ -114,7 +114,7 @@ def _load(folder: Path) -> Study:
         known = sorted(path.parent.name for path in folder.parent.glob("*/study.yaml"))
         hint = f" There are: {', '.join(known)}." if known else ""
         raise ConfigError(
-            f"{folder} is no study: it has no study.yaml. Name a folder with one.{hint}"
+            f"{folder} is not a study: it has no study.yaml. Name a folder with one.{hint}"
         )
     return load(file, type=Study)
 
@@ -130,7 +130,7 @@ def _selected_runs(
             )
     for seed in seeds or []:
         if not 0 <= seed < 2**63:
-            raise ConfigError(f"--seeds={seed} is no seed. Use 0 or more.")
+            raise ConfigError(f"--seeds={seed} is not a seed. Use 0 or more.")
     chosen = list(dict.fromkeys(seeds or plan.seeds))
     return [(name, seed) for seed in chosen for name in dict.fromkeys(variants or plan.variants)]
 
@@ -178,7 +178,7 @@ def _only_study(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"{out} is being worked on by another study. Wait for it.") from None
+            raise ConfigError(f"{out} is in use by another study. Wait for it.") from None
         yield
 
 
@@ -231,6 +231,6 @@ def _report_end(done: str, run: StudyRun, ended: int, seconds: float) -> None:
     if ended == EXIT_DONE:
         print(f"{done}: {run.name} ({seconds:.0f} s)", flush=True)
         return
-    last = [line for line in run.log.read_text().splitlines() if line.strip()][-1:] or ["no word"]
+    last = [line for line in run.log.read_text().splitlines() if line.strip()][-1:] or ["no output"]
     what = "stopped" if ended == EXIT_RESUME else f"failed with code {ended}"
     print(f"{done}: {run.name} {what}: {last[0]} (log: {run.log})", file=sys.stderr, flush=True)

@@ -112,15 +112,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pipe_for_a_manifest": (
         lambda folder: stand_in(folder / "manifest.json", os.mkfifo),
-        r"manifest.json cannot be read \(it is no plain file\)",
+        r"manifest.json cannot be read \(it is not a plain file\)",
     ),
     "device_for_a_manifest": (
         lambda folder: stand_in(folder / "manifest.json", lambda at: at.symlink_to("/dev/zero")),
-        r"manifest.json cannot be read \(it is no plain file\)",
+        r"manifest.json cannot be read \(it is not a plain file\)",
     ),
     "folder_for_a_file": (
         lambda folder: stand_in(folder / FILE, Path.mkdir),
-        f"{FILE} is no plain file",
+        f"{FILE} is not a plain file",
     ),
     "link_to_itself": (
         lambda folder: stand_in(folder / FILE, lambda at: at.symlink_to(at.name)),

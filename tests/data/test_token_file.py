@@ -65,7 +65,7 @@ def test_interrupted_writing_leaves_no_manifest(tmp_path: Path) -> None:
         writer.add([5, 6])
         raise KeyboardInterrupt
     assert not (tmp_path / MANIFEST_NAME).exists()
-    with pytest.raises(DataError, match="is no dataset"):
+    with pytest.raises(DataError, match="is not a dataset"):
         TokenDataset(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_damaged_dataset_is_refused_in_one_line(tmp_path: Path, damage, message:
 
 
 def test_missing_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no dataset: no manifest.json and no .idx"):
+    with pytest.raises(DataError, match="is not a dataset: no manifest.json and no .idx"):
         TokenDataset(tmp_path / "absent")
 
 

@@ -186,7 +186,7 @@ def test_longest_row_is_also_kept_by_the_function(here: Path) -> None:
         ),
         (["tokenize", "rows.jsonl", "--tokenizer", "m.model", "--glob", ""], "--glob='' is no"),
         (["tokenize", "rows.jsonl", "--tokenizer", "m.model", "--glob", "**a"], "--glob='**a' is"),
-        (["merge", "rows.jsonl"], "rows.jsonl is no dataset"),
+        (["merge", "rows.jsonl"], "rows.jsonl is not a dataset"),
     ],
 )
 def test_options_that_disagree(

@@ -42,10 +42,10 @@ def test_place_that_cannot_be_written_is_one_line(corpus: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("a.png", "a.png is no .svg, the one kind of picture that is drawn"),
+        ("a.png", "a.png is not an .svg, the only format that pictures are drawn in"),
         ("a", "a is no .svg"),
         (".svg", ".svg is no .svg"),
-        ("nowhere/a.svg", "nowhere, which is no folder"),
+        ("nowhere/a.svg", "nowhere, which is not a folder"),
         ("folder.svg", "folder.svg is there already \\(a folder\\)"),
     ],
 )

@@ -109,7 +109,7 @@ def test_text_that_begins_with_braces_is_text(tmp_path: Path, text: str) -> None
     path.write_text(text)
     assert kind(path) == "text"
     path.write_text('{"a":\n1}\n{"a":\n2}\n')
-    assert kind(path) == "- JSON that is no list of documents"
+    assert kind(path) == "- JSON that is not a list of documents"
 
 
 @pytest.mark.parametrize("path", ["/proc/kmsg", "{}/proc/self/mem", "/proc", "/sys", "link"])

@@ -259,7 +259,7 @@ def test_members_that_are_no_text_are_lost_with_their_bytes(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(raw)
         texts, bad, _ = read(tmp_path / name)
         assert texts == TEXTS[:40]
-        assert [item.reason for item in bad] == ["image", "JSON that is no list of documents"]
+        assert [item.reason for item in bad] == ["image", "JSON that is not a list of documents"]
     (tmp_path / "a.tar").write_bytes(tarred(files))
     assert [round(item.size) for item in read(tmp_path / "a.tar")[1]] == [512 + 10_752, 1024]
 

@@ -172,5 +172,5 @@ def test_curves_against_position_drop_the_first_ten_and_the_last_three_per_cent(
 def test_examples_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(ConfigError, match="question=5 and answer=3 do not lie in this order"):
         Example((1,) * 9, 5, 3)
-    with pytest.raises(ConfigError, match=r"needles=\[4, 7\] is no stretch before question=5"):
+    with pytest.raises(ConfigError, match=r"needles=\[4, 7\] is not a range before question=5"):
         Example((1,) * 9, 5, 6, ((4, 7),))

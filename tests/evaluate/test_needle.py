@@ -94,7 +94,7 @@ def test_held_out_documents_are_hay_without_their_ends(tmp_path: Path) -> None:
     hay = TEXT(one.tokens[one.needles[0][1] : one.question])
     assert hay in "hello theregeneral" * 30
     assert 1 not in one.tokens
-    with pytest.raises(DataError, match=r"haystack.set=film is no held-out set.*books"):
+    with pytest.raises(DataError, match=r"haystack.set=film is not a held-out set.*books"):
         NeedleMaker(task(haystack={"kind": "held_out", "set": "film"}), held)
 
 

@@ -237,6 +237,6 @@ def test_answers_that_a_tokenizer_cannot_write_are_refused(passages: str) -> Non
 
     fields = {"kind": "ruler", "tasks": ["niah_single_1", "vt"], "lengths": [8]}
     made_by = RulerMaker(parse(RulerTask, fields), Material(VOCAB, NoDigits(), {}))
-    with pytest.raises(ConfigError, match=r"cannot write '\d{7}' \(it reads back as '\?{7}'\)"):
+    with pytest.raises(ConfigError, match=r"cannot encode '\d{7}' \(it decodes to '\?{7}'\)"):
         made_by.make("niah_single_1", 1500, example_draw(1, "x"))
     assert made_by.make("vt", 1500, example_draw(1, "x")).references  # its names have no digits

@@ -182,7 +182,7 @@ def test_a_stopped_rank_is_noticed_named_and_replaced(tmp_path: Path, cluster: C
     run.start_now()
     run.until("DONE after 2 attempts", 90)
     first, second = attempts(run.directory)
-    assert first.code == 137 and first.reason.startswith("hang: rank 1 gave no sign for ")
+    assert first.code == 137 and first.reason.startswith("hang: rank 1 sent no heartbeat for ")
     assert second.checkpoint_before == first.checkpoint >= 10
     stacks = run.directory / "logs" / f"{run.numbers[0]}.0" / "stacks-0001.txt"
     assert "pretend.py" in stacks.read_text()

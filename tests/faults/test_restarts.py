@@ -124,7 +124,7 @@ def test_a_rank_that_hangs_is_named_its_stack_kept_and_the_run_goes_on(
         os.kill(read_beats(training.run)[1].pid, signal.SIGSTOP)
         code, output = training.ended()
     assert code == 0, output
-    assert "hang: rank 1 gave no sign for " in output
+    assert "hang: rank 1 sent no heartbeat for " in output
     stacks = (training.run / "logs" / "stacks-0001.txt").read_text()
     assert "megahybrid/train/" in stacks
     assert arithmetic_of(training.run) == arithmetic_of(undisturbed)

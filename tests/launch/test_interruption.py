@@ -106,7 +106,7 @@ PHASES = {
     "a-data-worker-died": outcome({0: Beat(0, "n0", 1, exit_code=1, message=WORKER)}, 2, 143),
     "saving-and-killed": outcome(_ranks("save", 41, None, None), 2, 137),
     "ending-saved": outcome(_ranks("save", 41, 75, 75), 2, 75),
-    "hung": Outcome(137, "hang: rank 1 gave no sign for 120 s"),
+    "hung": Outcome(137, "hang: rank 1 sent no heartbeat for 120 s"),
 }
 
 

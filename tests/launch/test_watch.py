@@ -46,7 +46,7 @@ def test_a_failed_rank_is_no_hang_where_srun_does_not_end_the_others(
     attempt = _attempt(tmp_path)
     said = RankWatch(attempt, JobEvents(attempt)).until_end(srun)
     assert srun.poll() is not None
-    assert said is None if failed else "ranks 0, 1 gave no sign" in said
+    assert said is None if failed else "ranks 0, 1 sent no heartbeat" in said
 
 
 def _hung(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[JobEvents, subprocess.Popen]:

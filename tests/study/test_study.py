@@ -177,7 +177,7 @@ def test_study_keeps_each_result_once_and_judges_its_rules(
     ("changes", "words", "message"),
     [
         ({}, {"variants": ["alibi"]}, "--variants=alibi is not one of nope, rope"),
-        ({}, {"seeds": [-1]}, "--seeds=-1 is no seed"),
+        ({}, {"seeds": [-1]}, "--seeds=-1 is not a seed"),
         ({}, {"jobs": 0}, "--jobs=0 runs nothing"),
         ({}, {"tabulate_only": True}, "holds no result of this study"),
         ({"rules": ["nope:recall.16 is good"]}, {}, "which is none. Write"),
@@ -227,7 +227,7 @@ def test_two_studies_do_not_share_an_output(small: Path, tmp_path: Path) -> None
     out.mkdir()
     with open(out / "study.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="is being worked on by another study"):
+        with pytest.raises(ConfigError, match="is in use by another study"):
             study(small, out=out)
 
 

@@ -140,7 +140,7 @@ def test_dataset_of_another_vocabulary_is_refused(
     told = refused(capsys, "evaluate", trained.run, "--data", tmp_path / str(VOCAB))
     assert "was made with the tokenizer 000000000000, not the" in told
     told = refused(capsys, "evaluate", trained.run, "--data", tmp_path / "nowhere")
-    assert "nowhere is no dataset" in told
+    assert "nowhere is not a dataset" in told
 
 
 def test_tokenizer_that_is_missing_or_not_the_datas_is_refused(
