@@ -1,6 +1,7 @@
 """What holds for every test. Threads and checked annotations are set up by `tests/__init__.py`."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +13,37 @@ from tests.train.forked import Nursery
 # A shared machine stalls at times, and a stall is no counterexample. The same examples each run.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
+
+
+# Parameters whose bare value says nothing: a reader of a failure shall see tensor4, not 4.
+NAMED = {
+    "tensor": "tensor",
+    "degree": "tensor",
+    "zero_stage": "zero",
+    "world_size": "ranks",
+    "processes": "processes",
+    "window": "window",
+    "head_dim": "head_dim",
+    "theta": "theta",
+    "seq": "seq",
+}
+DTYPES = {
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
+    "torch.float32": "fp32",
+    "torch.float64": "fp64",
+}
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:
+    """Return an id that says what runs, where the parameters give none of their own."""
+    if isinstance(val, bool):
+        return argname if val else f"no_{argname}"
+    if argname in NAMED and isinstance(val, int | float):
+        return f"{NAMED[argname]}{val:g}"
+    if argname == "window" and val is None:
+        return "no_window"
+    return DTYPES.get(str(val)) or getattr(val, "kind", None)
 
 
 def pytest_report_header() -> str:

@@ -108,7 +108,9 @@ def test_blocked_equals_the_reference_forward_and_backward(window: int, rows: st
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=lambda heads: f"heads{heads}")
+@pytest.mark.parametrize(
+    "heads", [(4, 4), (4, 2), (6, 1)], ids=lambda heads: f"heads{heads[0]}-kv{heads[1]}"
+)
 def test_sdpa_equals_the_reference_forward_and_backward(heads: tuple[int, int], rows: str) -> None:
     batch, lengths = ROWS[rows]
     documents = None if lengths is None else Documents.from_lengths(lengths)
@@ -258,7 +260,7 @@ CUDA_CASES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kernel", "dtype"), CUDA_CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("kernel", "dtype"), CUDA_CASES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("window", [None, 1, 100, 129])
 def test_cuda_kernels_stay_near_the_truth(

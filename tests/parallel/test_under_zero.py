@@ -152,10 +152,11 @@ def train_under_zero(ranks: Ranks, tensor: int, stage: int, recompute: bool) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tensor", "stage", "recompute"),
+    ("tensor", "zero_stage", "recompute"),
     [(2, 1, False), (4, 1, True), (2, 2, False), (1, 3, False), (2, 3, False), (4, 3, True)],
-    ids=lambda value: str(value),
 )
-def test_layers_under_zero_train_like_one_process(tensor: int, stage: int, recompute: bool) -> None:
-    for errors in run(4, train_under_zero, tensor, stage, recompute, timeout_seconds=200):
+def test_layers_under_zero_train_like_one_process(
+    tensor: int, zero_stage: int, recompute: bool
+) -> None:
+    for errors in run(4, train_under_zero, tensor, zero_stage, recompute, timeout_seconds=200):
         assert max(errors.values()) < 1e-5, errors

@@ -105,7 +105,7 @@ def loss_errors(
 @pytest.mark.parametrize(
     ("scale", "chunk_tokens", "fused"),
     [(1.0, None, False), (0.3, 5, False), (1.0, 1, False), (0.3, 5, True)],
-    ids=["", "scaled-5", "by_one", "scaled-5-fused"],
+    ids=["whole", "scaled-chunks_of_5", "chunks_of_1", "scaled-chunks_of_5-fused"],
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("processes", "tensor"), [(1, 1), (2, 2), (4, 4), (4, 2)])
@@ -228,7 +228,7 @@ def bf16_errors(ranks: Ranks, fused: bool) -> dict[str, tuple[float, float]]:
     }
 
 
-@pytest.mark.parametrize("words", [VOCAB, 8 * ROW_PARTS])
+@pytest.mark.parametrize("words", [VOCAB, 8 * ROW_PARTS], ids=["no_parts", "parts"])
 def test_the_pieces_of_a_row_have_its_sum_and_its_largest_logit(words: int) -> None:
     logits = 300 * draw("logits", 6, words)
     column, mine = torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
@@ -237,7 +237,7 @@ def test_the_pieces_of_a_row_have_its_sum_and_its_largest_logit(words: int) -> N
     assert (total.log() + peak - (logits / 2).logsumexp(dim=1)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("fused", [False, True], ids=["written_out", "fused"])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_bf16_loss_is_at_most_twice_as_far_from_the_truth_as_plain_bf16(
     tensor: int, fused: bool

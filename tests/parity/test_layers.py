@@ -151,7 +151,7 @@ def test_loss_and_every_gradient_equal_the_plain_model(tensor: int) -> None:
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("off", [-1, 1])
+@pytest.mark.parametrize("off", [-1, 1], ids=["one_key_less", "one_key_more"])
 def test_a_window_off_by_one_is_found(tensor: int, off: int) -> None:
     cases = {"off": {"config": model("rnope_swa"), "change_window": off, "documents": False}}
     if tensor == 1:

@@ -311,7 +311,7 @@ def test_loss_and_gradients_are_those_of_the_published_class(case: str) -> None:
         assert relative_error(tensors[name].grad, gradient) <= 1e-5, name
 
 
-@pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1])
+@pytest.mark.parametrize("wrong", [WINDOW - 1, WINDOW + 1], ids=["one_key_less", "one_key_more"])
 def test_a_window_off_by_one_is_seen(wrong: int) -> None:
     stem, fields, schemes, more = CASES["cohere2"]
     model = published(stem, fields)
