@@ -26,7 +26,7 @@ from tests.data_prep.test_commands import call
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, model: Path) -> Path:
+def with_metadata(tmp_path: Path, model: Path) -> Path:
     """A corpus with ids, urls here and there, and a document with neither."""
     draw = random.Random(1)
     lines = []
@@ -63,11 +63,13 @@ def check(dataset: TokenDataset, tokenizer: Tokenizer) -> set[int]:
     return ids
 
 
-def test_notes_follow_their_documents(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    parts = [verify_dataset(corpus / part) for part in ("train", "held_out")]
+def test_notes_follow_their_documents(
+    with_metadata: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    parts = [verify_dataset(with_metadata / part) for part in ("train", "held_out")]
     assert len(parts[0].shards) > 2
     assert sorted(n for part in parts for n in check(part, tokenizer)) == list(range(200))
-    paths = [corpus / "train", corpus / "held_out"]
+    paths = [with_metadata / "train", with_metadata / "held_out"]
     merge_datasets(paths, tmp_path / "merged", shard_tokens=5000)
     assert check(verify_dataset(tmp_path / "merged"), tokenizer) == set(range(200))
     shuffle_datasets(paths, tmp_path / "again", split=Split(0.1, 3), memory_bytes=30_000)
@@ -80,9 +82,9 @@ def test_notes_follow_their_documents(corpus: Path, tokenizer: Tokenizer, tmp_pa
 
 
 def test_how_often_each_field_was_found_is_told(
-    corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    with_metadata: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows, output = corpus.parent / "in", f"{corpus.parent}/told"
+    rows, output = with_metadata.parent / "in", f"{with_metadata.parent}/told"
     for _ in range(2):  # a finished job says the same again
         call(
             *("tokenize", str(rows), "--tokenizer", str(model), "--output", output),
@@ -93,18 +95,18 @@ def test_how_often_each_field_was_found_is_told(
 
 
 def test_notes_are_shown_and_checked(
-    corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    with_metadata: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call("inspect", f"{corpus}/train", "--documents", "4")
+    call("inspect", f"{with_metadata}/train", "--documents", "4")
     assert "id " in capsys.readouterr().out
-    path = corpus / "train/shard-00000.jsonl"
+    path = with_metadata / "train/shard-00000.jsonl"
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"1", b"2", 1))
     with pytest.raises(DataError, match=r"shard-00000.jsonl has crc32 \d+, not \d+"):
-        verify_dataset(corpus / "train")
+        verify_dataset(with_metadata / "train")
     path.write_bytes(raw[:-1])
     with pytest.raises(DataError, match=r"shard-00000.jsonl and .* are not of this shard"):
-        TokenDataset(corpus / "train")
+        TokenDataset(with_metadata / "train")
 
 
 def deep(levels: int) -> list[Any]:
