@@ -309,11 +309,11 @@ def _next_member(file: BinaryIO, packing: Packing, begin: int, size: int) -> int
     while position < size:
         file.seek(position)
         raw = file.read(2**20)
-        position = raw.find(magic)
-        while position >= 0:
-            if _begins(file, packing, position + position):
-                return position + position
-            position = raw.find(magic, position + 1)
+        found = raw.find(magic)
+        while found >= 0:
+            if _begins(file, packing, position + found):
+                return position + found
+            found = raw.find(magic, found + 1)
         position += max(1, len(raw) - len(magic) + 1)
     return size
 
