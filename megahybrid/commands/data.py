@@ -225,7 +225,7 @@ def _shuffle(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from megahybrid.config.base import parse
+    from megahybrid.config.parsing import parse
     from megahybrid.data.manifest import TokenizerInfo
     from megahybrid.data.tokenizer import load_tokenizer
     from megahybrid.data_prep.rewrite import import_dataset

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from megahybrid.config.attention import LayerPlan, Rope
-from megahybrid.config.base import dump, parse
+from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import parse
 from megahybrid.errors import InteropError
 from megahybrid.interop.said import ENDLESS, MODEL_TYPES, SLIDING
 

@@ -18,10 +18,11 @@ from megahybrid.checkpoint.names import checkpoints_of
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
 from megahybrid.config.attention import LayerPlan
-from megahybrid.config.base import did_you_mean, dump, first_fault
+from megahybrid.config.base import did_you_mean, dump
 from megahybrid.config.counting import parameters
 from megahybrid.config.explain import show
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import first_fault
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import Mixture, carried_state
 from megahybrid.errors import CheckpointError, ConfigError, first_line
