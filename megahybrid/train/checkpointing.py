@@ -11,6 +11,7 @@ from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult, Snapshot
 from megahybrid.config import RunConfig, dump
 from megahybrid.errors import StorageError
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.parallel.collectives import gather_objects
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
@@ -28,8 +29,8 @@ def ranks_of(mesh: ParallelMesh) -> Ranks:
 class RunSaver:
     """The checkpoints of one attempt at a run. Its methods are collective.
 
-    `train_state` is kept in each beside the state and the schemes of its last step: the kernels
-    chosen, the parent of a branch. `held` is the step and folder of a checkpoint that is there.
+    Each keeps the `parent` of a branch. `held` is the step and folder of a checkpoint that is
+    there.
     """
 
     def __init__(
@@ -39,32 +40,32 @@ class RunSaver:
         mesh: ParallelMesh,
         listeners: Listeners,
         owner: Owner | None,
-        train_state: dict[str, Any],
+        parent: dict[str, Any] | None = None,
         held: tuple[int, Path] | None = None,
     ) -> None:
         self._run = run
         self._directory = directory
         self._listeners = listeners
-        self._train_state = train_state
+        self._parent = parent
         self._held = held
         self._scores = _scores(run, directory) if mesh.rank == 0 else {}
         self._check = None if owner is None else owner.check
         self._saver = Saver(directory, ranks_of(mesh), self._tell, self._check)
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState, kernels: ChosenKernels) -> None:
         """Begin a checkpoint, or write it where saving is not asynchronous. A failure is told."""
         if self._run.checkpoint.asynchronous:
-            self._saver.start(*self._snapshot(engine, state))
+            self._saver.start(*self._snapshot(engine, state, kernels))
         else:
-            self._saver.save(*self._snapshot(engine, state))
+            self._saver.save(*self._snapshot(engine, state, kernels))
 
-    def save_and_wait(self, engine: Engine, state: TrainState) -> Path:
+    def save_and_wait(self, engine: Engine, state: TrainState, kernels: ChosenKernels) -> Path:
         """Write a checkpoint that the run cannot go on without, unless this step's is there
         already. Raises StorageError: what a disk refuses now it may take in the next attempt."""
         self.finish()
         if self._held is not None and self._held[0] == state.step:
             return self._held[1]
-        result = self._saver.save(*self._snapshot(engine, state))
+        result = self._saver.save(*self._snapshot(engine, state, kernels))
         if result.path is None:
             raise StorageError(
                 f"directory={self._directory} could not take the checkpoint of step {result.step} "
@@ -88,8 +89,13 @@ class RunSaver:
         if (name, rows) == (self._run.checkpoint.keep_best, "stream") and loss is not None:
             self._scores[step] = loss
 
-    def _snapshot(self, engine: Engine, state: TrainState) -> tuple[Snapshot, Retention]:
+    def _snapshot(
+        self, engine: Engine, state: TrainState, kernels: ChosenKernels
+    ) -> tuple[Snapshot, Retention]:
         engine.align_replicas()
+        train_state = state.to_json() | {"kernels": kernels.to_json()}
+        if self._parent is not None:
+            train_state["parent"] = self._parent
         snapshot = Snapshot(
             step=state.step,
             tokens=state.tokens,
@@ -97,7 +103,7 @@ class RunSaver:
             model_fingerprint=model_fingerprint(self._run.model),
             tensors=engine.tensors,
             fragments=list(engine.fragments()),
-            train_state=state.to_json() | self._train_state | schemes_of(self._run, state.tokens),
+            train_state=train_state | schemes_of(self._run, state.tokens),
             config=_json(dump(self._run)),
         )
         keep = self._run.checkpoint

@@ -26,6 +26,7 @@ from megahybrid.config.parsing import first_fault
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import Mixture, carried_state
 from megahybrid.errors import CheckpointError, ConfigError, first_line
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.printable import shortened
 from megahybrid.train.state import TrainState
 
@@ -42,7 +43,7 @@ class Beginning:
     state: TrainState
     checkpoint: Path | None = None
     take: str = "all"  # weights: moments and counters begin anew
-    kernels: dict[str, str] | None = None
+    kernels: ChosenKernels | None = None
     # Where the run branched off another one: {checkpoint, step, tokens, take}, for ever.
     parent: dict[str, Any] | None = None
     resumes: bool = False  # from a checkpoint of its own
@@ -106,7 +107,7 @@ def find_beginning(
             "Start from its weights alone (start.take=weights), or use another step's folder."
         )
     state = TrainState.from_json(saved)
-    kernels, parent = saved.get("kernels"), saved.get("parent")
+    kernels, parent = ChosenKernels.from_json(saved.get("kernels")), saved.get("parent")
     if checkpoints_of(directory) == located.parent:
         changes = _check_same_run(run, directory, manifest, allow)
         if any(_named_in(path, allow) for path, *_ in changes):

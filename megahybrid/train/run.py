@@ -65,7 +65,6 @@ class Attempt:
     heartbeat: Heartbeat
     allow: Sequence[str] = ()  # fields that may differ from those the run began with
     clock: StepClock = field(default_factory=StepClock)
-    kernels: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         run = self.run
@@ -101,7 +100,7 @@ class Attempt:
             self.mesh,
             self.listeners,
             self.owner,
-            {"kernels": self.kernels} | _told(parent=beginning.parent),
+            beginning.parent,
             held=(state.step, source) if beginning.resumes and source is not None else None,
         )
         owed = self._owed_evaluation(state) if beginning.resumes else None
@@ -130,7 +129,7 @@ class Attempt:
                 source, take, state = beginning.checkpoint, beginning.take, beginning.state
                 continue
             with self.heartbeat.during("save"):
-                source, take = self.saver.save_and_wait(engine, state), "all"
+                source, take = self.saver.save_and_wait(engine, state, self.kernels), "all"
             done = ending.kind != "stopped" and self._scored(engine, state, far=True)
             engine.close()
             if not done:
@@ -210,22 +209,19 @@ class Attempt:
         or drawn from the seed."""
         run = self.run
         keep_programs(self.directory / "programs", first=self.mesh.rank == 0)
-        # In place: what a checkpoint says of kernels is this very dictionary.
-        self.kernels.update(
-            choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
-        )
-        if "products" in self.kernels:
-            matmul.use(self.kernels["products"])
+        self.kernels = choose_kernels(run, index, self.mesh, self.kernels, self.listeners.on_event)
+        if self.kernels.products is not None:
+            matmul.use(self.kernels.products)
         layers = Layers(run, self.mesh, self.kernels, self.listeners.on_event)
         model = layers.build(index, tokens)
         self.listeners.on_event(
             "stage",
             {
                 "index": index,
-                "kernels": self.kernels,
+                "kernels": self.kernels.to_json(),
                 "self_test_seconds": layers.self_test_seconds,
             }
-            | self.repeats.stage(index, self.kernels),
+            | self.repeats.stage(index, self.kernels.to_json()),
             stage=run.stages[index].name,
         )
         if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
@@ -281,7 +277,7 @@ class Attempt:
     def save(self, engine: Engine, state: TrainState) -> None:
         """Begin a checkpoint; collective. A failure is told and the run goes on."""
         with self.heartbeat.during("save"):
-            self.saver.save(engine, state)
+            self.saver.save(engine, state, self.kernels)
 
     def evaluate(self, engine: Engine, state: TrainState, *, far: bool = False) -> None:
         """Score every held-out set at the stage's longest length; `far`: by position as well."""
@@ -347,7 +343,7 @@ class Attempt:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "model": self.fingerprint,
-                "kernels": self.kernels,
+                "kernels": self.kernels.to_json(),
             }
             | _told(parent=beginning.parent),
         )

@@ -12,6 +12,7 @@ from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import RecomputeBudget
 from megahybrid.model.compiled import whole_serves
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -23,16 +24,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Layers:
     """A model and the plan in force in it, which is a function of the tokens seen.
 
-    `kernels` holds the names chosen for `full` and `windowed` layers. Every scheme is self-tested
-    on its kernel before a step is made with it. `tell` hears, as an event's name and detail, of
-    each change on the way.
+    Every scheme is self-tested on its kernel before a step is made with it. `tell` hears, as an
+    event's name and detail, of each change on the way.
     """
 
     def __init__(
         self,
         run: RunConfig,
         mesh: ParallelMesh,
-        kernels: dict[str, str],
+        kernels: ChosenKernels,
         tell: Callable[[str, dict[str, Any]], object],
     ) -> None:
         self._run, self._mesh, self._kernels, self._tell = run, mesh, kernels, tell
@@ -52,7 +52,7 @@ class Layers:
             kernels=self._kernel_names(self.plan),
             recompute=self._policies(index),
             norm=run.kernels.norm,
-            compiler=self._compiler,
+            compiler=self._kernels.compiler,
             keeps_weights=run.parallel.zero_stage < 3,
         )
         return self.model
@@ -82,10 +82,10 @@ class Layers:
         tested = run_self_test(
             plan.schemes,
             head_shape(self._run, self._mesh),
-            kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
+            kernels={name: self._kernels.of(scheme) for name, scheme in plan.schemes.items()},
             rank=self._mesh.rank,
             passed=[name for name in plan.schemes if name not in new],
-            compiler=self._compiler,
+            compiler=self._kernels.compiler,
             whole=compiled_whole(self._run),
         )
         self._tested += new.values()
@@ -94,15 +94,8 @@ class Layers:
         windows = [scheme.window for scheme in plan.expand()]
         self.flops = StepFlops.from_model(self._run.model, windows)
 
-    @property
-    def _compiler(self) -> str | None:
-        return "inductor" if self._kernels.get("blocks") == "compiled" else None
-
-    def _kernel(self, scheme: AttentionScheme) -> str:
-        return self._kernels["full" if scheme.window is None else "windowed"]
-
     def _kernel_names(self, plan: LayerPlan) -> list[str]:
-        return [self._kernel(scheme) for scheme in plan.expand()]
+        return [self._kernels.of(scheme) for scheme in plan.expand()]
 
 
 def head_shape(run: RunConfig, mesh: ParallelMesh) -> HeadShape:

@@ -20,6 +20,7 @@ from megahybrid.config.attention import (
 from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
 from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 from megahybrid.train.stage_model import Layers, head_shape
@@ -151,7 +152,9 @@ def test_a_run_passes_at_every_tensor_degree(tensor: int, precision: str, block:
     run = run_config(config, precision, 1)
     axis = Axis("tensor", tensor, 0, None, tuple(range(tensor)))
     mesh = replace(ParallelMesh.single(CPU), tensor=axis)
-    layers = Layers(run, mesh, {"full": "sdpa", "windowed": "blocked"}, lambda *_: None)
+    layers = Layers(
+        run, mesh, ChosenKernels(device="cpu", full="sdpa", windowed="blocked"), lambda *_: None
+    )
     layers._adopt(config.layer_plan)
     assert head_shape(run, mesh).heads == 4 // tensor
     assert len(layers._tested) == 2 and layers.self_test_seconds > 0

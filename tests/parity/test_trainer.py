@@ -141,6 +141,7 @@ def trained(ranks: distributed.Ranks, layout: Layout, plant: str = "nothing") ->
 def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
     from megahybrid.data.mixture import open_mixture
     from megahybrid.errors import AuditError
+    from megahybrid.model.kernels.chosen import ChosenKernels
     from megahybrid.train.engine import Engine
     from megahybrid.train.listeners import Listeners
     from megahybrid.train.metrics import StepClock
@@ -152,7 +153,9 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
     from megahybrid.train.trainer import Habits, Trainer, step_shapes
 
     listener, plan, mixture = mock.Mock(essential=True), run.stage_plan, open_mixture(run)
-    layers = Layers(run, mesh, {"full": "sdpa", "windowed": "blocked"}, lambda *_: None)
+    layers = Layers(
+        run, mesh, ChosenKernels(device="cpu", full="sdpa", windowed="blocked"), lambda *_: None
+    )
     model = layers.build(0, 0)
     tensors = random_tensors(run.model, 5, torch.float32)
     if run.parallel.zero_stage < 3:
