@@ -9,7 +9,7 @@ from typing import Any
 
 from megahybrid.errors import MegahybridError, first_line, from_os_error
 from megahybrid.report.shapes import wrong_result
-from megahybrid.train.ledger import EVALUATIONS
+from megahybrid.train.results import EVALUATIONS
 
 KINDS = ("attention", "lm_eval", "loss", "suite")
 

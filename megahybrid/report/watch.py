@@ -18,7 +18,8 @@ from megahybrid.printable import printable
 from megahybrid.report.http import is_loopback, server
 from megahybrid.report.page import content, packed, page, read_runs
 from megahybrid.report.record import RunRecord
-from megahybrid.train.ledger import EVALUATIONS, LEDGER_NAME, read_ledger
+from megahybrid.train.ledger import LEDGER_NAME, read_ledger
+from megahybrid.train.results import EVALUATIONS
 
 WAIT_SECONDS = 20.0  # the longest a page waits for an answer that something has changed
 LOOK_SECONDS = 1.0  # between two looks at the files

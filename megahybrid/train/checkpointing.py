@@ -16,8 +16,7 @@ from megahybrid.parallel.collectives import gather_objects
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
 from megahybrid.train.ledger import LEDGER_NAME, read_ledger
-from megahybrid.train.listeners import Listeners
-from megahybrid.train.state import TrainState
+from megahybrid.train.state import EventSink, TrainState
 
 
 def ranks_of(mesh: ParallelMesh) -> Ranks:
@@ -38,19 +37,19 @@ class RunSaver:
         run: RunConfig,
         directory: Path,
         mesh: ParallelMesh,
-        listeners: Listeners,
+        tell: EventSink,
         owner: Owner | None,
         parent: dict[str, Any] | None = None,
         held: tuple[int, Path] | None = None,
     ) -> None:
         self._run = run
         self._directory = directory
-        self._listeners = listeners
+        self._tell = tell
         self._parent = parent
         self._held = held
         self._scores = _scores(run, directory) if mesh.rank == 0 else {}
         self._check = None if owner is None else owner.check
-        self._saver = Saver(directory, ranks_of(mesh), self._tell, self._check)
+        self._saver = Saver(directory, ranks_of(mesh), self._report, self._check)
 
     def save(self, engine: Engine, state: TrainState, kernels: ChosenKernels) -> None:
         """Begin a checkpoint, or write it where saving is not asynchronous. A failure is told."""
@@ -109,7 +108,7 @@ class RunSaver:
         keep = self._run.checkpoint
         return snapshot, Retention(keep.keep_last, keep.keep_every_steps, dict(self._scores))
 
-    def _tell(self, result: SaveResult) -> None:
+    def _report(self, result: SaveResult) -> None:
         if result.path is not None:
             self._held = result.step, result.path
         detail: dict[str, Any] = {
@@ -127,7 +126,7 @@ class RunSaver:
             "warning": result.warning,
         }
         detail |= {name: fact for name, fact in told.items() if fact is not None}
-        self._listeners.on_event("save", detail)
+        self._tell("save", detail)
 
 
 def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a stage computes with: attention kernels and compiled blocks, chosen by measurement."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +34,11 @@ from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import cpu_kernels
 from megahybrid.train.stage_model import compiled_whole, head_shape
-
-Tell = Callable[[str, dict[str, Any]], object]
+from megahybrid.train.state import EventSink
 
 
 def choose_kernels(
-    run: RunConfig, index: int, mesh: ParallelMesh, chosen: ChosenKernels, tell: Tell
+    run: RunConfig, index: int, mesh: ParallelMesh, chosen: ChosenKernels, tell: EventSink
 ) -> ChosenKernels:
     """`chosen` (see `resolve_kernels`) with what stage `index` has by measurement; collective.
 

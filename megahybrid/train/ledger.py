@@ -18,7 +18,6 @@ from megahybrid.errors import MegahybridError, StorageError
 from megahybrid.printable import shortened
 
 LEDGER_NAME = "ledger.jsonl"
-EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
 # Events that say from which step an attempt went on; what earlier attempts did beyond it is void.
 BEGINNINGS = ("start", "resume")
 # Says to which step the same attempt went back; what was done beyond it is void too.

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.heartbeat import write_whole
-from megahybrid.train.ledger import EVALUATIONS
+
+EVALUATIONS = "evaluations"  # folder of a run: what was asked of its checkpoints, as JSON
 
 
 def result_path(run: Path, step: int, kind: str, name: str) -> Path:

@@ -1,7 +1,6 @@
 """The layers of a stage as its tokens have them: self-tested before they train, and changed on the
 way where the stage anneals."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.metrics import StepFlops
+from megahybrid.train.state import EventSink
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,7 +33,7 @@ class Layers:
         run: RunConfig,
         mesh: ParallelMesh,
         kernels: ChosenKernels,
-        tell: Callable[[str, dict[str, Any]], object],
+        tell: EventSink,
     ) -> None:
         self._run, self._mesh, self._kernels, self._tell = run, mesh, kernels, tell
         self._tested: list[AttentionScheme] = []

@@ -1,7 +1,11 @@
 """All that training remembers besides the weights: small, JSON-able, the same on every rank."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
+
+# Told an event's name and detail, of what happens beside the steps.
+EventSink = Callable[[str, dict[str, Any]], object]
 
 
 @dataclass(frozen=True)

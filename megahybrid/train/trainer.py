@@ -1,7 +1,7 @@
 """The loop: one step after another until a stage's tokens are seen or somebody asks to stop."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -13,19 +13,15 @@ from megahybrid.errors import ExhaustedError, NoProgressError
 from megahybrid.heartbeat import Heartbeat
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.device_probe import probe_seconds
 from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
 from megahybrid.train.ledger import StepLine
-from megahybrid.train.listeners import Listeners
 from megahybrid.train.metrics import StepClock, memory_gib, mfu, training_seconds
-from megahybrid.train.profile import Profiler
-from megahybrid.train.repeated import RepeatedSteps
-from megahybrid.train.rewind import Recent, judge_spike, remember
+from megahybrid.train.profile import Profiler, probe_seconds
+from megahybrid.train.spikes import Recent, judge_spike, remember
 from megahybrid.train.stage_model import Layers
-from megahybrid.train.state import TrainState
+from megahybrid.train.state import EventSink, TrainState
 from megahybrid.train.stop import StopAsked, StopRequest
 
-SaveOrEvaluate = Callable[[TrainState], object]
 WAIT_SECONDS = 0.5  # for a batch, before the ranks ask one another whether to stop
 
 
@@ -49,11 +45,21 @@ class Habits:
     skip_spikes: SpikeConfig | None = None
 
 
+@dataclass(frozen=True)
+class TrainerHooks:
+    """What a stage's steps call outside of themselves. All but the last two are collective."""
+
+    save: Callable[[TrainState], object]
+    poll_save: Callable[[], object]  # moves on a save that is being written beside the training
+    evaluate: Callable[[TrainState], object]  # may raise StopAsked
+    examine: Callable[[TrainState, StepData], object]  # suites and samples of attention, where due
+    on_step: Callable[[StepLine], object]  # before what the step brings is evaluated or saved
+    on_event: EventSink
+
+
 @dataclass
 class Trainer:
-    """Advances a `TrainState` through one stage. `save`, `poll_save` and `evaluate` are collective;
-    `poll_save` moves on a save that is being written beside the training; `evaluate` may raise
-    StopAsked."""
+    """Advances a `TrainState` through one stage."""
 
     engine: Engine
     loader: BatchLoader
@@ -62,14 +68,9 @@ class Trainer:
     layers: Layers
     peak: float | None  # FLOP/s of one device, for MFU
     habits: Habits
-    listeners: Listeners
-    repeats: RepeatedSteps
+    hooks: TrainerHooks
     stop: StopRequest
     profiler: Profiler
-    save: SaveOrEvaluate
-    poll_save: Callable[[], None]
-    evaluate: SaveOrEvaluate
-    examine: Callable[[TrainState, StepData], object]  # suites and samples of attention, where due
     clock: StepClock
     heartbeat: Heartbeat
 
@@ -134,7 +135,7 @@ class Trainer:
             if _due(state.step, self.habits.audit_every_steps):
                 self.heartbeat.busy(probe_seconds(self.mesh.device))
             with self.clock.phase("save"):
-                self.poll_save()
+                self.hooks.poll_save()
             more = state.tokens < until_tokens
             asked = self.stop.agreed(self.mesh, waits=more and not self.loader.ready(0))
             if asked.stop:
@@ -185,11 +186,11 @@ class Trainer:
         """Where due; at a stage's end the run does both itself."""
         with self.clock.phase("evaluate"):
             if _due(state.step, self.habits.evaluate_every_steps):
-                self.evaluate(state)
-            self.examine(state, data)
+                self.hooks.evaluate(state)
+            self.hooks.examine(state, data)
         if save_asked or _due(state.step, self.habits.save_every_steps):
             with self.clock.phase("save"):
-                self.save(state)
+                self.hooks.save(state)
             # It may have taken long, and what is saved need not be saved again after a step more.
             self.stop.poll(self.mesh)
 
@@ -215,16 +216,12 @@ class Trainer:
             memory_gib=memory_gib(self.mesh.device),
             seconds=seconds,
         )
-        differs = self.repeats.check(line)  # before the ledger, or a checkpoint, holds this step
-        self.listeners.on_step(line)
-        if differs is not None:
-            self.listeners.on_event("repeat_differs", asdict(differs))
-            self.listeners.on_event("warning", {"message": differs.message})
+        self.hooks.on_step(line)
         for name, epochs in data.exhausted.items():
-            self.listeners.on_event("exhausted", {"source": name, "epochs": round(epochs, 4)})
+            self.hooks.on_event("exhausted", {"source": name, "epochs": round(epochs, 4)})
         if result.skipped:
             reason = _why_skipped(result, "gradient not finite")
-            self.listeners.on_event("skip", {"reason": reason, "in_a_row": state.skipped_in_a_row})
+            self.hooks.on_event("skip", {"reason": reason, "in_a_row": state.skipped_in_a_row})
 
     def _mfu(self, data: StepData, seconds: float) -> float | None:
         """From the exact pairs of every rank's masks; None on devices without a known peak."""

@@ -7,7 +7,7 @@ import pytest
 
 from megahybrid.config.training import SpikeConfig
 from megahybrid.errors import AuditError
-from megahybrid.train.rewind import judge_spike, remember
+from megahybrid.train.spikes import judge_spike, remember
 from tests import distributed
 from tests.parity.cases import model
 from tests.parity.test_engine import Case, build

@@ -143,14 +143,12 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
     from megahybrid.errors import AuditError
     from megahybrid.model.kernels.chosen import ChosenKernels
     from megahybrid.train.engine import Engine
-    from megahybrid.train.listeners import Listeners
     from megahybrid.train.metrics import StepClock
     from megahybrid.train.profile import Profiler
-    from megahybrid.train.repeated import RepeatedSteps
     from megahybrid.train.stage_model import Layers
     from megahybrid.train.state import TrainState
     from megahybrid.train.stop import StopRequest
-    from megahybrid.train.trainer import Habits, Trainer, step_shapes
+    from megahybrid.train.trainer import Habits, Trainer, TrainerHooks, step_shapes
 
     listener, plan, mixture = mock.Mock(essential=True), run.stage_plan, open_mixture(run)
     layers = Layers(
@@ -175,14 +173,9 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
             layers=layers,
             peak=None,
             habits=Habits(10**6, None, 1, 3),
-            listeners=Listeners([listener]),
-            repeats=RepeatedSteps(run, mesh, {}),
+            hooks=TrainerHooks(nothing, nothing, nothing, nothing, listener.on_step, nothing),
             stop=StopRequest(),
             profiler=Profiler(None, folder, mesh),
-            save=nothing,
-            poll_save=nothing,
-            evaluate=nothing,
-            examine=nothing,
             clock=StepClock(),
             heartbeat=mock.MagicMock(spec=Heartbeat),
         )

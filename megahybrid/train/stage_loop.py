@@ -1,0 +1,316 @@
+"""The stages of a run, one after another: each builds its model and engine anew, trains, is saved
+and scored; a spike goes back, a stop ends the attempt."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import assert_never
+
+import torch
+
+from megahybrid.checkpoint.fingerprint import model_fingerprint
+from megahybrid.checkpoint.reader import Reader
+from megahybrid.config import RunConfig, dump
+from megahybrid.config.explain import show
+from megahybrid.data.loader import BatchLoader, StepData
+from megahybrid.data.mixture import Mixture
+from megahybrid.errors import EXIT_DONE, EXIT_RESUME, ExhaustedError
+from megahybrid.heartbeat import Heartbeat
+from megahybrid.model.compiled import keep_programs
+from megahybrid.model.init import initialise
+from megahybrid.model.kernels.chosen import ChosenKernels
+from megahybrid.parallel import matmul
+from megahybrid.parallel.collectives import on_first
+from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.train.checkpointing import RunSaver, ranks_of
+from megahybrid.train.engine import Engine
+from megahybrid.train.kernel_selection import choose_kernels
+from megahybrid.train.ledger import StepLine
+from megahybrid.train.listeners import Listeners, RunInfo
+from megahybrid.train.metrics import StepClock, peak_flops_per_second
+from megahybrid.train.profile import Profiler
+from megahybrid.train.repeated import RepeatedSteps
+from megahybrid.train.restore import Beginning, find_beginning, locate, positioned
+from megahybrid.train.rewind import go_back
+from megahybrid.train.stage_model import Layers
+from megahybrid.train.state import TrainState
+from megahybrid.train.stop import StopAsked, StopRequest
+from megahybrid.train.suites import Evaluations
+from megahybrid.train.trainer import Ending, Habits, Trainer, TrainerHooks, step_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What all stages of one attempt at a run share, on one rank; train/run.py builds it."""
+
+    run: RunConfig
+    directory: Path
+    mesh: ParallelMesh
+    listeners: Listeners
+    stop: StopRequest
+    heartbeat: Heartbeat
+    mixture: Mixture
+    saver: RunSaver
+    evaluations: Evaluations
+    repeats: RepeatedSteps
+    profiler: Profiler
+    clock: StepClock
+    allow: Sequence[str] = ()  # fields that may differ from those the run began with
+
+
+class StageLoop:
+    """Walks the stages that are left. `kernels` are those of the stage it is in; a stage that
+    measures its own puts others in their place."""
+
+    def __init__(self, parts: RunParts, kernels: ChosenKernels) -> None:
+        self.parts = parts
+        self.kernels = kernels
+        self.plan = parts.run.stage_plan
+        self.mesh = parts.mesh
+        self.tell = parts.listeners.on_event
+
+    def run(self, beginning: Beginning) -> int:
+        """Train from `beginning` to the end of the plan; return the exit code."""
+        parts, state = self.parts, beginning.state
+        owed = parts.evaluations.owed(state) if beginning.resumes else None
+        parts.repeats.begin(parts.directory, state.step, beginning.parent)
+        parts.listeners.on_start(run_info(parts, beginning, self.kernels))
+        for path, old, new in beginning.changes:
+            self.tell("config_change", {"field": path, "before": show(old), "now": show(new)})
+        if owed is not None and not self._score_owed(beginning, far=owed == "documents"):
+            return self._end_stopped()
+        if beginning.resumes and state.tokens in self.plan.stage_ends:
+            parts.evaluations.judge(self.plan.stage_ends.index(state.tokens), state.step)
+        while not self.plan.finished(beginning.state.tokens):
+            index = self.plan.at(beginning.state.tokens).index
+            beginning, ending = self._stage(index, beginning)
+            match ending.kind:
+                case "complete":
+                    parts.evaluations.judge(index, beginning.state.step)
+                case "stopped":
+                    return self._end_stopped()
+                case "exhausted":
+                    return self._end_exhausted(ending.reason)
+                case "spike":
+                    pass  # the same stage again, from where it went back to
+                case _:
+                    assert_never(ending.kind)
+        parts.profiler.close()
+        parts.listeners.on_end("done")
+        return EXIT_DONE
+
+    def _stage(self, index: int, beginning: Beginning) -> tuple[Beginning, Ending]:
+        """Train stage `index`; return what the next engine is filled from, and how it ended. A stop
+        that interrupts the validation at its end counts as its ending."""
+        engine, layers = self._engine(index, beginning.state.tokens, beginning)
+        state, ending = self._train(engine, layers, index, beginning.state)
+        if ending.kind == "spike":
+            engine.close()
+            return self._go_back(state, ending.reason), ending
+        with self.parts.heartbeat.during("save"):
+            saved = self.parts.saver.save_and_wait(engine, state, self.kernels)
+        scored = ending.kind != "stopped" and self._scored(engine, state, far=True)
+        engine.close()
+        beginning = replace(beginning, state=state, checkpoint=saved, take="all")
+        return beginning, ending if scored else Ending("stopped")
+
+    def _engine(self, index: int, tokens: int, beginning: Beginning) -> tuple[Engine, Layers]:
+        """The stage's model, its layers as after `tokens`, inside an engine; filled from the
+        checkpoint of `beginning` or drawn from the seed."""
+        run, mesh = self.parts.run, self.mesh
+        keep_programs(self.parts.directory / "programs", first=mesh.rank == 0)
+        self.kernels = choose_kernels(run, index, mesh, self.kernels, self.tell)
+        if self.kernels.products is not None:
+            matmul.use(self.kernels.products)
+        layers = Layers(run, mesh, self.kernels, self.tell)
+        model = layers.build(index, tokens)
+        named = self.kernels.to_json()
+        detail = {
+            "index": index,
+            "kernels": named,
+            "self_test_seconds": layers.self_test_seconds,
+            **self.parts.repeats.stage(index, named),
+        }
+        self.tell("stage", detail, stage=run.stages[index].name)
+        if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
+            initialise(model, run.seed, run.optimizer)
+        engine = Engine(model, run, mesh)
+        if beginning.checkpoint is not None:
+            with Reader(beginning.checkpoint) as reader:
+                step = reader.manifest.optimizer_step if beginning.take == "all" else None
+                engine.load(reader.read_flat, step)
+        return engine, layers
+
+    def _train(
+        self, engine: Engine, layers: Layers, index: int, state: TrainState
+    ) -> tuple[TrainState, Ending]:
+        """The steps of stage `index` from `state` on."""
+        parts, run, until = self.parts, self.parts.run, self.plan.stage_ends[index]
+        data = positioned(parts.mixture, state.data)
+        data = parts.mixture.reweight(data, run.stages[index].weights)
+        with BatchLoader(
+            parts.mixture,
+            data,
+            step_shapes(self.plan, state.tokens, until),
+            rank=self.mesh.data.rank,
+            world_size=self.mesh.data.size,
+            documents=run.data.documents,
+        ) as loader:
+            trainer = Trainer(
+                engine=engine,
+                loader=loader,
+                plan=self.plan,
+                mesh=self.mesh,
+                layers=layers,
+                peak=self._peak(),
+                habits=Habits(
+                    run.checkpoint.every_steps,
+                    run.evaluate.every_steps,
+                    run.log.audit_every_steps,
+                    run.max_skipped_in_a_row,
+                    run.optimizer.skip_spikes,
+                ),
+                hooks=self._hooks(engine),
+                stop=parts.stop,
+                profiler=parts.profiler,
+                clock=parts.clock,
+                heartbeat=parts.heartbeat,
+            )
+            return trainer.run(state, until)
+
+    def _hooks(self, engine: Engine) -> TrainerHooks:
+        return TrainerHooks(
+            save=partial(self.save, engine),
+            poll_save=self.parts.saver.poll,
+            evaluate=partial(self.evaluate, engine),
+            examine=partial(self.examine, engine),
+            on_step=self._on_step,
+            on_event=self.tell,
+        )
+
+    def _on_step(self, line: StepLine) -> None:
+        """Tell of a step. Raises RepeatError where it repeats one of an earlier attempt with other
+        data: before the ledger, or a checkpoint, holds it."""
+        differs = self.parts.repeats.check(line)
+        self.parts.listeners.on_step(line)
+        if differs is not None:
+            self.tell("repeat_differs", asdict(differs))
+            self._warn(differs.message)
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Begin a checkpoint; collective. A failure is told and the run goes on."""
+        with self.parts.heartbeat.during("save"):
+            self.parts.saver.save(engine, state, self.kernels)
+
+    def evaluate(self, engine: Engine, state: TrainState, *, far: bool = False) -> None:
+        """Score every held-out set; `far`: by position as well, and the suites. Collective."""
+        with self.parts.heartbeat.during("evaluate"):
+            self.parts.evaluations.score(engine.model, state, far=far)
+
+    def examine(self, engine: Engine, state: TrainState, data: StepData) -> None:
+        """Ask the suites and sample the attention that are due within a stage; collective."""
+        evaluations = self.parts.evaluations
+        if names := evaluations.suites_due(state.step):
+            with self.parts.heartbeat.during("evaluate"):
+                evaluations.ask(engine.model, state, names)
+        if evaluations.attention_due(state.step):
+            rows = data.micro_batches[0].tensors()
+            evaluations.sample(engine.model, state, rows.tokens[0], rows.starts[0])
+
+    def _scored(self, engine: Engine, state: TrainState, *, far: bool) -> bool:
+        """Whether the validation was done; a stop interrupts it, and the next attempt does it."""
+        try:
+            self.evaluate(engine, state, far=far)
+        except StopAsked:
+            return False
+        return True
+
+    def _score_owed(self, beginning: Beginning, *, far: bool) -> bool:
+        """The validation that an earlier attempt owes, of the model as it was trained and not as
+        the next stage begins. Returns whether it was done."""
+        last = beginning.state.tokens - 1
+        engine, _ = self._engine(self.plan.at(last).index, last, beginning)
+        scored = self._scored(engine, beginning.state, far=far)
+        engine.close()
+        return scored
+
+    def _go_back(self, spike: TrainState, reason: str) -> Beginning:
+        """To the newest checkpoint, with the data after the spike. Collective."""
+        parts = self.parts
+        parts.saver.finish()
+        parts.repeats.forget()
+        located = locate(parts.run, parts.directory, self._warn, ranks_of(self.mesh))
+        beginning, detail = on_first(
+            self.mesh.world,
+            lambda: go_back(
+                parts.directory,
+                find_beginning(parts.run, parts.directory, located, parts.allow),
+                spike,
+                reason,
+                parts.run.max_skipped_in_a_row,
+            ),
+        )
+        state = beginning.state
+        stage = stage_name(parts.run, state)
+        parts.listeners.on_rewind(state.step, stage, state.tokens, detail)
+        return beginning
+
+    def _end_stopped(self) -> int:
+        self.parts.profiler.close()
+        self.parts.listeners.on_end("stopped")
+        return EXIT_RESUME
+
+    def _end_exhausted(self, reason: str) -> int:
+        """As the run file asked, and then it is done; where it hoped for more data, not."""
+        self.parts.profiler.close()
+        if self.parts.run.data.exhausted != "stop":
+            raise ExhaustedError(reason)
+        self._warn(f"{reason} The run is saved and ends here.")
+        self.parts.listeners.on_end("done")
+        return EXIT_DONE
+
+    def _warn(self, message: str) -> None:
+        self.tell("warning", {"message": message})
+
+    def _peak(self) -> float | None:
+        if self.mesh.device.type != "cuda":
+            return None
+        return peak_flops_per_second(torch.cuda.get_device_name(), self.parts.run.precision)
+
+
+def stage_name(run: RunConfig, state: TrainState) -> str:
+    """The stage that the next step belongs to; the last one where there is none."""
+    plan = run.stage_plan
+    return plan.at(min(state.tokens, plan.total_tokens - 1)).stage.name
+
+
+def run_info(parts: RunParts, beginning: Beginning, kernels: ChosenKernels) -> RunInfo:
+    """What the listeners are told when an attempt begins."""
+    run, mesh, state = parts.run, parts.mesh, beginning.state
+    names = [stage.name for stage in run.stages]
+    facts = {
+        "world_size": mesh.world_size,
+        "tensor": mesh.tensor.size,
+        "data": mesh.data.size,
+        "zero_stage": run.parallel.zero_stage,
+        "precision": run.precision,
+        "device": str(mesh.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "model": model_fingerprint(run.model),
+        "kernels": kernels.to_json(),
+    }
+    if beginning.parent is not None:
+        facts["parent"] = beginning.parent
+    return RunInfo(
+        name=parts.directory.name,
+        directory=parts.directory,
+        config=dump(run),
+        step=state.step,
+        stage=stage_name(run, state),
+        tokens=state.tokens,
+        stages=tuple(zip(names, run.stage_plan.stage_ends, strict=True)),
+        facts=facts,
+    )
