@@ -210,7 +210,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for first in range(start, stop, part):
                 some = slice(first, min(first + part, stop))
                 out = None if slopes is None else slopes[first - start : some.stop - start]
-                per_token[some], slope = _loss_and_slope(
+                per_token[some], slope = _loss_and_grad(
                     flat[some],
                     used,
                     (counts[some], mine[some], columns[some]),
@@ -254,7 +254,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
-def _loss_and_slope(
+def _loss_and_grad(
     inputs: Tensor,
     weight: Tensor,
     targets: tuple[Tensor, Tensor, Tensor],

@@ -7,7 +7,7 @@ from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.parallel.mesh import choose_device
-from megahybrid.train.restore import check_beginning
+from megahybrid.train.restore import check_resume_point
 from megahybrid.train.suites import check_suites
 
 
@@ -27,4 +27,4 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
             elif dataset.manifest is not None:
                 first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
     check_suites(run)
-    check_beginning(run, directory, allow)
+    check_resume_point(run, directory, allow)

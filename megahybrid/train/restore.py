@@ -37,7 +37,7 @@ FREE_IN_STAGES = ("micro_batch_tokens", "recompute", "gates")
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ResumePoint:
     """What the first engine of an attempt is filled from."""
 
     state: TrainState
@@ -51,7 +51,7 @@ class Beginning:
     changes: tuple[tuple[str, Any, Any], ...] = ()
 
 
-def check_beginning(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
+def check_resume_point(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
     """Raise CheckpointError where what `directory` or `run.start` holds is plainly not this run's.
 
     Reads manifests alone and writes nothing; `locate` verifies every byte.
@@ -89,16 +89,16 @@ def locate(
     return _named(folder, latest(folder, report, ranks))
 
 
-def find_beginning(
+def find_resume_point(
     run: RunConfig, directory: Path, located: Path | None, allow: Sequence[str] = ()
-) -> Beginning:
+) -> ResumePoint:
     """How this attempt begins from what `locate` found.
 
     Raises CheckpointError where the checkpoint is of another model or of a run that was changed in
     a way that would not continue it, unless `allow` names the changed field.
     """
     if located is None:
-        return Beginning(TrainState())
+        return ResumePoint(TrainState())
     manifest = read_manifest(located)
     saved = dict(manifest.train_state)
     if missing := [name for name in TrainState.KEPT if name not in saved]:
@@ -112,7 +112,7 @@ def find_beginning(
         changes = _check_same_run(run, directory, manifest, allow)
         if any(_named_in(path, allow) for path, *_ in changes):
             state = replace(state, data=_carried(run, state.data))
-        return Beginning(state, located, "all", kernels, parent, True, tuple(changes))
+        return ResumePoint(state, located, "all", kernels, parent, True, tuple(changes))
     assert run.start is not None
     _check_parent(run, manifest)
     take = run.start.take
@@ -126,7 +126,7 @@ def find_beginning(
         state = replace(state, data=_carried(run, state.data))
     else:
         state = TrainState()
-    return Beginning(state, located, take, kernels, parent)
+    return ResumePoint(state, located, take, kernels, parent)
 
 
 def positioned(mixture: Mixture, data: dict[str, Any]) -> dict[str, Any]:

@@ -11,27 +11,27 @@ from typing import Any
 
 from megahybrid.errors import CheckpointError, NoProgressError
 from megahybrid.train.ledger import LEDGER_NAME, REWIND, EventLine, read_ledger
-from megahybrid.train.restore import Beginning
+from megahybrid.train.restore import ResumePoint
 from megahybrid.train.state import TrainState
 
 
-def past_spikes(directory: Path, beginning: Beginning) -> Beginning:
-    """A beginning at the data where the last rewind to its step stood."""
-    rewinds = _rewinds_to(directory, beginning.state.step)
+def past_spikes(directory: Path, start: ResumePoint) -> ResumePoint:
+    """A start at the data where the last rewind to its step stood."""
+    rewinds = _rewinds_to(directory, start.state.step)
     if not rewinds:
-        return beginning
-    state = replace(beginning.state, data=rewinds[-1].detail["data"])
-    return replace(beginning, state=state)
+        return start
+    state = replace(start.state, data=rewinds[-1].detail["data"])
+    return replace(start, state=state)
 
 
 def go_back(
-    directory: Path, beginning: Beginning, spike: TrainState, reason: str, most: int
-) -> tuple[Beginning, dict[str, Any]]:
-    """`beginning` at the data after `spike`, and what the ledger is to say of it.
+    directory: Path, start: ResumePoint, spike: TrainState, reason: str, most: int
+) -> tuple[ResumePoint, dict[str, Any]]:
+    """`start` at the data after `spike`, and what the ledger is to say of it.
 
     Raises NoProgressError where the run has gone back to the same step `most` times.
     """
-    step, times = beginning.state.step, len(_rewinds_to(directory, beginning.state.step))
+    step, times = start.state.step, len(_rewinds_to(directory, start.state.step))
     if times >= most:
         raise NoProgressError(
             f"max_skipped_in_a_row={most} times the run went back to step {step} because of a "
@@ -39,7 +39,7 @@ def go_back(
             "then start from an earlier checkpoint."
         )
     detail = {"from_step": spike.step, "reason": reason, "times": times + 1, "data": spike.data}
-    return replace(beginning, state=replace(beginning.state, data=spike.data)), detail
+    return replace(start, state=replace(start.state, data=spike.data)), detail
 
 
 def _rewinds_to(directory: Path, step: int) -> list[EventLine]:

@@ -23,7 +23,7 @@ from megahybrid.train.metrics import StepClock
 from megahybrid.train.preflight import check_inputs
 from megahybrid.train.profile import Profiler
 from megahybrid.train.repeated import RepeatedSteps
-from megahybrid.train.restore import Beginning, find_beginning, locate
+from megahybrid.train.restore import ResumePoint, find_resume_point, locate
 from megahybrid.train.rewind import past_spikes
 from megahybrid.train.stage_loop import RunParts, StageLoop
 from megahybrid.train.stage_model import DTYPES
@@ -52,20 +52,18 @@ def run_attempt(
         on_first(mesh.world, lambda: _claim(run, directory, allow))
         located = locate(run, directory, warnings.append, ranks_of(mesh))
         # One rank looks, so that all begin from the same checkpoint.
-        beginning = on_first(
+        start = on_first(
             mesh.world,
-            lambda: past_spikes(directory, find_beginning(run, directory, located, allow)),
+            lambda: past_spikes(directory, find_resume_point(run, directory, located, allow)),
         )
         listeners = make_listeners() if mesh.rank == 0 else Listeners([])
         if mesh.rank == 0:
             write_whole(directory / "config.yaml", dump_yaml(run))
-        parts = build_parts(
-            run, directory, mesh, listeners, stop, heartbeat, beginning, owner, allow
-        )
+        parts = build_parts(run, directory, mesh, listeners, stop, heartbeat, start, owner, allow)
         for warning in warnings:
             listeners.on_event("warning", {"message": warning})
         try:
-            return StageLoop(parts, _first_kernels(run, mesh, beginning)).run(beginning)
+            return StageLoop(parts, _first_kernels(run, mesh, start)).run(start)
         except BaseException as error:
             # The disk that ended the run may refuse its last line too: the cause is what is told.
             with contextlib.suppress(MegahybridError, OSError):
@@ -87,7 +85,7 @@ def build_parts(
     listeners: Listeners,
     stop: StopRequest,
     heartbeat: Heartbeat,
-    beginning: Beginning,
+    start: ResumePoint,
     owner: Owner | None,  # on rank 0
     allow: Sequence[str] = (),
 ) -> RunParts:
@@ -95,9 +93,9 @@ def build_parts(
     mixture = open_mixture(run)
     files = {name: dataset.fingerprint for name, dataset in mixture.datasets.items()}
     held = None
-    if beginning.resumes and beginning.checkpoint is not None:
-        held = (beginning.state.step, beginning.checkpoint)
-    saver = RunSaver(run, directory, mesh, listeners.on_event, owner, beginning.parent, held)
+    if start.resumes and start.checkpoint is not None:
+        held = (start.state.step, start.checkpoint)
+    saver = RunSaver(run, directory, mesh, listeners.on_event, owner, start.parent, held)
 
     def between_batches() -> None:
         """A validation may take long: publish what is written, and look for a stop. Collective."""
@@ -123,7 +121,7 @@ def build_parts(
     )
 
 
-def _first_kernels(run: RunConfig, mesh: ParallelMesh, beginning: Beginning) -> ChosenKernels:
+def _first_kernels(run: RunConfig, mesh: ParallelMesh, start: ResumePoint) -> ChosenKernels:
     """What the run file names or the checkpoint had; stages measure what is left to them."""
     dtype = DTYPES[run.precision]
-    return resolve_kernels(run.kernels, mesh.device, dtype, run.model.head_dim, beginning.kernels)
+    return resolve_kernels(run.kernels, mesh.device, dtype, run.model.head_dim, start.kernels)

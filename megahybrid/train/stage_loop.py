@@ -32,13 +32,13 @@ from megahybrid.train.listeners import Listeners, RunInfo
 from megahybrid.train.metrics import StepClock, peak_flops_per_second
 from megahybrid.train.profile import Profiler
 from megahybrid.train.repeated import RepeatedSteps
-from megahybrid.train.restore import Beginning, find_beginning, locate, positioned
+from megahybrid.train.restore import ResumePoint, find_resume_point, locate, positioned
 from megahybrid.train.rewind import go_back
-from megahybrid.train.stage_model import Layers
+from megahybrid.train.stage_model import StageModel
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopAsked, StopRequest
 from megahybrid.train.suites import Evaluations
-from megahybrid.train.trainer import Ending, Habits, Trainer, TrainerHooks, step_shapes
+from megahybrid.train.trainer import Intervals, StageOutcome, Trainer, TrainerHooks, step_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,81 +71,81 @@ class StageLoop:
         self.mesh = parts.mesh
         self.tell = parts.listeners.on_event
 
-    def run(self, beginning: Beginning) -> int:
-        """Train from `beginning` to the end of the plan; return the exit code."""
-        parts, state = self.parts, beginning.state
-        owed = parts.evaluations.owed(state) if beginning.resumes else None
-        parts.repeats.begin(parts.directory, state.step, beginning.parent)
-        parts.listeners.on_start(run_info(parts, beginning, self.kernels))
-        for path, old, new in beginning.changes:
+    def run(self, start: ResumePoint) -> int:
+        """Train from `start` to the end of the plan; return the exit code."""
+        parts, state = self.parts, start.state
+        owed = parts.evaluations.owed(state) if start.resumes else None
+        parts.repeats.begin(parts.directory, state.step, start.parent)
+        parts.listeners.on_start(run_info(parts, start, self.kernels))
+        for path, old, new in start.changes:
             self.tell("config_change", {"field": path, "before": show(old), "now": show(new)})
-        if owed is not None and not self._score_owed(beginning, far=owed == "documents"):
+        if owed is not None and not self._score_owed(start, far=owed == "documents"):
             return self._end_stopped()
-        if beginning.resumes and state.tokens in self.plan.stage_ends:
-            parts.evaluations.judge(self.plan.stage_ends.index(state.tokens), state.step)
-        while not self.plan.finished(beginning.state.tokens):
-            index = self.plan.at(beginning.state.tokens).index
-            beginning, ending = self._stage(index, beginning)
-            match ending.kind:
+        if start.resumes and state.tokens in self.plan.stage_ends:
+            parts.evaluations.check_gates(self.plan.stage_ends.index(state.tokens), state.step)
+        while not self.plan.finished(start.state.tokens):
+            index = self.plan.at(start.state.tokens).index
+            start, outcome = self._stage(index, start)
+            match outcome.kind:
                 case "complete":
-                    parts.evaluations.judge(index, beginning.state.step)
+                    parts.evaluations.check_gates(index, start.state.step)
                 case "stopped":
                     return self._end_stopped()
                 case "exhausted":
-                    return self._end_exhausted(ending.reason)
+                    return self._end_exhausted(outcome.reason)
                 case "spike":
                     pass  # the same stage again, from where it went back to
                 case _:
-                    assert_never(ending.kind)
+                    assert_never(outcome.kind)
         parts.profiler.close()
         parts.listeners.on_end("done")
         return EXIT_DONE
 
-    def _stage(self, index: int, beginning: Beginning) -> tuple[Beginning, Ending]:
+    def _stage(self, index: int, start: ResumePoint) -> tuple[ResumePoint, StageOutcome]:
         """Train stage `index`; return what the next engine is filled from, and how it ended. A stop
-        that interrupts the validation at its end counts as its ending."""
-        engine, layers = self._engine(index, beginning.state.tokens, beginning)
-        state, ending = self._train(engine, layers, index, beginning.state)
-        if ending.kind == "spike":
+        that interrupts the validation at its end counts as its outcome."""
+        engine, stage_model = self._engine(index, start.state.tokens, start)
+        state, outcome = self._train(engine, stage_model, index, start.state)
+        if outcome.kind == "spike":
             engine.close()
-            return self._go_back(state, ending.reason), ending
+            return self._go_back(state, outcome.reason), outcome
         with self.parts.heartbeat.during("save"):
             saved = self.parts.saver.save_and_wait(engine, state, self.kernels)
-        scored = ending.kind != "stopped" and self._scored(engine, state, far=True)
+        scored = outcome.kind != "stopped" and self._scored(engine, state, far=True)
         engine.close()
-        beginning = replace(beginning, state=state, checkpoint=saved, take="all")
-        return beginning, ending if scored else Ending("stopped")
+        start = replace(start, state=state, checkpoint=saved, take="all")
+        return start, outcome if scored else StageOutcome("stopped")
 
-    def _engine(self, index: int, tokens: int, beginning: Beginning) -> tuple[Engine, Layers]:
+    def _engine(self, index: int, tokens: int, start: ResumePoint) -> tuple[Engine, StageModel]:
         """The stage's model, its layers as after `tokens`, inside an engine; filled from the
-        checkpoint of `beginning` or drawn from the seed."""
+        checkpoint of `start` or drawn from the seed."""
         run, mesh = self.parts.run, self.mesh
         keep_programs(self.parts.directory / "programs", first=mesh.rank == 0)
         self.kernels = choose_kernels(run, index, mesh, self.kernels, self.tell)
         if self.kernels.products is not None:
             matmul.use(self.kernels.products)
-        layers = Layers(run, mesh, self.kernels, self.tell)
-        model = layers.build(index, tokens)
+        stage_model = StageModel(run, mesh, self.kernels, self.tell)
+        model = stage_model.build(index, tokens)
         named = self.kernels.to_json()
         detail = {
             "index": index,
             "kernels": named,
-            "self_test_seconds": layers.self_test_seconds,
+            "self_test_seconds": stage_model.self_test_seconds,
             **self.parts.repeats.stage(index, named),
         }
         self.tell("stage", detail, stage=run.stages[index].name)
         if run.parallel.zero_stage < 3:  # there the engine draws what it cuts, one by one
             initialise(model, run.seed, run.optimizer)
         engine = Engine(model, run, mesh)
-        if beginning.checkpoint is not None:
-            with Reader(beginning.checkpoint) as reader:
-                step = reader.manifest.optimizer_step if beginning.take == "all" else None
+        if start.checkpoint is not None:
+            with Reader(start.checkpoint) as reader:
+                step = reader.manifest.optimizer_step if start.take == "all" else None
                 engine.load(reader.read_flat, step)
-        return engine, layers
+        return engine, stage_model
 
     def _train(
-        self, engine: Engine, layers: Layers, index: int, state: TrainState
-    ) -> tuple[TrainState, Ending]:
+        self, engine: Engine, stage_model: StageModel, index: int, state: TrainState
+    ) -> tuple[TrainState, StageOutcome]:
         """The steps of stage `index` from `state` on."""
         parts, run, until = self.parts, self.parts.run, self.plan.stage_ends[index]
         data = positioned(parts.mixture, state.data)
@@ -163,9 +163,9 @@ class StageLoop:
                 loader=loader,
                 plan=self.plan,
                 mesh=self.mesh,
-                layers=layers,
+                stage_model=stage_model,
                 peak=self._peak(),
-                habits=Habits(
+                intervals=Intervals(
                     run.checkpoint.every_steps,
                     run.evaluate.every_steps,
                     run.log.audit_every_steps,
@@ -227,35 +227,35 @@ class StageLoop:
             return False
         return True
 
-    def _score_owed(self, beginning: Beginning, *, far: bool) -> bool:
+    def _score_owed(self, start: ResumePoint, *, far: bool) -> bool:
         """The validation that an earlier attempt owes, of the model as it was trained and not as
         the next stage begins. Returns whether it was done."""
-        last = beginning.state.tokens - 1
-        engine, _ = self._engine(self.plan.at(last).index, last, beginning)
-        scored = self._scored(engine, beginning.state, far=far)
+        last = start.state.tokens - 1
+        engine, _ = self._engine(self.plan.at(last).index, last, start)
+        scored = self._scored(engine, start.state, far=far)
         engine.close()
         return scored
 
-    def _go_back(self, spike: TrainState, reason: str) -> Beginning:
+    def _go_back(self, spike: TrainState, reason: str) -> ResumePoint:
         """To the newest checkpoint, with the data after the spike. Collective."""
         parts = self.parts
         parts.saver.finish()
         parts.repeats.forget()
         located = locate(parts.run, parts.directory, self._warn, ranks_of(self.mesh))
-        beginning, detail = on_first(
+        start, detail = on_first(
             self.mesh.world,
             lambda: go_back(
                 parts.directory,
-                find_beginning(parts.run, parts.directory, located, parts.allow),
+                find_resume_point(parts.run, parts.directory, located, parts.allow),
                 spike,
                 reason,
                 parts.run.max_skipped_in_a_row,
             ),
         )
-        state = beginning.state
+        state = start.state
         stage = stage_name(parts.run, state)
         parts.listeners.on_rewind(state.step, stage, state.tokens, detail)
-        return beginning
+        return start
 
     def _end_stopped(self) -> int:
         self.parts.profiler.close()
@@ -286,9 +286,9 @@ def stage_name(run: RunConfig, state: TrainState) -> str:
     return plan.at(min(state.tokens, plan.total_tokens - 1)).stage.name
 
 
-def run_info(parts: RunParts, beginning: Beginning, kernels: ChosenKernels) -> RunInfo:
+def run_info(parts: RunParts, start: ResumePoint, kernels: ChosenKernels) -> RunInfo:
     """What the listeners are told when an attempt begins."""
-    run, mesh, state = parts.run, parts.mesh, beginning.state
+    run, mesh, state = parts.run, parts.mesh, start.state
     names = [stage.name for stage in run.stages]
     facts = {
         "world_size": mesh.world_size,
@@ -302,8 +302,8 @@ def run_info(parts: RunParts, beginning: Beginning, kernels: ChosenKernels) -> R
         "model": model_fingerprint(run.model),
         "kernels": kernels.to_json(),
     }
-    if beginning.parent is not None:
-        facts["parent"] = beginning.parent
+    if start.parent is not None:
+        facts["parent"] = start.parent
     return RunInfo(
         name=parts.directory.name,
         directory=parts.directory,

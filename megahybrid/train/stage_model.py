@@ -21,7 +21,7 @@ from megahybrid.train.state import EventSink
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Layers:
+class StageModel:
     """A model and the plan in force in it, which is a function of the tokens seen.
 
     Every scheme is self-tested on its kernel before a step is made with it. `tell` hears, as an

@@ -158,7 +158,7 @@ class Evaluations:
         figures = attention_sample(model, tokens, starts, kinds)
         self.tell("attention", figures | {"seconds": time.perf_counter() - started})
 
-    def judge(self, index: int, step: int) -> None:
+    def check_gates(self, index: int, step: int) -> None:
         """Raises GateError on every rank where a gate of stage `index` is not reached at `step`."""
         stage = self.run.stages[index]
         values = on_first(

@@ -122,8 +122,11 @@ def check_audit(
         )
 
 
-def check_marks(parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh) -> None:
-    """Every parameter's mark must say what its ShardSpec says."""
+def check_tensor_parallel_flags(
+    parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
+) -> None:
+    """Raise AuditError unless each parameter's flag, by which DeepSpeed counts it in a norm, says
+    what its ShardSpec says."""
     for parameter, spec in parameters.values():
         name = canonical_name(spec)
         marked = bool(getattr(parameter, "tensor_model_parallel", False))
