@@ -73,14 +73,14 @@ def parent_of(directory: Path) -> dict[str, Any] | None:
 
 
 def _named_parent(run: RunConfig) -> dict[str, Any] | None:
-    """Of a run that has not begun: what its file names."""
+    """Return the parent that the file of a run names which has not begun."""
     if run.start is None:
         return None
     return {"checkpoint": run.start.checkpoint, "take": run.start.take}
 
 
 def _within(checkpoint: str, directory: Path) -> bool:
-    """Whether a checkpoint is one of the run in `directory`."""
+    """Return whether a checkpoint is one of the run in `directory`."""
     try:
         place = Path(checkpoint).resolve()
     except (OSError, ValueError, RuntimeError):  # no path at all: a NUL, a name too long, a circle

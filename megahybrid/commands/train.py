@@ -150,7 +150,7 @@ def _rank(
 
 
 def _flush() -> None:
-    """What was printed, as far as it can be: a full disk under it must not change the exit code."""
+    """Write out what was printed; a full disk under it must not change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -160,7 +160,7 @@ def _flush() -> None:
 
 
 def _logs(directory: Path) -> Path:
-    """Where the logs of this attempt lie: our batch job has a folder for each."""
+    """Return the folder of this attempt's logs: our batch job has one for each."""
     return Path(os.environ.get(LOGS) or directory / "logs")
 
 
@@ -189,7 +189,7 @@ def _attempt(
 def _explain(
     error: Exception, run: RunConfig, rank: int, world_size: int, directory: Path
 ) -> tuple[str, int]:
-    """What ended a rank in one line, and the exit code for it."""
+    """Return what ended a rank in one line, and the exit code for it."""
     if isinstance(error, MegahybridError):
         return str(error), error.exit_code
     if isinstance(error, OSError):

@@ -52,7 +52,7 @@ class TrainedModel:
 
     @property
     def precision(self) -> str:
-        """Of weights and activations here: fp32 or bf16."""
+        """The precision of weights and activations here: fp32 or bf16."""
         return "bf16" if self.model.final_norm.weight.dtype == torch.bfloat16 else "fp32"
 
 

@@ -1,4 +1,4 @@
-"""What a run saves, which of its checkpoints stay, and what it tells of them."""
+"""The checkpoints of a run: what they hold, which of them stay, and the events they make."""
 
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,13 @@ class RunSaver:
 
 
 def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:
-    """What a checkpoint says of the layers of the step that wrote it: {"schemes": by name}."""
+    """Return {"schemes": by name}, the layers of the step that wrote a checkpoint."""
     plan = run.plan_after(tokens)
     return {"schemes": {name: dump(scheme) for name, scheme in plan.schemes.items()}}
 
 
 def _scores(run: RunConfig, directory: Path) -> dict[int, float]:
-    """By step, what earlier attempts scored on the set of checkpoint.keep_best."""
+    """Return the losses of earlier attempts on the set of checkpoint.keep_best, by step."""
     path, name = directory / LEDGER_NAME, run.checkpoint.keep_best
     if name is None or not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""What a stage computes with: attention kernels and compiled blocks, chosen by measurement."""
+"""Kernels of a stage, chosen by measurement: attention, blocks, and on a CPU products."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ FREE_IN_STAGES = ("micro_batch_tokens", "recompute", "gates")
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What the first engine of an attempt is filled from."""
+    """The state and the checkpoint from which the next engine goes on."""
 
     state: TrainState
     checkpoint: Path | None = None
@@ -73,7 +73,7 @@ def check_resume_point(run: RunConfig, directory: Path, allow: Sequence[str] = (
 def locate(
     run: RunConfig, directory: Path, report: Callable[[str], None], ranks: Ranks
 ) -> Path | None:
-    """The checkpoint to begin from, every byte of it verified: the newest whole one of
+    """Return the checkpoint to begin from, every byte of it verified: the newest whole one of
     `directory`, else run.start's, else None. Collective; each rank reads its part.
 
     Raises CheckpointError where one is wanted and none is whole; `report` hears of those passed
@@ -92,7 +92,7 @@ def locate(
 def find_resume_point(
     run: RunConfig, directory: Path, located: Path | None, allow: Sequence[str] = ()
 ) -> ResumePoint:
-    """How this attempt begins from what `locate` found.
+    """Return how this attempt begins from what `locate` found.
 
     Raises CheckpointError where the checkpoint is of another model or of a run that was changed in
     a way that would not continue it, unless `allow` names the changed field.
@@ -130,8 +130,10 @@ def find_resume_point(
 
 
 def positioned(mixture: Mixture, data: dict[str, Any]) -> dict[str, Any]:
-    """The position in the data that a checkpoint holds, or their beginning. Raises DataError where
-    it does not fit the data, CheckpointError where it is none."""
+    """Return the position in the data that a checkpoint holds, or their beginning.
+
+    Raises DataError where it does not fit the data, CheckpointError where it is none.
+    """
     try:
         found = mixture.restore(data) if data else mixture.start()
         for name in ("weights", "since", "longest"):
@@ -240,7 +242,7 @@ def _another_model(path: Path, described: str, manifest: Manifest) -> Checkpoint
 
 
 def _describes(model: ModelConfig, manifest: Manifest) -> bool:
-    """Whether a checkpoint's tensors, bounded by the bytes that there are, are of this model."""
+    """Return whether a checkpoint's tensors, bounded by its bytes, are of this model."""
     held = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
     return model_fingerprint(model) == manifest.model_fingerprint and parameters(model) == held
 

@@ -16,7 +16,7 @@ from megahybrid.train.state import TrainState
 
 
 def past_spikes(directory: Path, start: ResumePoint) -> ResumePoint:
-    """A start at the data where the last rewind to its step stood."""
+    """Return the same start at the data where the last rewind to its step stood."""
     rewinds = _rewinds_to(directory, start.state.step)
     if not rewinds:
         return start
@@ -27,7 +27,7 @@ def past_spikes(directory: Path, start: ResumePoint) -> ResumePoint:
 def go_back(
     directory: Path, start: ResumePoint, spike: TrainState, reason: str, most: int
 ) -> tuple[ResumePoint, dict[str, Any]]:
-    """`start` at the data after `spike`, and what the ledger is to say of it.
+    """Return `start` at the data after `spike`, and what the ledger is to say of it.
 
     Raises NoProgressError where the run has gone back to the same step `most` times.
     """

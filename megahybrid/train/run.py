@@ -122,6 +122,6 @@ def build_parts(
 
 
 def _first_kernels(run: RunConfig, mesh: ParallelMesh, start: ResumePoint) -> ChosenKernels:
-    """What the run file names or the checkpoint had; stages measure what is left to them."""
+    """Return the kernels that the run file names or the checkpoint had; stages measure the rest."""
     dtype = DTYPES[run.precision]
     return resolve_kernels(run.kernels, mesh.device, dtype, run.model.head_dim, start.kernels)

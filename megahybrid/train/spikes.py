@@ -14,7 +14,7 @@ Recent = tuple[tuple[float, float], ...]  # (loss, gradient norm) of steps not s
 
 
 def judge_spike(rule: SpikeConfig, recent: Recent, loss: float, norm: float) -> str | None:
-    """Why a step is a spike, in words; None when it is none."""
+    """Return why a step is a spike, in words; None when it is none."""
     if len(recent) < max(2, rule.over_steps // 2):
         return None
     columns = zip(*recent, strict=True)
@@ -29,7 +29,8 @@ def judge_spike(rule: SpikeConfig, recent: Recent, loss: float, norm: float) -> 
 
 
 def remember(rule: SpikeConfig, recent: Recent, loss: float, norm: float) -> Recent:
-    """The last steps with one more. Refused steps are not remembered: one would blind the rule."""
+    """Return the last steps with one more. One that was refused is left out: it would blind the
+    rule."""
     return (*recent, (loss, norm))[-rule.over_steps :]
 
 

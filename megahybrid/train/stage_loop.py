@@ -43,7 +43,7 @@ from megahybrid.train.trainer import Intervals, StageOutcome, Trainer, TrainerHo
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """What all stages of one attempt at a run share, on one rank; train/run.py builds it."""
+    """The parts that all stages of an attempt share, on one rank; train/run.py builds them."""
 
     run: RunConfig
     directory: Path
@@ -117,7 +117,7 @@ class StageLoop:
         return start, outcome if scored else StageOutcome("stopped")
 
     def _engine(self, index: int, tokens: int, start: ResumePoint) -> tuple[Engine, StageModel]:
-        """The stage's model, its layers as after `tokens`, inside an engine; filled from the
+        """Build the stage's model, its layers as after `tokens`, inside an engine; filled from the
         checkpoint of `start` or drawn from the seed."""
         run, mesh = self.parts.run, self.mesh
         keep_programs(self.parts.directory / "programs", first=mesh.rank == 0)
@@ -146,7 +146,7 @@ class StageLoop:
     def _train(
         self, engine: Engine, stage_model: StageModel, index: int, state: TrainState
     ) -> tuple[TrainState, StageOutcome]:
-        """The steps of stage `index` from `state` on."""
+        """Make the steps of stage `index` from `state` on."""
         parts, run, until = self.parts, self.parts.run, self.plan.stage_ends[index]
         data = positioned(parts.mixture, state.data)
         data = parts.mixture.reweight(data, run.stages[index].weights)
@@ -220,7 +220,7 @@ class StageLoop:
             evaluations.sample(engine.model, state, rows.tokens[0], rows.starts[0])
 
     def _scored(self, engine: Engine, state: TrainState, *, far: bool) -> bool:
-        """Whether the validation was done; a stop interrupts it, and the next attempt does it."""
+        """Return whether the validation was done; after a stop the next attempt does it."""
         try:
             self.evaluate(engine, state, far=far)
         except StopAsked:
@@ -228,8 +228,8 @@ class StageLoop:
         return True
 
     def _score_owed(self, start: ResumePoint, *, far: bool) -> bool:
-        """The validation that an earlier attempt owes, of the model as it was trained and not as
-        the next stage begins. Returns whether it was done."""
+        """Make the validation that an earlier attempt owes, of the model as it was trained and not
+        as the next stage begins. Return whether it was done."""
         last = start.state.tokens - 1
         engine, _ = self._engine(self.plan.at(last).index, last, start)
         scored = self._scored(engine, start.state, far=far)
@@ -237,7 +237,7 @@ class StageLoop:
         return scored
 
     def _go_back(self, spike: TrainState, reason: str) -> ResumePoint:
-        """To the newest checkpoint, with the data after the spike. Collective."""
+        """Go back to the newest checkpoint, with the data after the spike. Collective."""
         parts = self.parts
         parts.saver.finish()
         parts.repeats.forget()
@@ -263,7 +263,7 @@ class StageLoop:
         return EXIT_RESUME
 
     def _end_exhausted(self, reason: str) -> int:
-        """As the run file asked, and then it is done; where it hoped for more data, not."""
+        """End well where the run file says to stop without data; else raise ExhaustedError."""
         self.parts.profiler.close()
         if self.parts.run.data.exhausted != "stop":
             raise ExhaustedError(reason)
@@ -281,13 +281,13 @@ class StageLoop:
 
 
 def stage_name(run: RunConfig, state: TrainState) -> str:
-    """The stage that the next step belongs to; the last one where there is none."""
+    """Return the name of the stage that the next step belongs to, or of the last one."""
     plan = run.stage_plan
     return plan.at(min(state.tokens, plan.total_tokens - 1)).stage.name
 
 
 def run_info(parts: RunParts, start: ResumePoint, kernels: ChosenKernels) -> RunInfo:
-    """What the listeners are told when an attempt begins."""
+    """Return what the listeners are told when an attempt begins."""
     run, mesh, state = parts.run, parts.mesh, start.state
     names = [stage.name for stage in run.stages]
     facts = {

@@ -58,7 +58,7 @@ class StageModel:
         return self.model
 
     def _policies(self, index: int) -> list[str]:
-        """The recompute policy of each layer; what a budget came to is told."""
+        """Return the recompute policy of each layer; what a budget came to is told."""
         policies = policies_of(self._run, index, self._mesh.data.size)
         if isinstance(self._run.stages[index].recompute, RecomputeBudget):
             tally = ", ".join(f"{name} {policies.count(name)}" for name in dict.fromkeys(policies))
@@ -66,7 +66,7 @@ class StageModel:
         return policies
 
     def follow(self, tokens: int) -> bool:
-        """Before the step that begins with `tokens` seen: have the layers be its. Whether they
+        """Give the model the layers of the step that begins with `tokens` seen; return whether they
         changed."""
         plan = self._run.plan_in_force(tokens)
         if plan == self.plan:
@@ -111,7 +111,7 @@ def head_shape(run: RunConfig, mesh: ParallelMesh) -> HeadShape:
 
 
 def compiled_whole(run: RunConfig) -> bool:
-    """Whether compiled layers are one region on each side of attention; else pieces of them are."""
+    """Return whether compiled layers are one region on each side of attention, not pieces."""
     return run.parallel.tensor == 1 and run.parallel.zero_stage < 3 and whole_serves()
 
 

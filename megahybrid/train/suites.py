@@ -1,4 +1,4 @@
-"""What a model is asked while it trains: held-out loss, suites, samples of its attention, gates of
+"""Evaluations of a model while it trains: held-out loss, suites, samples of its attention, gates of
 stages.
 
 Everything here is collective: all ranks ask alike and rank 0 writes.
@@ -58,7 +58,7 @@ class Evaluations:
         self.materials = {name: material_of(run, suite) for name, suite in self.suites.items()}
 
     def owed(self, state: TrainState) -> Rows | None:
-        """Rows of the validation that was due here and not finished: a stop or a kill came."""
+        """Return the rows of a validation that was due here and was interrupted."""
         owed: Rows | None = None
         path, every = self.directory / LEDGER_NAME, self.run.evaluate.every_steps
         at_an_end = state.tokens in self.run.stage_plan.stage_ends
@@ -94,22 +94,24 @@ class Evaluations:
             self.ask(model, state, self.missing(state.step))
 
     def _stage_of(self, state: TrainState) -> Stage:
-        """The stage of the step that was made last."""
+        """Return the stage of the step that was made last."""
         return self.run.stage_plan.at(state.tokens - 1).stage
 
     def suites_due(self, step: int) -> list[str]:
-        """Names of the suites to ask after this step, besides a stage's end."""
+        """Return the names of the suites to ask after this step, besides a stage's end."""
         asked = self.run.evaluate.suites.items()
         return [name for name, one in asked if one.every_steps and step % one.every_steps == 0]
 
     def attention_due(self, step: int) -> bool:
-        """Whether attention is sampled after this step."""
+        """Return whether attention is sampled after this step."""
         every = self.run.evaluate.attention_every_steps
         return every is not None and step % every == 0
 
     def missing(self, step: int) -> list[str]:
-        """Names of the suites without a result at this step. By the ledger, which knows what a
-        resume made void; the files do not."""
+        """Return the names of the suites without a result at this step.
+
+        By the ledger: it knows what a resume made void, the files do not.
+        """
         found = list(self.suites)
         path = self.directory / LEDGER_NAME
         if self.mesh.rank == 0 and found and path.exists():
@@ -119,7 +121,7 @@ class Evaluations:
         return broadcast_object(found, self.mesh.world)
 
     def ask(self, model: Transformer, state: TrainState, names: list[str]) -> None:
-        """Asks suites and keeps what they score, as `megahybrid evaluate` keeps it."""
+        """Ask suites and keep what they score, as `megahybrid evaluate` keeps it."""
         model.eval()
         stage = self._stage_of(state)
         for name in names:
@@ -151,7 +153,7 @@ class Evaluations:
     def sample(
         self, model: Transformer, state: TrainState, tokens: Tensor, starts: Tensor | None
     ) -> None:
-        """Tells what the heads look at in one row [seq], this data rank's."""
+        """Tell what the heads look at in one row [seq] of this data rank."""
         index = self.run.stage_plan.at(state.tokens - 1).index
         kinds = list(self.run.plan_at(index).names())
         started = time.perf_counter()
@@ -193,7 +195,7 @@ class Evaluations:
 
 
 def _verdict(gate: LossGate | SuiteGate, value: float | None) -> tuple[str, str, bool]:
-    """What was judged, the bound in words, and whether it is kept."""
+    """Return what was judged, the bound in words, and whether it is kept."""
     if isinstance(gate, LossGate):
         kept = value is not None and value <= gate.at_most
         return f"loss on {gate.set}", f"at most {gate.at_most:g}", kept

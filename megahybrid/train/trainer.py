@@ -36,7 +36,7 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class Intervals:
-    """What happens every so many steps, and when to give up."""
+    """How often a run saves, scores and audits, and when it gives up."""
 
     save_every_steps: int
     evaluate_every_steps: int | None
@@ -47,7 +47,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class TrainerHooks:
-    """What a stage's steps call outside of themselves. All but the last two are collective."""
+    """Functions that the steps of a stage call; all but the last two are collective."""
 
     save: Callable[[TrainState], object]
     poll_save: Callable[[], object]  # moves on a save that is being written beside the training
@@ -96,7 +96,7 @@ class Trainer:
     def _steps(
         self, state: TrainState, until_tokens: int
     ) -> Iterator[tuple[TrainState, StageOutcome | None]]:
-        """The state after each step, before what may raise StopAsked."""
+        """Yield the state after each step, before what may raise StopAsked."""
         first_step = state.step
         waits = True  # a stop that came while the stage was built is seen here
         self.clock.lap()  # building the stage is no part of its first step
@@ -125,9 +125,9 @@ class Trainer:
             if state.skipped_in_a_row >= self.intervals.max_skipped_in_a_row:
                 raise NoProgressError(
                     f"max_skipped_in_a_row={self.intervals.max_skipped_in_a_row} updates were "
-                    f"skipped because {_why_skipped(result, 'their gradients were not finite')} (last at "
-                    f"step {state.step}). Lower the learning rate or look at the data, then start "
-                    "from an earlier checkpoint."
+                    f"skipped because {_why_skipped(result, 'their gradients were not finite')} "
+                    f"(last at step {state.step}). Lower the learning rate or look at the data, "
+                    "then start from an earlier checkpoint."
                 )
             if result.refused and self._rewinds:
                 yield state, StageOutcome("spike", result.refused)
@@ -183,7 +183,7 @@ class Trainer:
         return remember(rule, state.recent, result.loss, result.gradient_norm)
 
     def _evaluate_and_save(self, state: TrainState, data: StepData, save_asked: bool) -> None:
-        """Where due; at a stage's end the run does both itself."""
+        """Evaluate and save where that is due; at a stage's end the stage loop does both."""
         with self.clock.phase("evaluate"):
             if _due(state.step, self.intervals.evaluate_every_steps):
                 self.hooks.evaluate(state)

@@ -25,7 +25,7 @@ REPLICA_TOLERANCE = 1e-6  # relative, across the tensor axis
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found after the last backward pass and before the update."""
+    """The gradient as it was after the last backward pass and before the update."""
 
     gradient_norm: float
     worst_replica: str  # the replicated parameter whose gradients differ most across tensor ranks

@@ -75,7 +75,7 @@ class _Update(NamedTuple):
 
     @classmethod
     def skip(cls, loss: float, valid_tokens: float) -> "_Update":
-        """Of a gradient that was not finite."""
+        """Return the update that a gradient which was not finite makes: none."""
         by_kind = dict.fromkeys(KINDS, math.inf)
         return cls(loss, int(valid_tokens), math.inf, by_kind, True, None)
 
@@ -153,7 +153,7 @@ class Engine:
         ]
 
     def _pieces_by_flat(self, run: RunConfig) -> dict[int, tuple[list[slice], Tensor]]:
-        """Of each flat partition: the pieces this rank counts in a norm; which are of each kind."""
+        """Return what this rank counts in a norm, by flat partition: pieces, and their kinds."""
         table: dict[int, list[tuple[slice, int]]] = {}
         counts_replicated = self.mesh.tensor.rank == 0
         for piece in self.state.pieces:
@@ -316,7 +316,7 @@ class Engine:
         return {segment.name: segment.shape for spec in specs for segment in spec.segments}
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank writes to a checkpoint: each element once over all ranks."""
+        """Return what this rank writes to a checkpoint: each element once over all ranks."""
         return self.state.fragments(
             owns_replicated=self.mesh.tensor.rank == 0,
             owns_data=self.zero_stage > 0 or self.mesh.data.rank == 0,
