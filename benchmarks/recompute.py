@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from megahybrid.config.base import parse
 from megahybrid.config.memory_estimate import memory_per_rank, policies_within
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import parse
 from megahybrid.config.stages import Stage
 
 ONE_CARD: dict[str, Any] = {

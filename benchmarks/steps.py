@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import parse
 from megahybrid.config.run import RunConfig
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh

@@ -4,14 +4,14 @@ A pipe would be waited for, a device read without end, and a place that cannot b
 after the work: each is one line here. What only the command can judge is left to it.
 """
 
-import argparse
 import contextlib
 import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megahybrid.errors import DataError
 from megahybrid.printable import shortened
@@ -25,22 +25,22 @@ OPEN_FILE = re.compile(r"/dev/fd/\d+|/proc/(self|\d+)/fd/\d+")
 LONGEST_SUFFIX = ".bin.runs.tmp"  # at most this is put behind a name while it is written
 
 
-def check_paths(args: argparse.Namespace) -> None:
+def check_paths(command: str, given: Mapping[str, Any]) -> None:
     """Raises DataError or OSError where a path that was given cannot be meant."""
-    for name, text in _given(args, READ):
+    for name, text in _given(given, READ):
         _check_text(name, text)
         if not (name == "inputs" and (text in STDIN or text.startswith("hf:"))):
             _check_read(name, text)
-    for name, text in _given(args, WRITTEN):
+    for name, text in _given(given, WRITTEN):
         _check_text(name, text)
-        _check_written(name, text, args.data_command in FILES or name == "picture")
-    if (pattern := getattr(args, "glob", None)) is not None:
+        _check_written(name, text, command in FILES or name == "picture")
+    if (pattern := given.get("glob")) is not None:
         _check_pattern(pattern)
 
 
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def _given(given: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for name in names:
-        value = getattr(args, name, None)
+        value = given.get(name)
         for text in value if isinstance(value, list) else [value]:
             if text is not None:
                 yield name, text

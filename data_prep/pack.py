@@ -21,8 +21,8 @@ import numpy.typing as npt
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import write_durably
 from megahybrid.data.packing import FILES, PLAN_NAME, Method, PlanInfo
-from megahybrid.data_prep.arguments import LONGEST_ROW
 from megahybrid.data_prep.fresh import fresh_folder
+from megahybrid.data_prep.limits import LONGEST_ROW
 from megahybrid.data_prep.rewrite import refuse_plan
 from megahybrid.errors import DataError
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from megahybrid.config.base import Frozen, parse_json
+from megahybrid.config.base import Frozen
+from megahybrid.config.parsing import parse_json
 from megahybrid.config.site import JobName, Line, Site
 
 FOLDER = "slurm"  # in the run's directory: scripts, jobs, attempts

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import megahybrid
 from megahybrid.config import RunConfig, dump_yaml, load
-from megahybrid.config.base import parse
 from megahybrid.config.explain import show
 from megahybrid.config.limits import NODES
+from megahybrid.config.parsing import parse
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
 from megahybrid.heartbeat import write_whole

@@ -26,7 +26,8 @@ from megahybrid.checkpoint.fragments import (
 )
 from megahybrid.checkpoint.names import name_fault
 from megahybrid.checkpoint.train_record import TrainRecord, WrittenBy
-from megahybrid.config.base import Count, Frozen, first_fault, parse_json
+from megahybrid.config.base import Count, Frozen
+from megahybrid.config.parsing import first_fault, parse_json
 from megahybrid.errors import CheckpointError
 from megahybrid.printable import shortened
 

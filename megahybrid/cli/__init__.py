@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahybrid.cli.checkpoints import add_stored_commands
+from megahybrid.cli.data import add_data_commands
+from megahybrid.cli.launch import add_launch_commands
 from megahybrid.cli.models import add_checkpoint_commands, add_interop_commands
 from megahybrid.cli.runs import add_run_commands, add_study_command
 from megahybrid.errors import EXIT_DONE, MegahybridError, from_exception, tell
@@ -66,46 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(commands)
     add_study_command(commands)
     add_interop_commands(commands)
-    _add_stored_commands(commands)
-    _add_data_commands(commands)
-    _add_launch_commands(commands)
+    add_stored_commands(commands)
+    add_data_commands(commands)
+    add_launch_commands(commands)
     return parser
-
-
-def _add_stored_commands(commands: argparse._SubParsersAction) -> None:
-    from megahybrid.commands.checkpoint import add_arguments
-
-    add_arguments(commands)
-    commands.choices["checkpoint"].set_defaults(run=_stored)
-
-
-def _add_data_commands(commands: argparse._SubParsersAction) -> None:
-    from megahybrid.data_prep.arguments import add_arguments
-
-    add_arguments(commands)
-    commands.choices["data"].set_defaults(run=_data)
-
-
-def _add_launch_commands(commands: argparse._SubParsersAction) -> None:
-    from megahybrid.commands.launch import add_arguments
-
-    add_arguments(commands)
-    commands.choices["launch"].set_defaults(run=_launch)
-
-
-def _stored(arguments: argparse.Namespace) -> int:
-    from megahybrid.commands.checkpoint import run
-
-    return run(arguments)
-
-
-def _data(arguments: argparse.Namespace) -> int:
-    from megahybrid.commands.data import run
-
-    return run(arguments)
-
-
-def _launch(arguments: argparse.Namespace) -> int:
-    from megahybrid.commands.launch import run
-
-    return run(arguments)

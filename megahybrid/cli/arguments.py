@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -13,6 +14,15 @@ def command(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=run)
     return parser
+
+
+# What the parser keeps beside the values of a command.
+_OF_THE_PARSER = ("command", "verb", "data_command", "run", "words")
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of a command by name, as its function takes them."""
+    return {name: value for name, value in vars(arguments).items() if name not in _OF_THE_PARSER}
 
 
 def run_file(parser: argparse.ArgumentParser) -> None:

@@ -1,18 +1,9 @@
 """Commands about run files and runs: train, check, describe, compare, report, watch, study."""
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from megahybrid.cli.arguments import command, run_file
-from megahybrid.errors import EXIT_DONE, ConfigError
-
-if TYPE_CHECKING:
-    from megahybrid.config import RunConfig
-
-
-MOST_RANKS = 10_000_000  # what is counted for each of them stays within 64 bits
 
 
 def add_run_commands(commands: argparse._SubParsersAction) -> None:
@@ -84,56 +75,31 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.processes,
         arguments.allow,
         arguments.max_restarts,
-        _track,
+        tables=True,
     )
 
 
-def _track(directory: Path, suite: str | None, step: int) -> Any:
-    """Training knows nothing of the report, which draws what its trackers show."""
-    from megahybrid.report.tracker_page import tracked
-
-    return tracked(directory, suite, step)
-
-
-def _checked(arguments: argparse.Namespace) -> "RunConfig":
-    """The run that is named, checked against --world-size where that is given."""
-    from megahybrid.config import load
-    from megahybrid.config.explain import show
-
-    run = load(arguments.run_file, arguments.overrides)
-    ranks = arguments.world_size
-    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
-        least = "1 or more" if ranks < 1 else f"{MOST_RANKS:,} or fewer"
-        raise ConfigError(f"--world-size={show(ranks)} is no number of ranks. Use {least}.")
-    run.check(arguments.world_size)
-    return run
-
-
 def _check(arguments: argparse.Namespace) -> int:
-    if arguments.site is not None or arguments.nodes is not None:
-        if arguments.site is None or arguments.nodes is None or arguments.world_size is not None:
-            raise ConfigError(
-                f"--site={arguments.site} and --nodes={arguments.nodes} go together and without "
-                "--world-size (it is nodes times the site's ranks per node). Give both."
-            )
-        from megahybrid.commands.launch import check
+    from megahybrid.commands.check import check
 
-        return check(arguments.run_file, arguments.overrides, arguments.site, arguments.nodes)
-    from megahybrid.config.summary import summary
-
-    run = _checked(arguments)
-    print(summary(run, arguments.world_size))
-    return EXIT_DONE
+    return check(
+        arguments.run_file,
+        arguments.overrides,
+        world_size=arguments.world_size,
+        site=arguments.site,
+        nodes=arguments.nodes,
+    )
 
 
 def _describe(arguments: argparse.Namespace) -> int:
-    from megahybrid.config.describe import describe, render
-    from megahybrid.interop.architectures.table import huggingface_fits
+    from megahybrid.commands.check import describe
 
-    run = _checked(arguments)
-    description = describe(run, arguments.world_size, huggingface_fits)
-    print(json.dumps(description, indent=2) if arguments.json else render(description))
-    return EXIT_DONE
+    return describe(
+        arguments.run_file,
+        arguments.overrides,
+        world_size=arguments.world_size,
+        as_json=arguments.json,
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -143,21 +109,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megahybrid.printable import printable
-    from megahybrid.report import write_page, write_report
+    from megahybrid.commands.report import report
 
-    if arguments.out is not None and not arguments.html:
-        raise ConfigError(f"--out={arguments.out} is for the page alone. Add --html.")
-    if arguments.html:
-        print(printable(str(write_page(arguments.runs, arguments.out))))
-    for run in arguments.runs:
-        for path in [] if arguments.html else write_report(run):
-            print(printable(str(path)))
-        if arguments.wandb:
-            from megahybrid.report.tracker_page import send_report
-
-            send_report(run, arguments.wandb)
-    return EXIT_DONE
+    return report(
+        arguments.runs, page_alone=arguments.html, out=arguments.out, wandb=arguments.wandb
+    )
 
 
 def _watch(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
-"""`megahybrid checkpoint …`: the arguments, and what each command prints."""
+"""`megahybrid checkpoint …`: a function for each command, and what it prints."""
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -9,48 +8,6 @@ from typing import Any
 
 from megahybrid.errors import EXIT_DONE, CheckpointError, tell
 from megahybrid.printable import printable
-
-
-def add_arguments(commands: argparse._SubParsersAction) -> None:
-    """The command `checkpoint` with its own commands."""
-    text = "list, show, verify, compare and average checkpoints"
-    parser = commands.add_parser("checkpoint", help=text, description=f"{text.capitalize()}.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    listed = _verb(verbs, "list", "a run's checkpoints, newest first")
-    listed.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
-    show = _verb(verbs, "show", "what one checkpoint holds")
-    _one(show)
-    verify = _verb(verbs, "verify", "read every byte; of a run's folder: every checkpoint's")
-    verify.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder or a run's")
-    diff = _verb(verbs, "diff", "which parameters changed from A to B, and by how much")
-    for name in ("a", "b"):
-        help_text = "a checkpoint's folder, or a run's (its newest one)"
-        diff.add_argument(name, type=Path, metavar=name.upper(), help=help_text)
-    diff.add_argument("--moments", action="store_true", help="the optimizer's moments as well")
-    diff.add_argument("--rows", type=int, default=20, metavar="N", help="lines at most (20)")
-    mean = _verb(verbs, "average", "the mean of several checkpoints' weights")
-    mean.add_argument("paths", type=Path, nargs="+", metavar="CHECKPOINT")
-    mean.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    mean.add_argument(
-        "--shares", type=float, nargs="+", metavar="X", help="of each (default: the same)"
-    )
-    for verb in (listed, show, verify, diff):
-        verb.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-
-
-def _one(parser: argparse.ArgumentParser) -> None:
-    help_text = "a checkpoint's folder, or a run's (its newest one)"
-    parser.add_argument("path", type=Path, metavar="CHECKPOINT", help=help_text)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """One command; returns the exit code. Raises CheckpointError."""
-    verbs = {"list": _list, "show": _show, "verify": _verify, "diff": _diff, "average": _average}
-    return verbs[arguments.verb](arguments)
 
 
 def chosen(path: Path) -> Path:
@@ -82,16 +39,17 @@ def chosen(path: Path) -> Path:
     raise CheckpointError(*misnamed)
 
 
-def _list(arguments: argparse.Namespace) -> int:
+def list_checkpoints(run_directory: Path, *, as_json: bool = False) -> int:
+    """Print a run's checkpoints, newest first."""
     from megahybrid.checkpoint.folders import candidates
     from megahybrid.checkpoint.manifest import read_manifest
     from megahybrid.checkpoint.names import checkpoints_of
     from megahybrid.checkpoint.reader import quick_check
 
-    paths = candidates(arguments.run_directory)
+    paths = candidates(run_directory)
     if not paths:
         raise CheckpointError(
-            f"{checkpoints_of(arguments.run_directory)} holds no checkpoint. Name a run's folder."
+            f"{checkpoints_of(run_directory)} holds no checkpoint. Name a run's folder."
         )
     rows: list[dict[str, Any]] = []
     for path in paths:
@@ -101,7 +59,7 @@ def _list(arguments: argparse.Namespace) -> int:
             rows.append(row | _summary(read_manifest(path)))
         else:
             rows.append(row)
-    if arguments.json:
+    if as_json:
         print(json.dumps(rows, indent=2))
         return EXIT_DONE
     table = [("checkpoint", "tokens", "size", "ranks", "written (UTC)", "")]
@@ -118,10 +76,11 @@ def _list(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def show(checkpoint: Path, *, as_json: bool = False) -> int:
+    """Print what one checkpoint, or a run's newest one, holds."""
     from megahybrid.checkpoint.manifest import read_manifest
 
-    path = chosen(arguments.path)
+    path = chosen(checkpoint)
     manifest = read_manifest(path)
     facts = _summary(manifest)
     tensors: list[dict[str, Any]] = [
@@ -133,7 +92,7 @@ def _show(arguments: argparse.Namespace) -> int:
         }
         for name, tensor in manifest.tensors.items()
     ]
-    if arguments.json:
+    if as_json:
         whole = facts | {"path": str(path), "tensors": tensors, "config": manifest.config}
         print(json.dumps(whole, indent=2))
         return EXIT_DONE
@@ -168,14 +127,17 @@ def _show(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    """Every damaged one is told; the code is 2 when there is any."""
+def verify_checkpoints(place: Path, *, as_json: bool = False) -> int:
+    """Read every byte of a checkpoint, or of all that a run has.
+
+    Raises CheckpointError with a line for each that is damaged, when all are read.
+    """
     from megahybrid.checkpoint.folders import candidates
     from megahybrid.checkpoint.manifest import MANIFEST_NAME
     from megahybrid.checkpoint.reader import verify
 
-    single = (arguments.path / MANIFEST_NAME).exists()
-    paths = [arguments.path] if single else candidates(arguments.path) or [chosen(arguments.path)]
+    single = (place / MANIFEST_NAME).exists()
+    paths = [place] if single else candidates(place) or [chosen(place)]
     rows: list[dict[str, Any]] = []
     for path in paths:
         try:
@@ -185,7 +147,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         else:
             size = sum(record.bytes for record in manifest.files.values())
             rows.append({"path": str(path), "problem": None, "bytes": size})
-    if arguments.json:
+    if as_json:
         print(json.dumps(rows, indent=2))
     else:
         for row in rows:
@@ -198,14 +160,17 @@ def _verify(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _diff(arguments: argparse.Namespace) -> int:
+def diff(
+    first: Path, second: Path, *, moments: bool = False, rows: int = 20, as_json: bool = False
+) -> int:
+    """Print which parameters changed from the first to the second, and by how much."""
     from megahybrid.checkpoint.diff import difference
     from megahybrid.checkpoint.fragments import STATES
     from megahybrid.checkpoint.reader import Reader
 
-    with Reader(chosen(arguments.a)) as a, Reader(chosen(arguments.b)) as b:
-        found = difference(a, b, STATES if arguments.moments else ("weight",))
-    if arguments.json:
+    with Reader(chosen(first)) as a, Reader(chosen(second)) as b:
+        found = difference(a, b, STATES if moments else ("weight",))
+    if as_json:
         facts = [{"field": name, "a": old, "b": new} for name, old, new in found.facts]
         changes = [
             vars(change) | {"relative": _finite(change.relative)} for change in found.changes
@@ -221,25 +186,28 @@ def _diff(arguments: argparse.Namespace) -> int:
     changed = [change for change in found.changes if change.changed]
     print(f"{len(changed)} of {len(found.changes)} tensors differ")
     table = [("tensor", "state", "changed", "‖B-A‖/‖A‖", "max |B-A|")]
-    for change in changed[: arguments.rows]:
+    for change in changed[:rows]:
         share = f"{100 * change.changed / change.elements:.1f} %"
         table.append(
             (change.tensor, change.state, share, f"{change.relative:.3e}", f"{change.largest:.3e}")
         )
     if changed:
         _print(table, right=(2, 3, 4))
-    if len(changed) > arguments.rows:
-        print(f"and {len(changed) - arguments.rows} more (--rows)")
+    if len(changed) > rows:
+        print(f"and {len(changed) - rows} more (--rows)")
     return EXIT_DONE
 
 
-def _average(arguments: argparse.Namespace) -> int:
+def write_average(
+    checkpoints: Sequence[Path], out: Path, shares: Sequence[float] | None = None
+) -> int:
+    """Write the mean of several checkpoints' weights to the folder `out`."""
     from megahybrid.checkpoint.average import average
 
-    paths = [chosen(path) for path in arguments.paths]
-    result = average(paths, arguments.out, arguments.shares)
+    paths = [chosen(path) for path in checkpoints]
+    result = average(paths, out, shares)
     if result.path is None:
-        raise CheckpointError(f"--out={arguments.out} could not be written ({result.error}).")
+        raise CheckpointError(f"--out={out} could not be written ({result.error}).")
     print(f"{printable(str(result.path))}: the mean of {len(paths)} checkpoints' weights")
     return EXIT_DONE
 

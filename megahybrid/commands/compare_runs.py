@@ -71,7 +71,7 @@ def _named_parent(run: RunConfig) -> Parent | None:
 
 
 def _within(checkpoint: str, directory: Path) -> bool:
-    """Whether a checkpoint is one of the run in `directory`."""
+    """Return whether a checkpoint is one of the run in `directory`."""
     try:
         place = Path(checkpoint).resolve()
     except (OSError, ValueError, RuntimeError):  # no path at all: a NUL, a name too long, a circle

@@ -1,268 +1,196 @@
-"""`megahybrid data …`: everything heavy is imported inside the command that needs it."""
+"""`megahybrid data …`: a function for each command, and what it prints.
 
-import argparse
+Everything heavy is imported inside the command that needs it.
+"""
+
 import os
 import shlex
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from megahybrid.commands.data_texts import gather, tokenize_texts, tokenizer
+from megahybrid.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from megahybrid.data_prep.merge import Split
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the chosen command; returns the exit code. MegahybridError is the caller's to show."""
+def data(command: str, **given: Any) -> int:
+    """Run the command of this name on what was given; return the exit code. Raises MegahybridError,
+    one line, for whatever the user can mend."""
     from megahybrid.data_prep.given_paths import check_paths
     from megahybrid.errors import DataError, from_os_error
 
-    command = {
-        "gather-stdlib": _gather,
-        "tokenizer": _tokenizer,
-        "tokenize": _tokenize,
-        "pack": _pack,
-        "merge": _merge,
-        "shuffle": _shuffle,
-        "split": _shuffle,
-        "import": _import,
-        "export": _export,
-        "verify": _verify,
-        "inspect": _inspect,
-        "audit": _audit,
-    }[args.data_command]
     try:
-        check_paths(args)
-        command(args)
+        check_paths(command, given)
+        COMMANDS[command](**given)
     except OSError as error:
         if error.filename is None:
-            error.filename = getattr(args, "output", args.data_command)
+            error.filename = given.get("output", command)
         raise from_os_error(error) or DataError(
             f"{error.filename} failed ({error.strerror or error}). Correct the path, then call the "
             "command again."
         ) from None
-    return 0
+    return EXIT_DONE
 
 
-def _gather(args: argparse.Namespace) -> None:
-    from megahybrid.data_prep.gather_stdlib import gather_stdlib
-
-    documents, size = gather_stdlib(args.output)
-    print(f"{args.output}: {documents:,} documents, {size / 1e6:.1f} MB")
-
-
-def _tokenizer(args: argparse.Namespace) -> None:
-    from megahybrid.errors import DataError
-
-    special = {"report": _tokenizer_report, "adopt": _tokenizer_adopt}.get(args.inputs[0])
-    if special is not None and not os.path.exists(args.inputs[0]):
-        special(args)
-        return
-    for name in ("output", "vocab_size"):
-        if getattr(args, name) is None:
-            raise DataError(f"--{name.replace('_', '-')} is missing. See `data tokenizer --help`.")
-    from megahybrid.data_prep.vocabulary import train_tokenizer
-
-    info = train_tokenizer(
-        args.inputs,
-        args.output,
-        args.vocab_size,
-        kind=args.kind,
-        sample_bytes=args.sample_mib * 2**20,
-        seed=args.seed,
-        text_field=args.field,
-        format=args.format,
-        pattern=args.glob,
-        special_tokens=args.special_token,
-        weights=args.weight,
-        digits_apart=args.digits == "apart",
-        space_runs=args.spaces == "runs",
-        print_line=print,
-    )
-    print(
-        f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
-        f"sha256 {info.sha256[:12]}"
-    )
-
-
-def _tokenizer_report(args: argparse.Namespace) -> None:
-    from megahybrid.data_prep.tokenizer_report import print_report, report
-    from megahybrid.errors import DataError
-
-    _, *inputs = args.inputs
-    if len(inputs) < 2:
-        raise DataError("tokenizer report needs a tokenizer and inputs. Name both.")
-    sources, used = report(
-        inputs[0],
-        inputs[1:],
-        against=args.against,
-        eod=args.eod,
-        sample_bytes=args.sample_mib * 2**20,
-        seed=args.seed,
-        text_field=args.field,
-        format=args.format,
-        pattern=args.glob,
-        print_line=print,
-    )
-    print_report(inputs[0], sources, used, against=args.against, eod=args.eod)
-
-
-def _tokenizer_adopt(args: argparse.Namespace) -> None:
-    from megahybrid.data_prep.tokenizer_report import adopt
-    from megahybrid.errors import DataError
-
-    if len(args.inputs) != 2 or not args.output:
-        raise DataError("tokenizer adopt needs one tokenizer and --output. Name both.")
-    info, changed = adopt(args.inputs[1], args.output, args.eod)
-    print(
-        f"{args.output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
-        f"sha256 {info.sha256[:12]}"
-    )
-    for text in changed:
-        print(f"not lossless: {text!r} does not decode to itself")
-
-
-def _tokenize(args: argparse.Namespace) -> None:
-    from megahybrid.data_prep.tokenize import tokenize
-
-    report = tokenize(
-        args.inputs,
-        args.tokenizer,
-        args.output,
-        held_out=args.held_out,
-        longest=args.longest,
-        deduplicate=args.deduplicate,
-        seed=args.seed,
-        text_field=args.field,
-        format=args.format,
-        kept=args.keep,
-        pattern=args.glob,
-        eod=args.eod,
-        workers=args.workers,
-        memory_bytes=args.memory_mib * 2**20,
-        shard_tokens=args.shard_tokens,
-        max_bad_fraction=args.max_bad_fraction,
-        quiet=not sys.stderr.isatty(),
-        print_line=print,
-    )
-    for part, documents in report.documents.items():
-        print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
-    if report.duplicates:
-        print(f"{report.duplicates:,} copies of documents left out")
-    if report.kept:
-        told = ", ".join(f"{name} of {count:,} rows" for name, count in report.kept.items())
-        print(f"kept beside the tokens: {told}")
-    if report.loss.empty:
-        print(f"{report.loss.empty:,} documents without text left out")
-    if report.bad:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.bad.items())
-        count = sum(report.bad.values())
-        # How much a file was cut by, nothing in it may say.
-        least = "at least " if any(reason.startswith("truncated") for reason in report.bad) else ""
-        print(f"{report.output}/quarantine.jsonl: {count:,} bad ({reasons})")
-        print(f"lost: {least}{report.loss}")
-
-
-def _pack(args: argparse.Namespace) -> None:
+def pack_rows(
+    *,
+    path: str,
+    output: str,
+    length: int,
+    method: Literal["best_fit", "stream"],
+    min_document_tokens: int,
+    max_document_tokens: int | None,
+    vocab_size: int | None,
+) -> None:
+    """Make rows of whole documents for one length."""
     from megahybrid.data_prep.pack import pack
 
-    passes = 2 if args.method == "best_fit" else 1
-    with _bar("pack", [args.path], passes, args.vocab_size) as progress:
+    passes = 2 if method == "best_fit" else 1
+    with _bar("pack", [path], passes, vocab_size) as progress:
         info = pack(
-            args.path,
-            args.output,
-            args.length,
-            method=args.method,
-            min_document_tokens=args.min_document_tokens,
-            max_document_tokens=args.max_document_tokens,
-            vocab_size=args.vocab_size,
+            path,
+            output,
+            length,
+            method=method,
+            min_document_tokens=min_document_tokens,
+            max_document_tokens=max_document_tokens,
+            vocab_size=vocab_size,
             command=_command(),
             progress=progress,
         )
     print(
-        f"{args.output}: {info.rows:,} rows of {info.length:,}, {info.fill:.2%} full, "
+        f"{output}: {info.rows:,} rows of {info.length:,}, {info.fill:.2%} full, "
         f"{info.documents:,} documents, {info.tokens:,} tokens, "
         f"{info.entries - info.documents:,} cuts"
     )
 
 
-def _merge(args: argparse.Namespace) -> None:
+def merge(*, paths: list[str], output: str, shard_tokens: int) -> None:
+    """Make one dataset of several, in their order."""
     from pathlib import Path
 
     from megahybrid.data_prep.rewrite import merge_datasets
 
-    with _bar("merge", args.paths) as progress:
+    with _bar("merge", paths) as progress:
         made = merge_datasets(
-            args.paths,
-            Path(args.output),
-            shard_tokens=args.shard_tokens,
+            paths,
+            Path(output),
+            shard_tokens=shard_tokens,
             command=_command(),
             progress=progress,
         )
-    print(f"{args.output}: {made.documents:,} documents, {made.tokens:,} tokens")
+    print(f"{output}: {made.documents:,} documents, {made.tokens:,} tokens")
 
 
-def _shuffle(args: argparse.Namespace) -> None:
+def shuffle(
+    *, paths: list[str], output: str, seed: int, memory_mib: int, shard_tokens: int
+) -> None:
+    """Write the documents of datasets in a keyed random order."""
+    _reorder("shuffle", paths, output, seed, memory_mib, shard_tokens, None)
+
+
+def split(
+    *,
+    paths: list[str],
+    output: str,
+    seed: int,
+    memory_mib: int,
+    shard_tokens: int,
+    held_out: float,
+    longest: int,
+    deduplicate: bool,
+) -> None:
+    """Write a dataset in parts, by hash of the documents."""
+    from megahybrid.data_prep.merge import Split
+
+    parts = Split(held_out, longest, deduplicate)
+    _reorder("split", paths, output, seed, memory_mib, shard_tokens, parts)
+
+
+def _reorder(
+    name: str,
+    paths: list[str],
+    output: str,
+    seed: int,
+    memory_mib: int,
+    shard_tokens: int,
+    parts: "Split | None",
+) -> None:
     from pathlib import Path
 
-    from megahybrid.data_prep.merge import Split
     from megahybrid.data_prep.rewrite import shuffle_datasets
 
-    split = None
-    if args.data_command == "split":
-        split = Split(args.held_out, args.longest, args.deduplicate)
-    with _bar(args.data_command, args.paths, 2) as progress:
+    with _bar(name, paths, 2) as progress:
         made = shuffle_datasets(
-            args.paths,
-            Path(args.output),
-            seed=args.seed,
-            split=split,
-            shard_tokens=args.shard_tokens,
-            memory_bytes=args.memory_mib * 2**20,
+            paths,
+            Path(output),
+            seed=seed,
+            split=parts,
+            shard_tokens=shard_tokens,
+            memory_bytes=memory_mib * 2**20,
             command=_command(),
             progress=progress,
         )
     for part, manifest in made.items():
-        name = args.output if split is None else f"{args.output}/{part}"
-        print(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+        where = output if parts is None else f"{output}/{part}"
+        print(f"{where}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
 
 
-def _import(args: argparse.Namespace) -> None:
+def import_files(
+    *,
+    path: str,
+    output: str,
+    tokenizer: str | None,
+    eod: str | None,
+    vocab_size: int | None,
+    eod_id: int | None,
+    shard_tokens: int,
+) -> None:
+    """Make a dataset of plain Megatron files, with a manifest."""
     from pathlib import Path
 
-    from megahybrid.config.base import parse
+    from megahybrid.config.parsing import parse
     from megahybrid.data.manifest import TokenizerInfo
     from megahybrid.data.tokenizer import load_tokenizer
     from megahybrid.data_prep.rewrite import import_dataset
     from megahybrid.errors import DataError
 
-    if args.tokenizer:
-        info = load_tokenizer(args.tokenizer, args.eod).info
-    elif args.vocab_size is None or args.eod_id is None:
+    if tokenizer:
+        info = load_tokenizer(tokenizer, eod).info
+    elif vocab_size is None or eod_id is None:
         raise DataError(
             "--tokenizer is missing (or --vocab-size and --eod-id, where the tokenizer is not at "
             "hand). Name the one that made the ids."
         )
     else:
-        given = {"vocab_size": args.vocab_size, "eod_id": args.eod_id}
+        given = {"vocab_size": vocab_size, "eod_id": eod_id}
         info = parse(TokenizerInfo, {"kind": "unknown", "sha256": ""} | given)
-    with _bar("import", [args.path], 1, info.vocab_size) as progress:
+    with _bar("import", [path], 1, info.vocab_size) as progress:
         made = import_dataset(
-            args.path,
-            Path(args.output),
+            path,
+            Path(output),
             info,
-            shard_tokens=args.shard_tokens,
+            shard_tokens=shard_tokens,
             command=_command(),
             progress=progress,
         )
-    print(f"{args.output}: {made.documents:,} documents, {made.tokens:,} tokens")
+    print(f"{output}: {made.documents:,} documents, {made.tokens:,} tokens")
 
 
-def _export(args: argparse.Namespace) -> None:
+def export_files(*, path: str, prefix: str, vocab_size: int | None) -> None:
+    """Write one .bin and .idx that Megatron reads."""
     from pathlib import Path
 
     from megahybrid.data_prep.rewrite import export_dataset
 
-    with _bar("export", [args.path], 1, args.vocab_size) as progress:
+    with _bar("export", [path], 1, vocab_size) as progress:
         documents, tokens = export_dataset(
-            args.path, Path(args.prefix), vocab_size=args.vocab_size, progress=progress
+            path, Path(prefix), vocab_size=vocab_size, progress=progress
         )
-    print(f"{args.prefix}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+    print(f"{prefix}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
 
 
 def _bar(name: str, paths: list[str], passes: int = 1, vocab_size: int | None = None) -> Any:
@@ -279,36 +207,48 @@ def _command() -> str:
     return shlex.join(["megahybrid", *sys.argv[1:]])
 
 
-def _verify(args: argparse.Namespace) -> None:
+def verify(*, path: str, vocab_size: int | None) -> None:
+    """Read every byte of a dataset and compare it with the checksums."""
     from megahybrid.data.verify import verify_dataset
 
-    with _bar("verify", [args.path], 1, args.vocab_size) as progress:
-        dataset = verify_dataset(args.path, vocab_size=args.vocab_size, progress=progress)
+    with _bar("verify", [path], 1, vocab_size) as progress:
+        dataset = verify_dataset(path, vocab_size=vocab_size, progress=progress)
     print(
-        f"{args.path}: good. {len(dataset.shards)} shards, {dataset.documents:,} documents, "
+        f"{path}: good. {len(dataset.shards)} shards, {dataset.documents:,} documents, "
         f"{dataset.tokens:,} tokens"
     )
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def inspect(
+    *,
+    path: str,
+    vocab_size: int | None,
+    tokenizer: str | None,
+    documents: int,
+    picture: str | None,
+    step: int,
+    stage: str | None,
+    rows: int,
+) -> None:
+    """Show what a dataset, or one step of a run, holds."""
     from megahybrid.data_prep.given_paths import check_picture
 
-    path = args.path
-    check_picture(args.picture)
+    check_picture(picture)
     if path.endswith((".yaml", ".yml")) or os.path.exists(os.path.join(path, "config.yaml")):
         from megahybrid.data_prep.show_batch import show_batch
 
-        show_batch(path, args.stage, args.step, args.rows, args.tokenizer, args.picture)
+        show_batch(path, stage, step, rows, tokenizer, picture)
         return
     from megahybrid.data_prep.inspect_dataset import inspect_dataset
 
-    inspect_dataset(path, args.vocab_size, args.tokenizer, args.documents, args.picture)
+    inspect_dataset(path, vocab_size, tokenizer, documents, picture)
 
 
-def _audit(args: argparse.Namespace) -> None:
+def audit_run(*, run_directory: str, other: str | None) -> None:
+    """Prove from a run's ledger which tokens it has read."""
     from megahybrid.data_prep.trace import audit, first_difference
 
-    audits = [audit(path) for path in (args.run_directory, args.other) if path]
+    audits = [audit(path) for path in (run_directory, other) if path]
     for found in audits:
         print(
             f"{found.run}: the ledger's {found.steps:,} steps"
@@ -333,3 +273,19 @@ def _audit(args: argparse.Namespace) -> None:
                 "Both runs have read the same tokens in the same order in steps "
                 f"{min(common):,} to {max(common):,}."
             )
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "gather-stdlib": gather,
+    "tokenizer": tokenizer,
+    "tokenize": tokenize_texts,
+    "pack": pack_rows,
+    "merge": merge,
+    "shuffle": shuffle,
+    "split": split,
+    "import": import_files,
+    "export": export_files,
+    "verify": verify,
+    "inspect": inspect,
+    "audit": audit_run,
+}

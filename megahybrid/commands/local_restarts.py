@@ -16,7 +16,7 @@ FINAL = (EXIT_DONE, EXIT_USER_MISTAKE, EXIT_RESUME, EXIT_DO_NOT_RESTART)
 
 
 def forget_requests(directory: Path) -> None:
-    """What was asked of an earlier attempt is not asked of this one."""
+    """Remove requests to an earlier attempt: they are not for this one."""
     clear(directory)
     for name in (STOP_NOW, SAVE_NOW):
         with contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ from megahybrid.train.out_of_memory import is_out_of_memory
 def on_tensor_ranks(
     work: Callable[[ParallelMesh], int], tensor: int | None, device: str, command: Sequence[str]
 ) -> int:
-    """What `work` returns on a mesh of `tensor` ranks (None: of this process alone).
+    """Return what `work` does on a mesh of `tensor` ranks (None: of this process alone).
 
     Where no launcher has started this process, `megahybrid *command` is started as so many ranks of
     this machine. Raises ConfigError where a launcher has started another number.
@@ -46,7 +46,7 @@ def on_tensor_ranks(
 
 
 def _within_memory(work: Callable[[ParallelMesh], int], mesh: ParallelMesh) -> int:
-    """What `work` returns. Raises MegahybridError where `mesh` has too little memory for it."""
+    """Return what `work` does. Raises MegahybridError where `mesh` has too little memory for it."""
     try:
         return work(mesh)
     except (RuntimeError, MemoryError) as error:

@@ -32,12 +32,12 @@ def train(
     processes: int | None,
     allow: Sequence[str] = (),
     max_restarts: int = 0,
-    track: Any = None,
+    tables: bool = False,
 ) -> int:
     """Train as one rank if a launcher started us, else start `processes` ranks here and wait.
 
     `allow` names fields that may differ from those the run began with; `max_restarts` is how often
-    ranks that failed or hang are started again; `track` makes tables and pictures for wandb.
+    ranks that failed or hang are started again; `tables` makes tables and pictures for wandb.
     """
     run = load(run_file, overrides)
     directory = run.run_directory(run_file)
@@ -49,7 +49,7 @@ def train(
                 f"--processes={processes} starts ranks on this machine, but {place.source} has "
                 f"started {place.world_size} already. Leave --processes out."
             )
-        return _rank(run, directory, place, allow, track)
+        return _rank(run, directory, place, allow, tables)
     if max_restarts < 0:
         raise ConfigError(f"--max-restarts={max_restarts} is no number of restarts. Use 0 or more.")
     if processes is not None and processes < 1:
@@ -66,7 +66,7 @@ def train(
 
     if processes == 1 and not max_restarts:
         forget_requests(directory)
-        return _rank(run, directory, None, allow, track)
+        return _rank(run, directory, None, allow, tables)
     named = [word for name in allow for word in ("--allow", name)]
     command = ["-m", "megahybrid", "train", str(run_file), *overrides, *named]
     return train_local(command, processes, directory, max_restarts)
@@ -96,7 +96,7 @@ def _default_processes(run: RunConfig) -> int:
 
 
 def _rank(
-    run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequence[str], track: Any
+    run: RunConfig, directory: Path, place: Rendezvous | None, allow: Sequence[str], tables: bool
 ) -> int:
     """One rank from rendezvous to the end; every failure is told in one line, last of all."""
     from megahybrid.parallel.local_launch import (
@@ -121,7 +121,7 @@ def _rank(
     consequence = False
     try:
         heartbeat.start()
-        code, message = _attempt(run, directory, allow, heartbeat, track), _stopped(directory)
+        code, message = _attempt(run, directory, allow, heartbeat, tables), _stopped(directory)
         shutdown_distributed(ok=True)
         if code == EXIT_DONE:
             heartbeat.end(code)
@@ -150,7 +150,7 @@ def _rank(
 
 
 def _flush() -> None:
-    """What was printed, as far as it can be: a full disk under it must not change the exit code."""
+    """Write out what was printed; a full disk under it must not change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -160,12 +160,12 @@ def _flush() -> None:
 
 
 def _logs(directory: Path) -> Path:
-    """Where the logs of this attempt lie: our batch job has a folder for each."""
+    """Return the folder of this attempt's logs: our batch job has one for each."""
     return Path(os.environ.get(LOGS) or directory / "logs")
 
 
 def _attempt(
-    run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: Heartbeat, track: Any
+    run: RunConfig, directory: Path, allow: Sequence[str], heartbeat: Heartbeat, tables: bool
 ) -> int:
     from megahybrid.parallel.allocator import expandable_segments
     from megahybrid.parallel.mesh import ParallelMesh, initialise_distributed
@@ -182,14 +182,14 @@ def _attempt(
         _open_log(directory / "logs", world.rank)
     mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)
     return run_attempt(
-        run, directory, mesh, lambda: _listeners(run, directory, track), stop, heartbeat, allow
+        run, directory, mesh, lambda: _listeners(run, directory, tables), stop, heartbeat, allow
     )
 
 
 def _explain(
     error: Exception, run: RunConfig, rank: int, world_size: int, directory: Path
 ) -> tuple[str, int]:
-    """What ended a rank in one line, and the exit code for it."""
+    """Return what ended a rank in one line, and the exit code for it."""
     if isinstance(error, MegahybridError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
@@ -243,7 +243,14 @@ def _open_log(logs: Path, rank: int) -> None:
     os.close(descriptor)
 
 
-def _listeners(run: RunConfig, directory: Path, track: Any) -> Any:
+def _track(directory: Path, suite: str | None, step: int) -> Any:
+    """Tables and pictures for wandb: training knows nothing of the report, which draws them."""
+    from megahybrid.report.tracker_page import tracked
+
+    return tracked(directory, suite, step)
+
+
+def _listeners(run: RunConfig, directory: Path, tables: bool) -> Any:
     from rich.console import Console as RichConsole
 
     from megahybrid.config.counting import flops_per_token
@@ -264,6 +271,7 @@ def _listeners(run: RunConfig, directory: Path, track: Any) -> Any:
         log = open(directory / "logs" / "rank-0000.log", "a", buffering=1)  # noqa: SIM115 (held for the run)
         listeners.append(Console(RichConsole(file=log, width=160), cost_per_token=cost))
     if run.log.wandb != "off":
+        track = _track if tables else None
         listeners.append(WandbListener(run.log.wandb, run.log.wandb_project, track=track))
     if run.log.tensorboard:
         listeners.append(TensorBoardListener())

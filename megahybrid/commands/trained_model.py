@@ -18,6 +18,7 @@ from megahybrid.config.training import KernelConfig
 from megahybrid.config.yaml_file import apply_overrides
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel import matmul
 from megahybrid.parallel.collectives import on_first
@@ -51,7 +52,7 @@ class TrainedModel:
 
     @property
     def precision(self) -> str:
-        """Of weights and activations here: fp32 or bf16."""
+        """The precision of weights and activations here: fp32 or bf16."""
         return "bf16" if self.model.final_norm.weight.dtype == torch.bfloat16 else "fp32"
 
 
@@ -103,14 +104,15 @@ def _check_degree(model: ModelConfig, tensor: int) -> None:
 def _build(
     run: RunConfig, plan: LayerPlan, mesh: ParallelMesh, dtype: torch.dtype, train_state: dict
 ) -> Transformer:
-    saved = train_state.get("kernels") or {}
+    saved = ChosenKernels.from_json(train_state.get("kernels"))
     # Kernels that a run names for its GPUs are no wish for another kind of device.
-    wanted = run.kernels if saved.get("device") == mesh.device.type else KernelConfig()
+    same_device = saved is not None and saved.device == mesh.device.type
+    wanted = run.kernels if same_device else KernelConfig()
     chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved)
-    if "products" in chosen:
-        matmul.use(chosen["products"])
-    kernels = ["full" if scheme.window is None else "windowed" for scheme in plan.expand()]
-    model = Transformer(run.model, mesh, plan=plan, kernels=[chosen[kind] for kind in kernels])
+    if chosen.products is not None:
+        matmul.use(chosen.products)
+    kernels = [chosen.of(scheme) for scheme in plan.expand()]
+    model = Transformer(run.model, mesh, plan=plan, kernels=kernels)
     return model.to(dtype)
 
 

@@ -1,6 +1,8 @@
 """What a run is: frozen values, read from YAML and checked before anything expensive starts."""
 
-from megahybrid.config.base import dump, dump_yaml, load, parse, parse_json
+from megahybrid.config.base import dump, dump_yaml
+from megahybrid.config.loader import load
+from megahybrid.config.parsing import parse, parse_json
 from megahybrid.config.run import RunConfig
 
 __all__ = ["RunConfig", "dump", "dump_yaml", "load", "parse", "parse_json"]

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from megahybrid.config import limits
-from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few, parse
+from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few
+from megahybrid.config.parsing import parse
 from megahybrid.config.scaling import Array, Scaling, plain_frequencies
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError

@@ -1,4 +1,4 @@
-"""The base of every config value, and the way in and out of YAML: `load`, `parse`, `dump`.
+"""The base of every config value, and its way out as plain values and YAML: `dump`, `dump_yaml`.
 
 Values are frozen and complete. Types are strict: text is never read as a number and a boolean is
 never an integer. A validator that refuses writes its message as it would follow the dotted path of
@@ -7,29 +7,20 @@ its own value: "theta=1 is ..." inside a Rope becomes "model....position.theta=1
 
 import difflib
 import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, overload
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-
-if TYPE_CHECKING:
-    from megahybrid.config.run import RunConfig
-
-Value = TypeVar("Value", bound=BaseModel)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 # Names of stages, schemes and sources are parts of dotted paths and of file names.
 NAME = r"^[A-Za-z0-9_-]{1,100}$"
 LONGEST_NAME, MOST_CANDIDATES = 100, 200
 Name = Annotated[str, StringConstraints(pattern=NAME)]
+
+# What ends up in a line of its own must not end that line.
+LINE = r"^[^\n\r\x00]+$"
+JOB_NAME = r"^[^\n\r\x00]{1,200}$"
+TIME_LIMIT = r"^(\d{1,4}-)?\d{1,7}(:\d{2}){0,2}$"
 
 # Numbers of files: what is beyond an int64 with room to add is damage, whatever it counts.
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -75,79 +66,6 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
         return ""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
-
-
-@overload
-def load(path: str | Path, overrides: Sequence[str] = ()) -> "RunConfig": ...
-@overload
-def load(path: str | Path, overrides: Sequence[str] = (), *, type: type[Value]) -> Value: ...
-def load(
-    path: str | Path, overrides: Sequence[str] = (), *, type: type[BaseModel] | None = None
-) -> BaseModel:
-    """The value a YAML file says: its includes in order, the file itself, then `key.sub=value`.
-
-    `type` is the class to read, RunConfig when left out. Raises ConfigError, one line per mistake.
-    """
-    from megahybrid.config.yaml_file import apply_overrides, read_tree
-
-    if type is None:
-        from megahybrid.config.run import RunConfig
-
-        type = RunConfig
-    return parse(type, apply_overrides(read_tree(Path(path)), overrides))
-
-
-def parse(type: type[Value], plain: Any, where: str = "") -> Value:
-    """The value of class `type` that plain dicts, lists and scalars say.
-
-    `where` is the dotted path of `plain`. Raises ConfigError, one line per mistake.
-    """
-    from megahybrid.config.explain import explain, too_large
-    from megahybrid.errors import ConfigError
-
-    line = too_large(plain, where)
-    if line is not None:
-        raise ConfigError(line)
-    try:
-        return type.model_validate(plain)
-    except ValidationError as error:
-        lines = explain(error, type, plain, where)
-    raise ConfigError(*lines)
-
-
-def parse_json(type: type[Value], text: str | bytes) -> Value:
-    """The value that `value.model_dump_json()` wrote: JSON has no integer keys, so they come back
-    from text."""
-    return type.model_validate_json(text)
-
-
-def read_record(type: type[Value], raw: bytes) -> Value:
-    """The record that JSON says. Raises ConfigError, one line per mistake; ValueError and
-    RecursionError for what is no JSON."""
-    from megahybrid.config.explain import explain
-    from megahybrid.errors import ConfigError
-
-    plain = json.loads(raw)
-    try:
-        return type.model_validate_json(raw)
-    except ValidationError as error:
-        lines = explain(error, type, plain)
-    raise ConfigError(*lines)
-
-
-def first_fault(error: ValueError, type: type[BaseModel], plain: Any, where: str = "") -> str:
-    """The first thing that `parse_json` found wrong with `plain`, in one line without advice, and
-    how many more there are."""
-    from megahybrid.config.explain import explain
-    from megahybrid.printable import shortened
-
-    if isinstance(error, ValidationError):
-        lines = explain(error, type, plain, where)
-    else:
-        lines = [str(error).splitlines()[0]]
-    more = f" (and {len(lines) - 1} more such faults)" if len(lines) > 1 else ""
-    # What to do about a value of a run file is nothing to do about a file that we wrote.
-    return shortened(lines[0].rsplit(". ", 1)[0], 300).removesuffix(".") + more
 
 
 def dump(value: BaseModel) -> dict[str, Any]:

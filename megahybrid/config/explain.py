@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megahybrid.config.base import NAME, did_you_mean
+from megahybrid.config.base import JOB_NAME, LINE, NAME, TIME_LIMIT, did_you_mean
 from megahybrid.config.limits import BEYOND
-from megahybrid.config.site import JOB_NAME, LINE, TIME_LIMIT
 from megahybrid.printable import printable, shortened
 
 # A file that is not ours, named by mistake, is not printed: so many lines tell of it, and so many

@@ -11,6 +11,7 @@ from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import Frozen
+from megahybrid.config.check import problems
 from megahybrid.config.data import DataConfig
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
@@ -23,6 +24,7 @@ from megahybrid.config.training import (
     OptimizerConfig,
     StartConfig,
 )
+from megahybrid.errors import ConfigError
 
 
 class RunConfig(Frozen):
@@ -125,9 +127,6 @@ class RunConfig(Frozen):
 
         `world_size` is the number of ranks; None leaves out what only it can tell.
         """
-        from megahybrid.config.check import problems
-        from megahybrid.errors import ConfigError
-
         lines = problems(self, world_size)
         if lines:
             raise ConfigError(*lines)

@@ -7,13 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from megahybrid.config import limits
-from megahybrid.config.base import Frozen, Name, did_you_mean, load
+from megahybrid.config.base import JOB_NAME, LINE, TIME_LIMIT, Frozen, Name, did_you_mean
+from megahybrid.config.loader import load
 from megahybrid.errors import ConfigError
 
-# What ends up in a line of its own must not end that line.
-LINE = r"^[^\n\r\x00]+$"
-JOB_NAME = r"^[^\n\r\x00]{1,200}$"
-TIME_LIMIT = r"^(\d{1,4}-)?\d{1,7}(:\d{2}){0,2}$"
 Line = Annotated[str, StringConstraints(pattern=LINE)]
 JobName = Annotated[str, StringConstraints(pattern=JOB_NAME)]
 TimeLimit = Annotated[str, StringConstraints(pattern=TIME_LIMIT)]

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from megahybrid.config.base import Count, Crc32, Positive, Record, read_record
+from megahybrid.config.base import Count, Crc32, Positive, Record
+from megahybrid.config.parsing import read_record
 from megahybrid.errors import ConfigError, DataError, first_line
 from megahybrid.plain_file import read_plain_file
 from megahybrid.printable import shortened

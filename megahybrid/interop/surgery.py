@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope
-from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig, rotation_problems
+from megahybrid.config.parsing import parse
 from megahybrid.config.yaml_file import read_tree
 from megahybrid.errors import ConfigError
 from megahybrid.interop.model_card import scheme_in_words

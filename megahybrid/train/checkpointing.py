@@ -1,4 +1,4 @@
-"""What a run saves, which of its checkpoints stay, and what it tells of them."""
+"""The checkpoints of a run: what they hold, which of them stay, and the events they make."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from megahybrid.checkpoint.saver import Saver
 from megahybrid.checkpoint.writer import SaveResult, Snapshot
 from megahybrid.config import RunConfig, dump
 from megahybrid.errors import StorageError
-from megahybrid.ledger import LEDGER_NAME, EvaluateEvent, SaveEvent, read_ledger
+from megahybrid.ledger import LEDGER_NAME, EvaluateEvent, EventSink, SaveEvent, read_ledger
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.parallel.collectives import gather_objects
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.engine import Engine
-from megahybrid.train.listeners import Listeners
 from megahybrid.train.state import TrainState
 
 
@@ -28,8 +28,8 @@ def ranks_of(mesh: ParallelMesh) -> Ranks:
 class RunSaver:
     """The checkpoints of one attempt at a run. Its methods are collective.
 
-    `train_state` is kept in each beside the state and the schemes of its last step: the kernels
-    chosen, the parent of a branch. `held` is the step and folder of a checkpoint that is there.
+    Each keeps the `parent` of a branch. `held` is the step and folder of a checkpoint that is
+    there.
     """
 
     def __init__(
@@ -37,34 +37,34 @@ class RunSaver:
         run: RunConfig,
         directory: Path,
         mesh: ParallelMesh,
-        listeners: Listeners,
+        tell: EventSink,
         owner: RunLock | None,
-        train_state: dict[str, Any],
+        parent: dict[str, Any] | None = None,
         held: tuple[int, Path] | None = None,
     ) -> None:
         self._run = run
         self._directory = directory
-        self._listeners = listeners
-        self._train_state = train_state
+        self._tell = tell
+        self._parent = parent
         self._held = held
         self._scores = _scores(run, directory) if mesh.rank == 0 else {}
         self._check = None if owner is None else owner.check
-        self._saver = Saver(directory, ranks_of(mesh), self._tell, self._check)
+        self._saver = Saver(directory, ranks_of(mesh), self._report, self._check)
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState, kernels: ChosenKernels) -> None:
         """Begin a checkpoint, or write it where saving is not asynchronous. A failure is told."""
         if self._run.checkpoint.asynchronous:
-            self._saver.start(*self._snapshot(engine, state))
+            self._saver.start(*self._snapshot(engine, state, kernels))
         else:
-            self._saver.save(*self._snapshot(engine, state))
+            self._saver.save(*self._snapshot(engine, state, kernels))
 
-    def save_and_wait(self, engine: Engine, state: TrainState) -> Path:
+    def save_and_wait(self, engine: Engine, state: TrainState, kernels: ChosenKernels) -> Path:
         """Write a checkpoint that the run cannot go on without, unless this step's is there
         already. Raises StorageError: what a disk refuses now it may take in the next attempt."""
         self.finish()
         if self._held is not None and self._held[0] == state.step:
             return self._held[1]
-        result = self._saver.save(*self._snapshot(engine, state))
+        result = self._saver.save(*self._snapshot(engine, state, kernels))
         if result.path is None:
             raise StorageError(
                 f"directory={self._directory} could not take the checkpoint of step {result.step} "
@@ -88,8 +88,13 @@ class RunSaver:
         if (name, rows) == (self._run.checkpoint.keep_best, "stream") and loss is not None:
             self._scores[step] = loss
 
-    def _snapshot(self, engine: Engine, state: TrainState) -> tuple[Snapshot, Retention]:
+    def _snapshot(
+        self, engine: Engine, state: TrainState, kernels: ChosenKernels
+    ) -> tuple[Snapshot, Retention]:
         engine.align_replicas()
+        train_state = state.to_json() | {"kernels": kernels.to_json()}
+        if self._parent is not None:
+            train_state["parent"] = self._parent
         snapshot = Snapshot(
             step=state.step,
             tokens=state.tokens,
@@ -97,16 +102,16 @@ class RunSaver:
             model_fingerprint=model_fingerprint(self._run.model),
             tensors=engine.tensors,
             fragments=list(engine.fragments()),
-            train_state=state.to_json() | self._train_state | schemes_of(self._run, state.tokens),
+            train_state=train_state | schemes_of(self._run, state.tokens),
             config=_json(dump(self._run)),
         )
         keep = self._run.checkpoint
         return snapshot, Retention(keep.keep_last, keep.keep_every_steps, dict(self._scores))
 
-    def _tell(self, result: SaveResult) -> None:
+    def _report(self, result: SaveResult) -> None:
         if result.path is not None:
             self._held = result.step, result.path
-        self._listeners.on_event(
+        self._tell(
             SaveEvent(
                 ok=result.ok,
                 saved_step=result.step,
@@ -123,13 +128,13 @@ class RunSaver:
 
 
 def schemes_of(run: RunConfig, tokens: int) -> dict[str, Any]:
-    """What a checkpoint says of the layers of the step that wrote it: {"schemes": by name}."""
+    """Return {"schemes": by name}, the layers of the step that wrote a checkpoint."""
     plan = run.plan_after(tokens)
     return {"schemes": {name: dump(scheme) for name, scheme in plan.schemes.items()}}
 
 
 def _scores(run: RunConfig, directory: Path) -> dict[int, float]:
-    """By step, what earlier attempts scored on the set of checkpoint.keep_best."""
+    """Return the losses of earlier attempts on the set of checkpoint.keep_best, by step."""
     path, name = directory / LEDGER_NAME, run.checkpoint.keep_best
     if name is None or not path.exists():
         return {}

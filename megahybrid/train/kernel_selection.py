@@ -1,7 +1,8 @@
-"""What a stage computes with: attention kernels and compiled blocks, chosen by measurement."""
+"""Kernels of a stage, chosen by measurement: attention, blocks, and on a CPU products."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megahybrid.model.kernels.choice import (
     measure,
     why_it_failed,
 )
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.recompute import run_block
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.parallel import matmul
@@ -37,8 +39,8 @@ from megahybrid.train.stage_model import compiled_whole, head_shape
 
 
 def choose_kernels(
-    run: RunConfig, index: int, mesh: ParallelMesh, chosen: dict[str, str], tell: EventSink
-) -> dict[str, str]:
+    run: RunConfig, index: int, mesh: ParallelMesh, chosen: ChosenKernels, tell: EventSink
+) -> ChosenKernels:
     """`chosen` (see `resolve_kernels`) with what stage `index` has by measurement; collective.
 
     Nothing is measured where the run file names a kernel, where a checkpoint's choice was measured
@@ -46,10 +48,10 @@ def choose_kernels(
     all: ranks with different kernels would not be replicas of each other.
     """
     length = max(run.stages[index].lengths)
-    if chosen.get("length") == str(length):
+    if chosen.length == length:
         return chosen
     if mesh.device.type == "cuda":
-        found = on_first(mesh.world, lambda: _measured(run, index, length, mesh))
+        found = on_first(mesh.world, lambda: _measured(run, index, length, mesh, chosen))
     elif asked := cpu_kernels.to_measure(run, index, mesh):
         work = workload(run, index, length, mesh)
         found = on_first(
@@ -57,13 +59,15 @@ def choose_kernels(
         )
     else:
         return chosen
-    result = chosen | found["chosen"] | {"length": str(length)}
+    result = replace(chosen, **found["chosen"], length=length)
     if found["seconds"]:
         tell(KernelsEvent(length=length, **found["seconds"]))
     return result
 
 
-def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> dict[str, Any]:
+def _measured(
+    run: RunConfig, index: int, length: int, mesh: ParallelMesh, before: ChosenKernels
+) -> dict[str, Any]:
     work = workload(run, index, length, mesh)
     schemes = run.plan_at(index).schemes
     chosen: dict[str, str] = {}
@@ -78,7 +82,8 @@ def _measured(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> di
             seconds[kind] = _told(times)
             chosen[kind] = fastest(times) or names[0]
     if run.kernels.blocks == "auto":
-        kernels = {kind: chosen.get(kind, getattr(run.kernels, kind)) for kind in KINDS}
+        kinds = {kind: chosen.get(kind, getattr(run.kernels, kind)) for kind in KINDS}
+        kernels = replace(before, **kinds)
         policies = policies_of(run, index, mesh.data.size)
         times = measure_blocks(run, run.plan_at(index), work, kernels, policies)
         seconds["blocks"] = _told(times)
@@ -91,11 +96,11 @@ def _measured_on_cpu(
     index: int,
     work: Workload,
     mesh: ParallelMesh,
-    before: dict[str, str],
+    before: ChosenKernels,
     asked: Sequence[str],
 ) -> dict[str, Any]:
     facts = cpu_kernels.machine_facts(work)
-    chosen = dict(before)
+    chosen: dict[str, Any] = {}
     told: dict[str, Any] = {}
     if "products" in asked:
         shapes = cpu_kernels.product_shapes(run)
@@ -109,15 +114,17 @@ def _measured_on_cpu(
     if "blocks" in asked:
         plan, policies = run.plan_at(index), policies_of(run, index, mesh.data.size)
         layer = {"model": run.model.model_dump(mode="json"), "length": work.length}
-        matmul.use(chosen["products"])  # a compiled layer has its own products or torch's
+        kernels = replace(before, **chosen)
+        assert kernels.products is not None
+        matmul.use(kernels.products)  # a compiled layer has its own products or torch's
         answer = cpu_kernels.decided(
             "blocks",
-            facts | layer | {"products": chosen["products"], "policies": sorted(set(policies))},
+            facts | layer | {"products": kernels.products, "policies": sorted(set(policies))},
             "plain",
-            lambda: measure_blocks(run, plan, work, chosen, policies),
+            lambda: measure_blocks(run, plan, work, kernels, policies),
         )
         chosen["blocks"], told["blocks"] = str(answer["choice"]), answer["because"]
-    return {"chosen": {name: chosen[name] for name in asked}, "seconds": told}
+    return {"chosen": chosen, "seconds": told}
 
 
 def workload(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> Workload:
@@ -159,7 +166,7 @@ def measure_blocks(
     run: RunConfig,
     plan: LayerPlan,
     work: Workload,
-    kernels: dict[str, str],
+    kernels: ChosenKernels,
     policies: Sequence[Recompute],
 ) -> dict[str, float | str]:
     """Seconds of forward and backward of one layer as written and compiled: whole where that can
@@ -168,11 +175,10 @@ def measure_blocks(
     is not chosen, where a layer does not run, or compiled gives other gradients than as written."""
     ((policy, _),) = Counter(policies).most_common(1)
     scheme = plan.expand()[policies.index(policy)]
-    kernel = kernels["full" if scheme.window is None else "windowed"]
     mesh = ParallelMesh.single(work.device)
     found: dict[str, float | str] = {}
     block = BLOCKS[run.model.block](
-        0, _of_one_rank(run, work), scheme, mesh, kernel, policy, norm=run.kernels.norm
+        0, _of_one_rank(run, work), scheme, mesh, kernels.of(scheme), policy, norm=run.kernels.norm
     ).to(work.dtype)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=run.model.initial_std)

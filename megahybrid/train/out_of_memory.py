@@ -11,7 +11,7 @@ _CPU_WORDS = ("can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device or the machine had no memory left."""
+    """Return whether an error means that a device or the machine had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _CPU_WORDS)

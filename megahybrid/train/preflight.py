@@ -1,4 +1,4 @@
-"""What can be refused before any rank starts."""
+"""Checks that can refuse a run before any rank starts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,16 @@ from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.parallel.mesh import choose_device
-from megahybrid.train.restore import check_beginning
+from megahybrid.train.restore import check_resume_point
 from megahybrid.train.suites import check_suites
 
 
 def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
-    """What can be refused before any rank starts, and before anything is written: the device, the
-    data, the tokenizer, and the run that `directory` or `start` already holds."""
+    """Refuse what cannot train before any rank starts and anything is written.
+
+    Looks at the device, the data, the tokenizer, the suites, and the run that `directory` or
+    `start` already holds. Raises MegahybridError.
+    """
     choose_device(run.device, local_rank=0)
     tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
     first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
@@ -27,4 +30,4 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
             elif dataset.manifest is not None:
                 first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
     check_suites(run)
-    check_beginning(run, directory, allow)
+    check_resume_point(run, directory, allow)

@@ -1,6 +1,12 @@
-"""A trace and a memory snapshot of a few steps, for looking into where time and memory go."""
+"""Where time and memory go: a trace and a memory snapshot of a few steps; and whether this rank's
+device is as fast as the others.
+
+Ranks of one step wait for one another, so their steps all take equally long; a fixed piece of work
+that one rank does alone, timed now and then, tells which of them is the slow one.
+"""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megahybrid.parallel.mesh import ParallelMesh
+
+# About 50 ms on one CPU core, 5 ms on a GPU.
+_SIZES = {"cpu": (512, 8, torch.float32), "cuda": (4096, 16, torch.bfloat16)}
 
 
 class Profiler:
@@ -56,3 +65,21 @@ class Profiler:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{name}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         self._profile = None
+
+
+def probe_seconds(device: torch.device) -> float:
+    """Seconds of a few products on `device`, nobody else waited for."""
+    size, times, dtype = _SIZES[device.type]
+    values = torch.ones(size, size, dtype=dtype, device=device) / size
+    product = values @ values  # what a first product sets up is no part of the measure
+    _finish(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        product = product @ values
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -18,13 +18,15 @@ from megahybrid.checkpoint.names import checkpoints_of
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
 from megahybrid.config.attention import LayerPlan
-from megahybrid.config.base import did_you_mean, dump, first_fault
+from megahybrid.config.base import did_you_mean, dump
 from megahybrid.config.counting import parameters
 from megahybrid.config.explain import show
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import first_fault
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import Mixture, carried_state
 from megahybrid.errors import CheckpointError, ConfigError, first_line
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.printable import shortened
 from megahybrid.train.state import TrainState
 
@@ -35,13 +37,13 @@ FREE_IN_STAGES = ("micro_batch_tokens", "recompute", "gates")
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What the first engine of an attempt is filled from."""
+class ResumePoint:
+    """The state and the checkpoint from which the next engine goes on."""
 
     state: TrainState
     checkpoint: Path | None = None
     take: str = "all"  # weights: moments and counters begin anew
-    kernels: dict[str, str] | None = None
+    kernels: ChosenKernels | None = None
     # Where the run branched off another one: {checkpoint, step, tokens, take}, for ever.
     parent: dict[str, Any] | None = None
     resumes: bool = False  # from a checkpoint of its own
@@ -49,7 +51,7 @@ class Beginning:
     changes: tuple[tuple[str, Any, Any], ...] = ()
 
 
-def check_beginning(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
+def check_resume_point(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> None:
     """Raise CheckpointError where what `directory` or `run.start` holds is plainly not this run's.
 
     Reads manifests alone and writes nothing; `locate` verifies every byte.
@@ -71,7 +73,7 @@ def check_beginning(run: RunConfig, directory: Path, allow: Sequence[str] = ()) 
 def locate(
     run: RunConfig, directory: Path, report: Callable[[str], None], ranks: Ranks
 ) -> Path | None:
-    """The checkpoint to begin from, every byte of it verified: the newest whole one of
+    """Return the checkpoint to begin from, every byte of it verified: the newest whole one of
     `directory`, else run.start's, else None. Collective; each rank reads its part.
 
     Raises CheckpointError where one is wanted and none is whole; `report` hears of those passed
@@ -87,16 +89,16 @@ def locate(
     return _named(folder, latest(folder, report, ranks))
 
 
-def find_beginning(
+def find_resume_point(
     run: RunConfig, directory: Path, located: Path | None, allow: Sequence[str] = ()
-) -> Beginning:
-    """How this attempt begins from what `locate` found.
+) -> ResumePoint:
+    """Return how this attempt begins from what `locate` found.
 
     Raises CheckpointError where the checkpoint is of another model or of a run that was changed in
     a way that would not continue it, unless `allow` names the changed field.
     """
     if located is None:
-        return Beginning(TrainState())
+        return ResumePoint(TrainState())
     manifest = read_manifest(located)
     saved = dict(manifest.train_state)
     if missing := [name for name in TrainState.KEPT if name not in saved]:
@@ -105,12 +107,12 @@ def find_beginning(
             "Start from its weights alone (start.take=weights), or use another step's folder."
         )
     state = TrainState.from_json(saved)
-    kernels, parent = saved.get("kernels"), saved.get("parent")
+    kernels, parent = ChosenKernels.from_json(saved.get("kernels")), saved.get("parent")
     if checkpoints_of(directory) == located.parent:
         changes = _check_same_run(run, directory, manifest, allow)
         if any(_named_in(path, allow) for path, *_ in changes):
             state = replace(state, data=_carried(run, state.data))
-        return Beginning(state, located, "all", kernels, parent, True, tuple(changes))
+        return ResumePoint(state, located, "all", kernels, parent, True, tuple(changes))
     assert run.start is not None
     _check_parent(run, manifest)
     take = run.start.take
@@ -124,12 +126,14 @@ def find_beginning(
         state = replace(state, data=_carried(run, state.data))
     else:
         state = TrainState()
-    return Beginning(state, located, take, kernels, parent)
+    return ResumePoint(state, located, take, kernels, parent)
 
 
 def positioned(mixture: Mixture, data: dict[str, Any]) -> dict[str, Any]:
-    """The position in the data that a checkpoint holds, or their beginning. Raises DataError where
-    it does not fit the data, CheckpointError where it is none."""
+    """Return the position in the data that a checkpoint holds, or their beginning.
+
+    Raises DataError where it does not fit the data, CheckpointError where it is none.
+    """
     try:
         found = mixture.restore(data) if data else mixture.start()
         for name in ("weights", "since", "longest"):
@@ -238,7 +242,7 @@ def _another_model(path: Path, described: str, manifest: Manifest) -> Checkpoint
 
 
 def _describes(model: ModelConfig, manifest: Manifest) -> bool:
-    """Whether a checkpoint's tensors, bounded by the bytes that there are, are of this model."""
+    """Return whether a checkpoint's tensors, bounded by its bytes, are of this model."""
     held = sum(math.prod(tensor.shape) for tensor in manifest.tensors.values())
     return model_fingerprint(model) == manifest.model_fingerprint and parameters(model) == held
 

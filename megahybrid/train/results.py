@@ -1,4 +1,4 @@
-"""Where a run keeps the results of evaluations, for its report."""
+"""Results of evaluations, kept in the run's folder for its report."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from megahybrid.run_folder import EVALUATIONS
 
 
 def result_path(run: Path, step: int, kind: str, name: str) -> Path:
-    """Where a run keeps a result of one step."""
+    """Return the file in which a run keeps a result of one step."""
     return run / EVALUATIONS / f"step-{step:08d}.{kind}.{name}.json"
 
 
 def write_result(run: Path, step: int, kind: str, name: str, result: dict[str, Any]) -> Path:
-    """Puts a result into the run's `evaluations`, whole or not at all."""
+    """Write a result into the run's `evaluations`, whole or not at all."""
     path = result_path(run, step, kind, name)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(result, indent=1))

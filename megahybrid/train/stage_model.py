@@ -12,6 +12,7 @@ from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import Recompute, RecomputeBudget
 from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent
 from megahybrid.model.compiled import whole_serves
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -20,19 +21,18 @@ from megahybrid.train.metrics import StepFlops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Layers:
+class StageModel:
     """A model and the plan in force in it, which is a function of the tokens seen.
 
-    `kernels` holds the names chosen for `full` and `windowed` layers. Every scheme is self-tested
-    on its kernel before a step is made with it. `tell` hears of each change on
-    the way.
+    Every scheme is self-tested on its kernel before a step is made with it. `tell` hears of each
+    change on the way.
     """
 
     def __init__(
         self,
         run: RunConfig,
         mesh: ParallelMesh,
-        kernels: dict[str, str],
+        kernels: ChosenKernels,
         tell: EventSink,
     ) -> None:
         self._run, self._mesh, self._kernels, self._tell = run, mesh, kernels, tell
@@ -52,7 +52,7 @@ class Layers:
             kernels=self._kernel_names(self.plan),
             recompute=self._policies(index),
             norm=run.kernels.norm,
-            compiler=self._compiler,
+            compiler=self._kernels.compiler,
             keeps_weights=run.parallel.zero_stage < 3,
         )
         return self.model
@@ -66,7 +66,7 @@ class Layers:
         return policies
 
     def follow(self, tokens: int) -> bool:
-        """Before the step that begins with `tokens` seen: have the layers be its. Whether they
+        """Give the model the layers of the step that begins with `tokens` seen; return whether they
         changed."""
         plan = self._run.plan_in_force(tokens)
         if plan == self.plan:
@@ -84,10 +84,10 @@ class Layers:
         tested = run_self_test(
             plan.schemes,
             head_shape(self._run, self._mesh),
-            kernels={name: self._kernel(scheme) for name, scheme in plan.schemes.items()},
+            kernels={name: self._kernels.of(scheme) for name, scheme in plan.schemes.items()},
             rank=self._mesh.rank,
             passed=[name for name in plan.schemes if name not in new],
-            compiler=self._compiler,
+            compiler=self._kernels.compiler,
             whole=compiled_whole(self._run),
         )
         self._tested += new.values()
@@ -96,15 +96,8 @@ class Layers:
         windows = [scheme.window for scheme in plan.expand()]
         self.flops = StepFlops.from_model(self._run.model, windows)
 
-    @property
-    def _compiler(self) -> str | None:
-        return "inductor" if self._kernels.get("blocks") == "compiled" else None
-
-    def _kernel(self, scheme: AttentionScheme) -> str:
-        return self._kernels["full" if scheme.window is None else "windowed"]
-
     def _kernel_names(self, plan: LayerPlan) -> list[str]:
-        return [self._kernel(scheme) for scheme in plan.expand()]
+        return [self._kernels.of(scheme) for scheme in plan.expand()]
 
 
 def head_shape(run: RunConfig, mesh: ParallelMesh) -> HeadShape:
@@ -120,7 +113,7 @@ def head_shape(run: RunConfig, mesh: ParallelMesh) -> HeadShape:
 
 
 def compiled_whole(run: RunConfig) -> bool:
-    """Whether compiled layers are one region on each side of attention; else pieces of them are."""
+    """Return whether compiled layers are one region on each side of attention, not pieces."""
     return run.parallel.tensor == 1 and run.parallel.zero_stage < 3 and whole_serves()
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a run while it trains: to stop early, by a signal or a file; to save, by a file.
+"""Requests to a run while it trains: to stop early, by a signal or a file; to save, by a file.
 
 Signals arrive in different steps on different ranks, so nobody acts on its own flag alone: the
 ranks agree at a step's end, save, and leave. Files in the run's folder reach a run whose processes
@@ -25,7 +25,7 @@ LOOK_SECONDS = 1.0  # between two looks at the files: a shared disk is asked no 
 
 @dataclass(frozen=True)
 class Asked:
-    """What all ranks agree to do at the end of this step."""
+    """The requests that all ranks agree to follow at the end of this step."""
 
     stop: bool
     save: bool
@@ -61,7 +61,7 @@ class StopRequest:
         self._asked = True
 
     def agreed(self, mesh: ParallelMesh, *, waits: bool = False) -> Asked:
-        """What any rank was asked for, alike on every rank. Every rank must call it."""
+        """Return what any rank was asked for, alike on every rank. Every rank must call it."""
         self._look(mesh)
         save, self._save = self._save, False
         stop, save, waits = _any([self._asked, save, waits], mesh)
@@ -91,7 +91,7 @@ class StopRequest:
 
 
 def _any(flags: Sequence[bool], mesh: ParallelMesh) -> list[bool]:
-    """Of each flag, whether it is set on any rank."""
+    """Return for each flag whether it is set on any rank."""
     if mesh.world.size == 1:
         return list(flags)  # no device has to be waited for
     counts = torch.tensor([float(flag) for flag in flags], device=mesh.device)

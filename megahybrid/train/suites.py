@@ -1,4 +1,5 @@
-"""What a model is asked while it trains: suites, samples of its attention, gates of stages.
+"""Evaluations of a model while it trains: held-out loss, suites, samples of its attention, gates of
+stages.
 
 Everything here is collective: all ranks ask alike and rank 0 writes.
 """
@@ -16,10 +17,12 @@ from megahybrid.config.base import did_you_mean
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.stages import Stage
 from megahybrid.config.suite import HeldOutHaystack, NeedleTask, RulerTask, Suite, SyntheticTask
+from megahybrid.data.held_out import Rows
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import ConfigError, GateError
 from megahybrid.evaluate.haystack import Material
+from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.suite import examples_of, run_suite
 from megahybrid.evaluate.telemetry import attention_sample
 from megahybrid.ledger import (
@@ -38,12 +41,16 @@ from megahybrid.parallel.collectives import broadcast_object, on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.results import result_path, write_result
 from megahybrid.train.state import TrainState
-from megahybrid.train.validation import open_held_out
+from megahybrid.train.validation import HeldOutSets, evaluation_loss, open_held_out
+
+# Told the step, the set, what its rows were and the loss.
+Scored = Callable[[int, str, Rows, float | None], object]
 
 
-class Examiner:
-    """Asks the suites of `evaluate.suites`, samples attention and judges gates. `tell` hears the
-    events; `poll` is called between batches, on every rank, and what it raises ends the asking."""
+class Evaluations:
+    """Scores the held-out sets, asks the suites of `evaluate.suites`, samples attention and judges
+    gates. `tell` hears the events and `scored` each held-out loss; `poll` is called between
+    batches, on every rank, and what it raises ends the asking."""
 
     def __init__(
         self,
@@ -52,25 +59,70 @@ class Examiner:
         mesh: ParallelMesh,
         tell: EventSink,
         poll: Callable[[], object],
+        scored: Scored,
     ) -> None:
         self.run, self.directory, self.mesh = run, directory, mesh
-        self.tell, self.poll = tell, poll
+        self.tell, self.poll, self.scored = tell, poll, scored
+        self.held_out = HeldOutSets(run, mesh, poll=poll)
         self.suites = load_suites(run)
         self.materials = {name: material_of(run, suite) for name, suite in self.suites.items()}
 
-    def due(self, step: int) -> list[str]:
-        """Names of the suites to ask after this step, besides a stage's end."""
+    def owed(self, state: TrainState) -> Rows | None:
+        """Return the rows of a validation that was due here and was interrupted."""
+        owed: Rows | None = None
+        path, every = self.directory / LEDGER_NAME, self.run.evaluate.every_steps
+        at_an_end = state.tokens in self.run.stage_plan.stage_ends
+        if self.mesh.rank == 0 and state.step and path.exists():
+            if at_an_end:
+                owed = "documents"
+            elif every is not None and state.step % every == 0:
+                owed = "stream"
+            scored = {
+                score.set
+                for line, score in read_ledger(path).of(EvaluateEvent)
+                if line.step == state.step and score.rows == owed
+            }
+            owed = None if scored.issuperset(self.run.data.held_out) else owed
+        if at_an_end and self.missing(state.step):
+            owed = "documents"
+        return broadcast_object(owed, self.mesh.world)
+
+    def score(self, model: Transformer, state: TrainState, *, far: bool) -> None:
+        """Score every held-out set at the stage's longest length; `far`: by position as well, and
+        then the suites without a result."""
+        stage = self._stage_of(state)
+
+        def tell(name: str, score: HeldOutLoss, rows: Rows) -> None:
+            self.tell(
+                EvaluateEvent(set=name, stage=stage.name, step=state.step, rows=rows, **vars(score))
+            )
+            self.scored(state.step, name, rows, score.loss)
+
+        token_loss = evaluation_loss(model)
+        self.held_out.score(token_loss, max(stage.lengths), tell)
+        if far:
+            self.held_out.score_far(token_loss, tell)
+            self.ask(model, state, self.missing(state.step))
+
+    def _stage_of(self, state: TrainState) -> Stage:
+        """Return the stage of the step that was made last."""
+        return self.run.stage_plan.at(state.tokens - 1).stage
+
+    def suites_due(self, step: int) -> list[str]:
+        """Return the names of the suites to ask after this step, besides a stage's end."""
         asked = self.run.evaluate.suites.items()
         return [name for name, one in asked if one.every_steps and step % one.every_steps == 0]
 
-    def samples(self, step: int) -> bool:
-        """Whether attention is sampled after this step."""
+    def attention_due(self, step: int) -> bool:
+        """Return whether attention is sampled after this step."""
         every = self.run.evaluate.attention_every_steps
         return every is not None and step % every == 0
 
     def missing(self, step: int) -> list[str]:
-        """Names of the suites without a result at this step. By the ledger, which knows what a
-        resume made void; the files do not."""
+        """Return the names of the suites without a result at this step.
+
+        By the ledger: it knows what a resume made void, the files do not.
+        """
         found = list(self.suites)
         path = self.directory / LEDGER_NAME
         if self.mesh.rank == 0 and found and path.exists():
@@ -79,9 +131,10 @@ class Examiner:
             found = [name for name in found if name not in known]
         return broadcast_object(found, self.mesh.world)
 
-    def ask(self, model: Transformer, state: TrainState, stage: Stage, names: list[str]) -> None:
-        """Asks suites and keeps what they score, as `megahybrid evaluate` keeps it."""
+    def ask(self, model: Transformer, state: TrainState, names: list[str]) -> None:
+        """Ask suites and keep what they score, as `megahybrid evaluate` keeps it."""
         model.eval()
+        stage = self._stage_of(state)
         for name in names:
             suite, started = self.suites[name], time.monotonic()
             scores = run_suite(model, suite, self.materials[name], self._between)
@@ -108,15 +161,17 @@ class Examiner:
         self.poll()
 
     def sample(
-        self, model: Transformer, tokens: Tensor, starts: Tensor | None, kinds: list[str]
+        self, model: Transformer, state: TrainState, tokens: Tensor, starts: Tensor | None
     ) -> None:
-        """Tells what the heads look at in one row [seq], this data rank's."""
+        """Tell what the heads look at in one row [seq] of this data rank."""
+        index = self.run.stage_plan.at(state.tokens - 1).index
+        kinds = list(self.run.plan_at(index).names())
         started = time.perf_counter()
         figures = attention_sample(model, tokens, starts, kinds)
         figures |= {"seconds": time.perf_counter() - started}
         self.tell(from_json(AttentionEvent, figures))
 
-    def judge(self, index: int, step: int) -> None:
+    def check_gates(self, index: int, step: int) -> None:
         """Raises GateError on every rank where a gate of stage `index` is not reached at `step`."""
         stage = self.run.stages[index]
         values = on_first(
@@ -151,7 +206,7 @@ class Examiner:
 
 
 def _verdict(gate: LossGate | SuiteGate, value: float | None) -> tuple[str, str, bool]:
-    """What was judged, the bound in words, and whether it is kept."""
+    """Return what was judged, the bound in words, and whether it is kept."""
     if isinstance(gate, LossGate):
         kept = value is not None and value <= gate.at_most
         return f"loss on {gate.set}", f"at most {gate.at_most:g}", kept

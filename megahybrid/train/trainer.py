@@ -1,7 +1,7 @@
 """The loop: one step after another until a stage's tokens are seen or somebody asks to stop."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -11,26 +11,22 @@ from megahybrid.data.batches import Batch
 from megahybrid.data.loader import BatchLoader, StepData, StepShape
 from megahybrid.errors import ExhaustedError, NoProgressError
 from megahybrid.heartbeat import Heartbeat
-from megahybrid.ledger import ExhaustedEvent, RepeatDiffersEvent, SkipEvent, StepLine, WarningEvent
+from megahybrid.ledger import EventSink, ExhaustedEvent, SkipEvent, StepLine
 from megahybrid.parallel.collectives import sum_scalars
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.device_probe import probe_seconds
-from megahybrid.train.engine import Engine, Judge, MicroBatch, StepResult
-from megahybrid.train.listeners import Listeners
+from megahybrid.train.engine import Engine, MicroBatch, StepResult, UpdateGate
 from megahybrid.train.metrics import StepClock, memory_gib, mfu, training_seconds
-from megahybrid.train.profile import Profiler
-from megahybrid.train.repeated import RepeatedSteps
-from megahybrid.train.rewind import Recent, judge_spike, remember
-from megahybrid.train.stage_model import Layers
+from megahybrid.train.profile import Profiler, probe_seconds
+from megahybrid.train.spikes import Recent, judge_spike, remember
+from megahybrid.train.stage_model import StageModel
 from megahybrid.train.state import TrainState
 from megahybrid.train.stop import StopAsked, StopRequest
 
-SaveOrEvaluate = Callable[[TrainState], object]
 WAIT_SECONDS = 0.5  # for a batch, before the ranks ask one another whether to stop
 
 
 @dataclass(frozen=True)
-class Ending:
+class StageOutcome:
     """How a stage ended: all its tokens seen, a stop asked for, no data left, or a spike after
     which to go back; with its reason."""
 
@@ -39,8 +35,8 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Habits:
-    """What happens every so many steps, and when to give up."""
+class Intervals:
+    """How often a run saves, scores and audits, and when it gives up."""
 
     save_every_steps: int
     evaluate_every_steps: int | None
@@ -49,53 +45,58 @@ class Habits:
     skip_spikes: SpikeConfig | None = None
 
 
+@dataclass(frozen=True)
+class TrainerHooks:
+    """Functions that the steps of a stage call; all but the last two are collective."""
+
+    save: Callable[[TrainState], object]
+    poll_save: Callable[[], object]  # moves on a save that is being written beside the training
+    evaluate: Callable[[TrainState], object]  # may raise StopAsked
+    examine: Callable[[TrainState, StepData], object]  # suites and samples of attention, where due
+    on_step: Callable[[StepLine], object]  # before what the step brings is evaluated or saved
+    on_event: EventSink
+
+
 @dataclass
 class Trainer:
-    """Advances a `TrainState` through one stage. `save`, `poll_save` and `evaluate` are collective;
-    `poll_save` moves on a save that is being written beside the training; `evaluate` may raise
-    StopAsked."""
+    """Advances a `TrainState` through one stage."""
 
     engine: Engine
     loader: BatchLoader
     plan: StagePlan
     mesh: ParallelMesh
-    layers: Layers
+    stage_model: StageModel
     peak: float | None  # FLOP/s of one device, for MFU
-    habits: Habits
-    listeners: Listeners
-    repeats: RepeatedSteps
+    intervals: Intervals
+    hooks: TrainerHooks
     stop: StopRequest
     profiler: Profiler
-    save: SaveOrEvaluate
-    poll_save: Callable[[], None]
-    evaluate: SaveOrEvaluate
-    examine: Callable[[TrainState, StepData], object]  # suites and samples of attention, where due
     clock: StepClock
     heartbeat: Heartbeat
 
-    def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, Ending]:
+    def run(self, state: TrainState, until_tokens: int) -> tuple[TrainState, StageOutcome]:
         """Steps until `until_tokens` are seen. Returns the state, and how that ended.
 
         The first step is always audited, and the first with other layers: what is wrong in the code
         is wrong from the start.
         """
         try:
-            ending: Ending | None
-            for state, ending in self._steps(state, until_tokens):  # noqa: B020 (the newest counts)
-                if ending is not None:
-                    return state, ending
+            outcome: StageOutcome | None
+            for state, outcome in self._steps(state, until_tokens):  # noqa: B020 (the newest counts)
+                if outcome is not None:
+                    return state, outcome
         except StopAsked:
             pass
         except ExhaustedError as error:  # of the order, so all ranks meet it at the same step
             if state.step == 0:
                 raise
-            return state, Ending("exhausted", str(error))
-        return state, Ending("stopped")
+            return state, StageOutcome("exhausted", str(error))
+        return state, StageOutcome("stopped")
 
     def _steps(
         self, state: TrainState, until_tokens: int
-    ) -> Iterator[tuple[TrainState, Ending | None]]:
-        """The state after each step, before what may raise StopAsked."""
+    ) -> Iterator[tuple[TrainState, StageOutcome | None]]:
+        """Yield the state after each step, before what may raise StopAsked."""
         first_step = state.step
         waits = True  # a stop that came while the stage was built is seen here
         self.clock.lap()  # building the stage is no part of its first step
@@ -105,7 +106,7 @@ class Trainer:
             with self.clock.phase("data"):
                 self._wait_for_data(waits)
                 data = next(self.loader)
-            changed = self.layers.follow(state.tokens)
+            changed = self.stage_model.follow(state.tokens)
             # Kernels are compiled in a stage's first step, and for a new window.
             fresh = changed or state.step == first_step
             self.heartbeat.phase("compile" if fresh else "step")
@@ -113,38 +114,38 @@ class Trainer:
                 result = self.engine.train_step(
                     [to_micro_batch(batch, self.mesh) for batch in data.micro_batches],
                     point.learning_rate,
-                    audit=fresh or _due(state.step, self.habits.audit_every_steps),
-                    judge=self._judge(state),
+                    audit=fresh or _due(state.step, self.intervals.audit_every_steps),
+                    gate=self._gate(state),
                     between=partial(self.stop.poll, self.mesh) if fresh else None,
                 )
             self.clock.add("forward_backward", result.seconds_forward_backward)
             self.clock.add("update", result.seconds_update)
             state = self._advance(state, point, data, result)
             self._tell(state, point, data, result)
-            if state.skipped_in_a_row >= self.habits.max_skipped_in_a_row:
+            if state.skipped_in_a_row >= self.intervals.max_skipped_in_a_row:
                 raise NoProgressError(
-                    f"max_skipped_in_a_row={self.habits.max_skipped_in_a_row} updates were skipped "
-                    f"because {_why_skipped(result, 'their gradients were not finite')} (last at "
-                    f"step {state.step}). Lower the learning rate or look at the data, then start "
-                    "from an earlier checkpoint."
+                    f"max_skipped_in_a_row={self.intervals.max_skipped_in_a_row} updates were "
+                    f"skipped because {_why_skipped(result, 'their gradients were not finite')} "
+                    f"(last at step {state.step}). Lower the learning rate or look at the data, "
+                    "then start from an earlier checkpoint."
                 )
             if result.refused and self._rewinds:
-                yield state, Ending("spike", result.refused)
+                yield state, StageOutcome("spike", result.refused)
                 return
-            if _due(state.step, self.habits.audit_every_steps):
+            if _due(state.step, self.intervals.audit_every_steps):
                 self.heartbeat.busy(probe_seconds(self.mesh.device))
             with self.clock.phase("save"):
-                self.poll_save()
+                self.hooks.poll_save()
             more = state.tokens < until_tokens
             asked = self.stop.agreed(self.mesh, waits=more and not self.loader.ready(0))
             if asked.stop:
-                yield state, Ending("stopped")
+                yield state, StageOutcome("stopped")
                 return
             yield state, None
             if more:
                 self._evaluate_and_save(state, data, asked.save)
             waits = asked.waits
-        yield state, Ending("complete")
+        yield state, StageOutcome("complete")
 
     def _wait_for_data(self, waits: bool) -> None:
         """Until every rank has its batch: a disk that stands still must not keep a stop away."""
@@ -156,7 +157,7 @@ class Trainer:
 
     @property
     def _rewinds(self) -> bool:
-        rule = self.habits.skip_spikes
+        rule = self.intervals.skip_spikes
         return rule is not None and rule.action == "rewind"
 
     def _advance(
@@ -171,25 +172,25 @@ class Trainer:
             recent=self._recent(state, result),
         )
 
-    def _judge(self, state: TrainState) -> Judge | None:
-        rule = self.habits.skip_spikes
+    def _gate(self, state: TrainState) -> UpdateGate | None:
+        rule = self.intervals.skip_spikes
         return None if rule is None else partial(judge_spike, rule, state.recent)
 
     def _recent(self, state: TrainState, result: StepResult) -> Recent:
-        rule = self.habits.skip_spikes
+        rule = self.intervals.skip_spikes
         if rule is None or result.skipped:
             return state.recent
         return remember(rule, state.recent, result.loss, result.gradient_norm)
 
     def _evaluate_and_save(self, state: TrainState, data: StepData, save_asked: bool) -> None:
-        """Where due; at a stage's end the run does both itself."""
+        """Evaluate and save where that is due; at a stage's end the stage loop does both."""
         with self.clock.phase("evaluate"):
-            if _due(state.step, self.habits.evaluate_every_steps):
-                self.evaluate(state)
-            self.examine(state, data)
-        if save_asked or _due(state.step, self.habits.save_every_steps):
+            if _due(state.step, self.intervals.evaluate_every_steps):
+                self.hooks.evaluate(state)
+            self.hooks.examine(state, data)
+        if save_asked or _due(state.step, self.intervals.save_every_steps):
             with self.clock.phase("save"):
-                self.save(state)
+                self.hooks.save(state)
             # It may have taken long, and what is saved need not be saved again after a step more.
             self.stop.poll(self.mesh)
 
@@ -215,22 +216,18 @@ class Trainer:
             memory_gib=memory_gib(self.mesh.device),
             seconds=seconds,
         )
-        differs = self.repeats.check(line)  # before the ledger, or a checkpoint, holds this step
-        self.listeners.on_step(line)
-        if differs is not None:
-            self.listeners.on_event(RepeatDiffersEvent(**asdict(differs)))
-            self.listeners.on_event(WarningEvent(message=differs.message))
+        self.hooks.on_step(line)
         for name, epochs in data.exhausted.items():
-            self.listeners.on_event(ExhaustedEvent(source=name, epochs=round(epochs, 4)))
+            self.hooks.on_event(ExhaustedEvent(source=name, epochs=round(epochs, 4)))
         if result.skipped:
             reason = _why_skipped(result, "gradient not finite")
-            self.listeners.on_event(SkipEvent(reason=reason, in_a_row=state.skipped_in_a_row))
+            self.hooks.on_event(SkipEvent(reason=reason, in_a_row=state.skipped_in_a_row))
 
     def _mfu(self, data: StepData, seconds: float) -> float | None:
         """From the exact pairs of every rank's masks; None on devices without a known peak."""
         if self.peak is None:
             return None
-        flops = float(sum(self.layers.flops.of(batch.starts) for batch in data.micro_batches))
+        flops = float(sum(self.stage_model.flops.of(batch.starts) for batch in data.micro_batches))
         (total,) = sum_scalars([flops], self.mesh.data)
         return mfu(total, seconds, self.peak, self.mesh.world_size)
 

@@ -16,7 +16,7 @@ from megahybrid.parallel.mesh import ParallelMesh
 FAR = 4  # loss by position is measured up to this many times the longest trained length
 
 # Told the set, its score and what the rows were.
-Tell = Callable[[str, HeldOutLoss, Rows], None]
+ScoreSink = Callable[[str, HeldOutLoss, Rows], None]
 
 
 class HeldOutSets:
@@ -47,17 +47,19 @@ class HeldOutSets:
         # A document that ends before the shortest length says nothing about far positions.
         self.min_tokens = min(self.longest, *lengths)
 
-    def score(self, token_loss: TokenLoss, length: int, tell: Tell) -> None:
+    def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
         """The file of each set, cut every `length` tokens."""
         for name in self.sets:
             tell(name, self._score(token_loss, name, length, "stream"), "stream")
 
-    def score_far(self, token_loss: TokenLoss, tell: Tell) -> None:
+    def score_far(self, token_loss: TokenLoss, tell: ScoreSink) -> None:
         """Loss by position within single documents, to `longest` tokens."""
         for name in self.sets:
             tell(name, self._score(token_loss, name, self.longest, "documents"), "documents")
 
-    def score_sliding(self, token_loss: TokenLoss, window: int, length: int, tell: Tell) -> None:
+    def score_sliding(
+        self, token_loss: TokenLoss, window: int, length: int, tell: ScoreSink
+    ) -> None:
         """The rows of `score` at `length`, by a model that sees the last `window` tokens, moved on
         by half of that."""
         self.score(sliding(token_loss, window, max(1, window // 2)), length, tell)

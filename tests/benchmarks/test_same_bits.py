@@ -10,7 +10,7 @@ import pytest
 from benchmarks import same_bits
 from benchmarks.same_bits import CASES, alike, differences, relative, run_file, tensors
 from megahybrid.config import RunConfig
-from megahybrid.config.base import parse
+from megahybrid.config.parsing import parse
 from megahybrid.config.yaml_file import apply_overrides
 
 KEPT = Path(__file__).parents[1] / "version_0_1/files/run"

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import failure_arithmetic
-from megahybrid.config.base import load
+from megahybrid.config.loader import load
 from megahybrid.config.memory_estimate import Memory, memory_per_rank
 from tests.benchmarks.test_published import ROOT, read
 

@@ -23,7 +23,7 @@ from megahybrid.commands.checkpoint import chosen
 from megahybrid.config import load
 from megahybrid.config.training import StartConfig
 from megahybrid.errors import CheckpointError, MegahybridError
-from megahybrid.train.restore import check_beginning, checkpoint_of
+from megahybrid.train.restore import check_resume_point, checkpoint_of
 from tests.checkpoint.examples import save_plain, save_together, snapshot
 from tests.checkpoint.test_interruptions import content_is_of_its_step
 
@@ -161,7 +161,7 @@ def test_a_start_that_is_a_pickle_is_refused(tmp_path: Path) -> None:
         start = path if path.suffix == ".pt" else path.parent
         branch = run.model_copy(update={"start": StartConfig(checkpoint=str(start))})
         with pytest.raises(CheckpointError):
-            check_beginning(branch, tmp_path / "run")
+            check_resume_point(branch, tmp_path / "run")
         assert not canary.exists()
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megahybrid.config import load
-from megahybrid.config.base import parse
 from megahybrid.config.counting import (
     attended_pairs,
     attended_pairs_of,
@@ -30,6 +29,7 @@ from megahybrid.config.memory_estimate import (
     states_per_parameter,
 )
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import parse
 from megahybrid.config.yaml_file import read_tree
 from tests.config.example import example
 from tests.config.test_config_files import CONFIGS

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from megahybrid.cli import main
 from megahybrid.config import RunConfig, load, memory_estimate
-from megahybrid.config.base import dump, parse
+from megahybrid.config.base import dump
 from megahybrid.config.describe import describe
+from megahybrid.config.parsing import parse
 from megahybrid.config.site import Site
 from megahybrid.config.study import Study
 from megahybrid.config.suite import Suite

@@ -1,4 +1,5 @@
 import argparse
+import inspect
 import json
 import subprocess
 import sys
@@ -6,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.commands.data import run
-from megahybrid.data_prep.arguments import add_arguments
+from megahybrid.cli.data import add_data_commands
+from megahybrid.commands.data import COMMANDS
 from megahybrid.data_prep.gather_stdlib import stdlib_documents
 from megahybrid.errors import DataError, PathError
 from tests.data.corpus import write_corpus
@@ -15,8 +16,9 @@ from tests.data.corpus import write_corpus
 
 def call(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    add_arguments(parser.add_subparsers())
-    return run(parser.parse_args(["data", *words]))
+    add_data_commands(parser.add_subparsers())
+    arguments = parser.parse_args(["data", *words])
+    return arguments.run(arguments)
 
 
 def test_commands_lead_from_text_to_a_verified_dataset(
@@ -90,9 +92,20 @@ def test_library_of_this_python_is_gathered_in_order(tmp_path: Path) -> None:
     assert list(documents) == [name for name, _ in stdlib_documents()]
 
 
+def test_every_command_takes_what_its_arguments_are() -> None:
+    parser = argparse.ArgumentParser()
+    add_data_commands(parser.add_subparsers())
+    (data,) = parser._actions[-1].choices.values()  # type: ignore[union-attr]
+    commands = data._actions[-1].choices
+    assert commands.keys() == COMMANDS.keys()
+    for name, command in commands.items():
+        taken = {action.dest for action in command._actions} - {"help"}
+        assert set(inspect.signature(COMMANDS[name]).parameters) == taken, name
+
+
 def test_arguments_need_nothing_heavy() -> None:
     script = (
-        "import sys, megahybrid.data_prep.arguments, megahybrid.commands.data\n"
+        "import sys, megahybrid.cli.data, megahybrid.commands.data\n"
         "heavy = {'torch', 'numpy', 'sentencepiece', 'tokenizers', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

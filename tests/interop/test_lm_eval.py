@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megahybrid.commands.trained_model import load_trained_model
-from megahybrid.config.base import dump, parse
+from megahybrid.config.base import dump
+from megahybrid.config.parsing import parse
 from megahybrid.config.run import RunConfig
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece

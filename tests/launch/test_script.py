@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.config import load
-from megahybrid.config.base import parse
+from megahybrid.config.parsing import parse
 from megahybrid.config.site import Site, load_site, seconds_of
 from megahybrid.errors import ConfigError
 from megahybrid.launch.job import Job, read_job

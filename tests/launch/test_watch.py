@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.config.base import parse
+from megahybrid.config.parsing import parse
 from megahybrid.config.site import Site
 from megahybrid.heartbeat import Beat, HangDetector, heartbeat_file
 from megahybrid.launch import attempt as attempts

@@ -20,9 +20,10 @@ from megahybrid.config.attention import (
 from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
 from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.parallel.mesh import Axis, ParallelMesh
-from megahybrid.train.stage_model import Layers, head_shape
+from megahybrid.train.stage_model import StageModel, head_shape
 from tests.model.test_compiled import TRACED, fresh_compiler
 from tests.parity.cases import BLOCKS, FAMILIES, model
 from tests.train.test_synchronisation import run_config
@@ -151,10 +152,12 @@ def test_a_run_passes_at_every_tensor_degree(tensor: int, precision: str, block:
     run = run_config(config, precision, 1)
     axis = Axis("tensor", tensor, 0, None, tuple(range(tensor)))
     mesh = replace(ParallelMesh.single(CPU), tensor=axis)
-    layers = Layers(run, mesh, {"full": "sdpa", "windowed": "blocked"}, lambda *_: None)
-    layers._adopt(config.layer_plan)
+    stage_model = StageModel(
+        run, mesh, ChosenKernels(device="cpu", full="sdpa", windowed="blocked"), lambda *_: None
+    )
+    stage_model._adopt(config.layer_plan)
     assert head_shape(run, mesh).heads == 4 // tensor
-    assert len(layers._tested) == 2 and layers.self_test_seconds > 0
+    assert len(stage_model._tested) == 2 and stage_model.self_test_seconds > 0
 
 
 def test_the_report_says_which_kernel_each_scheme_had() -> None:

@@ -60,7 +60,9 @@ def verdict(ranks: distributed.Ranks, case: Case, broken: str, blind: bool) -> s
         for target in patches:
             stack.enter_context(mock.patch(target, unwrapped))
         if blind:
-            stack.enter_context(mock.patch.object(engine, "check_marks", lambda *args: None))
+            stack.enter_context(
+                mock.patch.object(engine, "check_tensor_parallel_flags", lambda *args: None)
+            )
         stack.enter_context(mock.patch.object(Transformer, "load_canonical", load_and_break))
         try:
             built = build(ranks, case, Engine, engine)

@@ -7,7 +7,7 @@ import pytest
 
 from megahybrid.config.training import SpikeConfig
 from megahybrid.errors import AuditError
-from megahybrid.train.rewind import judge_spike, remember
+from megahybrid.train.spikes import judge_spike, remember
 from tests import distributed
 from tests.parity.cases import model
 from tests.parity.test_engine import Case, build
@@ -51,9 +51,9 @@ def refused_step(ranks: distributed.Ranks, cases: list[Case]) -> list[tuple[Any,
         told: list[tuple[float, float]] = []
         first = step(0)
         before = state()
-        second = step(1, judge=lambda *seen: told.append(seen) or "on purpose")  # noqa: B023
+        second = step(1, gate=lambda *seen: told.append(seen) or "on purpose")  # noqa: B023
         same = all((a == b).all() for a, b in zip(before, state(), strict=True))
-        third = step(2, judge=lambda *_: None)
+        third = step(2, gate=lambda *_: None)
         moved = any((a != b).any() for a, b in zip(before, state(), strict=True))
         results = [(one.skipped, one.refused) for one in (first, second, third)]
         judged = (second.loss, second.gradient_norm) == told[0] and len(told) == 1

@@ -141,19 +141,20 @@ def trained(ranks: distributed.Ranks, layout: Layout, plant: str = "nothing") ->
 def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
     from megahybrid.data.mixture import open_mixture
     from megahybrid.errors import AuditError
+    from megahybrid.model.kernels.chosen import ChosenKernels
     from megahybrid.train.engine import Engine
-    from megahybrid.train.listeners import Listeners
     from megahybrid.train.metrics import StepClock
     from megahybrid.train.profile import Profiler
-    from megahybrid.train.repeated import RepeatedSteps
-    from megahybrid.train.stage_model import Layers
+    from megahybrid.train.stage_model import StageModel
     from megahybrid.train.state import TrainState
     from megahybrid.train.stop import StopRequest
-    from megahybrid.train.trainer import Habits, Trainer, step_shapes
+    from megahybrid.train.trainer import Intervals, Trainer, TrainerHooks, step_shapes
 
     listener, plan, mixture = mock.Mock(essential=True), run.stage_plan, open_mixture(run)
-    layers = Layers(run, mesh, {"full": "sdpa", "windowed": "blocked"}, lambda *_: None)
-    model = layers.build(0, 0)
+    stage_model = StageModel(
+        run, mesh, ChosenKernels(device="cpu", full="sdpa", windowed="blocked"), lambda *_: None
+    )
+    model = stage_model.build(0, 0)
     tensors = random_tensors(run.model, 5, torch.float32)
     if run.parallel.zero_stage < 3:
         model.load_canonical(tensors)
@@ -169,24 +170,19 @@ def _trained(mesh: Any, run: RunConfig, folder: Path) -> Trained:
             loader=loader,
             plan=plan,
             mesh=mesh,
-            layers=layers,
+            stage_model=stage_model,
             peak=None,
-            habits=Habits(10**6, None, 1, 3),
-            listeners=Listeners([listener]),
-            repeats=RepeatedSteps(run, mesh, {}),
+            intervals=Intervals(10**6, None, 1, 3),
+            hooks=TrainerHooks(nothing, nothing, nothing, nothing, listener.on_step, nothing),
             stop=StopRequest(),
             profiler=Profiler(None, folder, mesh),
-            save=nothing,
-            poll_save=nothing,
-            evaluate=nothing,
-            examine=nothing,
             clock=StepClock(),
             heartbeat=mock.MagicMock(spec=Heartbeat),
         )
         said = ""
         try:
-            _, ending = trainer.run(TrainState(), plan.total_tokens)
-            assert ending.kind == "complete"
+            _, outcome = trainer.run(TrainState(), plan.total_tokens)
+            assert outcome.kind == "complete"
         except AuditError as error:
             said = str(error)
     lines = [call.args[0] for call in listener.on_step.call_args_list]

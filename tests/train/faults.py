@@ -26,8 +26,8 @@ def _before(owner: Any, name: str, action: Callable[..., None]) -> None:
 
 
 def _announce(file: str, seconds: float) -> Callable[..., None]:
-    def announce(attempt: Any, *_: Any, **__: Any) -> None:
-        (Path(attempt.directory) / file).touch()
+    def announce(loop: Any, *_: Any, **__: Any) -> None:
+        (loop.parts.directory / file).touch()
         time.sleep(seconds)
 
     return announce
@@ -36,16 +36,16 @@ def _announce(file: str, seconds: float) -> Callable[..., None]:
 def slow_validation(rank: int) -> None:
     """Half a second for each batch of it, and it says when it begins."""
     from megahybrid.evaluate import loss
-    from megahybrid.train.run import Attempt
+    from megahybrid.train.stage_loop import StageLoop
 
-    _before(Attempt, "evaluate", _announce("begun", 0))
+    _before(StageLoop, "evaluate", _announce("begun", 0))
     _before(loss.torch, "bucketize", lambda *_, **__: time.sleep(0.5))
 
 
 def slow_save(rank: int) -> None:
-    from megahybrid.train.run import Attempt
+    from megahybrid.train.stage_loop import StageLoop
 
-    _before(Attempt, "save", _announce("begun", 0.5))
+    _before(StageLoop, "save", _announce("begun", 0.5))
 
 
 def no_data_on_one_rank(rank: int) -> None:
@@ -77,9 +77,9 @@ def slow_first_step(rank: int) -> None:
 
 
 def slow_start(rank: int) -> None:
-    from megahybrid.train.run import Attempt
+    from megahybrid.train.stage_loop import StageLoop
 
-    _before(Attempt, "_engine", _announce("begun", 1.0))
+    _before(StageLoop, "_engine", _announce("begun", 1.0))
 
 
 def stop_in_last_step(rank: int) -> None:
@@ -148,11 +148,11 @@ def record_rows_and_stop(rank: int) -> None:
 
 def record_rows(rank: int) -> None:
     """No fault: every row that is trained on, into rows-ATTEMPT-RANK.jsonl of the run's folder."""
-    import megahybrid.train.run as module
+    import megahybrid.train.stage_loop as module
     from megahybrid.data.loader import BatchLoader, StepData
 
     directory = [Path()]
-    _before(module.Attempt, "go", lambda attempt, *_: directory.append(attempt.directory))
+    _before(module.StageLoop, "run", lambda loop, *_: directory.append(loop.parts.directory))
 
     class Recorder(BatchLoader):
         def __next__(self) -> StepData:

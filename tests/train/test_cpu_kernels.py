@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megahybrid.config.training import KernelConfig
 from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.parallel import matmul
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import cpu_kernels, kernel_selection
@@ -18,7 +20,7 @@ from tests.parity.cases import model
 from tests.train.test_synchronisation import run_config
 
 CPU = torch.device("cpu")
-CHOSEN = {"device": "cpu", "full": "sdpa", "windowed": "blocked", "blocks": "plain"}
+CHOSEN = ChosenKernels(device="cpu", full="sdpa", windowed="blocked")
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +41,9 @@ def answers(*, torch_seconds: float, onednn_seconds: float) -> Callable[..., dic
     return lambda *_: {"torch": torch_seconds, "onednn": onednn_seconds}
 
 
-def choose(run: Any, chosen: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+def choose(run: Any, chosen: ChosenKernels | None = None) -> tuple[ChosenKernels, dict[str, Any]]:
     told: dict[str, Any] = {}
-    chosen = chosen or CHOSEN | {"products": matmul.usual_routine()}
+    chosen = chosen or replace(CHOSEN, products=matmul.usual_routine())
     mesh = ParallelMesh.single()
     found = kernel_selection.choose_kernels(
         run, 0, mesh, chosen, lambda event: told.update(event.detail())
@@ -82,7 +84,7 @@ def test_the_first_answer_stays(
     times = {f"{other}_seconds": 0.1, f"{matmul.usual_routine()}_seconds": 0.2}
     monkeypatch.setattr(cpu_kernels, "measure_products", answers(**times))
     first, told = choose(long_run())
-    assert first["products"] == other and first["blocks"] == "plain" and first["length"]
+    assert first.products == other and first.blocks == "plain" and first.length
     assert "onednn 1" in told["products"] or "onednn 2" in told["products"]
     assert "No working C++ compiler" in told["blocks"]
     # Measured again it would be the other way round.
@@ -93,7 +95,7 @@ def test_the_first_answer_stays(
     assert len(list(own_cache.iterdir())) == 2
     # Another torch is another machine.
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert choose(long_run())[0]["products"] == matmul.usual_routine()
+    assert choose(long_run())[0].products == matmul.usual_routine()
 
 
 def test_of_two_that_measure_at_once_the_first_to_write_is_right(own_cache: Path) -> None:
@@ -133,15 +135,14 @@ def test_a_choice_other_than_the_usual_must_be_clearly_faster() -> None:
 
 
 def test_a_checkpoint_s_routine_is_taken_again_and_the_run_file_goes_before() -> None:
-    saved = CHOSEN | {"products": "onednn", "length": "700"}
+    saved = replace(CHOSEN, products="onednn", length=700)
     kept = resolve_kernels(KernelConfig(), CPU, torch.float32, 64, saved)
     assert kept == saved
     named = resolve_kernels(KernelConfig(products="torch"), CPU, torch.float32, 64, saved)
-    assert named["products"] == "torch"
+    assert named.products == "torch"
     older = resolve_kernels(KernelConfig(), CPU, torch.float32, 64, CHOSEN)
-    assert older["products"] == matmul.usual_routine()
-    length = str(max(long_run().stages[0].lengths))
-    pinned = saved | {"length": length}
+    assert older.products == matmul.usual_routine()
+    pinned = replace(saved, length=max(long_run().stages[0].lengths))
     assert choose(long_run(), pinned) == (pinned, {})
 
 

@@ -31,8 +31,8 @@ def trained(
     with (
         mock.patch.object(
             gradient_accumulation,
-            "sum_directly",
-            gradient_accumulation.sum_directly if direct else lambda *_: None,
+            "patch_gradient_sums",
+            gradient_accumulation.patch_gradient_sums if direct else lambda *_: None,
         ),
         mock.patch.object(gradient_accumulation, "PIECE", 4000),
         mock.patch.object(engine, "run_overlaps", lambda *_: overlaps),
@@ -42,7 +42,7 @@ def trained(
     ):
         built = build(ranks, case, Engine, engine)
     zero = built.deepspeed.optimizer
-    assert isinstance(zero, gradient_accumulation.DirectSums) == direct
+    assert isinstance(zero, gradient_accumulation.PatchedBf16Optimizer) == direct
     forward = built.model.forward
 
     def poisoned(*args: Any) -> Any:

@@ -1,7 +1,7 @@
 """Kernels are measured among those that pass their self-test, told, kept, pinned and overruled."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from megahybrid.model.block import BLOCKS
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import choice, choose, cudnn, cudnn_frontend, flash, varlen
 from megahybrid.model.kernels.choice import Workload, candidates, fastest, measure, resolve_kernels
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.parallel.matmul import usual_routine
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train import kernel_selection
@@ -20,6 +21,7 @@ from tests.parity.cases import model
 from tests.train.test_synchronisation import run_config
 
 CPU = torch.device("cpu")
+ON_CPU = ChosenKernels(device="cpu", full="sdpa", windowed="blocked")
 WORK = Workload(1, 96, 4, 2, 16, torch.float32, CPU, documents=False)
 SCHEME = AttentionScheme.model_validate(
     {"position": {"kind": "rope", "theta": 10000.0}, "window": 24}
@@ -101,7 +103,8 @@ def test_a_cpu_has_one_kernel_and_measures_nothing() -> None:
     run = run_config(model("rnope_swa"), "fp32", 1)
     chosen = resolve_kernels(KernelConfig(), CPU, torch.float32, 64)
     by_rule = {"blocks": "plain", "products": usual_routine()}
-    assert chosen == {"device": "cpu", "full": "sdpa", "windowed": "blocked"} | by_rule
+    assert chosen == replace(ON_CPU, **by_rule)
+    assert chosen.to_json() == {"device": "cpu", "full": "sdpa", "windowed": "blocked"} | by_rule
     single = ParallelMesh.single()
     assert kernel_selection.choose_kernels(run, 0, single, chosen, _never) is chosen
 
@@ -134,7 +137,7 @@ def several(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, An
             "measure_blocks",
             lambda *_: {n: times[n] for n in ("plain", "compiled")},
         )
-        measured = kernel_selection._measured(run, 0, 700, mesh)
+        measured = kernel_selection._measured(run, 0, 700, mesh, ON_CPU)
         return measured
 
     return choose
@@ -161,25 +164,41 @@ def test_a_resume_keeps_what_was_measured_at_its_length() -> None:
         "products": "torch",
         "length": "700",
     }
-    assert resolve_kernels(KernelConfig(), CPU, torch.float32, 64, saved) == saved
+    kept = ChosenKernels.from_json(saved)
+    assert kept is not None and kept.length == 700
+    assert resolve_kernels(KernelConfig(), CPU, torch.float32, 64, kept).to_json() == saved
     named = KernelConfig(windowed="blocked", blocks="plain")
-    over = resolve_kernels(named, CPU, torch.float32, 64, saved)
-    assert (over["windowed"], over["blocks"]) == ("blocked", "plain")
-    elsewhere = resolve_kernels(KernelConfig(), CPU, torch.float32, 64, saved | {"device": "cuda"})
-    assert elsewhere["windowed"] == "blocked" and "length" not in elsewhere
+    over = resolve_kernels(named, CPU, torch.float32, 64, kept)
+    assert (over.windowed, over.blocks) == ("blocked", "plain")
+    on_gpu = replace(kept, device="cuda")
+    elsewhere = resolve_kernels(KernelConfig(), CPU, torch.float32, 64, on_gpu)
+    assert elsewhere.windowed == "blocked" and elsewhere.length is None
+
+
+def test_kernels_are_read_as_they_were_kept() -> None:
+    every = ChosenKernels(
+        device="cpu", full="sdpa", windowed="blocked", blocks="compiled", products="torch",
+        length=700,
+    )  # fmt: skip
+    for chosen in (every, ON_CPU, replace(every, products=None)):
+        assert ChosenKernels.from_json(chosen.to_json()) == chosen
+    assert ChosenKernels.from_json(every.to_json() | {"of_later": "x"}) == every
+    assert every.compiler == "inductor" and ON_CPU.compiler is None
+    assert ChosenKernels.from_json(None) is None and ChosenKernels.from_json({}) is None
+    with pytest.raises(FrozenInstanceError):
+        every.full = "cudnn"  # type: ignore[misc]
 
 
 def test_a_layer_is_timed_as_written_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_selection, "least_seconds", lambda run, device: run() and 1.0)
     run = run_config(model("rnope_swa", "parallel"), "fp32", 1)
-    chosen = {"full": "sdpa", "windowed": "blocked"}
 
     def refused(*_: Any) -> None:
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr("megahybrid.model.block.Block.compile_regions", refused)
     work = kernel_selection.workload(run, 0, 96, ParallelMesh.single())
-    found = kernel_selection.measure_blocks(run, run.plan_at(0), work, chosen, ["none", "none"])
+    found = kernel_selection.measure_blocks(run, run.plan_at(0), work, ON_CPU, ["none", "none"])
     assert found == {"plain": 1.0, "compiled": "RuntimeError: no compiler here"}
 
 
@@ -194,7 +213,7 @@ def test_a_compiler_that_gives_other_gradients_is_not_chosen(
     )
     run = run_config(model("nope", "pre_norm"), "fp32", 3)
     work = kernel_selection.workload(run, 0, 96, ParallelMesh.single())
-    found = kernel_selection.measure_blocks(run, run.plan_at(0), work, {"full": "sdpa"}, ["none"])
+    found = kernel_selection.measure_blocks(run, run.plan_at(0), work, ON_CPU, ["none"])
     assert found["plain"] == 1.0
     assert str(found["compiled"]).startswith("ArithmeticError: another gradient of")
 
@@ -219,10 +238,9 @@ def test_the_layer_that_is_timed_is_the_first_of_the_commonest_policy(
     first = next(n for n, window in enumerate(windows) if window != windows[0])
     policies = ["none"] * first + ["chunked"] * (first + 1)
     work = kernel_selection.workload(run, 0, 96, ParallelMesh.single())
-    chosen = {"full": "sdpa", "windowed": "blocked"}
-    kernel_selection.measure_blocks(run, plan, work, chosen, policies)
-    kind = "full" if windows[first] is None else "windowed"
-    assert made == [(windows[first], chosen[kind], "chunked")]
+    kernel_selection.measure_blocks(run, plan, work, ON_CPU, policies)
+    kernel = "sdpa" if windows[first] is None else "blocked"
+    assert made == [(windows[first], kernel, "chunked")]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +284,7 @@ def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_ha
     monkeypatch.setattr(kernel_selection, "least_seconds", once)
     mesh = ParallelMesh.single()
     cut = replace(mesh, tensor=replace(mesh.tensor, size=tensor))
-    found = kernel_selection._measured(run, 0, 96, cut)
+    found = kernel_selection._measured(run, 0, 96, cut, ON_CPU)
     assert found["chosen"]["blocks"] == "compiled"
     assert found["seconds"]["blocks"] == "plain 2000.000 ms, compiled 1000.000 ms"
     # 4 heads and 48 values between the MLP's matrices.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megahybrid.config.base import parse
+from megahybrid.config.parsing import parse
 from megahybrid.config.run import RunConfig
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.transformer import Transformer

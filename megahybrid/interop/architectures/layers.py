@@ -11,7 +11,8 @@ from megahybrid.config.attention import (
     QKNorm,
     Rope,
 )
-from megahybrid.config.base import dump, parse
+from megahybrid.config.base import dump
+from megahybrid.config.parsing import parse
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.rope import NOPE, Fields, rope_position
 

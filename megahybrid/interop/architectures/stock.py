@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, QKNorm
-from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.parsing import parse
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.layers import Layer, plan_of

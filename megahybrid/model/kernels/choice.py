@@ -12,6 +12,7 @@ from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
 from megahybrid.model.core_attention import core_attention
 from megahybrid.model.kernels import AttentionSpec, choose
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.registry import measured
 from megahybrid.parallel import matmul
@@ -46,30 +47,34 @@ def resolve_kernels(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    pinned: dict[str, str] | None = None,
-) -> dict[str, str]:
-    """Return {"device", "full", "windowed", "blocks", "products"}: what the run file names, else
-    what the checkpoint had on the same kind of device (so that a resume repeats its bits), else a
-    choice without a measurement. "products" is there on a CPU alone. "length" is there where the
-    checkpoint's choice was measured at that length."""
-    same_device = pinned is not None and pinned.get("device") == device.type
-    kept = pinned if pinned is not None and same_device else {}
+    pinned: ChosenKernels | None = None,
+) -> ChosenKernels:
+    """Return what the run file names, else what the checkpoint had on the same kind of device (so
+    that a resume repeats its bits), else a choice without a measurement. `length` is there where
+    the checkpoint's choice was measured at that length."""
+    kept = pinned if pinned is not None and pinned.device == device.type else None
     # A window shorter than the row: it serves every batch.
     several = Documents(torch.zeros(1, 2, dtype=torch.int64))
-    chosen = {"device": device.type}
+    kinds: dict[str, str] = {}
     for kind, window in zip(KINDS, (None, 1), strict=True):
         name = getattr(wanted, kind)
         if name == "auto":
-            name = kept.get(kind) or choose(window, 2, several, device, dtype, head_dim)
-        chosen[kind] = name
-    chosen["blocks"] = kept.get("blocks", "plain") if wanted.blocks == "auto" else wanted.blocks
+            known = None if kept is None else getattr(kept, kind)
+            name = known or choose(window, 2, several, device, dtype, head_dim)
+        kinds[kind] = name
+    products: str | None = None
     if device.type == "cpu":
-        named = wanted.products != "auto"
-        usual = matmul.usual_routine()
-        chosen["products"] = wanted.products if named else kept.get("products", usual)
-    if "length" in kept:
-        chosen["length"] = kept["length"]
-    return chosen
+        known = None if kept is None else kept.products
+        usual = known or matmul.usual_routine()
+        products = usual if wanted.products == "auto" else wanted.products
+    kept_blocks = "plain" if kept is None else kept.blocks
+    return ChosenKernels(
+        device=device.type,
+        **kinds,
+        blocks=kept_blocks if wanted.blocks == "auto" else wanted.blocks,
+        products=products,
+        length=None if kept is None else kept.length,
+    )
 
 
 def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:

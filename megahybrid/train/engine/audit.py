@@ -25,7 +25,7 @@ REPLICA_TOLERANCE = 1e-6  # relative, across the tensor axis
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found after the last backward pass and before the update."""
+    """The gradient as it was after the last backward pass and before the update."""
 
     gradient_norm: float
     worst_replica: str  # the replicated parameter whose gradients differ most across tensor ranks
@@ -122,8 +122,11 @@ def check_audit(
         )
 
 
-def check_marks(parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh) -> None:
-    """Every parameter's mark must say what its ShardSpec says."""
+def check_tensor_parallel_flags(
+    parameters: dict[str, tuple[nn.Parameter, ShardSpec]], mesh: ParallelMesh
+) -> None:
+    """Raise AuditError unless each parameter's flag, by which DeepSpeed counts it in a norm, says
+    what its ShardSpec says."""
     for parameter, spec in parameters.values():
         name = canonical_name(spec)
         marked = bool(getattr(parameter, "tensor_model_parallel", False))

@@ -22,8 +22,8 @@ from megahybrid.train.engine.audit import (
     audit_gradients,
     check_audit,
     check_data_replicas,
-    check_marks,
     check_replicas,
+    check_tensor_parallel_flags,
     squared_norms,
 )
 from megahybrid.train.engine.offload import OffloadedAdamW
@@ -34,7 +34,7 @@ from megahybrid.train.engine.settings import (
     prepare_deepspeed,
     run_overlaps,
 )
-from megahybrid.train.engine.step_timer import Marks
+from megahybrid.train.engine.step_timer import StepTimer
 from megahybrid.train.engine.zero3_init import draw_partitioned
 
 
@@ -75,13 +75,13 @@ class _Update(NamedTuple):
 
     @classmethod
     def skip(cls, loss: float, valid_tokens: float) -> "_Update":
-        """Of a gradient that was not finite."""
+        """Return the update that a gradient which was not finite makes: none."""
         by_kind = dict.fromkeys(KINDS, math.inf)
         return cls(loss, int(valid_tokens), math.inf, by_kind, True, None)
 
 
 # Told loss and gradient norm, the same on every rank; says why not to apply the gradient, or None.
-Judge = Callable[[float, float], str | None]
+UpdateGate = Callable[[float, float], str | None]
 
 
 class Engine:
@@ -115,7 +115,7 @@ class Engine:
             eps=run.optimizer.eps,
             fused=mesh.device.type == "cuda",
         )
-        check_marks(self.parameters, mesh)
+        check_tensor_parallel_flags(self.parameters, mesh)
         # In bf16 DeepSpeed prints its memory to stdout, where our own output belongs.
         with contextlib.redirect_stdout(io.StringIO()):
             self.deepspeed, *_ = deepspeed.initialize(
@@ -126,10 +126,10 @@ class Engine:
                 dist_init_required=False,
             )
         from megahybrid.train.engine.gradient_accumulation import (
-            sum_directly,  # which is DeepSpeed's own class
+            patch_gradient_sums,  # which is DeepSpeed's own class
         )
 
-        sum_directly(self.deepspeed.optimizer, mesh.data, run_overlaps(run, mesh.data))
+        patch_gradient_sums(self.deepspeed.optimizer, mesh.data, run_overlaps(run, mesh.data))
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )
@@ -153,7 +153,7 @@ class Engine:
         ]
 
     def _pieces_by_flat(self, run: RunConfig) -> dict[int, tuple[list[slice], Tensor]]:
-        """Of each flat partition: the pieces this rank counts in a norm; which are of each kind."""
+        """Return what this rank counts in a norm, by flat partition: pieces, and their kinds."""
         table: dict[int, list[tuple[slice, int]]] = {}
         counts_replicated = self.mesh.tensor.rank == 0
         for piece in self.state.pieces:
@@ -192,10 +192,10 @@ class Engine:
         learning_rate: float,
         *,
         audit: bool = False,
-        judge: Judge | None = None,
+        gate: UpdateGate | None = None,
         between: Callable[[], object] | None = None,
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one update unless `judge`
+        """Forward and backward over this rank's micro-batches, then one update unless `gate`
         refuses it.
 
         `between` is called between two micro-batches, on every rank; what it raises leaves weights
@@ -204,7 +204,7 @@ class Engine:
         Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all data
         ranks: a mean per micro-batch would be wrong wherever these differ.
         """
-        marks = Marks(self.mesh.device)
+        timer = StepTimer(self.mesh.device)
         if audit and self.zero_stage < 3:
             # Before the update, which gives every rank its owner's copy again.
             check_data_replicas(self.parameters, self.mesh)
@@ -224,14 +224,14 @@ class Engine:
             if between is not None and index < len(micro_batches) - 1:
                 between()
         loss_mean = all_reduce(loss_sum, self.mesh.data) / valid.clamp(min=1)
-        marks.mark()
+        timer.lap()
         found = audit_gradients(self.parameters, self.mesh) if audit else None
-        update = self._update(learning_rate, loss_mean, valid, judge)
+        update = self._update(learning_rate, loss_mean, valid, gate)
         if found is not None:
             if not update.skipped:
                 check_audit(found, update.gradient_norm, update.gradient_norm_by_kind)
             check_replicas(self.parameters, self.mesh)
-        forward_backward, updating = marks.seconds()
+        forward_backward, updating = timer.seconds()
         return StepResult(
             **update._asdict(),
             seconds_forward_backward=forward_backward,
@@ -239,7 +239,7 @@ class Engine:
         )
 
     def _update(
-        self, learning_rate: float, loss: Tensor, valid: Tensor, judge: Judge | None
+        self, learning_rate: float, loss: Tensor, valid: Tensor, gate: UpdateGate | None
     ) -> "_Update":
         """The update, and the one reading of what the step computed."""
         self.optimizer.set_learning_rate(learning_rate)
@@ -252,9 +252,9 @@ class Engine:
 
         def refuse() -> bool:
             # DeepSpeed asks once per group, when it knows the norm of them all.
-            if not verdict and judge is not None:
+            if not verdict and gate is not None:
                 known = self.deepspeed.optimizer._global_grad_norm if plain is None else plain
-                verdict.append(judge(float(loss), float(known)))
+                verdict.append(gate(float(loss), float(known)))
             return bool(verdict and verdict[0])
 
         self.optimizer.refuse = refuse
@@ -316,7 +316,7 @@ class Engine:
         return {segment.name: segment.shape for spec in specs for segment in spec.segments}
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank writes to a checkpoint: each element once over all ranks."""
+        """Return what this rank writes to a checkpoint: each element once over all ranks."""
         return self.state.fragments(
             owns_replicated=self.mesh.tensor.rank == 0,
             owns_data=self.zero_stage > 0 or self.mesh.data.rank == 0,

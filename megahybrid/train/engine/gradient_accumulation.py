@@ -21,10 +21,13 @@ from megahybrid.parallel.mesh import Axis
 PIECE = 2**26  # elements that are reduced at a time: large enough for a network's best
 
 
-class DirectSums(BF16_Optimizer):
-    """What an optimizer of DeepSpeed's becomes by `sum_directly`. Its methods have DeepSpeed's
-    names, some of them private (it is pinned), and are called as each backward pass begins, as each
-    gradient is complete, at the end of the pass, and twice after an update."""
+class PatchedBf16Optimizer(BF16_Optimizer):
+    """DeepSpeed's optimizer with our sums of gradients; `patch_gradient_sums` makes one into it.
+
+    Its methods have DeepSpeed's names, some of them private (pyproject.toml pins the version), and
+    are called as each backward pass begins, as each gradient is complete, at the end of the pass,
+    and twice after an update.
+    """
 
     data: Axis
     overlaps: bool
@@ -87,11 +90,11 @@ class DirectSums(BF16_Optimizer):
             begun[:] = [False] * len(begun)
 
 
-def sum_directly(zero: Any, data: Axis, overlaps: bool) -> None:
-    """Have DeepSpeed's `zero` sum gradients so, if it is the one of stage 1 in bf16."""
+def patch_gradient_sums(zero: Any, data: Axis, overlaps: bool) -> None:
+    """Change the class of DeepSpeed's `zero` to the patched one, if it is stage 1's in bf16."""
     if not isinstance(zero, BF16_Optimizer):
         return
-    zero.__class__ = DirectSums
+    zero.__class__ = PatchedBf16Optimizer
     zero.data, zero.overlaps = data, overlaps and data.size > 1
     zero.pieces, zero.piece_of = [], []
     for flat, gradients in zip(

@@ -85,7 +85,7 @@ def engine_settings(run: RunConfig, hidden_size: int, data: Axis) -> dict[str, A
 
 
 def run_overlaps(run: RunConfig, data: Axis) -> bool:
-    """Whether ZeRO's communication overlaps the backward pass: on CUDA, unless bits must repeat.
-    Where there is nobody to talk to, its streams would only have the host wait for them."""
+    """Return whether ZeRO's communication overlaps the backward pass: on CUDA, unless bits must
+    repeat. Where there is nobody to talk to, its streams would only have the host wait for them."""
     on_cuda = torch.cuda.is_available() and run.device != "cpu"
     return on_cuda and data.size > 1 and not run.deterministic

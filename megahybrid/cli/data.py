@@ -1,18 +1,17 @@
-"""The arguments of `megahybrid data …`. Imports nothing heavy."""
+"""`megahybrid data …`: prepare, check and show datasets."""
 
 import argparse
 import os
 from typing import Any
 
-LARGEST_VOCABULARY = 2**31  # ids are int32
-LARGEST_MIB = 2**30
-LONGEST_ROW = 2**24  # pack holds some tens of bytes for each possible length of a document
-MOST_WORKERS = 1024
+from megahybrid.cli.arguments import given
+from megahybrid.data_prep.limits import LARGEST_MIB, LARGEST_VOCABULARY, LONGEST_ROW, MOST_WORKERS
 
 
-def add_arguments(subparsers: Any) -> None:
-    """Adds the `data` command to the subparsers of `megahybrid`; call `run(args)` for it."""
+def add_data_commands(subparsers: Any) -> None:
+    """Add `data` with its own commands."""
     parser = subparsers.add_parser("data", help="prepare, check and show datasets")
+    parser.set_defaults(run=_data)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
     gather = commands.add_parser("gather-stdlib", help="Python's own library as a .jsonl")
@@ -124,6 +123,12 @@ def add_arguments(subparsers: Any) -> None:
     audit = commands.add_parser("audit", help="prove from a run's ledger which tokens it read")
     audit.add_argument("run_directory", metavar="RUN", help="a run's folder")
     audit.add_argument("other", metavar="RUN2", nargs="?", help="compare with this run")
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from megahybrid.commands.data import data
+
+    return data(arguments.data_command, **given(arguments))
 
 
 def _from(lowest: int, highest: int = 2**62) -> Any:

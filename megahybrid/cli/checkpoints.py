@@ -1,0 +1,64 @@
+"""`megahybrid checkpoint …`: list, show, verify, compare and average checkpoints."""
+
+import argparse
+from pathlib import Path
+
+
+def add_stored_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `checkpoint` with its own commands."""
+    text = "list, show, verify, compare and average checkpoints"
+    parser = commands.add_parser("checkpoint", help=text, description=f"{text.capitalize()}.")
+    parser.set_defaults(run=_checkpoint)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    listed = _verb(verbs, "list", "a run's checkpoints, newest first")
+    listed.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
+    show = _verb(verbs, "show", "what one checkpoint holds")
+    _one(show)
+    verify = _verb(verbs, "verify", "read every byte; of a run's folder: every checkpoint's")
+    verify.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder or a run's")
+    diff = _verb(verbs, "diff", "which parameters changed from A to B, and by how much")
+    for name in ("a", "b"):
+        help_text = "a checkpoint's folder, or a run's (its newest one)"
+        diff.add_argument(name, type=Path, metavar=name.upper(), help=help_text)
+    diff.add_argument("--moments", action="store_true", help="the optimizer's moments as well")
+    diff.add_argument("--rows", type=int, default=20, metavar="N", help="lines at most (20)")
+    mean = _verb(verbs, "average", "the mean of several checkpoints' weights")
+    mean.add_argument("paths", type=Path, nargs="+", metavar="CHECKPOINT")
+    mean.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    mean.add_argument(
+        "--shares", type=float, nargs="+", metavar="X", help="of each (default: the same)"
+    )
+    for verb in (listed, show, verify, diff):
+        verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def _one(parser: argparse.ArgumentParser) -> None:
+    help_text = "a checkpoint's folder, or a run's (its newest one)"
+    parser.add_argument("path", type=Path, metavar="CHECKPOINT", help=help_text)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from megahybrid.commands import checkpoint
+
+    match arguments.verb:
+        case "list":
+            return checkpoint.list_checkpoints(arguments.run_directory, as_json=arguments.json)
+        case "show":
+            return checkpoint.show(arguments.path, as_json=arguments.json)
+        case "verify":
+            return checkpoint.verify_checkpoints(arguments.path, as_json=arguments.json)
+        case "diff":
+            return checkpoint.diff(
+                arguments.a,
+                arguments.b,
+                moments=arguments.moments,
+                rows=arguments.rows,
+                as_json=arguments.json,
+            )
+        case "average":
+            return checkpoint.write_average(arguments.paths, arguments.out, arguments.shares)
+    raise AssertionError(arguments.verb)
