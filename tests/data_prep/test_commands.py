@@ -45,8 +45,8 @@ def test_place_that_cannot_be_written_is_one_line(corpus: Path, tmp_path: Path) 
     "name, words",
     [
         ("a.png", "a.png is not an .svg, the only format that pictures are drawn in"),
-        ("a", "a is no .svg"),
-        (".svg", ".svg is no .svg"),
+        ("a", "a is not an .svg"),
+        (".svg", ".svg is not an .svg"),
         ("nowhere/a.svg", "nowhere, which is not a folder"),
         ("folder.svg", "folder.svg is there already \\(a folder\\)"),
     ],

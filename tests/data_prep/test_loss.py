@@ -337,7 +337,7 @@ def test_what_is_missing_is_never_more_than_what_is_said(
     try:
         texts, bad, loss = read(path)
     except DataError as error:  # an array without its bracket is left out as a whole
-        assert name == "a.json" and "no list of documents" in str(error)
+        assert name == "a.json" and "not a list of documents" in str(error)
         return
     # A flipped letter makes another text where nothing has a checksum: it is there, if wrong.
     missing = max(0.0, 1 - len(texts) / len(TEXTS))
