@@ -25,9 +25,7 @@ class Positions(NamedTuple):
     table. Leading axes are [seq, batch], or [batch, seq] after `rows_first`."""
 
     table: RotaryTable | None  # of the rotation
-    factor: (
-        Tensor | None
-    )  # [seq, batch or 1]: the temperature of each query, without what is learned
+    factor: Tensor | None  # [seq, batch or 1]: each query's temperature, without what is learned
 
     def rows_first(self) -> "Positions":
         """Return the same for heads that are [batch, seq, ...]."""
