@@ -48,7 +48,7 @@ class LayerCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held."""
+        """Memory of its keys and values, in bytes."""
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
 
     def extend(
@@ -120,7 +120,7 @@ class Cache:
     def context(
         self, layers: Iterator[int], first: int, columns: int, hidden: Tensor
     ) -> SequenceContext:
-        """What blocks need to go on at column `first` with `columns` more, as `filled` made them.
+        """Return what blocks need to go on at column `first` with `columns` more, `filled` up.
 
         `layers` gives the index of each layer that will ask, in order; `hidden` tells device and
         dtype.
@@ -177,7 +177,7 @@ def seen(
     columns: Int[Tensor, "keys"],
     window: int | None,
 ) -> Bool[Tensor, "batch queries keys"]:
-    """Which columns the query columns see: their document's, up to their own, in the window."""
+    """Return the columns that queries see: their document's, up to their own, in the window."""
     query = queries[:, None]
     allowed = (columns <= query) & (columns >= starts[:, queries, None])
     return allowed if window is None else allowed & (columns > query - window)

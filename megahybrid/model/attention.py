@@ -63,7 +63,7 @@ def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> dic
 
 
 class Attention(nn.Module):
-    """What an `AttentionScheme` says, on this rank's heads, and the way back to hidden size."""
+    """An `AttentionScheme` on this rank's heads, and the way back to hidden size."""
 
     def __init__(
         self,

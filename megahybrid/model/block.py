@@ -114,8 +114,8 @@ class Block(nn.Module):
         return Heads(q, k, v), self.folded(inputs), PassThrough.apply(hidden)
 
     def folded(self, inputs: BranchInputs) -> BranchInputs:
-        """What a compiled `leave` gets: gate and up multiplied, unless that is computed again.
-        Their gradients are then written where the input product's backward reads them."""
+        """Return the inputs of a compiled `leave`: gate and up multiplied, unless that is computed
+        again. Their gradients are then written where the input product's backward reads them."""
         if inputs.gate is None or inputs.up is None or self.recompute.norms:
             return inputs
         return inputs._replace(gate=None, up=None, gated=swiglu(inputs.gate, inputs.up))
@@ -129,7 +129,7 @@ class Block(nn.Module):
         return heads, BranchInputs(**named)
 
     def _chunks(self, hidden: Tensor) -> bool:
-        """Whether the MLP of this stream runs in chunks."""
+        """Return whether the MLP of this stream runs in chunks."""
         match self.recompute.chunks:
             case "never":
                 return False
