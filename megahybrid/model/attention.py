@@ -12,12 +12,32 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
-from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.rotary import RotaryTable
 from megahybrid.model.score_scale import QueryScale, score_scale
 from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
+
+
+class Heads(NamedTuple):
+    """What attention computes with: [seq, batch, heads_local, head_dim]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class BranchInputs(NamedTuple):
+    """What the second half of a layer reads beside the attention output: one field for each output
+    of the input projection that is not heads; None where a block has none.
+
+    Of the MLP it is gate and up, or their product, or all that the MLP made of them.
+    """
+
+    gate: Tensor | None = None
+    up: Tensor | None = None
+    gated: Tensor | None = None  # silu(gate) * up
+    mlp: Tensor | None = None  # this rank's part of the MLP's sum
 
 
 class Positions(NamedTuple):

@@ -19,12 +19,11 @@ from megahybrid.config import memory_estimate
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
-from megahybrid.model.attention import Attention, Positions
+from megahybrid.model.attention import Attention, BranchInputs, Heads, Positions
 from megahybrid.model.chunked_mlp import ChunkedMLP
 from megahybrid.model.compiled import PassThrough, rows_first, traced_whole
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
-from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.layer_parts import LayerParts
 from megahybrid.model.mlp import GatedProduct, swiglu
 from megahybrid.model.recompute import keeping_products, recomputation, rederived

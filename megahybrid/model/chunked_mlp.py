@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megahybrid.config import memory_estimate
 from megahybrid.model.compiled import traced_whole
-from megahybrid.model.layer_inputs import InputProjection
+from megahybrid.model.input_projection import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
     RowParallelLinear,

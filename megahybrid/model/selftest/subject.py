@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.model import ModelConfig
+from megahybrid.model.attention import BranchInputs, Heads
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.layer_parts import LayerParts
 from megahybrid.parallel.mesh import ParallelMesh
 
