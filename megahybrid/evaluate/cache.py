@@ -5,6 +5,7 @@ document of its own that nothing sees. A column is a place in the row, counted f
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class LayerCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held."""
+        """Memory of its keys and values, in bytes."""
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
 
     def extend(
@@ -119,7 +120,7 @@ class Cache:
     def context(
         self, layers: Iterator[int], first: int, columns: int, hidden: Tensor
     ) -> SequenceContext:
-        """What blocks need to go on at column `first` with `columns` more, as `filled` made them.
+        """Return what blocks need to go on at column `first` with `columns` more, `filled` up.
 
         `layers` gives the index of each layer that will ask, in order; `hidden` tells device and
         dtype.
@@ -133,15 +134,15 @@ class Cache:
 
         def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
             q, k, v = q[:columns], k[:columns], v[:columns]
-            return filled(self._attend(next(layers), q, k, v, first, spec.scale), self.tensor)
+            return filled(self._attend(next(layers), q, k, v, first, spec), self.tensor)
 
         return SequenceContext(length, documents, hidden.device, hidden.dtype, attention=attention)
 
     def _attend(
-        self, index: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, first: int, spec: AttentionSpec
     ) -> Float[Tensor, "seq batch heads head_dim"]:
-        """Core attention of the new columns to all that are kept, whose kernel is none of those
-        for whole batches."""
+        """Core attention of the new columns to all that are kept: which keys are seen is said one
+        by one, and whatever else a layer asks stays."""
         layer = self.layers[index]
         keys, values, columns = layer.extend(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), first)
         queries = torch.arange(first, first + len(q), device=q.device)
@@ -151,9 +152,11 @@ class Cache:
             self.masks[key] = seen(self.starts, queries, columns, window)
         allowed = self.masks[key]
         if self.observe is not None:
-            self.observe(index, q, keys, queries, columns, allowed, scale)
+            self.observe(index, q, keys, queries, columns, allowed, spec.scale)
         keys, values = (x.permute(2, 0, 1, 3) for x in (keys, values))
-        return core_attention(q, keys, values, AttentionSpec(scale=scale, visible=allowed), "auto")
+        spec = replace(spec, window=None, documents=None, visible=allowed)
+        # The layer's own kernel is for whole batches.
+        return core_attention(q, keys, values, spec, "auto")
 
 
 def filled(x: Float[Tensor, "seq *rest"], tensor: Axis) -> Float[Tensor, "seq_filled *rest"]:
@@ -174,7 +177,7 @@ def seen(
     columns: Int[Tensor, "keys"],
     window: int | None,
 ) -> Bool[Tensor, "batch queries keys"]:
-    """Which columns the query columns see: their document's, up to their own, in the window."""
+    """Return the columns that queries see: their document's, up to their own, in the window."""
     query = queries[:, None]
     allowed = (columns <= query) & (columns >= starts[:, queries, None])
     return allowed if window is None else allowed & (columns > query - window)

@@ -26,7 +26,7 @@ class OffloadedTensor:
                 tensor.record_stream(stream)  # its memory is not given away before it is read
 
     def fetch(self) -> None:
-        """Has it come back, if it is not on its way; nobody waits."""
+        """Start the copy back, if it is not on its way; nobody waits."""
         if self.arriving is not None:
             return
         room = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
@@ -37,7 +37,7 @@ class OffloadedTensor:
             self.arriving = room, None if stream is None else stream.record_event()
 
     def back(self) -> Tensor:
-        """The tensor, for whoever reads it on the current stream; the next one is sent for."""
+        """Return the tensor to whoever reads it on the current stream, and start the next copy."""
         self.fetch()
         assert self.arriving is not None
         (room, there), self.arriving = self.arriving, None
@@ -70,13 +70,13 @@ def copy_stream(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
     if device.type != "cuda":
         yield None
         return
-    stream = _road(device)
+    stream = _one_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield stream
 
 
 @cache
-def _road(device: torch.device) -> torch.cuda.Stream:
-    """One for both ways: what left last is there before it is sent for."""
+def _one_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of both ways: what left last has arrived before it is fetched."""
     return torch.cuda.Stream(device)

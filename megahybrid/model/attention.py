@@ -12,7 +12,6 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
-from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.rotary import RotaryTable
 from megahybrid.model.score_scale import QueryScale, score_scale
@@ -20,14 +19,33 @@ from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
 
+class Heads(NamedTuple):
+    """What attention computes with: [seq, batch, heads_local, head_dim]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class BranchInputs(NamedTuple):
+    """What the second half of a layer reads beside the attention output: one field for each output
+    of the input projection that is not heads; None where a block has none.
+
+    Of the MLP it is gate and up, or their product, or all that the MLP made of them.
+    """
+
+    gate: Tensor | None = None
+    up: Tensor | None = None
+    gated: Tensor | None = None  # silu(gate) * up
+    mlp: Tensor | None = None  # this rank's part of the MLP's sum
+
+
 class Positions(NamedTuple):
     """What a batch's positions are to a layer, made on the way in: a compiled region can make no
     table. Leading axes are [seq, batch], or [batch, seq] after `rows_first`."""
 
     table: RotaryTable | None  # of the rotation
-    factor: (
-        Tensor | None
-    )  # [seq, batch or 1]: the temperature of each query, without what is learned
+    factor: Tensor | None  # [seq, batch or 1]: each query's temperature, without what is learned
 
     def rows_first(self) -> "Positions":
         """Return the same for heads that are [batch, seq, ...]."""
@@ -65,7 +83,7 @@ def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> dic
 
 
 class Attention(nn.Module):
-    """What an `AttentionScheme` says, on this rank's heads, and the way back to hidden size."""
+    """An `AttentionScheme` on this rank's heads, and the way back to hidden size."""
 
     def __init__(
         self,

@@ -19,12 +19,11 @@ from megahybrid.config import memory_estimate
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
-from megahybrid.model.attention import Attention, Positions
+from megahybrid.model.attention import Attention, BranchInputs, Heads, Positions
 from megahybrid.model.chunked_mlp import ChunkedMLP
 from megahybrid.model.compiled import PassThrough, rows_first, traced_whole
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
-from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.layer_parts import LayerParts
 from megahybrid.model.mlp import GatedProduct, swiglu
 from megahybrid.model.recompute import keeping_products, recomputation, rederived
@@ -114,8 +113,8 @@ class Block(nn.Module):
         return Heads(q, k, v), self.folded(inputs), PassThrough.apply(hidden)
 
     def folded(self, inputs: BranchInputs) -> BranchInputs:
-        """What a compiled `leave` gets: gate and up multiplied, unless that is computed again.
-        Their gradients are then written where the input product's backward reads them."""
+        """Return the inputs of a compiled `leave`: gate and up multiplied, unless that is computed
+        again. Their gradients are then written where the input product's backward reads them."""
         if inputs.gate is None or inputs.up is None or self.recompute.norms:
             return inputs
         return inputs._replace(gate=None, up=None, gated=swiglu(inputs.gate, inputs.up))
@@ -129,7 +128,7 @@ class Block(nn.Module):
         return heads, BranchInputs(**named)
 
     def _chunks(self, hidden: Tensor) -> bool:
-        """Whether the MLP of this stream runs in chunks."""
+        """Return whether the MLP of this stream runs in chunks."""
         match self.recompute.chunks:
             case "never":
                 return False

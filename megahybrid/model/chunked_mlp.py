@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megahybrid.config import memory_estimate
 from megahybrid.model.compiled import traced_whole
-from megahybrid.model.layer_inputs import InputProjection
+from megahybrid.model.input_projection import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
     RowParallelLinear,
@@ -35,8 +35,8 @@ def gated_gradients(
     up: Float[Tensor, "tokens inner"],
     grad: Float[Tensor, "tokens inner"],
 ) -> Float[Tensor, "tokens inner"]:
-    """silu(gate) * up. With `grad`, the gradient of that, those of gate and up take their place;
-    `grad` is spent. Compiled, it is one kernel: three tensors in, three out."""
+    """Return silu(gate) * up; its gradient `grad` becomes those of gate and up, which take their
+    place, and is spent. Compiled, it is one kernel: three tensors in, three out."""
     active = F.silu(gate)
     made = active * up
     of_up = active.mul_(grad)
@@ -49,7 +49,7 @@ def gated_gradients(
 
 @dataclass(frozen=True)
 class Between:
-    """What is done between the products of one chunk."""
+    """The functions between the products of one chunk."""
 
     gated: Callable[[Tensor, Tensor], Tensor] = gated
     gradients: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_gradients

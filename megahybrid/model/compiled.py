@@ -18,20 +18,20 @@ MOST_PROGRAMS = 256
 
 
 def traced_whole(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """`function` compiled at its first call, by input shapes. What cannot be traced whole is an
-    error, never a slower program."""
+    """Return `function` compiled at its first call, by input shapes. What cannot be traced whole is
+    an error, never a slower program."""
     if backend == "inductor":
         patch_inductor_cat()
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
 def whole_serves() -> bool:
-    """Whether layers are compiled with their products: a compiled one is always torch's own."""
+    """Return whether layers are compiled with their products: compiled, they are always torch's."""
     return matmul.in_use() == "torch"
 
 
 def prepare_compiler() -> None:
-    """What a compiler needs before its first program."""
+    """Set what a compiler needs before its first program."""
     import torch._dynamo
     import torch._functorch.config
 
@@ -79,7 +79,7 @@ def patch_inductor_cat() -> None:
 
 
 def _only_multiplied(node: Any) -> bool:
-    """Whether matrix products alone read this node of a graph, through views."""
+    """Return whether matrix products alone read this node of a graph, through views."""
     aten = torch.ops.aten
     views = (aten.view.default, aten.reshape.default, aten.permute.default)
     return bool(node.users) and all(
@@ -123,7 +123,7 @@ def keep_programs(folder: Path, first: bool = True) -> None:
 
 
 def _is_whole_library(path: Path) -> bool:
-    """Whether an ELF file has all that its header speaks of; section headers come last in it."""
+    """Return whether an ELF file has all that its header speaks of: section headers come last."""
     try:
         with path.open("rb") as file:
             head = file.read(64)

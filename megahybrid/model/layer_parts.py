@@ -9,7 +9,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
 from megahybrid.model.attention import Attention, attention_outputs
 from megahybrid.model.chunked_mlp import ChunkedMLP
-from megahybrid.model.layer_inputs import InputProjection
+from megahybrid.model.input_projection import InputProjection
 from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs
 from megahybrid.model.norm import make_norm
 from megahybrid.model.recompute import recomputation

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from megahybrid.config.model import ModelConfig
-from megahybrid.model.layer_inputs import InputProjection
+from megahybrid.model.input_projection import InputProjection
 from megahybrid.model.recompute import rederived
 from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh

@@ -1,4 +1,4 @@
-"""Rotary position embedding: pairs (i, i + rotary_dim / 2) of a head turn by position * frequency.
+"""Rotary position embedding: pairs (i, i + rotary_dim / 2) rotate by position * frequency.
 
 Layers without position never come here.
 """
@@ -22,7 +22,7 @@ class RotaryTable:
     batch is 1 where all rows have the same positions.
     """
 
-    cos: Float[Tensor, "seq batch 1 head_dim"]  # 1 in the dimensions that do not turn
+    cos: Float[Tensor, "seq batch 1 head_dim"]  # 1 in the dimensions that do not rotate
     sin: Float[Tensor, "seq batch 1 pairs"]
 
     @classmethod
@@ -52,7 +52,7 @@ class RotaryTable:
         return cls(torch.cat((cos, cos, still), dim=-1).to(dtype), sin.to(dtype))
 
     def rows_first(self) -> "RotaryTable":
-        """The same for heads that are [batch, seq, ...]."""
+        """Return the same table for heads that are [batch, seq, ...]."""
         return RotaryTable(self.cos.transpose(0, 1), self.sin.transpose(0, 1))
 
 
@@ -66,7 +66,7 @@ def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
 def plain_table(
     rope: Rope, head_dim: int, length: int, device: torch.device, dtype: torch.dtype
 ) -> RotaryTable:
-    """That of rows of one document: the same for every batch."""
+    """Return the table of rows of one document: the same for every batch."""
     return RotaryTable.build(rope, head_dim, length, None, device, dtype)
 
 
@@ -100,11 +100,11 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same without writing in place: a compiler makes one kernel of it and of its backward."""
+    """Rotate without writing in place: a compiler makes one kernel of it and of its backward."""
     pairs = sin.shape[-1]
     first, second, still = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    turn = cos[..., :pairs]
-    return torch.cat((first * turn - second * sin, second * turn + first * sin, still), dim=-1)
+    half = cos[..., :pairs]
+    return torch.cat((first * half - second * sin, second * half + first * sin, still), dim=-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

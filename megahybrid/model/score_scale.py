@@ -69,7 +69,7 @@ def query_factor(
 def _plain_factor(
     scale: PositionScale, window: int | None, length: int, device: torch.device
 ) -> Tensor:
-    """That of rows of one document: the same for every batch."""
+    """Return the factor of rows of one document: the same for every batch."""
     return query_factor(scale, window, None, length, device)
 
 

@@ -191,7 +191,7 @@ def substitutes() -> Iterator[None]:
             (documents, "to_device", to),
             (varlen, "to_device", to),
             (varlen, "_shares_heads", lambda device, dtype: True),
-            (activation_offload, "_road", lambda device: mock.MagicMock()),
+            (activation_offload, "_one_stream", lambda device: mock.MagicMock()),
             (torch.Tensor, "record_stream", lambda tensor, stream: None),
             (torch, "empty", unpinned),
             (torch.nn.functional, "scaled_dot_product_attention", sdpa),

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megahybrid.config import memory_estimate
 from megahybrid.model import core_attention
+from megahybrid.model.attention import BranchInputs
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import keep_programs
 from megahybrid.model.kernels import attend
-from megahybrid.model.layer_inputs import BranchInputs
 from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh

@@ -3,6 +3,7 @@ on every path, and nothing beside it rotates, scales or attends."""
 
 import ast
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 import megahybrid
-from megahybrid.errors import AuditError
+from megahybrid.errors import AuditError, ConfigError
 from megahybrid.evaluate.attention import attention_of
 from megahybrid.evaluate.cache import by_layers
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.generation import Decoder
-from megahybrid.model import core_attention
+from megahybrid.model import attention, core_attention
 from megahybrid.model.block import Block
 from megahybrid.model.kernels import AttentionSpec, attend
 from megahybrid.model.rotary import rotate_both
@@ -118,6 +119,23 @@ def test_a_fault_in_the_core_is_seen_by_the_self_test(
     monkeypatch.setattr(core_attention, fault, FAULTS[fault])
     with pytest.raises(AuditError, match="self-test: scheme"):
         check("rope-window")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["training as written", "evaluation", "evaluation layer by layer", "generation from a cache"],
+)
+def test_what_no_kernel_serves_is_refused_on_every_path(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attention.Attention.spec
+    monkeypatch.setattr(
+        attention.Attention,
+        "spec",
+        lambda self, context: replace(right(self, context), sinks=torch.zeros(4)),
+    )
+    with pytest.raises(ConfigError, match="learned sinks"):
+        PATHS[path]()
 
 
 # What does the work, and the only functions that may call it, by file.

@@ -165,7 +165,7 @@ def test_copies_begin_behind_what_was_queued_and_readers_wait_for_them(
 
     main, road = Stream("main"), Stream("road")
     copy_stream, copy = activation_offload.copy_stream, Tensor.copy_
-    monkeypatch.setattr(activation_offload, "_road", lambda device: road)
+    monkeypatch.setattr(activation_offload, "_one_stream", lambda device: road)
     monkeypatch.setattr(
         activation_offload, "copy_stream", lambda device: copy_stream(torch.device("cuda:0"))
     )

@@ -10,7 +10,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 def fused_refusal(
     device: torch.device, dtype: torch.dtype, head_dim: int, largest_head_dim: int
 ) -> str | None:
-    """Why a fused kernel with heads up to `largest_head_dim` cannot run there, or None."""
+    """Return why a fused kernel with heads up to this size cannot run there, or None."""
     if device.type != "cuda":
         return f"needs a CUDA device (device={device.type})"
     if dtype not in DTYPES:
@@ -21,8 +21,8 @@ def fused_refusal(
 
 
 def within_int32_offsets(x: Tensor) -> Tensor:
-    """x, or a copy where its elements lie 2³¹ and more apart though they would fit in less, as a
-    slice of wide rows: values of the 1B shape from 110,378 tokens on.
+    """Return x, or a copy where its elements lie 2³¹ and more apart though they would fit in less,
+    as a slice of wide rows: values of the 1B shape from 110,378 tokens on.
 
     FlexAttention multiplies a token's index by its step in 32 bits (its code for torch 2.11 does;
     github.com/pytorch/pytorch/issues/190857), and cuDNN may count what holds fewer in as many.

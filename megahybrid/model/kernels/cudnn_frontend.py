@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What one plan is for. `grad_output`, the gradient of the output, is there for a backward."""
+    """The case that one plan is for. `grad_output` is there for a backward."""
 
     device: torch.device
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kernel cannot run there, or None if it can."""
+    """Return why this kernel cannot run there, or None if it can."""
     why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM)
     if why_not:
         return why_not
@@ -135,7 +135,7 @@ def readable(x: Tensor) -> Tensor:
 
 
 def layout(x: Tensor) -> Layout:
-    """Of x [seq, batch, heads, head_dim]; an axis of one element steps as far as the next one in
+    """Return x's layout [seq, batch, heads, head_dim]; an axis of one steps as far as the next in
     memory, whatever torch says of it."""
     (seq, batch, heads, head_dim), (by_seq, by_batch, by_head, _) = x.shape, x.stride()
     by_head = by_head if heads > 1 else head_dim
@@ -153,7 +153,7 @@ def empty(like: Tensor, order: Tensor) -> Tensor:
 
 
 def dense(like: Layout, order: Layout) -> Layout:
-    """That of `empty`."""
+    """Return the layout that `empty` gives a tensor."""
     batch, heads, seq, head_dim = like.sizes
     row, (by_batch, _, by_seq, _) = heads * head_dim, order.strides
     if by_batch > by_seq:
@@ -249,7 +249,7 @@ def _execute(case: Case, buffers: dict[int, Tensor]) -> None:
 
 
 class _OfThread(threading.local):
-    """What a thread has of cuDNN."""
+    """The cuDNN handles and plans of one thread."""
 
     def __init__(self) -> None:
         self.handle = cache(lambda device: package().create_handle())

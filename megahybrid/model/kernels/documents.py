@@ -1,4 +1,4 @@
-"""Where the documents of a batch begin, and what layers need to know of it, once per batch."""
+"""The documents of a batch: where they begin, and what follows from it, made once per batch."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ class Documents:
 
     @property
     def device(self) -> torch.device:
-        """Where `starts` lies."""
+        """The device of `starts`."""
         return self.starts.device
 
     @property
@@ -62,7 +62,7 @@ class Documents:
         return self.starts.shape[1]
 
     def to(self, device: torch.device | str) -> "Documents":
-        """The same documents on `device`.
+        """Return the same documents on `device`.
 
         Spans are found before the move, so that a batch that starts on the host never makes the
         accelerator wait for its own boundaries.
@@ -73,7 +73,7 @@ class Documents:
         return moved
 
     def keep(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """What `make` returned the first time that `key` was asked for."""
+        """Return what `make` gave the first time that `key` was asked for."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -85,7 +85,7 @@ class Documents:
         )
 
     def visible_keys(self, window: int | None) -> Int[Tensor, "batch seq"]:
-        """How many keys each query sees, itself included."""
+        """Return how many keys each query sees, itself included."""
         count = self.positions() + 1
         return count if window is None else count.clamp(max=window)
 
@@ -111,7 +111,7 @@ class Documents:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on `device`, without either waiting for the other."""
+    """Return a host's tensor on `device`, without either waiting for the other."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -125,7 +125,7 @@ def visible(
     last_key: int,
     window: int | None,
 ) -> Bool[Tensor, "batch queries keys"]:
-    """Which keys first_key … last_key - 1 the queries first_query … last_query - 1 may see."""
+    """Return which keys first_key … last_key - 1 queries first_query … last_query - 1 may see."""
     query = torch.arange(first_query, last_query, device=starts.device)[:, None]
     key = torch.arange(first_key, last_key, device=starts.device)
     allowed = (key <= query) & (key >= starts[:, first_query:last_query, None])

@@ -20,7 +20,7 @@ LARGEST_HEAD_DIM = {"fa3": 256, "fa4": 128}
 
 
 def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kernel cannot run there, or None if it can."""
+    """Return why this kernel cannot run there, or None if it can."""
     why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM[name])
     if why_not:
         return why_not

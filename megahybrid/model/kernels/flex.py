@@ -18,7 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kernel cannot train there, or None if it can."""
+    """Return why this kernel cannot train there, or None if it can."""
     if device.type != "cuda":
         return f"has a backward on CUDA only (device={device.type})"
     if dtype not in DTYPES:
@@ -106,7 +106,7 @@ def _block_mask(window: int | None, seq: int, starts: Tensor | None, device: tor
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and which, those first, int32."""
+    """Return how many key blocks each query block has, and which, those first, int32."""
     blocks = blocks[:, None].int()  # the same for all heads
     order = blocks.argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), order.int()

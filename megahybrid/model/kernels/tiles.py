@@ -28,7 +28,7 @@ SMALLEST = 2**21
 
 
 def serves(q: Tensor, k: Tensor, window: int) -> bool:
-    """Whether tiles are the faster way: in fp32 on a CPU, for windows that make large products."""
+    """Return whether tiles are faster: in fp32 on a CPU, for windows that make large products."""
     group = q.shape[2] // k.shape[2]
     large = TILE * group * (window + TILE) * q.shape[3] >= SMALLEST
     return q.device.type == "cpu" and q.dtype == torch.float32 and large

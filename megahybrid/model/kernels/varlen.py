@@ -17,7 +17,7 @@ LARGEST_HEAD_DIM = 256
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kernel cannot run there, or None if it can."""
+    """Return why this kernel cannot run there, or None if it can."""
     why_not = fused_refusal(device, dtype, head_dim, LARGEST_HEAD_DIM)
     if why_not:
         return why_not
@@ -68,7 +68,7 @@ def without_varlen(spec: AttentionSpec, place: Place) -> str | None:
 
 @lru_cache(maxsize=16)
 def plain_boundaries(batch: int, seq: int, device: torch.device) -> Tensor:
-    """Those of rows of one document each, int32 [batch + 1]: the same for every batch."""
+    """Return the boundaries of rows of one document, int32 [batch + 1]: alike for every batch."""
     return torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=device)
 
 
@@ -95,7 +95,7 @@ def _call(
 
 @cache
 def _shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it takes fewer heads of keys than of queries: torch 2.11 has no argument for that but
+    """Return whether KV heads may be fewer than queries': torch 2.11 has no argument for that but
     looks at nothing either, and its kernel does. Tried once, forward and backward, on 16 tokens:
     heads written out would be read and kept once per query head."""
     if "enable_gqa" in _parameters():
@@ -127,7 +127,7 @@ def _shares_heads(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def _parameters() -> frozenset[str]:
-    """What this torch's varlen_attn accepts: 2.10 knew neither windows nor grouped heads."""
+    """Return what this torch's varlen_attn accepts: 2.10 knew neither windows nor grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -72,7 +72,7 @@ def run_self_test(
 
 @dataclass(frozen=True)
 class _OneScheme:
-    """What is asked of a scheme on its kernel."""
+    """The questions to one scheme on its kernel."""
 
     scheme: AttentionScheme
     kernel: str
@@ -141,13 +141,13 @@ class _OneScheme:
         compare(block, shape, context, rows, drawn)
 
     def block(self, scheme: AttentionScheme, shape: HeadShape, length: int) -> HeadsOnly:
-        """With weights of its own, for rows of so many tokens."""
+        """Return a block with weights of its own, for rows of so many tokens."""
         block = HeadsOnly(shape, scheme, self.kernel)
         fill_learned(block, shape, length, torch.Generator().manual_seed(7))
         return block
 
     def kernel_name(self) -> str:
-        """The kernel asked for, or the one that `auto` means here."""
+        """Return the kernel asked for, or the one that `auto` means here."""
         if self.kernel != "auto":
             return self.kernel
         window, shape = self.scheme.window, self.shape
@@ -195,7 +195,7 @@ def reduced(
 def affordable(
     shape: HeadShape, rows: Rows, window: int | None, forward_only: bool = False
 ) -> HeadShape:
-    """As many of the heads as the budget allows, one at least."""
+    """Return as many of the heads as the budget allows, one at least."""
     while not _fits(shape, rows, window, forward_only):
         smaller = shape.smaller()
         if smaller is None:

@@ -42,7 +42,7 @@ SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.0
 
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
-    """What a scheme sees, without norm, rotation or scale: of these `compare` judges."""
+    """Return the scheme without norm, rotation and scale, of which `compare` judges."""
     plain = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "logit_scale": SqrtDimScale()}
     return scheme.model_copy(update=plain)
 
@@ -112,7 +112,7 @@ def _probes(rows: Rows, row: int, window: int | None, head_dim: int) -> list[int
 
 
 def stays_finite(block: HeadsOnly, shape: HeadShape, context: SequenceContext, rows: Rows) -> None:
-    """Where all scores are low there are gradients still."""
+    """Demand gradients that are numbers where all scores are low."""
     generator = torch.Generator().manual_seed(2)
     hidden = normal(generator, rows.length, len(rows.documents), shape.features)
     grad_output = normal(generator, *hidden.shape[:2], shape.heads, shape.head_dim)

@@ -1,4 +1,4 @@
-"""What the self-test asks: a block as it trains, without the projections around its attention."""
+"""The subject of the self-test: a block as it trains, without the projections around attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.model import ModelConfig
+from megahybrid.model.attention import BranchInputs, Heads
 from megahybrid.model.block import Block
 from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.layer_inputs import BranchInputs, Heads
 from megahybrid.model.layer_parts import LayerParts
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -24,7 +24,7 @@ EPS = 1e-5  # of QK-norm; what it is called with in the run moves nothing here
 
 
 class Violation(Exception):
-    """What a scheme did that it must not."""
+    """A scheme did what it must not; the message follows its name."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HeadShape:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     def smaller(self) -> "HeadShape | None":
-        """The same with fewer heads: half the KV heads, of the last one half the queries."""
+        """Return the shape with half the KV heads, or with half the queries of the last one."""
         group = self.heads // self.kv_heads
         if self.kv_heads > 1:
             kv_heads = self.kv_heads // 2
@@ -63,7 +63,7 @@ class Rows:
         return cls(tuple(tuple(row) for row in rows))
 
     def joined(self) -> "Rows":
-        """The same rows, each a single document."""
+        """Return rows of the same length, each a single document."""
         return Rows(tuple((sum(row),) for row in self.documents))
 
     @property
@@ -73,7 +73,7 @@ class Rows:
 
     @property
     def several(self) -> bool:
-        """Whether some row holds several documents."""
+        """True where some row holds several documents."""
         return any(len(row) > 1 for row in self.documents)
 
     @cached_property
@@ -87,7 +87,7 @@ class Rows:
         return torch.tensor(starts)
 
     def borders(self, row: int) -> list[int]:
-        """Where the documents of a row begin, but for the first."""
+        """Return where the documents of a row begin, but for the first."""
         return sorted({int(start) for start in self.starts[row]} - {0})
 
 
@@ -145,13 +145,13 @@ class HeadsOnly(Block):
         return out[..., : self.sizes[0]].unflatten(-1, (-1, self.attention.head_dim))
 
     def compile_as(self, compiler: str, whole: bool) -> None:
-        """As `Transformer.compile_blocks` does: its pieces, and where it can be all of it."""
+        """Compile the block as `Transformer.compile_blocks` does: its pieces, or all of it."""
         prepare_compiler()
         self.compile_pieces(compiler)
         if whole:
             self.compile_regions(compiler)
 
     def learned(self) -> dict[str, torch.nn.Parameter]:
-        """What attention learns beside its projections."""
+        """Return the parameters of attention beside its projections."""
         named = self.attention.named_parameters()
         return {name: each for name, each in named if not name.startswith("output.")}
