@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, load
+from megahybrid.config.packaged import known_names, named
 from megahybrid.errors import ConfigError
 
 # What ends up in a line of its own must not end that line.
@@ -168,14 +169,15 @@ def seconds_of(limit: str) -> int:
 
 
 def load_site(name: str, folder: Path = SITES) -> Site:
-    """The site of that name under configs/sites/, or of the file of that path."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not (folder / f"{name}.yaml").exists():
-            known = sorted(found.stem for found in folder.glob("*.yaml"))
-            raise ConfigError(
-                f"--site={name} is no file of {folder} (there are: {', '.join(known) or 'none'})."
-                f"{did_you_mean(name, known)} Name one of them, or give the path of a site file."
-            )
-        path = folder / f"{name}.yaml"
+    """Return the site of that name under configs/sites/, in the working directory or else in
+    megahybrid itself, or the site of the file of that path."""
+    path: Path | None = Path(name)
+    if Path(name).suffix not in (".yaml", ".yml"):
+        path = named(name, folder) if re.fullmatch(r"[A-Za-z0-9_-]+", name) else None
+    if path is None:
+        known = known_names(folder)
+        raise ConfigError(
+            f"--site={name} is no file of {folder} (there are: {', '.join(known) or 'none'})."
+            f"{did_you_mean(name, known)} Name one of them, or give the path of a site file."
+        )
     return load(path, type=Site)

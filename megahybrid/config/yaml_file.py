@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config.packaged import beside, located, packaged_name
 from megahybrid.errors import ConfigError, PathError
 from megahybrid.plain_file import read_plain_file
 from megahybrid.printable import shortened
@@ -36,7 +37,7 @@ class _Reader:
 
     def tree(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         text = self._text(path, including)
-        identity = Path(os.path.realpath(path))
+        identity = Path(os.path.realpath(located(path)))
         name = _name(path)
         if identity in including:
             chain = shortened(" -> ".join(p.name for p in (*including, path)), 200)
@@ -59,7 +60,7 @@ class _Reader:
             )
         merged: dict[str, Any] = {}
         for file in includes:
-            merged = merge(merged, self.tree(path.parent / file, (*including, identity)))
+            merged = merge(merged, self.tree(beside(path, file), (*including, identity)))
         return merge(merged, tree)
 
     def _text(self, path: Path, including: tuple[Path, ...]) -> str:
@@ -84,9 +85,11 @@ def _read_text(path: Path, including: tuple[Path, ...], most_bytes: int) -> str:
     name = _name(path)
     by = f" (included by {shortened(including[-1].name)})" if including else ""
     try:
-        return read_plain_file(path, most_bytes).decode("utf-8")
+        return read_plain_file(located(path), most_bytes).decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{name} does not exist{by}. Check the path.") from None
+        ours = packaged_name(path)
+        hint = f", or use megahybrid's own: {ours}" if ours is not None else ""
+        raise ConfigError(f"{name} does not exist{by}. Check the path{hint}.") from None
     except IsADirectoryError:
         raise ConfigError(f"{name} is a folder, not a YAML file{by}. Name a file in it.") from None
     except UnicodeDecodeError as error:
