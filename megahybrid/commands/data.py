@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 import sys
 from typing import Any
 
@@ -276,7 +275,9 @@ def _bar(name: str, paths: list[str], passes: int = 1, vocab_size: int | None = 
 
 
 def _command() -> str:
-    return shlex.join(["megahybrid", *sys.argv[1:]])
+    from megahybrid.data.manifest import made_by
+
+    return made_by(["megahybrid", *sys.argv[1:]])
 
 
 def _verify(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from megahybrid import __version__
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.checkpoint.reader import Reader, verify
@@ -164,6 +165,7 @@ def _config_files(
         "pad_token_id": None,
         "dtype": str(DTYPES[dtype][1]).removeprefix("torch."),
         "transformers_version": transformers.__version__,
+        "megahybrid_version": __version__,
     }
     assert fields["model_type"] == MODEL_TYPES[architecture]
     generation = {"transformers_version": transformers.__version__, "eos_token_id": eod_id}

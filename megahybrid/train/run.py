@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megahybrid import __version__
 from megahybrid.checkpoint.directory import Owner, check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import Reader
@@ -344,6 +345,7 @@ class Attempt:
                 "zero_stage": self.run.parallel.zero_stage,
                 "precision": self.run.precision,
                 "device": str(self.mesh.device),
+                "megahybrid": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "model": self.fingerprint,
