@@ -1,4 +1,4 @@
-"""The batch script: text that is a function of a `Job` alone. Nothing is read or written here.
+"""The batch script: text that is a function of a `Job` alone.
 
 The script asks for nodes, prepares a shell and starts `python -m megahybrid.launch.supervise`:
 this starts the ranks, watches them and decides what comes next: shell traps that call programs were
@@ -11,6 +11,7 @@ the submitting python, its code and Slurm's commands are, then what the site fil
 """
 
 import shlex
+from pathlib import Path
 
 from megahybrid.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER_MISTAKE
 from megahybrid.launch.job import BEGAN, DECIDED, FOLDER, UNDECIDED, Job
@@ -110,6 +111,16 @@ def batch_script(job: Job) -> str:
         "done",
     ]
     return "\n".join(lines) + "\n"
+
+
+def is_of_version_0_1(run_directory: Path) -> bool:
+    """Say whether the run's batch script starts `launch.supervise`, which has another name since
+    0.2: such a job ends at once."""
+    try:
+        text = (run_directory / FOLDER / "batch.sh").read_text(errors="replace")
+    except OSError:
+        return False
+    return " -m launch.supervise " in text
 
 
 def _environment(job: Job) -> list[str]:

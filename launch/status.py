@@ -20,6 +20,7 @@ from megahybrid.launch.records import (
     newest_checkpoint,
     read_records,
 )
+from megahybrid.launch.script import is_of_version_0_1
 from megahybrid.launch.slurm import Queued, SlurmError
 
 BEHIND_SECONDS = 10.0
@@ -51,6 +52,8 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
     if pending:
         first = pending[0]
         why = _REASONS.get(first.reason, first.reason)
+        if is_of_version_0_1(run_directory):
+            why += "; of megahybrid 0.1, it will end at once: cancel it and submit again"
         before = ""
         if last is not None:
             told = last.reason or undecided or "lost, its batch process gone"
@@ -77,6 +80,8 @@ def status_line(run_directory: Path, queue: Mapping[str, Queued] | None) -> str:
         ended = f"job {last.job} try {last.attempt + 1}, {last.reason or 'no end was written'}"
     if undecided:
         ended += f"; {undecided}"
+    if is_of_version_0_1(run_directory):
+        ended += "; its batch script is of megahybrid 0.1: submit again"
     state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
     if queue is not None and (fate := slurm.fate(ours[-1])):
         if fate.startswith("CANCELLED"):  # nobody was there to record it
