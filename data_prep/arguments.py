@@ -15,6 +15,8 @@ def add_arguments(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help="prepare, check and show datasets")
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
+    commands.add_parser("demo", help="the data of pkg:runs/demo.yaml, in build/demo")
+
     gather = commands.add_parser("gather-stdlib", help="Python's own library as a .jsonl")
     gather.add_argument("output", help=".jsonl to write")
 

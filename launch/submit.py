@@ -12,6 +12,7 @@ from megahybrid.config import RunConfig, dump_yaml, load
 from megahybrid.config.base import parse
 from megahybrid.config.explain import show
 from megahybrid.config.limits import NODES
+from megahybrid.config.missing_data import making_command
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
 from megahybrid.heartbeat import write_whole
@@ -143,9 +144,11 @@ def _refuse_missing(run: RunConfig) -> None:
     for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
         for name, source in sources.items():
             if not Path(source.path).exists():
+                command = making_command(source.path)
+                prepare = "Prepare the data" if command is None else f"Make it with `{command}`"
                 raise ConfigError(
                     f"data.{part}.{name}.path={source.path} does not exist (seen from "
-                    f"{os.getcwd()}). Prepare the data, correct the path, or submit from the "
+                    f"{os.getcwd()}). {prepare}, correct the path, or submit from the "
                     "folder it is relative to."
                 )
 

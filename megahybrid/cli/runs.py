@@ -119,10 +119,14 @@ def _check(arguments: argparse.Namespace) -> int:
         from megahybrid.commands.launch import check
 
         return check(arguments.run_file, arguments.overrides, arguments.site, arguments.nodes)
+    from megahybrid.config.missing_data import missing_in_words
     from megahybrid.config.summary import summary
+    from megahybrid.printable import printable
 
     run = _checked(arguments)
     print(summary(run, arguments.world_size))
+    if (missing := missing_in_words(run)) is not None:
+        print(printable(missing))
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ def run(args: argparse.Namespace) -> int:
     from megahybrid.errors import DataError, from_os_error
 
     command = {
+        "demo": _demo,
         "gather-stdlib": _gather,
         "tokenizer": _tokenizer,
         "tokenize": _tokenize,
@@ -36,6 +37,19 @@ def run(args: argparse.Namespace) -> int:
             "command again."
         ) from None
     return 0
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from megahybrid.data_prep.arguments import add_arguments
+    from megahybrid.data_prep.demo import make_demo
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_subparsers())
+    make_demo(lambda words: run(parser.parse_args(["data", *words])), _tell)
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
 
 
 def _gather(args: argparse.Namespace) -> None:

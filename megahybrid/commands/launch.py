@@ -118,13 +118,17 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def check(run_file: Path, overrides: Sequence[str], site: str, nodes: int) -> int:
     """`megahybrid check RUN.yaml --site SITE --nodes N`: the run and what is known of it there."""
+    from megahybrid.config.missing_data import missing_in_words
     from megahybrid.config.summary import summary
     from megahybrid.launch.forecast import forecast
     from megahybrid.launch.submit import plan
+    from megahybrid.printable import printable
 
     job, run = plan(run_file, overrides, site=site, nodes=nodes)
     print(summary(run, job.world_size))
     print("\n".join(forecast(job, run)))
+    if (missing := missing_in_words(run)) is not None:
+        print(printable(missing))
     return EXIT_DONE
 
 
