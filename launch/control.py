@@ -14,7 +14,7 @@ SETTLE_SECONDS = 5  # between a requeue and a start by hand
 
 
 def job_of(run_directory: Path) -> Job:
-    """The run's last submission. Raises ConfigError where there was none."""
+    """Return the run's last submission. Raises ConfigError where there was none."""
     path = run_directory / FOLDER / "job.json"
     try:
         return read_job(path)
@@ -26,7 +26,7 @@ def job_of(run_directory: Path) -> Job:
 
 
 def queued(run_directory: Path) -> list[Queued]:
-    """The run's jobs in the queue."""
+    """Return the run's jobs in the queue."""
     ours = set(jobs(run_directory))
     return [one for one in slurm.queue().values() if one.job in ours or one.array in ours]
 
@@ -82,8 +82,8 @@ def cancel(run_directory: Path) -> str:
 
 
 def requeue(run_directory: Path) -> str:
-    """Running: save and start again. Held back: start now. Ended: submit the same script again,
-    with fresh counts of failures."""
+    """Let a running job save and start again, start one that is held back, and submit the script of
+    one that has ended again, with fresh counts of failures."""
     job = job_of(run_directory)
     if is_of_version_0_1(run_directory):
         raise ConfigError(

@@ -62,8 +62,8 @@ class Supervisor:
         self.watch = RankWatch(self.attempt, self.events)
 
     def go(self) -> int:
-        """The attempt, from its first look to its exit code. Where its own files cannot be written
-        that is one line and 74, and the job is put back so many times in a row at most."""
+        """Run the attempt, from its first look to its exit code. Where its own files cannot be
+        written that is one line and 74, and the job is put back so many times in a row at most."""
         self.events.listen()
         try:
             self._touch(BEGAN)  # the batch script takes a node that gets no further for a bad one
@@ -114,7 +114,7 @@ class Supervisor:
         return self._begun(nodes)
 
     def _begun(self, nodes: Sequence[str]) -> int:
-        """From the recorded start to what comes after its end."""
+        """Run the attempt from its recorded start to what comes after its end."""
         try:
             self.events.begin()
             if self.events.signals or self.events.interruption is not None:
@@ -133,7 +133,7 @@ class Supervisor:
         return self._after(ended)
 
     def _without_storage(self, error: MegahybridError) -> int:
-        """Nothing can be recorded, so that only Slurm's count of restarts tells how often."""
+        """End an attempt that could record nothing: Slurm's count of restarts tells how often."""
         before = [one.attempt for one in attempts(self.run) if one.job == self.number]
         failures = self.attempt.restart - max(before, default=-1)
         self.tell(str(error))
@@ -145,7 +145,7 @@ class Supervisor:
         return self._requeue(Decision(True, False, error.exit_code, "no room for our records"))
 
     def _held_by(self) -> str | None:
-        """Another job, submitted by hand perhaps, whose ranks are at work on this run."""
+        """Return another job, submitted by hand perhaps, whose ranks are at work on this run."""
         with contextlib.suppress(SlurmError):
             for one in attempts(self.run)[-1:]:
                 found = slurm.queue().get(one.job) if one.ended is None else None
@@ -166,7 +166,7 @@ class Supervisor:
         return ended.code
 
     def _explain_lost(self) -> None:
-        """An attempt that wrote no end was lost: say which of its nodes are not well."""
+        """Say which nodes are not well of an attempt that was lost: it wrote no end."""
         before = attempts(self.run)
         if not before or before[-1].code is not None or not before[-1].counts:
             return
@@ -174,14 +174,14 @@ class Supervisor:
             self.tell(f"the attempt before was lost: {node} is {state}")
 
     def _blame(self, nodes: Sequence[str]) -> dict[str, str]:
-        """Those nodes that Slurm says are not well; they are recorded."""
+        """Record and return those nodes that Slurm says are not well."""
         ill = self.events.ill_nodes(nodes)
         for node, state in ill.items():
             self.attempt.note("bad_node", node=node, reason=state)
         return ill
 
     def _release_lock(self) -> None:
-        """Slurm runs one attempt of a job at a time: what an ended one held is free. From another
+        """Free what an ended attempt held: Slurm runs one attempt of a job at a time. From another
         machine the ranks could not know, and would wait for minutes."""
         path = self.run / LOCK
         with contextlib.suppress(OSError, ValueError, SlurmError):
@@ -191,7 +191,7 @@ class Supervisor:
                 path.unlink()
 
     def _without_nodes(self, bad: Mapping[str, str]) -> int:
-        """Too few nodes are left: come back on others, so many times at most."""
+        """Come back on other nodes where too few are left, so many times at most."""
         names = ", ".join(f"{node} ({reason})" for node, reason in bad.items())
         before = sum(
             "bad node" in attempt.reason for attempt in attempts(self.run, since_submit=True)
@@ -265,7 +265,7 @@ class Supervisor:
         return decision.exit_code
 
     def _history(self, ended: Outcome) -> list[AttemptRecord]:
-        """This submission's attempts, also where the disk had no room for the end of this one."""
+        """Return this submission's attempts, this one ended where the disk had no room for that."""
         history = attempts(self.run, since_submit=True)
         for one in history[-1:]:
             if (one.job, one.attempt) == (self.number, self.attempt.restart) and one.code is None:
@@ -274,7 +274,7 @@ class Supervisor:
         return history
 
     def _explained(self, ended: Outcome, user: str | None) -> Outcome:
-        """The outcome, and what from outside it comes from."""
+        """Return the outcome with its cause where that came from outside."""
         if user == "cancelled" and ended.code not in (EXIT_DONE, EXIT_USER_MISTAKE):
             saved = "" if ended.code == EXIT_RESUME else f" ({ended.reason})"
             return Outcome(EXIT_RESUME, f"cancelled on request{saved}", ended.node)
@@ -290,8 +290,9 @@ class Supervisor:
         return ended
 
     def _requeue(self, decision: Decision, exclude: Sequence[str] = ()) -> int:
-        """Back into the queue. Slurm answers by ending this very process, which must live until it
-        has also said which nodes it does not want: a running job's list cannot be changed."""
+        """Put the job back into the queue. Slurm answers by ending this very process, which must
+        live until it has also said which nodes it does not want: a running job's list cannot be
+        changed."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _often(lambda: self._put_back(decision.reason), self.tell)
         if exclude:
@@ -299,9 +300,9 @@ class Supervisor:
         return decision.exit_code
 
     def _put_back(self, reason: str) -> None:
-        """Unless Slurm has done that, or the job is cancelled: neither is ours to undo. In a
-        preemption's grace time it still runs, and would count as complete if it left by itself; at
-        its time limit nobody else requeues it."""
+        """Requeue unless Slurm has done that, or the job is cancelled: neither is ours to undo. In
+        a preemption's grace time it still runs, and would count as complete if it left by itself;
+        at its time limit nobody else requeues it."""
         fields = slurm.job_fields(self.attempt.task)
         if put_back(fields, self.attempt.restart):
             self.tell(f"Slurm has put the job back into the queue itself ({reason})")
@@ -312,7 +313,7 @@ class Supervisor:
             slurm.requeue(self.attempt.task)
 
     def _exclude(self, nodes: Sequence[str]) -> None:
-        """Beside those nodes that it was kept off before."""
+        """Keep the job off these nodes, beside those that it was kept off before."""
         before = slurm.job_fields(self.attempt.task).get("ExcNodeList", "(null)")
         known = slurm.hostnames(before) if before != "(null)" else []
         ours = (*self.job.exclude, *self.job.site.exclude)
@@ -340,7 +341,7 @@ class Supervisor:
 
 
 def _often(action: Callable[[], None], tell: Callable[[str], None]) -> None:
-    """A controller that is busy or restarting must not cost the run."""
+    """Try again for an hour: a controller that is busy or restarting must not cost the run."""
     for pause in (1, 2, 5, 10, 20, 30, 60, *[300] * 12):  # an hour: it may be an upgrade
         try:
             action()
@@ -356,7 +357,7 @@ def _shell_code(code: int) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The entry of the batch script."""
+    """Run one attempt for the batch script; return its exit code."""
     try:
         return Supervisor(read_job(Path(arguments[0])), dict(os.environ)).go()
     except SlurmError as error:  # Slurm was away: nothing was decided, which the script mends

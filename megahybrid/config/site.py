@@ -22,7 +22,7 @@ SITES = Path("configs/sites")
 
 
 class Container(Frozen):
-    """Ranks inside an image, by Slurm's Pyxis options."""
+    """Options to run ranks inside an image, by Slurm's Pyxis options."""
 
     image: Line = Field(description="--container-image")
     mounts: list[Line] = Field(default=[], description="--container-mounts, source:target each")
@@ -41,7 +41,7 @@ class PhaseLimits(Frozen):
 
 
 class Watchdog(Frozen):
-    """When a job that Slurm thinks alive is ended and started again."""
+    """Limits after which a job that Slurm thinks alive is ended and started again."""
 
     limits: PhaseLimits = Field(default=PhaseLimits(), description="seconds by phase")
     silent: float = Field(default=120, gt=0, description="seconds that a rank may give no sign")
@@ -53,7 +53,7 @@ class Watchdog(Frozen):
 
 
 class NodeCheck(Frozen):
-    """What every node is asked before ranks start on it."""
+    """Questions to every node before ranks start on it."""
 
     enabled: bool = Field(default=True, description="false: no check")
     seconds: float = Field(default=120, gt=0, description="a node that takes longer is bad")
@@ -77,7 +77,7 @@ class NodeCheck(Frozen):
 
 
 class Caps(Frozen):
-    """When the launcher gives a run up."""
+    """Limits at which the launcher gives a run up."""
 
     failures_in_a_row: int = Field(default=3, ge=1, description="attempts that ended badly")
     without_checkpoint: int = Field(
@@ -145,17 +145,17 @@ class Site(Frozen):
 
     @property
     def ranks(self) -> int:
-        """Ranks of one node."""
+        """Return the number of ranks of one node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     @property
     def job_seconds(self) -> int:
-        """The time limit in seconds."""
+        """Return the time limit in seconds."""
         return seconds_of(self.time_limit)
 
 
 def seconds_of(limit: str) -> int:
-    """Slurm's D-HH:MM:SS, H:MM:SS, MM:SS or minutes, in seconds."""
+    """Return Slurm's D-HH:MM:SS, H:MM:SS, MM:SS or minutes in seconds."""
     days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if days:

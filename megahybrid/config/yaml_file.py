@@ -25,7 +25,7 @@ MOST_QUOTED = 60
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping a file says, its `include:` files deep-merged in order under it."""
+    """Return the mapping that a file says, its `include:` files deep-merged in order under it."""
     return _Reader().tree(path, ())
 
 
@@ -64,8 +64,8 @@ class _Reader:
         return merge(merged, tree)
 
     def _text(self, path: Path, including: tuple[Path, ...]) -> str:
-        """The file's text. Files that include one another twice double with each, so all are
-        counted, not their depth alone."""
+        """Return the file's text. Files that include one another twice double with each, so all
+        are counted, not their depth alone."""
         self._files += 1
         if self._files > MAX_FILES:
             raise ConfigError(
@@ -105,7 +105,7 @@ def _read_text(path: Path, including: tuple[Path, ...], most_bytes: int) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Plain dicts, lists and scalars. `source` begins the message of a ConfigError."""
+    """Return plain dicts, lists and scalars. `source` begins the message of a ConfigError."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -156,8 +156,9 @@ _MERGED = f"merge keys (<<) stand for more than {MAX_VALUES} values"
 
 @cache
 def _constructor() -> Any:
-    """The class that makes values, with a bound on merge keys: each copies what it names, so that a
-    few lines that name one another twice would stand for billions before any value exists."""
+    """Return the class that makes values, with a bound on merge keys: each copies what it names, so
+    that a few lines that name one another twice would stand for billions before any value exists.
+    """
     from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 
     class Constructor(SafeConstructor):
@@ -175,7 +176,7 @@ def _constructor() -> Any:
 
 
 def _count(plain: Any, source: str, sizes: dict[int, int], open_: set[int]) -> int:
-    """How many values `plain` stands for, every alias counted where it is used."""
+    """Count the values that `plain` stands for, every alias counted where it is used."""
     if not isinstance(plain, dict | list):
         return 1
     key = id(plain)
@@ -200,7 +201,7 @@ def _kind(plain: Any) -> str:
 
 
 def merge(under: Any, over: Any) -> Any:
-    """`over` laid on `under`: mappings key by key, everything else replaced.
+    """Return `over` laid on `under`: mappings key by key, everything else replaced.
 
     A mapping whose `kind` differs replaces the other whole: the fields of one kind mean nothing
     to another.
@@ -216,7 +217,7 @@ def merge(under: Any, over: Any) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` with each `key.sub=value` set; the value is YAML and replaces what was there."""
+    """Return `tree` with each `key.sub=value` set; the value is YAML and replaces the old."""
     if len(overrides) > MAX_OVERRIDES:
         raise ConfigError(
             f"{len(overrides):,} overrides are more than the {MAX_OVERRIDES:,} that are read. "
@@ -235,7 +236,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _with(tree: Any, parts: list[str], value: Any, dotted: str) -> Any:
-    """A copy of `tree` whose item at the path `parts` is `value`."""
+    """Return a copy of `tree` whose item at the path `parts` is `value`."""
     part, rest = parts[0], parts[1:]
     if isinstance(tree, list):
         if not part.isdigit() or int(part) >= len(tree):
