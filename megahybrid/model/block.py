@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention, Places, attention_outputs, query_key_value
@@ -109,7 +109,7 @@ class Block(nn.Module):
         """Whether the MLP of this stream runs in chunks."""
         if self.policy in ("full", "offload"):
             seq, batch = hidden.shape[:2]
-            return seq * batch * self.tensor.size > memory_estimate.CHUNK_TOKENS
+            return seq * batch * self.tensor.size > chunk_sizes.CHUNK_TOKENS
         return self.policy == "chunked"
 
     def _chunked(self, normed: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megahybrid.config.base import parse
-from megahybrid.config.memory_estimate import OFFLOAD_PIECE, OFFLOAD_ROOMS, memory_per_rank
+from megahybrid.config.chunk_sizes import OFFLOAD_PIECE, OFFLOAD_ROOMS
+from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.run import RunConfig
 from megahybrid.train.engine.offload import locked_zeros
 from tests import distributed
