@@ -73,7 +73,9 @@ $(DEVELOPMENT): $(RUNTIME)
 	@$(PIP) -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, 5 to 9 minutes on 2 cores
+# What is there already stays: a second `make demo` goes on with the run it finds.
+demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, 5 to 9 minutes on 2 cores
+	$(MEGAHYBRID) data demo
 	$(MEGAHYBRID) describe configs/runs/demo.yaml
 	$(MEGAHYBRID) train configs/runs/demo.yaml $$($(BIN)/python -c "$(LOCAL_RANKS)")
 	$(MEGAHYBRID) evaluate runs/demo
@@ -89,18 +91,6 @@ demo: $(DEMO)/data ## from raw text to a lengthened context on this machine, 5 t
 	@echo "      the same run in a single process: compare the losses in runs/*/ledger.jsonl"
 	@echo "  $(MEGAHYBRID) describe configs/runs/command_a.yaml"
 	@echo "      what a large one would cost"
-
-$(DEMO)/stdlib.jsonl: | $(RUNTIME)
-	@mkdir -p $(DEMO)
-	$(MEGAHYBRID) data gather-stdlib $@
-
-$(DEMO)/tokenizer.model: | $(DEMO)/stdlib.jsonl
-	$(MEGAHYBRID) data tokenizer $(DEMO)/stdlib.jsonl --output $@ --vocab-size 4096
-
-# What is there already stays: a second `make demo` goes on with the run it finds.
-$(DEMO)/data: | $(DEMO)/tokenizer.model
-	$(MEGAHYBRID) data tokenize $(DEMO)/stdlib.jsonl --tokenizer $(DEMO)/tokenizer.model \
-		--output $@ --held-out 0.02 --longest 2
 
 # Two processes, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
 # what they share is made once.

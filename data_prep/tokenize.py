@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import threading
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from megahybrid.data.manifest import sync_folder, write_durably
+from megahybrid.data.manifest import made_by, sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
@@ -292,4 +291,4 @@ def _command(
     words += ["--deduplicate"] * split.deduplicate
     words += ["--format", job.format] if job.format != "auto" else []
     words += [word for name in job.kept for word in ("--keep", name)]
-    return shlex.join(words)
+    return made_by(words)

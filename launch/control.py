@@ -7,13 +7,14 @@ from megahybrid.errors import ConfigError
 from megahybrid.launch import slurm
 from megahybrid.launch.job import DONE, FOLDER, SAVE_NOW, STOP_NOW, UNDECIDED, Job, read_job
 from megahybrid.launch.records import jobs, record
+from megahybrid.launch.script import is_of_version_0_1
 from megahybrid.launch.slurm import QueuedJob, SlurmError
 
 SETTLE_SECONDS = 5  # between a requeue and a start by hand
 
 
 def job_of(run_directory: Path) -> Job:
-    """The run's last submission. Raises ConfigError where there was none."""
+    """Return the run's last submission. Raises ConfigError where there was none."""
     path = run_directory / FOLDER / "job.json"
     try:
         return read_job(path)
@@ -81,9 +82,15 @@ def cancel(run_directory: Path) -> str:
 
 
 def requeue(run_directory: Path) -> str:
-    """Running: save and start again. Held back: start now. Ended: submit the same script again,
-    with fresh counts of failures."""
+    """Let a running job save and start again, start one that is held back, and submit the script of
+    one that has ended again, with fresh counts of failures."""
     job = job_of(run_directory)
+    if is_of_version_0_1(run_directory):
+        raise ConfigError(
+            f"{run_directory}/{FOLDER}/batch.sh was written by megahybrid 0.1, and this version "
+            "cannot start it. Submit the run again: `megahybrid launch submit` with its run file "
+            "goes on from its newest checkpoint."
+        )
     if (run_directory / FOLDER / DONE).exists():
         raise ConfigError(
             f"{run_directory} is complete. Give the run more stages and submit it again."

@@ -1,4 +1,4 @@
-"""The batch script: text that is a function of a `Job` alone. Nothing is read or written here.
+"""The batch script: text that is a function of a `Job` alone.
 
 The script asks for nodes, prepares a shell and starts `python -m megahybrid.launch.supervise`:
 this starts the ranks, watches them and decides what comes next: shell traps that call programs were
@@ -11,6 +11,7 @@ the submitting python, its code and Slurm's commands are, then what the site fil
 """
 
 import shlex
+from pathlib import Path
 
 from megahybrid.errors import EXIT_DONE, EXIT_STORAGE, EXIT_USER_MISTAKE
 from megahybrid.launch.job import BEGAN, DECIDED, FOLDER, UNDECIDED, Job
@@ -70,7 +71,7 @@ mkdir "$attempt" 2>/dev/null || true
 
 
 def batch_script(job: Job) -> str:
-    """What `sbatch` is given. Every value is quoted: a name with `; $(…)` stays a name."""
+    """Return the script for `sbatch`. Every value is quoted: a name with `; $(…)` stays a name."""
     site = job.site
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH {option}" for option in directives(job)]
@@ -112,9 +113,19 @@ def batch_script(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 
+def is_of_version_0_1(run_directory: Path) -> bool:
+    """Say whether the run's batch script starts `launch.supervise`, which has another name since
+    0.2: such a job ends at once."""
+    try:
+        text = (run_directory / FOLDER / "batch.sh").read_text(errors="replace")
+    except OSError:
+        return False
+    return " -m launch.supervise " in text
+
+
 def _environment(job: Job) -> list[str]:
-    """What stands in for the submitter's environment; modules, variables and shell lines of the
-    site come after it and win."""
+    """Return the lines that stand in for the submitter's environment; modules, variables and shell
+    lines of the site come after them and win."""
     first = "".join(f"{shlex.quote(folder)}:" for folder in job.programs)
     last = f":{shlex.quote(job.slurm_programs)}" if job.slurm_programs else ""
     lines = [
@@ -129,7 +140,7 @@ def _environment(job: Job) -> list[str]:
 
 
 def directives(job: Job) -> list[str]:
-    """The options of sbatch, quoted for the lines of a script (its own rules, not the shell's)."""
+    """Return the options of sbatch, quoted for the lines of a script (by its own rules)."""
     site = job.site
     log = f"{job.run_directory.replace('%', '%%')}/logs/%{'A_%a' if job.array else 'j'}.batch.log"
     options: list[tuple[str, str | int | None]] = [
@@ -169,11 +180,11 @@ def _gpus(job: Job) -> list[tuple[str, str | int | None]]:
 
 
 def quoted(value: str) -> str:
-    """A value for an #SBATCH line. sbatch knows both kinds of quotes and joins neighbours, as a
-    shell does, but ends an unquoted word at a blank or a #."""
+    """Quote a value for an #SBATCH line. sbatch knows both kinds of quotes and joins neighbours, as
+    a shell does, but ends an unquoted word at a blank or a #."""
     return shlex.quote(value)
 
 
 def one_line(text: str) -> str:
-    """Text for a comment: it cannot end the line."""
+    """Return text for a comment: it cannot end the line."""
     return " ".join(text.split())

@@ -20,6 +20,7 @@ from megahybrid.launch.records import (
     newest_ledger_lines,
     read_records,
 )
+from megahybrid.launch.script import is_of_version_0_1
 from megahybrid.launch.slurm import QueuedJob, SlurmError
 from megahybrid.ledger import StepLine
 
@@ -55,6 +56,8 @@ def status_line(run_directory: Path, queue: Mapping[str, QueuedJob] | None) -> s
     if pending:
         first = pending[0]
         why = _REASONS.get(first.reason, first.reason)
+        if is_of_version_0_1(run_directory):
+            why += "; of megahybrid 0.1, it will end at once: cancel it and submit again"
         before = ""
         if last is not None:
             told = last.reason or undecided or "lost, its batch process gone"
@@ -81,6 +84,8 @@ def status_line(run_directory: Path, queue: Mapping[str, QueuedJob] | None) -> s
         ended = f"job {last.job} try {last.attempt + 1}, {last.reason or 'no end was written'}"
     if undecided:
         ended += f"; {undecided}"
+    if is_of_version_0_1(run_directory):
+        ended += "; its batch script is of megahybrid 0.1: submit again"
     state = "NOT IN THE QUEUE" if queue is not None else "UNKNOWN"
     if queue is not None and (final_state := slurm.final_state(ours[-1])):
         if final_state.startswith("CANCELLED"):  # nobody was there to record it

@@ -11,6 +11,7 @@ import megahybrid
 from megahybrid.config import RunConfig, dump_yaml, load
 from megahybrid.config.explain import show
 from megahybrid.config.limits import NODES
+from megahybrid.config.missing_data import making_command
 from megahybrid.config.parsing import parse
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
@@ -36,7 +37,7 @@ def plan(
     chain: int = 1,
     array: bool = False,
 ) -> tuple[Job, RunConfig]:
-    """The job and the resolved run, checked against each other. Writes nothing."""
+    """Return the job and the resolved run, checked against each other. Write nothing."""
     jobs_asked = ("array" if array else "chain", chain, 1)
     for option, value, least in (("nodes", nodes, 1), ("spares", spares, 0), jobs_asked):
         if value < least:
@@ -87,7 +88,7 @@ def plan(
 
 
 def submit(job: Job, run: RunConfig) -> list[str]:
-    """Writes script, resolved run file and job into the run's folder, then submits. Returns the
+    """Write script, resolved run file and job into the run's folder, then submit. Return the
     numbers of the jobs."""
     _refuse_second(job)
     _refuse_missing(run)
@@ -110,7 +111,7 @@ def submit(job: Job, run: RunConfig) -> list[str]:
 
 
 def write(job: Job, run: RunConfig) -> Path:
-    """The files of one submission; those of the one before keep a number."""
+    """Write the files of one submission; those of the one before keep a number."""
     folder = job.directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (job.directory / "logs").mkdir(exist_ok=True)
@@ -139,19 +140,21 @@ def _refuse_second(job: Job) -> None:
 
 
 def _refuse_missing(run: RunConfig) -> None:
-    """The data must be there: nodes see the same disks, and nobody should wait to hear of it."""
+    """Refuse data that are not there: nodes see the same disks, and nobody should wait for that."""
     for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
         for name, source in sources.items():
             if not Path(source.path).exists():
+                command = making_command(source.path)
+                prepare = "Prepare the data" if command is None else f"Make it with `{command}`"
                 raise ConfigError(
                     f"data.{part}.{name}.path={source.path} does not exist (seen from "
-                    f"{os.getcwd()}). Prepare the data, correct the path, or submit from the "
+                    f"{os.getcwd()}). {prepare}, correct the path, or submit from the "
                     "folder it is relative to."
                 )
 
 
 def _environment() -> dict[str, object]:
-    """Where a job finds the python that submits it, this code and Slurm's commands."""
+    """Return where a job finds the python that submits it, this code and Slurm's commands."""
     python, sbatch = Path(sys.executable).parent, shutil.which("sbatch")
     code = Path(megahybrid.__file__).resolve().parents[1]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -163,7 +166,7 @@ def _environment() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """The commit of the code, and whether it was changed since."""
+    """Return the commit of the code, marked where it was changed since."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:

@@ -379,7 +379,7 @@ def _shell_code(code: int) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The entry of the batch script."""
+    """Run one attempt for the batch script; return its exit code."""
     try:
         return Supervisor(read_job(Path(arguments[0])), dict(os.environ)).supervise()
     except SlurmError as error:  # Slurm was away: nothing was decided, which the script mends

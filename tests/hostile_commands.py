@@ -81,6 +81,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "checkpoint verify": ("{trained}",),
     "checkpoint diff": ("{trained} trained", "trained {trained}"),
     "checkpoint average": ("{trained} trained --out fresh", "trained trained --out {out}"),
+    "data demo": (),
     "data gather-stdlib": ("{new_file}",),
     "data tokenizer": (
         "{text} --output fresh.model --vocab-size 290",

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
+from megahybrid import __version__
 from megahybrid.checkpoint import durable, folders, names
 from megahybrid.checkpoint.collective import Ranks, Refused, agree
 from megahybrid.checkpoint.folders import Retention
@@ -274,7 +274,7 @@ def _manifest(snapshot: Snapshot, written: list[dict[str, Any] | None]) -> Manif
         files=files,
         train_state=dict(snapshot.train_state),
         config=dict(snapshot.config),
-        written_by={"megahybrid": _version(), "ranks": len(written), "time_unix": time.time()},
+        written_by={"megahybrid": __version__, "ranks": len(written), "time_unix": time.time()},
     )
 
 
@@ -286,13 +286,6 @@ def _fragment_record(row: Mapping[str, Any]) -> FragmentRecord:
     box = tuple((start, stop) for start, stop in row["box"])
     start, stop = row["flat"]
     return FragmentRecord(**{**row, "box": box, "flat": (start, stop)})
-
-
-def _version() -> str:
-    try:
-        return version("megahybrid")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _wait_until_visible(folder: Path, files: Mapping[str, FileRecord]) -> None:

@@ -14,6 +14,8 @@ def add_data_commands(subparsers: Any) -> None:
     parser.set_defaults(run=_data)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
+    commands.add_parser("demo", help="the data of pkg:runs/demo.yaml, in build/demo")
+
     gather = commands.add_parser("gather-stdlib", help="Python's own library as a .jsonl")
     gather.add_argument("output", help=".jsonl to write")
 
@@ -128,7 +130,21 @@ def add_data_commands(subparsers: Any) -> None:
 def _data(arguments: argparse.Namespace) -> int:
     from megahybrid.commands.data import data
 
+    if arguments.data_command == "demo":
+        return _demo()
     return data(arguments.data_command, **given(arguments))
+
+
+def _demo() -> int:
+    from megahybrid.data_prep.demo import make_demo
+
+    parser = argparse.ArgumentParser()
+    add_data_commands(parser.add_subparsers())
+    make_demo(
+        lambda words: _data(parser.parse_args(["data", *words])),
+        lambda line: print(line, flush=True),
+    )
+    return EXIT_DONE
 
 
 def _from(lowest: int, highest: int = 2**62) -> Any:

@@ -15,7 +15,10 @@ def add_launch_commands(commands: argparse._SubParsersAction) -> None:
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     submit.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes that compute")
     submit.add_argument(
-        "--site", required=True, metavar="SITE", help="a name under configs/sites/, or a site file"
+        "--site",
+        required=True,
+        metavar="SITE",
+        help="a name under configs/sites/ (here, or megahybrid's own), or a file",
     )
     submit.add_argument("--name", metavar="NAME", help="name in the queue (default: the run's)")
     submit.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")

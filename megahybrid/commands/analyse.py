@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from megahybrid.commands.trained_model import TrainedModel, header, keep, load_trained_model
-from megahybrid.config import load
-from megahybrid.config.suite import NeedleTask, RulerTask, Suite
+from megahybrid.config.suite import NeedleTask, RulerTask, Suite, load_suite
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.attention import AttentionStatistics, attention_of, to_json
 from megahybrid.evaluate.example import Example
@@ -86,7 +85,7 @@ def _suite(
     trained: TrainedModel, file: Path | None, length: int | None, depth: float, trials: int | None
 ) -> Suite:
     if file is not None:
-        return load(file, type=Suite)
+        return load_suite(file)
     if not 0 <= depth <= 1:
         raise ConfigError(f"--depth={depth:g} is no share of the text. Use 0 to 1.")
     for name, value in (("--trials", trials), ("--length", length)):

@@ -23,7 +23,9 @@ def check(
     if site is None and nodes is None:
         from megahybrid.config.summary import summary
 
-        print(summary(_checked(run_file, overrides, world_size), world_size))
+        run = _checked(run_file, overrides, world_size)
+        print(summary(run, world_size))
+        _print_missing_data(run)
         return EXIT_DONE
     if site is None or nodes is None or world_size is not None:
         raise ConfigError(
@@ -41,7 +43,16 @@ def _check_on_site(run_file: Path, overrides: Sequence[str], site: str, nodes: i
     job, run = plan(run_file, overrides, site=site, nodes=nodes)
     print(summary(run, job.world_size))
     print("\n".join(forecast(job, run)))
+    _print_missing_data(run)
     return EXIT_DONE
+
+
+def _print_missing_data(run: RunConfig) -> None:
+    from megahybrid.config.missing_data import missing_in_words
+    from megahybrid.printable import printable
+
+    if (missing := missing_in_words(run)) is not None:
+        print(printable(missing))
 
 
 def describe(
@@ -53,9 +64,10 @@ def describe(
 ) -> int:
     """Print a run's layers, parameters, FLOPs and memory."""
     from megahybrid.config.describe import describe, render
+    from megahybrid.interop.architectures.table import huggingface_fits
 
     run = _checked(run_file, overrides, world_size)
-    description = describe(run, world_size)
+    description = describe(run, world_size, huggingface_fits)
     print(json.dumps(description, indent=2) if as_json else render(description))
     return EXIT_DONE
 

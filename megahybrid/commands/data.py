@@ -4,7 +4,6 @@ Everything heavy is imported inside the command that needs it.
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -204,7 +203,9 @@ def _bar(name: str, paths: list[str], passes: int = 1, vocab_size: int | None = 
 
 
 def _command() -> str:
-    return shlex.join(["megahybrid", *sys.argv[1:]])
+    from megahybrid.data.manifest import made_by
+
+    return made_by(["megahybrid", *sys.argv[1:]])
 
 
 def verify(*, path: str, vocab_size: int | None) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.commands.trained_model import header, keep, load_trained_model
+from megahybrid.config.packaged import located
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.errors import EXIT_DONE, ConfigError
 from megahybrid.parallel.mesh import ParallelMesh
@@ -40,7 +41,7 @@ def evaluate_lm_eval(
     trained = load_trained_model(path, mesh)
     words, eod_id = tokenizer_of(trained.run, tokenizer)
     adapter = HybridLM(trained.model, words, eod_id=eod_id, max_length=length or trained.longest)
-    manager = TaskManager(include_path=None if include is None else str(include))
+    manager = TaskManager(include_path=None if include is None else str(located(include)))
     found = lm_eval.simple_evaluate(
         model=adapter, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=1000
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megahybrid.commands.trained_model import header, keep, load_trained_model
-from megahybrid.config import dump, load
-from megahybrid.config.suite import Suite
+from megahybrid.config import dump
+from megahybrid.config.suite import load_suite
 from megahybrid.errors import EXIT_DONE
 from megahybrid.evaluate.suite import run_suite
 from megahybrid.evaluate.suite_table import suite_tables
@@ -30,7 +30,7 @@ def evaluate_suite(
 
     Raises MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
-    suite = load(suite_file, type=Suite)
+    suite = load_suite(suite_file)
     trained = load_trained_model(path, mesh, changes)
     material = material_of(trained.run, suite, tokenizer)
     started = time.monotonic()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megahybrid.config import chunk_sizes
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.counting import Shape, layer_flops_per_token, layer_shapes
 from megahybrid.config.model import ModelConfig
@@ -29,18 +30,6 @@ from megahybrid.errors import ConfigError
 if TYPE_CHECKING:
     from megahybrid.config.run import RunConfig
 
-# The loss holds its logits' derivative for a chunk of tokens, about this many bytes, and in lower
-# precision the fp32 logits of one of LOSS_PARTS parts of it. The head's fp32 gradient is read and
-# written once a chunk, which must take less than the product that it ends: on a GPU that is some
-# 700 tokens. 2,048 tokens of 131,072 words keep the whole loss of 2,048 features under 2 GB.
-LOSS_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-LOSS_PARTS = 8
-# The MLP of a layer that runs it in chunks sees this many tokens at a time: enough for products to
-# run at their best, and the weights' gradients are read and written once a chunk.
-CHUNK_TOKENS = 8192
-# Elements of a piece of an off-loaded moment, and how many are on the device at a time: one is
-# updated while another arrives and a third leaves.
-OFFLOAD_PIECE, OFFLOAD_ROOMS = 2**25, 3
 # From the least to the most that is computed again.
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "chunked", "full", "offload")
 # The vocabulary is padded to a multiple of this and the tensor degree.
@@ -207,11 +196,11 @@ def _loss(model: ModelConfig, tokens: int, tensor: int, precision: str, device: 
     """What the loss needs at the end of the forward pass."""
     width, hidden = _width(precision), model.hidden_size
     local_vocab = -(-model.vocab_size // tensor)
-    chunk = min(LOSS_CHUNK_BYTES[device], width * local_vocab * tokens)
+    chunk = min(chunk_sizes.LOSS_CHUNK_BYTES[device], width * local_vocab * tokens)
     # The logits' derivative, in lower precision beside fp32 logits of a part; the head's fp32
     # gradient, which a CPU adds to by way of a product and a copy of it; the final norm's input and
     # output and the gradient of the gathered input.
-    logits = chunk if precision == "fp32" else chunk + 4 * chunk // (width * LOSS_PARTS)
+    logits = chunk if precision == "fp32" else chunk + 4 * chunk // (width * chunk_sizes.LOSS_PARTS)
     loss = logits + 4 * local_vocab * hidden * (3 if device == "cpu" else 1)
     return loss + width * tokens * hidden * 3
 
@@ -232,7 +221,7 @@ def _one_backward(
     if policy == "offload" and device != "cpu":  # the input of the layer below arrives meanwhile
         anew += width * hidden * tokens // tensor
     parallel = model.block == "parallel"
-    if not (policy == "chunked" or (again and tokens > CHUNK_TOKENS)):
+    if not (policy == "chunked" or (again and tokens > chunk_sizes.CHUNK_TOKENS)):
         # Beside the product, where that is computed again. Only the parallel block has the
         # gradients of both branches at a time.
         gate_up = (3 if policy == "selective" else 2) * inner
@@ -241,7 +230,7 @@ def _one_backward(
     # Gate, up and what is made of them stand for one chunk, three weights' gradients in fp32, which
     # a CPU adds to by way of a product; the MLP's input and its gradient are whole on every rank.
     anew -= again * width * 3 * inner * tokens // tensor
-    chunk = width * 5 * inner * min(tokens, CHUNK_TOKENS) // tensor
+    chunk = width * 5 * inner * min(tokens, chunk_sizes.CHUNK_TOKENS) // tensor
     chunk += 4 * 3 * hidden * inner // tensor * (2 if device == "cpu" else 1)
     chunk += width * (1 if again and tensor == 1 else 2) * hidden * tokens
     if parallel:  # its attention has gone by then, but for the gradients
@@ -308,7 +297,7 @@ def memory_per_rank(
 
 def _visitors(local: int) -> int:
     """Bytes of the pieces of both off-loaded moments that are on the device, in fp32."""
-    return 8 * OFFLOAD_ROOMS * min(OFFLOAD_PIECE, local)
+    return 8 * chunk_sizes.OFFLOAD_ROOMS * min(chunk_sizes.OFFLOAD_PIECE, local)
 
 
 def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[Recompute]:

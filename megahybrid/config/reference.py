@@ -23,10 +23,11 @@ Made from the classes in `megahybrid/config` by `python -m megahybrid.config.ref
 A run file is YAML 1.2: `off`, `no` and `on` are text, `3e-4` and `800_000` are numbers, a key
 written twice is refused, an unknown key is refused with the nearest name.
 
-`include: [a.yaml, b.yaml]` names files relative to the file. They are merged in order, then the
-file itself: mappings key by key, except that a mapping of another `kind` replaces the old one
-whole; lists and values replace. Last, each `key.sub=value` of the command line replaces what was
-there; `stages.0.tokens=1_000_000` counts items from 0.
+`include: [a.yaml, b.yaml]` names files relative to the file, or megahybrid's own by
+`pkg:models/rope_8b.yaml`. They are merged in order, then the file itself: mappings key by key,
+except that a mapping of another `kind` replaces the old one whole; lists and values replace. Last,
+each `key.sub=value` of the command line replaces what was there; `stages.0.tokens=1_000_000` counts
+items from 0.
 
 Only plain files are read, at most 128 KiB and 100 files with all that is included, and 20,000
 values after aliases. Sizes have limits (`≤` below): larger ones are refused at once, with the

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from megahybrid.config import limits
 from megahybrid.config.base import JOB_NAME, LINE, TIME_LIMIT, Frozen, Name, did_you_mean
 from megahybrid.config.loader import load
+from megahybrid.config.packaged import known_names, named
 from megahybrid.errors import ConfigError
 
 Line = Annotated[str, StringConstraints(pattern=LINE)]
@@ -18,7 +19,7 @@ SITES = Path("configs/sites")
 
 
 class Container(Frozen):
-    """Ranks inside an image, by Slurm's Pyxis options."""
+    """Options to run ranks inside an image, by Slurm's Pyxis options."""
 
     image: Line = Field(description="--container-image")
     mounts: list[Line] = Field(default=[], description="--container-mounts, source:target each")
@@ -37,7 +38,7 @@ class PhaseLimits(Frozen):
 
 
 class Watchdog(Frozen):
-    """When a job that Slurm thinks alive is ended and started again."""
+    """Limits after which a job that Slurm thinks alive is ended and started again."""
 
     limits: PhaseLimits = Field(default=PhaseLimits(), description="seconds by phase")
     silent: float = Field(default=120, gt=0, description="seconds that a rank may give no sign")
@@ -49,7 +50,7 @@ class Watchdog(Frozen):
 
 
 class NodeCheck(Frozen):
-    """What every node is asked before ranks start on it."""
+    """Questions to every node before ranks start on it."""
 
     enabled: bool = Field(default=True, description="false: no check")
     seconds: float = Field(default=120, gt=0, description="a node that takes longer is bad")
@@ -73,7 +74,7 @@ class NodeCheck(Frozen):
 
 
 class Caps(Frozen):
-    """When the launcher gives a run up."""
+    """Limits at which the launcher gives a run up."""
 
     failures_in_a_row: int = Field(default=3, ge=1, description="attempts that ended badly")
     without_checkpoint: int = Field(
@@ -141,17 +142,17 @@ class Site(Frozen):
 
     @property
     def ranks(self) -> int:
-        """Ranks of one node."""
+        """Return the number of ranks of one node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     @property
     def job_seconds(self) -> int:
-        """The time limit in seconds."""
+        """Return the time limit in seconds."""
         return seconds_of(self.time_limit)
 
 
 def seconds_of(limit: str) -> int:
-    """Slurm's D-HH:MM:SS, H:MM:SS, MM:SS or minutes, in seconds."""
+    """Return Slurm's D-HH:MM:SS, H:MM:SS, MM:SS or minutes in seconds."""
     days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if days:
@@ -165,14 +166,15 @@ def seconds_of(limit: str) -> int:
 
 
 def load_site(name: str, folder: Path = SITES) -> Site:
-    """The site of that name under configs/sites/, or of the file of that path."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not (folder / f"{name}.yaml").exists():
-            known = sorted(found.stem for found in folder.glob("*.yaml"))
-            raise ConfigError(
-                f"--site={name} is no file of {folder} (there are: {', '.join(known) or 'none'})."
-                f"{did_you_mean(name, known)} Name one of them, or give the path of a site file."
-            )
-        path = folder / f"{name}.yaml"
+    """Return the site of that name under configs/sites/, in the working directory or else in
+    megahybrid itself, or the site of the file of that path."""
+    path: Path | None = Path(name)
+    if Path(name).suffix not in (".yaml", ".yml"):
+        path = named(name, folder) if re.fullmatch(r"[A-Za-z0-9_-]+", name) else None
+    if path is None:
+        known = known_names(folder)
+        raise ConfigError(
+            f"--site={name} is no file of {folder} (there are: {', '.join(known) or 'none'})."
+            f"{did_you_mean(name, known)} Name one of them, or give the path of a site file."
+        )
     return load(path, type=Site)

@@ -1,11 +1,17 @@
 """A suite: which questions a checkpoint is asked, at which lengths and depths, and how often."""
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name
+from megahybrid.config.loader import load
+from megahybrid.config.packaged import named, or_packaged
+
+SUITES = Path("configs/suites")
 
 Lengths = Annotated[list[Annotated[int, Field(ge=8), limits.LENGTH]], Field(min_length=1)]
 Depths = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
@@ -206,3 +212,12 @@ class Suite(Frozen):
                     "it, or name fewer lengths."
                 )
         return self
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Return the suite of that file, or of that name: `needles` is configs/suites/needles.yaml in
+    the working directory, or else in megahybrid itself."""
+    found = None
+    if len(Path(path).parts) == 1 and not Path(path).suffix and not os.path.exists(path):
+        found = named(str(path), SUITES)
+    return load(found or or_packaged(path), type=Suite)

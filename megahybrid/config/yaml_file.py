@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config.packaged import beside, located, packaged_name
 from megahybrid.errors import ConfigError, PathError
 from megahybrid.plain_file import read_plain_file
 from megahybrid.printable import shortened
@@ -24,7 +25,7 @@ MOST_QUOTED = 60
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping a file says, its `include:` files deep-merged in order under it."""
+    """Return the mapping that a file says, its `include:` files deep-merged in order under it."""
     return _Reader().tree(path, ())
 
 
@@ -36,7 +37,7 @@ class _Reader:
 
     def tree(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         text = self._text(path, including)
-        identity = Path(os.path.realpath(path))
+        identity = Path(os.path.realpath(located(path)))
         name = _name(path)
         if identity in including:
             chain = shortened(" -> ".join(p.name for p in (*including, path)), 200)
@@ -59,12 +60,12 @@ class _Reader:
             )
         merged: dict[str, Any] = {}
         for file in includes:
-            merged = merge(merged, self.tree(path.parent / file, (*including, identity)))
+            merged = merge(merged, self.tree(beside(path, file), (*including, identity)))
         return merge(merged, tree)
 
     def _text(self, path: Path, including: tuple[Path, ...]) -> str:
-        """The file's text. Files that include one another twice double with each, so all are
-        counted, not their depth alone."""
+        """Return the file's text. Files that include one another twice double with each, so all
+        are counted, not their depth alone."""
         self._files += 1
         if self._files > MAX_FILES:
             raise ConfigError(
@@ -84,9 +85,11 @@ def _read_text(path: Path, including: tuple[Path, ...], most_bytes: int) -> str:
     name = _name(path)
     by = f" (included by {shortened(including[-1].name)})" if including else ""
     try:
-        return read_plain_file(path, most_bytes).decode("utf-8")
+        return read_plain_file(located(path), most_bytes).decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{name} does not exist{by}. Check the path.") from None
+        ours = packaged_name(path)
+        hint = f", or use megahybrid's own: {ours}" if ours is not None else ""
+        raise ConfigError(f"{name} does not exist{by}. Check the path{hint}.") from None
     except IsADirectoryError:
         raise ConfigError(f"{name} is a folder, not a YAML file{by}. Name a file in it.") from None
     except UnicodeDecodeError as error:
@@ -102,7 +105,7 @@ def _read_text(path: Path, including: tuple[Path, ...], most_bytes: int) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Plain dicts, lists and scalars. `source` begins the message of a ConfigError."""
+    """Return plain dicts, lists and scalars. `source` begins the message of a ConfigError."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -153,8 +156,9 @@ _MERGED = f"merge keys (<<) stand for more than {MAX_VALUES} values"
 
 @cache
 def _constructor() -> Any:
-    """The class that makes values, with a bound on merge keys: each copies what it names, so that a
-    few lines that name one another twice would stand for billions before any value exists."""
+    """Return the class that makes values, with a bound on merge keys: each copies what it names, so
+    that a few lines that name one another twice would stand for billions before any value exists.
+    """
     from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 
     class Constructor(SafeConstructor):
@@ -172,7 +176,7 @@ def _constructor() -> Any:
 
 
 def _count(plain: Any, source: str, sizes: dict[int, int], open_: set[int]) -> int:
-    """How many values `plain` stands for, every alias counted where it is used."""
+    """Count the values that `plain` stands for, every alias counted where it is used."""
     if not isinstance(plain, dict | list):
         return 1
     key = id(plain)
@@ -197,7 +201,7 @@ def _kind(plain: Any) -> str:
 
 
 def merge(under: Any, over: Any) -> Any:
-    """`over` laid on `under`: mappings key by key, everything else replaced.
+    """Return `over` laid on `under`: mappings key by key, everything else replaced.
 
     A mapping whose `kind` differs replaces the other whole: the fields of one kind mean nothing
     to another.
@@ -213,7 +217,7 @@ def merge(under: Any, over: Any) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`tree` with each `key.sub=value` set; the value is YAML and replaces what was there."""
+    """Return `tree` with each `key.sub=value` set; the value is YAML and replaces the old."""
     if len(overrides) > MAX_OVERRIDES:
         raise ConfigError(
             f"{len(overrides):,} overrides are more than the {MAX_OVERRIDES:,} that are read. "
@@ -232,7 +236,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _with(tree: Any, parts: list[str], value: Any, dotted: str) -> Any:
-    """A copy of `tree` whose item at the path `parts` is `value`."""
+    """Return a copy of `tree` whose item at the path `parts` is `value`."""
     part, rest = parts[0], parts[1:]
     if isinstance(tree, list):
         if not part.isdigit() or int(part) >= len(tree):

@@ -7,11 +7,13 @@ every sum; whatever is wrong becomes one `DataError` line.
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megahybrid import __version__
 from megahybrid.config.base import Count, Crc32, Positive, Record
 from megahybrid.config.parsing import read_record
 from megahybrid.errors import ConfigError, DataError, first_line
@@ -155,6 +157,12 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise DataError(f"{path}: {fault}. {again}") from None
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not JSON (damaged). Prepare or copy the data again.") from None
+
+
+def made_by(words: Sequence[str]) -> str:
+    """Return the `command` of a manifest or a plan: what a shell takes, and the version that ran it
+    as a comment there. A field of its own would be refused by 0.1.0."""
+    return f"{shlex.join(words)}  # megahybrid {__version__}"
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megahybrid.config.packaged import located, or_packaged
 from megahybrid.config.suite import KeysHaystack, NeedleTask, NoiseHaystack, RulerTask
 from megahybrid.errors import ConfigError, DataError
 from megahybrid.evaluate.example import Example
@@ -247,7 +248,7 @@ def question(
 
 def _read_questions(path: Path, name: str) -> list[dict[str, Any]]:
     try:
-        items = json.loads(read_plain_file(path))
+        items = json.loads(read_plain_file(located(or_packaged(path))))
     except (OSError, ValueError) as error:
         raise DataError(f"passages.{name}={path} cannot be read as JSON ({error}).") from None
     fields = ("question", "answers", "passages")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megahybrid import __version__
 from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.checkpoint.reader import Reader, verify
@@ -199,6 +200,7 @@ def _config_files(
         "pad_token_id": None,
         "dtype": str(DTYPES[dtype][1]).removeprefix("torch."),
         "transformers_version": transformers.__version__,
+        "megahybrid_version": __version__,
     }
     generation = {"transformers_version": transformers.__version__, "eos_token_id": eod_id}
     files = {

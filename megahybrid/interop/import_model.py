@@ -17,6 +17,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import dump, dump_yaml
 from megahybrid.config.explain import show
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.packaged import located
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import EXIT_DONE, ConfigError, InteropError, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
@@ -63,7 +64,7 @@ def import_model(
         plan = surgery.read_plan(plan_file, model)
         changed = surgery.changes(model.layer_plan, plan)
         target = model.model_copy(update={"layer_plan": plan})
-    is_new = not run_file.exists()
+    is_new = not located(run_file).exists()
     out = out or _place(run_file)
     run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
     print(f"{folder}: {architecture.name}ForCausalLM, {counting.parameters(model):,} parameters")
@@ -106,7 +107,7 @@ def _config(folder: Path) -> Any:
 
 def _place(run_file: Path) -> Path:
     """Return the folder of an import that the user gave no name."""
-    start = load(run_file).start if run_file.exists() else None
+    start = load(run_file).start if located(run_file).exists() else None
     return Path(start.checkpoint if start is not None else f"runs/{run_file.stem}-imported")
 
 

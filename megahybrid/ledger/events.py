@@ -52,6 +52,7 @@ class RunFacts(Record):
     zero_stage: Any = None
     precision: Any = None
     device: str | None = None
+    megahybrid: Any = None  # its version
     torch: Any = None
     python: Any = None
     model: Any = None  # its fingerprint

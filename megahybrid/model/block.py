@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
@@ -136,7 +136,7 @@ class Block(nn.Module):
                 return True
             case "long":
                 seq, batch = hidden.shape[:2]
-                return seq * batch * self.tensor.size > memory_estimate.CHUNK_TOKENS
+                return seq * batch * self.tensor.size > chunk_sizes.CHUNK_TOKENS
             case other:
                 assert_never(other)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.model.compiled import traced_whole
 from megahybrid.model.input_projection import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
@@ -90,7 +90,7 @@ class ChunkedMLP(nn.Module):
         replicated = [getattr(self, f"replicated_{index}") for index in range(len(self.kept))]
         between = self.between if torch.is_grad_enabled() else Between()
         setup = _Setup(
-            self.axis, sum(self.sizes), self.kept, memory_estimate.CHUNK_TOKENS, needed, between
+            self.axis, sum(self.sizes), self.kept, chunk_sizes.CHUNK_TOKENS, needed, between
         )
         *heads, branch = _ChunkedMLP.apply(x, setup, self.weight, self.down, *replicated)
         pieces = iter(heads.pop(0).split(self.sizes, dim=-1) if self.sizes else ())

@@ -212,23 +212,9 @@ def split_sequence(x: Float[Tensor, "seq *rest"], axis: Axis) -> Float[Tensor, "
 
 def sum_scalars(values: Sequence[float], axis: Axis) -> list[float]:
     """Sums of Python numbers over the axis, in float64 on the CPU."""
-    return _reduce_scalars(values, axis, "sum")
-
-
-def max_scalars(values: Sequence[float], axis: Axis) -> list[float]:
-    """Maxima of Python numbers over the axis."""
-    return _reduce_scalars(values, axis, "max")
-
-
-def min_scalars(values: Sequence[float], axis: Axis) -> list[float]:
-    """Minima of Python numbers over the axis."""
-    return _reduce_scalars(values, axis, "min")
-
-
-def _reduce_scalars(values: Sequence[float], axis: Axis, operation: str) -> list[float]:
     if axis.size == 1 or not values:
         return [float(value) for value in values]
-    return all_reduce(torch.tensor(list(values), dtype=torch.float64), axis, operation).tolist()
+    return all_reduce(torch.tensor(list(values), dtype=torch.float64), axis).tolist()
 
 
 def broadcast(x: Shaped[Tensor, "*shape"], axis: Axis, source: int = 0) -> Shaped[Tensor, "*shape"]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from megahybrid.config.memory_estimate import LOSS_CHUNK_BYTES, LOSS_PARTS
+from megahybrid.config.chunk_sizes import LOSS_CHUNK_BYTES, LOSS_PARTS
 from megahybrid.parallel.collectives import (
     all_gather,
     gather_sequence,

@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from megahybrid.config import load
+from megahybrid.config.packaged import located
 from megahybrid.config.study import Study
-from megahybrid.config.suite import RulerTask, Suite
+from megahybrid.config.suite import RulerTask, load_suite
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, ConfigError, DataError
 from megahybrid.run_folder import refuse_foreign_study_folder
 from megahybrid.study.figures import check_rules, tabulate
@@ -53,7 +54,7 @@ def study(
     code = EXIT_DONE
     grid = [StudyRun(plan, folder, out, *one) for one in asked]
     if not tabulate_only:
-        _check(plan, folder, grid)
+        _check(plan, grid)
         refuse_foreign_study_folder(out)
         with _only_study(out):
             missing = [run for run in grid if not run.result.exists()]
@@ -110,7 +111,7 @@ def read_results(out: Path, plan: Study, grid: Sequence[StudyRun]) -> list[dict[
 
 def _load(folder: Path) -> Study:
     file = folder / "study.yaml"
-    if not file.exists():
+    if not located(file).exists():
         known = sorted(path.parent.name for path in folder.parent.glob("*/study.yaml"))
         hint = f" There are: {', '.join(known)}." if known else ""
         raise ConfigError(
@@ -135,12 +136,12 @@ def _selected_runs(
     return [(name, seed) for seed in chosen for name in dict.fromkeys(variants or plan.variants)]
 
 
-def _check(plan: Study, folder: Path, grid: Sequence[StudyRun]) -> None:
+def _check(plan: Study, grid: Sequence[StudyRun]) -> None:
     """Check every run file, suite and figure that is named, before the first run."""
     known = {"loss"} if plan.held_out is not None else set()
     for file in (plan.suite, plan.analyse):
         if file is not None:
-            for name, task in load(folder / file, type=Suite).tasks.items():
+            for name, task in load_suite(grid[0].file(file)).tasks.items():
                 heads = task.tasks if isinstance(task, RulerTask) else [name]
                 known |= {f"{head}.{length}" for head in heads for length in task.lengths}
     for figure in plan.figures():
@@ -152,7 +153,7 @@ def _check(plan: Study, folder: Path, grid: Sequence[StudyRun]) -> None:
             )
     for variant in dict.fromkeys(run.variant for run in grid):
         run = next(run for run in grid if run.variant == variant)
-        load(folder / plan.run, run.overrides()).check(1)
+        load(run.file(plan.run), run.overrides()).check(1)
 
 
 def _on_gpu(run: StudyRun) -> bool:
@@ -160,7 +161,7 @@ def _on_gpu(run: StudyRun) -> bool:
 
     The system is asked, not torch: CUDA, once looked at, cannot be used after a fork.
     """
-    config = load(run.folder / run.plan.run, run.overrides())
+    config = load(run.file(run.plan.run), run.overrides())
     return config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidia0").exists())
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config.packaged import beside
 from megahybrid.config.study import Study
 from megahybrid.data.manifest import write_durably
 from megahybrid.errors import EXIT_DONE, MegahybridError
@@ -34,6 +35,10 @@ class StudyRun:
     def name(self) -> str:
         """The name of its files."""
         return f"{self.variant}-seed{self.seed}"
+
+    def file(self, name: str) -> Path:
+        """Return the path of a run file or a suite that the study names."""
+        return beside(self.folder / "study.yaml", name)
 
     @property
     def result(self) -> Path:
@@ -97,7 +102,7 @@ class StudyRun:
 
         plan, run = self.plan, self.out / "runs" / self.name
         began = time.monotonic()
-        code = train(self.folder / plan.run, self.overrides(), processes=1)
+        code = train(self.file(plan.run), self.overrides(), processes=1)
         if code != EXIT_DONE:
             return code
         trained = time.monotonic()
@@ -105,10 +110,10 @@ class StudyRun:
         result: dict[str, Any] = {"variant": self.variant, "seed": self.seed}
         result["overrides"] = plan.variants[self.variant]
         if plan.suite is not None:
-            suite = self.folder / plan.suite
+            suite = self.file(plan.suite)
             result["suite"] = _json_output(lambda: evaluate_suite(run, suite, mesh, as_json=True))
         if plan.analyse is not None:
-            looked_at = self.folder / plan.analyse
+            looked_at = self.file(plan.analyse)
             told = _json_output(lambda: analyse(run, mesh, suite_file=looked_at, as_json=True))
             result["attention"] = without_curves(told)
         if plan.held_out is not None:

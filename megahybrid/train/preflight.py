@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.config import RunConfig
+from megahybrid.config.missing_data import making_command, missing_data
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.errors import DataError
 from megahybrid.parallel.mesh import choose_device
 from megahybrid.train.restore import check_resume_point
 from megahybrid.train.suites import check_suites
@@ -18,6 +20,7 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
     `start` already holds. Raises MegahybridError.
     """
     choose_device(run.device, local_rank=0)
+    _refuse_missing_data(run)
     tokenizer = load_tokenizer(run.data.tokenizer) if run.data.tokenizer else None
     first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
     if tokenizer is not None:
@@ -31,3 +34,11 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
                 first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
     check_suites(run)
     check_resume_point(run, directory, allow)
+
+
+def _refuse_missing_data(run: RunConfig) -> None:
+    """Raise DataError for data that a command of ours makes; of others, whoever opens them says
+    what is wrong with them."""
+    for field, path in missing_data(run):
+        if (command := making_command(path)) is not None:
+            raise DataError(f"{field}={path} does not exist. Make it with: {command}")

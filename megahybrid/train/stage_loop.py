@@ -10,6 +10,7 @@ from typing import assert_never
 
 import torch
 
+from megahybrid import __version__
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import RunConfig, dump
@@ -314,6 +315,7 @@ def run_info(parts: RunParts, start: ResumePoint, kernels: ChosenKernels) -> Run
             zero_stage=run.parallel.zero_stage,
             precision=run.precision,
             device=str(mesh.device),
+            megahybrid=__version__,
             torch=torch.__version__,
             python=platform.python_version(),
             model=model_fingerprint(run.model),

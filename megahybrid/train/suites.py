@@ -12,11 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from megahybrid.config import RunConfig, dump, load
+from megahybrid.config import RunConfig, dump
 from megahybrid.config.base import did_you_mean
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.stages import Stage
-from megahybrid.config.suite import HeldOutHaystack, NeedleTask, RulerTask, Suite, SyntheticTask
+from megahybrid.config.suite import (
+    HeldOutHaystack,
+    NeedleTask,
+    RulerTask,
+    Suite,
+    SyntheticTask,
+    load_suite,
+)
 from megahybrid.data.held_out import Rows
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import Tokenizer
@@ -237,7 +244,7 @@ def _short(task: dict[str, Any]) -> TaskScores:
 
 def load_suites(run: RunConfig) -> dict[str, Suite]:
     """The files of `evaluate.suites`. Raises ConfigError for one that is missing or wrong."""
-    return {name: load(one.path, type=Suite) for name, one in run.evaluate.suites.items()}
+    return {name: load_suite(one.path) for name, one in run.evaluate.suites.items()}
 
 
 def check_suites(run: RunConfig) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megahybrid.checkpoint.fragments import STATES, Fragment
-from megahybrid.checkpoint.parameter_io import cut, fill
+from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.errors import CheckpointError
 from megahybrid.parallel.sharding import Segment, ShardSpec
@@ -26,6 +26,21 @@ from tests.checkpoint.examples import (
 )
 
 VOCABULARY = 13
+
+
+def cut(spec: ShardSpec, state: str, start: int, stop: int, data: np.ndarray) -> Iterator[Fragment]:
+    """Yield the fragments of elements start…stop of a parameter; `data` holds just those, flat.
+
+    Replicated segments are given by tensor rank 0 alone.
+    """
+    assert len(data) == stop - start
+    for segment, low, high in spec.flat_ranges():
+        first, last = max(start, low), min(stop, high)
+        if first >= last or (segment.dim is None and spec.rank > 0):
+            continue
+        flat = (first - low, last - low)
+        part = data[first - start : last - start]
+        yield Fragment(segment.name, state, spec.box(segment), flat, part)
 
 
 def specs(degree: int, rank: int) -> list[ShardSpec]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megahybrid.errors import ConfigError
 from megahybrid.launch import control
 from megahybrid.launch import slurm as slurm_commands
 from megahybrid.launch.records import attempts, read_records
@@ -62,7 +63,7 @@ def test_the_submitters_environment_does_not_ride_along(
     assert seen[-1] == str(work) and not list(tmp_path.rglob("pwned"))
 
 
-def test_a_script_that_an_older_version_wrote_still_works(tmp_path: Path) -> None:
+def test_a_script_of_an_older_version_ends_in_one_line_and_the_run_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, nodes=2, steps=40)
     run.until("RUNNING .* step [1-9]")
     control.stop(run.directory)
@@ -71,9 +72,33 @@ def test_a_script_that_an_older_version_wrote_still_works(tmp_path: Path) -> Non
     facts = {"NODES": "2", "RUN": str(run.directory), "WORK": str(ROOT), "PYTHON": sys.executable}
     for name, value in facts.items():
         text = text.replace(f"@{name}@", value)
-    (run.directory / "slurm/batch.sh").write_text(text)
-    control.requeue(run.directory)
-    run.until("RUNNING .*try 1 .* step age")
+    script = run.directory / "slurm/batch.sh"
+    script.write_text(text)
+    known, stopped = read_records(run.directory), run.status
+    with pytest.raises(
+        ConfigError, match=r"written by megahybrid 0\.1.*`megahybrid launch submit`"
+    ):
+        control.requeue(run.directory)
+    assert (read_records(run.directory), run.status) == (known, stopped)
+    assert not control.queued(run.directory)
+
+    # One that was in the queue when megahybrid was replaced.
+    number = slurm_commands.sbatch(str(script))
+    log = run.directory / f"logs/{number}.batch.log"
+    until(lambda: log.exists() and "megahybrid" in log.read_text(), "a line", 60)
+    until(lambda: number not in slurm_commands.queue(), "its end", 60)
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("megahybrid: this batch script was written before megahybrid 0.2")
+    assert "megahybrid launch submit" in line
+    assert (read_records(run.directory), run.status) == (known, stopped)
+    assert not (run.directory / "slurm/undecided").exists()
+
+    run.submit_again()
+    assert (run.directory / "slurm/batch.1.sh").read_text() == text
+    begun = run.until("RUNNING .*try 1 .* step age")
+    assert "no ckpt" not in begun
+    begins = [line for line in read_records(run.directory) if line["event"] == "start"]
+    assert len(begins) == 2 and begins[1]["checkpoint"] is not None
     slurm_commands.warn(control.queued(run.directory)[0].job)
     run.start_now()
     run.until("DONE after 3 attempts", 90)

@@ -152,6 +152,11 @@ class Run(Submitted):
         pretend = (str(ROOT / "tests/launch/pretend.py"), *faults)
         job = job.model_copy(update={"train": pretend, "name": "demo; $(touch pwned)"})
         super().__init__(job, submit(job, resolved))
+        self.resolved = resolved
+
+    def submit_again(self) -> None:
+        """As `megahybrid launch submit` with the same run file does."""
+        self.numbers += submit(self.job, self.resolved)
 
 
 def until(true: Callable[[], object], what: str | Callable[[], str], seconds: float):

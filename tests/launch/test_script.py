@@ -12,7 +12,7 @@ from megahybrid.config.parsing import parse
 from megahybrid.config.site import Site, load_site, seconds_of
 from megahybrid.errors import ConfigError
 from megahybrid.launch.job import Job, read_job
-from megahybrid.launch.script import batch_script
+from megahybrid.launch.script import batch_script, is_of_version_0_1
 from megahybrid.launch.step import check_step, hostfile_text, step_environment, train_step
 
 ROOT = Path(__file__).parents[2]
@@ -328,3 +328,12 @@ def test_more_ranks_than_gpus_are_refused() -> None:
             Site,
             {"name": "x", "time_limit": "60", "gpus_per_node": 8, "ranks_per_node": 9},
         )
+
+
+def test_a_script_of_version_0_1_is_told_from_one_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    assert not is_of_version_0_1(tmp_path)
+    here = Path(__file__).parent
+    for name, old in (("older_batch.sh", True), ("golden_batch.sh", False)):
+        (tmp_path / "slurm/batch.sh").write_text((here / name).read_text())
+        assert is_of_version_0_1(tmp_path) is old

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.model import chunked_mlp
 from megahybrid.model.mlp import swiglu
 from megahybrid.model.transformer import Transformer
@@ -28,7 +28,7 @@ def errors_in_chunks(ranks: distributed.Ranks, cases: dict[str, dict[str, Any]])
     found = {}
     for name, case in cases.items():
         with (
-            mock.patch.object(memory_estimate, "CHUNK_TOKENS", CHUNK),
+            mock.patch.object(chunk_sizes, "CHUNK_TOKENS", CHUNK),
             mock.patch.object(chunked_mlp, "_of_chunks", wraps=chunked_mlp._of_chunks) as backward,
         ):
             found[name] = case_errors(ranks.mesh(), **case) | {"calls": backward.call_count}
@@ -53,7 +53,7 @@ def test_the_mlp_in_chunks_is_the_plain_model(tensor: int) -> None:
 
 
 def runs_in_chunks(ranks: distributed.Ranks, cases: list[Case]) -> list[RankRun]:
-    with mock.patch.object(memory_estimate, "CHUNK_TOKENS", CHUNK):
+    with mock.patch.object(chunk_sizes, "CHUNK_TOKENS", CHUNK):
         return [engine_run(ranks, case) for case in cases]
 
 
@@ -84,7 +84,7 @@ def gradients(block: str, policies: list[str], dtype: torch.dtype) -> dict[str, 
 def test_in_bf16_chunks_lose_no_more_than_the_whole(
     block: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", CHUNK)
+    monkeypatch.setattr(chunk_sizes, "CHUNK_TOKENS", CHUNK)
     truth = gradients(block, ["none"] * 2, torch.float64)
     plain = gradients(block, ["none"] * 2, torch.bfloat16)
     chunked = gradients(block, ["chunked"] * 2, torch.bfloat16)
@@ -108,7 +108,7 @@ def test_a_chunks_slopes_take_the_place_of_gate_and_up(dtype: torch.dtype) -> No
 
 def test_a_short_sequence_is_not_cut_under_full(monkeypatch: pytest.MonkeyPatch) -> None:
     for chunk, calls in ((80, 0), (79, 2)):
-        monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(chunk_sizes, "CHUNK_TOKENS", chunk)
         with mock.patch.object(chunked_mlp, "_of_chunks", wraps=chunked_mlp._of_chunks) as backward:
             gradients("parallel", ["full"] * 2, torch.float32)
         assert backward.call_count == calls
@@ -118,7 +118,7 @@ def test_a_short_sequence_is_not_cut_under_full(monkeypatch: pytest.MonkeyPatch)
 def test_a_layer_computed_again_leaves_its_mlp_out(
     block: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", CHUNK)
+    monkeypatch.setattr(chunk_sizes, "CHUNK_TOKENS", CHUNK)
     seen: list[bool] = []
     forward = chunked_mlp.ChunkedMLP.forward
 

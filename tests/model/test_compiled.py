@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.model import core_attention
 from megahybrid.model.attention import BranchInputs
 from megahybrid.model.block import Block
@@ -225,7 +225,7 @@ def test_of_blocks_cut_over_ranks_the_pieces_are_compiled(name: str) -> None:
 def test_the_pieces_are_compiled_where_an_mlp_runs_in_chunks(
     block: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", 40)
+    monkeypatch.setattr(chunk_sizes, "CHUNK_TOKENS", 40)
     config = model("rope", block)
     built = Transformer(config, ParallelMesh.single(), recompute=[policy] * 2).double()
     built.load_canonical(random_tensors(config, 0, torch.float64))

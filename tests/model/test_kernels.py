@@ -201,9 +201,8 @@ def test_runs_cover_each_row_once_and_never_cut_a_document() -> None:
     ]
 
 
-def test_documents_from_tokens_begin_behind_each_end() -> None:
-    tokens = torch.tensor([[5, 0, 7, 7, 0], [0, 0, 3, 4, 5]])
-    documents = Documents.from_tokens(tokens, eod_id=0)
+def test_documents_of_given_lengths_begin_behind_one_another() -> None:
+    documents = Documents.from_lengths([[2, 3], [1, 1, 3]])
     assert documents.starts.tolist() == [[0, 0, 2, 2, 2], [0, 1, 2, 2, 2]]
     assert documents.positions().tolist() == [[0, 1, 0, 1, 2], [0, 0, 0, 1, 2]]
     assert documents.visible_keys(2).tolist() == [[1, 2, 1, 2, 2], [1, 1, 1, 2, 2]]

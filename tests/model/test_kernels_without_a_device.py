@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.model import rotary
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels import (
@@ -210,7 +210,7 @@ def test_a_model_keeps_to_its_device(
     block: str, policy: str, hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "_shares_heads", lambda device, dtype: True)
-    monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", 48)
+    monkeypatch.setattr(chunk_sizes, "CHUNK_TOKENS", 48)
     config = model("rnope_swa", block)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # parameters without storage cannot be converted

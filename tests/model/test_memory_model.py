@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.shapes import hybrid, random_batch
 from benchmarks.steps import our_loss, our_model
-from megahybrid.config import memory_estimate
+from megahybrid.config import chunk_sizes
 from megahybrid.config.memory_estimate import activations, working
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.kernels import tiles
@@ -67,7 +67,7 @@ def test_the_formulas_are_within_a_tenth_of_the_peak(name: str, by_blocks: None)
 def test_the_formulas_are_within_a_tenth_of_the_peak_with_the_mlp_in_chunks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_estimate, "CHUNK_TOKENS", 192)
+    monkeypatch.setattr(chunk_sizes, "CHUNK_TOKENS", 192)
     monkeypatch.setattr(tiles, "serves", lambda *heads: False)
     # A small vocabulary, so that the fullest moment is a layer's and not the loss's.
     config = shape(name).model_copy(update={"vocab_size": 256})

@@ -98,8 +98,8 @@ def agreements(ranks: Ranks) -> dict[str, object]:
     mine = torch.full((2,), float(axis.rank))
     return {
         "sum": collectives.sum_scalars([1.0, axis.rank], axis),
-        "max": collectives.max_scalars([float(axis.rank)], axis),
-        "min": collectives.min_scalars([float(axis.rank)], axis),
+        "max": collectives.all_reduce(mine[:1].clone(), axis, "max").tolist(),
+        "min": collectives.all_reduce(mine[:1].clone(), axis, "min").tolist(),
         "broadcast": collectives.broadcast(mine, axis, source=1).tolist(),
         "object": collectives.broadcast_object({"rank": axis.rank}, axis),
         "objects": gather_objects(axis.rank, axis),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.config.memory_estimate import LOSS_PARTS
+from megahybrid.config.chunk_sizes import LOSS_PARTS
 from megahybrid.parallel.collectives import gather_sequence_replicated, local_slice
 from megahybrid.parallel.loss_softmax import ROW_PARTS, fused_statistics
 from megahybrid.parallel.mesh import ParallelMesh

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from megahybrid.config.memory_estimate import OFFLOAD_PIECE, OFFLOAD_ROOMS, memory_per_rank
+from megahybrid.config.chunk_sizes import OFFLOAD_PIECE, OFFLOAD_ROOMS
+from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.parsing import parse
 from megahybrid.config.run import RunConfig
 from megahybrid.train.engine.offload import locked_zeros

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import megahybrid
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.reader import verify
 from megahybrid.cli import main
@@ -19,6 +20,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import read_manifest
 from megahybrid.launch.job import read_job
 from megahybrid.launch.records import attempts
+from megahybrid.train.ledger import read_ledger
 from tests.parity.cases import FAMILIES, model
 from tests.train.example import steps_of
 
@@ -52,6 +54,10 @@ def test_a_run_that_it_began_goes_on_with_the_same_command(here: Path) -> None:
         assert step.loss == pytest.approx(line["loss"], rel=1e-5)
         assert step.gradient_norm == pytest.approx(line["gradient_norm"], rel=1e-4)
     lines = (here / "run/ledger.jsonl").read_text().splitlines()
+    (resume,) = read_ledger(here / "run/ledger.jsonl").named("resume")
+    assert resume.detail["megahybrid"] == megahybrid.__version__
+    newest = max((here / "run/checkpoints").glob("step-*"))
+    assert verify(newest).written_by["megahybrid"] == megahybrid.__version__
     events = {json.loads(line).get("event") for line in lines}
     assert not events & {"config_change", "repeat_differs", "warning"}
 

@@ -33,14 +33,6 @@ class Documents:
     _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_tokens(cls, tokens: Int[Tensor, "batch seq"], eod_id: int) -> "Documents":
-        """A document ends with `eod_id`; the token behind it begins the next one."""
-        index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        begins = torch.zeros_like(index)
-        begins[:, 1:] = torch.where(tokens[:, :-1] == eod_id, index[:, 1:], 0)
-        return cls(begins.cummax(dim=1).values)
-
-    @classmethod
     def from_lengths(
         cls, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> "Documents":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megahybrid.config.memory_estimate import OFFLOAD_PIECE, OFFLOAD_ROOMS
+from megahybrid.config.chunk_sizes import OFFLOAD_PIECE, OFFLOAD_ROOMS
 from megahybrid.train.engine.adamw import MOMENTS, ObservedAdamW
 
 
