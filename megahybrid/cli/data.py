@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 from megahybrid.cli.arguments import given
-from megahybrid.errors import EXIT_DONE
 from megahybrid.data_prep.limits import LARGEST_MIB, LARGEST_VOCABULARY, LONGEST_ROW, MOST_WORKERS
+from megahybrid.errors import EXIT_DONE
 
 
 def add_data_commands(subparsers: Any) -> None:
