@@ -6,8 +6,9 @@ factor.
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -78,6 +79,16 @@ class QKNorm(Frozen):
             )
         return self
 
+    def learned(self) -> tuple[str, str] | None:
+        """Which values share a weight, as (over, weight); None without a norm."""
+        match self.kind:
+            case "none":
+                return None
+            case "rms" | "layernorm":
+                return self.over, self.weight
+            case never:
+                assert_never(never)
+
 
 class SqrtDimScale(Frozen):
     """Scores times 1 / sqrt(head_dim)."""
@@ -121,6 +132,17 @@ LogitScale = Annotated[
 ]
 
 
+def learned_scale(scale: LogitScale) -> str | None:
+    """The kind of a scale that has learned parameters, None for one that has none."""
+    match scale:
+        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+            return None
+        case SsmaxScale():
+            return scale.kind
+        case never:
+            assert_never(never)
+
+
 class AttentionScheme(Frozen):
     """How a layer's queries see its keys.
 
@@ -157,13 +179,26 @@ class AttentionScheme(Frozen):
             )
         return changed
 
-    def learned(self) -> str:
-        """The learned parameters of the scheme in words, "none" when it has none."""
+    def learned(self) -> "LearnedParameters":
+        """The learned parameters that the scheme has beside its projections."""
+        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.logit_scale))
+
+
+@dataclass(frozen=True)
+class LearnedParameters:
+    """The learned parameters of a scheme beside its projections. Two schemes with equal ones have
+    the same tensors, so that the weights of one can be taken over by the other."""
+
+    qk_norm: tuple[str, str] | None  # over and weight
+    score_scale: str | None  # its kind
+
+    def __str__(self) -> str:
+        """In words, "none" when there are none. The words may change: nothing is made of them."""
         parts = []
-        if self.qk_norm.kind != "none":
-            parts.append(f"qk_norm over {self.qk_norm.over}, weight {self.qk_norm.weight}")
-        if isinstance(self.logit_scale, SsmaxScale):
-            parts.append("ssmax scale")
+        if self.qk_norm is not None:
+            parts.append("qk_norm over {}, weight {}".format(*self.qk_norm))
+        if self.score_scale is not None:
+            parts.append(f"{self.score_scale} scale")
         return " and ".join(parts) or "none"
 
 

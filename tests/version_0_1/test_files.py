@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import read_manifest
 from megahybrid.launch.job import read_job
 from megahybrid.launch.records import attempts
-from tests.parity.cases import FAMILIES, model
+from tests.parity.cases import BLOCKS, FAMILIES, NORMS, model
 from tests.train.example import steps_of
 
 FILES = Path(__file__).parent / "files"
@@ -94,7 +95,10 @@ FINGERPRINTS: dict[str, Any] = json.loads((Path(__file__).parent / "fingerprints
 
 def test_models_have_the_fingerprints_that_stand_in_checkpoints() -> None:
     now = {family: model_fingerprint(model(family)) for family in FAMILIES}
+    for family, block, norm in product(FAMILIES, BLOCKS, NORMS):
+        varied = model(family, block, norm, kv_heads=4, tied=False, logit_scale=0.25)
+        now[f"{family}-{block}-{norm}"] = model_fingerprint(varied)
     assert {name: now.get(name) for name in FINGERPRINTS} == FINGERPRINTS
-    assert len(FINGERPRINTS) >= 12
+    assert len(FINGERPRINTS) >= 91
     stored = (FILES / "run/model_fingerprint").read_text().strip()
     assert stored == model_fingerprint(load(FILES / "run.yaml").model)
