@@ -45,7 +45,7 @@ def canonical_shapes(
                 else:
                     shape = (head_dim,)
                 shapes[f"{block}.attention.{which}.weight"] = shape
-        if scheme.logit_scale.kind == "ssmax":
+        if scheme.score_scale.kind == "ssmax":
             shapes[f"{block}.attention.logit_scale"] = (heads,)
         shapes[f"{block}.mlp.gate.weight"] = (inner, hidden)
         shapes[f"{block}.mlp.up.weight"] = (inner, hidden)
@@ -172,7 +172,7 @@ def query_factor(
     `positions` are within the document, `keys` how many keys the query sees. What depends on the
     position is fp32 whatever `dtype` is, like an angle.
     """
-    scale = scheme.logit_scale
+    scale = scheme.score_scale
     if scale.kind == "fixed":
         return torch.full(positions.shape, scale.scale, dtype=dtype)
     if scale.kind == "sqrt_dim":
@@ -282,7 +282,7 @@ class PlainModel:
         mask = visible(starts, scheme.window)
         factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
         scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
-        if scheme.logit_scale.kind == "ssmax":
+        if scheme.score_scale.kind == "ssmax":
             scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
         scores = scores.masked_fill(~mask[:, None], -math.inf)
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()

@@ -13,9 +13,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from pydantic import BaseModel
-
 from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.base import Frozen
 from megahybrid.config.model import ModelConfig
 
 # Listed, not "all fields": these are written whatever they are, as 0.1.0 did.
@@ -35,7 +34,7 @@ FACTS = (
 # What makes no other model: the plan counts by its layers, and the others fill only the beginning.
 NO_FACTS = ("layer_plan", "initial_std", "embedding_std")
 # Of a scheme: what a stage may change, and what `_layer` writes in 0.1.0's words.
-STAGES_CHANGE = ("position", "window", "score_scale", "logit_scale")
+STAGES_CHANGE = ("position", "window", "score_scale")
 WRITTEN = ("qk_norm",)
 QK_NORM = ("kind", "over", "weight")
 
@@ -78,7 +77,7 @@ def _texts(fields: dict[str, Any], prefix: str = "") -> list[str]:
     ]
 
 
-def _later(value: BaseModel, known: Collection[str]) -> dict[str, Any]:
+def _later(value: Frozen, known: Collection[str]) -> dict[str, Any]:
     """The fields beside `known` that differ from their defaults: one that is added later disowns
     no checkpoint there is."""
     changed = value.model_dump(mode="json", exclude_defaults=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.compare import compare, render_comparison
+from megahybrid.config.old_words import silent
 from megahybrid.config.shape import Count, NotRequired, TypedDict, checker
 from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
 from megahybrid.printable import printable
@@ -42,7 +43,7 @@ def _side(path: Path) -> _Side:
         raise ConfigError(
             f"{path} is a folder without a run's config.yaml. Name a run file or a run's folder."
         )
-    return _Side(str(path), load(path / "config.yaml"), path)
+    return _Side(str(path), load(path / "config.yaml", tell=silent), path)
 
 
 class _Parent(TypedDict):

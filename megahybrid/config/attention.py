@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few, parse
+from megahybrid.config.old_words import current_scheme
 from megahybrid.config.scaling import Array, Scaling, plain_frequencies
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
@@ -127,12 +128,12 @@ class SsmaxScale(Frozen):
     initial: float = Field(default=0.43, gt=0, description="value every s starts at")
 
 
-LogitScale = Annotated[
+ScoreScale = Annotated[
     SqrtDimScale | FixedScale | Llama4Scale | LogScale | SsmaxScale, Field(discriminator="kind")
 ]
 
 
-def learned_scale(scale: LogitScale) -> str | None:
+def learned_scale(scale: ScoreScale) -> str | None:
     """The kind of a scale that has learned parameters, None for one that has none."""
     match scale:
         case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
@@ -155,7 +156,12 @@ class AttentionScheme(Frozen):
         default=None, ge=1, description="keys visible to a query, its own included; null: all"
     )
     qk_norm: QKNorm = Field(default=QKNorm(), description="norm of queries and keys")
-    logit_scale: LogitScale = Field(default=SqrtDimScale(), description="factor on the scores")
+    score_scale: ScoreScale = Field(default=SqrtDimScale(), description="factor on the scores")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_word(cls, data: Any) -> Any:
+        return current_scheme(data)
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.
@@ -163,6 +169,10 @@ class AttentionScheme(Frozen):
         A change that would add, remove or reshape a learned parameter is refused: the weights of
         the stage before could not be taken over.
         """
+        try:
+            fields = current_scheme(dict(fields))
+        except ValueError as error:
+            raise ConfigError(f"{where}.{error}") from None
         position = fields.get("position")
         if isinstance(self.position, Nope) and isinstance(position, Mapping):
             rotary = [f for f in position if f in Rope.model_fields and f != "kind"]
@@ -181,7 +191,7 @@ class AttentionScheme(Frozen):
 
     def learned(self) -> "LearnedParameters":
         """The learned parameters that the scheme has beside its projections."""
-        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.logit_scale))
+        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.score_scale))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from megahybrid.config.old_words import Tell, tell_once
+
 if TYPE_CHECKING:
     from megahybrid.config.run import RunConfig
 
@@ -78,15 +80,25 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 @overload
-def load(path: str | Path, overrides: Sequence[str] = ()) -> "RunConfig": ...
-@overload
-def load(path: str | Path, overrides: Sequence[str] = (), *, type: type[Value]) -> Value: ...
 def load(
-    path: str | Path, overrides: Sequence[str] = (), *, type: type[BaseModel] | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, tell: Tell = tell_once
+) -> "RunConfig": ...
+@overload
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, type: type[Value], tell: Tell = tell_once
+) -> Value: ...
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    type: type[BaseModel] | None = None,
+    tell: Tell = tell_once,
 ) -> BaseModel:
     """The value a YAML file says: its includes in order, the file itself, then `key.sub=value`.
 
-    `type` is the class to read, RunConfig when left out. Raises ConfigError, one line per mistake.
+    `type` is the class to read, RunConfig when left out. `tell` is given a line about each old word
+    that is used; it is written to stderr unless said otherwise. Raises ConfigError, one line per
+    mistake.
     """
     from megahybrid.config.yaml_file import apply_overrides, read_tree
 
@@ -94,7 +106,7 @@ def load(
         from megahybrid.config.run import RunConfig
 
         type = RunConfig
-    return parse(type, apply_overrides(read_tree(Path(path)), overrides))
+    return parse(type, apply_overrides(read_tree(Path(path), tell), overrides, tell))
 
 
 def parse(type: type[Value], plain: Any, where: str = "") -> Value:

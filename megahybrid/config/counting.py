@@ -51,7 +51,7 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
             elif scheme.qk_norm.weight == "per_head":
                 shape = (heads, model.head_dim)
             shapes[f"attention.{name}_norm.weight"] = shape
-    if isinstance(scheme.logit_scale, SsmaxScale):
+    if isinstance(scheme.score_scale, SsmaxScale):
         shapes["attention.logit_scale"] = (model.num_heads,)
     return shapes
 

@@ -59,7 +59,7 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
             "theta": scheme.position.theta if isinstance(scheme.position, Rope) else None,
             "window": scheme.window,
             "qk_norm": scheme.qk_norm.kind,
-            "logit_scale": scheme.logit_scale.kind,
+            "score_scale": scheme.score_scale.kind,
             "parameters": counting.layer_parameters(run.model, scheme),
             "kv_cache_bytes": counting.layer_kv_cache_bytes(run.model, scheme, length),
             "flops_per_token": counting.layer_flops_per_token(run.model, scheme, length),

@@ -99,12 +99,12 @@ def _scheme_reasons(
     elif norms.isdisjoint(architecture.qk_norms):
         wanted = " or ".join(_norm_words(norm) for norm in architecture.qk_norms)
         yield f"its QK-norm is {wanted}, not {_norm_words(next(iter(norms)))}"
-    scales = {scheme.logit_scale for scheme in schemes}
+    scales = {scheme.score_scale for scheme in schemes}
     plain = scales == {SqrtDimScale()}
     fixed = len(scales) == 1 and isinstance(next(iter(scales)), FixedScale)
     if not plain and not (fixed and architecture.name == "GraniteSWA"):
         kinds = sorted({scale.kind for scale in scales} - {"sqrt_dim"})
-        yield f"it has no logit scale of kind {' or '.join(kinds)}"
+        yield f"it has no score scale of kind {' or '.join(kinds)}"
     windows = {scheme.window for scheme in schemes} - {None}
     if len(windows) > 1:
         yield f"it has one window, not {len(windows)}"

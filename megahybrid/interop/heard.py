@@ -273,7 +273,7 @@ _LAYERS: dict[str, Callable[[Any], list[Scheme]]] = {
 }
 
 
-def _plan(layers: Sequence[Scheme], qk_norm: Plain, logit_scale: Plain) -> Plain:
+def _plan(layers: Sequence[Scheme], qk_norm: Plain, score_scale: Plain) -> Plain:
     """A layer plan with a name for every different layer, its pattern as short as it tiles."""
     schemes: dict[str, Plain] = {}
     names = []
@@ -282,7 +282,7 @@ def _plan(layers: Sequence[Scheme], qk_norm: Plain, logit_scale: Plain) -> Plain
             "position": position,
             "window": window,
             "qk_norm": qk_norm,
-            "logit_scale": logit_scale,
+            "score_scale": score_scale,
         }
         name = next((known for known, held in schemes.items() if held == scheme), None)
         if name is None:

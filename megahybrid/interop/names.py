@@ -121,6 +121,6 @@ def _attention(
                 shape,
                 order,
             )
-    if isinstance(scheme.logit_scale, SsmaxScale):
+    if isinstance(scheme.score_scale, SsmaxScale):
         shape = (model.num_heads,)
         yield TensorName(f"{ours}.attention.logit_scale", f"{theirs}.logit_scale", shape)

@@ -12,6 +12,7 @@ import torch
 from megahybrid.config.attention import AttentionScheme, FixedScale, LayerPlan, Nope, Rope
 from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.old_words import first_words
 from megahybrid.config.scaling import (
     LinearScaling,
     Llama3Scaling,
@@ -230,7 +231,7 @@ def _olmo3(model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
 
 
 def _granite_swa(model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-    scale = schemes[0].logit_scale
+    scale = schemes[0].score_scale
     ropes = [
         rope_parameters(s.position, model.head_dim)["rope_theta"]
         if isinstance(s.position, Rope)
@@ -289,6 +290,7 @@ def _own(model: ModelConfig, plan: LayerPlan) -> Fields:
         "norm": model.norm,
         "norm_eps": model.eps,
         "logit_scale": model.logit_scale,
-        "schemes": schemes,
+        # The code that is written beside it reads every export there is, in their words.
+        "schemes": first_words({"schemes": schemes})["schemes"],
         "layer_schemes": list(plan.names()),
     }

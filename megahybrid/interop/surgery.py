@@ -10,6 +10,7 @@ from pathlib import Path
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope
 from megahybrid.config.base import parse
 from megahybrid.config.model import ModelConfig, rotation_problems
+from megahybrid.config.old_words import tell_once
 from megahybrid.config.yaml_file import read_tree
 from megahybrid.errors import ConfigError
 from megahybrid.interop.model_card import scheme_in_words
@@ -34,7 +35,7 @@ class Change:
 
 def read_plan(path: Path, model: ModelConfig) -> LayerPlan:
     """The layer plan that a run file or a model file says, for `model`'s heads."""
-    tree = read_tree(path)
+    tree = read_tree(path, tell_once)
     found = (tree.get("model") or {}).get("layer_plan") if isinstance(tree, dict) else None
     if found is None:
         raise ConfigError(f"{path} has no model.layer_plan. Name a run file or a model file.")
@@ -75,7 +76,7 @@ def _change(layer: int, old: AttentionScheme, new: AttentionScheme) -> Change:
             reasons.append("a rotation where there was none")
         else:
             reasons.append("other angles")
-    if old.logit_scale != new.logit_scale:
+    if old.score_scale != new.score_scale:
         reasons.append("another sharpness of attention")
     if old.window != new.window:
         edge = min(w for w in (old.window, new.window) if w is not None)

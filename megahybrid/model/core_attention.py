@@ -65,6 +65,6 @@ def positioned(
 
 def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
     """What q·k is multiplied by for every query alike."""
-    if isinstance(scheme.logit_scale, FixedScale):
-        return scheme.logit_scale.scale
+    if isinstance(scheme.score_scale, FixedScale):
+        return scheme.score_scale.scale
     return head_dim**-0.5

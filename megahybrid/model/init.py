@@ -44,7 +44,7 @@ def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) ->
         return ParameterRule("norm", None, 1.0, 0.0, 1.0)
     if name.endswith(".logit_scale"):
         schemes = model.layer_plan.expand()
-        initial = getattr(schemes[int(name.split(".")[1])].logit_scale, "initial", 1.0)
+        initial = getattr(schemes[int(name.split(".")[1])].score_scale, "initial", 1.0)
         return ParameterRule("attention", None, initial, 0.0, 1.0)
     if name.startswith("embedding."):
         return ParameterRule("embedding", model.embedding_std or model.initial_std, 0.0, 1.0, 1.0)

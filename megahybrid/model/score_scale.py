@@ -76,8 +76,8 @@ class QueryScale(nn.Module):
 
         `name` is the layer's attention, for example blocks.3.attention.
         """
-        if isinstance(scheme.logit_scale, PositionScale):
-            return cls(scheme.logit_scale, scheme.window, num_heads, name, mesh)
+        if isinstance(scheme.score_scale, PositionScale):
+            return cls(scheme.score_scale, scheme.window, num_heads, name, mesh)
         return None
 
     def factor(

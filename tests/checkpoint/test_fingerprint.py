@@ -69,7 +69,7 @@ def test_what_a_stage_may_change_leaves_the_fingerprint(path: str, value: Any) -
         ("logit_scale", 0.25),
         ("layer_plan.num_layers", 6),
         ("layer_plan.schemes.local.qk_norm", {"kind": "rms"}),
-        ("layer_plan.schemes.local.logit_scale", {"kind": "ssmax"}),
+        ("layer_plan.schemes.local.score_scale", {"kind": "ssmax"}),
     ],
 )
 def test_what_makes_another_model_changes_the_fingerprint(path: str, value: Any) -> None:

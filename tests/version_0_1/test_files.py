@@ -55,6 +55,15 @@ def test_a_run_that_it_began_goes_on_with_the_same_command(here: Path) -> None:
     lines = (here / "run/ledger.jsonl").read_text().splitlines()
     events = {json.loads(line).get("event") for line in lines}
     assert not events & {"config_change", "repeat_differs", "warning"}
+    # The run file says logit_scale of a scheme: one line names the new word.
+    assert [line for line in done.stderr.splitlines() if "score_scale" in line] == [
+        "megahybrid: run.yaml: model.layer_plan.schemes.global.logit_scale is called score_scale "
+        "now. It is read as that; please write the new word."
+    ]
+    # Steps that are done again are compared where these digests are the same; they are 0.1.0's.
+    stages = [e for e in map(json.loads, lines) if e.get("event") == "stage" and e["step"] >= BEGUN]
+    digests = [(e["stage"], e["detail"]["repeatable"]["config"]) for e in stages]
+    assert digests == [("middle", "18728360170521fc"), ("long", "0d0991ff34006ec4")]
 
 
 def test_its_checkpoint_and_its_datasets_are_whole(here: Path) -> None:

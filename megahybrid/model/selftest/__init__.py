@@ -94,7 +94,7 @@ class _OneScheme:
             with torch.no_grad():
                 laws.sees_its_keys(seeing, fewer, self.contexts.of(each), each)
         laws.scales_its_scores(scheme, shape, self.kernel)
-        if not isinstance(scheme.logit_scale, SqrtDimScale | FixedScale):
+        if not isinstance(scheme.score_scale, SqrtDimScale | FixedScale):
             laws.scales_its_queries(scheme, shape, rows.length)
         scheme, rows, fewer = reduced(scheme, self.kernel, shape)
         for each in (rows.joined(), rows):

@@ -14,10 +14,10 @@ from megahybrid.config.attention import (
     AttentionScheme,
     FixedScale,
     Llama4Scale,
-    LogitScale,
     LogScale,
     QKNorm,
     Rope,
+    ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
@@ -40,7 +40,7 @@ def expected_output(
         q, k = (turned(x, positions.T, scheme.position) for x in (q, k))
     seen = visible_keys(starts, queries, scheme.window)
     scale = score_factor(
-        scheme.logit_scale,
+        scheme.score_scale,
         positions[:, queries].T,
         seen.sum(-1).T,
         learned.get("query_scale.logit_scale"),
@@ -90,7 +90,7 @@ def turned(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
 
 
 def score_factor(
-    scale: LogitScale, position: Tensor, keys: Tensor, learned: Tensor | None, head_dim: int
+    scale: ScoreScale, position: Tensor, keys: Tensor, learned: Tensor | None, head_dim: int
 ) -> Tensor:
     """What q·k is multiplied by, [queries, rows, heads or 1]; `position` and the number of `keys`
     seen are [queries, rows]."""
