@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few, parse
 from megahybrid.config.old_words import current_scheme
-from megahybrid.config.scaling import Array, Scaling, plain_frequencies
+from megahybrid.config.scaling import Array, FrequencyScaling, Scaling, plain_frequencies
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
 
@@ -37,14 +37,19 @@ class Rope(Frozen):
 
     def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2] in radians per token, made by array module `xp`."""
-        rotary_dim = self.rotary_dim(head_dim)
-        if self.scaling is None:
+        rotary_dim, scaling = self.rotary_dim(head_dim), self.frequency_scaling()
+        if scaling is None:
             return plain_frequencies(self.theta, rotary_dim, xp, dtype)
-        return self.scaling.frequencies(self.theta, rotary_dim, xp, dtype)
+        return scaling.frequencies(self.theta, rotary_dim, xp, dtype)
 
     def attention_factor(self) -> float:
         """Multiplier of cos and sin (1 but for YaRN)."""
-        return 1.0 if self.scaling is None else self.scaling.attention_factor_value()
+        scaling = self.frequency_scaling()
+        return 1.0 if scaling is None else scaling.attention_factor_value()
+
+    def frequency_scaling(self) -> FrequencyScaling | None:
+        """The scaling as what every scaling can do: the type checker names one that cannot."""
+        return self.scaling
 
 
 class Nope(Frozen):
@@ -56,6 +61,22 @@ class Nope(Frozen):
 Position = Annotated[Rope | Nope, Field(discriminator="kind")]
 
 
+def rotation_of(position: Position) -> Rope | None:
+    """The rotation of a position, None for one that rotates nothing."""
+    match position:
+        case Rope():
+            return position
+        case Nope():
+            return None
+        case never:
+            assert_never(never)
+
+
+QKNormKind = Literal["none", "rms", "layernorm"]
+QKNormOver = Literal["head", "projection"]
+QKNormWeight = Literal["shared", "per_head"]
+
+
 class QKNorm(Frozen):
     """Normalisation of queries and keys before the rotation.
 
@@ -63,11 +84,9 @@ class QKNorm(Frozen):
     [heads, head_dim]. over=projection: all heads' values together, weight [heads * head_dim].
     """
 
-    kind: Literal["none", "rms", "layernorm"] = Field(default="none", description="the norm")
-    over: Literal["head", "projection"] = Field(
-        default="head", description="values that are normalised together"
-    )
-    weight: Literal["shared", "per_head"] = Field(
+    kind: QKNormKind = Field(default="none", description="the norm")
+    over: QKNormOver = Field(default="head", description="values that are normalised together")
+    weight: QKNormWeight = Field(
         default="shared", description="over head: one weight for all heads, or one for each"
     )
 
@@ -79,6 +98,20 @@ class QKNorm(Frozen):
                 "every head). Leave weight out."
             )
         return self
+
+    def weight_shape(self, heads: int, head_dim: int) -> tuple[int, ...] | None:
+        """The shape of the weight for `heads` queries or keys, None without a norm."""
+        if self.learned() is None:
+            return None
+        match self.over, self.weight:
+            case "projection", _:
+                return (heads * head_dim,)
+            case "head", "per_head":
+                return (heads, head_dim)
+            case "head", "shared":
+                return (head_dim,)
+            case never:
+                assert_never(never)
 
     def learned(self) -> tuple[str, str] | None:
         """Which values share a weight, as (over, weight); None without a norm."""
@@ -174,12 +207,13 @@ class AttentionScheme(Frozen):
         except ValueError as error:
             raise ConfigError(f"{where}.{error}") from None
         position = fields.get("position")
-        if isinstance(self.position, Nope) and isinstance(position, Mapping):
+        if rotation_of(self.position) is None and isinstance(position, Mapping):
             rotary = [f for f in position if f in Rope.model_fields and f != "kind"]
             if rotary and "kind" not in position:
                 raise ConfigError(
                     f"{where}.position.{rotary[0]} has nothing to act on: these layers have no "
-                    "rotation (position.kind=nope). Remove it, or name the scheme that rotates."
+                    f"rotation (position.kind={self.position.kind}). Remove it, or name the scheme "
+                    "that rotates."
                 )
         changed = parse(AttentionScheme, merge(dump(self), dict(fields)), where=where)
         if changed.learned() != self.learned():
@@ -231,6 +265,15 @@ class Periodic(Frozen):
                 f"Use 0 to {self.period - 1}."
             )
         return self
+
+    def names(self, num_layers: int) -> tuple[str, ...]:
+        """The scheme's name for each of so many layers, at least those of the prefix."""
+        names = list(self.prefix)
+        for index in range(num_layers - len(self.prefix)):
+            names.append(self.special if index % self.period == self.offset else self.default)
+        if self.last is not None:
+            names[-1] = self.last
+        return tuple(names)
 
 
 def _pattern_form(value: Any) -> str:
@@ -288,15 +331,13 @@ class LayerPlan(Frozen):
 
     def names(self) -> tuple[str, ...]:
         """The scheme's name for each layer, first layer first."""
-        if isinstance(self.pattern, list):
-            return tuple(self.pattern) * (self.num_layers // len(self.pattern))
-        rule = self.pattern
-        names = list(rule.prefix)
-        for index in range(self.num_layers - len(rule.prefix)):
-            names.append(rule.special if index % rule.period == rule.offset else rule.default)
-        if rule.last is not None:
-            names[-1] = rule.last
-        return tuple(names)
+        match self.pattern:
+            case list():
+                return tuple(self.pattern) * (self.num_layers // len(self.pattern))
+            case Periodic():
+                return self.pattern.names(self.num_layers)
+            case never:
+                assert_never(never)
 
     def expand(self) -> tuple[AttentionScheme, ...]:
         """One scheme per layer, first layer first."""

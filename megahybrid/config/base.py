@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, overload
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -32,6 +33,11 @@ Value = TypeVar("Value", bound=BaseModel)
 NAME = r"^[A-Za-z0-9_-]{1,100}$"
 LONGEST_NAME, MOST_CANDIDATES = 100, 200
 Name = Annotated[str, StringConstraints(pattern=NAME)]
+
+# A list of numbers in a value that is looked up by its hash, which a list has not.
+Numbers = Annotated[
+    tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
 
 # Numbers of files: what is beyond an int64 with room to add is damage, whatever it counts.
 Count = Annotated[int, Field(ge=0, le=2**62)]
