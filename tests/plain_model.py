@@ -30,6 +30,7 @@ def canonical_shapes(
         if config.block == "parallel":
             shapes[f"{block}.norm.weight"] = (hidden,)
         else:
+            assert config.block in ("pre_norm", "post_norm")
             shapes[f"{block}.attention_norm.weight"] = (hidden,)
             shapes[f"{block}.mlp_norm.weight"] = (hidden,)
         shapes[f"{block}.attention.query.weight"] = (heads * head_dim, hidden)
@@ -43,6 +44,7 @@ def canonical_shapes(
                 elif scheme.qk_norm.weight == "per_head":
                     shape = (count, head_dim)
                 else:
+                    assert (scheme.qk_norm.over, scheme.qk_norm.weight) == ("head", "shared")
                     shape = (head_dim,)
                 shapes[f"{block}.attention.{which}.weight"] = shape
         if scheme.score_scale.kind == "ssmax":
@@ -90,6 +92,7 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
     dims -= dims % 2
     scaling = rope.scaling
     theta = rope.theta
+    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn")
     if scaling is not None and scaling.kind == "ntk":
         theta = theta * scaling.factor ** (dims / (dims - 2))
     inverse = 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
@@ -277,6 +280,8 @@ class PlainModel:
         positions = torch.arange(u.shape[1])[None] - starts
         if isinstance(scheme.position, Rope):
             q, k = (rotate(part, positions, scheme.position) for part in (q, k))
+        else:
+            assert scheme.position.kind == "nope"
         owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
         k, v = k[:, owner], v[:, owner]
         mask = visible(starts, scheme.window)

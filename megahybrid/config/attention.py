@@ -225,6 +225,11 @@ class AttentionScheme(Frozen):
 
     def learned(self) -> "LearnedParameters":
         """The learned parameters that the scheme has beside its projections."""
+        match self.position:
+            case Rope() | Nope():
+                pass
+            case never:
+                assert_never(never)
         return LearnedParameters(self.qk_norm.learned(), learned_scale(self.score_scale))
 
 

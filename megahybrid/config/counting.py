@@ -46,7 +46,7 @@ def _before_layers(model: ModelConfig) -> dict[str, Shape]:
 
 
 def _after_layers(model: ModelConfig) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {"final_norm.weight": (model.hidden_size,)}
+    shapes: dict[str, Shape] = {"final_norm.weight": _norm_shape(model)}
     if not model.tie_embeddings:
         shapes["head.weight"] = (model.vocab_size, model.hidden_size)
     return shapes
@@ -66,7 +66,7 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         "mlp.down.weight": (hidden, inner),
     }
     for norm in block_norms(model.block):
-        shapes[f"{norm}.weight"] = (hidden,)
+        shapes[f"{norm}.weight"] = _norm_shape(model)
     for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):
         weight = scheme.qk_norm.weight_shape(heads, model.head_dim)
         if weight is not None:
@@ -84,6 +84,15 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         case never:
             assert_never(never)
     return shapes
+
+
+def _norm_shape(model: ModelConfig) -> Shape:
+    """The shape of the weight of a norm of the residual stream."""
+    match model.norm:
+        case "rms" | "layernorm":
+            return (model.hidden_size,)
+        case never:
+            assert_never(never)
 
 
 def block_norms(block: Block) -> tuple[str, ...]:
