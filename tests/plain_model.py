@@ -30,6 +30,7 @@ def canonical_shapes(
         if config.block == "parallel":
             shapes[f"{block}.norm.weight"] = (hidden,)
         else:
+            assert config.block in ("pre_norm", "post_norm")
             shapes[f"{block}.attention_norm.weight"] = (hidden,)
             shapes[f"{block}.mlp_norm.weight"] = (hidden,)
         shapes[f"{block}.attention.query.weight"] = (heads * head_dim, hidden)
@@ -43,9 +44,10 @@ def canonical_shapes(
                 elif scheme.qk_norm.weight == "per_head":
                     shape = (count, head_dim)
                 else:
+                    assert (scheme.qk_norm.over, scheme.qk_norm.weight) == ("head", "shared")
                     shape = (head_dim,)
                 shapes[f"{block}.attention.{which}.weight"] = shape
-        if scheme.logit_scale.kind == "ssmax":
+        if scheme.score_scale.kind == "ssmax":
             shapes[f"{block}.attention.logit_scale"] = (heads,)
         shapes[f"{block}.mlp.gate.weight"] = (inner, hidden)
         shapes[f"{block}.mlp.up.weight"] = (inner, hidden)
@@ -90,6 +92,7 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
     dims -= dims % 2
     scaling = rope.scaling
     theta = rope.theta
+    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn")
     if scaling is not None and scaling.kind == "ntk":
         theta = theta * scaling.factor ** (dims / (dims - 2))
     inverse = 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
@@ -172,7 +175,7 @@ def query_factor(
     `positions` are within the document, `keys` how many keys the query sees. What depends on the
     position is fp32 whatever `dtype` is, like an angle.
     """
-    scale = scheme.logit_scale
+    scale = scheme.score_scale
     if scale.kind == "fixed":
         return torch.full(positions.shape, scale.scale, dtype=dtype)
     if scale.kind == "sqrt_dim":
@@ -277,12 +280,14 @@ class PlainModel:
         positions = torch.arange(u.shape[1])[None] - starts
         if isinstance(scheme.position, Rope):
             q, k = (rotate(part, positions, scheme.position) for part in (q, k))
+        else:
+            assert scheme.position.kind == "nope"
         owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
         k, v = k[:, owner], v[:, owner]
         mask = visible(starts, scheme.window)
         factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
         scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
-        if scheme.logit_scale.kind == "ssmax":
+        if scheme.score_scale.kind == "ssmax":
             scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
         scores = scores.masked_fill(~mask[:, None], -math.inf)
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()

@@ -9,6 +9,7 @@ import numpy as np
 
 from megahybrid.checkpoint.fragments import STATES, Box, whole
 from megahybrid.checkpoint.reader import Reader
+from megahybrid.config.old_words import current_tree
 
 # Of each of the two checkpoints at a time, so that a tensor of any size fits in memory.
 CHUNK_ELEMENTS = 2**24
@@ -87,7 +88,9 @@ def _tensor_change(a: Reader, b: Reader, name: str, state: str) -> TensorChange:
 def _manifest_facts(reader: Reader) -> dict[str, Any]:
     manifest = reader.manifest
     names = ("step", "tokens", "optimizer_step", "model_fingerprint")
-    return {name: getattr(manifest, name) for name in names} | {"config": manifest.config}
+    return {name: getattr(manifest, name) for name in names} | {
+        "config": current_tree(manifest.config, str(reader.path))
+    }
 
 
 def _facts(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

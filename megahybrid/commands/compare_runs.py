@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megahybrid.config import RunConfig, load
 from megahybrid.config.compare import compare, render_comparison
+from megahybrid.config.old_words import silent
 from megahybrid.errors import EXIT_DONE, ConfigError, MegahybridError
 from megahybrid.ledger import LEDGER_NAME, Parent, RunFacts, read_ledger
 from megahybrid.printable import printable
@@ -40,7 +41,7 @@ def _side(path: Path) -> _Side:
         raise ConfigError(
             f"{path} is a folder without a run's config.yaml. Name a run file or a run's folder."
         )
-    return _Side(str(path), load(path / "config.yaml"), path)
+    return _Side(str(path), load(path / "config.yaml", tell=silent), path)
 
 
 def parent_of(directory: Path) -> Parent | None:

@@ -5,11 +5,12 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megahybrid.config import RunConfig, load
+from megahybrid.config.old_words import Tell, current_overrides, silent, tell_once
 from megahybrid.errors import (
     EXIT_DONE,
     EXIT_USER_MISTAKE,
@@ -20,7 +21,7 @@ from megahybrid.errors import (
     tell,
 )
 from megahybrid.heartbeat import LOGS, Heartbeat, write_stacks_on_signal
-from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
+from megahybrid.parallel.rendezvous import LAUNCHER, Rendezvous, find_rendezvous
 from megahybrid.run_folder import refuse_foreign_run_folder
 
 EXIT_FAILURE = 1
@@ -39,7 +40,9 @@ def train(
     `allow` names fields that may differ from those the run began with; `max_restarts` is how often
     ranks that failed or hang are started again; `tables` makes tables and pictures for wandb.
     """
-    run = load(run_file, overrides)
+    told = _teller(os.environ)
+    run = load(run_file, overrides, tell=told)
+    allow = current_overrides(allow, told)
     directory = run.run_directory(run_file)
     refuse_foreign_run_folder(directory)
     place = find_rendezvous(os.environ)
@@ -70,6 +73,13 @@ def train(
     named = [word for name in allow for word in ("--allow", name)]
     command = ["-m", "megahybrid", "train", str(run_file), *overrides, *named]
     return train_local(command, processes, directory, max_restarts)
+
+
+def _teller(environment: Mapping[str, str]) -> Tell:
+    """Where lines about old words go: said once, not by each rank, and not again by ranks that
+    `train` has started."""
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
+    return silent if LAUNCHER in environment or rank != "0" else tell_once
 
 
 def _make_directory(directory: Path) -> None:

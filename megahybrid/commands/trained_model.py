@@ -12,6 +12,7 @@ from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig, either
+from megahybrid.config.old_words import SCHEMES, current_tree, silent, tell_once
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.stages import Stage
 from megahybrid.config.training import KernelConfig
@@ -76,7 +77,9 @@ def load_trained_model(path: Path, mesh: ParallelMesh, changes: Sequence[str] = 
         dtype = torch.bfloat16 if half else torch.float32
         plan = plan_of(run, manifest, folder)
         if changes:
-            plan = plan.with_overrides(apply_overrides({}, changes), "--change")
+            notice = tell_once if mesh.world.rank == 0 else silent
+            fields = current_tree(apply_overrides({}, changes), "--change", notice, (SCHEMES,))
+            plan = plan.with_overrides(fields, "--change")
         model = _build(run, plan, mesh, dtype, dict(manifest.train_state))
         _fill(model, reader)
     model.eval()

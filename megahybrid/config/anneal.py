@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, rotation_of
 from megahybrid.config.base import Frozen, Name, did_you_mean
 from megahybrid.errors import ConfigError
 
@@ -111,13 +111,14 @@ def _problems(name: str, plan: LayerPlan, end: AnnealedScheme, where: str) -> li
         elif scheme.window == end.window:
             lines.append(f"{where}.window={end.window} is what the stage begins with. Remove it.")
     if end.position is not None:
-        theta = end.position.theta
-        if not isinstance(scheme.position, Rope):
+        theta, rope = end.position.theta, rotation_of(scheme.position)
+        if rope is None:
             lines.append(
                 f"{where}.position.theta={theta:g} has nothing to act on: these layers have no "
-                "rotation (position.kind=nope). Remove it, or name the scheme that rotates."
+                f"rotation (position.kind={scheme.position.kind}). Remove it, or name the scheme "
+                "that rotates."
             )
-        elif scheme.position.theta == theta:
+        elif rope.theta == theta:
             lines.append(
                 f"{where}.position.theta={theta:g} is what the stage begins with. Remove it."
             )
@@ -136,11 +137,11 @@ def _on_the_way(
         nearest = (2 * (first * of + (last - first) * step) + of) // (2 * of)
         update["window"] = nearest * WINDOW_MULTIPLE
     if end.position is not None:
-        assert isinstance(scheme.position, Rope)
-        theta = end.position.theta
+        theta, rope = end.position.theta, rotation_of(scheme.position)
+        assert rope is not None
         if step < of:
             # Six digits: two libraries of mathematics may differ in the last bit of a power.
-            ratio = theta / scheme.position.theta
-            theta = float(f"{scheme.position.theta * ratio ** (step / of):.6g}")
-        update["position"] = scheme.position.model_copy(update={"theta": theta})
+            ratio = theta / rope.theta
+            theta = float(f"{rope.theta * ratio ** (step / of):.6g}")
+        update["position"] = rope.model_copy(update={"theta": theta})
     return scheme.model_copy(update=update)

@@ -6,15 +6,17 @@ factor.
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few
+from megahybrid.config.old_words import current_scheme
 from megahybrid.config.parsing import parse
-from megahybrid.config.scaling import Array, Scaling, plain_frequencies
+from megahybrid.config.scaling import Array, FrequencyScaling, Scaling, plain_frequencies
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
 
@@ -36,14 +38,19 @@ class Rope(Frozen):
 
     def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2] in radians per token, made by array module `xp`."""
-        rotary_dim = self.rotary_dim(head_dim)
-        if self.scaling is None:
+        rotary_dim, scaling = self.rotary_dim(head_dim), self.frequency_scaling()
+        if scaling is None:
             return plain_frequencies(self.theta, rotary_dim, xp, dtype)
-        return self.scaling.frequencies(self.theta, rotary_dim, xp, dtype)
+        return scaling.frequencies(self.theta, rotary_dim, xp, dtype)
 
     def attention_factor(self) -> float:
         """Multiplier of cos and sin (1 but for YaRN)."""
-        return 1.0 if self.scaling is None else self.scaling.attention_factor_value()
+        scaling = self.frequency_scaling()
+        return 1.0 if scaling is None else scaling.attention_factor_value()
+
+    def frequency_scaling(self) -> FrequencyScaling | None:
+        """The scaling as what every scaling can do: the type checker names one that cannot."""
+        return self.scaling
 
 
 class Nope(Frozen):
@@ -55,6 +62,22 @@ class Nope(Frozen):
 Position = Annotated[Rope | Nope, Field(discriminator="kind")]
 
 
+def rotation_of(position: Position) -> Rope | None:
+    """The rotation of a position, None for one that rotates nothing."""
+    match position:
+        case Rope():
+            return position
+        case Nope():
+            return None
+        case never:
+            assert_never(never)
+
+
+QKNormKind = Literal["none", "rms", "layernorm"]
+QKNormOver = Literal["head", "projection"]
+QKNormWeight = Literal["shared", "per_head"]
+
+
 class QKNorm(Frozen):
     """Normalisation of queries and keys before the rotation.
 
@@ -62,11 +85,9 @@ class QKNorm(Frozen):
     [heads, head_dim]. over=projection: all heads' values together, weight [heads * head_dim].
     """
 
-    kind: Literal["none", "rms", "layernorm"] = Field(default="none", description="the norm")
-    over: Literal["head", "projection"] = Field(
-        default="head", description="values that are normalised together"
-    )
-    weight: Literal["shared", "per_head"] = Field(
+    kind: QKNormKind = Field(default="none", description="the norm")
+    over: QKNormOver = Field(default="head", description="values that are normalised together")
+    weight: QKNormWeight = Field(
         default="shared", description="over head: one weight for all heads, or one for each"
     )
 
@@ -78,6 +99,30 @@ class QKNorm(Frozen):
                 "every head). Leave weight out."
             )
         return self
+
+    def weight_shape(self, heads: int, head_dim: int) -> tuple[int, ...] | None:
+        """The shape of the weight for `heads` queries or keys, None without a norm."""
+        if self.learned() is None:
+            return None
+        match self.over, self.weight:
+            case "projection", _:
+                return (heads * head_dim,)
+            case "head", "per_head":
+                return (heads, head_dim)
+            case "head", "shared":
+                return (head_dim,)
+            case never:
+                assert_never(never)
+
+    def learned(self) -> tuple[str, str] | None:
+        """Which values share a weight, as (over, weight); None without a norm."""
+        match self.kind:
+            case "none":
+                return None
+            case "rms" | "layernorm":
+                return self.over, self.weight
+            case never:
+                assert_never(never)
 
 
 class SqrtDimScale(Frozen):
@@ -117,9 +162,20 @@ class SsmaxScale(Frozen):
     initial: float = Field(default=0.43, gt=0, description="value every s starts at")
 
 
-LogitScale = Annotated[
+ScoreScale = Annotated[
     SqrtDimScale | FixedScale | Llama4Scale | LogScale | SsmaxScale, Field(discriminator="kind")
 ]
+
+
+def learned_scale(scale: ScoreScale) -> str | None:
+    """The kind of a scale that has learned parameters, None for one that has none."""
+    match scale:
+        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+            return None
+        case SsmaxScale():
+            return scale.kind
+        case never:
+            assert_never(never)
 
 
 class AttentionScheme(Frozen):
@@ -134,7 +190,12 @@ class AttentionScheme(Frozen):
         default=None, ge=1, description="keys visible to a query, its own included; null: all"
     )
     qk_norm: QKNorm = Field(default=QKNorm(), description="norm of queries and keys")
-    logit_scale: LogitScale = Field(default=SqrtDimScale(), description="factor on the scores")
+    score_scale: ScoreScale = Field(default=SqrtDimScale(), description="factor on the scores")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_word(cls, data: Any) -> Any:
+        return current_scheme(data)
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.
@@ -142,13 +203,18 @@ class AttentionScheme(Frozen):
         A change that would add, remove or reshape a learned parameter is refused: the weights of
         the stage before could not be taken over.
         """
+        try:
+            fields = current_scheme(dict(fields))
+        except ValueError as error:
+            raise ConfigError(f"{where}.{error}") from None
         position = fields.get("position")
-        if isinstance(self.position, Nope) and isinstance(position, Mapping):
+        if rotation_of(self.position) is None and isinstance(position, Mapping):
             rotary = [f for f in position if f in Rope.model_fields and f != "kind"]
             if rotary and "kind" not in position:
                 raise ConfigError(
                     f"{where}.position.{rotary[0]} has nothing to act on: these layers have no "
-                    "rotation (position.kind=nope). Remove it, or name the scheme that rotates."
+                    f"rotation (position.kind={self.position.kind}). Remove it, or name the scheme "
+                    "that rotates."
                 )
         changed = parse(AttentionScheme, merge(dump(self), dict(fields)), where=where)
         if changed.learned() != self.learned():
@@ -158,13 +224,31 @@ class AttentionScheme(Frozen):
             )
         return changed
 
-    def learned(self) -> str:
-        """The learned parameters of the scheme in words, "none" when it has none."""
+    def learned(self) -> "LearnedParameters":
+        """The learned parameters that the scheme has beside its projections."""
+        match self.position:
+            case Rope() | Nope():
+                pass
+            case never:
+                assert_never(never)
+        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.score_scale))
+
+
+@dataclass(frozen=True)
+class LearnedParameters:
+    """The learned parameters of a scheme beside its projections. Two schemes with equal ones have
+    the same tensors, so that the weights of one can be taken over by the other."""
+
+    qk_norm: tuple[str, str] | None  # over and weight
+    score_scale: str | None  # its kind
+
+    def __str__(self) -> str:
+        """In words, "none" when there are none. The words may change: nothing is made of them."""
         parts = []
-        if self.qk_norm.kind != "none":
-            parts.append(f"qk_norm over {self.qk_norm.over}, weight {self.qk_norm.weight}")
-        if isinstance(self.logit_scale, SsmaxScale):
-            parts.append("ssmax scale")
+        if self.qk_norm is not None:
+            parts.append("qk_norm over {}, weight {}".format(*self.qk_norm))
+        if self.score_scale is not None:
+            parts.append(f"{self.score_scale} scale")
         return " and ".join(parts) or "none"
 
 
@@ -187,6 +271,15 @@ class Periodic(Frozen):
                 f"Use 0 to {self.period - 1}."
             )
         return self
+
+    def names(self, num_layers: int) -> tuple[str, ...]:
+        """The scheme's name for each of so many layers, at least those of the prefix."""
+        names = list(self.prefix)
+        for index in range(num_layers - len(self.prefix)):
+            names.append(self.special if index % self.period == self.offset else self.default)
+        if self.last is not None:
+            names[-1] = self.last
+        return tuple(names)
 
 
 def _pattern_form(value: Any) -> str:
@@ -244,15 +337,13 @@ class LayerPlan(Frozen):
 
     def names(self) -> tuple[str, ...]:
         """The scheme's name for each layer, first layer first."""
-        if isinstance(self.pattern, list):
-            return tuple(self.pattern) * (self.num_layers // len(self.pattern))
-        rule = self.pattern
-        names = list(rule.prefix)
-        for index in range(self.num_layers - len(rule.prefix)):
-            names.append(rule.special if index % rule.period == rule.offset else rule.default)
-        if rule.last is not None:
-            names[-1] = rule.last
-        return tuple(names)
+        match self.pattern:
+            case list():
+                return tuple(self.pattern) * (self.num_layers // len(self.pattern))
+            case Periodic():
+                return self.pattern.names(self.num_layers)
+            case never:
+                assert_never(never)
 
     def expand(self) -> tuple[AttentionScheme, ...]:
         """One scheme per layer, first layer first."""

@@ -10,7 +10,14 @@ import io
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 # Names of stages, schemes and sources are parts of dotted paths and of file names.
 NAME = r"^[A-Za-z0-9_-]{1,100}$"
@@ -21,6 +28,10 @@ Name = Annotated[str, StringConstraints(pattern=NAME)]
 LINE = r"^[^\n\r\x00]+$"
 JOB_NAME = r"^[^\n\r\x00]{1,200}$"
 TIME_LIMIT = r"^(\d{1,4}-)?\d{1,7}(:\d{2}){0,2}$"
+# A list of numbers in a value that is looked up by its hash, which a list has not.
+Numbers = Annotated[
+    tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+]
 
 # Numbers of files: what is beyond an int64 with room to add is damage, whatever it counts.
 Count = Annotated[int, Field(ge=0, le=2**62)]

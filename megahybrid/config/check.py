@@ -1,13 +1,13 @@
 """The checks that span the parts of a run. Each function returns its problems, one line each."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean, few
 from megahybrid.config.explain import MOST_LINES
-from megahybrid.config.gates import LossGate
+from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import rotation_problems
 from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
@@ -127,12 +127,15 @@ def _batches(stage: Stage, where: str, data_degree: int | None) -> Iterator[str]
 
 def _gates(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
     for index, gate in enumerate(stage.gates):
-        if isinstance(gate, LossGate):
-            name, known, field = gate.set, list(run.data.held_out), "set"
-            place = "data.held_out"
-        else:
-            name, known, field = gate.suite, list(run.evaluate.suites), "suite"
-            place = "evaluate.suites"
+        match gate:
+            case LossGate():
+                name, known, field = gate.set, list(run.data.held_out), "set"
+                place = "data.held_out"
+            case SuiteGate():
+                name, known, field = gate.suite, list(run.evaluate.suites), "suite"
+                place = "evaluate.suites"
+            case never:
+                assert_never(never)
         if name not in known:
             yield (
                 f"{where}.{index}.{field} names '{name}', which {place} does not define."

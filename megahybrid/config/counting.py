@@ -6,9 +6,20 @@ and to weights); matrix products only; the embedding lookup costs nothing and th
 
 import math
 from collections.abc import Iterable
+from typing import assert_never
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, SsmaxScale
-from megahybrid.config.model import ModelConfig
+from megahybrid.config.attention import (
+    AttentionScheme,
+    FixedScale,
+    LayerPlan,
+    Llama4Scale,
+    LogScale,
+    Nope,
+    Rope,
+    SqrtDimScale,
+    SsmaxScale,
+)
+from megahybrid.config.model import Block, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -16,14 +27,28 @@ Shape = tuple[int, ...]
 def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     """The global shape of every parameter by canonical name; tied weights once, vocabulary
     unpadded."""
-    embedding = (model.vocab_size, model.hidden_size)
-    shapes: dict[str, Shape] = {"embedding.weight": embedding}
-    for index, scheme in enumerate(model.layer_plan.expand()):
-        for name, shape in layer_shapes(model, scheme).items():
-            shapes[f"blocks.{index}.{name}"] = shape
-    shapes["final_norm.weight"] = (model.hidden_size,)
+    first, last = _before_layers(model), _after_layers(model)
+    layers = {
+        f"blocks.{index}.{name}": shape
+        for index, scheme in enumerate(model.layer_plan.expand())
+        for name, shape in layer_shapes(model, scheme).items()
+    }
+    return first | layers | last
+
+
+def outside_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """The global shape of every parameter that belongs to no layer, by canonical name."""
+    return _before_layers(model) | _after_layers(model)
+
+
+def _before_layers(model: ModelConfig) -> dict[str, Shape]:
+    return {"embedding.weight": (model.vocab_size, model.hidden_size)}
+
+
+def _after_layers(model: ModelConfig) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"final_norm.weight": _norm_shape(model)}
     if not model.tie_embeddings:
-        shapes["head.weight"] = embedding
+        shapes["head.weight"] = (model.vocab_size, model.hidden_size)
     return shapes
 
 
@@ -40,20 +65,73 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         "mlp.up.weight": (inner, hidden),
         "mlp.down.weight": (hidden, inner),
     }
-    norms = ("norm",) if model.block == "parallel" else ("attention_norm", "mlp_norm")
-    for norm in norms:
-        shapes[f"{norm}.weight"] = (hidden,)
-    if scheme.qk_norm.kind != "none":
-        for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):
-            shape: Shape = (model.head_dim,)
-            if scheme.qk_norm.over == "projection":
-                shape = (heads * model.head_dim,)
-            elif scheme.qk_norm.weight == "per_head":
-                shape = (heads, model.head_dim)
-            shapes[f"attention.{name}_norm.weight"] = shape
-    if isinstance(scheme.logit_scale, SsmaxScale):
-        shapes["attention.logit_scale"] = (model.num_heads,)
+    for norm in block_norms(model.block):
+        shapes[f"{norm}.weight"] = _norm_shape(model)
+    for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):
+        weight = scheme.qk_norm.weight_shape(heads, model.head_dim)
+        if weight is not None:
+            shapes[f"attention.{name}_norm.weight"] = weight
+    match scheme.position:
+        case Rope() | Nope():
+            pass
+        case other:
+            assert_never(other)
+    match scheme.score_scale:
+        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+            pass
+        case SsmaxScale():  # under the name that it has in every checkpoint
+            shapes["attention.logit_scale"] = (model.num_heads,)
+        case never:
+            assert_never(never)
     return shapes
+
+
+def _norm_shape(model: ModelConfig) -> Shape:
+    """The shape of the weight of a norm of the residual stream."""
+    match model.norm:
+        case "rms" | "layernorm":
+            return (model.hidden_size,)
+        case never:
+            assert_never(never)
+
+
+def block_norms(block: Block) -> tuple[str, ...]:
+    """The names of a block's own norms."""
+    match block:
+        case "pre_norm" | "post_norm":
+            return "attention_norm", "mlp_norm"
+        case "parallel":
+            return ("norm",)
+        case never:
+            assert_never(never)
+
+
+def norms_read_by_products(block: Block) -> int:
+    """How many of a block's norms give what a product reads."""
+    match block:
+        case "pre_norm" | "parallel":
+            return len(block_norms(block))
+        case "post_norm":  # the stream is added to what a norm gives
+            return 0
+        case never:
+            assert_never(never)
+
+
+def branches_together(block: Block) -> bool:
+    """Whether the gradients of both branches, attention and MLP, stand at a time."""
+    match block:
+        case "pre_norm" | "post_norm":
+            return False
+        case "parallel":
+            return True
+        case never:
+            assert_never(never)
+
+
+def _is_matrix(name: str, shape: Shape) -> bool:
+    """Whether tokens are multiplied with a parameter: a norm's weight per head has two dimensions
+    too, but is no matrix."""
+    return len(shape) == 2 and not name.endswith("norm.weight")
 
 
 def layer_parameters(model: ModelConfig, scheme: AttentionScheme) -> int:
@@ -63,8 +141,8 @@ def layer_parameters(model: ModelConfig, scheme: AttentionScheme) -> int:
 
 def parameters(model: ModelConfig) -> int:
     """Parameters of the model."""
-    outside = model.hidden_size * (1 + model.vocab_size * (1 if model.tie_embeddings else 2))
-    return outside + sum(
+    outside = outside_shapes(model)
+    return sum(math.prod(shape) for shape in outside.values()) + sum(
         count * layer_parameters(model, scheme) for scheme, count in model.layer_plan.counts()
     )
 
@@ -88,9 +166,17 @@ def mean_keys(length: int, window: int | None) -> float:
 
 def matrix_parameters(model: ModelConfig) -> int:
     """Parameters that every token is multiplied with: all layers' matrices and the head."""
-    projections = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = model.hidden_size * (projections + 3 * model.intermediate_size)
-    return model.layer_plan.num_layers * layer + model.vocab_size * model.hidden_size
+    layers = sum(
+        count * layer_matrix_parameters(model, scheme)
+        for scheme, count in model.layer_plan.counts()
+    )
+    return layers + model.vocab_size * model.hidden_size
+
+
+def layer_matrix_parameters(model: ModelConfig, scheme: AttentionScheme) -> int:
+    """Parameters of one layer that every token is multiplied with."""
+    shapes = layer_shapes(model, scheme)
+    return sum(math.prod(shape) for name, shape in shapes.items() if _is_matrix(name, shape))
 
 
 def training_flops(
@@ -113,11 +199,8 @@ def flops_per_token(model: ModelConfig, length: int, plan: LayerPlan | None = No
 
 def layer_flops_per_token(model: ModelConfig, scheme: AttentionScheme, length: int) -> float:
     """Training FLOPs per token of one layer, its matrices and its attention."""
-    one = (matrix_parameters(model) - model.vocab_size * model.hidden_size) // (
-        model.layer_plan.num_layers
-    )
     attention = 12 * model.num_heads * model.head_dim * mean_keys(length, scheme.window)
-    return 6 * one + attention
+    return 6 * layer_matrix_parameters(model, scheme) + attention
 
 
 def full_attention(plan: LayerPlan) -> LayerPlan:

@@ -2,11 +2,11 @@
 
 import io
 from dataclasses import asdict
-from typing import Any
+from typing import Any, assert_never
 
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope, rotation_of
 from megahybrid.config.explain import show
 from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.parallel import legal_tensor_degrees
@@ -59,10 +59,10 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
             "layer": index,
             "scheme": name,
             "position": position_in_words(scheme),
-            "theta": scheme.position.theta if isinstance(scheme.position, Rope) else None,
+            "theta": rope.theta if (rope := rotation_of(scheme.position)) else None,
             "window": scheme.window,
             "qk_norm": scheme.qk_norm.kind,
-            "logit_scale": scheme.logit_scale.kind,
+            "score_scale": scheme.score_scale.kind,
             "parameters": counting.layer_parameters(run.model, scheme),
             "kv_cache_bytes": counting.layer_kv_cache_bytes(run.model, scheme, length),
             "flops_per_token": counting.layer_flops_per_token(run.model, scheme, length),
@@ -73,15 +73,17 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
 
 def position_in_words(scheme: AttentionScheme) -> str:
     """ "nope", "rope" or "rope, yarn x8", with the fraction of a partial rotation."""
-    position = scheme.position
-    if not isinstance(position, Rope):
-        return position.kind
-    words: str = position.kind
-    if position.rotary_fraction < 1:
-        words += f" on {position.rotary_fraction:g}"
-    if position.scaling is not None:
-        words += f", {position.scaling.kind} x{position.scaling.factor:g}"
-    return words
+    match scheme.position:
+        case Nope():
+            return scheme.position.kind
+        case Rope() as rope:
+            words: str = rope.kind
+            if rope.rotary_fraction < 1:
+                words += f" on {rope.rotary_fraction:g}"
+            scaling = rope.frequency_scaling()
+            return words if scaling is None else f"{words}, {scaling.words()}"
+        case never:
+            assert_never(never)
 
 
 def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
@@ -157,8 +159,9 @@ def anneal_steps(run: RunConfig, index: int) -> list[dict[str, Any]]:
             scheme = part.plan.schemes[name]
             if end.window is not None:
                 values[f"{name}.window"] = scheme.window
-            if end.position is not None and isinstance(scheme.position, Rope):
-                values[f"{name}.position.theta"] = scheme.position.theta
+            rope = rotation_of(scheme.position)
+            if end.position is not None and rope is not None:
+                values[f"{name}.position.theta"] = rope.theta
         rows.append(
             {
                 "step": run.stage_plan.first_step(index, part.tokens),

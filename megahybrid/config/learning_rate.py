@@ -6,6 +6,7 @@ step) count as its last one.
 """
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -27,8 +28,9 @@ class _Segment(Frozen):
             return self.start * tokens / self.warmup_tokens
         return self.after_warmup(tokens - self.warmup_tokens, stage_tokens - self.warmup_tokens)
 
+    @abstractmethod
     def after_warmup(self, tokens: int, of: int) -> float:
-        raise NotImplementedError
+        """The rate `tokens` after the warm-up of a stage with `of` tokens after it."""
 
     def shortest_stage(self) -> int:
         """The fewest tokens of a stage that has room for the segment's parts."""

@@ -6,20 +6,33 @@ from typing import overload
 
 from pydantic import BaseModel
 
+from megahybrid.config.old_words import Tell, tell_once
 from megahybrid.config.parsing import Value, parse
 from megahybrid.config.run import RunConfig
 from megahybrid.config.yaml_file import apply_overrides, read_tree
 
 
 @overload
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
-@overload
-def load(path: str | Path, overrides: Sequence[str] = (), *, type: type[Value]) -> Value: ...
 def load(
-    path: str | Path, overrides: Sequence[str] = (), *, type: type[BaseModel] | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, tell: Tell = tell_once
+) -> RunConfig: ...
+@overload
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, type: type[Value], tell: Tell = tell_once
+) -> Value: ...
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    type: type[BaseModel] | None = None,
+    tell: Tell = tell_once,
 ) -> BaseModel:
-    """The value a YAML file says: its includes in order, the file itself, then `key.sub=value`.
+    """Return the value that a YAML file says: its includes in order, the file itself, then
+    `key.sub=value`.
 
-    `type` is the class to read, RunConfig when left out. Raises ConfigError, one line per mistake.
+    `type` is the class to read, RunConfig when left out. `tell` is given a line about each old word
+    that is used; it is written to stderr unless said otherwise. Raises ConfigError, one line per
+    mistake.
     """
-    return parse(type or RunConfig, apply_overrides(read_tree(Path(path)), overrides))
+    tree = apply_overrides(read_tree(Path(path), tell), overrides, tell)
+    return parse(type or RunConfig, tree)

@@ -18,11 +18,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from megahybrid.config import chunk_sizes
 from megahybrid.config.attention import LayerPlan
-from megahybrid.config.counting import Shape, layer_flops_per_token, layer_shapes
+from megahybrid.config.counting import (
+    Shape,
+    block_norms,
+    branches_together,
+    layer_flops_per_token,
+    layer_shapes,
+    norms_read_by_products,
+    outside_shapes,
+)
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
@@ -54,11 +62,8 @@ class Memory:
 
 def local_parameters(model: ModelConfig, tensor: int) -> int:
     """Parameters that one rank of `tensor` tensor ranks holds, before ZeRO."""
-    outside = {"embedding.weight": (model.vocab_size, model.hidden_size)}
-    if not model.tie_embeddings:
-        outside["head.weight"] = outside["embedding.weight"]
+    outside = outside_shapes(model)
     local = sum(_local(model, name, shape, tensor) for name, shape in outside.items())
-    local += _local(model, "final_norm.weight", (model.hidden_size,), tensor)
     for scheme, count in model.layer_plan.counts():
         shapes = layer_shapes(model, scheme)
         # Names within a block are told apart by the dot before them.
@@ -104,17 +109,21 @@ def activation_bytes_per_token(
     """Bytes of one layer that are kept for backward, per token, at tensor degree 1."""
     hidden, inner = model.hidden_size, model.intermediate_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    norms = 1 if model.block == "parallel" else 2
+    norms = len(block_norms(model.block))
     whole = 2 * norms * hidden + 4 * queries + 3 * keys + 3 * inner
     if device == "cpu":
         schemes = model.layer_plan.counts()
         windowed = sum(count for scheme, count in schemes if scheme.window is not None)
-        # Blocks of queries and keys are copies; RMSNorm has no kernel there and keeps one value
-        # more.
+        # Blocks of queries and keys are copies.
         whole += (queries + 2 * keys) * windowed // model.layer_plan.num_layers
-        whole += norms * hidden if model.norm == "rms" else 0
-    # In the post-norm block no product reads a norm's output.
-    dropped = inner + (0 if model.block == "post_norm" else norms * hidden)
+        match model.norm:
+            case "rms":  # it has no kernel there and keeps one value more
+                whole += norms * hidden
+            case "layernorm":
+                pass
+            case never:
+                assert_never(never)
+    dropped = inner + norms_read_by_products(model.block) * hidden
     kept = {
         "none": whole,
         "selective": whole - dropped,
@@ -220,7 +229,7 @@ def _one_backward(
         anew -= activation_bytes_per_token(model, policy, width, device) * tokens // tensor
     if policy == "offload" and device != "cpu":  # the input of the layer below arrives meanwhile
         anew += width * hidden * tokens // tensor
-    parallel = model.block == "parallel"
+    parallel = branches_together(model.block)
     if not (policy == "chunked" or (again and tokens > chunk_sizes.CHUNK_TOKENS)):
         # Beside the product, where that is computed again. Only the parallel block has the
         # gradients of both branches at a time.

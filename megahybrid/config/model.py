@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megahybrid.config import limits
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, rotation_of
 from megahybrid.config.base import Frozen
-from megahybrid.config.scaling import NtkScaling
+
+Block = Literal["pre_norm", "post_norm", "parallel"]
+NormKind = Literal["rms", "layernorm"]
 
 
 class ModelConfig(Frozen):
@@ -34,12 +36,12 @@ class ModelConfig(Frozen):
         default_factory=lambda data: max(1, data["hidden_size"] // data["num_heads"]),
         description="dimensions of one head; hidden_size / num_heads when left out",
     )
-    block: Literal["pre_norm", "post_norm", "parallel"] = Field(
+    block: Block = Field(
         default="pre_norm",
         description="pre_norm: x + f(norm(x)); post_norm: x + norm(f(x)); "
         "parallel: one norm, x + attention + mlp",
     )
-    norm: Literal["rms", "layernorm"] = Field(
+    norm: NormKind = Field(
         default="rms", description="kind of every norm but QK-norm; layernorm has no bias"
     )
     eps: float = Field(default=1e-5, gt=0, description="added to the variance in every norm")
@@ -88,11 +90,11 @@ def rotation_problems(
     """What is wrong with the rotations of schemes at this head_dim, one line each."""
     lines = []
     for name, scheme in schemes.items():
-        position = scheme.position
-        if not isinstance(position, Rope):
+        position = rotation_of(scheme.position)
+        if position is None:
             continue
         path = f"{where}.{name}.position"
-        rotary_dim = position.rotary_dim(head_dim)
+        rotary_dim, scaling = position.rotary_dim(head_dim), position.frequency_scaling()
         if position.rotary_fraction == 1.0 and head_dim % 2:
             lines.append(
                 f"{path}.kind=rope rotates pairs of dimensions (model.head_dim={head_dim} is odd). "
@@ -103,11 +105,8 @@ def rotation_problems(
                 f"{path}.rotary_fraction={position.rotary_fraction} rotates no pair "
                 f"(model.head_dim={head_dim}). Raise it, or use kind: nope."
             )
-        elif isinstance(position.scaling, NtkScaling) and rotary_dim == 2:
-            lines.append(
-                f"{path}.scaling.kind=ntk needs more than one rotated pair "
-                f"(rotary dimensions=2, model.head_dim={head_dim}). Use kind: linear."
-            )
+        elif scaling is not None and (problem := scaling.problem(rotary_dim, head_dim)):
+            lines.append(f"{path}.scaling.{problem}")
     return lines
 
 

@@ -109,6 +109,8 @@ def _name(annotation: Any) -> str:
         return f"mapping of {_name(arguments[0])} to {_name(arguments[1])}"
     if origin is list:
         return f"list of {_name(arguments[0])}"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {_name(arguments[0])}"
     if origin is tuple:
         return f"[{', '.join(_name(a) for a in arguments)}]"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -6,7 +6,7 @@ torch for the fp32 bits that run.
 
 import math
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,48 @@ def plain_frequencies(theta: float, rotary_dim: int, xp: ModuleType, dtype: Any)
     return 1.0 / (theta ** (xp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim))
 
 
-class LinearScaling(Frozen):
+@runtime_checkable
+class FrequencyScaling(Protocol):
+    """What every scaling can tell. Lists in one are tuples (`Numbers`): cos and sin are made once
+    for equal rotations, which are found by their hash."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a run file."""
+
+    def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2], in transformers' order of operations."""
+
+    def attention_factor_value(self) -> float:
+        """Multiplier of cos and sin."""
+
+    def words(self) -> str:
+        """What tables say of it: "yarn x8"."""
+
+    def problem(self, rotary_dim: int, head_dim: int) -> str | None:
+        """Why it cannot scale so many rotated dimensions of a head and what to do, as it follows
+        its dotted name; None where it can."""
+
+    def __hash__(self) -> int:
+        """Equal ones have the same."""
+
+
+class _ByFactor(Frozen):
+    """A scaling that one number describes well enough for a table."""
+
+    kind: str
+    factor: float
+
+    def words(self) -> str:
+        """Its kind and factor."""
+        return f"{self.kind} x{self.factor:g}"
+
+    def problem(self, rotary_dim: int, head_dim: int) -> str | None:
+        """None: it scales any rotation."""
+        return None
+
+
+class LinearScaling(_ByFactor):
     """Position interpolation: every frequency divided by `factor` (arXiv 2306.15595)."""
 
     kind: Literal["linear"]
@@ -35,7 +76,7 @@ class LinearScaling(Frozen):
         return 1.0
 
 
-class NtkScaling(Frozen):
+class NtkScaling(_ByFactor):
     """Static NTK-aware scaling: theta becomes theta * factor ** (D / (D - 2))."""
 
     kind: Literal["ntk"]
@@ -44,6 +85,15 @@ class NtkScaling(Frozen):
     def scaled_theta(self, theta: float, rotary_dim: int) -> float:
         """The theta whose plain frequencies these are."""
         return theta * self.factor ** (rotary_dim / (rotary_dim - 2))
+
+    def problem(self, rotary_dim: int, head_dim: int) -> str | None:
+        """Its exponent divides by the rotated dimensions less two."""
+        if rotary_dim > 2:
+            return None
+        return (
+            f"kind=ntk needs more than one rotated pair (rotary dimensions={rotary_dim}, "
+            f"model.head_dim={head_dim}). Use kind: linear."
+        )
 
     def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2]."""
@@ -54,7 +104,7 @@ class NtkScaling(Frozen):
         return 1.0
 
 
-class YarnScaling(Frozen):
+class YarnScaling(_ByFactor):
     """YaRN (arXiv 2309.00071) as shipped: a ramp, linear in the pair index, between interpolation
     and extrapolation, with cos and sin multiplied by 0.1 ln(factor) + 1."""
 
@@ -114,7 +164,7 @@ class YarnScaling(Frozen):
         return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
 
 
-class Llama3Scaling(Frozen):
+class Llama3Scaling(_ByFactor):
     """Llama 3.1's scaling: long wavelengths interpolated, short ones kept, a blend between."""
 
     kind: Literal["llama3"]

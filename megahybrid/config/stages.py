@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.anneal import Anneal
 from megahybrid.config.base import Frozen, Name
 from megahybrid.config.gates import Gate
 from megahybrid.config.learning_rate import LearningRate
+from megahybrid.config.old_words import current_scheme
 
 Recompute = Literal["none", "selective", "chunked", "full", "offload"]
 Positive = Annotated[int, Field(gt=0)]
@@ -116,6 +117,11 @@ class Stage(Frozen):
     gates: list[Gate] = Field(
         default=[], description="what must be reached at the stage's end, or the run stops there"
     )
+
+    @field_validator("schemes")
+    @classmethod
+    def _read_old_word(cls, schemes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {name: current_scheme(fields) for name, fields in schemes.items()}
 
     @model_validator(mode="after")
     def _check_learning_rate(self) -> "Stage":

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config.old_words import Tell, current_overrides, current_tree, silent
 from megahybrid.config.packaged import beside, located, packaged_name
 from megahybrid.errors import ConfigError, PathError
 from megahybrid.plain_file import read_plain_file
@@ -24,16 +25,18 @@ MAX_DOTTED = 500  # characters of a dotted name
 MOST_QUOTED = 60
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """Return the mapping that a file says, its `include:` files deep-merged in order under it."""
-    return _Reader().tree(path, ())
+def read_tree(path: Path, tell: Tell = silent) -> dict[str, Any]:
+    """Return the mapping that a file says, its `include:` files deep-merged in order under it.
+    `tell` is given a line about each file that uses an old word."""
+    return _Reader(tell).tree(path, ())
 
 
 class _Reader:
     """One file and all that it includes, which share one bound."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._bytes = self._files = 0
+        self._tell = tell
 
     def tree(self, path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         text = self._text(path, including)
@@ -61,7 +64,8 @@ class _Reader:
         merged: dict[str, Any] = {}
         for file in includes:
             merged = merge(merged, self.tree(beside(path, file), (*including, identity)))
-        return merge(merged, tree)
+        # Each file in the words of today before it is merged with files that use others.
+        return merge(merged, current_tree(tree, name, self._tell))
 
     def _text(self, path: Path, including: tuple[Path, ...]) -> str:
         """Return the file's text. Files that include one another twice double with each, so all
@@ -216,22 +220,27 @@ def merge(under: Any, over: Any) -> Any:
     return merged
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `tree` with each `key.sub=value` set; the value is YAML and replaces the old."""
+def apply_overrides(
+    tree: dict[str, Any], overrides: Sequence[str], tell: Tell = silent
+) -> dict[str, Any]:
+    """Return `tree` with each `key.sub=value` set; the value is YAML and replaces what was there.
+    `tell` is given a line where an old word is used."""
     if len(overrides) > MAX_OVERRIDES:
         raise ConfigError(
             f"{len(overrides):,} overrides are more than the {MAX_OVERRIDES:,} that are read. "
             "Write them into a file that includes the other."
         )
-    for override in overrides:
-        dotted, sign, text = override.partition("=")
-        dotted = dotted.strip()
+    names = current_overrides([override.partition("=")[0].strip() for override in overrides], tell)
+    for override, dotted in zip(overrides, names, strict=True):
+        _, sign, text = override.partition("=")
         if not sign or not dotted or not all(dotted.split(".")) or len(dotted) > MAX_DOTTED:
             raise ConfigError(
                 f"'{shortened(override)}' is not an override. Write key.sub=value, "
                 "for example parallel.tensor=2."
             )
-        tree = _with(tree, dotted.split("."), parse_yaml(text, dotted), dotted)
+        parts = dotted.split(".")
+        value = current_tree(parse_yaml(text, dotted), dotted, tell, parts)
+        tree = _with(tree, parts, value, dotted)
     return tree
 
 

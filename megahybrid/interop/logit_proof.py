@@ -77,8 +77,8 @@ def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
         update: dict[str, Any] = {}
         if scheme.window is not None:
             update["window"] = smaller[scheme.window]
-        if isinstance(scheme.logit_scale, Llama4Scale) and scheme.logit_scale.floor > FLOOR:
-            update["logit_scale"] = scheme.logit_scale.model_copy(update={"floor": FLOOR})
+        if isinstance(scheme.score_scale, Llama4Scale) and scheme.score_scale.floor > FLOOR:
+            update["score_scale"] = scheme.score_scale.model_copy(update={"floor": FLOOR})
         schemes[name] = scheme.model_copy(update=update)
     return plan.model_copy(update={"schemes": schemes})
 

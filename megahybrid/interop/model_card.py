@@ -134,8 +134,8 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
     words += ", all keys" if scheme.window is None else f", window {scheme.window}"
     if scheme.qk_norm.kind != "none":
         words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
-    if scheme.logit_scale.kind != "sqrt_dim":
-        words += f", scale {scheme.logit_scale.kind}"
+    if scheme.score_scale.kind != "sqrt_dim":
+        words += f", scale {scheme.score_scale.kind}"
     return words
 
 
@@ -144,7 +144,7 @@ def _scheme_cells(scheme: AttentionScheme) -> str:
     norm = scheme.qk_norm
     words = "-" if norm.kind == "none" else f"{norm.kind} over {norm.over}"
     window = "all" if scheme.window is None else str(scheme.window)
-    return " | ".join((position_in_words(scheme), theta, window, words, scheme.logit_scale.kind))
+    return " | ".join((position_in_words(scheme), theta, window, words, scheme.score_scale.kind))
 
 
 def _stage_rows(run: RunConfig) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope
 from megahybrid.config.model import ModelConfig, rotation_problems
+from megahybrid.config.old_words import tell_once
 from megahybrid.config.parsing import parse
 from megahybrid.config.yaml_file import read_tree
 from megahybrid.errors import ConfigError
@@ -34,7 +35,7 @@ class Change:
 
 def read_plan(path: Path, model: ModelConfig) -> LayerPlan:
     """Return the layer plan of a run file or a model file, checked for `model`'s heads."""
-    tree = read_tree(path)
+    tree = read_tree(path, tell_once)
     found = (tree.get("model") or {}).get("layer_plan") if isinstance(tree, dict) else None
     if found is None:
         raise ConfigError(f"{path} has no model.layer_plan. Name a run file or a model file.")
@@ -75,7 +76,7 @@ def _change(layer: int, old: AttentionScheme, new: AttentionScheme) -> Change:
             reasons.append("a rotation where there was none")
         else:
             reasons.append("other angles")
-    if old.logit_scale != new.logit_scale:
+    if old.score_scale != new.score_scale:
         reasons.append("another sharpness of attention")
     if old.window != new.window:
         edge = min(w for w in (old.window, new.window) if w is not None)

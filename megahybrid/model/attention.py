@@ -115,8 +115,8 @@ class Attention(nn.Module):
         assert scheme.learned() == self.scheme.learned()
         self.scheme, self.kernel = scheme, kernel
         if self.query_scale is not None:
-            assert type(scheme.logit_scale) is type(self.query_scale.scale)
-            self.query_scale.scale = scheme.logit_scale
+            assert type(scheme.score_scale) is type(self.query_scale.scale)
+            self.query_scale.scale = scheme.score_scale
             self.query_scale.window = scheme.window
 
     def heads(

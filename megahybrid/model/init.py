@@ -11,10 +11,19 @@ itself and is written as model.logit_scale.
 
 import math
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import nn
 
+from megahybrid.config.attention import (
+    FixedScale,
+    Llama4Scale,
+    LogScale,
+    ScoreScale,
+    SqrtDimScale,
+    SsmaxScale,
+)
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.training import OptimizerConfig
 from megahybrid.model.transformer import Transformer
@@ -37,25 +46,45 @@ class ParameterRule:
 
 def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) -> ParameterRule:
     """The row for canonical parameter `name`."""
-    width_ratio = 1.0
-    if optimizer.parametrisation == "mup" and optimizer.base_hidden_size is not None:
-        width_ratio = model.hidden_size / optimizer.base_hidden_size
+    width_ratio = _width_ratio(model, optimizer)
     if "norm" in name.rsplit(".", 2)[-2]:
         return ParameterRule("norm", None, 1.0, 0.0, 1.0)
     if name.endswith(".logit_scale"):
-        schemes = model.layer_plan.expand()
-        initial = getattr(schemes[int(name.split(".")[1])].logit_scale, "initial", 1.0)
-        return ParameterRule("attention", None, initial, 0.0, 1.0)
+        scheme = model.layer_plan.expand()[int(name.split(".")[1])]
+        return ParameterRule("attention", None, _initial(scheme.score_scale), 0.0, 1.0)
     if name.startswith("embedding."):
         return ParameterRule("embedding", model.embedding_std or model.initial_std, 0.0, 1.0, 1.0)
     if name.startswith("head."):
         std = model.initial_std / width_ratio
         return ParameterRule("head", std, 0.0, width_ratio, 1 / width_ratio)
-    kind = "attention" if ".attention." in name else "mlp"
+    kind = next((kind for kind in ("attention", "mlp") if f".{kind}." in name), None)
+    assert kind is not None, f"{name} has no row in this table"
     std = model.initial_std / math.sqrt(width_ratio)
     if name.endswith((".output.weight", ".down.weight")):
         std /= math.sqrt(2 * model.layer_plan.num_layers)
     return ParameterRule(kind, std, 0.0, width_ratio, 1 / width_ratio)
+
+
+def _width_ratio(model: ModelConfig, optimizer: OptimizerConfig) -> float:
+    match optimizer.parametrisation:
+        case "standard":
+            return 1.0
+        case "mup":
+            assert optimizer.base_hidden_size is not None
+            return model.hidden_size / optimizer.base_hidden_size
+        case never:
+            assert_never(never)
+
+
+def _initial(scale: ScoreScale) -> float:
+    """The first value of a scale's learned factors."""
+    match scale:
+        case SsmaxScale():
+            return scale.initial
+        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+            raise AssertionError(f"a score scale of kind {scale.kind} learns nothing")
+        case never:
+            assert_never(never)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ PositionScale = Llama4Scale | LogScale | SsmaxScale
 
 def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
     """Return what q·k is multiplied by for every query alike."""
-    match scheme.logit_scale:
+    match scheme.score_scale:
         case FixedScale(scale=scale):
             return scale
         case SqrtDimScale() | Llama4Scale() | LogScale() | SsmaxScale():
@@ -101,7 +101,7 @@ class QueryScale(nn.Module):
 
         `name` is the layer's attention, for example blocks.3.attention.
         """
-        match scheme.logit_scale:
+        match scheme.score_scale:
             case Llama4Scale() | LogScale() | SsmaxScale() as scale:
                 return cls(scale, scheme.window, num_heads, name, mesh)
             case SqrtDimScale() | FixedScale():

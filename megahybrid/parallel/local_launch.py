@@ -21,12 +21,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, start_processes
 
+from megahybrid.parallel.rendezvous import LAUNCHER
+
 SURVIVOR_SECONDS = 5
 LOOK_SECONDS = 2.0  # between two questions whether a rank hangs
 STACKS_SECONDS = 2.0  # what writing the stacks may take before the ranks are killed
 # Each asks every rank to save and leave at the end of its step.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-LAUNCHER = "MEGAHYBRID_LOCAL_LAUNCH"  # holds the launcher's process id in the ranks it starts
 LAUNCHER_LOGS = "MEGAHYBRID_LOCAL_LOGS"  # the folder where they leave what ended them
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megahybrid.errors import MeshError
 
+LAUNCHER = "MEGAHYBRID_LOCAL_LAUNCH"  # holds our launcher's process id in the ranks it starts
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
 

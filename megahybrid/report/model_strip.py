@@ -49,12 +49,12 @@ def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
             theta = getattr(scheme.position, "theta", None)
             row = (
                 name, names.count(name), position_in_words(scheme), theta, scheme.window or "all",
-                scheme.qk_norm.kind, scheme.logit_scale.kind,
+                scheme.qk_norm.kind, scheme.score_scale.kind,
             )  # fmt: skip
             found.setdefault(row, []).append(stage.name)
     rows: list[list[Cell]] = [
         [*row, "all" if len(stages) == len(run.stages) else ", ".join(stages)]
         for row, stages in sorted(found.items(), key=lambda one: str(one[0][0]))
     ]
-    head = ("kind", "layers", "position", "theta", "window", "QK-norm", "logit scale", "in stages")
+    head = ("kind", "layers", "position", "theta", "window", "QK-norm", "score scale", "in stages")
     return Table(head, rows, "Kinds of layers")

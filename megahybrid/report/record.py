@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megahybrid.config import RunConfig, load
+from megahybrid.config.old_words import silent
 from megahybrid.config.shape import shown
 from megahybrid.errors import MegahybridError, from_os_error
 from megahybrid.ledger import (
@@ -130,7 +131,7 @@ def read_record(directory: Path, label: str | None = None) -> RunRecord:
     return RunRecord(
         directory=directory,
         ledger=ledger,
-        config=load(config) if config.exists() else None,
+        config=load(config, tell=silent) if config.exists() else None,
         samples=_samples(directory / SAMPLES_NAME),
         stages=_stages(ledger.steps),
         evaluations=tuple(_evaluation(line, score) for line, score in ledger.of(EvaluateEvent)),

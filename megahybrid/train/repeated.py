@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megahybrid.config import RunConfig, dump
+from megahybrid.config.old_words import first_words
 from megahybrid.data.mixture import STATE_VERSION
 from megahybrid.errors import RepeatError
 from megahybrid.ledger import LEDGER_NAME, EventLine, Line, StageEvent, StepLine, read_every_line
@@ -131,7 +132,7 @@ def repeatable(
 ) -> Repeatable:
     """What decides the steps of stage `index`: later stages, and sources that none has read yet,
     may still change and have no part. `files`: the fingerprint of each source. Collective."""
-    whole = dump(run)
+    whole = first_words(dump(run))  # the digests of ledgers there are
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
     rounding["stages"] = [

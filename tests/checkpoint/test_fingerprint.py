@@ -1,10 +1,12 @@
 """What makes a model another one, and what a stage may change."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.config.attention import AttentionScheme, LayerPlan, LearnedParameters, QKNorm
+from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 
 BASE: dict[str, Any] = {
@@ -67,7 +69,7 @@ def test_what_a_stage_may_change_leaves_the_fingerprint(path: str, value: Any) -
         ("logit_scale", 0.25),
         ("layer_plan.num_layers", 6),
         ("layer_plan.schemes.local.qk_norm", {"kind": "rms"}),
-        ("layer_plan.schemes.local.logit_scale", {"kind": "ssmax"}),
+        ("layer_plan.schemes.local.score_scale", {"kind": "ssmax"}),
     ],
 )
 def test_what_makes_another_model_changes_the_fingerprint(path: str, value: Any) -> None:
@@ -82,3 +84,57 @@ def test_every_field_of_a_model_is_decided_upon() -> None:
     assert set(FACTS) | {"layer_plan", "initial_std", "embedding_std"} == set(
         ModelConfig.model_fields
     )
+
+
+def test_other_words_for_what_is_learned_leave_the_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    normed = changed("layer_plan.schemes.local.qk_norm", {"kind": "rms"})
+    before = model_fingerprint(normed)
+    monkeypatch.setattr(LearnedParameters, "__str__", lambda self: "in quite other words")
+    assert model_fingerprint(normed) == before
+
+
+class LaterNorm(QKNorm):
+    offset: float = 0.0
+
+
+class LaterScheme(AttentionScheme):
+    qk_norm: LaterNorm = LaterNorm()
+    gate: Literal["none", "head", "element"] = "none"
+
+
+class LaterPlan(LayerPlan):
+    schemes: dict[str, LaterScheme]
+
+
+class LaterModel(ModelConfig):
+    residual_scale: float = 1.0
+    layer_plan: LaterPlan
+
+
+@pytest.mark.parametrize(
+    ("path", "default", "other"),
+    [
+        ("residual_scale", 1.0, 0.5),
+        ("layer_plan.schemes.local.gate", "none", "head"),
+        ("layer_plan.schemes.local.qk_norm", {"kind": "rms"}, {"kind": "rms", "offset": 1.0}),
+    ],
+)
+def test_a_field_that_came_later_enters_where_it_is_not_its_default(
+    path: str, default: Any, other: Any
+) -> None:
+    """What was written before the field was there goes on being the model that it was."""
+    before = path.endswith("qk_norm")
+    today = changed(path, default) if before else ModelConfig.model_validate(BASE)
+
+    def later(value: Any) -> str:
+        plain, keys = dump(today), path.split(".")
+        inner = plain
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return model_fingerprint(LaterModel.model_validate(plain))
+
+    assert later(default) == model_fingerprint(today)
+    assert later(other) != model_fingerprint(today)

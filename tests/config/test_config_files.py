@@ -102,5 +102,5 @@ def test_the_recipes_change_what_they_say() -> None:
     assert deepseek.stage_plan.stage_steps[1:] == (1000, 1000)
     assert deepseek.plan_at(2) == deepseek.plan_at(1)
     swan = load(CONFIGS / "runs/swan_1b.yaml")
-    kinds = [swan.plan_at(i).schemes["global"].logit_scale.kind for i in range(2)]
+    kinds = [swan.plan_at(i).schemes["global"].score_scale.kind for i in range(2)]
     assert kinds == ["sqrt_dim", "log"]

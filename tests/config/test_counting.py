@@ -81,7 +81,7 @@ def test_the_weights_of_qk_norm_count(qk_norm: dict[str, str], extra: int) -> No
 
 
 def test_a_learned_logit_scale_counts_once_per_head() -> None:
-    changed = example("model.layer_plan.schemes.global.logit_scale={kind: ssmax}").model
+    changed = example("model.layer_plan.schemes.global.score_scale={kind: ssmax}").model
     assert parameters(changed) - parameters(example().model) == 2 * 8
     assert parameter_shapes(changed)["blocks.3.attention.logit_scale"] == (8,)
 

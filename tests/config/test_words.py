@@ -340,7 +340,7 @@ CHECKING = [
         "shared). Keep qk_norm and ssmax as the model has them.",
     ),
     (
-        ["stages.1.schemes={global: {logit_scale: {kind: ssmax}}}"],
+        ["stages.1.schemes={global: {score_scale: {kind: ssmax}}}"],
         "stages.1.schemes.global changes which parameters exist (none to ssmax scale). "
         "Keep qk_norm and ssmax as the model has them.",
     ),

@@ -42,7 +42,7 @@ class Watched(PlainModel):
         mask = visible(starts, scheme.window)
         factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
         scores = (q @ k.mT) * factor[:, None, :, None]
-        if scheme.logit_scale.kind == "ssmax":
+        if scheme.score_scale.kind == "ssmax":
             scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
         self.__dict__.setdefault("scores", []).append(
             scores.masked_fill(~mask[:, None], -math.inf)[0].detach()

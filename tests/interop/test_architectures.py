@@ -132,7 +132,7 @@ PLAIN = AttentionScheme(position=Rope(kind="rope", theta=1e4))
 L2_NORM = QKNorm().model_copy(update={"kind": "l2"})
 UNKNOWN = {
     "position": (PLAIN.model_copy(update={"position": Alibi()}), "position of kind alibi"),
-    "score_scale": (PLAIN.model_copy(update={"logit_scale": Alibi()}), "scale of kind alibi"),
+    "score_scale": (PLAIN.model_copy(update={"score_scale": Alibi()}), "scale of kind alibi"),
     "qk_norm": (PLAIN.model_copy(update={"qk_norm": L2_NORM}), "QK-norm"),
     "field": (Gated(position=PLAIN.position, gate="sigmoid"), "it has no gate"),
 }
@@ -201,7 +201,7 @@ def test_our_own_class_serves_every_scale_of_the_scores() -> None:
         SsmaxScale(kind="ssmax"),
     )
     for scale in every:
-        model = model_with(PLAIN.model_copy(update={"logit_scale": scale}))
+        model = model_with(PLAIN.model_copy(update={"score_scale": scale}))
         assert by_name("Megahybrid").fit(model, model.layer_plan).can
         others = {"SmolLM3", "Llama", "GraniteSWA"} if scale.kind == "sqrt_dim" else set()
         assert {fit.architecture for fit in huggingface_fits(model) if fit.can} == others

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "fixed scale": (
         "GraniteSWA",
-        [LOCAL | {"logit_scale": {"kind": "fixed", "scale": 0.3}}] * 2,
+        [LOCAL | {"score_scale": {"kind": "fixed", "scale": 0.3}}] * 2,
         {"head_dim": 12},
     ),
     "two windows": ("Megahybrid", [LOCAL, ROPE | {"window": 9}, NOPE], {}),
@@ -80,8 +80,8 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "ssmax and log": (
         "Megahybrid",
         [
-            LOCAL | {"logit_scale": {"kind": "ssmax"}},
-            NOPE | {"logit_scale": {"kind": "log", "base": 3.0}},
+            LOCAL | {"score_scale": {"kind": "ssmax"}},
+            NOPE | {"score_scale": {"kind": "log", "base": 3.0}},
         ],
         {"block": "post_norm", "norm": "layernorm"},
     ),
@@ -89,7 +89,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         "Megahybrid",
         [
             LOCAL | PER_HEAD,
-            NOPE | WHOLE | {"logit_scale": {"kind": "llama4", "floor": 8, "coefficient": 0.3}},
+            NOPE | WHOLE | {"score_scale": {"kind": "llama4", "floor": 8, "coefficient": 0.3}},
             rope(1e6, YARN) | {"window": 30},
         ],
         {**PARALLEL, "logit_scale": 0.5, "tie_embeddings": False},

@@ -43,8 +43,8 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [
             LOCAL | HEAD,
             ROPE | HEAD | {"window": 9},
-            NOPE | HEAD | {"logit_scale": {"kind": "log", "base": 3.0}},
-            NOPE | HEAD | {"logit_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
+            NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
+            NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
         ],
         {"tie_embeddings": False},
     ),

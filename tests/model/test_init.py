@@ -32,7 +32,7 @@ def config(**changes: object) -> ModelConfig:
                 "global": {
                     "position": {"kind": "nope"},
                     "qk_norm": {"kind": "rms"},
-                    "logit_scale": {"kind": "ssmax", "initial": 0.5},
+                    "score_scale": {"kind": "ssmax", "initial": 0.5},
                 }
             },
         },

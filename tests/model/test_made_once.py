@@ -15,8 +15,8 @@ from megahybrid.model.kernels import blocked, flex, sdpa, varlen
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
-from tests.parity.cases import logit_scale as scaled
 from tests.parity.cases import model
+from tests.parity.cases import score_scale as scaled
 from tests.plain_model import random_tensors
 
 LENGTH = 720  # longer than what kernels treat as short

@@ -55,14 +55,14 @@ def test_factors_count_the_visible_keys_of_each_document(window: int | None) -> 
 
 @pytest.mark.parametrize("scale", [SqrtDimScale(), FixedScale(kind="fixed", scale=0.2)])
 def test_a_scale_that_is_the_same_for_every_query_needs_no_module(scale: Any) -> None:
-    scheme = AttentionScheme(position=NOPE, logit_scale=scale)
+    scheme = AttentionScheme(position=NOPE, score_scale=scale)
     assert QueryScale.of(scheme, 4, "blocks.0.attention", ParallelMesh.single()) is None
 
 
 def ssmax_on_ranks(ranks: distributed.Ranks) -> float:
     """Worst error of the learned scale on this rank's heads."""
     mesh = ranks.mesh()
-    scheme = AttentionScheme(position=NOPE, window=3, logit_scale=SsmaxScale(kind="ssmax"))
+    scheme = AttentionScheme(position=NOPE, window=3, score_scale=SsmaxScale(kind="ssmax"))
     module = QueryScale.of(scheme, 4, "blocks.1.attention", mesh)
     assert module is not None
     module = module.double()
@@ -87,7 +87,7 @@ def test_the_learned_scale_is_cut_by_heads() -> None:
 
 
 def test_the_learned_scale_starts_where_the_config_says() -> None:
-    scheme = AttentionScheme(position=NOPE, logit_scale=SsmaxScale(kind="ssmax", initial=0.25))
+    scheme = AttentionScheme(position=NOPE, score_scale=SsmaxScale(kind="ssmax", initial=0.25))
     module = QueryScale.of(scheme, 4, "blocks.1.attention", ParallelMesh.single())
     assert module is not None and module.logit_scale is not None
     assert module.logit_scale.tolist() == [0.25] * 4

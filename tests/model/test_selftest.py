@@ -52,36 +52,36 @@ SCHEMES = {
     "rope-yarn": AttentionScheme(
         position=rope(scaling=YarnScaling(kind="yarn", factor=8, original_length=64)), window=100
     ),
-    "nope-llama4": AttentionScheme(position=NOPE, logit_scale=Llama4Scale(kind="llama4")),
+    "nope-llama4": AttentionScheme(position=NOPE, score_scale=Llama4Scale(kind="llama4")),
     "nope-log": AttentionScheme(
-        position=NOPE, window=33, logit_scale=LogScale(kind="log", base=1024)
+        position=NOPE, window=33, score_scale=LogScale(kind="log", base=1024)
     ),
-    "nope-ssmax": AttentionScheme(position=NOPE, logit_scale=SsmaxScale(kind="ssmax")),
-    "rope-fixed": AttentionScheme(position=rope(), logit_scale=FixedScale(kind="fixed", scale=0.1)),
+    "nope-ssmax": AttentionScheme(position=NOPE, score_scale=SsmaxScale(kind="ssmax")),
+    "rope-fixed": AttentionScheme(position=rope(), score_scale=FixedScale(kind="fixed", scale=0.1)),
 }
 # At the ends of what a run file can say: honest rounding is no violation there either.
 SCHEMES |= {
     "far-log-of-a-small-base": AttentionScheme(
-        position=NOPE, logit_scale=LogScale(kind="log", base=1.1)
+        position=NOPE, score_scale=LogScale(kind="log", base=1.1)
     ),
-    "far-log": AttentionScheme(position=NOPE, logit_scale=LogScale(kind="log", base=3)),
+    "far-log": AttentionScheme(position=NOPE, score_scale=LogScale(kind="log", base=3)),
     "far-llama4": AttentionScheme(
-        position=rope(), logit_scale=Llama4Scale(kind="llama4", floor=2, coefficient=5)
+        position=rope(), score_scale=Llama4Scale(kind="llama4", floor=2, coefficient=5)
     ),
     "far-ssmax": AttentionScheme(
-        position=rope(), logit_scale=SsmaxScale(kind="ssmax", initial=3), window=300
+        position=rope(), score_scale=SsmaxScale(kind="ssmax", initial=3), window=300
     ),
     "far-fixed-large": AttentionScheme(
-        position=rope(), logit_scale=FixedScale(kind="fixed", scale=10)
+        position=rope(), score_scale=FixedScale(kind="fixed", scale=10)
     ),
     "far-fixed-small": AttentionScheme(
-        position=rope(), logit_scale=FixedScale(kind="fixed", scale=1e-3)
+        position=rope(), score_scale=FixedScale(kind="fixed", scale=1e-3)
     ),
     "far-window": AttentionScheme(
         position=rope(),
         window=1,
         qk_norm=QKNorm(kind="rms"),
-        logit_scale=LogScale(kind="log", base=50),
+        score_scale=LogScale(kind="log", base=50),
     ),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

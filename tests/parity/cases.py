@@ -22,9 +22,9 @@ def qk_norm(kind: str, over: str = "head", weight: str = "shared") -> dict[str, 
     return {"qk_norm": {"kind": kind, "over": over, "weight": weight}}
 
 
-def logit_scale(**fields: Any) -> dict[str, Any]:
+def score_scale(**fields: Any) -> dict[str, Any]:
     """The part of a scheme that scales scores."""
-    return {"logit_scale": fields}
+    return {"score_scale": fields}
 
 
 # Each family is a period of layers; two layers tell as much as eight.
@@ -52,16 +52,16 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | qk_norm("layernorm", over="projection"),
     ],
     "layernorm-shared-fixed": [
-        ROPE | qk_norm("layernorm") | logit_scale(kind="fixed", scale=0.7),
+        ROPE | qk_norm("layernorm") | score_scale(kind="fixed", scale=0.7),
         NOPE,
     ],
     "llama4-log": [
-        NOPE | logit_scale(kind="llama4", floor=3, coefficient=0.4),
-        ROPE | logit_scale(kind="log", base=2.5) | {"window": WINDOW},
+        NOPE | score_scale(kind="llama4", floor=3, coefficient=0.4),
+        ROPE | score_scale(kind="log", base=2.5) | {"window": WINDOW},
     ],
     "ssmax": [
-        NOPE | logit_scale(kind="ssmax"),
-        ROPE | logit_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
+        NOPE | score_scale(kind="ssmax"),
+        ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
     ],
 }
 BLOCKS = ("pre_norm", "post_norm", "parallel")

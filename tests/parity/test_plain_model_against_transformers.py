@@ -325,7 +325,7 @@ def test_a_window_off_by_one_is_seen(wrong: int) -> None:
 
 
 def test_llama4_factor_has_the_published_values() -> None:
-    schemes = [NOPE | {"logit_scale": {"kind": "llama4", "floor": 8192, "coefficient": 0.1}}] * 4
+    schemes = [NOPE | {"score_scale": {"kind": "llama4", "floor": 8192, "coefficient": 0.1}}] * 4
     scheme = ours("Llama", {"rms_norm_eps": 1e-6}, schemes, {}).layer_plan.expand()[0]
     positions = torch.tensor([[8190, 8191, 65535, 131071, 262143]])
     factors = query_factor(scheme, positions, positions + 1, 1, torch.float64)
@@ -335,11 +335,11 @@ def test_llama4_factor_has_the_published_values() -> None:
 
 def test_position_dependent_scales_follow_their_papers() -> None:
     keys = torch.tensor([[1, 5, 100]])
-    plan = [NOPE | {"logit_scale": {"kind": "log", "base": 3.0}}] * 4
+    plan = [NOPE | {"score_scale": {"kind": "log", "base": 3.0}}] * 4
     scheme = ours("Llama", {"rms_norm_eps": 1e-6}, plan, {}).layer_plan.expand()[0]
     factors = query_factor(scheme, keys, keys, 4, torch.float64)[0].tolist()
     assert factors == pytest.approx([0.5 * math.log(3 + n, 3) for n in (1, 5, 100)])
-    plan = [NOPE | {"logit_scale": {"kind": "ssmax"}}] * 4
+    plan = [NOPE | {"score_scale": {"kind": "ssmax"}}] * 4
     scheme = ours("Llama", {"rms_norm_eps": 1e-6}, plan, {}).layer_plan.expand()[0]
     factors = query_factor(scheme, keys, keys, 4, torch.float64)[0].tolist()
     assert factors == pytest.approx([0.5 * math.log(n) for n in (1, 5, 100)])

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import read_manifest
 from megahybrid.launch.job import read_job
 from megahybrid.launch.records import attempts
-from megahybrid.train.ledger import read_ledger
-from tests.parity.cases import FAMILIES, model
+from megahybrid.ledger import read_ledger
+from tests.parity.cases import BLOCKS, FAMILIES, NORMS, model
 from tests.train.example import steps_of
 
 FILES = Path(__file__).parent / "files"
@@ -60,6 +61,15 @@ def test_a_run_that_it_began_goes_on_with_the_same_command(here: Path) -> None:
     assert verify(newest).written_by["megahybrid"] == megahybrid.__version__
     events = {json.loads(line).get("event") for line in lines}
     assert not events & {"config_change", "repeat_differs", "warning"}
+    # The run file says logit_scale of a scheme: one line names the new word.
+    assert [line for line in done.stderr.splitlines() if "score_scale" in line] == [
+        "megahybrid: run.yaml: model.layer_plan.schemes.global.logit_scale is called score_scale "
+        "now. It is read as that; please write the new word."
+    ]
+    # Steps that are done again are compared where these digests are the same; they are 0.1.0's.
+    stages = [e for e in map(json.loads, lines) if e.get("event") == "stage" and e["step"] >= BEGUN]
+    digests = [(e["stage"], e["detail"]["repeatable"]["config"]) for e in stages]
+    assert digests == [("middle", "18728360170521fc"), ("long", "0d0991ff34006ec4")]
 
 
 def test_its_checkpoint_and_its_datasets_are_whole(here: Path) -> None:
@@ -100,7 +110,10 @@ FINGERPRINTS: dict[str, Any] = json.loads((Path(__file__).parent / "fingerprints
 
 def test_models_have_the_fingerprints_that_stand_in_checkpoints() -> None:
     now = {family: model_fingerprint(model(family)) for family in FAMILIES}
+    for family, block, norm in product(FAMILIES, BLOCKS, NORMS):
+        varied = model(family, block, norm, kv_heads=4, tied=False, logit_scale=0.25)
+        now[f"{family}-{block}-{norm}"] = model_fingerprint(varied)
     assert {name: now.get(name) for name in FINGERPRINTS} == FINGERPRINTS
-    assert len(FINGERPRINTS) >= 12
+    assert len(FINGERPRINTS) >= 91
     stored = (FILES / "run/model_fingerprint").read_text().strip()
     assert stored == model_fingerprint(load(FILES / "run.yaml").model)

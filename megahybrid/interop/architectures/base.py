@@ -28,7 +28,7 @@ from megahybrid.interop.architectures.tensor_names import HEAD, Order, TensorNam
 NO_QK_NORM = QKNorm()
 # What a class must name before it may write them; a field that is newer than a class is refused
 # where it has another value than its default.
-SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "logit_scale"))
+SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "score_scale"))
 MODEL_FIELDS = frozenset(
     (
         "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
@@ -125,7 +125,7 @@ class Architecture(ABC):
     def _scheme_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
         serves = self.serves
         yield from self._qk_norm_reasons({scheme.qk_norm for scheme in schemes})
-        scales = {scheme.logit_scale for scheme in schemes}
+        scales = {scheme.score_scale for scheme in schemes}
         refused = {s.kind for s in scales if not isinstance(s, serves.score_scales)}
         if len(scales) > 1 and not serves.per_layer:
             refused |= {scale.kind for scale in scales} - {"sqrt_dim"}

@@ -7,10 +7,10 @@ from megahybrid.config.attention import (
     AttentionScheme,
     FixedScale,
     Llama4Scale,
-    LogitScale,
     LogScale,
     Nope,
     Rope,
+    ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
@@ -73,7 +73,7 @@ class GraniteSWA(StockArchitecture):
                 "rope_type": "default",
                 "rope_theta": next((theta for theta in thetas if theta), 10000.0),
             },
-            "attention_multiplier": _multiplier(schemes[0].logit_scale, model.head_dim),
+            "attention_multiplier": _multiplier(schemes[0].score_scale, model.head_dim),
             "logits_scaling": 1.0 / model.logit_scale,
             "embedding_multiplier": 1.0,
             "residual_multiplier": 1.0,
@@ -129,7 +129,7 @@ def _theta(scheme: AttentionScheme, head_dim: int) -> float:
             assert_never(position)
 
 
-def _multiplier(scale: LogitScale, head_dim: int) -> float:
+def _multiplier(scale: ScoreScale, head_dim: int) -> float:
     match scale:
         case SqrtDimScale():
             return float(head_dim**-0.5)

@@ -129,7 +129,7 @@ def sliding_rotates(config: Any) -> list[Layer]:
 
 def plan_of(layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields) -> Fields:
     """Return a plan with a name for every different layer, its pattern as short as it tiles."""
-    same = {"qk_norm": dump(qk_norm), "logit_scale": score_scale}
+    same = {"qk_norm": dump(qk_norm), "score_scale": score_scale}
     schemes: dict[str, Fields] = {}
     names = []
     for position, window in layers:

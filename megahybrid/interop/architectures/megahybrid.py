@@ -94,7 +94,7 @@ class Megahybrid(Architecture):
         for name, scheme in config.schemes.items():
             same_or_refused("window", scheme["window"], plan.schemes[name].window)
             scheme["window"] = small.schemes[name].window
-            scheme["logit_scale"] = dump(small.schemes[name].logit_scale)
+            scheme["logit_scale"] = dump(small.schemes[name].score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
@@ -108,7 +108,7 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         "position": dump(scheme.position),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
-        "logit_scale": dump(scheme.logit_scale),
+        "logit_scale": dump(scheme.score_scale),
     }
 
 

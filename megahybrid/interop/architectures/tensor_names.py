@@ -104,7 +104,7 @@ def attention_tensors(
                 shape,
                 order,
             )
-    match scheme.logit_scale:
+    match scheme.score_scale:
         case SsmaxScale():
             yield TensorName(
                 f"{ours}.attention.logit_scale", f"{theirs}.logit_scale", (model.num_heads,)
@@ -112,7 +112,7 @@ def attention_tensors(
         case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
             pass
         case _:
-            assert_never(scheme.logit_scale)
+            assert_never(scheme.score_scale)
 
 
 def _qk_norm_shape(norm: QKNorm, heads: int, head_dim: int) -> tuple[int, ...] | None:

@@ -63,7 +63,7 @@ def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
     position = torch.tensor([[length - 1]])
     keys = torch.tensor([[_most_keys(scheme, length)]])
     learned = 1 / (keys[0] + 1).double().log()
-    largest = float(score_factor(scheme.logit_scale, position, keys, learned, shape.head_dim))
+    largest = float(score_factor(scheme.score_scale, position, keys, learned, shape.head_dim))
     return SCORE / (max(largest, 1e-3 / shape.head_dim) * math.sqrt(shape.head_dim) * rotation**2)
 
 

@@ -14,11 +14,11 @@ from megahybrid.config.attention import (
     AttentionScheme,
     FixedScale,
     Llama4Scale,
-    LogitScale,
     LogScale,
     Nope,
     QKNorm,
     Rope,
+    ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
@@ -46,7 +46,7 @@ def expected_output(
             assert_never(other)
     seen = visible_keys(starts, queries, scheme.window)
     scale = score_factor(
-        scheme.logit_scale,
+        scheme.score_scale,
         positions[:, queries].T,
         seen.sum(-1).T,
         learned.get("query_scale.logit_scale"),
@@ -102,7 +102,7 @@ def rotated(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
 
 
 def score_factor(
-    scale: LogitScale, position: Tensor, keys: Tensor, learned: Tensor | None, head_dim: int
+    scale: ScoreScale, position: Tensor, keys: Tensor, learned: Tensor | None, head_dim: int
 ) -> Tensor:
     """What q·k is multiplied by, [queries, rows, heads or 1]; `position` and the number of `keys`
     seen are [queries, rows]."""

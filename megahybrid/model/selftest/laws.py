@@ -9,11 +9,11 @@ from torch import Tensor
 from megahybrid.config.attention import (
     AttentionScheme,
     Llama4Scale,
-    LogitScale,
     LogScale,
     Nope,
     QKNorm,
     Rope,
+    ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
@@ -43,7 +43,7 @@ SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.0
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
     """Return the scheme without norm, rotation and scale, of which `compare` judges."""
-    plain = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "logit_scale": SqrtDimScale()}
+    plain = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "score_scale": SqrtDimScale()}
     return scheme.model_copy(update=plain)
 
 
@@ -183,7 +183,7 @@ def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) ->
     length = min(scheme.window or SCALED_KEYS, SCALED_KEYS)
     unturned = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "window": scheme.window}
     block = HeadsOnly(shape, scheme.model_copy(update=unturned), kernel)
-    scale, last = scheme.logit_scale, torch.tensor([[length - 1]])
+    scale, last = scheme.score_scale, torch.tensor([[length - 1]])
     learned = None
     if isinstance(scale, SsmaxScale):
         learned = torch.full((shape.heads,), scale.initial, dtype=torch.float64)
@@ -240,7 +240,7 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
                 )
 
 
-def _rounding(scale: LogitScale, shape: HeadShape) -> float:
+def _rounding(scale: ScoreScale, shape: HeadShape) -> float:
     """Return by how much a factor may be off, relative to it: it is made in fp32, from logarithms
     which are small for a small base, and multiplies in the run's dtype."""
     of_base = 2.0**-22 / math.log(scale.base) if isinstance(scale, LogScale) else 0.0
@@ -249,7 +249,7 @@ def _rounding(scale: LogitScale, shape: HeadShape) -> float:
 
 def _places(scheme: AttentionScheme, begins: int, length: int) -> list[int]:
     """Queries at which the factor is about to change, and some where it is not."""
-    window, scale = scheme.window or 2, scheme.logit_scale
+    window, scale = scheme.window or 2, scheme.score_scale
     steps = [0, 1, 7, window, window - 1]
     if isinstance(scale, Llama4Scale):
         steps += [scale.floor - 2, scale.floor - 1, 2 * scale.floor - 1]

@@ -1,0 +1,110 @@
+"""The members of the unions that a model is made of, found in the types, and an example of each.
+
+A member that is added to a union and has no example here fails by its name.
+"""
+
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from megahybrid.config import attention, model, scaling
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.model import ModelConfig
+from tests.interop.examples import model_of
+
+Fields = dict[str, Any]
+ROPE: Fields = {"position": {"kind": "rope", "theta": 500.0}}
+NOPE: Fields = {"position": {"kind": "nope"}}
+
+UNIONS: dict[str, Any] = {
+    "position": attention.Position,
+    "scaling": scaling.Scaling,
+    "score_scale": attention.ScoreScale,
+    "qk_norm.kind": attention.QKNormKind,
+    "qk_norm.over": attention.QKNormOver,
+    "qk_norm.weight": attention.QKNormWeight,
+    "block": model.Block,
+    "norm": model.NormKind,
+    "pattern": attention.Pattern,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """The smallest model with a member: schemes of its layers and fields of the model."""
+
+    schemes: tuple[Fields, ...]
+    fields: tuple[tuple[str, Any], ...] = ()
+    rule: bool = False  # a pattern by rule
+
+    def model(self) -> ModelConfig:
+        """The model, checked as any other."""
+        config = model_of(self.schemes, **dict(self.fields))
+        if not self.rule:
+            return config
+        names = list(config.layer_plan.schemes)
+        rule = {"default": names[0], "special": names[1], "period": 2, "offset": 1}
+        plan = {"num_layers": 2, "pattern": rule, "schemes": config.layer_plan.schemes}
+        return ModelConfig.model_validate({**config.__dict__, "layer_plan": plan})
+
+
+def _scaled(**fields: Any) -> Example:
+    return Example(({"position": ROPE["position"] | {"scaling": fields}},))
+
+
+def _with(**scheme: Any) -> Example:
+    return Example((ROPE | scheme | {"window": 5}, NOPE | scheme))
+
+
+EXAMPLES: dict[str, Example] = {
+    "position.rope": Example((ROPE, ROPE | {"window": 5})),
+    "position.nope": Example((NOPE, NOPE | {"window": 5})),
+    "scaling.linear": _scaled(kind="linear", factor=3.0),
+    "scaling.ntk": _scaled(kind="ntk", factor=4.0),
+    "scaling.yarn": _scaled(kind="yarn", factor=4.0, original_length=64),
+    "scaling.llama3": _scaled(kind="llama3", factor=8.0, original_length=64),
+    "score_scale.sqrt_dim": _with(score_scale={"kind": "sqrt_dim"}),
+    "score_scale.fixed": _with(score_scale={"kind": "fixed", "scale": 0.3}),
+    "score_scale.llama4": _with(score_scale={"kind": "llama4", "floor": 3, "coefficient": 0.4}),
+    "score_scale.log": _with(score_scale={"kind": "log", "base": 3.0}),
+    "score_scale.ssmax": _with(score_scale={"kind": "ssmax"}),
+    "qk_norm.kind.none": _with(qk_norm={"kind": "none"}),
+    "qk_norm.kind.rms": _with(qk_norm={"kind": "rms"}),
+    "qk_norm.kind.layernorm": _with(qk_norm={"kind": "layernorm"}),
+    "qk_norm.over.head": _with(qk_norm={"kind": "rms", "over": "head"}),
+    "qk_norm.over.projection": _with(qk_norm={"kind": "rms", "over": "projection"}),
+    "qk_norm.weight.shared": _with(qk_norm={"kind": "rms", "weight": "shared"}),
+    "qk_norm.weight.per_head": _with(qk_norm={"kind": "layernorm", "weight": "per_head"}),
+    "block.pre_norm": Example((ROPE | {"window": 5}, NOPE), (("block", "pre_norm"),)),
+    "block.post_norm": Example((ROPE, NOPE), (("block", "post_norm"),)),
+    "block.parallel": Example((ROPE, NOPE), (("block", "parallel"),)),
+    "norm.rms": Example((ROPE, NOPE), (("norm", "rms"),)),
+    "norm.layernorm": Example(
+        (ROPE | {"window": 5}, NOPE), (("norm", "layernorm"), ("block", "parallel"))
+    ),
+    "pattern.list": Example((ROPE, NOPE)),
+    "pattern.periodic": Example((ROPE, NOPE), rule=True),
+}
+
+
+def members(union: Any) -> list[str]:
+    """The names of a union's members: values of `kind`, literals, or classes by their name."""
+    origin = get_origin(union)
+    if origin is Annotated:
+        return members(get_args(union)[0])
+    if origin in (Union, types.UnionType):
+        return [name for member in get_args(union) for name in members(member)]
+    if origin is Literal:
+        return list(get_args(union))
+    if origin is list:
+        return ["list"]
+    kind = union.model_fields.get("kind")
+    return list(get_args(kind.annotation)) if kind else [union.__name__.lower()]
+
+
+MEMBERS = [f"{name}.{member}" for name, union in UNIONS.items() for member in members(union)]
+
+
+def schemes_of(config: ModelConfig) -> tuple[AttentionScheme, ...]:
+    """One scheme per layer."""
+    return config.layer_plan.expand()
