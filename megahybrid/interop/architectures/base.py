@@ -70,7 +70,9 @@ class Architecture(ABC):
         """Return the reasons against this class for a model, or how its config carries it."""
         schemes = [scheme for scheme, _ in plan.counts()]
         reasons = [*self._model_reasons(model), *self._scheme_reasons(schemes)]
-        known = [s for s in schemes if isinstance(s.position, self.serves.positions)]
+        # A position that this file does not know is refused above, and no layer of it is judged.
+        judged = (Rope, Nope, *self.serves.positions)
+        known = [s for s in schemes if isinstance(s.position, judged)]
         reasons += self.layer_reasons(known) if known else []
         reasons = list(dict.fromkeys(reasons))
         return Fit(self.name, tuple(reasons), "" if reasons else self.how(known))
@@ -83,7 +85,7 @@ class Architecture(ABC):
     @abstractmethod
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
         """Yield the reasons against the positions and windows of these different layers together;
-        all of them have a position that the class serves."""
+        a position that the class does not serve has its reason already."""
 
     @abstractmethod
     def how(self, schemes: Sequence[AttentionScheme]) -> str:

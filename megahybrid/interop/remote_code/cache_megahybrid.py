@@ -1,4 +1,4 @@
-"""The cache of keys and values: what this transformers calls it, and one window per layer.
+"""The cache of keys and values: its name in this transformers, and one window per layer.
 
 transformers 5.24 calls `cache` what was `past_key_values` before. Both names are accepted, and
 whatever else might carry a cache is refused: a forward that ignores its cache writes wrong text.
@@ -27,8 +27,8 @@ CACHE_NAME = (
 def given_cache(
     cache: Cache | None, past_key_values: Cache | None, others: Mapping[str, Any]
 ) -> Cache | None:
-    """The one cache that forward was given. Raises ValueError where there are two, and TypeError
-    where a keyword that forward does not know carries one."""
+    """Return the one cache that forward was given. Raises ValueError where there are two, and
+    TypeError where a keyword that forward does not know carries one."""
     for name, value in others.items():
         if _carries_cache(value) or (_names_cache(name) and _is_filled(value)):
             raise TypeError(
@@ -49,7 +49,7 @@ def _carries_cache(value: Any) -> bool:
 
 
 def _names_cache(name: str) -> bool:
-    """Whether a keyword is called like one of the caches that transformers has had; others of its
+    """True for a keyword named like one of the caches that transformers has had; others of its
     keywords (use_cache, cache_position) hold no keys."""
     return "past" in name or name in ("cache_params", "mems", "state", "layer_past")
 
@@ -63,7 +63,7 @@ def _is_filled(value: Any) -> bool:
 def check_mask(mask: Tensor, seen: int, seq: int) -> None:
     """Raise ValueError unless an attention mask has an entry for each cached and each new token.
 
-    A longer one says that a cache was filled and did not arrive here.
+    A longer one shows that a cache was filled and did not arrive here.
     """
     if mask.dim() != 2:
         raise ValueError("attention_mask must be [batch, length], 0 where padded.")
@@ -75,7 +75,7 @@ def check_mask(mask: Tensor, seen: int, seq: int) -> None:
 
 
 def windowed(cache: Cache | None, windows: list[int | None]) -> Cache:
-    """A cache whose windowed layers forget; an empty one of transformers' is made such."""
+    """Return a cache whose windowed layers forget; an empty one of transformers' is made one."""
     if cache is None:
         cache = DynamicCache()
     if not isinstance(cache, DynamicCache):

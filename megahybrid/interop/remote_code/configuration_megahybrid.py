@@ -1,4 +1,4 @@
-"""Configuration of a megahybrid model: every layer names a scheme, and a scheme says everything."""
+"""Configuration of a megahybrid model: every layer has a named scheme."""
 
 from typing import Any
 
@@ -57,9 +57,9 @@ class MegahybridConfig(PreTrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def layers(self) -> list[dict[str, Any]]:
-        """One scheme per layer, first layer first."""
+        """Return one scheme per layer, first layer first."""
         return [self.schemes[name] for name in self.layer_schemes]
 
     def windows(self) -> list[int | None]:
-        """The window of each layer."""
+        """Return the window of each layer."""
         return [scheme["window"] for scheme in self.layers()]

@@ -30,7 +30,7 @@ class MegahybridNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of the same shape and dtype."""
+        """Return x normalised, of the same shape and dtype."""
         wide = x.float()
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdim=True)
@@ -39,7 +39,7 @@ class MegahybridNorm(nn.Module):
 
 
 class Places:
-    """Where the queries of one forward stand: made once, used by every layer.
+    """The positions of the queries of one forward: made once, used by every layer.
 
     `position` [batch, seq] counts a row's own tokens, padding left out; `valid` [batch, seen + seq]
     is None where nothing is padded.
@@ -47,33 +47,33 @@ class Places:
 
     def __init__(self, seen: int, seq: int, position: Tensor, valid: Tensor | None) -> None:
         self.seen, self.seq, self.position, self.valid = seen, seq, position, valid
-        self._turns: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def turn(
+    def cos_and_sin(
         self, name: str, rotation: dict[str, Any], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin [batch, 1, seq, pairs] of a scheme's rotation; angles in fp32."""
-        if name not in self._turns:
+        """Return cos and sin [batch, 1, seq, pairs] of a scheme's rotation; angles in fp32."""
+        if name not in self._rotations:
             device = self.position.device
             frequencies = torch.tensor(rotation["frequencies"], dtype=torch.float32, device=device)
             angles = self.position[:, None, :, None].float() * frequencies
             factor = rotation["attention_factor"]
-            self._turns[name] = (
+            self._rotations[name] = (
                 (angles.cos() * factor).to(dtype),
                 (angles.sin() * factor).to(dtype),
             )
-        return self._turns[name]
+        return self._rotations[name]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [batch, heads, seq, head_dim] with its first 2 * pairs dimensions turned."""
+    """Return x [batch, heads, seq, head_dim] with its first 2 * pairs dimensions rotated."""
     pairs = cos.shape[-1]
     a, b, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 class MegahybridAttention(nn.Module):
-    """What a scheme says, with a cache."""
+    """The attention of one layer, by its scheme, with a cache."""
 
     def __init__(self, config: MegahybridConfig, layer: int) -> None:
         super().__init__()
@@ -119,16 +119,16 @@ class MegahybridAttention(nn.Module):
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, seq, head_dim]
         v = v.unflatten(-1, split).transpose(1, 2)
         if self.scheme["rotation"] is not None:
-            cos, sin = places.turn(self.name, self.scheme["rotation"], q.dtype)
+            cos, sin = places.cos_and_sin(self.name, self.scheme["rotation"], q.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, scale = self._scaled(q, places)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        mixed = self._attend(q, k, v, scale, places)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        attention_output = self._attend(q, k, v, scale, places)
+        return self.o_proj(attention_output.transpose(1, 2).flatten(2))
 
     def _scaled(self, q: Tensor, places: Places) -> tuple[Tensor, float]:
-        """q times what depends on its position, and what every score is multiplied by."""
+        """Return q times the factor that depends on its position, and the scale of every score."""
         scale = self.scheme["logit_scale"]
         kind = scale["kind"]
         if kind == "fixed":
@@ -152,7 +152,7 @@ class MegahybridAttention(nn.Module):
         return q * factor.to(q.dtype), plain
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, places: Places) -> Tensor:
-        """Softmax over the visible keys, a block of queries at a time."""
+        """Return the softmax average over the visible keys, a block of queries at a time."""
         k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
         window = self.scheme["window"]
         total = places.seen + places.seq
@@ -227,13 +227,13 @@ class MegahybridDecoderLayer(nn.Module):
         if self.block == "pre_norm":
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), places, cache)
             return hidden + self.mlp(self.post_attention_layernorm(hidden))
-        mixed = self.self_attn(hidden, places, cache)
-        hidden = hidden + self.post_attention_layernorm(mixed)
+        attention_output = self.self_attn(hidden, places, cache)
+        hidden = hidden + self.post_attention_layernorm(attention_output)
         return hidden + self.post_feedforward_layernorm(self.mlp(hidden))
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
-    """How transformers makes and loads one."""
+    """The base by which transformers makes and loads a model."""
 
     config_class = MegahybridConfig
     base_model_prefix = "model"
@@ -248,7 +248,7 @@ class MegahybridPreTrainedModel(PreTrainedModel):
 
 
 class MegahybridModel(MegahybridPreTrainedModel):
-    """Embedding, layers, final norm."""
+    """The embedding, the layers and the final norm."""
 
     def __init__(self, config: MegahybridConfig) -> None:
         super().__init__(config)
@@ -275,7 +275,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids or inputs_embeds; attention_mask [batch, seen + seq] marks padding with 0.
 
-        `past_key_values` is what transformers before 5.24 calls `cache`.
+        `past_key_values` is the name of `cache` before transformers 5.24.
         Hidden states are the embedding, each layer's output, and the last one's after the norm.
         """
         cache = given_cache(cache, past_key_values, kwargs)
@@ -319,12 +319,12 @@ class MegahybridModel(MegahybridPreTrainedModel):
         return Places(seen, seq, position.to(x.device).expand(batch, -1), valid)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Return the embedding."""
         return self.embed_tokens
 
 
 class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
-    """With the head: logits are multiplied by config.logit_scale."""
+    """The model with its head: logits are multiplied by config.logit_scale."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -350,7 +350,7 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [batch, seq, vocab], of the last `logits_to_keep` tokens where that is not 0."""
+        """Return logits [batch, seq, vocab]; of the last `logits_to_keep` tokens if not 0."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -376,7 +376,7 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
-        """Windows before the first token: assisted decoding asks these layers to remember more."""
+        """Set windows before the first token: assisted decoding asks these layers to keep more."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
         for name in CACHE_NAMES:
             if isinstance(cache := model_kwargs.get(name), DynamicCache):
