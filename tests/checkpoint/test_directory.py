@@ -36,8 +36,8 @@ def test_a_second_owner_is_refused_and_a_later_one_welcome(tmp_path: Path) -> No
 def test_a_killed_owner_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
-        from megahybrid.checkpoint.directory import Owner
-        with Owner(sys.argv[1]):
+        from megahybrid.checkpoint.directory import RunLock
+        with RunLock(sys.argv[1]):
             os.kill(os.getpid(), signal.SIGKILL)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)])
@@ -99,10 +99,10 @@ def test_an_owner_learns_that_it_was_replaced_and_leaves_the_new_lock(tmp_path: 
 def test_of_many_that_start_at_once_one_owns(tmp_path: Path) -> None:
     script = """
         import sys, time
-        from megahybrid.checkpoint.directory import Owner
+        from megahybrid.checkpoint.directory import RunLock
         from megahybrid.errors import CheckpointError
         try:
-            with Owner(sys.argv[1]):
+            with RunLock(sys.argv[1]):
                 print("owner", flush=True)
                 sys.stdin.read()
         except CheckpointError:

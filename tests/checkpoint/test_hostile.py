@@ -180,8 +180,8 @@ def test_a_second_job_on_the_directory_is_refused(tmp_path: Path) -> None:
 
     script = (
         "import sys, time\n"
-        "from megahybrid.checkpoint.directory import Owner\n"
-        "with Owner(sys.argv[1]):\n"
+        "from megahybrid.checkpoint.directory import RunLock\n"
+        "with RunLock(sys.argv[1]):\n"
         "    print('mine', flush=True)\n"
         "    time.sleep(60)\n"
     )
