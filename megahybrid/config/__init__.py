@@ -1,4 +1,4 @@
-"""What a run is: frozen values, read from YAML and checked before anything expensive starts."""
+"""The config of a run: frozen values, read from YAML and checked before anything starts."""
 
 from megahybrid.config.base import dump, dump_yaml
 from megahybrid.config.loader import load

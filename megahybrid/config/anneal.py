@@ -19,13 +19,13 @@ MOST_STEPS = 16
 
 
 class AnnealedTheta(Frozen):
-    """Where the rotation goes."""
+    """The rotation that a scheme has at the end of a stage."""
 
     theta: float = Field(gt=1, description="base of the frequencies at the stage's end")
 
 
 class AnnealedScheme(Frozen):
-    """Where one attention scheme goes."""
+    """The window and rotation that one attention scheme has at the end of a stage."""
 
     window: int | None = Field(
         default=None,

@@ -60,7 +60,7 @@ class Record(Frozen):
     """A value that a file of ours holds: checked whole, its parts first, then `faults`."""
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with fields that are each of their type, as "tokens=5 is ..."."""
+        """Yield the faults of fields that are each of their type, as "tokens=5 is ..."."""
         return iter(())
 
     @model_validator(mode="after")

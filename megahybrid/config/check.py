@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def problems(run: "RunConfig", world_size: int | None) -> list[str]:
-    """What config alone can tell to be wrong: the first MOST_LINES of it."""
+    """Return the mistakes that config alone can tell, the first MOST_LINES of them."""
     lines: dict[str, None] = {}
     for line in _problems(run, world_size):
         lines.setdefault(line)

@@ -118,7 +118,7 @@ def norms_read_by_products(block: Block) -> int:
 
 
 def branches_together(block: Block) -> bool:
-    """Whether the gradients of both branches, attention and MLP, stand at a time."""
+    """Return whether the gradients of both branches, attention and MLP, are held at a time."""
     match block:
         case "pre_norm" | "post_norm":
             return False
@@ -129,8 +129,8 @@ def branches_together(block: Block) -> bool:
 
 
 def _is_matrix(name: str, shape: Shape) -> bool:
-    """Whether tokens are multiplied with a parameter: a norm's weight per head has two dimensions
-    too, but is no matrix."""
+    """Return whether tokens are multiplied with a parameter: a norm's weight per head has
+    two dimensions too, but is no matrix."""
     return len(shape) == 2 and not name.endswith("norm.weight")
 
 
@@ -204,7 +204,7 @@ def layer_flops_per_token(model: ModelConfig, scheme: AttentionScheme, length: i
 
 
 def full_attention(plan: LayerPlan) -> LayerPlan:
-    """The same plan with every window removed."""
+    """Return the plan with every window removed."""
     schemes = {
         name: scheme.model_copy(update={"window": None}) for name, scheme in plan.schemes.items()
     }

@@ -17,7 +17,7 @@ class Source(Frozen):
 
 
 class DataConfig(Frozen):
-    """What is trained on and in what order it is served (contracts: lanes of long blocks)."""
+    """The data that is trained on, and the order in which it is served: lanes of long blocks."""
 
     sources: Annotated[dict[Name, Source], limits.SOURCES] = Field(
         min_length=1, description="training data by name"

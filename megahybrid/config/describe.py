@@ -147,8 +147,8 @@ def stage_flops(run: RunConfig, index: int) -> float:
 
 
 def anneal_steps(run: RunConfig, index: int) -> list[dict[str, Any]]:
-    """Where the layers of a stage change while it runs: from which step and tokens of the stage
-    what holds, the values it begins with first. Empty where nothing is annealed."""
+    """Return the changes of layers while a stage runs: the step and the tokens of the stage from
+    which values hold, those it begins with first. Empty where nothing is annealed."""
     anneal, stage = run.stages[index].anneal, run.stages[index]
     if anneal is None:
         return []

@@ -145,7 +145,7 @@ def _says(kind: str, context: dict[str, Any]) -> str:
 
 
 def _hint(kind: str, value: Any) -> str:
-    """What follows "is not an integer": why, and what to write."""
+    """Return the end of "is not an integer": the reason, and what to write."""
     wanted = _WANTED[kind]
     if value is None:
         return " (it is empty). Give it a value"

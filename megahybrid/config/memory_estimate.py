@@ -135,7 +135,7 @@ def activation_bytes_per_token(
 
 
 class MicroBatch:
-    """What one micro batch of `tokens` takes on a rank beside the states, whatever the policies of
+    """The memory of one micro batch of `tokens` on a rank, beside the states, for any policies of
     the layers: worked out once for each policy, because a budget tries thousands of lists."""
 
     def __init__(
@@ -157,7 +157,7 @@ class MicroBatch:
         self._waiting = width * head * model.tie_embeddings
 
     def activations(self, policies: Sequence[Recompute]) -> int:
-        """What all layers keep."""
+        """Return the bytes that all layers keep for backward."""
         per_token = sum(count * self._per_token[p] for p, count in Counter(policies).items())
         return per_token * self._tokens // self._tensor
 
@@ -185,7 +185,7 @@ def activations(
     precision: str,
     device: str,
 ) -> int:
-    """What all layers keep of one micro batch of `tokens`, on one rank."""
+    """Return the bytes that all layers keep of one micro batch of `tokens`, on one rank."""
     return MicroBatch(model, tokens, tensor, precision, device).activations(policies)
 
 
@@ -202,7 +202,7 @@ def working(
 
 
 def _loss(model: ModelConfig, tokens: int, tensor: int, precision: str, device: str) -> int:
-    """What the loss needs at the end of the forward pass."""
+    """Return the bytes that the loss needs at the end of the forward pass."""
     width, hidden = _width(precision), model.hidden_size
     local_vocab = -(-model.vocab_size // tensor)
     chunk = min(chunk_sizes.LOSS_CHUNK_BYTES[device], width * local_vocab * tokens)
@@ -217,8 +217,8 @@ def _loss(model: ModelConfig, tokens: int, tensor: int, precision: str, device: 
 def _one_backward(
     model: ModelConfig, policy: str, tokens: int, tensor: int, width: int, device: str
 ) -> int:
-    """What one layer's backward needs beside what the layers up to it keep: the layer anew under
-    full recomputation, and gradients of the stream, of gate and up, and of the heads."""
+    """Return the bytes of one layer's backward beside those that the layers up to it keep: the
+    layer anew under full recomputation, and gradients of the stream, of gate and up, of heads."""
     hidden, inner = model.hidden_size, model.intermediate_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     heads = queries + 2 * keys
@@ -273,8 +273,8 @@ def memory_per_rank(
     policies: Sequence[Recompute] | None = None,
     offload: str = "none",
 ) -> Memory:
-    """What one rank holds at the fullest moment of a step. `policies` has the recompute policy of
-    each layer; the stage's own when left out, where it names them."""
+    """Return the memory of one rank at the fullest moment of a step. `policies` has the recompute
+    policy of each layer; the stage's own when left out, where it names them."""
     local = local_parameters(model, tensor)
     weights, gradients, optimizer = states_per_parameter(
         precision, zero_stage, data_degree, offload

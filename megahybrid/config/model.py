@@ -87,7 +87,7 @@ class ModelConfig(Frozen):
 def rotation_problems(
     schemes: Mapping[str, AttentionScheme], head_dim: int, where: str = "layer_plan.schemes"
 ) -> list[str]:
-    """What is wrong with the rotations of schemes at this head_dim, one line each."""
+    """Return the mistakes in the rotations of schemes at this head_dim, one line each."""
     lines = []
     for name, scheme in schemes.items():
         position = rotation_of(scheme.position)

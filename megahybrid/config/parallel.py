@@ -29,7 +29,7 @@ class ParallelConfig(Frozen):
         return world_size // self.tensor
 
     def problems(self, model: ModelConfig, world_size: int | None) -> list[str]:
-        """What does not fit the model or the number of ranks, one line each."""
+        """Return what does not fit the model or the number of ranks, one line each."""
         lines = []
         tensor, legal = self.tensor, legal_tensor_degrees(model)
         use = f"Use {either(legal)}"

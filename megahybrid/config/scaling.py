@@ -22,8 +22,8 @@ def plain_frequencies(theta: float, rotary_dim: int, xp: ModuleType, dtype: Any)
 
 @runtime_checkable
 class FrequencyScaling(Protocol):
-    """What every scaling can tell. Lists in one are tuples (`Numbers`): cos and sin are made once
-    for equal rotations, which are found by their hash."""
+    """The methods that every scaling has. Lists in one are tuples (`Numbers`): cos and sin are made
+    once for equal rotations, which are found by their hash."""
 
     @property
     def kind(self) -> str:
@@ -36,7 +36,7 @@ class FrequencyScaling(Protocol):
         """Multiplier of cos and sin."""
 
     def words(self) -> str:
-        """What tables say of it: "yarn x8"."""
+        """Return its name for tables: "yarn x8"."""
 
     def problem(self, rotary_dim: int, head_dim: int) -> str | None:
         """Why it cannot scale so many rotated dimensions of a head and what to do, as it follows

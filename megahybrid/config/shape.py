@@ -1,4 +1,4 @@
-"""What is wrong with a JSON value of a file that should have a certain shape.
+"""Checks of a JSON value of a file that should have a certain shape.
 
 Readers of results say the shape as a TypedDict and its parts; pydantic, behind this door, compares.
 Fields that the shape does not name may be there, so that an older version reads a newer file.
@@ -54,7 +54,7 @@ def shown(value: Any, most: int = 40) -> str:
 
 
 def too_deep(value: Any, most: int = DEEPEST) -> bool:
-    """Whether a JSON value has lists and mappings more than `most` deep."""
+    """Return whether a JSON value has lists and mappings more than `most` deep."""
     layer = [value]
     for _ in range(most):
         layer = [

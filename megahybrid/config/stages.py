@@ -227,7 +227,7 @@ class StagePlan:
         return sum(self.stage_steps)
 
     def finished(self, tokens: int) -> bool:
-        """Whether no step is left after `tokens`."""
+        """Return whether no step is left after `tokens`."""
         return tokens >= self.total_tokens
 
     def first_step(self, index: int, tokens_in_stage: int) -> int:

@@ -52,7 +52,7 @@ Drawn = Annotated[Puzzles | NeedleDocuments, Field(discriminator="kind")]
 
 
 class Gate(Frozen):
-    """What a run must score to count: others are excluded from the figures, and counted."""
+    """The score that a run must reach to count: others are counted and left out of figures."""
 
     task: Name
     length: int

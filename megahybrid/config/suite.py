@@ -35,7 +35,7 @@ class TextHaystack(Frozen):
 
 
 class NoiseHaystack(Frozen):
-    """The same sentences over and over."""
+    """A text that is repeated."""
 
     kind: Literal["noise"]
     text: str = Field(

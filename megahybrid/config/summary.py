@@ -1,4 +1,4 @@
-"""What `check` prints when nothing is wrong: the run in a few lines."""
+"""The lines that `check` prints when nothing is wrong."""
 
 from megahybrid.config.counting import parameters
 from megahybrid.config.describe import anneal_steps

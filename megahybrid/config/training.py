@@ -108,7 +108,7 @@ class EvaluateConfig(Frozen):
 
 
 class LogConfig(Frozen):
-    """What is written while a run goes on, besides the ledger and the console."""
+    """The traces and trackers that a run writes to, besides the ledger and the console."""
 
     audit_every_steps: int | None = Field(
         default=1000, gt=0, description="steps between two gradient audits; null: none"

@@ -1,4 +1,4 @@
-"""What each parameter is by name: first values, weight decay, learning-rate multiplier, kind.
+"""The table of parameters by name: first values, weight decay, learning-rate multiplier, kind.
 
 One table, two parametrisations. `standard`: normal with `initial_std` (the embedding:
 `embedding_std`), projections back to the residual stream divided by sqrt(2 * layers). `mup` (arXiv

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from megahybrid.config.huggingface_fit import Fit, huggingface_fits
-from megahybrid.interop.names import OWN, tensor_names
-from megahybrid.interop.said import config_fields, inexact_rotations
 from pydantic import BaseModel
 from torch import Tensor
 
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.config import counting, dump, parse
+from megahybrid.config.architecture_fit import Fit
 from megahybrid.config.describe import describe, render
 from megahybrid.config.memory_estimate import local_parameters, memory_per_rank
 from megahybrid.config.model import ModelConfig
@@ -29,7 +27,8 @@ from megahybrid.errors import ConfigError
 from megahybrid.evaluate.attention import attention_of
 from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.generation import Decoder
-from megahybrid.interop.export import choose
+from megahybrid.interop.architectures.table import by_name, huggingface_fits
+from megahybrid.interop.export import choose, inexact_rotations
 from megahybrid.interop.shards import reordered
 from megahybrid.model.init import initialise, parameter_rule
 from megahybrid.model.kernels import KERNELS
@@ -40,6 +39,7 @@ from tests.config.example import example
 from tests.plain_model import PlainModel, canonical_shapes, random_tensors, relative_error
 
 LENGTH = 21  # of rows: beyond every example's window
+OWN = "Megahybrid"
 Place = Callable[[ModelConfig], None]
 _compares = True  # with the independent model; not where a place must refuse by itself
 
@@ -227,7 +227,7 @@ def fit(config: ModelConfig) -> None:
     _refused_by(fits)
     for one in fits:
         if one.can:
-            config_fields(one.architecture, config, config.layer_plan, 64)
+            by_name(one.architecture).to_config(config, config.layer_plan, 64)
 
 
 def _refused_by(fits: Sequence[Fit]) -> None:
@@ -251,13 +251,13 @@ def named_exports(config: ModelConfig) -> None:
     _refused_by(fits)
     for one in fits:
         if one.can:
-            assert choose(config, config.layer_plan, one.architecture) == one.architecture
+            assert choose(config, config.layer_plan, one.architecture).name == one.architecture
             _exported_equals(config, one.architecture)
 
 
 def _exported_equals(config: ModelConfig, architecture: str) -> None:
     if not _compares:
-        config_fields(architecture, config, config.layer_plan, 64)
+        by_name(architecture).to_config(config, config.layer_plan, 64)
         return
     tensors = _tensors(config, dtype=torch.float32, std=0.12)
     tokens = _tokens(config)[0]
@@ -276,7 +276,7 @@ def _their_model(config: ModelConfig, architecture: str, tensors: dict[str, Tens
     from megahybrid.interop.remote_code.modeling_megahybrid import MegahybridForCausalLM
 
     plan = config.layer_plan
-    fields = config_fields(architecture, config, plan, 64)
+    fields = by_name(architecture).to_config(config, plan, 64)
     fields.pop("architectures")
     fields.pop("auto_map", None)
     kind = fields.pop("model_type")
@@ -288,7 +288,7 @@ def _their_model(config: ModelConfig, architecture: str, tensors: dict[str, Tens
         made._attn_implementation = "eager"  # the one that has sinks, in every class
         theirs = getattr(transformers, f"{architecture}ForCausalLM")(made)
     state = {}
-    for name in tensor_names(config, plan, architecture):
+    for name in by_name(architecture).tensor_names(config, plan):
         if name.ours is None:
             state[name.theirs] = torch.full(name.shape, float(name.constant))
         else:
