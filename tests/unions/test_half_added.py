@@ -28,24 +28,6 @@ NOTHING_TO_DECIDE = {
     ("block", "self_test"): "it asks attention alone",
     ("norm", "self_test"): "it asks attention alone",
 }
-RUNS = ("model", "trained_model", "kernels", "cache", "analysis")
-# Places with an open `else`: each is to be closed where it stands.
-OPEN = {
-    **{(name, place): "model/ takes it for none" for name in ("position",) for place in RUNS},
-    **{(name, place): "model/ takes it for plain" for name in ("score_scale",) for place in RUNS},
-    **{
-        (name, place): "model/ takes it for layernorm"
-        for name in ("qk_norm.kind", "norm")
-        for place in RUNS
-    },
-    **{(name, "fit"): "some classes claim it" for name in ("position", "scaling")},
-    **{(name, "named_exports"): "some classes claim it" for name in ("position", "scaling")},
-    **{
-        (name, "own_export"): "written without being looked at"
-        for name in DUMMIES
-        if name != "scaling"
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +40,15 @@ def told() -> dict[str, dict[str, str | None]]:
     return found
 
 
-def cases() -> list[object]:
-    return [
-        pytest.param(
-            member,
-            place,
-            id=f"{member}-{place}",
-            marks=[pytest.mark.xfail(reason=OPEN[member, place], strict=True)]
-            if (member, place) in OPEN
-            else [],
-        )
-        for member in DUMMIES
-        for place in PLACES
-        if (member, place) not in NOTHING_TO_DECIDE
-    ]
+CASES = [
+    (member, place)
+    for member in DUMMIES
+    for place in PLACES
+    if (member, place) not in NOTHING_TO_DECIDE
+]
 
 
-@pytest.mark.parametrize(("member", "place"), cases())
+@pytest.mark.parametrize(("member", "place"), CASES)
 def test_a_half_added_member_is_refused_by(
     member: str, place: str, told: dict[str, dict[str, str | None]]
 ) -> None:
