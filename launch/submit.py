@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megahybrid
-from megahybrid.config import RunConfig, dump_yaml, load
+from megahybrid.config import RunConfig, check_run, dump_yaml, load
 from megahybrid.config.explain import show
 from megahybrid.config.limits import NODES
 from megahybrid.config.missing_data import making_command
@@ -53,7 +53,7 @@ def plan(
     refuse_foreign_run_folder(directory)
     # The script lies in the run's folder and may be read on nodes with another working directory.
     run = run.model_copy(update={"directory": str(directory)})
-    run.check(nodes * facts.ranks)
+    check_run(run, nodes * facts.ranks)
     seconds = facts.job_seconds
     lead = stop_lead(directory, facts.stop_lead_seconds)
     if lead * 2 > seconds:

@@ -66,8 +66,8 @@ def rooms(arrows: Arrows, folder: str) -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def imports() -> Arrows:
-    """What each module imports, at its top or within a function; not for the type checker alone."""
-    graph = grimp.build_graph("megahybrid", exclude_type_checking_imports=True, cache_dir=None)
+    """What each module imports: at its top, within a function, or for the type checker alone."""
+    graph = grimp.build_graph("megahybrid", exclude_type_checking_imports=False, cache_dir=None)
     return {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
 
 

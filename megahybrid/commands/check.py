@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megahybrid.config import RunConfig, load
+from megahybrid.config import RunConfig, check_run, load
 from megahybrid.config.explain import show
 from megahybrid.errors import EXIT_DONE, ConfigError
 
@@ -78,5 +78,5 @@ def _checked(run_file: Path, overrides: Sequence[str], world_size: int | None) -
     if world_size is not None and not 1 <= world_size <= MOST_RANKS:
         least = "1 or more" if world_size < 1 else f"{MOST_RANKS:,} or fewer"
         raise ConfigError(f"--world-size={show(world_size)} is no number of ranks. Use {least}.")
-    run.check(world_size)
+    check_run(run, world_size)
     return run

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config import RunConfig, load
+from megahybrid.config import RunConfig, check_run, load
 from megahybrid.config.old_words import Tell, current_overrides, silent, tell_once
 from megahybrid.errors import (
     EXIT_DONE,
@@ -58,7 +58,7 @@ def train(
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes={processes} starts no rank. Use 1 or more.")
     processes = processes or _default_processes(run)
-    run.check(processes)
+    check_run(run, processes)
     from megahybrid.checkpoint.directory import RunLock
     from megahybrid.train.preflight import check_inputs
 
@@ -187,7 +187,7 @@ def _attempt(
     expandable_segments()
     _limit_threads()
     world = initialise_distributed(run.device)
-    run.check(world.world_size)
+    check_run(run, world.world_size)
     if LOGS not in os.environ:  # under Slurm every rank's output is a file of its own already
         _open_log(directory / "logs", world.rank)
     mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)

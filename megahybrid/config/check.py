@@ -1,7 +1,7 @@
 """The checks that span the parts of a run. Each function returns its problems, one line each."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
@@ -10,15 +10,23 @@ from megahybrid.config.explain import MOST_LINES
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import rotation_problems
+from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
 from megahybrid.printable import shortened
 
-if TYPE_CHECKING:
-    from megahybrid.config.run import RunConfig
+
+def check_run(run: RunConfig, world_size: int | None = None) -> None:
+    """Raise ConfigError with every disagreement between the parts of a run, one line each.
+
+    `world_size` is the number of ranks; None leaves out what only it can tell.
+    """
+    lines = problems(run, world_size)
+    if lines:
+        raise ConfigError(*lines)
 
 
-def problems(run: "RunConfig", world_size: int | None) -> list[str]:
+def problems(run: RunConfig, world_size: int | None) -> list[str]:
     """Return the mistakes that config alone can tell, the first MOST_LINES of them."""
     lines: dict[str, None] = {}
     for line in _problems(run, world_size):
@@ -28,7 +36,7 @@ def problems(run: "RunConfig", world_size: int | None) -> list[str]:
     return list(lines)
 
 
-def _problems(run: "RunConfig", world_size: int | None) -> Iterator[str]:
+def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from run.parallel.problems(run.model, world_size)
     yield from _precision(run)
     data_degree = None
@@ -55,7 +63,7 @@ def _problems(run: "RunConfig", world_size: int | None) -> Iterator[str]:
         )
 
 
-def _precision(run: "RunConfig") -> Iterator[str]:
+def _precision(run: RunConfig) -> Iterator[str]:
     if run.parallel.zero_stage == 0 and (run.precision != "fp32" or run.parallel.tensor > 1):
         yield (
             f"parallel.zero_stage=0 is right only in fp32 without tensor parallelism "
@@ -70,7 +78,7 @@ def _precision(run: "RunConfig") -> Iterator[str]:
 _CUDA = ("cudnn", "cudnn_frontend", "varlen", "flex", "fa3", "fa4")
 
 
-def _lengths(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
+def _lengths(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:
     tensor = run.parallel.tensor
     for length in stage.lengths:
         # A degree that the heads refuse needs no second reason.
@@ -125,7 +133,7 @@ def _batches(stage: Stage, where: str, data_degree: int | None) -> Iterator[str]
         )
 
 
-def _gates(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
+def _gates(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:
     for index, gate in enumerate(stage.gates):
         match gate:
             case LossGate():
@@ -143,7 +151,7 @@ def _gates(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
             )
 
 
-def _budget(run: "RunConfig", index: int, data_degree: int | None) -> Iterator[str]:
+def _budget(run: RunConfig, index: int, data_degree: int | None) -> Iterator[str]:
     """A budget that no recomputation meets; only the number of ranks can tell."""
     if not isinstance(run.stages[index].recompute, RecomputeBudget):
         return
@@ -166,7 +174,7 @@ def _multiple(value: int, of: int) -> str:
     return f"Use {below} or {above}." if below else f"Use {above}."
 
 
-def _sources(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
+def _sources(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:
     known = run.data.sources
     for name in stage.weights:
         if name not in known:
@@ -176,7 +184,7 @@ def _sources(run: "RunConfig", stage: Stage, where: str) -> Iterator[str]:
             )
 
 
-def _scheme_overrides(run: "RunConfig") -> list[str]:
+def _scheme_overrides(run: RunConfig) -> list[str]:
     lines: list[str] = []
     plan = run.model.layer_plan
     for index, stage in enumerate(run.stages):
@@ -198,7 +206,7 @@ def _scheme_overrides(run: "RunConfig") -> list[str]:
     return lines
 
 
-def _anneal_steps(run: "RunConfig", index: int, parts: tuple[PlanStretch, ...]) -> Iterator[str]:
+def _anneal_steps(run: RunConfig, index: int, parts: tuple[PlanStretch, ...]) -> Iterator[str]:
     """Every value on the way is trained with, the last one too."""
     total, anneal = run.stage_plan.stage_steps[index], run.stages[index].anneal
     begins = [run.stage_plan.first_step(index, part.tokens) for part in parts] + [total]

@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import Any, assert_never
 
 from megahybrid.config import chunk_sizes
 from megahybrid.config.attention import LayerPlan
@@ -32,11 +32,9 @@ from megahybrid.config.counting import (
     outside_shapes,
 )
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import Recompute, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megahybrid.config.run import RunConfig
 
 # From the least to the most that is computed again.
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "chunked", "full", "offload")
@@ -309,7 +307,7 @@ def _visitors(local: int) -> int:
     return 8 * chunk_sizes.OFFLOAD_ROOMS * min(chunk_sizes.OFFLOAD_PIECE, local)
 
 
-def policies_of(run: "RunConfig", index: int, data_degree: int) -> list[Recompute]:
+def policies_of(run: RunConfig, index: int, data_degree: int) -> list[Recompute]:
     """The recompute policy of each layer in stage `index`: as named, or solved for its budget.
 
     Raises ConfigError where a budget cannot be met.

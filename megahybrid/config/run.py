@@ -1,4 +1,4 @@
-"""`RunConfig`: everything a run is, and the checks that span its parts."""
+"""`RunConfig`: everything a run is. What spans its parts is checked in check.py."""
 
 import bisect
 from functools import cached_property
@@ -11,7 +11,6 @@ from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import Frozen
-from megahybrid.config.check import problems
 from megahybrid.config.data import DataConfig
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
@@ -24,7 +23,6 @@ from megahybrid.config.training import (
     OptimizerConfig,
     StartConfig,
 )
-from megahybrid.errors import ConfigError
 
 
 class RunConfig(Frozen):
@@ -121,12 +119,3 @@ class RunConfig(Frozen):
     def run_directory(self, run_file: str | Path) -> Path:
         """Where the run lives: `directory`, or runs/<name of the run file>."""
         return Path(self.directory or f"runs/{Path(run_file).stem}")
-
-    def check(self, world_size: int | None = None) -> None:
-        """Raises ConfigError with every disagreement between the parts, one line each.
-
-        `world_size` is the number of ranks; None leaves out what only it can tell.
-        """
-        lines = problems(self, world_size)
-        if lines:
-            raise ConfigError(*lines)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import same_bits
 from benchmarks.same_bits import CASES, alike, differences, relative, run_file, tensors
-from megahybrid.config import RunConfig
+from megahybrid.config import RunConfig, check_run
 from megahybrid.config.parsing import parse
 from megahybrid.config.yaml_file import apply_overrides
 
@@ -20,7 +20,7 @@ KEPT = Path(__file__).parents[1] / "version_0_1/files/run"
 def test_every_case_is_a_run_of_three_stages(name: str) -> None:
     plain = apply_overrides(run_file(CASES[name]), CASES[name].overrides)
     run = parse(RunConfig, plain)
-    run.check(CASES[name].processes)
+    check_run(run, CASES[name].processes)
     assert len(run.stages) == 3 and sum(stage.tokens for stage in run.stages) == 14 * 1024
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megahybrid.config import RunConfig
+from megahybrid.config import RunConfig, check_run
 from megahybrid.config.anneal import MOST_STEPS, WINDOW_MULTIPLE
 from megahybrid.config.describe import describe, render
 from megahybrid.config.summary import summary
@@ -24,7 +24,7 @@ def values(run: RunConfig, index: int = 0) -> list[tuple[int | None, float]]:
 
 def test_a_stage_goes_from_its_own_values_to_those_named() -> None:
     run = annealed("{steps: 5, schemes: {local: {window: 768, position: {theta: 160000}}}}")
-    run.check()
+    check_run(run)
     assert values(run) == [
         (256, 10000), (384, 20000), (512, 40000), (640, 80000), (768, 160000)
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def test_what_cannot_be_annealed_is_refused_in_one_line(anneal: str, words: str)
     from megahybrid.errors import ConfigError
 
     with pytest.raises(ConfigError) as refusal:
-        annealed(anneal).check()
+        check_run(annealed(anneal))
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -116,7 +116,7 @@ def test_a_window_that_is_no_multiple_cannot_be_where_it_begins() -> None:
     from megahybrid.errors import ConfigError
 
     with pytest.raises(ConfigError, match="begins from window=64, which is no multiple of 128"):
-        example("stages.0.anneal={schemes: {local: {window: 512}}}").check()
+        check_run(example("stages.0.anneal={schemes: {local: {window: 512}}}"))
 
 
 def test_every_value_on_the_way_has_a_step_of_training() -> None:
@@ -127,9 +127,10 @@ def test_every_value_on_the_way_has_a_step_of_training() -> None:
     few = run.stages[0].tokens // 10
     assert steps >= 16
     with pytest.raises(ConfigError, match="without a step of training") as refusal:
-        annealed(
+        short = annealed(
             "{steps: 16, schemes: {local: {position: {theta: 5.0e5}}}}",
             f"stages.0.tokens={few}",
             "stages.0.learning_rate.warmup_tokens=0",
-        ).check()
+        )
+        check_run(short)
     assert "\n" not in str(refusal.value)

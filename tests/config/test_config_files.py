@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.config import RunConfig, dump, dump_yaml, load, parse, parse_json
+from megahybrid.config import RunConfig, check_run, dump, dump_yaml, load, parse, parse_json
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.yaml_file import merge, read_tree
 
@@ -34,10 +34,10 @@ def stem(path: Path) -> str:
 @pytest.mark.parametrize("path", RUNS, ids=stem)
 def test_a_shipped_run_checks(path: Path) -> None:
     run = load(path)
-    run.check()
-    run.check(run.parallel.tensor)
+    check_run(run)
+    check_run(run, run.parallel.tensor)
     if path.stem != "demo":  # made for one data rank
-        run.check(run.parallel.tensor * 4)
+        check_run(run, run.parallel.tensor * 4)
     assert run.run_directory(path) == Path("runs") / path.stem
     for index in range(len(run.stages)):
         run.plan_at(index)

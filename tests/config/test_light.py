@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, time
 started = time.process_time()
-from megahybrid.config import load
+from megahybrid.config import check_run, load
 run = load("configs/runs/demo.yaml", ["parallel.tensor=1"])
 loaded = time.process_time()
-run.check(1)
+check_run(run, 1)
 from megahybrid.config.summary import summary
 summary(run, 1)
 checked = time.process_time()

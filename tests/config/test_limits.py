@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from megahybrid.cli import main
-from megahybrid.config import RunConfig, load, memory_estimate
+from megahybrid.config import RunConfig, check_run, load, memory_estimate
 from megahybrid.config.base import dump
 from megahybrid.config.describe import describe
 from megahybrid.config.parsing import parse
@@ -80,7 +80,7 @@ def test_every_number_of_a_run_file_may_be_anything() -> None:
             began = time.process_time()
             try:
                 run = load(DEMO, [f"{dotted}={value}"])
-                run.check(8 * run.parallel.tensor)
+                check_run(run, 8 * run.parallel.tensor)
                 summary(run, 8 * run.parallel.tensor)
                 describe(run, 8 * run.parallel.tensor)
             except MegahybridError as error:
@@ -103,7 +103,7 @@ def test_a_budget_is_solved_for_a_thousand_layers_and_refused_for_more() -> None
     describe(load(DEMO, overrides))
     assert time.process_time() - began < SECONDS
     with pytest.raises(ConfigError, match="solved for 1,000 layers at most"):
-        load(DEMO, [*overrides, "model.layer_plan.num_layers=1_004"]).check(2)
+        check_run(load(DEMO, [*overrides, "model.layer_plan.num_layers=1_004"]), 2)
 
 
 def test_memory_of_many_layers_is_that_of_a_plain_sum() -> None:

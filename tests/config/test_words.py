@@ -2,6 +2,7 @@
 
 import pytest
 
+from megahybrid.config import check_run
 from megahybrid.errors import ConfigError
 from tests.config.example import example
 
@@ -363,7 +364,7 @@ def test_a_value_that_cannot_be_read_is_named_in_one_line(override: str, line: s
 def test_parts_that_disagree_are_named_in_one_line(overrides: list[str], line: str) -> None:
     run = example(*overrides)
     with pytest.raises(ConfigError) as error:
-        run.check(4)
+        check_run(run, 4)
     lines = str(error.value).splitlines()
     assert line in lines
     assert len(lines) == 1 or overrides[0] in SEVERAL
@@ -383,14 +384,14 @@ def test_all_mistakes_are_reported_together() -> None:
         example("parallel.tensr=6", "model.eps=-1", "stages.1.tokens=x")
     assert len(str(error.value).splitlines()) == 3
     with pytest.raises(ConfigError) as error:
-        example("model.intermediate_size=385", "data.block_tokens=2048").check(4)
+        check_run(example("model.intermediate_size=385", "data.block_tokens=2048"), 4)
     assert len(str(error.value).splitlines()) == 2
 
 
 def test_the_example_itself_is_right() -> None:
-    example().check()
-    example().check(4)
+    check_run(example())
+    check_run(example(), 4)
 
 
 def test_more_tensor_ranks_than_kv_heads_are_legal_when_heads_divide() -> None:
-    example("parallel.tensor=8").check(8)
+    check_run(example("parallel.tensor=8"), 8)

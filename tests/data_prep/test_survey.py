@@ -96,18 +96,20 @@ CASES: list[tuple[str, str | bytes, str]] = [
     ("pairs.txt", "a house\tein Haus\n" * 20, "text"),
     ("SHA256SUMS", DIGESTS, "- checksums"),
     ("a.md5", "d41d8cd98f00b204e9800998ecf8427e", "- checksums"),
-    ("a.jsonl", gzip.compress(LINES.encode()), "jsonl in gzip"),
-    ("a.json.gz", gzip.compress(LINES.encode()), "jsonl in gzip"),
-    ("a.json.gz", gzip.compress(json.dumps(ROWS).encode()), "json in gzip"),
+    ("a.jsonl", gzip.compress(LINES.encode(), mtime=0), "jsonl in gzip"),
+    ("a.json.gz", gzip.compress(LINES.encode(), mtime=0), "jsonl in gzip"),
+    ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0), "json in gzip"),
     ("a.json.gz", LINES, "jsonl"),
     ("a.txt.gz", PROSE, "text"),
-    ("a.gz", gzip.compress(PROSE.encode()), "text in gzip"),
-    ("a.png.gz", gzip.compress(PNG), "- image"),
+    ("a.gz", gzip.compress(PROSE.encode(), mtime=0), "text in gzip"),
+    ("a.png.gz", gzip.compress(PNG, mtime=0), "- image"),
     ("a.json.gz", b"\0\1\2broken" + bytes(range(256)), "text in gzip"),
 ]
 
 
-@pytest.mark.parametrize("name, content, expected", CASES)
+@pytest.mark.parametrize(
+    "name, content, expected", CASES, ids=[f"{one[0]}-{one[2]}-{n}" for n, one in enumerate(CASES)]
+)
 def test_content_says_what_a_file_is(
     tmp_path: Path, name: str, content: str | bytes, expected: str
 ) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megahybrid.checkpoint.reader import verify
 from megahybrid.commands.trained_model import load_trained_model
-from megahybrid.config import load
+from megahybrid.config import check_run, load
 from megahybrid.config.base import dump_yaml
 from megahybrid.errors import ConfigError, InteropError, MegahybridError
 from megahybrid.interop import hf_weights
@@ -195,7 +195,7 @@ def test_a_run_file_is_written_that_starts_from_the_import(tmp_path: Path) -> No
     written(tmp_path / "theirs", "Llama", LLAMA)
     import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
     run = load(tmp_path / "run.yaml")
-    run.check(1)
+    check_run(run, 1)
     assert run.start is not None
     assert run.start.checkpoint == str(tmp_path / "ours")
     assert run.start.take == "weights"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megahybrid.config import load
+from megahybrid.config import check_run, load
 from megahybrid.config.study import Study
 from megahybrid.config.suite import Suite
 from megahybrid.data.dataset import TokenDataset
@@ -33,7 +33,7 @@ def test_every_variant_of_a_shipped_study_is_a_run_that_can_be_meant(folder: Pat
     for variant in plan.variants:
         overrides = StudyRun(plan, folder, Path("/out"), variant, 1).overrides()
         run = load(folder / plan.run, overrides)
-        run.check(1)
+        check_run(run, 1)
         plans.append(run.model_dump(exclude={"directory": True}))
         assert set(plan.data) <= set(run.data.sources)
     assert all(one != other for n, one in enumerate(plans) for other in plans[:n])
