@@ -31,9 +31,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a run has seen, from `first_step` on. seen: sha256 over first token and length of every
-    span served of a source, in order; by_step: the same for a step, with its sources; rows: of
-    all steps together."""
+    """The tokens that a run has seen, from `first_step` on. seen: sha256 over first token and
+    length of every span served of a source, in order; by_step: the same for a step, with its
+    sources; rows: of all steps together."""
 
     run: str
     steps: int
@@ -58,7 +58,7 @@ def load_run(path: str | Path) -> RunConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stood after `step` steps: what a checkpoint or its beginning knows of it."""
+    """The place of a run after `step` steps: what a checkpoint or its beginning knows of it."""
 
     step: int
     tokens: int
@@ -108,7 +108,7 @@ def _parent(run: RunConfig, directory: Path | None) -> Path:
 
 
 def _train_state(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint's manifest keeps of training; None where there is none to read."""
+    """Return what a checkpoint's manifest keeps of training; None where there is none to read."""
     try:
         saved = json.loads(path.read_bytes())["train_state"]
         return {name: saved[name] for name in ("step", "tokens", "data")}

@@ -1,1 +1,1 @@
-"""What a user types: a file for each command, which combines what lies below."""
+"""The commands that a user types, a file for each, which combine what lies below."""

@@ -65,7 +65,7 @@ def parent_of(directory: Path) -> Parent | None:
 
 
 def _named_parent(run: RunConfig) -> Parent | None:
-    """Of a run that has not begun: what its file names."""
+    """Return the parent that a run which has not begun names in its file."""
     if run.start is None:
         return None
     return Parent(checkpoint=run.start.checkpoint, take=run.start.take)

@@ -86,7 +86,7 @@ class Reach:
     sliding: dict[str, HeldOutLoss]
 
     def to_json(self) -> dict[str, Any]:
-        """As `evaluations` keep it."""
+        """Return the result as `evaluations` keep it."""
         return {
             "rows": {
                 str(length): {name: _brief(score) for name, score in scores.items()}

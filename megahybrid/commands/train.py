@@ -76,8 +76,8 @@ def train(
 
 
 def _teller(environment: Mapping[str, str]) -> Tell:
-    """Where lines about old words go: said once, not by each rank, and not again by ranks that
-    `train` has started."""
+    """Return where lines about old words go: said once, not by each rank, and not again by ranks
+    that `train` has started."""
     rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
     return silent if LAUNCHER in environment or rank != "0" else tell_once
 

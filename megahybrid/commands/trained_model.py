@@ -128,7 +128,7 @@ def _fill(model: Transformer, reader: Reader) -> None:
 
 
 def header(trained: TrainedModel) -> dict[str, Any]:
-    """Which model a result is of."""
+    """Return the fields that say which model a result is of."""
     return {
         "checkpoint": str(trained.checkpoint),
         "step": trained.step,

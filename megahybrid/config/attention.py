@@ -115,7 +115,7 @@ class QKNorm(Frozen):
                 assert_never(never)
 
     def learned(self) -> tuple[str, str] | None:
-        """Which values share a weight, as (over, weight); None without a norm."""
+        """Return which values share a weight, as (over, weight); None without a norm."""
         match self.kind:
             case "none":
                 return None
@@ -179,7 +179,7 @@ def learned_scale(scale: ScoreScale) -> str | None:
 
 
 class AttentionScheme(Frozen):
-    """How a layer's queries see its keys.
+    """The way in which a layer's queries see its keys.
 
     `window` counts the keys visible to a query, the query's own included; None means all earlier
     keys of the document. This is the only place that says so; kernels convert.
@@ -293,7 +293,7 @@ Pattern = Annotated[
 
 
 class LayerPlan(Frozen):
-    """Which scheme each layer has: the sequence of schemes is the architecture."""
+    """The scheme of each layer: the sequence of schemes is the architecture."""
 
     num_layers: Annotated[int, limits.LAYERS] = Field(ge=1, description="blocks")
     pattern: Pattern = Field(description="one period of scheme names, or a rule")

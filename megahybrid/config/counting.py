@@ -107,7 +107,7 @@ def block_norms(block: Block) -> tuple[str, ...]:
 
 
 def norms_read_by_products(block: Block) -> int:
-    """How many of a block's norms give what a product reads."""
+    """Return how many of a block's norms give what a product reads."""
     match block:
         case "pre_norm" | "parallel":
             return len(block_norms(block))

@@ -117,5 +117,5 @@ class RunConfig(Frozen):
         return max(length for stage in self.stages[: index + 1] for length in stage.lengths)
 
     def run_directory(self, run_file: str | Path) -> Path:
-        """Where the run lives: `directory`, or runs/<name of the run file>."""
+        """Return the run's folder: `directory`, or runs/<name of the run file>."""
         return Path(self.directory or f"runs/{Path(run_file).stem}")

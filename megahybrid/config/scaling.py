@@ -39,8 +39,8 @@ class FrequencyScaling(Protocol):
         """Return its name for tables: "yarn x8"."""
 
     def problem(self, rotary_dim: int, head_dim: int) -> str | None:
-        """Why it cannot scale so many rotated dimensions of a head and what to do, as it follows
-        its dotted name; None where it can."""
+        """Return why it cannot scale so many rotated dimensions of a head and what to do, as it
+        follows its dotted name; None where it can."""
 
     def __hash__(self) -> int:
         """Equal ones have the same."""

@@ -282,7 +282,7 @@ def _runs(stage: Stage) -> list[_Run]:
 
 
 class LengthOrder:
-    """Which length each step of a stage has: a deterministic sequence of low discrepancy.
+    """The length of each step of a stage: a deterministic sequence of low discrepancy.
 
     A step of length L holds batch_tokens / L sequences, so a ratio r by sequences is a ratio r * L
     by steps. After every n steps each length has had its exact share to within one step

@@ -8,7 +8,8 @@ from megahybrid.config.base import Frozen, Name
 
 
 class SpikeConfig(Frozen):
-    """Which updates are refused: far above the loss or gradient norm of the last steps."""
+    """The rule by which updates are refused: far above the loss or gradient norm of the last
+    steps."""
 
     action: Literal["skip", "rewind"] = Field(
         default="skip",

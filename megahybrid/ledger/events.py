@@ -1,4 +1,4 @@
-"""What an event line of the ledger tells: a frozen record for each kind of event.
+"""The events of the ledger: a frozen record for each kind of event.
 
 A record's fields are those of the line's `detail`, in the order in which they are written; one with
 None as its default is left out where it is None. Who reads an event decides with `match` over
@@ -17,7 +17,7 @@ Number = float | None  # None, NaN and infinities are gaps
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What all kinds of events have in common."""
+    """The base of all kinds of events."""
 
     name: ClassVar[str]
     # Fields that decide how a run goes on: a line in which one is wrong cannot be read.
@@ -43,8 +43,8 @@ class Parent:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts(Record):
-    """What an attempt runs on, told when it begins. `parent` stays as it was read: a page is drawn
-    whatever it is; `branched_from` reads it."""
+    """The machine and software of an attempt, told when it begins. `parent` stays as it was read: a
+    page is drawn whatever it is; `branched_from` reads it."""
 
     world_size: Count | None = None
     tensor: Any = None
@@ -107,7 +107,7 @@ class StageEvent(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsEvent(Record):
-    """What was measured of each kind of kernel at a length, in words."""
+    """The measurements of each kind of kernel at a length, in words."""
 
     name = "kernels"
     length: Positive
@@ -119,7 +119,7 @@ class KernelsEvent(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeEvent(Record):
-    """What a memory budget came to: the policy of each layer, and how many have each."""
+    """The outcome of a memory budget: the policy of each layer, and how many have each."""
 
     name = "recompute"
     layers: str
@@ -169,7 +169,7 @@ class EvaluateEvent(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """What one task of a suite scored: figures by length, or by RULER's task and length."""
+    """The scores of one task of a suite: figures by length, or by RULER's task and length."""
 
     kind: str
     exact: dict[str, Number] | None = None
@@ -196,7 +196,7 @@ class SuiteEvent(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionFigures:
-    """Where the attention of a kind of layer goes, averaged over its heads."""
+    """The targets of attention of a kind of layer, averaged over its heads."""
 
     mass: dict[str, Number] | None = None  # share of each segment
     entropy_bits: Number = None
@@ -208,7 +208,7 @@ class AttentionFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionEvent(Record):
-    """What the heads looked at in the last tokens of one training row. `layers` and `lag_edges` are
+    """The targets of the heads in the last tokens of one training row. `layers` and `lag_edges` are
     kept for whoever draws them; nothing here computes with them."""
 
     name = "attention"
@@ -235,7 +235,7 @@ class GateEvent(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class SaveEvent(Record):
-    """What became of a save; see `checkpoint.writer.SaveResult`."""
+    """The outcome of a save; see `checkpoint.writer.SaveResult`."""
 
     name = "save"
     ok: bool

@@ -80,12 +80,12 @@ class EventLine:
 
     @property
     def begins(self) -> bool:
-        """Whether an attempt begins here: what earlier ones did beyond its step is void."""
+        """Return whether an attempt begins here: what earlier ones did beyond its step is void."""
         return self.event in (StartEvent.name, ResumeEvent.name)
 
     @property
     def goes_back(self) -> bool:
-        """Whether the attempt went back to this step: what was done beyond it is void."""
+        """Return whether the attempt went back to this step: what was done beyond it is void."""
         return self.event == RewindEvent.name
 
 
@@ -120,7 +120,7 @@ def parse(text: bytes) -> Line:
 
 
 def damage(line: Line) -> str | None:
-    """What keeps a page from being drawn of a line, in words; None where nothing does."""
+    """Return what keeps a page from being drawn of a line, in words; None where nothing does."""
     if isinstance(line, StepLine):
         return None
     if too_deep(line.detail):

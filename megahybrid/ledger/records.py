@@ -20,8 +20,8 @@ UNIONS = (types.UnionType, Union)  # `X | None` of a class, and of an annotated 
 
 
 def wrong_fields(record: Any, value: Any, *names: str) -> str | None:
-    """What is wrong with a JSON value as a record, or with those of its fields that `names` name;
-    None where nothing is."""
+    """Return what is wrong with a JSON value as a record, or with those of its fields that `names`
+    name; None where nothing is."""
     return _checker(record, names)(value)
 
 
@@ -64,7 +64,7 @@ def from_json(record: type[R], value: Mapping[str, Any]) -> R:
 
 @functools.cache
 def _converters(record: Any) -> list[tuple[str, Convert | None]]:
-    """How each field's value is made of JSON; None where it is the same there."""
+    """Return how each field's value is made of JSON; None where it is the same there."""
     return [(name, _converter(hint)) for name, hint, _ in _fields(record)]
 
 
@@ -113,7 +113,7 @@ def to_json(value: Any) -> Any:
 
 @functools.cache
 def _fields(record: Any) -> list[tuple[str, Any, bool]]:
-    """Of each field its name, what it may be, and whether it must be there."""
+    """Return for each field its name, what it may be, and whether it must be there."""
     hints = get_type_hints(record, include_extras=True)
     nothing = dataclasses.MISSING
     return [

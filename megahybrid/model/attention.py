@@ -20,7 +20,7 @@ from megahybrid.parallel.mesh import Axis, ParallelMesh
 
 
 class Heads(NamedTuple):
-    """What attention computes with: [seq, batch, heads_local, head_dim]."""
+    """Queries, keys and values of attention: [seq, batch, heads_local, head_dim]."""
 
     query: Tensor
     key: Tensor
@@ -28,8 +28,8 @@ class Heads(NamedTuple):
 
 
 class BranchInputs(NamedTuple):
-    """What the second half of a layer reads beside the attention output: one field for each output
-    of the input projection that is not heads; None where a block has none.
+    """The inputs that the second half of a layer reads beside the attention output: one field for
+    each output of the input projection that is not heads; None where a block has none.
 
     Of the MLP it is gate and up, or their product, or all that the MLP made of them.
     """

@@ -60,7 +60,7 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def enter(self, hidden: Tensor) -> tuple[Heads, BranchInputs]:
-        """From the residual stream to heads, not yet prepared."""
+        """Return the heads of the residual stream, not yet prepared."""
         raise NotImplementedError
 
     def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:

@@ -28,7 +28,7 @@ from megahybrid.model.activation_offload import offload_saved_tensors
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What a policy drops in forward and computes again."""
+    """The parts of a layer that a policy drops in forward and computes again."""
 
     norms: bool = False  # outputs of norms and the MLP's gated product
     layer: bool = False  # everything but the layer's input

@@ -78,8 +78,8 @@ def host_name(host: str) -> str | None:
 
 
 def answers_to(listening: str) -> Callable[[str], bool]:
-    """Which names a server at the address `listening` answers to: those of loopback; and where it
-    listens to other machines, any address, its own name and this machine's."""
+    """Return the names that a server at the address `listening` answers to: those of loopback; and
+    where it listens to other machines, any address, its own name and this machine's."""
     if is_loopback(listening):
         return is_loopback
     own = {name.lower() for name in (listening, socket.gethostname())}

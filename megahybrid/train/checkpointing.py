@@ -77,7 +77,7 @@ class RunSaver:
         self._saver.finish()
 
     def poll(self) -> None:
-        """To be called at each step boundary: moves on what is being written. Raises
+        """Move on what is being written; to be called at each step boundary. Raises
         CheckpointError where the directory is another's by now: its ledger is too."""
         if self._check is not None:
             self._check()

@@ -1,4 +1,5 @@
-"""What a long stage computes with on a CPU: product routine and compiled blocks, by measurement.
+"""The choice of what a long stage computes with on a CPU: product routine and compiled blocks, by
+measurement.
 
 The answers are kept for the user, by processor, torch, threads and shapes, and the first one stays:
 two runs of one command on one machine compute with the same, and so have the same bits. Where

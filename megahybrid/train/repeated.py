@@ -56,14 +56,14 @@ class Repeatable:
 
 @dataclass(frozen=True)
 class Course:
-    """What decided all steps of a run up to one: each change, with the first step that it held for;
-    None for those of a version that told nothing."""
+    """The decisions behind all steps of a run up to one: each change, with the first step that it
+    held for; None for those of a version that told nothing."""
 
     changes: tuple[tuple[int, Repeatable | None], ...] = ()
 
     @property
     def told(self) -> Repeatable | None:
-        """What decided the last step."""
+        """Return what decided the last step."""
         return self.changes[-1][1] if self.changes else None
 
     @property
@@ -90,8 +90,8 @@ class Course:
 
 @dataclass(frozen=True)
 class EarlierStep:
-    """What the ledger holds of a step that is to be repeated. `parted`: the last step before it
-    that was not done again since."""
+    """The line that the ledger holds of a step that is to be repeated. `parted`: the last step
+    before it that was not done again since."""
 
     attempt: int
     cursor_crc: int
@@ -102,7 +102,7 @@ class EarlierStep:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a repeated step differs from the line of an earlier attempt."""
+    """The difference of a repeated step from the line of an earlier attempt."""
 
     step: int
     attempt: int
@@ -130,8 +130,8 @@ def repeatable(
     files: Mapping[str, str],
     anew: bool = False,
 ) -> Repeatable:
-    """What decides the steps of stage `index`: later stages, and sources that none has read yet,
-    may still change and have no part. `files`: the fingerprint of each source. Collective."""
+    """Return what decides the steps of stage `index`: later stages, and sources that none has read
+    yet, may still change and have no part. `files`: the fingerprint of each source. Collective."""
     whole = first_words(dump(run))  # the digests of ledgers there are
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
@@ -151,7 +151,8 @@ def repeatable(
 
 
 def _machines(mesh: ParallelMesh) -> list[tuple[int, str, int | None]]:
-    """Of each rank: the number of its machine, and what decides the order of its additions."""
+    """Return for each rank the number of its machine, and what decides the order of its
+    additions."""
     if mesh.device.type == "cuda":
         kind, threads = torch.cuda.get_device_name(mesh.device), None
     else:
@@ -209,8 +210,8 @@ def steps_beyond(lines: Iterable[Line], step: int) -> tuple[dict[int, EarlierSte
 
 
 def _parted(begun: Sequence[tuple[int, int]], step: int) -> dict[int, int]:
-    """By attempt, the last of its steps that neither a later attempt did again, nor one that begins
-    at `step`."""
+    """Return by attempt the last of its steps that neither a later attempt did again, nor one that
+    begins at `step`."""
     found: dict[int, int] = {}
     for attempt, began in reversed(begun):
         found[attempt] = step
@@ -225,7 +226,7 @@ def _drop_before(found: dict[tuple[int, ...], dict[int, EarlierStep]], attempt: 
 
 
 def _told(said: Any) -> Repeatable | None:
-    """What a stage told; None of a version that told nothing, or another."""
+    """Return what a stage told; None of a version that told nothing, or another."""
     if isinstance(said, Mapping) and said.keys() == {"config", "layout", "anew"}:
         return Repeatable(str(said["config"]), str(said["layout"]), said["anew"] is True)
     return None
@@ -234,8 +235,8 @@ def _told(said: Any) -> Repeatable | None:
 def difference(
     line: StepLine, earlier: EarlierStep, course: Course, precision: str, deterministic: bool
 ) -> Difference | None:
-    """How a step, which `course` leads to, differs from the same one of an earlier attempt; None
-    where it does not, or where they are not to be compared."""
+    """Return how a step, which `course` leads to, differs from the same one of an earlier attempt;
+    None where it does not, or where they are not to be compared."""
     if earlier.course.config != course.config:
         return None
     if line.cursor_crc != earlier.cursor_crc:
@@ -293,7 +294,7 @@ class RepeatedSteps:
             self.forget()
 
     def forget(self) -> None:
-        """From here on other data come, after a rewind: nothing is repeated."""
+        """Compare nothing from here on: other data come after a rewind."""
         self._earlier = {}
 
     def stage(self, index: int, kernels: Mapping[str, str]) -> dict[str, Any]:

@@ -214,8 +214,8 @@ def plan_of(run: RunConfig, manifest: Manifest, path: Path) -> LayerPlan:
 
 
 def _means(kept: Any, found: AttentionScheme | None) -> bool:
-    """Whether what a checkpoint says of a scheme is read as `found`: words and fields that came
-    later do not part them."""
+    """Return whether what a checkpoint says of a scheme is read as `found`: words and fields that
+    came later do not part them."""
     try:
         return AttentionScheme.model_validate_json(json.dumps(kept)) == found
     except ValueError:

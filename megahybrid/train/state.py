@@ -19,7 +19,7 @@ class TrainState:
     recent: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As kept in a checkpoint's manifest."""
+        """Return the state as a checkpoint's manifest keeps it."""
         return asdict(self)
 
     @staticmethod

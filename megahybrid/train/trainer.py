@@ -27,7 +27,7 @@ WAIT_SECONDS = 0.5  # for a batch, before the ranks ask one another whether to s
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """How a stage ended: all its tokens seen, a stop asked for, no data left, or a spike after
+    """The end of a stage: all its tokens seen, a stop asked for, no data left, or a spike after
     which to go back; with its reason."""
 
     kind: Literal["complete", "stopped", "spike", "exhausted"]
@@ -36,7 +36,7 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class Intervals:
-    """How often a run saves, scores and audits, and when it gives up."""
+    """The steps between saves, scores and audits, and when a run gives up."""
 
     save_every_steps: int
     evaluate_every_steps: int | None
@@ -224,7 +224,8 @@ class Trainer:
             self.hooks.on_event(SkipEvent(reason=reason, in_a_row=state.skipped_in_a_row))
 
     def _mfu(self, data: StepData, seconds: float) -> float | None:
-        """From the exact pairs of every rank's masks; None on devices without a known peak."""
+        """Return the MFU from the exact pairs of every rank's masks; None on devices without a
+        known peak."""
         if self.peak is None:
             return None
         flops = float(sum(self.stage_model.flops.of(batch.starts) for batch in data.micro_batches))

@@ -1,4 +1,5 @@
-"""What classes share of a model's layers: reasons against a plan, fields of a config, and back."""
+"""The parts that classes share for a model's layers: reasons against a plan, fields of a config,
+and back."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which of ours, and in which order a class keeps the rows of a head.
+"""The Hugging Face name of each of our tensors, and the order in which a class keeps a head's rows.
 
 Inside our model a rotation has the pairs (i, i + rotary_dim / 2). Cohere's classes have
 (2i, 2i + 1); and a rotation of part of a head, written as `proportional`, has pairs of the whole

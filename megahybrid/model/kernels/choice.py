@@ -1,4 +1,5 @@
-"""Which kernel each kind of layer has: named, kept from a checkpoint, or the fastest by measure."""
+"""The choice of a kernel for each kind of layer: named, kept from a checkpoint, or the fastest by
+measure."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a layer's attention is given: the shape of one micro batch."""
+    """The size of a layer's attention: the shape of one micro batch."""
 
     rows: int
     length: int

@@ -1,4 +1,4 @@
-"""What a kernel is told beside queries, keys and values, and where it is to run."""
+"""The request to a kernel beside queries, keys and values, and the place where it is to run."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionSpec:
-    """Which keys each query sees, and how scores are made: the one argument of a kernel after
+    """The keys that each query sees, and how scores are made: the one argument of a kernel after
     q, k and v.
 
     Every field but the scale is a feature: None where it is not asked for. A kernel lists those
@@ -66,7 +66,7 @@ class AttentionSpec:
 
 
 class Place(NamedTuple):
-    """Where a kernel is to run, on what values, and whether with a backward."""
+    """The device and values that a kernel is to run on, and whether with a backward."""
 
     device: torch.device
     dtype: torch.dtype

@@ -50,7 +50,7 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
-    """What queries are multiplied by before anything else is done to them: in bf16 scores of
+    """Return the factor of queries before anything else is done to them: in bf16 scores of
     several times SCORE are rounded by as much as would hide what is wrong."""
     match scheme.position:
         case Rope() as rope:

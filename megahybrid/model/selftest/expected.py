@@ -104,7 +104,7 @@ def rotated(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
 def score_factor(
     scale: ScoreScale, position: Tensor, keys: Tensor, learned: Tensor | None, head_dim: int
 ) -> Tensor:
-    """What q·k is multiplied by, [queries, rows, heads or 1]; `position` and the number of `keys`
+    """Return the factor of q·k, [queries, rows, heads or 1]; `position` and the number of `keys`
     seen are [queries, rows]."""
     match scale:
         case FixedScale():

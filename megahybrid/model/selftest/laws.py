@@ -175,7 +175,7 @@ def rotates_by_its_frequencies(
 
 
 def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) -> None:
-    """What q·k is multiplied by, within a hundredth even in bf16: the last query points at its own
+    """Check the factor of q·k, within a hundredth even in bf16: the last query points at its own
     key alone, by a score of POINTED, and what is left for the other keys tells the score that was.
     Of vectors drawn at random a factor moves the output by less than bf16 rounds."""
     if scheme.window == 1:

@@ -92,8 +92,9 @@ class Rows:
 
 
 class Contexts:
-    """What all layers of a batch share, made once for each kind of rows: schemes that are asked one
-    after the other share it as layers do, so that one which is given what another made is seen."""
+    """The values that all layers of a batch share, made once for each kind of rows: schemes that
+    are asked one after the other share it as layers do, so that one which is given what another
+    made is seen."""
 
     def __init__(self, shape: HeadShape) -> None:
         self._shape = shape

@@ -1,4 +1,5 @@
-"""Where ZeRO keeps this rank's fp32 masters and moments: views by parameter, and fragments of them.
+"""The places where ZeRO keeps this rank's fp32 masters and moments: views by parameter, and
+fragments of them.
 
 ZeRO cuts parameters into flat ranges. A `Piece` is the range of one parameter whose masters this
 rank owns; everything outside this folder sees only fragments of canonical tensors.

@@ -1,4 +1,4 @@
-"""How long the parts of a step take, without stopping a device to ask."""
+"""The seconds of each part of a step, without stopping a device to ask."""
 
 import time
 
