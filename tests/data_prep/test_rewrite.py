@@ -124,8 +124,7 @@ WORDS = {
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from megahybrid.data_prep import arguments
-from megahybrid.commands import data
+from megahybrid.cli.data import add_data_commands
 import argparse
 calls, left = 0, int(sys.argv[1])
 def count(frame, event, argument):
@@ -134,11 +133,11 @@ def count(frame, event, argument):
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
 parser = argparse.ArgumentParser()
-arguments.add_arguments(parser.add_subparsers())
+add_data_commands(parser.add_subparsers())
 sys.argv = ["megahybrid", "data", *sys.argv[2:]]
 args = parser.parse_args(sys.argv[1:])
 sys.setprofile(count)
-data.run(args)
+args.run(args)
 sys.setprofile(None)
 print(left)
 """

@@ -30,8 +30,11 @@ assert "torch" not in sys.modules and "launch" not in sys.modules
 FIRST = """
 import site, sys
 before = set(sys.path)
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]  # the other install's, of the same version, has the same name
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-site.addsitedir({!r})
+sys.path.insert(0, {0!r})  # where its own is looked for first
+site.addsitedir({0!r})
 sys.path.sort(key=lambda path: path in before)
 """
 
