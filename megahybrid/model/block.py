@@ -31,6 +31,7 @@ from megahybrid.parallel.collectives import scatter_sequence
 from megahybrid.parallel.mesh import ParallelMesh
 
 Hidden = Float[Tensor, "seq_local batch hidden"]
+_GATED = ("gate", "up", "gated")  # the first two, and what is made of them
 BlockKind = Literal["pre_norm", "post_norm", "parallel"]
 
 
@@ -117,7 +118,9 @@ class Block(nn.Module):
         again. Their gradients are then written where the input product's backward reads them."""
         if inputs.gate is None or inputs.up is None or self.recompute.norms:
             return inputs
-        return inputs._replace(gate=None, up=None, gated=swiglu(inputs.gate, inputs.up))
+        # Made anew, not by _replace: torch 2.11 cannot trace that.
+        others = {name: getattr(inputs, name) for name in inputs._fields if name not in _GATED}
+        return BranchInputs(gated=swiglu(inputs.gate, inputs.up), **others)
 
     def entered(
         self, names: tuple[str, ...], outputs: tuple[Tensor, ...]
