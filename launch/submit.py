@@ -141,16 +141,14 @@ def _refuse_second(job: Job) -> None:
 
 def _refuse_missing(run: RunConfig) -> None:
     """Refuse data that are not there: nodes see the same disks, and nobody should wait for that."""
-    for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
-        for name, source in sources.items():
-            if not Path(source.path).exists():
-                command = making_command(source.path)
-                prepare = "Prepare the data" if command is None else f"Make it with `{command}`"
-                raise ConfigError(
-                    f"data.{part}.{name}.path={source.path} does not exist (seen from "
-                    f"{os.getcwd()}). {prepare}, correct the path, or submit from the "
-                    "folder it is relative to."
-                )
+    for field, path in run.data.datasets():
+        if not Path(path).exists():
+            command = making_command(path)
+            prepare = "Prepare the data" if command is None else f"Make it with `{command}`"
+            raise ConfigError(
+                f"{field}.path={path} does not exist (seen from {os.getcwd()}). {prepare}, correct "
+                "the path, or submit from the folder it is relative to."
+            )
 
 
 def _environment() -> dict[str, object]:

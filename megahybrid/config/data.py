@@ -45,3 +45,12 @@ class DataConfig(Frozen):
     tokenizer: str | None = Field(
         default=None, description="tokenizer file, checked against the data and used for samples"
     )
+
+    def datasets(self) -> list[tuple[str, str]]:
+        """Return the field and the path of every dataset that is named, sources first."""
+        parts = (("sources", self.sources), ("held_out", self.held_out))
+        return [
+            (f"data.{part}.{name}", source.path)
+            for part, sources in parts
+            for name, source in sources.items()
+        ]

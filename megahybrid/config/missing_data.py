@@ -12,11 +12,7 @@ MADE_BY = (("build/demo/", "megahybrid data demo"),)
 
 def missing_data(run: RunConfig) -> list[tuple[str, str]]:
     """Return field and path of every dataset and tokenizer that is not where the run names it."""
-    named = [
-        (f"data.{part}.{name}.path", source.path)
-        for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out))
-        for name, source in sources.items()
-    ]
+    named = [(f"{field}.path", path) for field, path in run.data.datasets()]
     if run.data.tokenizer is not None:
         named.append(("data.tokenizer", run.data.tokenizer))
     return [(field, path) for field, path in named if not _exists(path)]

@@ -40,7 +40,7 @@ def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
 
     None where no data with a manifest is on this machine.
     """
-    for source in (*run.data.sources.values(), *run.data.held_out.values()):
-        if (Path(source.path) / MANIFEST_NAME).exists():
-            return read_manifest(Path(source.path))[0].tokenizer, source.path
+    for _, path in run.data.datasets():
+        if (Path(path) / MANIFEST_NAME).exists():
+            return read_manifest(Path(path))[0].tokenizer, path
     return None

@@ -25,13 +25,12 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
     first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
     if tokenizer is not None:
         first = ("data.tokenizer", tokenizer.info.sha256)
-    for part, sources in (("sources", run.data.sources), ("held_out", run.data.held_out)):
-        for name, source in sources.items():
-            dataset = TokenDataset(source.path, vocab_size=run.model.vocab_size)
-            if first is not None:
-                dataset.check_tokenizer(first[1], first[0])
-            elif dataset.manifest is not None:
-                first = (f"the tokenizer of data.{part}.{name}", dataset.manifest.tokenizer.sha256)
+    for field, path in run.data.datasets():
+        dataset = TokenDataset(path, vocab_size=run.model.vocab_size)
+        if first is not None:
+            dataset.check_tokenizer(first[1], first[0])
+        elif dataset.manifest is not None:
+            first = (f"the tokenizer of {field}", dataset.manifest.tokenizer.sha256)
     check_suites(run)
     check_resume_point(run, directory, allow)
 
