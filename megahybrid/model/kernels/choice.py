@@ -18,8 +18,8 @@ from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.registry import measured
 from megahybrid.parallel import matmul
 
-KINDS = ("full", "windowed")
-WINDOWS = {"full": None, "windowed": 1}  # one that is shorter than every row
+WINDOWS = {"full": None, "windowed": 1}  # of each kind of layer; 1 is shorter than every row
+KINDS = tuple(WINDOWS)
 REPEATS = 3
 # Of results that differ by rounding alone, relative: bf16 kernels are some 0.005 apart.
 DISAGREEMENT = 0.03
@@ -57,7 +57,7 @@ def resolve_kernels(
     # A window shorter than the row: it serves every batch.
     several = Documents(torch.zeros(1, 2, dtype=torch.int64))
     kinds: dict[str, str] = {}
-    for kind, window in zip(KINDS, (None, 1), strict=True):
+    for kind, window in WINDOWS.items():
         name = getattr(wanted, kind)
         if name == "auto":
             known = None if kept is None else getattr(kept, kind)
