@@ -132,7 +132,7 @@ class Architecture(ABC):
         if len(scales) > 1 and not serves.per_layer:
             refused |= {scale.kind for scale in scales} - {"sqrt_dim"}
         if refused:
-            yield f"it has no logit scale of kind {' or '.join(sorted(refused))}"
+            yield f"it has no score scale of kind {' or '.join(sorted(refused))}"
         windows = {scheme.window for scheme in schemes} - {None}
         if len(windows) > 1 and not serves.per_layer:
             yield f"it has one window, not {len(windows)}"

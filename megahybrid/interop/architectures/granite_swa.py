@@ -136,6 +136,6 @@ def _multiplier(scale: ScoreScale, head_dim: int) -> float:
         case FixedScale():
             return scale.scale
         case Llama4Scale() | LogScale() | SsmaxScale():
-            raise InteropError(f"GraniteSWA has no logit scale of kind {scale.kind}.")
+            raise InteropError(f"GraniteSWA has no score scale of kind {scale.kind}.")
         case _:
             assert_never(scale)
