@@ -8,10 +8,18 @@ from typing import Any
 Run = Callable[[argparse.Namespace], int]
 
 
+def described(
+    commands: argparse._SubParsersAction, name: str, text: str
+) -> argparse.ArgumentParser:
+    """Add a command, or a command of a command, whose help is `text` in the list and on its own."""
+    return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
 def command(
     commands: argparse._SubParsersAction, name: str, run: Run, text: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    """Add a command that `run` carries out."""
+    parser = described(commands, name, text)
     parser.set_defaults(run=run)
     return parser
 

@@ -3,26 +3,27 @@
 import argparse
 from pathlib import Path
 
+from megahybrid.cli.arguments import command, described
+
 
 def add_stored_commands(commands: argparse._SubParsersAction) -> None:
     """Add `checkpoint` with its own commands."""
     text = "list, show, verify, compare and average checkpoints"
-    parser = commands.add_parser("checkpoint", help=text, description=f"{text.capitalize()}.")
-    parser.set_defaults(run=_checkpoint)
+    parser = command(commands, "checkpoint", _checkpoint, text)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    listed = _verb(verbs, "list", "a run's checkpoints, newest first")
+    listed = described(verbs, "list", "a run's checkpoints, newest first")
     listed.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
-    show = _verb(verbs, "show", "what one checkpoint holds")
+    show = described(verbs, "show", "what one checkpoint holds")
     _one(show)
-    verify = _verb(verbs, "verify", "read every byte; of a run's folder: every checkpoint's")
+    verify = described(verbs, "verify", "read every byte; of a run's folder: every checkpoint's")
     verify.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder or a run's")
-    diff = _verb(verbs, "diff", "which parameters changed from A to B, and by how much")
+    diff = described(verbs, "diff", "which parameters changed from A to B, and by how much")
     for name in ("a", "b"):
         help_text = "a checkpoint's folder, or a run's (its newest one)"
         diff.add_argument(name, type=Path, metavar=name.upper(), help=help_text)
     diff.add_argument("--moments", action="store_true", help="the optimizer's moments as well")
     diff.add_argument("--rows", type=int, default=20, metavar="N", help="lines at most (20)")
-    mean = _verb(verbs, "average", "the mean of several checkpoints' weights")
+    mean = described(verbs, "average", "the mean of several checkpoints' weights")
     mean.add_argument("paths", type=Path, nargs="+", metavar="CHECKPOINT")
     mean.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     mean.add_argument(
@@ -30,10 +31,6 @@ def add_stored_commands(commands: argparse._SubParsersAction) -> None:
     )
     for verb in (listed, show, verify, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
 
 def _one(parser: argparse.ArgumentParser) -> None:

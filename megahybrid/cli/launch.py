@@ -3,14 +3,15 @@
 import argparse
 from pathlib import Path
 
+from megahybrid.cli.arguments import command, described
+
 
 def add_launch_commands(commands: argparse._SubParsersAction) -> None:
     """Add `launch` with its own commands."""
     text = "run on a Slurm cluster: submit, watch, stop, requeue"
-    launch = commands.add_parser("launch", help=text, description=text[0].upper() + text[1:] + ".")
-    launch.set_defaults(run=_launch)
+    launch = command(commands, "launch", _launch, text)
     verbs = launch.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    submit = _verb(verbs, "submit", "submit a run, or go on with it")
+    submit = described(verbs, "submit", "submit a run, or go on with it")
     submit.add_argument("run_file", type=Path, metavar="RUN.yaml")
     submit.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     submit.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes that compute")
@@ -29,7 +30,7 @@ def add_launch_commands(commands: argparse._SubParsersAction) -> None:
     row.add_argument("--array", type=int, metavar="K", help="the same as one array of K tasks")
     submit.add_argument("--spares", type=int, default=0, metavar="S", help="spare nodes")
     submit.add_argument("--exclude", default="", metavar="NODES", help="nodes to leave out: n3,n7")
-    status = _verb(verbs, "status", "one line for each run")
+    status = described(verbs, "status", "one line for each run")
     status.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="default: runs/*")
     tail = _run_verb(verbs, "tail", "the ranks' last lines, the first real error first")
     tail.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each rank")
@@ -43,12 +44,8 @@ def add_launch_commands(commands: argparse._SubParsersAction) -> None:
     _run_verb(verbs, "nodes", "the nodes that the run used, their state and failures")
 
 
-def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-
-
 def _run_verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    verb = _verb(verbs, name, text)
+    verb = described(verbs, name, text)
     verb.add_argument("run_directory", type=Path, metavar="RUN", help="a run's folder")
     return verb
 
