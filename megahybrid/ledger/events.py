@@ -30,6 +30,11 @@ class Record:
         found: dict[str, Any] = to_json(self)
         return found
 
+    @classmethod
+    def fields_of(cls, detail: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the record's fields by name, of a line's detail: the inverse of `detail`."""
+        return detail
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
@@ -137,6 +142,13 @@ class AnnealEvent(Record):
     def detail(self) -> dict[str, Any]:
         """The changes stand side by side with the seconds."""
         return self.changes | {"self_test_seconds": self.self_test_seconds}
+
+    @classmethod
+    def fields_of(cls, detail: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the changes apart from the seconds."""
+        changes = dict(detail)
+        seconds = changes.pop("self_test_seconds", None)
+        return {"changes": changes, "self_test_seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -360,11 +372,8 @@ def event_of(name: str, detail: Mapping[str, Any]) -> Event:
     kind = KINDS.get(name)
     if kind is None:
         return OtherEvent(name)
-    if kind is AnnealEvent:
-        changes = dict(detail)
-        seconds = changes.pop("self_test_seconds", None)
-        return AnnealEvent(changes=changes, self_test_seconds=seconds)
-    wrong = wrong_fields(kind, detail)
+    fields = kind.fields_of(detail)
+    wrong = wrong_fields(kind, fields)
     if wrong is None:
-        return from_json(kind, detail)
+        return from_json(kind, fields)
     return DamagedEvent(name, wrong) if kind.drawn else OtherEvent(name)
