@@ -8,7 +8,7 @@ import torch
 
 from megahybrid.config.training import KernelConfig
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels import KERNELS, AttentionSpec, Piece, Place, attend
+from megahybrid.model.kernels import KERNELS, AttentionSpec, Place, attend
 from megahybrid.model.kernels import registry as table
 from megahybrid.model.kernels.kernel import Kernel
 from megahybrid.model.kernels.registry import REGISTRY, TABLE
@@ -17,7 +17,6 @@ HOST = Place(torch.device("cpu"), torch.float32, 16)
 PLAIN = AttentionSpec(scale=0.25)
 # A spec with each feature that no kernel serves yet.
 UNSERVED: dict[str, Any] = {
-    "pieces": (Piece(0, 0, 8, 0),),
     "sinks": torch.zeros(2),
     "bias": torch.zeros(8, 8),
 }

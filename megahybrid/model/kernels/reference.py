@@ -11,20 +11,20 @@ from megahybrid.model.kernels.spec import AttentionSpec
 
 def attend_reference(
     q: Float[Tensor, "seq batch heads head_dim"],
-    k: Float[Tensor, "seq batch kv_heads head_dim"],
-    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    v: Float[Tensor, "keys batch kv_heads head_dim"],
     spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """softmax(scale * q kᵀ + mask) v with a dense mask, in fp32 (fp64 for fp64 inputs).
 
-    Memory is heads × seq × seq: for tests and short sequences.
+    Memory is heads × keys × keys: for tests and short sequences.
     """
-    seq, batch = q.shape[:2]
+    keys, batch = k.shape[:2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     documents = spec.documents
     if documents is None:
-        documents = Documents(torch.zeros(batch, seq, dtype=torch.int64, device=q.device))
-    allowed = documents.visible(spec.window)[:, None, None]
+        documents = Documents(torch.zeros(batch, keys, dtype=torch.int64, device=q.device))
+    allowed = documents.visible(spec.window)[:, None, None, spec.before or 0 :]
 
     grouped = q.to(compute).unflatten(
         2, (k.shape[2], -1)
@@ -35,5 +35,8 @@ def attend_reference(
 
 
 KERNEL = Kernel(
-    "reference", attend_reference, serves=frozenset({"window", "documents"}), quadratic=True
+    "reference",
+    attend_reference,
+    serves=frozenset({"window", "documents", "before"}),
+    quadratic=True,
 )

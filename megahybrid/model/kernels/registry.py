@@ -46,6 +46,9 @@ def attend(
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """softmax(scale * q kᵀ) v over the keys each query sees; KV head = head // (heads / kv_heads).
 
+    The queries are those of the last `seq` of `keys` tokens: `spec.before` says how many more keys
+    there are, and the documents cover all of them.
+
     Softmax is fp32 or better. Raises ConfigError where `kernel` cannot do what `spec` asks: none
     attends to more or less than asked.
     """
@@ -74,18 +77,26 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    before: int | None = None,
 ) -> str:
-    """Return the name of the fastest exact kernel with a backward for a layer, by rule."""
-    spec = AttentionSpec(scale=1.0, window=window, documents=documents)
+    """Return the name of the fastest exact kernel with a backward for a layer, by rule: for rows of
+    `seq` keys, `before` of which come before the first query."""
+    spec = AttentionSpec(scale=1.0, window=window, documents=documents, before=before)
     return _preferred(spec.within(seq), Place(device, dtype, head_dim))
 
 
 def measured(
-    window: int | None, device: torch.device, dtype: torch.dtype, head_dim: int
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    before: int | None = None,
 ) -> list[str]:
     """Return the names of the kernels with a backward that are measured for layers with this
-    window, the usual one first."""
-    spec, place = AttentionSpec(scale=1.0, window=window), Place(device, dtype, head_dim)
+    window, and with keys before the first query if `before` has their number; the usual one
+    first."""
+    spec = AttentionSpec(scale=1.0, window=window, before=before or None)
+    place = Place(device, dtype, head_dim)
     found: dict[Measured, list[str]] = {kind: [] for kind in Measured}
     for kernel in TABLE:
         if dtype not in kernel.unchosen and kernel.refusal(spec, place) is None:
@@ -131,10 +142,11 @@ def _check(q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
     if spec.window is not None and spec.window < 1:
         raise ConfigError(f"window={spec.window} hides a query's own key. Use 1 or more, or null.")
     covered = None if spec.documents is None else tuple(spec.documents.starts.shape)
-    if covered is not None and covered != (batch, seq):
+    if covered is not None and covered != (batch, len(k)):
         raise ConfigError(
-            f"documents cover {covered} (batch, seq) but q has ({batch}, {seq}). Build them from "
-            "the same batch."
+            f"documents cover {covered} (batch, seq) but k has ({batch}, {len(k)}). Build them "
+            "from the same batch."
         )
+    before = spec.before or 0
     # Without a rule for it a causal mask would be laid against the wrong corner.
-    assert len(k) == seq or spec.visible is not None or spec.pieces is not None
+    assert before >= 0 and (len(k) == seq + before or spec.visible is not None)

@@ -10,16 +10,6 @@ from torch import Tensor
 from megahybrid.model.kernels.documents import Documents
 
 
-class Piece(NamedTuple):
-    """Queries first_query … last_query - 1 of row `row`, and the keys from `first_key` to the own
-    key of the last of these queries."""
-
-    row: int
-    first_query: int
-    last_query: int
-    first_key: int
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionSpec:
     """The keys that each query sees, and how scores are made: the one argument of a kernel after
@@ -38,10 +28,9 @@ class AttentionSpec:
     visible: Bool[Tensor, "batch queries keys"] | None = field(
         default=None, metadata={"words": "keys given one by one"}
     )
-    # Queries and keys of different lengths: a part of the rows, and the keys that it sees.
-    pieces: tuple[Piece, ...] | None = field(
-        default=None, metadata={"words": "pieces of queries and keys of different lengths"}
-    )
+    # Keys ahead of the first query's own: the queries are the last of the tokens that the keys, and
+    # documents, are of. None: as many queries as keys.
+    before: int | None = field(default=None, metadata={"words": "keys before the first query"})
     # Per query head, the score of a key that has no value.
     sinks: Tensor | None = field(default=None, metadata={"words": "learned sinks"})
     # Added to the scores.
@@ -58,11 +47,14 @@ class AttentionSpec:
         return found
 
     def within(self, length: int) -> "AttentionSpec":
-        """Return the same for rows of `length` tokens: a window as long as they are hides nothing,
-        and then every kernel without windows serves."""
-        if self.window is None or self.window < length:
+        """Return the same for rows of `length` keys, with no more than they ask: a window as long
+        as they are hides nothing, no keys before the first query are none, and then every kernel
+        without these serves."""
+        window = self.window if self.window is not None and self.window < length else None
+        before = self.before or None
+        if (window, before) == (self.window, self.before):
             return self
-        return replace(self, window=None)
+        return replace(self, window=window, before=before)
 
 
 class Place(NamedTuple):
