@@ -39,16 +39,18 @@ class Ranks:
 
     rank: int
     world_size: int
-    meshes: dict[int, Any] = field(default_factory=dict)
+    meshes: dict[Any, Any] = field(default_factory=dict)
 
-    def mesh(self, tensor: int | None = None) -> Any:
-        """The mesh of this tensor degree (default: all ranks), built at its first use."""
+    def mesh(self, tensor: int | None = None, context: Any = 1) -> Any:
+        """The mesh of this tensor degree (default: all ranks) and context degree or degrees, built
+        at its first use."""
         from megahybrid.parallel.mesh import ParallelMesh
 
         degree = self.world_size if tensor is None else tensor
-        if degree not in self.meshes:
-            self.meshes[degree] = ParallelMesh.from_world(tensor=degree)
-        return self.meshes[degree]
+        key = degree if context == 1 else (degree, context)
+        if key not in self.meshes:
+            self.meshes[key] = ParallelMesh.from_world(tensor=degree, context=context)
+        return self.meshes[key]
 
 
 def run(

@@ -190,7 +190,9 @@ def _attempt(
     check_run(run, world.world_size)
     if LOGS not in os.environ:  # under Slurm every rank's output is a file of its own already
         _open_log(directory / "logs", world.rank)
-    mesh = ParallelMesh.from_world(tensor=run.parallel.tensor, device=world.device)
+    mesh = ParallelMesh.from_world(
+        tensor=run.parallel.tensor, context=run.parallel.context_degrees, device=world.device
+    )
     return run_attempt(
         run, directory, mesh, lambda: _listeners(run, directory, tables), stop, heartbeat, allow
     )

@@ -21,11 +21,13 @@ CLOSE_SECONDS = 2.0  # a small read takes less
 
 @dataclass(frozen=True)
 class StepShape:
-    """One step over all data ranks: `rows` rows of `length` tokens; `micro_rows` is per rank."""
+    """One step over all replicas: `rows` rows of `length` tokens. Each group of `context` of them
+    reads the same rows, `micro_rows` at a time."""
 
     length: int
     rows: int
     micro_rows: int
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def read_step(
     world_size: int = 1,
     documents: Documents = "masked",
 ) -> StepData:
-    """Plans one step for all ranks and reads this rank's rows of it."""
-    parts = rank_rows(shape.rows, rank, world_size, shape.micro_rows)
+    """Plans one step for all ranks and reads this rank's rows of it: those of its group."""
+    group, groups = rank // shape.context, world_size // shape.context
+    parts = rank_rows(shape.rows, group, groups, shape.micro_rows)
     plans, after = mixture.plan_step(state, shape.length, shape.rows)
     _check_unchanged(mixture, [plans[row] for part in parts for row in part])
     return StepData(

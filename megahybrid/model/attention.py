@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
+from megahybrid.model.context_attention import ShardedCall, attend_sharded
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.norm import QKNormModule
@@ -155,7 +156,8 @@ class Attention(nn.Module):
             case other:
                 assert_never(other)
         if self.query_scale is not None:
-            factor = self.query_scale.factor(context.documents, context.length, context.device)
+            whole = self.query_scale.factor(context.documents, context.length, context.device)
+            factor = context.local(whole)
         return Positions(table, factor)
 
     def prepared(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,11 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The attention output of heads that are prepared."""
-        return context.attention(q, k, v, self.spec(context), self.kernel)
+        spec = self.spec(context)
+        if context.shards is None:
+            return context.attention(q, k, v, spec, self.kernel)
+        shards, whole = context.shards, context.attention
+        return attend_sharded(q, k, v, ShardedCall(shards, spec, self.kernel, whole))
 
     def to_hidden(
         self,

@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from megahybrid.config.attention import Rope
 from megahybrid.model.activation_offload import OffloadedTensor
 from megahybrid.model.core_attention import CoreAttention, core_attention
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, plain_table
+from megahybrid.model.row_shards import RowShards
 
 
 @dataclass
@@ -18,6 +21,8 @@ class SequenceContext:
     Tables are made when the first layer asks and shared by all layers of the same rotation.
     `attention` is called by every layer, in their order: what goes on from the keys of earlier
     tokens, or watches, stands there around `core_attention`. Training leaves it as it is.
+    `length` and `documents` are those of whole rows; `shards` says which of their tokens are here,
+    None where all are.
     `offloaded` has the inputs of layers that wait in host memory, the lowest first.
     """
 
@@ -28,15 +33,23 @@ class SequenceContext:
     tables: dict[tuple[Rope, int], RotaryTable] = field(default_factory=dict)
     attention: CoreAttention = core_attention
     offloaded: list[OffloadedTensor] = field(default_factory=list)
+    shards: RowShards | None = None
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""
         key = (rope, head_dim)
         if key not in self.tables:
             where = (self.device, self.dtype)
+            here = () if self.shards is None else self.shards.segments
             self.tables[key] = (
-                plain_table(rope, head_dim, self.length, *where)
+                plain_table(rope, head_dim, self.length, *where, *here)
                 if self.documents is None
-                else RotaryTable.build(rope, head_dim, self.length, self.documents, *where)
+                else RotaryTable.build(
+                    rope, head_dim, self.length, self.documents, *where, *([here] if here else [])
+                )
             )
         return self.tables[key]
+
+    def local(self, whole: Shaped[Tensor, "seq *rest"]) -> Shaped[Tensor, "seq_local *rest"]:
+        """Return what belongs to the tokens that are here of what has an entry for each token."""
+        return whole if self.shards is None else self.shards.cut(whole, dim=0)

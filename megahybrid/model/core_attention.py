@@ -7,6 +7,7 @@ and keys, scales them, or calls a kernel.
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,3 +42,30 @@ def prepare_queries_keys(
 def core_attention(q: Queries, k: Keys, v: Keys, spec: AttentionSpec, kernel: str) -> Queries:
     """Return the attention output of prepared heads, by the kernel of this name (or `auto`)."""
     return attend(q, k, v, spec, kernel)
+
+
+def attention_forward(
+    q: Queries, k: Keys, v: Keys, spec: AttentionSpec, kernel: str
+) -> tuple[Queries, list[Tensor]]:
+    """Return `core_attention` without autograd, and what `attention_backward` needs of it beside
+    the heads and the result: the keys and values need not be kept."""
+    with torch.no_grad():
+        return core_attention(q, k, v, spec, kernel), []
+
+
+def attention_backward(
+    grad: Queries,
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    out: Queries,
+    kept: list[Tensor],
+    spec: AttentionSpec,
+    kernel: str,
+) -> tuple[Queries, Keys, Keys]:
+    """Return the gradients of q, k and v, from that of the result."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        again = core_attention(q, k, v, spec, kernel)
+    by_q, by_k, by_v = torch.autograd.grad(again, (q, k, v), grad)
+    return by_q, by_k, by_v

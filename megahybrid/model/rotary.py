@@ -14,6 +14,8 @@ from torch import Tensor
 from megahybrid.config.attention import Rope
 from megahybrid.model.kernels.documents import Documents
 
+Segments = tuple[tuple[int, int], ...]  # of the tokens of a row: first, and one behind the last
+
 
 @dataclass(frozen=True, eq=False)
 class RotaryTable:
@@ -34,16 +36,19 @@ class RotaryTable:
         documents: Documents | None,
         device: torch.device,
         dtype: torch.dtype,
+        segments: Segments | None = None,
     ) -> "RotaryTable":
         """Angles are fp32 whatever `dtype` is: those of released models, bit for bit.
 
         (In float64 they would differ by 5e-3 at position 131,072.) Positions restart at each
-        document.
+        document. With `segments`, ranges of tokens of a row, the table is of these alone.
         """
         if documents is None:
             positions = torch.arange(length, device=device)[:, None]
         else:
             positions = documents.positions().T
+        if segments is not None:
+            positions = torch.cat([positions[start:stop] for start, stop in segments])
         frequencies = _frequencies(rope, head_dim, device)
         angles = positions[..., None, None].float() * frequencies
         factor = rope.attention_factor()
@@ -64,10 +69,19 @@ def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def plain_table(
-    rope: Rope, head_dim: int, length: int, device: torch.device, dtype: torch.dtype
+    rope: Rope,
+    head_dim: int,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *segments: tuple[int, int],
 ) -> RotaryTable:
-    """Return the table of rows of one document: the same for every batch."""
-    return RotaryTable.build(rope, head_dim, length, None, device, dtype)
+    """Return the table of rows of one document, or of `segments` of these: the same for every
+    batch."""
+    where = (device, dtype)
+    return RotaryTable.build(
+        rope, head_dim, length, None, *where, *([segments] if segments else [])
+    )
 
 
 def rotate(

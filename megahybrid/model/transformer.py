@@ -17,6 +17,7 @@ from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.norm import make_norm
 from megahybrid.model.recompute import run_block
+from megahybrid.model.row_shards import ContextRanks, RowShards
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import ShardSpec, shard_spec
 from megahybrid.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
@@ -29,7 +30,8 @@ class Transformer(nn.Module):
     blocks. `plan` is config.layer_plan or a stage's changed copy of it; `kernels` and `recompute`
     have one entry per layer; `norm` names the implementation of RMSNorm. With `compiler`, torch's
     name of one (inductor), training goes through blocks compiled by it, for which `keeps_weights`
-    says whether a rank has its weights at all times: under ZeRO-3 it has not.
+    says whether a rank has its weights at all times: under ZeRO-3 it has not. With `context`, ranks
+    that share rows are given the whole of these, and hold a part between embedding and loss.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Transformer(nn.Module):
         norm: str = "torch",
         compiler: str | None = None,
         keeps_weights: bool = True,
+        context: ContextRanks | None = None,
     ) -> None:
         super().__init__()
+        self.plan, self.context = plan or config.layer_plan, context
         self.config = config
         self.mesh = mesh
-        schemes = (plan or config.layer_plan).expand()
+        schemes = self.plan.expand()
         kernels = tuple(kernels or ("auto",) * len(schemes))
         nothing: list[Recompute] = ["none"] * len(schemes)
         self.recompute = tuple(recompute or nothing)
@@ -92,24 +96,41 @@ class Transformer(nn.Module):
         targets: Int[Tensor, "batch seq"],
         starts: Int[Tensor, "batch seq"] | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
-        """Sum of the losses in nats over targets that are not -100, and each token's own loss.
+        """Sum of the losses in nats over targets that are not -100, and each token's own loss. The
+        sum is that of this rank's part of the rows, the losses are those of whole rows.
 
         `starts` holds the index within the row of the first token of each token's document; None
         means that every row is one document. On the host, where batches are made, it spares an
         accelerator the wait for its own boundaries. The per-token losses carry no gradient.
         """
-        return self.head(self.hidden(tokens, starts), targets, self.config.logit_scale)
+        shards = self.shards(tokens.shape[1])
+        hidden = self.hidden(tokens, starts)
+        if shards is None:
+            return self.head(hidden, targets, self.config.logit_scale)
+        # Cut here, behind the shift by one that made them: what comes after a part is its target.
+        loss, per_token = self.head(hidden, shards.cut(targets, 1), self.config.logit_scale)
+        return loss, shards.gather(per_token, 1)
+
+    def context_degree(self, length: int) -> int:
+        """Return how many context ranks share a row of `length` tokens."""
+        return 1 if self.context is None else self.context.parallel.context_degree(length)
+
+    def shards(self, length: int) -> RowShards | None:
+        """Return how rows of `length` tokens lie on context ranks; None where they are whole."""
+        return None if self.context is None else self.context.shards(self.plan, length)
 
     def hidden(
         self, tokens: Int[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"] | None = None
     ) -> Float[Tensor, "seq_local batch hidden"]:
         """The final norm's output on this rank's part of the sequence."""
-        hidden = self.embedding(tokens)
+        shards = self.shards(tokens.shape[1])
+        hidden = self.embedding(tokens if shards is None else shards.cut(tokens, 1))
         context = SequenceContext(
             length=tokens.shape[1],
             documents=None if starts is None else Documents(starts).to(tokens.device),
             device=tokens.device,
             dtype=hidden.dtype,
+            shards=shards,
         )
         for block, policy in zip(self.blocks, self.recompute, strict=True):
             hidden = run_block(block, hidden, context, policy)
@@ -121,11 +142,14 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "batch seq vocab"]:
         """All logits, gathered: for sampling and for tests on short inputs."""
         logits = self.head.logits(self.hidden(tokens, starts), self.config.logit_scale)
+        shards = self.shards(tokens.shape[1])
+        logits = logits if shards is None else shards.gather(logits, 0)
         return logits.transpose(0, 1)
 
     def adopt(self, plan: LayerPlan, kernels: Sequence[str]) -> None:
         """Have the layers see as `plan` says from the next forward on: other windows, thetas and
         scales for the same parameters. `kernels` has one entry per layer."""
+        self.plan = plan
         for block, scheme, kernel in zip(self.blocks, plan.expand(), kernels, strict=True):
             attention = block.get_submodule("attention")
             assert isinstance(attention, Attention)

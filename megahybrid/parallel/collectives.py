@@ -29,13 +29,13 @@ class Pending:
     """A result under way: `wait()` gives it. Keeps its input alive until then."""
 
     def __init__(self, result: Tensor, work: dist.Work | None, source: Tensor) -> None:
-        self._result, self._work, self._source = result, work, source
+        self.result, self._work, self._source = result, work, source
 
     def wait(self) -> Tensor:
         """The result, once the collective has finished on this rank (on CUDA: in stream order)."""
         if self._work is not None:
             self._work.wait()
-        return self._result
+        return self.result
 
 
 def all_reduce(

@@ -1,12 +1,13 @@
 """`ParallelMesh`: the named axes along which ranks work together, and how a world of ranks begins.
 
-A mesh is passed to whoever needs it and never looked up. World rank = data.rank * tensor.size +
-tensor.rank: neighbours share a tensor group, because tensor parallelism moves the most bytes.
+A mesh is passed to whoever needs it and never looked up. World rank = (data.rank * context.size +
+context.rank) * tensor.size + tensor.rank: neighbours share a tensor group, because tensor
+parallelism moves the most bytes, and the next larger neighbourhood is a context group.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -37,21 +38,36 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The axes and this rank's device. The sequence is cut exactly when tensor.size > 1."""
+    """The axes and this rank's device.
+
+    `tensor` shares matrices, and cuts the sequence between them exactly when its size is above 1.
+    `context` shares the rows of a micro-batch: each rank holds a part of every row. `data` has
+    micro-batches of its own. `replica` is data × context: all ranks that hold the same weights,
+    over which gradients are summed and ZeRO cuts. `parts` has the axes of the smaller context
+    degrees that some lengths of a run have: a part of `context` each.
+    """
 
     tensor: Axis
     data: Axis
     device: torch.device
+    context: Axis = field(default_factory=lambda: Axis.single("context"))
+    replica: Axis = None  # type: ignore[assignment]  # set below: `data` where nothing cuts rows
+    parts: tuple[Axis, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.replica is None:
+            assert self.context.size == 1
+            object.__setattr__(self, "replica", self.data)
 
     @property
     def world_size(self) -> int:
         """Number of ranks of the mesh."""
-        return self.tensor.size * self.data.size
+        return self.tensor.size * self.replica.size
 
     @property
     def rank(self) -> int:
         """This rank's place in the mesh, equal to its rank in the world."""
-        return self.data.rank * self.tensor.size + self.tensor.rank
+        return self.replica.rank * self.tensor.size + self.tensor.rank
 
     @property
     def world(self) -> Axis:
@@ -61,34 +77,91 @@ class ParallelMesh:
         ranks = tuple(range(self.world_size))
         return Axis("world", self.world_size, self.rank, dist.group.WORLD, ranks)
 
+    def context_of(self, degree: int) -> Axis:
+        """Return the axis of `degree` context ranks that share a row with this one."""
+        if degree == 1:
+            return Axis.single("context", self.rank)
+        return next(axis for axis in (self.context, *self.parts) if axis.size == degree)
+
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> "ParallelMesh":
         """The mesh of one process, which needs no process group."""
         return cls(Axis.single("tensor"), Axis.single("data"), torch.device(device))
 
     @classmethod
-    def from_world(cls, *, tensor: int = 1, device: str | torch.device = "cpu") -> "ParallelMesh":
-        """Cuts the initialised world into data × tensor. Collective: every rank calls it alike.
+    def from_world(
+        cls,
+        *,
+        tensor: int = 1,
+        context: int | Sequence[int] = 1,
+        device: str | torch.device = "cpu",
+    ) -> "ParallelMesh":
+        """Cuts the initialised world into data × context × tensor. Collective: every rank calls it
+        alike. `context` may list several degrees: the largest is the axis, the others divide it.
 
         Builds communicators of its own, so that traffic along the axes never queues behind the
-        world's. Raises MeshError when `tensor` does not divide the world size.
+        world's. Raises MeshError when the degrees do not divide the world size.
         """
         world_size, rank = (
             (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         )
-        if tensor < 1 or world_size % tensor:
-            legal = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
-            raise MeshError(
-                f"parallel.tensor={tensor} does not divide the number of processes "
-                f"({world_size}). Use one of {legal}, or start another number of processes."
+        degrees = (context,) if isinstance(context, int) else tuple(sorted(set(context)))
+        largest = degrees[-1]
+        _check_degrees(world_size, tensor, degrees)
+        group = largest * tensor
+        # World ranks by [data, context, tensor].
+        first = range(0, world_size, group)
+        axes = {
+            degree: _axis(
+                "context",
+                [
+                    tuple(f + (part + c) * tensor + t for c in range(degree))
+                    for f in first
+                    for part in range(0, largest, degree)
+                    for t in range(tensor)
+                ],
+                rank,
             )
-        data = world_size // tensor
-        tensor_ranks = [tuple(range(d * tensor, (d + 1) * tensor)) for d in range(data)]
-        data_ranks = [tuple(range(t, world_size, tensor)) for t in range(tensor)]
+            for degree in degrees
+            if degree > 1
+        }
+        tensor_ranks = [tuple(range(f, f + tensor)) for f in range(0, world_size, tensor)]
+        replicas = [tuple(range(t, world_size, tensor)) for t in range(tensor)]
+        if largest == 1:
+            data = replica = _axis("data", replicas, rank)
+        else:
+            replica = _axis("replica", replicas, rank)
+            data = _axis("data", [tuple(range(g, world_size, group)) for g in range(group)], rank)
         return cls(
             tensor=_axis("tensor", tensor_ranks, rank),
-            data=_axis("data", data_ranks, rank),
+            data=data,
             device=torch.device(device),
+            context=axes.pop(largest, Axis.single("context", rank)),
+            replica=replica,
+            parts=tuple(axes.values()),
+        )
+
+
+def _check_degrees(world_size: int, tensor: int, context: Sequence[int]) -> None:
+    """Raise MeshError where the world cannot be cut so."""
+    legal = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+    if tensor < 1 or world_size % tensor:
+        raise MeshError(
+            f"parallel.tensor={tensor} does not divide the number of processes "
+            f"({world_size}). Use one of {legal}, or start another number of processes."
+        )
+    largest = context[-1]
+    for degree in context:
+        if degree < 1 or largest % degree:
+            raise MeshError(
+                f"parallel.context has a degree of {degree}, which does not divide the largest, "
+                f"{largest}. Use divisors of {largest}."
+            )
+    if world_size % (tensor * largest):
+        raise MeshError(
+            f"parallel.context={largest} times parallel.tensor={tensor} does not divide the number "
+            f"of processes ({world_size}). Use a product that is one of {legal}, or start another "
+            "number of processes."
         )
 
 

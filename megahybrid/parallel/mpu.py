@@ -10,15 +10,16 @@ class Mpu:
 
     Make one per mesh, on every rank alike. No method may be named get_sequence_parallel_* or
     initialize_sequence_parallel: DeepSpeed would take the mesh for Ulysses and compute wrong
-    gradient norms.
+    gradient norms. Its data-parallel ranks are those of `replica`: all that hold the same weights,
+    whether they have rows of their own or a part of a row.
     """
 
     def __init__(self, mesh: ParallelMesh) -> None:
         if not dist.is_initialized():
             raise RuntimeError("DeepSpeed needs a process group: call initialise_distributed first")
-        self._tensor, self._data = mesh.tensor, mesh.data
+        self._tensor, self._data = mesh.tensor, mesh.replica
         self._tensor_group = _group(mesh.tensor)
-        self._data_group = _group(mesh.data)
+        self._data_group = _group(mesh.replica)
 
     def get_model_parallel_rank(self) -> int:
         """Rank along the tensor axis."""
@@ -45,19 +46,19 @@ class Mpu:
         return self._tensor_group
 
     def get_data_parallel_rank(self) -> int:
-        """Rank along the data axis."""
+        """Rank along the replica axis."""
         return self._data.rank
 
     def get_data_parallel_world_size(self) -> int:
-        """Size of the data axis."""
+        """Size of the replica axis."""
         return self._data.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Group of the data axis."""
+        """Group of the replica axis."""
         return self._data_group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """World ranks along the data axis."""
+        """World ranks along the replica axis."""
         return list(self._data.ranks)
 
     def get_pipeline_model_parallel_rank(self) -> int:

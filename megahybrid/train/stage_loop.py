@@ -163,9 +163,9 @@ class StageLoop:
         with BatchLoader(
             parts.mixture,
             data,
-            step_shapes(self.plan, state.tokens, until),
-            rank=self.mesh.data.rank,
-            world_size=self.mesh.data.size,
+            step_shapes(self.plan, state.tokens, until, run.parallel),
+            rank=self.mesh.replica.rank,
+            world_size=self.mesh.replica.size,
             documents=run.data.documents,
         ) as loader:
             trainer = Trainer(

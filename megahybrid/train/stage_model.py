@@ -13,6 +13,7 @@ from megahybrid.config.stages import Recompute, RecomputeBudget
 from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent
 from megahybrid.model.compiled import whole_serves
 from megahybrid.model.kernels.chosen import ChosenKernels
+from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -54,6 +55,7 @@ class StageModel:
             norm=run.kernels.norm,
             compiler=self._kernels.compiler,
             keeps_weights=run.parallel.zero_stage < 3,
+            context=ContextRanks(self._mesh, run.model, run.parallel),
         )
         return self.model
 

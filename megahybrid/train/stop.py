@@ -95,4 +95,4 @@ def _any(flags: Sequence[bool], mesh: ParallelMesh) -> list[bool]:
     if mesh.world.size == 1:
         return list(flags)  # no device has to be waited for
     counts = torch.tensor([float(flag) for flag in flags], device=mesh.device)
-    return (all_reduce(all_reduce(counts, mesh.data), mesh.tensor) > 0).tolist()
+    return (all_reduce(all_reduce(counts, mesh.replica), mesh.tensor) > 0).tolist()

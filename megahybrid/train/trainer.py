@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from megahybrid.config.parallel import ParallelConfig
 from megahybrid.config.stages import StagePlan, StagePoint
 from megahybrid.config.training import SpikeConfig
 from megahybrid.data.batches import Batch
@@ -229,7 +230,8 @@ class Trainer:
         if self.peak is None:
             return None
         flops = float(sum(self.stage_model.flops.of(batch.starts) for batch in data.micro_batches))
-        (total,) = sum_scalars([flops], self.mesh.data)
+        (total,) = sum_scalars([flops], self.mesh.replica)
+        total /= data.shape.context  # ranks that share a row have all counted it
         return mfu(total, seconds, self.peak, self.mesh.world_size)
 
 
@@ -249,9 +251,18 @@ def to_micro_batch(batch: Batch, mesh: ParallelMesh) -> MicroBatch:
     return MicroBatch(moved.tokens, moved.targets, None if one_document else moved.starts)
 
 
-def step_shapes(plan: StagePlan, tokens: int, until_tokens: int) -> Iterable[StepShape]:
-    """The shapes of the steps from `tokens` on, for reading ahead within a stage."""
+def step_shapes(
+    plan: StagePlan,
+    tokens: int,
+    until_tokens: int,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+) -> Iterable[StepShape]:
+    """The shapes of the steps from `tokens` on, for reading ahead within a stage. A group of fewer
+    context ranks than the axis has takes as many fewer rows at a time: a rank's tokens are the
+    same."""
     while tokens < until_tokens:
         point = plan.at(tokens)
-        yield StepShape(point.length, point.rows, point.micro_batch_rows)
+        degree = parallel.context_degree(point.length)
+        rows = point.micro_batch_rows * degree // parallel.context_axis
+        yield StepShape(point.length, point.rows, rows, degree)
         tokens += point.batch_tokens

@@ -147,7 +147,16 @@ CALLERS = {
         "model/attention.py prepared",
         "model/selftest/laws.py scales_its_queries",
     },
-    "core_attention": {"evaluate/cache.py _attend", "model/kernels/choice.py run"},
+    "core_attention": {
+        "evaluate/cache.py _attend",
+        "model/kernels/choice.py run",
+        # Its two halves, for keys that are gathered again in backward.
+        "model/core_attention.py attention_forward",
+        "model/core_attention.py attention_backward",
+    },
+    "attention_forward": {"model/context_attention.py forward"},
+    "attention_backward": {"model/context_attention.py backward"},
+    "attend_sharded": {"model/attention.py attended"},
     "query_factor": {"model/score_scale.py _plain_factor", "model/score_scale.py factor"},
 }
 # A model that goes to Hugging Face brings its own code, held to ours by comparing logits.

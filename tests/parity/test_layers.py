@@ -9,7 +9,10 @@ import pytest
 from torch import Tensor
 
 from megahybrid.config.attention import LayerPlan
+from megahybrid.config.parallel import ExchangeConfig, ParallelConfig
+from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import ParallelMesh
 from tests import distributed
 from tests.parity.cases import TURNS, every_layer_case, model
@@ -66,10 +69,12 @@ def case_errors(
     documents: bool = True,
     kernel: str = "auto",
     change_window: int = 0,
+    exchange: dict[str, str] | None = None,
 ) -> Errors:
     """Relative error of the loss, each token's loss, the logits, and every gradient this rank has.
 
     A shard is compared with its box of the plain gradient; a replicated parameter on every rank.
+    With a context axis the parts of rows are summed; `exchange` says how queries meet their keys.
     """
     plan = config.layer_plan
     if windows is not None:
@@ -87,10 +92,12 @@ def case_errors(
         plan=with_windows(plan, lambda window: window + change_window),
         kernels=(kernel,) * plan.num_layers,
         recompute=(recompute,) * plan.num_layers,
+        context=context_ranks(mesh, config, exchange or {}),
     ).double()
     ours.load_canonical(tensors)
     our_loss, our_per_token = ours(batch.tokens, batch.targets, starts)
     our_loss.backward()
+    our_loss = all_reduce(our_loss.detach(), mesh.context)
     assert (our_per_token[batch.targets == -100] == 0).all()
     errors = {
         "loss": relative_error(our_loss, loss),
@@ -101,7 +108,7 @@ def case_errors(
     }
     for parameter, spec in ours.sharded_parameters().values():
         assert parameter.grad is not None, spec.segments[0].name
-        flat, counted = parameter.grad.reshape(-1), 0
+        flat, counted = all_reduce(parameter.grad, mesh.context).reshape(-1), 0
         for segment, start, stop in spec.flat_ranges():
             box = tuple(slice(*bounds) for bounds in spec.box(segment))
             truth = tensors[segment.name].grad
@@ -116,6 +123,16 @@ def case_errors(
     expected = {f"gradient of {name}" for name in tensors}
     assert expected <= errors.keys(), expected - errors.keys()
     return errors
+
+
+def context_ranks(mesh: ParallelMesh, config: Any, exchange: dict[str, str]) -> ContextRanks | None:
+    """How rows lie on the mesh's context axis; None where it has one rank."""
+    if mesh.context.size == 1:
+        return None
+    parallel = ParallelConfig(
+        tensor=mesh.tensor.size, context=mesh.context.size, exchange=ExchangeConfig(**exchange)
+    )
+    return ContextRanks(mesh, config, parallel)
 
 
 def all_errors(ranks: distributed.Ranks, cases: dict[str, dict[str, Any]]) -> dict[str, Errors]:

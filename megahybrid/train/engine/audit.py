@@ -188,10 +188,10 @@ def check_data_replicas(
     Each rank sums the bits of each parameter; sums are compared, and ranks that differ from most
     are named. With two ranks nobody can say which one is right.
     """
-    if mesh.data.size == 1:
+    if mesh.replica.size == 1:
         return
     sums = torch.stack([_bit_sum(parameter) for parameter, _ in parameters.values()])
-    table = all_gather(sums[None], mesh.data).tolist()  # [data, parameters]
+    table = all_gather(sums[None], mesh.replica).tolist()  # [data, parameters]
     rows = [tuple(row) for row in table]
     usual, votes = Counter(rows).most_common(1)[0]
     if votes == len(rows):
@@ -204,10 +204,10 @@ def check_data_replicas(
         for (_, spec), values in zip(parameters.values(), zip(*rows, strict=True), strict=True)
         if len(set(values)) > 1
     )
-    odd = [mesh.data.ranks[index] for index in wrong] if known else mesh.data.ranks
+    odd = [mesh.replica.ranks[index] for index in wrong] if known else mesh.replica.ranks
     raise AuditError(
         f"audit: the weight {name} is not the same bits on all data ranks: "
-        f"{_in_words(odd, mesh.data)}. "
+        f"{_in_words(odd, mesh.replica)}. "
         "Memory or a wire of that machine is at fault: exclude it, then restart from the "
         "checkpoint before the last audit that passed."
     )

@@ -99,7 +99,7 @@ class Engine:
         import deepspeed
 
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        settings = engine_settings(run, model.config.hidden_size, mesh.data)
+        settings = engine_settings(run, model.config.hidden_size, mesh.replica)
         if model.final_norm.weight.is_meta:
             draw_partitioned(model, run, mesh, settings)
         self.model = model
@@ -129,7 +129,7 @@ class Engine:
             patch_gradient_sums,  # which is DeepSpeed's own class
         )
 
-        patch_gradient_sums(self.deepspeed.optimizer, mesh.data, run_overlaps(run, mesh.data))
+        patch_gradient_sums(self.deepspeed.optimizer, mesh.replica, run_overlaps(run, mesh.replica))
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )
@@ -159,7 +159,7 @@ class Engine:
         for piece in self.state.pieces:
             if not (piece.spec.sharded or counts_replicated):
                 continue
-            if self.zero_stage == 0 and self.mesh.data.rank != 0:
+            if self.zero_stage == 0 and self.mesh.replica.rank != 0:
                 continue
             # By segment: the parallel block fuses attention and MLP into one parameter.
             for name, _, _, _, within in piece.segments():
@@ -201,7 +201,7 @@ class Engine:
         `between` is called between two micro-batches, on every rank; what it raises leaves weights
         and moments as they were, and then the engine is good for saving alone.
 
-        Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all data
+        Every gradient is d(sum of losses / N), N the valid tokens of all micro-batches of all
         ranks: a mean per micro-batch would be wrong wherever these differ.
         """
         timer = StepTimer(self.mesh.device)
@@ -211,9 +211,11 @@ class Engine:
         # Counts and sums stay where they are made until the step is done: reading one would have
         # the device wait for the host, and then the host for the device.
         valid = torch.stack([(batch.targets != -100).sum() for batch in micro_batches]).sum()
-        valid = all_reduce(valid.to(torch.float64), self.mesh.data)
-        # DeepSpeed averages over the data axis; multiplying by its size makes that a sum.
-        scale = self.mesh.data.size / valid.clamp(min=1)
+        # Context ranks are given the whole rows that they share.
+        shared = self.model.context_degree(micro_batches[0].tokens.shape[1])
+        valid = all_reduce(valid.to(torch.float64), self.mesh.replica) / shared
+        # DeepSpeed averages over the replicas; multiplying by their number makes that a sum.
+        scale = self.mesh.replica.size / valid.clamp(min=1)
         self.deepspeed.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for index, batch in enumerate(micro_batches):
@@ -223,7 +225,7 @@ class Engine:
             loss_sum += loss.detach()
             if between is not None and index < len(micro_batches) - 1:
                 between()
-        loss_mean = all_reduce(loss_sum, self.mesh.data) / valid.clamp(min=1)
+        loss_mean = all_reduce(loss_sum, self.mesh.replica) / valid.clamp(min=1)
         timer.lap()
         found = audit_gradients(self.parameters, self.mesh) if audit else None
         update = self._update(learning_rate, loss_mean, valid, gate)
@@ -259,7 +261,7 @@ class Engine:
 
         self.optimizer.refuse = refuse
         self.deepspeed.step()
-        squares = all_reduce(all_reduce(self._squares, self.mesh.data), self.mesh.tensor)
+        squares = all_reduce(all_reduce(self._squares, self.mesh.replica), self.mesh.tensor)
         known = self.deepspeed.get_global_grad_norm() if plain is None else plain
         there = [known.double()] if isinstance(known, Tensor) else []
         # The one moment when the host waits.
@@ -319,7 +321,7 @@ class Engine:
         """Return what this rank writes to a checkpoint: each element once over all ranks."""
         return self.state.fragments(
             owns_replicated=self.mesh.tensor.rank == 0,
-            owns_data=self.zero_stage > 0 or self.mesh.data.rank == 0,
+            owns_data=self.zero_stage > 0 or self.mesh.replica.rank == 0,
         )
 
     def load(self, read: ReadFlat, optimizer_step: int | None) -> None:
