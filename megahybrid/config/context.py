@@ -287,9 +287,9 @@ def exchange_problems(
     kinds = {is_full(scheme.window, length) for scheme in plan.schemes.values()}
     set_by_hand = {"full": parallel.exchange.full, "windowed": parallel.exchange.windowed}
     return [
-        f"parallel.exchange.{field}=heads cannot split a tensor rank's {shape.heads} heads (KV heads: "
-        f"{shape.kv_heads}) over {degree} context ranks (parallel.context at length {length})."
-        f" Use {either(shape.legal_degrees())} context ranks, or "
+        f"parallel.exchange.{field}=heads cannot split a tensor rank's {shape.heads} heads (KV "
+        f"heads: {shape.kv_heads}) over {degree} context ranks (parallel.context at length "
+        f"{length}). Use {either(shape.legal_degrees())} context ranks, or "
         f"{'keys' if field == 'full' else 'halo'}."
         for field, full in (("full", True), ("windowed", False))
         if set_by_hand[field] == "heads" and full in kinds

@@ -100,9 +100,14 @@ class ParallelConfig(Frozen):
         named = sorted(self.context)
         return self.context[named[min(bisect.bisect_left(named, length), len(named) - 1)]]
 
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one data rank: tensor times the context axis."""
+        return self.tensor * self.context_axis
+
     def data_degree(self, world_size: int) -> int:
-        """Data-parallel ranks among `world_size` ranks, each of tensor * context_axis ranks."""
-        return world_size // (self.tensor * self.context_axis)
+        """Data-parallel ranks among `world_size` ranks."""
+        return world_size // self.model_ranks
 
     def problems(self, model: ModelConfig, world_size: int | None) -> list[str]:
         """Return what does not fit the model or the number of ranks, one line each."""
@@ -136,14 +141,15 @@ class ParallelConfig(Frozen):
         return lines
 
     def _context_problems(self, world_size: int) -> list[str]:
-        unit = self.tensor * self.context_axis
-        if world_size % unit == 0:
+        if world_size % self.model_ranks == 0:
             return []
+        there = world_size // self.tensor
+        fitting = [n for n in range(1, self.context_axis) if there % n == 0]
         return [
             f"parallel.tensor={self.tensor} times {self.context_axis} context ranks "
             f"(parallel.context) does not divide the world size of {world_size} ranks. Use "
-            f"{either(divisors(world_size // self.tensor))} context ranks, or start a multiple of "
-            f"{unit} ranks."
+            f"{either(fitting)} context ranks, or start a multiple of "
+            f"{self.model_ranks} ranks."
         ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megahybrid.config import check_run
 from megahybrid.config.context import (
     HeadShape,
     Layout,
@@ -129,3 +130,123 @@ def test_an_exchange_that_heads_cannot_serve_is_refused() -> None:
         "over 3 context ranks (parallel.context at length 4096). Use 1, 2 or 4 context ranks, or "
         "halo.",
     ]
+
+
+REFUSED: list[tuple[list[str], int | None, str]] = [
+    (["parallel.context=0"], None, "parallel.context=0 must be at least 1. Change it."),
+    (
+        ["parallel.context={}"],
+        None,
+        "parallel.context={} names no length. Use one degree, or {length: degree}.",
+    ),
+    (
+        ["parallel.context=two"],
+        None,
+        "parallel.context=two is not an integer (it is text). Write an integer.",
+    ),
+    (
+        ["parallel.context={256: 3, 4096: 4}"],
+        None,
+        "parallel.context names a degree of 3, which does not divide the context axis of 4 ranks "
+        "(the largest degree). Use 1, 2 or 4.",
+    ),
+    (
+        ["parallel.exchange.full=halo"],
+        None,
+        "parallel.exchange.full=halo is not one of auto, heads, keys.",
+    ),
+    (
+        ["parallel.context=1_000_000"],
+        None,
+        "parallel.context=1000000 is more than 65,536 (every degree that divides it is tried). "
+        "Use less.",
+    ),
+    (
+        ["parallel.context=4"],
+        12,
+        "parallel.tensor=2 times 4 context ranks (parallel.context) does not divide the world size "
+        "of 12 ranks. Use 1, 2 or 3 context ranks, or start a multiple of 8 ranks.",
+    ),
+    (
+        ["parallel.context=2"],
+        16,
+        "stages.0.batch_tokens=8192 is not a multiple of 16384 (4 data ranks times "
+        "stages.0.micro_batch_tokens=4096). Use 16384.",
+    ),
+    (
+        ["parallel.context=2", "parallel.zero_stage=0", "parallel.tensor=1"],
+        None,
+        "parallel.zero_stage=0 does not sum gradients over the 2 context ranks "
+        "(parallel.context). Use zero_stage: 1.",
+    ),
+    (
+        ["parallel.context={256: 512, 4096: 1}"],
+        None,
+        "stages.0.lengths names 256, fewer tokens than its 512 context ranks (parallel.context). "
+        "Use 256 context ranks or fewer.",
+    ),
+    (
+        ["parallel.context=3"],
+        None,
+        "stages.0.lengths names 256, which is not a multiple of 12 (2 zigzag segments on each of 3 "
+        "context ranks times parallel.tensor=2). Use 252 or 264.",
+    ),
+    (
+        ["parallel.context=3", "parallel.exchange.layout=contiguous", "parallel.tensor=1"],
+        None,
+        "stages.0.lengths names 256, which is not a multiple of 3 (3 context ranks). "
+        "Use 255 or 258.",
+    ),
+    (
+        ["parallel.context=4", "stages.0.lengths={264: 1}"],
+        None,
+        "stages.0.lengths names 264, which is not a multiple of 16 (2 zigzag segments on each of 4 "
+        "context ranks times parallel.tensor=2). Use 256 or 272. Or set "
+        "parallel.exchange.layout: contiguous.",
+    ),
+    (
+        ["parallel.context={1024: 1, 4096: 8}"],
+        None,
+        "stages.1.micro_batch_tokens=4096 is not a multiple of 8192: at length 1024 each of 8 "
+        "groups of 1 among 8 context ranks (parallel.context) takes whole rows. Use 8192.",
+    ),
+    (
+        ["parallel.context=2", "device=cuda", "kernels.full=cudnn"],
+        None,
+        "kernels.full=cudnn does not serve fewer queries than keys, as 2 context ranks have them "
+        "(exchange keys at length 256). Use auto, reference, sdpa or varlen, or "
+        "parallel.exchange.full: heads.",
+    ),
+    (
+        ["parallel.context=8", "parallel.tensor=1", "device=cuda", "kernels.windowed=fa3"],
+        None,
+        "kernels.windowed=fa3 does not serve fewer queries than keys, as 8 context ranks have them "
+        "(exchange halo at length 256). Use auto, reference, blocked or varlen, or "
+        "parallel.exchange.windowed: heads.",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "overrides,world_size,line", REFUSED, ids=[" ".join(o) for o, _, _ in REFUSED]
+)
+def test_what_context_ranks_cannot_do_is_one_line(
+    overrides: list[str], world_size: int | None, line: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_run(example(*overrides), world_size)
+    assert line in str(refused.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    "overrides,world_size",
+    [
+        (["parallel.context=2"], 8),
+        (["parallel.context={256: 1, 4096: 4}"], 16),
+        # Heads gives whole rows, which every kernel serves.
+        (["parallel.context=2", "parallel.exchange={full: heads, windowed: heads}"], 8),
+        (["parallel.context=2", "parallel.zero_stage=3"], None),
+    ],
+)
+def test_a_run_on_context_ranks_passes(overrides: list[str], world_size: int | None) -> None:
+    check_run(example(*overrides), world_size)
