@@ -6,10 +6,11 @@ from typing import assert_never
 from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean, few
+from megahybrid.config.context_check import context_problems
 from megahybrid.config.explain import MOST_LINES
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.memory_estimate import policies_of
-from megahybrid.config.model import rotation_problems
+from megahybrid.config.model import nearest_multiples, rotation_problems
 from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
 from megahybrid.errors import ConfigError
@@ -40,11 +41,12 @@ def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from run.parallel.problems(run.model, world_size)
     yield from _precision(run)
     data_degree = None
-    if world_size is not None and world_size % run.parallel.tensor == 0:
+    if world_size is not None and world_size % run.parallel.model_ranks == 0:
         data_degree = run.parallel.data_degree(world_size)
     for index, stage in enumerate(run.stages):
         yield from _lengths(run, stage, f"stages.{index}")
         yield from _batches(stage, f"stages.{index}", data_degree)
+        yield from context_problems(run, index)
         yield from _sources(run, stage, f"stages.{index}")
         yield from _budget(run, index, data_degree)
         yield from _gates(run, stage, f"stages.{index}.gates")
@@ -70,6 +72,11 @@ def _precision(run: RunConfig) -> Iterator[str]:
             f"(precision={run.precision}, parallel.tensor={run.parallel.tensor}): DeepSpeed's "
             "stage 0 reports a wrong gradient norm otherwise. Use zero_stage: 1."
         )
+    elif run.parallel.zero_stage == 0 and run.parallel.context_axis > 1:
+        yield (
+            f"parallel.zero_stage=0 does not sum gradients over the {run.parallel.context_axis} "
+            "context ranks (parallel.context). Use zero_stage: 1."
+        )
     if run.device == "cpu" and (run.kernels.full in _CUDA or run.kernels.windowed in _CUDA):
         name = "full" if run.kernels.full in _CUDA else "windowed"
         yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
@@ -81,8 +88,9 @@ _CUDA = ("cudnn", "cudnn_frontend", "varlen", "flex", "fa3", "fa4")
 def _lengths(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:
     tensor = run.parallel.tensor
     for length in stage.lengths:
-        # A degree that the heads refuse needs no second reason.
-        if length % tensor and run.model.num_heads % tensor == 0:
+        # A degree that the heads refuse needs no second reason; with context ranks, it is theirs.
+        alone = run.parallel.context_degree(length) == 1
+        if length % tensor and run.model.num_heads % tensor == 0 and alone:
             yield (
                 f"{where}.lengths names {length}, which parallel.tensor={tensor} does not divide "
                 "(each tensor rank holds a part of the sequence). "
@@ -91,7 +99,7 @@ def _lengths(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:
         if stage.micro_batch_tokens % length:
             yield (
                 f"{where}.micro_batch_tokens={stage.micro_batch_tokens} is not a multiple of "
-                f"{length} ({where}.lengths). {_multiple(stage.micro_batch_tokens, length)}"
+                f"{length} ({where}.lengths). {nearest_multiples(stage.micro_batch_tokens, length)}"
             )
     longest = max(stage.lengths)
     if run.data.block_tokens < longest:
@@ -114,7 +122,7 @@ def _batches(stage: Stage, where: str, data_degree: int | None) -> Iterator[str]
             if value % length:
                 yield (
                     f"{name}={value} is not a multiple of {length} ({where}.lengths). "
-                    f"{_multiple(value, length)}"
+                    f"{nearest_multiples(value, length)}"
                 )
         per_pass = (data_degree or 1) * stage.micro_batch_tokens
         if value % per_pass:
@@ -123,7 +131,7 @@ def _batches(stage: Stage, where: str, data_degree: int | None) -> Iterator[str]
                 factors = f"{data_degree} data ranks times {factors}"
             yield (
                 f"{name}={value} is not a multiple of {per_pass} ({factors}). "
-                f"{_multiple(value, per_pass)}"
+                f"{nearest_multiples(value, per_pass)}"
             )
     first = batch.start if isinstance(batch, BatchRamp) else batch
     if stage.tokens < first:
@@ -167,11 +175,6 @@ def _budget(run: RunConfig, index: int, data_degree: int | None) -> Iterator[str
         policies_of(run, index, data_degree)
     except ConfigError as error:
         yield from str(error).splitlines()
-
-
-def _multiple(value: int, of: int) -> str:
-    below, above = value // of * of, -(-value // of) * of
-    return f"Use {below} or {above}." if below else f"Use {above}."
 
 
 def _sources(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:

@@ -48,6 +48,7 @@ SCHEMES = AtMost(1_000, "each is checked with every stage that changes it")
 HEADS = AtMost(2**16, "every degree that divides them is tried")
 HEAD_DIM = AtMost(2**16, "each has a table of rotations")
 WIDTH = AtMost(2**24, "one matrix of that width fills a device")
+CONTEXT = AtMost(2**16, "every degree that divides it is tried")
 VOCABULARY = AtMost(_INT32, "token files hold ids of 32 bits")
 LENGTH = AtMost(_INT32, "kernels count positions in 32 bits")
 

@@ -1,6 +1,6 @@
 """`ModelConfig`: the shape of the network and the sequence of its attention schemes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -115,7 +115,13 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def either(numbers: list[int]) -> str:
+def either(numbers: Sequence[object]) -> str:
     """ "1, 2 or 4"."""
     texts = [str(n) for n in numbers]
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " or " + texts[-1]
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """ "Use 8192 or 12288.", the multiples around a value that is none."""
+    below, above = value // of * of, -(-value // of) * of
+    return f"Use {below} or {above}." if below else f"Use {above}."

@@ -19,7 +19,8 @@ READING = [
     ("parallel.tensr=6", "parallel.tensr is not a field. Did you mean 'tensor'?"),
     (
         "parallel.xyz=6",
-        "parallel.xyz is not a field. The fields here are tensor, zero_stage, offload.",
+        "parallel.xyz is not a field. The fields here are tensor, context, exchange, zero_stage, "
+        "offload.",
     ),
     ("modle.a=1", "modle is not a field. Did you mean 'model'?"),
     (
