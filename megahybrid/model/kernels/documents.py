@@ -64,6 +64,22 @@ class Documents:
         moved._kept["spans"] = spans
         return moved
 
+    def last(self, tokens: int) -> "Documents":
+        """Return the documents of the last `tokens` tokens of each row; the first of them may have
+        begun earlier."""
+        cut = self.seq - tokens
+
+        def make() -> Documents:
+            documents = Documents((self.starts[:, cut:] - cut).clamp(min=0))
+            documents._kept["spans"] = [
+                Span(row, max(start - cut, 0), stop - cut)
+                for row, start, stop in self.spans()
+                if stop > cut
+            ]
+            return documents
+
+        return self.keep(("last", tokens), make) if cut else self
+
     def keep(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` gave the first time that `key` was asked for."""
         if key not in self._kept:
