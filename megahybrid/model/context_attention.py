@@ -176,7 +176,9 @@ class _AttendGathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: ShardedCall) -> Tensor:
         group = q.shape[2] // k.shape[2]
-        out, kept, counts = torch.empty_like(q, memory_format=torch.contiguous_format), [], []
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        kept: list[Tensor] = []
+        counts: list[int] = []
         for head, keys, values in _gathered(k, v, call):
             of_head = slice(head * group, (head + 1) * group)
             for some, first, last in _segments(call):
@@ -204,7 +206,7 @@ class _AttendGathered(torch.autograd.Function):
             both = keys.new_zeros(len(keys), keys.shape[1], 2, keys.shape[3])
             for some, first, last in _segments(call):
                 count, seen = next(counts), slice(first, last)
-                needed, kept = kept[:count], kept[count:]
+                needed, kept = tuple(kept[:count]), kept[count:]
                 spec = call.spec(first, last, some.stop - some.start)
                 by_queries, by_keys, by_values = attention_backward(
                     grad[some, :, of_head],

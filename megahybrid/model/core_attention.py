@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.model.kernels import AttentionSpec, attend
+from megahybrid.model.kernels import AttentionSpec, attend, halves_of
 from megahybrid.model.rotary import RotaryTable, rotate_both
 
 Queries = Float[Tensor, "seq batch heads head_dim"]
@@ -46,26 +46,33 @@ def core_attention(q: Queries, k: Keys, v: Keys, spec: AttentionSpec, kernel: st
 
 def attention_forward(
     q: Queries, k: Keys, v: Keys, spec: AttentionSpec, kernel: str
-) -> tuple[Queries, list[Tensor]]:
+) -> tuple[Queries, tuple[Tensor, ...]]:
     """Return `core_attention` without autograd, and what `attention_backward` needs of it beside
     the heads and the result: the keys and values need not be kept."""
+    halves = halves_of(q, k, spec, kernel)
+    if halves is not None:
+        return halves.forward(q, k, v, spec)
     with torch.no_grad():
-        return core_attention(q, k, v, spec, kernel), []
+        return core_attention(q, k, v, spec, kernel), ()
 
 
 def attention_backward(
-    grad: Queries,
+    grad_output: Queries,
     q: Queries,
     k: Keys,
     v: Keys,
     out: Queries,
-    kept: list[Tensor],
+    kept: tuple[Tensor, ...],
     spec: AttentionSpec,
     kernel: str,
 ) -> tuple[Queries, Keys, Keys]:
-    """Return the gradients of q, k and v, from that of the result."""
+    """Return the gradients of q, k and v. Where a kernel has no backward of its own, its forward
+    runs a second time."""
+    halves = halves_of(q, k, spec, kernel)
+    if halves is not None:
+        return halves.backward(grad_output, q, k, v, out, kept, spec)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
         again = core_attention(q, k, v, spec, kernel)
-    by_q, by_k, by_v = torch.autograd.grad(again, (q, k, v), grad)
+    by_q, by_k, by_v = torch.autograd.grad(again, (q, k, v), grad_output)
     return by_q, by_k, by_v

@@ -26,7 +26,7 @@ def covering(tensor: int, context: int) -> dict[str, dict[str, Any]]:
         if heads % context or (kv % context and context % kv):
             exchange = {field: {"heads": "keys"}.get(v, v) for field, v in exchange.items()}
         words = "-".join(exchange.values())
-        cases[f"{name}-{words}"] = case | {"exchange": exchange, "kernel": "reference"}
+        cases[f"{name}-{words}"] = case | {"exchange": exchange}
     return cases
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from megahybrid.model.kernels import tiles
 from megahybrid.model.kernels.documents import Documents, additive, visible
 from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.last_queries import attend_last
 from megahybrid.model.kernels.sdpa import attend_heads, attend_sdpa
 from megahybrid.model.kernels.spec import AttentionSpec
 
@@ -24,29 +25,38 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
 
 def attend_blocked(
     q: Float[Tensor, "seq batch heads head_dim"],
-    k: Float[Tensor, "seq batch kv_heads head_dim"],
-    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    v: Float[Tensor, "keys batch kv_heads head_dim"],
     spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention to the last `window` keys, in blocks.
 
     The first tokens, which no full set of key blocks precedes, are one dense call (the head); the
     others are blocks of queries against their own and `reach` earlier key blocks (the tail). Large
-    ones in fp32 on a CPU are smaller blocks of their own products instead (`tiles`).
+    ones in fp32 on a CPU are smaller blocks of their own products instead (`tiles`). Blocks are
+    counted from the first key, so keys before the first query shorten the head.
     """
     window, documents, scale = spec.window, spec.documents, spec.scale
     if window is None:
         return attend_sdpa(q, k, v, spec)  # one block: no bands
+    unseen = max(len(k) - len(q) - (window - 1), 0)
+    if unseen:
+        k, v = k[unseen:], v[unseen:]
+        documents = documents and documents.stretch(documents.seq - len(k), documents.seq)
     if tiles.serves(q, k, window):
         return tiles.attend_tiles(q, k, v, window=window, documents=documents, scale=scale)
     seq, batch, heads, head_dim = q.shape
     if documents is None:
         # One mask serves all rows, so rows can pass for heads: [seq, 1, batch * heads, head_dim].
         # Query head h of row b is b * heads + h, its group's KV head b * kv_heads + h // group.
-        q, k, v = (x.reshape(seq, 1, -1, head_dim) for x in (q, k, v))
+        q, k, v = (x.reshape(len(x), 1, -1, head_dim) for x in (q, k, v))
     block, reach = block_and_reach(window)
-    head = min(block * reach, seq)
-    parts = [_head(q[:head], k[:head], v[:head], window, documents, scale)]
+    before = len(k) - seq
+    head = min(max(block * reach - before, 0), seq)
+    parts = []
+    if head:
+        of_head = slice(0, before + head)
+        parts.append(_head(q[:head], k[of_head], v[of_head], window, documents, scale))
     if head < seq:
         parts.append(_tail(q[head:], k, v, window, documents, scale))
     return torch.cat(parts).reshape(seq, batch, heads, head_dim)
@@ -61,16 +71,18 @@ def block_and_reach(window: int) -> tuple[int, int]:
 def _head(
     q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None, scale: float
 ) -> Tensor:
-    length = q.shape[0]
+    length, before = len(k), len(k) - len(q)
     mask = None
     if documents is not None:
         mask = documents.keep(
-            ("blocked head", window, q.dtype),
-            lambda: additive(visible(documents.starts, 0, length, 0, length, window), q.dtype),
+            ("blocked head", window, before, q.dtype),
+            lambda: additive(visible(documents.starts, before, length, 0, length, window), q.dtype),
         )[:, None]
     elif length > window:
-        mask = _plain_mask(0, length, length, window, q.dtype, q.device)
+        mask = _plain_mask(before, len(q), length, window, q.dtype, q.device)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [rows, heads, length, head_dim]
+    if mask is None and before:
+        return attend_last(q, k, v, scale).permute(2, 0, 1, 3)
     return attend_heads(q, k, v, mask, scale).permute(2, 0, 1, 3)
 
 
@@ -151,7 +163,7 @@ class _OverlappingBlocks(torch.autograd.Function):
 KERNEL = Kernel(
     "blocked",
     attend_blocked,
-    serves=frozenset({"window", "documents"}),
+    serves=frozenset({"window", "documents", "before"}),
     rank=lambda spec: 4,
     measured=Measured.LAST,
 )

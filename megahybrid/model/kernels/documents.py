@@ -62,20 +62,23 @@ class Documents:
         spans = self.spans()
         moved = Documents(to_device(self.starts, torch.device(device)))
         moved._kept["spans"] = spans
-        moved._kept["given"] = self
         return moved
 
     def stretch(self, first: int, last: int) -> "Documents":
         """Return the documents of positions first … last - 1 as if they were rows of their own: one
         that begins before them begins with them."""
-        if (first, last) == (0, self.seq):
-            return self
 
         def cut() -> Documents:
-            given: Documents = self._kept.get("given", self)
-            return Documents((given.starts[:, first:last] - first).clamp(min=0)).to(self.device)
+            documents = Documents((self.starts[:, first:last] - first).clamp(min=0))
+            documents._kept["spans"] = [
+                Span(row, max(start - first, 0), min(stop, last) - first)
+                for row, start, stop in self.spans()
+                if start < last and stop > first
+            ]
+            return documents
 
-        return self.keep(("stretch", first, last), cut)
+        whole = (first, last) == (0, self.seq)
+        return self if whole else self.keep(("stretch", first, last), cut)
 
     def keep(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` gave the first time that `key` was asked for."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from megahybrid.model.kernels.cuda_limits import fused_refusal
 from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.spec import AttentionSpec
-from megahybrid.model.kernels.varlen import packed_boundaries, plain_boundaries
+from megahybrid.model.kernels.varlen import pack
 
 # Built from its repository; from a wheel of flash-attn-4.
 MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}
@@ -32,24 +32,22 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 def attend_flash(
     name: str,
     q: Float[Tensor, "seq batch heads head_dim"],
-    k: Float[Tensor, "seq batch kv_heads head_dim"],
-    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    v: Float[Tensor, "keys batch kv_heads head_dim"],
     spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention over the documents of all rows as one packed batch."""
-    function, window, documents = _function(name), spec.window, spec.documents
-    seq, batch = q.shape[:2]
-    if documents is None:
-        boundaries, longest = plain_boundaries(batch, seq, q.device), seq
-    else:
-        boundaries, longest = documents.keep("varlen", lambda: packed_boundaries(documents))
+    function, window, (seq, batch) = _function(name), spec.window, q.shape[:2]
+    packing = pack(q, k, spec)
     none = None if name == "fa4" else -1
     out: Any = function(
-        *(x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)),
-        cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        packing.queries_of(q),
+        packing.keys_of(k),
+        packing.keys_of(v),
+        cu_seqlens_q=packing.queries,
+        cu_seqlens_k=packing.keys,
+        max_seqlen_q=packing.longest_queries,
+        max_seqlen_k=packing.longest_keys,
         softmax_scale=spec.scale,
         causal=True,
         # Counts keys before the query's own.
@@ -74,7 +72,7 @@ def _kernel(name: str) -> Kernel:
     return Kernel(
         name,
         lambda q, k, v, spec: attend_flash(name, q, k, v, spec),
-        serves=frozenset({"window", "documents"}),
+        serves=frozenset({"window", "documents", "before"}),
         unavailable=lambda spec, place: refusal(name, *place[:3]),
         measured=Measured.FUSED,
     )

@@ -30,18 +30,20 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 def attend_flex(
     q: Float[Tensor, "seq batch heads head_dim"],
-    k: Float[Tensor, "seq batch kv_heads head_dim"],
-    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    v: Float[Tensor, "keys batch kv_heads head_dim"],
     spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention by a compiled kernel; on CPU without gradients only."""
     records = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    seq, window, documents, scale = q.shape[0], spec.window, spec.documents, spec.scale
+    seq, window, documents, scale = len(k), spec.window, spec.documents, spec.scale
+    before = spec.before or 0
     if documents is None:
-        mask = _plain_mask(window, seq, q.device)
+        mask = _plain_mask(window, seq, q.device, before)
     else:
         mask = documents.keep(
-            ("flex", window), lambda: _block_mask(window, seq, documents.starts, q.device)
+            ("flex", window, before),
+            lambda: _block_mask(window, seq, documents.starts, q.device, before),
         )
     if not records:
         q, k, v = (x.detach() for x in (q, k, v))  # on CPU it refuses leaves even under no_grad
@@ -55,7 +57,7 @@ def attend_flex(
 KERNEL = Kernel(
     "flex",
     attend_flex,
-    serves=frozenset({"window", "documents"}),
+    serves=frozenset({"window", "documents", "before"}),
     unavailable=lambda spec, place: (
         refusal(*place[:3]) if place.gradients or place.device.type == "cuda" else None
     ),
@@ -66,12 +68,15 @@ KERNEL = Kernel(
 
 
 @lru_cache(maxsize=32)
-def _plain_mask(window: int | None, seq: int, device: torch.device) -> Any:
-    return _block_mask(window, seq, None, device)
+def _plain_mask(window: int | None, seq: int, device: torch.device, before: int = 0) -> Any:
+    return _block_mask(window, seq, None, device, before)
 
 
-def _block_mask(window: int | None, seq: int, starts: Tensor | None, device: torch.device) -> Any:
-    """torch's BlockMask of what each block of queries sees of each block of keys.
+def _block_mask(
+    window: int | None, seq: int, starts: Tensor | None, device: torch.device, before: int = 0
+) -> Any:
+    """torch's BlockMask of what each block of queries sees of each block of `seq` keys; query 0 is
+    token `before`.
 
     Not by create_block_mask, which makes the whole mask to look at it: 16 GiB at 128k tokens. A
     query sees the keys from `first` to its own, and `first` never falls from one query to the next,
@@ -82,17 +87,22 @@ def _block_mask(window: int | None, seq: int, starts: Tensor | None, device: tor
     reach = seq if window is None else window
     begin = torch.arange(0, seq, BLOCK, device=device)
     end = (begin + BLOCK - 1).clamp(max=seq - 1)
+    of_query = torch.arange(before, seq, BLOCK, device=device)  # the token of a block's first
+    last_query = (of_query + BLOCK - 1).clamp(max=seq - 1)
     first, last = (
         (at - reach + 1).clamp(min=0)[None]
         if starts is None
         else torch.maximum(at - reach + 1, starts[:, at])
-        for at in (begin, end)
+        for at in (of_query, last_query)
     )  # [rows, blocks]: the first key of a block's first query, and of its last
-    some = (begin <= end[:, None]) & (end >= first[..., None])  # [rows, query blocks, key blocks]
-    whole = (end < begin[:, None]) & (begin >= last[..., None])
-    whole &= (begin + BLOCK <= seq)[:, None]  # where queries end early torch looks at each
+    # [rows, query blocks, key blocks]
+    some = (begin <= last_query[:, None]) & (end >= first[..., None])
+    whole = (end <= of_query[:, None]) & (begin >= last[..., None])
+    # Where queries or keys end early torch looks at each.
+    whole &= (of_query + BLOCK <= seq)[:, None] & (begin + BLOCK <= seq)
 
     def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query = query + before
         seen = (key <= query) & (key > query - reach)
         return seen if starts is None else seen & (key >= starts[row, query])
 
@@ -101,7 +111,7 @@ def _block_mask(window: int | None, seq: int, starts: Tensor | None, device: tor
         *_ordered(whole),
         BLOCK_SIZE=BLOCK,
         mask_mod=mask,
-        seq_lengths=(seq, seq),
+        seq_lengths=(seq - before, seq),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,27 @@ class Measured(Enum):
     NEVER = "only where the run file names it"
 
 
+class Halves(NamedTuple):
+    """A kernel's forward and backward apart, with no autograd inside: for keys and values that are
+    not kept in between but gathered again.
+
+    `forward(q, k, v, spec)` returns the output and the tensors that its backward needs beside these
+    and the output; `backward(grad_output, q, k, v, out, kept, spec)` returns the gradients of q, k
+    and v. Shapes are those of `attend`.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, AttentionSpec], tuple[Tensor, tuple[Tensor, ...]]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...], AttentionSpec],
+        tuple[Tensor, Tensor, Tensor],
+    ]
+
+
 def _anywhere(spec: AttentionSpec, place: Place) -> str | None:
+    return None
+
+
+def _no_halves(place: Place) -> Halves | None:
     return None
 
 
@@ -34,6 +55,8 @@ class Kernel:
     itself. `unavailable` says why it cannot run at a place, or None. `needs` names fields without
     which it is no kernel at all. `rank` orders the choice without a measurement, the lowest first;
     None: it is not chosen so. `unchosen` has the dtypes in which it runs only where it is named.
+    `halves` gives its forward and backward apart, at the places where it has them; they serve what
+    the kernel serves.
     """
 
     name: str
@@ -44,6 +67,7 @@ class Kernel:
     rank: Callable[[AttentionSpec], int] | None = None
     measured: Measured = Measured.NEVER
     unchosen: frozenset[torch.dtype] = frozenset()
+    halves: Callable[[Place], Halves | None] = _no_halves
     quadratic: bool = False  # holds all scores at once: for tests, never a way out of a refusal
 
     def refusal(self, spec: AttentionSpec, place: Place) -> str | None:

@@ -17,7 +17,7 @@ from megahybrid.model.kernels import (
     varlen,
 )
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.kernel import Halves, Kernel, Measured
 from megahybrid.model.kernels.spec import AttentionSpec, Place
 
 # In the order in which measurements name them: the usual one first.
@@ -52,14 +52,34 @@ def attend(
     Softmax is fp32 or better. Raises ConfigError where `kernel` cannot do what `spec` asks: none
     attends to more or less than asked.
     """
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    found, spec = _serving(q, k, spec, kernel, gradients)
+    return found.attend(q, k, v, spec)
+
+
+def halves_of(q: Tensor, k: Tensor, spec: AttentionSpec, kernel: str) -> Halves | None:
+    """Return forward and backward apart of the kernel that `attend` takes; None where it has none.
+
+    Raises what `attend` raises.
+    """
+    found, spec = _serving(q, k, spec, kernel, gradients=True)
+    halves = found.halves(Place(q.device, q.dtype, q.shape[-1]))
+    if halves is None:
+        return None
+    forward, backward = halves
+    return Halves(
+        lambda q, k, v, _: forward(q, k, v, spec),
+        lambda grad_output, q, k, v, out, kept, _: backward(grad_output, q, k, v, out, kept, spec),
+    )
+
+
+def _serving(
+    q: Tensor, k: Tensor, spec: AttentionSpec, kernel: str, gradients: bool
+) -> tuple[Kernel, AttentionSpec]:
+    """Return the kernel of this name, or the one that `auto` means, and what it is asked."""
     _check(q, k, spec)
     spec = spec.within(len(k))
-    place = Place(
-        q.device,
-        q.dtype,
-        q.shape[-1],
-        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
-    )
+    place = Place(q.device, q.dtype, q.shape[-1], gradients)
     name = _preferred(spec, place) if kernel == "auto" else kernel
     if name not in REGISTRY:
         known = ", ".join(KERNELS)
@@ -67,7 +87,7 @@ def attend(
     why_not = REGISTRY[name].refusal(spec, place)
     if why_not is not None:
         raise ConfigError(f"kernels={name} {why_not}. {_way_out(spec, place)}")
-    return REGISTRY[name].attend(q, k, v, spec)
+    return REGISTRY[name], spec
 
 
 def choose(

@@ -36,14 +36,15 @@ def serves(q: Tensor, k: Tensor, window: int) -> bool:
 
 def attend_tiles(
     q: Float[Tensor, "seq batch heads head_dim"],
-    k: Float[Tensor, "seq batch kv_heads head_dim"],
-    v: Float[Tensor, "seq batch kv_heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    v: Float[Tensor, "keys batch kv_heads head_dim"],
     *,
     window: int,
     documents: Documents | None,
     scale: float,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
-    """Attention to the last `window` keys, tile by tile."""
+    """Attention to the last `window` keys, tile by tile; the queries are the last of the tokens of
+    the keys."""
     firsts = None
     if documents is not None:
         firsts = documents.keep(("tiles",), lambda: documents.starts.cpu())
@@ -63,7 +64,7 @@ class _Tiles(torch.autograd.Function):
         for row, head, heads in _each_key_head(q, k):
             torch.mul(q[:, row, heads], scale, out=queries)
             keys, values = k[:, row, head].contiguous(), v[:, row, head].contiguous()
-            for tile, seen, masks in _tiles(q.shape[0], window, starts, row):
+            for tile, seen, masks in _tiles(q, k, window, starts, row):
                 some = queries[tile].flatten(0, 1)
                 weights = scores.softmax(some, keys[seen], masks)
                 torch.mm(weights, values[seen], out=attention_output[tile].flatten(0, 1))
@@ -82,7 +83,7 @@ class _Tiles(torch.autograd.Function):
             grad.copy_(grads[0][:, row, heads])
             keys, values = k[:, row, head].contiguous(), v[:, row, head].contiguous()
             of_keys, of_values = by_k[:, row, head], by_v[:, row, head]
-            for tile, seen, masks in _tiles(q.shape[0], ctx.window, ctx.starts, row):
+            for tile, seen, masks in _tiles(q, k, ctx.window, ctx.starts, row):
                 some, incoming = queries[tile].flatten(0, 1), grad[tile].flatten(0, 1)
                 seen_keys = keys[seen]
                 weights = scores.softmax(some, seen_keys, masks)
@@ -131,15 +132,17 @@ def _of_one_key_head(q: Tensor, k: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2] // k.shape[2], q.shape[3])
 
 
-def _tiles(seq: int, window: int, starts: Tensor | None, row: int) -> Iterator[Tile]:
+def _tiles(q: Tensor, k: Tensor, window: int, starts: Tensor | None, row: int) -> Iterator[Tile]:
     """(its queries, keys that it reads, masks of some of these) of each tile of a row."""
     of_row = None if starts is None else starts[row]
-    for first in range(0, seq, TILE):
-        last = min(first + TILE, seq)
+    before = len(k) - len(q)
+    for first in range(before, len(k), TILE):  # as a token; query 0 is token `before`
+        last = min(first + TILE, len(k))
+        queries = slice(first - before, last - before)
         begin = max(0, first - window + 1) // ALIGNED * ALIGNED
         if of_row is None:
             yield (
-                slice(first, last),
+                queries,
                 slice(begin, last),
                 _edges(last - first, first - begin, window),
             )
@@ -149,14 +152,14 @@ def _tiles(seq: int, window: int, starts: Tensor | None, row: int) -> Iterator[T
         begin = max(begin, int(of_row[first]) // ALIGNED * ALIGNED)
         if int(of_row[last - 1]) <= begin:
             yield (
-                slice(first, last),
+                queries,
                 slice(begin, last),
                 _edges(last - first, first - begin, window),
             )
         else:
             seen = visible(of_row[None], first, last, begin, last, window)[0]
             masks = [(slice(None), additive(seen, torch.float32))]
-            yield slice(first, last), slice(begin, last), masks
+            yield queries, slice(begin, last), masks
 
 
 @lru_cache(maxsize=4096)
