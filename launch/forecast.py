@@ -13,11 +13,12 @@ def forecast(job: Job, run: RunConfig) -> list[str]:
 
 
 def _degrees(job: Job, run: RunConfig) -> list[str]:
-    site, tensor = job.site, run.parallel.tensor
+    site, tensor, axis = job.site, run.parallel.tensor, run.parallel.context_axis
+    context = f"context {axis}, " if axis > 1 else ""
     units = f"{site.gpus_per_node} GPUs" if site.gpus_per_node else f"{site.ranks} ranks"
     lines = [
-        f"{job.nodes} nodes × {units} = {job.world_size} ranks: tensor {tensor}, data "
-        f"{job.world_size // tensor}, ZeRO stage {run.parallel.zero_stage}"
+        f"{job.nodes} nodes × {units} = {job.world_size} ranks: tensor {tensor}, {context}data "
+        f"{run.parallel.data_degree(job.world_size)}, ZeRO stage {run.parallel.zero_stage}"
         + (f"; {job.spares} more nodes stand by" if job.spares else "")
     ]
     if site.gpus_per_node and site.ranks < site.gpus_per_node:
@@ -31,7 +32,28 @@ def _degrees(job: Job, run: RunConfig) -> list[str]:
             f"warning: parallel.tensor={tensor} does not divide the {site.ranks} ranks of a node: "
             "tensor groups will span nodes, over the slower network."
         )
+    elif axis > 1:
+        lines.append(_context(site.ranks, run))
     return lines
+
+
+def _context(ranks: int, run: RunConfig) -> str:
+    """Where the context groups of a node of so many ranks lie: neighbours in the order of ranks."""
+    tensor, axis = run.parallel.tensor, run.parallel.context_axis
+    group = tensor * axis
+    if ranks % group == 0:
+        return f"context groups of {axis} ranks stay inside nodes"
+    if group % ranks == 0:
+        return (
+            f"warning: parallel.tensor={tensor} times {axis} context ranks are more than the "
+            f"{ranks} ranks of a node: each context group spans {group // ranks} neighbouring "
+            "nodes, over the slower network."
+        )
+    return (
+        f"warning: parallel.tensor={tensor} times {axis} context ranks neither divides nor is a "
+        f"multiple of the {ranks} ranks of a node: some context groups will span more nodes than "
+        "they need."
+    )
 
 
 def _memory(job: Job, run: RunConfig) -> list[str]:

@@ -96,13 +96,13 @@ def _make_directory(directory: Path) -> None:
 
 
 def _default_processes(run: RunConfig) -> int:
-    """One rank per GPU; on a machine without, as many as one tensor group needs."""
+    """One rank per GPU; on a machine without, as many as one data rank needs."""
     if run.device != "cpu":
         import torch
 
         if torch.cuda.is_available():
             return torch.cuda.device_count()
-    return run.parallel.tensor
+    return run.parallel.model_ranks
 
 
 def _rank(

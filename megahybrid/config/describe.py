@@ -7,11 +7,12 @@ from typing import Any, assert_never
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope, rotation_of
+from megahybrid.config.context_memory import context_memory
+from megahybrid.config.describe_context import context_tables, describe_context, legal_in_words
 from megahybrid.config.explain import show
 from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.run import RunConfig
-from megahybrid.config.stages import Stage
 
 
 def describe(
@@ -24,7 +25,7 @@ def describe(
     plan, length = run.plan_at(last), max(run.stages[last].lengths)
     cache = counting.kv_cache_bytes(run.model, length, plan)
     full_cache = counting.kv_cache_bytes(run.model, length, counting.full_attention(plan))
-    world_size = world_size or run.parallel.tensor
+    world_size = world_size or run.parallel.model_ranks
     return {
         "parameters": counting.parameters(run.model),
         "length": length,
@@ -37,10 +38,12 @@ def describe(
         "total_tokens": run.stage_plan.total_tokens,
         "world_size": world_size,
         "tensor": run.parallel.tensor,
+        "context_axis": run.parallel.context_axis,
         "data_degree": run.parallel.data_degree(world_size),
         "zero_stage": run.parallel.zero_stage,
         "precision": run.precision,
         "legal_tensor_degrees": legal_tensor_degrees(run.model),
+        "context": describe_context(run, run.parallel.data_degree(world_size)),
         "huggingface": [
             {
                 "architecture": fit.architecture,
@@ -88,7 +91,7 @@ def position_in_words(scheme: AttentionScheme) -> str:
 
 def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
     stage, plan = run.stages[index], run.plan_at(index)
-    tensor = run.parallel.tensor
+    data_degree = run.parallel.data_degree(world_size)
     return {
         "name": stage.name,
         "tokens": run.stage_plan.stage_tokens[index],
@@ -111,23 +114,20 @@ def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
         else stage.recompute.model_dump(),
         "schemes": stage.schemes,
         "anneal": anneal_steps(run, index),
-        "memory_per_rank": {
-            zero: _memory(run, stage, tensor, world_size // tensor, zero) for zero in range(4)
-        },
+        "memory_per_rank": {zero: _memory(run, index, data_degree, zero) for zero in range(4)},
     }
 
 
-def _memory(
-    run: RunConfig, stage: Stage, tensor: int, data_degree: int, zero_stage: int
-) -> dict[str, int]:
+def _memory(run: RunConfig, index: int, data_degree: int, zero_stage: int) -> dict[str, int]:
     memory = memory_per_rank(
         run.model,
-        stage,
-        tensor=tensor,
+        run.stages[index],
+        tensor=run.parallel.tensor,
         data_degree=data_degree,
         zero_stage=zero_stage,
         precision=run.precision,
         offload=run.parallel.offload,
+        context=context_memory(run, index),
     )
     return {**asdict(memory), "total": memory.total}
 
@@ -188,6 +188,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
     )
     degrees = ", ".join(str(n) for n in description["legal_tensor_degrees"])
     console.print(f"legal tensor degrees: {degrees}")
+    for line in legal_in_words(description["context"]):
+        console.print(line)
     console.print(_layer_table(description))
     console.print(_stage_table(description))
     for changes in filter(None, map(_changes, description["stages"])):
@@ -196,6 +198,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
         if stage["anneal"]:
             console.print(_anneal_table(stage))
     console.print(_memory_table(description))
+    for table in context_tables(description["context"], _table):
+        console.print(table)
     if description["huggingface"]:
         console.print(_huggingface_table(description))
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
@@ -297,9 +301,12 @@ def _anneal_table(stage: dict[str, Any]) -> Any:
 
 
 def _memory_table(description: dict[str, Any]) -> Any:
+    axis = description["context_axis"]
+    context = f" x context {axis}" if axis > 1 else ""
+    degrees = f"tensor {description['tensor']}{context} x data {description['data_degree']}"
     table = _table(
-        f"Memory per rank, tensor {description['tensor']} x data {description['data_degree']}, "
-        f"{description['precision']} (this run: ZeRO {description['zero_stage']})",
+        f"Memory per rank, {degrees}, {description['precision']} "
+        f"(this run: ZeRO {description['zero_stage']})",
         ("stage", "ZeRO"),
         ("weights", "gradients", "optimizer", "activations", "working", "total"),
     )

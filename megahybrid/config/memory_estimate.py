@@ -1,14 +1,14 @@
 """Memory of one rank by ZeRO stage: an estimate from formulas, in bytes.
 
-States per parameter, bf16 (N data ranks): weights 2, gradients accumulated in fp32 (4 where they
-are whole, 2 / N where they are cut), fp32 master and two moments 12 / N.
+States per parameter, bf16 (N replicas, data times context ranks): weights 2, gradients accumulated
+in fp32 (4 where they are whole, 2 / N where they are cut), fp32 master and two moments 12 / N.
 
 Activations per token and layer, in values: norm inputs and outputs 2 d each norm (the parallel
 block has one); q, k, v, gate and up as the product wrote them, dq + 2 dkv + 2 f, all alive while
 one of them is; rotated q and k, dq + dkv; attention's output and its copy in the other layout,
 2 dq; the MLP's product f. Selective recomputation drops f and the outputs of norms that are read by
 a product; chunked gate and up, 2 f, as well; full keeps the layer's input, d. The tensor degree
-divides them all.
+divides them all, and the context axis the tokens (context_memory.py).
 
 Beside what all layers keep stands the larger of two things: the loss with a chunk of logits, at the
 end of the forward pass, and one layer's backward.
@@ -22,6 +22,7 @@ from typing import Any, assert_never
 
 from megahybrid.config import chunk_sizes
 from megahybrid.config.attention import LayerPlan
+from megahybrid.config.context_memory import ALONE, ContextMemory, context_memory
 from megahybrid.config.counting import (
     Shape,
     block_norms,
@@ -84,10 +85,10 @@ def _local(model: ModelConfig, name: str, shape: Shape, tensor: int) -> int:
 
 
 def states_per_parameter(
-    precision: str, zero_stage: int, data_degree: int, offload: str = "none"
+    precision: str, zero_stage: int, replicas: int, offload: str = "none"
 ) -> tuple[float, ...]:
     """Bytes per local parameter of weights, gradients and optimizer, on the device."""
-    n = data_degree
+    n = replicas
     if precision == "fp32":
         weights, gradients, optimizer = 4.0, 4.0, 8.0 if zero_stage == 0 else 12.0
     else:
@@ -133,14 +134,21 @@ def activation_bytes_per_token(
 
 
 class MicroBatch:
-    """The memory of one micro batch of `tokens` on a rank, beside the states, for any policies of
-    the layers: worked out once for each policy, because a budget tries thousands of lists."""
+    """The memory of one micro batch of `tokens` on a group of context ranks, for one of them and
+    beside the states, for any policies of the layers: worked out once for each policy, because a
+    budget tries thousands of lists."""
 
     def __init__(
-        self, model: ModelConfig, tokens: int, tensor: int, precision: str, device: str
+        self,
+        model: ModelConfig,
+        tokens: int,
+        tensor: int,
+        precision: str,
+        device: str,
+        context: ContextMemory = ALONE,
     ) -> None:
-        width = _width(precision)
-        self._tokens, self._tensor = tokens, tensor
+        width, tokens = _width(precision), tokens // context.axis
+        self._tokens, self._tensor, self._context = tokens, tensor, context
         self._per_token = {
             policy: activation_bytes_per_token(model, policy, width, device) for policy in POLICIES
         }
@@ -157,7 +165,9 @@ class MicroBatch:
     def activations(self, policies: Sequence[Recompute]) -> int:
         """Return the bytes that all layers keep for backward."""
         per_token = sum(count * self._per_token[p] for p, count in Counter(policies).items())
-        return per_token * self._tokens // self._tensor
+        kept = zip(policies, self._context.kept, strict=False)  # no layer has any without context
+        crossed = sum(size for policy, size in kept if policy not in ("full", "offload"))
+        return per_token * self._tokens // self._tensor + crossed
 
     def working(self, policies: Sequence[Recompute]) -> int:
         """The most that stands beside the kept activations: in the loss, or in one layer's
@@ -172,7 +182,9 @@ class MicroBatch:
                 if not left:
                     break
             gone += self._kept[policy]
-        return max(self._loss, self._waiting + max(found))
+        anew = max(self._context.kept, default=0) if {"full", "offload"} & set(policies) else 0
+        crossing = self._context.working + anew
+        return max(self._loss, self._waiting + max(found) + crossing)
 
 
 def activations(
@@ -270,13 +282,13 @@ def memory_per_rank(
     device: str = "cuda",
     policies: Sequence[Recompute] | None = None,
     offload: str = "none",
+    context: ContextMemory = ALONE,
 ) -> Memory:
     """Return the memory of one rank at the fullest moment of a step. `policies` has the recompute
     policy of each layer; the stage's own when left out, where it names them."""
+    replicas = data_degree * context.axis
     local = local_parameters(model, tensor)
-    weights, gradients, optimizer = states_per_parameter(
-        precision, zero_stage, data_degree, offload
-    )
+    weights, gradients, optimizer = states_per_parameter(precision, zero_stage, replicas, offload)
     if policies is None and isinstance(stage.recompute, RecomputeBudget):
         policies = policies_within(
             model,
@@ -289,10 +301,11 @@ def memory_per_rank(
             precision=precision,
             device=device,
             offload=offload,
+            context=context,
         )
     if policies is None:
         policies = [stage.recompute_of_layer(n) for n in range(model.layer_plan.num_layers)]
-    batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device)
+    batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device, context)
     return Memory(
         weights=int(local * weights),
         gradients=int(local * gradients),
@@ -323,6 +336,7 @@ def policies_of(run: RunConfig, index: int, data_degree: int) -> list[Recompute]
         "precision": run.precision,
         "device": "cpu" if run.device == "cpu" else "cuda",
         "offload": run.parallel.offload,
+        "context": context_memory(run, index),
     }
     policies = policies_within(run.model, stage, plan, int(budget * 2**30), **where)
     needed = memory_per_rank(run.model, stage, policies=policies, **where).total / 2**30
@@ -346,7 +360,8 @@ def policies_within(
     well, where even that does not fit."""
     tensor, precision = where["tensor"], where["precision"]
     device = where.get("device", "cuda")
-    batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device)
+    context = where.get("context", ALONE)
+    batch = MicroBatch(model, stage.micro_batch_tokens, tensor, precision, device, context)
     start: list[Recompute] = ["none"] * plan.num_layers
     whole = memory_per_rank(model, stage, policies=start, **where)
     states = whole.weights + whole.gradients + whole.optimizer

@@ -2,6 +2,7 @@
 
 from megahybrid.config.counting import parameters
 from megahybrid.config.describe import anneal_steps
+from megahybrid.config.describe_context import context_lines
 from megahybrid.config.run import RunConfig
 
 
@@ -9,6 +10,8 @@ def summary(run: RunConfig, world_size: int | None = None) -> str:
     """Parameters, stages with their steps, and the data degree when the world size is known."""
     plan = run.stage_plan
     degrees = f"tensor {run.parallel.tensor}"
+    if run.parallel.context_axis > 1:
+        degrees += f" x context {run.parallel.context_axis}"
     if world_size is not None:
         degrees += f" x data {run.parallel.data_degree(world_size)} = {world_size} ranks"
     lines = [
@@ -22,6 +25,7 @@ def summary(run: RunConfig, world_size: int | None = None) -> str:
             f"{plan.stage_tokens[index]:,} tokens, {lengths_in_words(stage.lengths)}"
         )
         lines += _anneal_in_words(run, index)
+    lines += context_lines(run)
     lines.append(f"in all {plan.total_steps:,} steps, {plan.total_tokens:,} tokens")
     return "\n".join(lines)
 

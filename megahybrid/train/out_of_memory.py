@@ -3,6 +3,7 @@
 import torch
 
 from megahybrid.config import RunConfig
+from megahybrid.config.context_memory import context_memory
 from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.train.metrics import memory_gib
 
@@ -25,12 +26,13 @@ def explain_out_of_memory(run: RunConfig, rank: int, world_size: int) -> str:
             run.model,
             stage,
             tensor=tensor,
-            data_degree=max(1, world_size // tensor),
+            data_degree=max(1, run.parallel.data_degree(world_size)),
             zero_stage=run.parallel.zero_stage,
             precision=run.precision,
             offload=run.parallel.offload,
+            context=context_memory(run, index),
         )
-        for stage in run.stages
+        for index, stage in enumerate(run.stages)
     ]
     index = max(range(len(plans)), key=lambda number: plans[number].total)
     plan, stage = plans[index], run.stages[index]
@@ -43,9 +45,15 @@ def explain_out_of_memory(run: RunConfig, rank: int, world_size: int) -> str:
         f"rank {rank}: out of memory at a peak of {memory_gib(_device()):.1f} GiB{_there()}; stage "
         f"{stage.name} needs {plan.total / 2**30:.1f} GiB by plan ({parts}). Lower "
         f"stages.{index}.micro_batch_tokens={stage.micro_batch_tokens}, set stages.{index}."
-        f"recompute: full, or raise parallel.tensor={tensor} or "
+        f"recompute: full, or raise parallel.tensor={tensor}{_or_context(run)} or "
         f"parallel.zero_stage={run.parallel.zero_stage}{host}."
     )
+
+
+def _or_context(run: RunConfig) -> str:
+    """The context degree, where the run has one: rows can be cut further without more tokens."""
+    axis = run.parallel.context_axis
+    return f", parallel.context={axis}" if axis > 1 else ""
 
 
 def _device() -> torch.device:

@@ -1,8 +1,11 @@
 """Context ranks in a run file: degrees by length, exchanges, layouts and their arithmetic."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from megahybrid.config import check_run
+from megahybrid.config import check_run, load
 from megahybrid.config.context import (
     HeadShape,
     Layout,
@@ -12,8 +15,11 @@ from megahybrid.config.context import (
     segments,
     work_max_over_mean,
 )
+from megahybrid.config.context_memory import ContextMemory, context_memory
+from megahybrid.config.memory_estimate import memory_per_rank, policies_of
 from megahybrid.errors import ConfigError
 from tests.config.example import example
+from tests.config.test_config_files import CONFIGS
 
 LENGTHS = (12, 96, 240)
 
@@ -250,3 +256,46 @@ def test_what_context_ranks_cannot_do_is_one_line(
 )
 def test_a_run_on_context_ranks_passes(overrides: list[str], world_size: int | None) -> None:
     check_run(example(*overrides), world_size)
+
+
+def test_memory_of_context_ranks_is_that_of_their_tokens() -> None:
+    """Without the exchange's own, exactly the memory of a C-th of the tokens, with states cut over
+    data times context ranks."""
+    run = example("parallel.context=4", "parallel.zero_stage=3")
+    context = context_memory(run, 1)
+    fewer = run.stages[1].model_copy(update={"micro_batch_tokens": 1024})
+    where: dict[str, Any] = {"tensor": 2, "zero_stage": 3, "precision": "fp32"}
+    found = memory_per_rank(run.model, run.stages[1], data_degree=2, context=context, **where)
+    plain = memory_per_rank(run.model, fewer, data_degree=8, **where)
+    assert (found.weights, found.gradients) == (plain.weights, plain.gradients)
+    assert found.optimizer == plain.optimizer
+    assert found.activations == plain.activations + sum(context.kept)
+    # The loss needs more than one layer's backward with its exchange.
+    assert found.working == plain.working
+    large = replace(context, working=2**30)
+    found = memory_per_rank(run.model, run.stages[1], data_degree=2, context=large, **where)
+    assert 0 < found.working - 2**30 < plain.working
+
+
+def test_the_memory_of_an_exchange() -> None:
+    # 4 heads and 1 KV head of 16 a tensor rank; 63 tokens before each of two segments. The longest
+    # length needs most of keys, and every row of 1024 tokens has a halo of its own.
+    context = context_memory(example("parallel.context=4"), 1)
+    halo = 2 * 63 * 2 * 16 * 4
+    assert context.kept == (4 * halo, 4 * halo, 4 * halo, 0) * 2
+    assert context.working == 4 * 4096 * 16 * 4
+    assert context_memory(example(), 1) == ContextMemory(1, (), 0)
+    # Rows of 256 tokens, one on each context rank: nothing crosses, but the axis is there.
+    alone = context_memory(example("parallel.context={256: 1, 4096: 4}"), 0)
+    assert (alone.axis, sum(alone.kept), alone.working) == (4, 0, 0)
+
+
+def test_a_budget_counts_the_context_ranks() -> None:
+    def policies(context: int) -> set[str]:
+        run = load(
+            CONFIGS / "runs/paper_rnope_swa_8b.yaml",
+            ["stages.1.recompute={budget_gib: 40}", f"parallel.context={context}"],
+        )
+        return set(policies_of(run, 1, 16 // context))
+
+    assert "none" in policies(4) and policies(1) != policies(4)

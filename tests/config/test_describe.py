@@ -84,3 +84,54 @@ def test_the_page_in_docs_is_the_reference() -> None:
     assert (DOCS / "config.md").read_text() == reference(), (
         "run: python -m megahybrid.config.reference > docs/config.md"
     )
+
+
+def test_context_ranks_are_described_by_length_and_exchange() -> None:
+    run = example("parallel={tensor: 1, context: {256: 1, 4096: 8}}", "precision=bf16")
+    assert describe(example())["context"] == []
+    run = run.model_copy(update={"stages": run.stages[1:]})
+    short, long = json.loads(json.dumps(describe(run, 8)))["context"]
+    assert (short["degree"], long["degree"], long["layout"]) == (8, 8, "contiguous")
+    local, full = long["schemes"]
+    assert (local["exchange"], full["exchange"], local["layers"]) == ("halo", "heads", 6)
+    # Two rows of 4,096 tokens: a halo of 63 keys and values of two heads; 2 (8/8 + 1) of heads.
+    assert long["rows_per_step"] == 2
+    assert local["bytes_per_step"] == 2 * 6 * (4 * 63 * 2 * 16 * 2)
+    assert full["bytes_per_step"] == 2 * 2 * (2 * 3584 * 16 * 2 * (2 + 2))
+    assert long["legal_degrees"][:4] == [1, 2, 4, 8]
+    assert long["legal_degrees_heads"] == [1, 2, 4, 8]
+    assert full["work_max_over_mean"] == 1 < local["work_max_over_mean"] < 1.2
+    # Ten passes over 128 features by 8 tensor ranks, against the exchanges of four layers.
+    assert long["period"]["tensor_alone"] == 4 * 10 * 4096 * 128 * 2 * 7 // 8
+    assert long["period"]["ours"] == 3 * (4 * 63 * 2 * 32) + 2 * 3584 * 32 * 4
+
+
+def test_recomputed_attention_repeats_the_forward_share() -> None:
+    def received(recompute: str) -> int:
+        run = example("parallel.context=2", f"stages.0.recompute={recompute}")
+        return sum(s["bytes_per_step"] for s in describe(run, 4)["context"][0]["schemes"])
+
+    # A halo has as much forward as backward, keys one part of three.
+    assert received("selective") == received("none")
+    halo, keys = (
+        s["bytes_per_step"]
+        for s in describe(example("parallel.context=2"), 4)["context"][0]["schemes"]
+    )
+    assert received("full") == received("offload") == halo * 3 // 2 + keys * 4 // 3
+
+
+def test_check_prints_the_exchange_of_each_scheme() -> None:
+    run = example("parallel.context={256: 1, 4096: 2}", "stages.0.micro_batch_tokens=4096")
+    text = summary(run, 8).splitlines()
+    assert "tensor 2 x context 2 x data 2 = 8 ranks, ZeRO 1, fp32" in text
+    assert "  256 tokens over 1 context rank" in text
+    assert "  4,096 tokens over 2 context ranks (zigzag): local halo, global keys" in text
+
+
+def test_a_description_with_context_ranks_keeps_the_width() -> None:
+    path = CONFIGS / "runs/paper_rnope_swa_8b.yaml"
+    text = render(describe(load(path, ["parallel.context={8192: 1, 65536: 8}"])), width=110)
+    assert max(map(len, text.splitlines())) <= 110
+    assert "tensor 4 x context 8 x data 1" in text
+    for part in ("legal context degrees at 65,536 tokens", "MB/step", "tensor alone", "halo"):
+        assert part in text

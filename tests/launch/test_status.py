@@ -285,6 +285,37 @@ def test_a_forecast_counts_tokens_per_hour_steps_and_memory(tmp_path: Path) -> N
     assert "about 21525 steps and 22 checkpoints within the time limit" in text
 
 
+@pytest.mark.parametrize(
+    "context,line",
+    [
+        (2, "context groups of 2 ranks stay inside nodes"),
+        (
+            4,
+            "warning: parallel.tensor=4 times 4 context ranks are more than the 8 ranks of a node: "
+            "each context group spans 2 neighbouring nodes, over the slower network.",
+        ),
+        (
+            3,
+            "warning: parallel.tensor=4 times 3 context ranks neither divides nor is a multiple of "
+            "the 8 ranks of a node: some context groups will span more nodes than they need.",
+        ),
+    ],
+)
+def test_a_forecast_says_where_context_groups_lie(tmp_path: Path, context: int, line: str) -> None:
+    words = [f"directory={tmp_path / 'run'}", "stages.1.batch_tokens=1048576"]
+    words.append(f"parallel.context={context}")
+    if context == 3:  # rows and micro batches of three parts
+        words += ["stages.0.lengths={12288: 1}", "stages.0.micro_batch_tokens=12288"]
+        words += ["stages.1.lengths={49152: 1}", "stages.1.micro_batch_tokens=49152"]
+        words += [f"stages.{n}.batch_tokens=1572864" for n in (0, 1)]
+    run_file = ROOT / "configs/runs/paper_rnope_swa_8b.yaml"
+    nodes = 6 if context == 3 else 8
+    job, run = plan(run_file, words, site=str(ROOT / "configs/sites/example.yaml"), nodes=nodes)
+    lines = forecast(job, run)
+    assert f"tensor 4, context {context}, data {nodes * 2 // context}, ZeRO stage 1" in lines[0]
+    assert line in lines
+
+
 def test_check_on_a_site_says_what_the_dry_run_says(capsys) -> None:
     from megahybrid.cli import main
 

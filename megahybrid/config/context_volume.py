@@ -1,0 +1,85 @@
+"""What moves between ranks for one row of a run: ours against what others move, by formula.
+
+Bytes that one rank receives for a row, forward and backward, bf16. The tensor axis gathers and
+scatters the residual stream: ten times a layer, five where both branches share one norm.
+"""
+
+from dataclasses import dataclass
+
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.context import (
+    Exchange,
+    HeadShape,
+    exchange_bytes,
+    plan_context,
+    segments_per_rank,
+)
+from megahybrid.config.counting import branches_together
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.parallel import ParallelConfig, legal_tensor_degrees
+
+_WIDTH = 2  # bytes of a bf16 value
+_RING_WIDTH = 2 + 2 + 4  # keys and values forward and again in backward, gradients in fp32
+
+
+@dataclass(frozen=True)
+class PeriodVolume:
+    """Bytes that one rank receives for one row and one period of layers; None where not legal."""
+
+    degree: int
+    schemes: tuple[str, ...]  # of the period's layers
+    ours: int
+    tensor: int  # of the tensor axis, beside it
+    heads: int | None  # on every layer (Ulysses)
+    keys: int  # gathered on every layer
+    ring: int  # on every layer
+    tensor_alone: int | None  # by tensor * degree tensor ranks, without context ranks
+
+
+def period(plan: LayerPlan) -> tuple[str, ...]:
+    """Return the schemes of the layers that repeat."""
+    if isinstance(plan.pattern, list):
+        return tuple(plan.pattern)
+    names = [plan.pattern.default] * plan.pattern.period
+    names[plan.pattern.offset] = plan.pattern.special
+    return tuple(names)
+
+
+def period_volume(
+    model: ModelConfig, parallel: ParallelConfig, plan: LayerPlan, length: int
+) -> PeriodVolume:
+    """Return what moves for a row of `length` tokens in one period of layers of `plan`."""
+    crossing = plan_context(model, parallel, plan, length)
+    degree, names = crossing.degree, period(plan)
+    shape = HeadShape.of(model, parallel.tensor)
+
+    def bytes_of(name: str, exchange: Exchange | None) -> int:
+        if exchange is None:
+            return 0
+        count = segments_per_rank(crossing.layout)
+        window = plan.schemes[name].window
+        return exchange_bytes(exchange, window, length, degree, shape, segments=count).total()
+
+    def everywhere(exchange: Exchange) -> int:
+        return sum(bytes_of(name, exchange if degree > 1 else None) for name in names)
+
+    others = 2 * (length - length // degree) * shape.kv_heads * shape.head_dim
+    alone = parallel.tensor * degree
+    return PeriodVolume(
+        degree=degree,
+        schemes=names,
+        ours=sum(bytes_of(name, crossing.exchange(name)) for name in names),
+        tensor=len(names) * tensor_bytes(model, parallel.tensor, length // degree),
+        heads=everywhere("heads") if shape.split_over(degree) else None,
+        keys=everywhere("keys"),
+        ring=len(names) * others * _RING_WIDTH,
+        tensor_alone=len(names) * tensor_bytes(model, alone, length)
+        if alone in legal_tensor_degrees(model)
+        else None,
+    )
+
+
+def tensor_bytes(model: ModelConfig, tensor: int, tokens: int) -> int:
+    """Return the bytes that one rank of `tensor` receives for a layer on `tokens` tokens."""
+    passes = 5 if branches_together(model.block) else 10
+    return passes * tokens * model.hidden_size * _WIDTH * (tensor - 1) // tensor

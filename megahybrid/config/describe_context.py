@@ -1,0 +1,203 @@
+"""What `describe` and `check` tell of context ranks: exchanges, bytes and work, beside what the
+same ranks would move otherwise."""
+
+from dataclasses import asdict
+from typing import Any
+
+from megahybrid.config.context import (
+    ContextPlan,
+    Exchange,
+    HeadShape,
+    exchange_bytes,
+    plan_context,
+    segments_per_rank,
+    work_max_over_mean,
+)
+from megahybrid.config.context_check import row_multiple
+from megahybrid.config.context_volume import period_volume
+from megahybrid.config.memory_estimate import policies_of
+from megahybrid.config.run import RunConfig
+from megahybrid.config.stages import Recompute
+from megahybrid.errors import ConfigError
+
+MOST_DEGREES = 4096  # of a row that are listed
+
+
+def context_lines(run: RunConfig) -> list[str]:
+    """Return what `check` prints: a line for each length, "stage long: 65,536 tokens over 8 context
+    ranks (contiguous): local halo, global heads". None without context ranks."""
+    if run.parallel.context_axis == 1:
+        return []
+    lines: dict[str, None] = {}
+    for index, stage in enumerate(run.stages):
+        for length in stage.lengths:
+            lines.setdefault(f"  {_plan(run, index, length).in_words()}")
+    return list(lines)
+
+
+def describe_context(run: RunConfig, data_degree: int) -> list[dict[str, Any]]:
+    """Return what is true of each length of each stage; nothing without context ranks."""
+    if run.parallel.context_axis == 1:
+        return []
+    rows = []
+    for index, stage in enumerate(run.stages):
+        policies = _policies(run, index, data_degree)
+        for length in stage.lengths:
+            row = {
+                "stage": stage.name,
+                "length": length,
+                "tokens_per_rank": stage.micro_batch_tokens // run.parallel.context_axis,
+            }
+            rows.append(row | _length(run, index, length, data_degree, policies))
+    return rows
+
+
+def _policies(run: RunConfig, index: int, data_degree: int) -> list[Recompute]:
+    try:
+        return policies_of(run, index, data_degree)
+    except ConfigError:  # a budget that so few ranks do not meet: all that can be saved is
+        return ["offload"] * run.model.layer_plan.num_layers
+
+
+def _length(
+    run: RunConfig, index: int, length: int, data_degree: int, policies: list[Recompute]
+) -> dict[str, Any]:
+    crossing, plan = _plan(run, index, length), run.plan_at(index)
+    shape = HeadShape.of(run.model, run.parallel.tensor)
+    rows = _rows_per_step(run, index, crossing, data_degree)
+    schemes = []
+    for name, exchange in crossing.exchanges:
+        window = plan.schemes[name].window
+        again = [
+            policy in ("full", "offload")
+            for policy, of in zip(policies, plan.names(), strict=True)
+            if of == name
+        ]
+        schemes.append(
+            {
+                "scheme": name,
+                "layers": len(again),
+                "window": window,
+                "exchange": exchange,
+                "bytes_per_step": sum(
+                    rows * _bytes(run, crossing, exchange, window, forward_again)
+                    for forward_again in again
+                ),
+                "work_max_over_mean": work_max_over_mean(
+                    crossing.layout, exchange, window, length, crossing.degree
+                )
+                if exchange is not None
+                else 1.0,
+            }
+        )
+    return {
+        "degree": crossing.degree,
+        "layout": crossing.layout,
+        "legal_degrees": _legal(run, length),
+        "legal_degrees_heads": shape.legal_degrees(),
+        "rows_per_step": rows,
+        "schemes": schemes,
+        "period": asdict(period_volume(run.model, run.parallel, plan, length)),
+    }
+
+
+def _plan(run: RunConfig, index: int, length: int) -> ContextPlan:
+    return plan_context(run.model, run.parallel, run.plan_at(index), length)
+
+
+def _bytes(
+    run: RunConfig,
+    crossing: ContextPlan,
+    exchange: Exchange | None,
+    window: int | None,
+    forward_again: bool,
+) -> int:
+    if exchange is None:
+        return 0
+    return exchange_bytes(
+        exchange,
+        window,
+        crossing.length,
+        crossing.degree,
+        HeadShape.of(run.model, run.parallel.tensor),
+        segments=segments_per_rank(crossing.layout),
+        bytes_per_value=4 if run.precision == "fp32" else 2,
+    ).total(forward_again=forward_again)
+
+
+def _rows_per_step(run: RunConfig, index: int, crossing: ContextPlan, data_degree: int) -> int:
+    """Return the rows of a step in which one rank has a part, at the stage's last batch size."""
+    groups = data_degree * run.parallel.context_axis // crossing.degree
+    return run.stages[index].batch_levels()[-1][1] // (crossing.length * groups)
+
+
+def _legal(run: RunConfig, length: int) -> list[int]:
+    """Return the degrees that cut a row of `length` tokens evenly, contiguous."""
+    most = min(length, MOST_DEGREES)
+    tensor = run.parallel.tensor
+    degrees = range(1, most + 1)
+    return [n for n in degrees if length % row_multiple("contiguous", n, tensor) == 0]
+
+
+def context_tables(rows: list[dict[str, Any]], table: Any) -> list[Any]:
+    """Return `describe_context` as tables; `table` makes an empty one of a title and columns."""
+    return [_exchange_table(rows, table), _period_table(rows, table)] if rows else []
+
+
+def _exchange_table(rows: list[dict[str, Any]], table: Any) -> Any:
+    made = table(
+        "MB that a context rank receives a step, and the busiest one's work over the mean",
+        ("stage", "length", "ranks", "layout", "scheme", "exchange"),
+        ("layers", "MB/step", "work"),
+    )
+    before = None
+    for row in rows:
+        for index, scheme in enumerate(row["schemes"]):
+            first = index == 0
+            made.add_row(
+                row["stage"] if row["stage"] != before else "",
+                f"{row['length']:,}" if first else "",
+                str(row["degree"]) if first else "",
+                row["layout"] if first and row["degree"] > 1 else "",
+                scheme["scheme"],
+                scheme["exchange"] or "none",
+                str(scheme["layers"]),
+                f"{scheme['bytes_per_step'] / 1e6:,.0f}",
+                f"{scheme['work_max_over_mean']:.2f}",
+            )
+            before = row["stage"]
+    return made
+
+
+def _period_table(rows: list[dict[str, Any]], table: Any) -> Any:
+    made = table(
+        "MB that a rank receives for a row and a period of layers (bf16): ours, one\n"
+        "exchange for all layers, and tensor ranks alone on the same GPUs",
+        (),
+        ("length", "ranks", "ours", "heads", "keys", "ring", "+ tensor", "tensor alone"),
+    )
+    seen = set()
+    for row in rows:
+        found = row["period"]
+        values = tuple(found[n] for n in ("ours", "heads", "keys", "ring", "tensor"))
+        values += (found["tensor_alone"],)
+        if row["degree"] == 1 or (row["length"], values) in seen:
+            continue
+        seen.add((row["length"], values))
+        told = ("not legal" if value is None else f"{value / 1e6:,.0f}" for value in values)
+        made.add_row(f"{row['length']:,}", str(row["degree"]), *told)
+    return made
+
+
+def legal_in_words(rows: list[dict[str, Any]]) -> list[str]:
+    """Return "legal context degrees at 65,536 tokens: 1, 2, …; heads over 1, 2, 4, 8", a line for
+    each length."""
+    lines: dict[str, None] = {}
+    for row in rows:
+        degrees = [str(n) for n in row["legal_degrees"]]
+        shown = ", ".join(degrees[:12]) + (" …" if len(degrees) > 12 else "")
+        heads = ", ".join(str(n) for n in row["legal_degrees_heads"])
+        lines.setdefault(
+            f"legal context degrees at {row['length']:,} tokens: {shown}; heads over {heads}"
+        )
+    return list(lines)
