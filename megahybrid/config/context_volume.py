@@ -1,8 +1,8 @@
 """What moves between ranks for one row of a run: ours against what others move, by formula.
 
 Bytes that one rank receives for a row, forward and backward, bf16. The tensor axis gathers and
-scatters the residual stream: ten times a layer, five where both branches share one norm, four or two
-more under full recomputation.
+scatters the residual stream: ten times a layer, five where both branches share one norm, four or
+two more under full recomputation.
 """
 
 from dataclasses import dataclass
