@@ -1,4 +1,4 @@
-"""Training on context ranks through DeepSpeed is the plain training loop: fp32, every ZeRO stage."""
+"""Training on context ranks through DeepSpeed is the plain training loop: fp32, ZeRO 1 to 3."""
 
 from dataclasses import replace
 from typing import Any

@@ -2,7 +2,7 @@
 measure."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,10 @@ from torch.linalg import vector_norm
 from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
 from megahybrid.model.core_attention import core_attention
-from megahybrid.model.kernels import AttentionSpec, choose
+from megahybrid.model.kernels import AttentionSpec, Place, choose
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.registry import measured
+from megahybrid.model.kernels.registry import REGISTRY, measured
 from megahybrid.parallel import matmul
 
 WINDOWS = {"full": None, "windowed": 1}  # of each kind of layer; 1 is shorter than every row
@@ -41,6 +41,7 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     documents: bool  # rows may hold several
+    before: int = 0  # tokens of the length that have keys alone, ahead of the first query
 
 
 def resolve_kernels(
@@ -49,11 +50,14 @@ def resolve_kernels(
     dtype: torch.dtype,
     head_dim: int,
     pinned: ChosenKernels | None = None,
+    fewer_queries: Collection[str] = (),
 ) -> ChosenKernels:
     """Return what the run file names, else what the checkpoint had on the same kind of device (so
     that a resume repeats its bits), else a choice without a measurement. `length` is there where
-    the checkpoint's choice was measured at that length."""
+    the checkpoint's choice was measured at that length. `fewer_queries` has the kinds of layers
+    that may meet more keys than queries: a kept kernel that cannot is not taken."""
     kept = pinned if pinned is not None and pinned.device == device.type else None
+    measured_length = None if kept is None else kept.length
     # A window shorter than the row: it serves every batch.
     several = Documents(torch.zeros(1, 2, dtype=torch.int64))
     kinds: dict[str, str] = {}
@@ -61,7 +65,12 @@ def resolve_kernels(
         name = getattr(wanted, kind)
         if name == "auto":
             known = None if kept is None else getattr(kept, kind)
-            name = known or choose(window, 2, several, device, dtype, head_dim)
+            before = 1 if kind in fewer_queries else None
+            spec = AttentionSpec(scale=1.0, window=window, before=before)
+            place = Place(device, dtype, head_dim)
+            if known in REGISTRY and REGISTRY[known].refusal(spec, place) is not None and before:
+                known = measured_length = None
+            name = known or choose(window, 2, several, device, dtype, head_dim, before)
         kinds[kind] = name
     products: str | None = None
     if device.type == "cpu":
@@ -74,14 +83,16 @@ def resolve_kernels(
         **kinds,
         blocks=kept_blocks if wanted.blocks == "auto" else wanted.blocks,
         products=products,
-        length=None if kept is None else kept.length,
+        length=measured_length,
     )
 
 
-def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def candidates(
+    kind: str, device: torch.device, dtype: torch.dtype, head_dim: int, fewer_queries: bool = False
+) -> list[str]:
     """Return the exact kernels with a backward that are measured for a kind of layer there, the
-    usual one first."""
-    return measured(WINDOWS[kind], device, dtype, head_dim)
+    usual one first; of those that serve fewer queries than keys, where it may meet these."""
+    return measured(WINDOWS[kind], device, dtype, head_dim, 1 if fewer_queries else None)
 
 
 def measure(
@@ -149,14 +160,20 @@ def _both(
     """A forward and backward on drawn values, the same for every kernel."""
     generator = torch.Generator(work.device).manual_seed(1)
 
-    def draw(heads: int) -> Tensor:
-        shape = (work.length, work.rows, heads, work.head_dim)
+    def draw(heads: int, tokens: int = work.length) -> Tensor:
+        shape = (tokens, work.rows, heads, work.head_dim)
         drawn = torch.randn(shape, generator=generator, device=work.device, dtype=work.dtype)
         return drawn.requires_grad_()
 
-    q, k, v = draw(work.heads), draw(work.kv_heads), draw(work.kv_heads)
-    grad_output = draw(work.heads).detach()
-    spec = AttentionSpec(window=window, documents=documents, scale=work.head_dim**-0.5)
+    queries = work.length - work.before
+    q, k, v = draw(work.heads, queries), draw(work.kv_heads), draw(work.kv_heads)
+    grad_output = draw(work.heads, queries).detach()
+    spec = AttentionSpec(
+        window=window,
+        documents=documents,
+        scale=work.head_dim**-0.5,
+        before=work.before or None,
+    )
 
     def run() -> Results:
         out = core_attention(q, k, v, spec, name)
