@@ -17,7 +17,7 @@ from megahybrid.model.kernels import (
     varlen,
 )
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.kernel import Kernel, Measured
+from megahybrid.model.kernels.kernel import Halves, Kernel, Measured
 from megahybrid.model.kernels.spec import AttentionSpec, Place
 
 # In the order in which measurements name them: the usual one first.
@@ -54,20 +54,24 @@ def attend(
     """
     _check(q, k, spec)
     spec = spec.within(len(k))
-    place = Place(
-        q.device,
-        q.dtype,
-        q.shape[-1],
-        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
-    )
-    name = _preferred(spec, place) if kernel == "auto" else kernel
-    if name not in REGISTRY:
-        known = ", ".join(KERNELS)
-        raise ConfigError(f"kernels={name} is not a kernel. Use auto or one of {known}.")
-    why_not = REGISTRY[name].refusal(spec, place)
-    if why_not is not None:
-        raise ConfigError(f"kernels={name} {why_not}. {_way_out(spec, place)}")
-    return REGISTRY[name].attend(q, k, v, spec)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    place = Place(q.device, q.dtype, q.shape[-1], gradients)
+    return _able(kernel, spec, place).attend(q, k, v, spec)
+
+
+def halves(
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    spec: AttentionSpec,
+    kernel: str = "auto",
+) -> tuple[Halves, AttentionSpec] | None:
+    """Return the forward and the backward of `attend` apart, and the spec to call both with; None
+    where the kernel has them together only. Raises ConfigError as `attend` does."""
+    _check(q, k, spec)
+    spec = spec.within(len(k))
+    place = Place(q.device, q.dtype, q.shape[-1])
+    apart = _able(kernel, spec, place).halves(spec, place)
+    return apart and (apart, spec)
 
 
 def choose(
@@ -103,6 +107,19 @@ def measured(
             found[kernel.measured].append(kernel.name)
     names = found[Measured.ALWAYS] + (found[Measured.FUSED] or found[Measured.COMPILED])
     return names or found[Measured.LAST]
+
+
+def _able(kernel: str, spec: AttentionSpec, place: Place) -> Kernel:
+    """Return the kernel of this name, or the one that `auto` means; raise ConfigError where it
+    cannot do what is asked."""
+    name = _preferred(spec, place) if kernel == "auto" else kernel
+    if name not in REGISTRY:
+        known = ", ".join(KERNELS)
+        raise ConfigError(f"kernels={name} is not a kernel. Use auto or one of {known}.")
+    why_not = REGISTRY[name].refusal(spec, place)
+    if why_not is not None:
+        raise ConfigError(f"kernels={name} {why_not}. {_way_out(spec, place)}")
+    return REGISTRY[name]
 
 
 def _preferred(spec: AttentionSpec, place: Place) -> str:
