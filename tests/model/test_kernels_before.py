@@ -133,10 +133,16 @@ def test_the_last_rows_of_the_whole_in_a_window(window: int, rows: str) -> None:
 @pytest.mark.parametrize("before", [0, 1, 63, 64, 65, 99])
 def test_a_halo_of_any_length_up_to_the_window(before: int) -> None:
     """A row's first tokens have fewer keys before them than the window has."""
-    inputs = drawn(keys=before + 300, rows=1)
+    queries = 6 * tiles.TILE + 1  # a last tile of one query
+    inputs = drawn(keys=before + queries, rows=1)
     for window in (100, 257):
-        right = results(inputs, whole(window=window), 300)
-        assert_same(results(inputs, last("blocked", window=window), 300), right)
+        right = results(inputs, whole(window=window), queries)
+
+        def by_tiles(q: Tensor, k: Tensor, v: Tensor, window: int = window) -> Tensor:
+            return tiles.attend_tiles(q, k, v, window=window, documents=None, scale=0.3)
+
+        for call in (last("blocked", window=window), by_tiles):
+            assert_same(results(inputs, call, queries), right)
 
 
 def test_a_single_query_and_long_documents() -> None:
