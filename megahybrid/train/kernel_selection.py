@@ -80,7 +80,7 @@ def _measured(
         if not these or getattr(run.kernels, kind) != "auto":
             continue
         fewer = kind in fewer_queries_in(run, index)
-        names = candidates(kind, work.device, work.dtype, work.head_dim, fewer)
+        names = candidates(kind, work.device, work.dtype, work.head_dim, 1 if fewer else None)
         if len(names) > 1:
             times = measure_tested(names, these, work, run.parallel.context_degree(length), fewer)
             seconds[kind] = _told(times)
@@ -180,7 +180,7 @@ def crossing_shards(work: Workload, window: int | None, degree: int, fewer: bool
         return replace(work, length=length, heads=work.heads // degree, kv_heads=kv_heads)
     before = work.length * (degree - 1)
     before = before if window is None else min(window - 1, before)
-    return replace(work, length=work.length + before, before=before)
+    return replace(work, before=before)
 
 
 def measure_tested(

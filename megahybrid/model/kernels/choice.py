@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
 from megahybrid.model.core_attention import core_attention
-from megahybrid.model.kernels import AttentionSpec, Place, choose
+from megahybrid.model.kernels import AttentionSpec, choose
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.registry import REGISTRY, measured
@@ -41,7 +41,7 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     documents: bool  # rows may hold several
-    before: int = 0  # tokens of the length that have keys alone, ahead of the first query
+    before: int = 0  # keys ahead of the first of `length` queries
 
 
 def resolve_kernels(
@@ -50,12 +50,14 @@ def resolve_kernels(
     dtype: torch.dtype,
     head_dim: int,
     pinned: ChosenKernels | None = None,
-    fewer_queries: Collection[str] = (),
+    last_queries: Collection[str] = (),
 ) -> ChosenKernels:
     """Return what the run file names, else what the checkpoint had on the same kind of device (so
     that a resume repeats its bits), else a choice without a measurement. `length` is there where
-    the checkpoint's choice was measured at that length. `fewer_queries` has the kinds of layers
-    that may meet more keys than queries: a kept kernel that cannot is not taken."""
+    the checkpoint's choice was measured at that length.
+
+    `last_queries` names the kinds of layers whose queries are the last of more keys: a checkpoint's
+    kernel that cannot do that is not taken."""
     kept = pinned if pinned is not None and pinned.device == device.type else None
     measured_length = None if kept is None else kept.length
     # A window shorter than the row: it serves every batch.
@@ -65,11 +67,9 @@ def resolve_kernels(
         name = getattr(wanted, kind)
         if name == "auto":
             known = None if kept is None else getattr(kept, kind)
-            before = 1 if kind in fewer_queries else None
-            spec = AttentionSpec(scale=1.0, window=window, before=before)
-            place = Place(device, dtype, head_dim)
-            if known in REGISTRY and REGISTRY[known].refusal(spec, place) is not None and before:
-                known = measured_length = None
+            before = 1 if kind in last_queries else None
+            if known and before and "before" not in REGISTRY[known].serves:
+                known = measured_length = None  # measured anew, if that is worth it
             name = known or choose(window, 2, several, device, dtype, head_dim, before)
         kinds[kind] = name
     products: str | None = None
@@ -88,11 +88,11 @@ def resolve_kernels(
 
 
 def candidates(
-    kind: str, device: torch.device, dtype: torch.dtype, head_dim: int, fewer_queries: bool = False
+    kind: str, device: torch.device, dtype: torch.dtype, head_dim: int, before: int | None = None
 ) -> list[str]:
     """Return the exact kernels with a backward that are measured for a kind of layer there, the
-    usual one first; of those that serve fewer queries than keys, where it may meet these."""
-    return measured(WINDOWS[kind], device, dtype, head_dim, 1 if fewer_queries else None)
+    usual one first; `before` as in a spec."""
+    return measured(WINDOWS[kind], device, dtype, head_dim, before)
 
 
 def measure(
@@ -146,11 +146,12 @@ def fastest(found: dict[str, float | str]) -> str | None:
 
 
 def _situations(work: Workload) -> list[Documents | None]:
-    pieces = work.length // DOCUMENT_TOKENS
+    tokens = work.before + work.length
+    pieces = tokens // DOCUMENT_TOKENS
     if not work.documents or pieces < 2:
         return [None]
     lengths = [DOCUMENT_TOKENS] * (pieces - 1)
-    lengths.append(work.length - sum(lengths))
+    lengths.append(tokens - sum(lengths))
     return [None, Documents.from_lengths([lengths] * work.rows).to(work.device)]
 
 
@@ -165,14 +166,11 @@ def _both(
         drawn = torch.randn(shape, generator=generator, device=work.device, dtype=work.dtype)
         return drawn.requires_grad_()
 
-    queries = work.length - work.before
-    q, k, v = draw(work.heads, queries), draw(work.kv_heads), draw(work.kv_heads)
-    grad_output = draw(work.heads, queries).detach()
+    keys = work.before + work.length
+    q, k, v = draw(work.heads), draw(work.kv_heads, keys), draw(work.kv_heads, keys)
+    grad_output = draw(work.heads).detach()
     spec = AttentionSpec(
-        window=window,
-        documents=documents,
-        scale=work.head_dim**-0.5,
-        before=work.before or None,
+        window=window, documents=documents, before=work.before, scale=work.head_dim**-0.5
     )
 
     def run() -> Results:
