@@ -266,10 +266,10 @@ def test_where_no_kernel_has_the_rule_masks_are_bands(monkeypatch: pytest.Monkey
 
 def test_the_last_tokens_of_documents_are_documents() -> None:
     documents = Documents.from_lengths([[4, 3, 3], [1, 9]])
-    cut = documents.last(5)
+    cut = documents.stretch(5, 10)
     assert cut.starts.tolist() == [[0, 0, 2, 2, 2], [0] * 5]
     assert cut.spans() == Documents(cut.starts).spans()
-    assert documents.last(5) is cut and documents.last(10) is documents
+    assert documents.stretch(5, 10) is cut and documents.stretch(0, 10) is documents
 
 
 def packed_attention(
