@@ -21,15 +21,19 @@ MICRO_BATCHES = 4  # of a step, whoever computes them
 
 
 def layout(name: str) -> Case:
-    """For example "tensor2-data2-zero1", on a model with cut, replicated and padded parameters."""
-    tensor, data, zero_stage = (int(part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in
-                                name.removesuffix("-bf16").split("-"))  # fmt: skip
+    """For example "tensor2-data2-zero1", on a model with cut, replicated and padded parameters; or
+    "tensor1-context2-data1-zero1"."""
+    degrees = {
+        part.rstrip("0123456789"): int(part.lstrip("abcdefghijklmnopqrstuvwxyz"))
+        for part in name.removesuffix("-bf16").split("-")
+    }
     return Case(
         model("layernorm-per_head", kv_heads=2, tied=False),
-        tensor,
-        data,
-        zero_stage,
-        accumulation=MICRO_BATCHES // data,
+        degrees["tensor"],
+        degrees["data"],
+        degrees["zero"],
+        accumulation=MICRO_BATCHES // degrees["data"],
+        context=degrees.get("context", 1),
         precision="bf16" if name.endswith("-bf16") else "fp32",
         seed=7,
     )
@@ -150,8 +154,29 @@ READERS = {
 }  # fmt: skip
 
 
+# Rows cut over context ranks, and whole again.
+CONTEXT_READERS = {
+    "tensor1-context4-data1-zero1": [
+        "tensor1-context4-data1-zero1", "tensor1-data1-zero1", "tensor2-context2-data1-zero2",
+        "tensor1-context2-data2-zero3",
+    ],
+    "tensor1-data1-zero1": ["tensor2-context2-data1-zero1"],
+    "tensor2-data2-zero1": ["tensor1-context4-data1-zero3"],
+}  # fmt: skip
+
+
 def test_every_layout_goes_on_where_another_stopped(tmp_path: Path) -> None:
-    written = {name: tmp_path / name for name in READERS}
+    goes_on_everywhere(READERS, tmp_path)
+
+
+def test_context_ranks_go_on_where_others_stopped(tmp_path: Path) -> None:
+    goes_on_everywhere(CONTEXT_READERS, tmp_path)
+
+
+def goes_on_everywhere(table: dict[str, list[str]], tmp_path: Path) -> None:
+    """Train on the layouts that write, then on those that read, and compare these with what the
+    writers came to unbroken."""
+    written = {name: tmp_path / name for name in table}
     at = FIRST + SHORT
     writers = [
         Leg(
@@ -171,7 +196,7 @@ def test_every_layout_goes_on_where_another_stopped(tmp_path: Path) -> None:
             copy=tmp_path / f"{writer}--{name}",
             ends={at: tmp_path / f"{writer}--{name}"},
         )
-        for writer, readers in READERS.items()
+        for writer, readers in table.items()
         for name in readers
     ]
     for leg, told in zip(legs, run_legs(legs), strict=True):
