@@ -3,11 +3,23 @@
 from dataclasses import replace
 from typing import Any
 
+import jaxtyping
 import pytest
 
 from tests import distributed
 from tests.parity.cases import model
-from tests.parity.test_engine import BOUND, CLIP_NORM, Case, engine_runs, errors, plain_run
+from tests.parity.test_engine import (
+    BOUND,
+    CLIP_NORM,
+    Case,
+    RankRun,
+    bf16_is_close,
+    engine_run,
+    engine_runs,
+    errors,
+    of_one_process,
+    plain_run,
+)
 
 ZIGZAG = (("full", "keys"), ("layout", "zigzag"))
 HEADS = (("full", "heads"), ("windowed", "halo"))
@@ -56,3 +68,31 @@ def test_five_steps_equal_the_plain_training_loop(world_size: int) -> None:
         found = errors(case, [of_rank[index] for of_rank in runs], truth)
         wrong += [f"{e:.1e} {name}: {what}" for what, e in found.items() if not e <= BOUND]
     assert not wrong, "\n".join(sorted(wrong, reverse=True))
+
+
+def test_bf16_is_no_further_from_the_truth_than_twice_a_single_process() -> None:
+    cases = {
+        "context2-zero1": case("rnope_swa", "parallel", context=2, accumulation=2, exchange=HEADS),
+        "context4-zero2": case("ssmax", context=4, zero_stage=2, exchange=ZIGZAG),
+        "tensor2-context2-zero3": case(
+            "rms-shared", "post_norm", tensor=2, context=2, zero_stage=3, exchange=KEYS
+        ),
+    }
+    bf16 = {name: replace(case, precision="bf16", seed=60) for name, case in cases.items()}
+    bf16_is_close({name: (case, of_one_process(case)) for name, case in bf16.items()})
+
+
+def traced_runs(ranks: distributed.Ranks, case: Case) -> RankRun:
+    """A run whose layers are traced; checks of annotations cannot be."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        return engine_run(ranks, case)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("exchange", [HEADS, ZIGZAG], ids=["heads", "keys_zigzag"])
+def test_compiled_layers_are_the_plain_ones(exchange: tuple[tuple[str, str], ...]) -> None:
+    compiled = case("rnope_swa", context=2, exchange=exchange, compiler="aot_eager", seed=70)
+    found = errors(compiled, distributed.run(2, traced_runs, compiled), plain_run(compiled))
+    assert not {what: error for what, error in found.items() if not error <= BOUND}

@@ -199,7 +199,8 @@ def _kernels(stage: StageEvent) -> str:
         for kind in ("full", "windowed", "blocks", "products")
         if kind in chosen
     ]
-    return f"; kernels: {', '.join(kinds)}" if kinds else ""
+    told = f"; kernels: {', '.join(kinds)}" if kinds else ""
+    return f"{told}; {chosen['exchange']}" if "exchange" in chosen else told
 
 
 def _span(values: Collection[float]) -> str:
