@@ -47,6 +47,9 @@ def canonical_shapes(
                     assert (scheme.qk_norm.over, scheme.qk_norm.weight) == ("head", "shared")
                     shape = (head_dim,)
                 shapes[f"{block}.attention.{which}.weight"] = shape
+        if scheme.gate != "none":
+            each = {"head": 1, "element": head_dim}[scheme.gate]
+            shapes[f"{block}.attention.output_gate.weight"] = (heads * each, hidden)
         if scheme.score_scale.kind == "ssmax":
             shapes[f"{block}.attention.logit_scale"] = (heads,)
         shapes[f"{block}.mlp.gate.weight"] = (inner, hidden)
@@ -292,7 +295,13 @@ class PlainModel:
         scores = scores.masked_fill(~mask[:, None], -math.inf)
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
         weights = weights / weights.sum(-1, keepdim=True)
-        mixed = (weights @ v).transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
+        mixed = (weights @ v).transpose(1, 2)  # [batch, seq, heads, head_dim]
+        if scheme.gate != "none":
+            gate = u @ self.tensors[f"{name}.attention.output_gate.weight"].T
+            if scheme.gate == "head":
+                gate = gate[..., None]
+            mixed = mixed * torch.sigmoid(gate.view(*mixed.shape[:3], -1))
+        mixed = mixed.flatten(2)
         return mixed @ self.tensors[f"{name}.attention.output.weight"].T
 
     def _heads(self, u: Tensor, name: str, which: str, count: int, qk_norm: QKNorm) -> Tensor:

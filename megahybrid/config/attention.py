@@ -178,6 +178,22 @@ def learned_scale(scale: ScoreScale) -> str | None:
             assert_never(never)
 
 
+Gate = Literal["none", "head", "element"]
+
+
+def gate_features(gate: Gate, heads: int, head_dim: int) -> int | None:
+    """Values of a layer's gate for each token, over all heads; None without a gate."""
+    match gate:
+        case "none":
+            return None
+        case "head":
+            return heads
+        case "element":
+            return heads * head_dim
+        case never:
+            assert_never(never)
+
+
 class AttentionScheme(Frozen):
     """The way in which a layer's queries see its keys.
 
@@ -191,6 +207,11 @@ class AttentionScheme(Frozen):
     )
     qk_norm: QKNorm = Field(default=QKNorm(), description="norm of queries and keys")
     score_scale: ScoreScale = Field(default=SqrtDimScale(), description="factor on the scores")
+    gate: Gate = Field(
+        default="none",
+        description="the attention output times a sigmoid of what queries are made of "
+        "(arXiv 2505.06708): one value a head, or one for each of its elements",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -220,7 +241,7 @@ class AttentionScheme(Frozen):
         if changed.learned() != self.learned():
             raise ConfigError(
                 f"{where} changes which parameters exist ({self.learned()} to "
-                f"{changed.learned()}). Keep qk_norm and ssmax as the model has them."
+                f"{changed.learned()}). Keep qk_norm, ssmax and gate as the model has them."
             )
         return changed
 
@@ -231,7 +252,8 @@ class AttentionScheme(Frozen):
                 pass
             case never:
                 assert_never(never)
-        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.score_scale))
+        gate = None if gate_features(self.gate, 1, 1) is None else self.gate
+        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.score_scale), gate)
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,7 @@ class LearnedParameters:
 
     qk_norm: tuple[str, str] | None  # over and weight
     score_scale: str | None  # its kind
+    gate: str | None = None  # what has a value
 
     def __str__(self) -> str:
         """In words, "none" when there are none. The words may change: nothing is made of them."""
@@ -249,6 +272,8 @@ class LearnedParameters:
             parts.append("qk_norm over {}, weight {}".format(*self.qk_norm))
         if self.score_scale is not None:
             parts.append(f"{self.score_scale} scale")
+        if self.gate is not None:
+            parts.append(f"gate per {self.gate}")
         return " and ".join(parts) or "none"
 
 

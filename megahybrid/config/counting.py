@@ -18,6 +18,7 @@ from megahybrid.config.attention import (
     Rope,
     SqrtDimScale,
     SsmaxScale,
+    gate_features,
 )
 from megahybrid.config.model import Block, ModelConfig
 
@@ -71,6 +72,9 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         weight = scheme.qk_norm.weight_shape(heads, model.head_dim)
         if weight is not None:
             shapes[f"attention.{name}_norm.weight"] = weight
+    gate = gate_features(scheme.gate, model.num_heads, model.head_dim)
+    if gate is not None:
+        shapes["attention.output_gate.weight"] = (gate, hidden)
     match scheme.position:
         case Rope() | Nope():
             pass

@@ -6,9 +6,10 @@ in fp32 (4 where they are whole, 2 / N where they are cut), fp32 master and two 
 Activations per token and layer, in values: norm inputs and outputs 2 d each norm (the parallel
 block has one); q, k, v, gate and up as the product wrote them, dq + 2 dkv + 2 f, all alive while
 one of them is; rotated q and k, dq + dkv; attention's output and its copy in the other layout,
-2 dq; the MLP's product f. Selective recomputation drops f and the outputs of norms that are read by
-a product; chunked gate and up, 2 f, as well; full keeps the layer's input, d. The tensor degree
-divides them all, and the context axis the tokens (context_memory.py).
+2 dq; where it is gated, the gate and dq; the MLP's product f. Selective recomputation drops f and
+the outputs of norms that are read by a product; chunked gate and up, 2 f, as well; full keeps the
+layer's input, d. The tensor degree divides them all, and the context axis the tokens
+(context_memory.py).
 
 Beside what all layers keep stands the larger of two things: the loss with a chunk of logits, at the
 end of the forward pass, and one layer's backward.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from megahybrid.config import chunk_sizes
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.attention import LayerPlan, gate_features
 from megahybrid.config.context_memory import ALONE, ContextMemory, context_memory
 from megahybrid.config.counting import (
     Shape,
@@ -110,6 +111,13 @@ def activation_bytes_per_token(
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     norms = len(block_norms(model.block))
     whole = 2 * norms * hidden + 4 * queries + 3 * keys + 3 * inner
+    gates = [
+        (gate_features(scheme.gate, model.num_heads, model.head_dim), count)
+        for scheme, count in model.layer_plan.counts()
+    ]
+    # A gate, and the gated output beside the output.
+    gated = sum(count * (queries + size) for size, count in gates if size is not None)
+    whole += gated // model.layer_plan.num_layers
     if device == "cpu":
         schemes = model.layer_plan.counts()
         windowed = sum(count for scheme, count in schemes if scheme.window is not None)

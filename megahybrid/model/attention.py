@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme, Nope, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope, gate_features
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.norm import QKNormModule
+from megahybrid.model.output_gate import gated_output
 from megahybrid.model.rotary import RotaryTable
 from megahybrid.model.score_scale import QueryScale, score_scale
 from megahybrid.parallel.linear import Output, RowParallelLinear
@@ -35,6 +36,7 @@ class BranchInputs(NamedTuple):
     Of the MLP it is gate and up, or their product, or all that the MLP made of them.
     """
 
+    output_gate: Tensor | None = None  # of the attention output, before the sigmoid
     gate: Tensor | None = None
     up: Tensor | None = None
     gated: Tensor | None = None  # silu(gate) * up
@@ -69,18 +71,24 @@ def kv_rows(config: ModelConfig, tensor: Axis) -> tuple[int, int] | None:
     return head * config.head_dim, (head + 1) * config.head_dim
 
 
-def attention_outputs(name: str, config: ModelConfig, mesh: ParallelMesh) -> dict[str, Output]:
+def attention_outputs(
+    name: str, config: ModelConfig, scheme: AttentionScheme, mesh: ParallelMesh
+) -> dict[str, Output]:
     """Return the input projections of attention, for a matrix that may hold others as well.
 
     What is neither query, key nor value is found in `BranchInputs`, under the same name.
     """
     kv_features = config.num_kv_heads * config.head_dim
     keep = kv_rows(config, mesh.tensor)
-    return {
+    outputs = {
         "query": Output(f"{name}.query.weight", config.num_heads * config.head_dim),
         "key": Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
         "value": Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
     }
+    gate = gate_features(scheme.gate, config.num_heads, config.head_dim)
+    if gate is not None:
+        outputs["output_gate"] = Output(f"{name}.output_gate.weight", gate)
+    return outputs
 
 
 class Attention(nn.Module):
@@ -193,7 +201,22 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "seq_out batch hidden"]:
         """The attention output on the stream's width: a shard of the sum, or with reduce=False
         this rank's part of it. `inputs` are those of this layer, for what acts on heads."""
-        return self.output(attention_output.flatten(-2), reduce=reduce)
+        return self.output(self.gated(attention_output, inputs).flatten(-2), reduce=reduce)
+
+    def gated(
+        self,
+        attention_output: Float[Tensor, "seq batch heads_local head_dim"],
+        inputs: BranchInputs,
+    ) -> Float[Tensor, "seq batch heads_local head_dim"]:
+        """The attention output times the sigmoid of the layer's gate; as it is without one."""
+        match self.scheme.gate:
+            case "none":
+                return attention_output
+            case "head" | "element":
+                assert inputs.output_gate is not None
+                return gated_output(attention_output, inputs.output_gate)
+            case other:
+                assert_never(other)
 
     def spec(self, context: SequenceContext) -> AttentionSpec:
         """Return what this layer asks of a kernel for a batch."""

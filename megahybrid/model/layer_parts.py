@@ -43,7 +43,7 @@ class LayerParts:
 
     def input(self, *, attention: bool = False, mlp: bool = False) -> InputProjection:
         """Return the input projection of these branches; gate and up come last."""
-        outputs = attention_outputs(self.name("attention"), self.config, self.mesh)
+        outputs = attention_outputs(self.name("attention"), self.config, self.scheme, self.mesh)
         of_mlp = mlp_outputs(self.name("mlp"), self.config)
         chosen = (outputs if attention else {}) | (of_mlp if mlp else {})
         return InputProjection(self.config, chosen, self.mesh)

@@ -59,6 +59,10 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         NOPE | score_scale(kind="llama4", floor=3, coefficient=0.4),
         ROPE | score_scale(kind="log", base=2.5) | {"window": WINDOW},
     ],
+    "gate": [
+        ROPE | {"gate": "head", "window": WINDOW},
+        NOPE | {"gate": "element"} | qk_norm("rms"),
+    ],
     "ssmax": [
         NOPE | score_scale(kind="ssmax"),
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},

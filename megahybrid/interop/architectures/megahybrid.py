@@ -22,7 +22,12 @@ from megahybrid.config.attention import (
 from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
-from megahybrid.interop.architectures.base import Architecture, Serves, same_or_refused
+from megahybrid.interop.architectures.base import (
+    SCHEME_FIELDS,
+    Architecture,
+    Serves,
+    same_or_refused,
+)
 from megahybrid.interop.architectures.rope import Fields
 from megahybrid.interop.architectures.tensor_names import Order
 
@@ -31,6 +36,7 @@ class Megahybrid(Architecture):
     """Every scheme that the code in interop/remote_code computes."""
 
     name = "Megahybrid"
+    scheme_fields = SCHEME_FIELDS | {"gate"}
     model_type = "megahybrid"
     code_files = (
         "cache_megahybrid.py",
@@ -103,12 +109,15 @@ class Megahybrid(Architecture):
 
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     """Return the fields that the shipped code reads; their names stay when ours change."""
+    # What came later is written where it is not at its default, so that an export stays as it was.
+    later = {} if scheme.gate == "none" else {"gate": scheme.gate}
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
         "logit_scale": dump(scheme.score_scale),
+        **later,
     }
 
 

@@ -18,6 +18,7 @@ from megahybrid.config.attention import (
     QKNorm,
     SqrtDimScale,
     SsmaxScale,
+    gate_features,
 )
 from megahybrid.config.model import ModelConfig
 
@@ -80,7 +81,7 @@ def interleaved_pairs(head_dim: int, rotary_dim: int) -> Order | None:
 def attention_tensors(
     model: ModelConfig, scheme: AttentionScheme, ours: str, theirs: str, order: Order | None
 ) -> Iterator[TensorName]:
-    """Yield the projections, the QK-norm and the learned scale of one layer."""
+    """Yield the projections, the QK-norm, the gate and the learned scale of one layer."""
     hidden, head_dim = model.hidden_size, model.head_dim
     heads = {"query": model.num_heads, "key": model.num_kv_heads, "value": model.num_kv_heads}
     for name, count in heads.items():
@@ -104,6 +105,11 @@ def attention_tensors(
                 shape,
                 order,
             )
+    gate = gate_features(scheme.gate, model.num_heads, head_dim)
+    if gate is not None:
+        yield TensorName(
+            f"{ours}.attention.output_gate.weight", f"{theirs}.gate_proj.weight", (gate, hidden)
+        )
     match scheme.score_scale:
         case SsmaxScale():
             yield TensorName(

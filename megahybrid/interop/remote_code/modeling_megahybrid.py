@@ -90,6 +90,10 @@ class MegahybridAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        self.gate = self.scheme.get("gate", "none")
+        if self.gate != "none":
+            features = heads if self.gate == "head" else heads * self.head_dim
+            self.gate_proj = nn.Linear(hidden, features, bias=False)
         self.qk_norm = self.scheme["qk_norm"]
         if self.qk_norm["kind"] != "none":
             self.q_norm = self._norm(heads, config.norm_eps)
@@ -124,8 +128,13 @@ class MegahybridAttention(nn.Module):
         q, scale = self._scaled(q, places)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        attention_output = self._attend(q, k, v, scale, places)
-        return self.o_proj(attention_output.transpose(1, 2).flatten(2))
+        out = self._attend(q, k, v, scale, places).transpose(1, 2)  # [batch, seq, heads, head_dim]
+        if self.gate != "none":
+            # One value a head, or one for each of its elements.
+            gate = self.gate_proj(hidden).unflatten(-1, (out.shape[2], -1))
+            exact = gate.to(torch.promote_types(gate.dtype, torch.float32))
+            out = out * exact.sigmoid().to(out.dtype)
+        return self.o_proj(out.flatten(2))
 
     def _scaled(self, q: Tensor, places: Places) -> tuple[Tensor, float]:
         """Return q times the factor that depends on its position, and the scale of every score."""

@@ -8,9 +8,14 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, Nope, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope, gate_features
 from megahybrid.model.context import SequenceContext
-from megahybrid.model.selftest.expected import expected_output, score_factor, visible_keys
+from megahybrid.model.selftest.expected import (
+    expected_output,
+    gated,
+    score_factor,
+    visible_keys,
+)
 from megahybrid.model.selftest.subject import HeadShape, HeadsOnly, Rows, Violation
 
 # Of one head's vector at one token, relative to it and not below the usual size of such vectors:
@@ -74,7 +79,8 @@ def _most_keys(scheme: AttentionScheme, length: int) -> int:
 def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
     """Queries' gradients weigh as many as the keys that they see, so that each of a thousand keys
     gets a gradient as large as one of three does."""
-    wide = normal(generator, rows.length, len(rows.documents), shape.features)
+    gate = gate_features(scheme.gate, shape.heads, shape.head_dim) or 0
+    wide = normal(generator, rows.length, len(rows.documents), shape.features + gate)
     if scheme.qk_norm.kind == "none":
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
     queries = queries_of(rows, scheme.window)
@@ -111,7 +117,7 @@ def compare(
 ) -> None:
     """Raise Violation at the first number that is another one; `evaluates`: without
     gradients, where a compiled layer goes another way, the output alone."""
-    names = ["output", "queries", "keys", "values", *block.learned()]
+    names = ["output", "queries", "keys", "values", *block.names[3:], *block.learned()]
     got = _numbers(block, shape, context, drawn, evaluates)
     right = _expected(block, shape, rows, drawn)
     seen = visible_keys(rows.starts, drawn.queries, block.attention.scheme.window).sum(-1).T
@@ -121,7 +127,7 @@ def compare(
         if name in block.learned():
             _demand_whole(what, ours, theirs, shape)
             continue
-        weight = {"output": root, "queries": 1 / root}.get(name)
+        weight = {"output": root, "queries": 1 / root, "output_gate": 1 / root}.get(name)
         places = torch.arange(rows.length) if name in ("keys", "values") else drawn.queries
         _demand_each(what, ours, theirs, weight, places, rows, shape)
 
@@ -140,29 +146,38 @@ def _numbers(
     summed, leaves = (out * drawn.grad_output).sum(), (hidden, *learned)
     # What reaches nothing has a gradient of 0, and is named below.
     grads = torch.autograd.grad(summed, leaves, allow_unused=True, materialize_grads=True)
-    q, k, v = _split(grads[0], shape)
-    return [out[drawn.queries], q[drawn.queries], k, v, *grads[1:]]
+    q, k, v, *gate = _split(grads[0], block, shape)
+    gate = [each[drawn.queries] for each in gate]
+    return [out[drawn.queries], q[drawn.queries], k, v, *gate, *grads[1:]]
 
 
 def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> list[Tensor]:
-    leaves = [x.detach().double().requires_grad_() for x in _split(drawn.hidden, shape)]
+    parts = _split(drawn.hidden, block, shape)
+    leaves = [x.detach().double().requires_grad_() for x in parts]
     learned = {
         name: parameter.detach().double().requires_grad_()
         for name, parameter in block.learned().items()
     }
     queries = drawn.queries.to(shape.device)
-    q, k, v = leaves
+    q, k, v, *gate = leaves
     scheme, starts = block.attention.scheme, rows.starts.to(shape.device)
     out = expected_output(scheme, (q, k, v), learned, starts, queries)
+    out = gated(scheme.gate, out, *(each[queries] for each in gate))
     grad_output = drawn.grad_output[queries].double()
-    grads = torch.autograd.grad((out * grad_output).sum(), (q, k, v, *learned.values()))
-    return [out.detach(), grads[0][queries], *grads[1:]]
+    of_q, of_k, of_v, *others = torch.autograd.grad(
+        (out * grad_output).sum(), (*leaves, *learned.values())
+    )
+    of_gate = [others.pop(0)[queries] for _ in gate]
+    return [out.detach(), of_q[queries], of_k, of_v, *of_gate, *others]
 
 
-def _split(wide: Tensor, shape: HeadShape) -> list[Tensor]:
-    counts = (shape.heads, shape.kv_heads, shape.kv_heads)
-    parts = wide.split([n * shape.head_dim for n in counts], dim=-1)
-    return [_heads(part, shape) for part in parts]
+def _split(wide: Tensor, block: HeadsOnly, shape: HeadShape) -> list[Tensor]:
+    """q, k and v [..., heads, head_dim], and a gate [..., heads, 1 or head_dim]."""
+    q, k, v, *gate = wide.split(block.sizes, dim=-1)
+    return [
+        *(_heads(part, shape) for part in (q, k, v)),
+        *(g.unflatten(-1, (shape.heads, -1)) for g in gate),
+    ]
 
 
 def _heads(x: Tensor, shape: HeadShape) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megahybrid.config.attention import (
     AttentionScheme,
     FixedScale,
+    Gate,
     Llama4Scale,
     LogScale,
     Nope,
@@ -57,6 +58,18 @@ def expected_output(
     scores = torch.einsum("ibhd,jbhd->bhij", q[queries] * scale[..., None], k[:, :, owner])
     weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
     return torch.einsum("bhij,jbhd->ibhd", weights, v[:, :, owner])
+
+
+def gated(gate: Gate, out: Tensor, *values: Tensor) -> Tensor:
+    """The output of heads under a gate of these values, [..., heads, 1 or head_dim]."""
+    match gate:
+        case "none":
+            return out
+        case "head" | "element":
+            (value,) = values
+            return out / (1 + (-value).exp())
+        case other:
+            assert_never(other)
 
 
 def visible_keys(starts: Tensor, queries: Tensor, window: int | None) -> Tensor:

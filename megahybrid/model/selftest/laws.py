@@ -42,8 +42,13 @@ SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.0
 
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
-    """Return the scheme without norm, rotation and scale, of which `compare` judges."""
-    plain = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "score_scale": SqrtDimScale()}
+    """Return the scheme without norm, rotation, scale and gate, of which `compare` judges."""
+    plain = {
+        "position": Nope(kind="nope"),
+        "qk_norm": QKNorm(),
+        "score_scale": SqrtDimScale(),
+        "gate": "none",
+    }
     return scheme.model_copy(update=plain)
 
 
@@ -132,14 +137,14 @@ def is_blind_to_position(block: HeadsOnly, shape: HeadShape, contexts: Contexts)
     length, apart = 192, 33
     reach = min(block.attention.scheme.window or length, length)
     generator = torch.Generator().manual_seed(3)
-    text = normal(generator, length, 1, shape.features).expand(-1, 2, -1).clone()
+    text = normal(generator, length, 1, sum(block.sizes)).expand(-1, 2, -1).clone()
     kv = slice(shape.heads * shape.head_dim, None)
     text[length - reach : -1, 1, kv] = text[length - reach : -1, 1, kv].flip(0)
     rows = Rows.of([length], [length])
     out = block.attention_output(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
     _demand_same(out[-1, 0], out[-1, 1], "the order of keys matters", shape)
 
-    text = normal(generator, length, 2, shape.features)
+    text = normal(generator, length, 2, sum(block.sizes))
     text[apart:, 0] = text[: length - apart, 1]
     rows = Rows.of([apart, length - apart], [length - apart, apart])
     out = block.attention_output(text.to(shape.device, shape.dtype), contexts.of(rows)).detach()
@@ -181,8 +186,8 @@ def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) ->
     if scheme.window == 1:
         return  # one key gets everything, whatever its score
     length = min(scheme.window or SCALED_KEYS, SCALED_KEYS)
-    unturned = {"position": Nope(kind="nope"), "qk_norm": QKNorm(), "window": scheme.window}
-    block = HeadsOnly(shape, scheme.model_copy(update=unturned), kernel)
+    scaled = bare(scheme).model_copy(update={"score_scale": scheme.score_scale})
+    block = HeadsOnly(shape, scaled, kernel)
     scale, last = scheme.score_scale, torch.tensor([[length - 1]])
     learned = None
     if isinstance(scale, SsmaxScale):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme, LayerPlan, gate_features
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import BranchInputs, Heads
 from megahybrid.model.block import Block
@@ -126,6 +126,9 @@ class HeadsOnly(Block):
         )
         super().__init__(0, config, scheme, ParallelMesh.single(shape.device), kernel, "none")
         self.sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        gate = gate_features(scheme.gate, shape.heads, shape.head_dim)
+        self.names = (*Heads._fields, *(() if gate is None else ("output_gate",)))
+        self.sizes += [] if gate is None else [gate]
         self.to(shape.dtype)
 
     def add_parts(self, parts: LayerParts) -> None:
@@ -134,11 +137,12 @@ class HeadsOnly(Block):
 
     def enter(self, hidden: Tensor) -> tuple[Heads, BranchInputs]:
         """Slices of wide rows, as one product leaves them."""
-        return self.entered(Heads._fields, hidden.split(self.sizes, dim=-1))
+        return self.entered(self.names, hidden.split(self.sizes, dim=-1))
 
     def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
-        """The attention output, and zeros: a stream is as wide behind a layer as before it."""
-        return F.pad(attention_output.flatten(-2), (0, sum(self.sizes[1:])))
+        """The gated attention output, and zeros: a stream is as wide behind a layer as before."""
+        out = self.attention.gated(attention_output, inputs)
+        return F.pad(out.flatten(-2), (0, sum(self.sizes[1:])))
 
     def attention_output(self, hidden: Tensor, context: SequenceContext) -> Tensor:
         """[seq, batch, heads, head_dim]: what the heads make of a stream."""
