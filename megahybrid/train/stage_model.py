@@ -2,24 +2,35 @@
 way where the stage anneals."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.context import Exchange, Layout
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import Recompute, RecomputeBudget
 from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent
 from megahybrid.model.compiled import whole_serves
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.row_shards import ContextRanks
-from megahybrid.model.selftest import HeadShape, run_self_test
+from megahybrid.model.selftest import HeadShape, run_context_test, run_self_test
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.mesh import ParallelMesh
+from megahybrid.parallel.collectives import alike
+from megahybrid.parallel.mesh import Axis, ParallelMesh
 from megahybrid.train.metrics import StepFlops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Crossed(NamedTuple):
+    """A scheme, and how its queries meet keys of other context ranks."""
+
+    scheme: AttentionScheme
+    axis: Axis
+    layout: Layout
+    exchange: Exchange
 
 
 class StageModel:
@@ -38,12 +49,16 @@ class StageModel:
     ) -> None:
         self._run, self._mesh, self._kernels, self._tell = run, mesh, kernels, tell
         self._tested: list[AttentionScheme] = []
+        self._crossed: set[_Crossed] = set()
+        self._context = ContextRanks(mesh, run.model, run.parallel)
+        self._lengths: list[int] = []  # of the stage's rows
         self.self_test_seconds = 0.0
 
     def build(self, index: int, tokens: int) -> Transformer:
         """The model of stage `index` as it is when `tokens` have been seen; for ZeRO 3 without
         storage, which the engine gives it."""
         run = self._run
+        self._lengths = sorted(run.stages[index].lengths)
         self._adopt(run.plan_in_force(tokens))
         meta = run.parallel.zero_stage == 3
         self.model = Transformer(
@@ -55,7 +70,7 @@ class StageModel:
             norm=run.kernels.norm,
             compiler=self._kernels.compiler,
             keeps_weights=run.parallel.zero_stage < 3,
-            context=ContextRanks(self._mesh, run.model, run.parallel),
+            context=self._context,
         )
         return self.model
 
@@ -83,20 +98,50 @@ class StageModel:
 
     def _adopt(self, plan: LayerPlan) -> None:
         new = {name: s for name, s in plan.schemes.items() if s not in self._tested}
-        tested = run_self_test(
-            plan.schemes,
-            head_shape(self._run, self._mesh),
-            kernels={name: self._kernels.of(scheme) for name, scheme in plan.schemes.items()},
-            rank=self._mesh.rank,
-            passed=[name for name in plan.schemes if name not in new],
-            compiler=self._kernels.compiler,
-            whole=compiled_whole(self._run),
-        )
+        kernels = {name: self._kernels.of(scheme) for name, scheme in plan.schemes.items()}
+        shape = head_shape(self._run, self._mesh)
+
+        def alone() -> list[tuple[str, str, float]]:
+            return run_self_test(
+                plan.schemes,
+                shape,
+                kernels=kernels,
+                rank=self._mesh.rank,
+                passed=[name for name in plan.schemes if name not in new],
+                compiler=self._kernels.compiler,
+                whole=compiled_whole(self._run),
+            )
+
+        if self._mesh.context.size == 1:
+            tested = alone()
+        else:
+            tested = alike(self._mesh.world, alone) + self._adopt_across(plan, shape, kernels)
         self._tested += new.values()
         self.self_test_seconds = round(sum(seconds for *_, seconds in tested), 3)
         self.plan = plan
         windows = [scheme.window for scheme in plan.expand()]
         self.flops = StepFlops.from_model(self._run.model, windows)
+
+    def _adopt_across(
+        self, plan: LayerPlan, shape: HeadShape, kernels: dict[str, str]
+    ) -> list[tuple[str, str, float]]:
+        """Self-test over the edges of shards what was not tested so: each scheme with each exchange
+        and layout that rows of the stage's lengths have."""
+        tested: list[tuple[str, str, float]] = []
+        for length in self._lengths:
+            shards = self._context.shards(plan, length)
+            if shards is None:
+                continue
+            keys = {
+                name: _Crossed(scheme, shards.axis, shards.layout, shards.exchange(scheme.window))
+                for name, scheme in plan.schemes.items()
+            }
+            passed = [name for name, key in keys.items() if key in self._crossed]
+            tested += run_context_test(
+                plan.schemes, shape, kernels, shards, self._mesh.world, passed=passed
+            )
+            self._crossed |= set(keys.values())
+        return tested
 
     def _kernel_names(self, plan: LayerPlan) -> list[str]:
         return [self._kernels.of(scheme) for scheme in plan.expand()]
