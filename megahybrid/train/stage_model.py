@@ -1,6 +1,7 @@
 """The layers of a stage as its tokens have them: self-tested before they train, and changed on the
 way where the stage anneals."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from megahybrid.config.stages import Recompute, RecomputeBudget
 from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent
 from megahybrid.model.compiled import whole_serves
 from megahybrid.model.kernels.chosen import ChosenKernels
-from megahybrid.model.row_shards import ContextRanks
+from megahybrid.model.row_shards import ContextRanks, RowShards
 from megahybrid.model.selftest import HeadShape, run_context_test, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import alike
@@ -128,20 +129,49 @@ class StageModel:
         """Self-test over the edges of shards what was not tested so: each scheme with each exchange
         and layout that rows of the stage's lengths have."""
         tested: list[tuple[str, str, float]] = []
-        for length in self._lengths:
-            shards = self._context.shards(plan, length)
-            if shards is None:
-                continue
-            keys = {
-                name: _Crossed(scheme, shards.axis, shards.layout, shards.exchange(scheme.window))
-                for name, scheme in plan.schemes.items()
-            }
+        for shards, keys in self._crossings(plan):
             passed = [name for name, key in keys.items() if key in self._crossed]
             tested += run_context_test(
                 plan.schemes, shape, kernels, shards, self._mesh.world, passed=passed
             )
             self._crossed |= set(keys.values())
         return tested
+
+    def audit(self) -> None:
+        """Self-test what crosses the edges of shards once more, on short rows: memory or a wire may
+        fail on the way. Collective; nothing to do without context ranks.
+
+        Raises AuditError on all ranks, as before the first step.
+        """
+        kernels = {name: self._kernels.of(scheme) for name, scheme in self.plan.schemes.items()}
+        shape, asked = head_shape(self._run, self._mesh), set[_Crossed]()
+        for shards, keys in self._crossings(self.plan):
+            passed = [name for name, key in keys.items() if key in asked]
+            run_context_test(
+                self.plan.schemes,
+                shape,
+                kernels,
+                shards,
+                self._mesh.world,
+                passed=passed,
+                short=True,
+            )
+            asked |= set(keys.values())
+
+    def _crossings(self, plan: LayerPlan) -> Iterator[tuple[RowShards, dict[str, _Crossed]]]:
+        """How rows of each of the stage's lengths lie on context ranks, if they do, and how each
+        scheme's queries meet their keys there."""
+        for length in self._lengths:
+            shards = self._context.shards(plan, length)
+            if shards is not None:
+                where = (shards.axis, shards.layout)
+                yield (
+                    shards,
+                    {
+                        name: _Crossed(scheme, *where, shards.exchange(scheme.window))
+                        for name, scheme in plan.schemes.items()
+                    },
+                )
 
     def _kernel_names(self, plan: LayerPlan) -> list[str]:
         return [self._kernels.of(scheme) for scheme in plan.expand()]

@@ -33,7 +33,7 @@ def documents(edges: list[int], length: int) -> list[list[int]]:
 
 
 def cases(degree: int) -> Iterator[Case]:
-    """Every exchange with both layouts, windows about the length of what a rank holds, all heads."""
+    """Every exchange and layout, windows about the length of what a rank holds, all heads."""
     held = {"contiguous": SIZE, "zigzag": 2 * SIZE}
     number = 0
     for layout in ("contiguous", "zigzag"):

@@ -13,15 +13,22 @@ import torch
 from megahybrid.config.attention import AttentionScheme, Nope
 from megahybrid.config.context import Exchange, Layout
 from megahybrid.errors import AuditError
+from megahybrid.model import core_attention
 from megahybrid.model.context_attention import ShardedCall
+from megahybrid.model.kernels import attend
+from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.row_shards import RowShards
 from megahybrid.model.selftest import HeadShape, run_context_test
 from megahybrid.model.selftest.across_ranks import cut_over, short_rows, short_windows
 from megahybrid.model.selftest.questions import own_rows
 from megahybrid.parallel.mesh import Axis
+from megahybrid.train import stage_model
+from megahybrid.train.stage_model import StageModel
 from tests import distributed
 from tests.model import broken_exchanges as broken
 from tests.model.test_selftest import DTYPES, SCHEMES, rope
+from tests.parity.cases import model
+from tests.train.test_synchronisation import LENGTH, run_config
 
 Lies = tuple[Layout, Exchange, Exchange]  # the layout, and what full and windowed layers exchange
 LIES: list[Lies] = [
@@ -116,6 +123,54 @@ def test_a_scheme_takes_less_than_two_seconds_of_a_core() -> None:
     cases = [(["rope-window"], LIES[0]), (["nope"], LIES[1])]
     for seconds in distributed.run(2, several, cases):
         assert max(seconds) < 2  # 0.3 s and 0.6 s
+
+
+def adopted(ranks: distributed.Ranks) -> dict[str, Any]:
+    """What a stage's model tests when it is built, when a window changes, and at an audit."""
+    config = model("rnope_swa", kv_heads=2)
+    run = run_config(config, "fp32", 1)
+    parallel = run.parallel.model_copy(update={"context": {LENGTH // 2: 1, LENGTH: 2}})
+    stage = run.stages[0].model_copy(update={"lengths": {LENGTH // 2: 1, LENGTH: 1}})
+    run = run.model_copy(update={"parallel": parallel, "stages": (stage,)})
+    mesh, tested = ranks.mesh(1, 2), []
+    kernels = ChosenKernels(device="cpu", full="sdpa", windowed="blocked")
+    right = stage_model.run_context_test
+
+    def watched(schemes: Any, *args: Any, passed: Any = (), short: bool = False) -> Any:
+        tested.append(([name for name in schemes if name not in passed], args[2].axis.size, short))
+        return right(schemes, *args, passed=passed, short=short)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_model, "run_context_test", watched)
+        built = StageModel(run, mesh, kernels, lambda *_: None)
+        built.build(0, 0)
+        local = config.layer_plan.schemes["layer0"].model_copy(update={"window": 6})
+        schemes = config.layer_plan.schemes | {"layer0": local}
+        annealed = config.layer_plan.model_copy(update={"schemes": schemes})
+        built._adopt(annealed)
+        built.audit()
+        found: dict[str, Any] = {"tested": list(tested)}
+        # Of whole rows a rank is wrong alone: the other, which finds nothing, stops as well.
+        if ranks.rank == 1:
+            patch.setattr(core_attention, "attend", keys_backwards_attend)
+        try:
+            StageModel(run, mesh, kernels, lambda *_: None).build(0, 0)
+        except AuditError as error:
+            found["said"] = str(error)
+    return found
+
+
+def keys_backwards_attend(q: Any, k: Any, v: Any, *how: Any) -> Any:
+    """Values in the order of the last key first."""
+    return attend(q, k, v.flip(0), *how)
+
+
+def test_a_stage_tests_new_schemes_across_ranks_and_all_at_an_audit() -> None:
+    first, second = distributed.run(2, adopted)
+    both = ["layer0", "layer1"]
+    assert first == second
+    assert first["tested"] == [(both, 2, False), (["layer0"], 2, False), (both, 2, True)]
+    assert first["said"].startswith("self-test: scheme 'layer0' with kernel blocked on rank 1 ")
 
 
 FAULTS: dict[str, tuple[str, Lies, broken.Plant]] = {

@@ -40,10 +40,11 @@ def run_context_test(
     world: Axis,
     *,
     passed: Collection[str] = (),
+    short: bool = False,
 ) -> list[tuple[str, str, float]]:
     """(scheme, exchange, seconds) of every scheme not in `passed`, with rows that lie on context
     ranks as `shards` says; their length is of no account. Collective: every rank of `world` calls
-    it alike. `kernels` holds each scheme's kernel.
+    it alike. `kernels` holds each scheme's kernel; `short`: on short rows alone.
 
     What is compiled is local to a token: the self-test of whole rows asks it. Raises AuditError on
     all ranks alike, with scheme, exchange, kernel, rank and what was violated first.
@@ -55,7 +56,7 @@ def run_context_test(
             continue
         began = time.perf_counter()
         crossing = _Crossing(schemes[name], kernels[name], shape, shards, contexts)
-        for question in crossing.questions():
+        for question in crossing.questions(short):
             try:
                 with torch.enable_grad():
                     question.ask()
@@ -149,12 +150,13 @@ class _Crossing:
         """Return what its layers exchange."""
         return self.shards.exchange(self.scheme.window)
 
-    def questions(self) -> Iterator[_Question]:
+    def questions(self, short: bool) -> Iterator[_Question]:
         """Each talks with other ranks first and judges then, so that the ranks stay together where
         one finds a violation and another does not."""
         for window in short_windows(self.scheme.window, self.shards):
             yield from self._short(self.scheme.model_copy(update={"window": window}))
-        yield from self._at_own_length()
+        if not short:
+            yield from self._at_own_length()
 
     def _short(self, scheme: AttentionScheme) -> Iterator[_Question]:
         """All heads, on rows whose documents end about the edges of shards."""
