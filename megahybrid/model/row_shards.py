@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class RowShards:
             case "zigzag":
                 halves = of_ranks.unflatten(0, (self.axis.size, 2, -1))
                 return torch.cat((halves[:, 0].flatten(0, 1), halves[:, 1].flip(0).flatten(0, 1)))
+            case other:
+                assert_never(other)
 
     def part(self, whole: Tensor) -> Tensor:
         """Return a row's tokens along dimension 0 in the order of the ranks: what `join` undoes."""
@@ -65,6 +68,8 @@ class RowShards:
             case "zigzag":
                 first, second = whole.unflatten(0, (2, self.axis.size, -1)).unbind()
                 return torch.stack((first, second.flip(0)), dim=1).flatten(0, 2)
+            case other:
+                assert_never(other)
 
     @torch.no_grad()
     def gather(self, local: Tensor, dim: int) -> Tensor:
