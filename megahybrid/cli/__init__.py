@@ -1,6 +1,7 @@
 """The command line. Parsing imports nothing heavy; each command imports what it needs."""
 
 import argparse
+import functools
 import io
 import os
 import sys
@@ -58,6 +59,7 @@ def _print_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+@functools.cache  # of fifty parsers, which take longer to make than many a command
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megahybrid",

@@ -277,6 +277,23 @@ def plan_context(
     )
 
 
+def fewer_queries(
+    model: ModelConfig, parallel: ParallelConfig, plan: LayerPlan, length: int
+) -> set[str]:
+    """Return the kinds of layers, full or windowed, whose attention kernel meets fewer queries than
+    keys in rows of `length` tokens: a part of the row, after a halo or all earlier keys."""
+    found: set[str] = set()
+    for name, exchange in plan_context(model, parallel, plan, length).exchanges:
+        match exchange:
+            case "halo" | "keys":
+                found.add("full" if plan.schemes[name].window is None else "windowed")
+            case "heads" | None:
+                pass
+            case never:
+                assert_never(never)
+    return found
+
+
 def exchange_problems(
     parallel: ParallelConfig, plan: LayerPlan, length: int, shape: HeadShape
 ) -> list[str]:

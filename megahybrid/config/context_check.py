@@ -18,8 +18,8 @@ from megahybrid.errors import ConfigError
 # Kernels that serve queries which are the last tokens of a longer stretch of keys, as halo and keys
 # give them to a rank. heads gives whole rows, which every kernel serves.
 FEWER_QUERIES = {
-    "full": ("auto", "reference", "sdpa", "varlen"),
-    "windowed": ("auto", "reference", "blocked", "varlen"),
+    "full": ("auto", "reference", "sdpa", "varlen", "flex", "fa3", "fa4"),
+    "windowed": ("auto", "reference", "blocked", "varlen", "flex", "fa3", "fa4"),
 }
 
 

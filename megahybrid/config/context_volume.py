@@ -1,7 +1,8 @@
 """What moves between ranks for one row of a run: ours against what others move, by formula.
 
 Bytes that one rank receives for a row, forward and backward, bf16. The tensor axis gathers and
-scatters the residual stream: ten times a layer, five where both branches share one norm.
+scatters the residual stream: ten times a layer, five where both branches share one norm, four or
+two more under full recomputation.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megahybrid.config.context import (
 )
 from megahybrid.config.counting import branches_together
 from megahybrid.config.model import ModelConfig
-from megahybrid.config.parallel import ParallelConfig, legal_tensor_degrees
+from megahybrid.config.parallel import ParallelConfig, is_legal_tensor_degree
 
 _WIDTH = 2  # bytes of a bf16 value
 _RING_WIDTH = 2 + 2 + 4  # keys and values forward and again in backward, gradients in fp32
@@ -74,12 +75,16 @@ def period_volume(
         keys=everywhere("keys"),
         ring=len(names) * others * _RING_WIDTH,
         tensor_alone=len(names) * tensor_bytes(model, alone, length)
-        if alone in legal_tensor_degrees(model)
+        if is_legal_tensor_degree(model, alone)
         else None,
     )
 
 
-def tensor_bytes(model: ModelConfig, tensor: int, tokens: int) -> int:
-    """Return the bytes that one rank of `tensor` receives for a layer on `tokens` tokens."""
-    passes = 5 if branches_together(model.block) else 10
+def tensor_bytes(
+    model: ModelConfig, tensor: int, tokens: int, *, forward_again: bool = False
+) -> int:
+    """Return the bytes that one rank of `tensor` receives for a layer on `tokens` tokens of a row;
+    `forward_again` under full recomputation."""
+    branches = 1 if branches_together(model.block) else 2
+    passes = branches * (7 if forward_again else 5)
     return passes * tokens * model.hidden_size * _WIDTH * (tensor - 1) // tensor

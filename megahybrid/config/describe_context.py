@@ -14,25 +14,33 @@ from megahybrid.config.context import (
     work_max_over_mean,
 )
 from megahybrid.config.context_check import row_multiple
-from megahybrid.config.context_volume import period_volume
+from megahybrid.config.context_volume import period_volume, tensor_bytes
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import Recompute
 from megahybrid.errors import ConfigError
 
-MOST_DEGREES = 4096  # of a row that are listed
+MOST_DEGREES = 512  # of a row that are listed
 
 
 def context_lines(run: RunConfig) -> list[str]:
-    """Return what `check` prints: a line for each length, "stage long: 65,536 tokens over 8 context
-    ranks (contiguous): local halo, global heads". None without context ranks."""
+    """Return what `check` prints: a line for each length, "65,536 tokens over 8 context ranks
+    (contiguous): local halo, global heads", and the legal degrees. None without context ranks."""
     if run.parallel.context_axis == 1:
         return []
     lines: dict[str, None] = {}
     for index, stage in enumerate(run.stages):
         for length in stage.lengths:
-            lines.setdefault(f"  {_plan(run, index, length).in_words()}")
-    return list(lines)
+            lines.setdefault(_plan(run, index, length).in_words())
+    heads = HeadShape.of(run.model, run.parallel.tensor).legal_degrees()
+    lengths = {length for stage in run.stages for length in stage.lengths}
+    return [*lines, *(_legal_in_words(n, _legal(run, n), heads) for n in sorted(lengths))]
+
+
+def _legal_in_words(length: int, degrees: list[int], heads: list[int]) -> str:
+    shown = ", ".join(str(n) for n in degrees[:10]) + (" …" if len(degrees) > 10 else "")
+    split = ", ".join(str(n) for n in heads[:10]) + (" …" if len(heads) > 10 else "")
+    return f"legal context degrees at {length:,} tokens: {shown}; heads over {split}"
 
 
 def describe_context(run: RunConfig, data_degree: int) -> list[dict[str, Any]]:
@@ -40,14 +48,17 @@ def describe_context(run: RunConfig, data_degree: int) -> list[dict[str, Any]]:
     if run.parallel.context_axis == 1:
         return []
     rows = []
+    heads = HeadShape.of(run.model, run.parallel.tensor).legal_degrees()
     for index, stage in enumerate(run.stages):
         policies = _policies(run, index, data_degree)
         for length in stage.lengths:
-            row = {
+            row: dict[str, Any] = {
                 "stage": stage.name,
                 "length": length,
                 "tokens_per_rank": stage.micro_batch_tokens // run.parallel.context_axis,
             }
+            row["legal_degrees"] = _legal(run, length)
+            row["legal_degrees_heads"] = heads
             rows.append(row | _length(run, index, length, data_degree, policies))
     return rows
 
@@ -63,7 +74,12 @@ def _length(
     run: RunConfig, index: int, length: int, data_degree: int, policies: list[Recompute]
 ) -> dict[str, Any]:
     crossing, plan = _plan(run, index, length), run.plan_at(index)
-    shape = HeadShape.of(run.model, run.parallel.tensor)
+
+    def tensor(policy: Recompute) -> int:
+        again = policy in ("full", "offload")
+        tokens = crossing.tokens_per_rank
+        return tensor_bytes(run.model, run.parallel.tensor, tokens, forward_again=again)
+
     rows = _rows_per_step(run, index, crossing, data_degree)
     schemes = []
     for name, exchange in crossing.exchanges:
@@ -93,8 +109,7 @@ def _length(
     return {
         "degree": crossing.degree,
         "layout": crossing.layout,
-        "legal_degrees": _legal(run, length),
-        "legal_degrees_heads": shape.legal_degrees(),
+        "tensor_bytes_per_step": rows * sum(map(tensor, policies)),
         "rows_per_step": rows,
         "schemes": schemes,
         "period": asdict(period_volume(run.model, run.parallel, plan, length)),
@@ -190,14 +205,10 @@ def _period_table(rows: list[dict[str, Any]], table: Any) -> Any:
 
 
 def legal_in_words(rows: list[dict[str, Any]]) -> list[str]:
-    """Return "legal context degrees at 65,536 tokens: 1, 2, …; heads over 1, 2, 4, 8", a line for
+    """Return "legal context degrees at 65,536 tokens: 1, 2, 4 …; heads over 1, 2, 4, 8", a line for
     each length."""
-    lines: dict[str, None] = {}
-    for row in rows:
-        degrees = [str(n) for n in row["legal_degrees"]]
-        shown = ", ".join(degrees[:12]) + (" …" if len(degrees) > 12 else "")
-        heads = ", ".join(str(n) for n in row["legal_degrees_heads"])
-        lines.setdefault(
-            f"legal context degrees at {row['length']:,} tokens: {shown}; heads over {heads}"
-        )
-    return list(lines)
+    lines = (
+        _legal_in_words(row["length"], row["legal_degrees"], row["legal_degrees_heads"])
+        for row in rows
+    )
+    return list(dict.fromkeys(lines))

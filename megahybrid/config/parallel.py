@@ -156,9 +156,13 @@ class ParallelConfig(Frozen):
 def legal_tensor_degrees(model: ModelConfig) -> list[int]:
     """Tensor degrees that divide the query heads and the MLP, and divide or are divided by the KV
     heads (then key and value weights are replicated and sliced)."""
-    return [
-        n
-        for n in divisors(model.num_heads)
-        if model.intermediate_size % n == 0
-        and (model.num_kv_heads % n == 0 or n % model.num_kv_heads == 0)
-    ]
+    return [n for n in divisors(model.num_heads) if is_legal_tensor_degree(model, n)]
+
+
+def is_legal_tensor_degree(model: ModelConfig, degree: int) -> bool:
+    """Whether `degree` tensor ranks can share each layer's heads and MLP."""
+    return (
+        model.num_heads % degree == 0
+        and model.intermediate_size % degree == 0
+        and (model.num_kv_heads % degree == 0 or degree % model.num_kv_heads == 0)
+    )

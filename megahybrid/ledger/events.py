@@ -53,6 +53,7 @@ class RunFacts(Record):
 
     world_size: Count | None = None
     tensor: Any = None
+    context: Any = None  # where ranks share rows
     data: Any = None
     zero_stage: Any = None
     precision: Any = None

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.model.kernels import AttentionSpec, attend, halves_of
+from megahybrid.model.kernels import AttentionSpec, attend, halves
 from megahybrid.model.rotary import RotaryTable, rotate_both
 
 Queries = Float[Tensor, "seq batch heads head_dim"]
@@ -49,9 +49,9 @@ def attention_forward(
 ) -> tuple[Queries, tuple[Tensor, ...]]:
     """Return `core_attention` without autograd, and what `attention_backward` needs of it beside
     the heads and the result: the keys and values need not be kept."""
-    halves = halves_of(q, k, spec, kernel)
-    if halves is not None:
-        return halves.forward(q, k, v, spec)
+    if (apart := halves(q, k, spec, kernel)) is not None:
+        (forward, _), asked = apart
+        return forward(q, k, v, asked)
     with torch.no_grad():
         return core_attention(q, k, v, spec, kernel), ()
 
@@ -68,9 +68,9 @@ def attention_backward(
 ) -> tuple[Queries, Keys, Keys]:
     """Return the gradients of q, k and v. Where a kernel has no backward of its own, its forward
     runs a second time."""
-    halves = halves_of(q, k, spec, kernel)
-    if halves is not None:
-        return halves.backward(grad_output, q, k, v, out, kept, spec)
+    if (apart := halves(q, k, spec, kernel)) is not None:
+        (_, backward), asked = apart
+        return backward(grad_output, q, k, v, out, kept, asked)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
         again = core_attention(q, k, v, spec, kernel)

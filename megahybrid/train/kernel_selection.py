@@ -9,6 +9,7 @@ import torch
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.context import fewer_queries, plan_context
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
@@ -48,6 +49,8 @@ def choose_kernels(
     all: ranks with different kernels would not be replicas of each other.
     """
     length = max(run.stages[index].lengths)
+    if (words := exchanges_in_words(run, index)) != chosen.exchange:
+        chosen = replace(chosen, exchange=words)
     if chosen.length == length:
         return chosen
     if mesh.device.type == "cuda":
@@ -76,9 +79,10 @@ def _measured(
         these = {n: s for n, s in schemes.items() if (s.window is None) == (kind == "full")}
         if not these or getattr(run.kernels, kind) != "auto":
             continue
-        names = candidates(kind, work.device, work.dtype, work.head_dim)
+        fewer = kind in fewer_queries_in(run, index)
+        names = candidates(kind, work.device, work.dtype, work.head_dim, 1 if fewer else None)
         if len(names) > 1:
-            times = measure_tested(names, these, work)
+            times = measure_tested(names, these, work, run.parallel.context_degree(length), fewer)
             seconds[kind] = _told(times)
             chosen[kind] = fastest(times) or names[0]
     if run.kernels.blocks == "auto":
@@ -128,11 +132,14 @@ def _measured_on_cpu(
 
 
 def workload(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> Workload:
-    """One rank's micro batch of the stage at this length."""
-    heads = head_shape(run, mesh)
+    """One rank's micro batch of the stage at this length: with context ranks its part of each
+    row."""
+    heads, parallel = head_shape(run, mesh), run.parallel
+    tokens = run.stages[index].micro_batch_tokens // parallel.context_axis
+    here = length // parallel.context_degree(length)
     return Workload(
-        rows=max(1, run.stages[index].micro_batch_tokens // length),
-        length=length,
+        rows=max(1, tokens // here),
+        length=here,
         heads=heads.heads,
         kv_heads=heads.kv_heads,
         head_dim=heads.head_dim,
@@ -142,11 +149,51 @@ def workload(run: RunConfig, index: int, length: int, mesh: ParallelMesh) -> Wor
     )
 
 
+def fewer_queries_in(run: RunConfig, index: int) -> set[str]:
+    """Return the kinds of layers that meet fewer queries than keys somewhere in stage `index`."""
+    plans = [part.plan for part in run.plans[index]]
+    found = (
+        fewer_queries(run.model, run.parallel, plan, length)
+        for plan in plans
+        for length in run.stages[index].lengths
+    )
+    return set().union(*found)
+
+
+def exchanges_in_words(run: RunConfig, index: int) -> str | None:
+    """Return what context ranks send one another in stage `index`; None where none share a row."""
+    if run.parallel.context_axis == 1:
+        return None
+    plan, lengths = run.plan_at(index), sorted(run.stages[index].lengths)
+    crossing = (plan_context(run.model, run.parallel, plan, length) for length in lengths)
+    return "; ".join(each.in_words() for each in crossing)
+
+
+def crossing_shards(work: Workload, window: int | None, degree: int, fewer: bool) -> Workload:
+    """Return what a kernel computes of `work`, a rank's part of rows, once the exchange is made:
+    its queries with the keys before them, the last rank's, or the whole rows for some heads."""
+    if degree == 1:
+        return work
+    if not fewer:
+        kv_heads = max(1, work.kv_heads // degree)
+        length = work.length * degree
+        return replace(work, length=length, heads=work.heads // degree, kv_heads=kv_heads)
+    before = work.length * (degree - 1)
+    before = before if window is None else min(window - 1, before)
+    return replace(work, before=before)
+
+
 def measure_tested(
-    names: list[str], schemes: dict[str, AttentionScheme], work: Workload, **clock: Any
+    names: list[str],
+    schemes: dict[str, AttentionScheme],
+    work: Workload,
+    degree: int = 1,
+    fewer: bool = False,
+    **clock: Any,
 ) -> dict[str, float | str]:
     """`measure` of the kernels that every scheme of the kind passes its self-test on, at the widest
-    window; of the others, what they violate."""
+    window; of the others, what they violate. `degree` context ranks share a row, and `fewer` says
+    whether the kernel then meets fewer queries than keys."""
     widest = max((scheme.window or 0 for scheme in schemes.values()), default=0)
     heads = HeadShape(work.heads, work.kv_heads, work.head_dim, work.dtype, work.device)
     passed, found = [], {}
@@ -159,7 +206,8 @@ def measure_tested(
             found[name] = why_it_failed(error)
         else:
             passed.append(name)
-    return found | measure(passed, widest or None, work, **clock)
+    crossing = crossing_shards(work, widest or None, degree, fewer)
+    return found | measure(passed, widest or None, crossing, **clock)
 
 
 def measure_blocks(

@@ -133,6 +133,10 @@ def repeatable(
     """Return what decides the steps of stage `index`: later stages, and sources that none has read
     yet, may still change and have no part. `files`: the fingerprint of each source. Collective."""
     whole = first_words(dump(run))  # the digests of ledgers there are
+    # What the first version did not know has no part where it does nothing: its digests hold.
+    for name in ("context", "exchange"):
+        if getattr(run.parallel, name) == type(run.parallel).model_fields[name].default:
+            del whole["parallel"][name]
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
     rounding["stages"] = [

@@ -19,6 +19,7 @@ from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.checkpointing import RunSaver, ranks_of
+from megahybrid.train.kernel_selection import fewer_queries_in
 from megahybrid.train.listeners import Listeners
 from megahybrid.train.metrics import StepClock
 from megahybrid.train.preflight import check_inputs
@@ -125,4 +126,7 @@ def build_parts(
 def _first_kernels(run: RunConfig, mesh: ParallelMesh, start: ResumePoint) -> ChosenKernels:
     """Return the kernels that the run file names or the checkpoint had; stages measure the rest."""
     dtype = DTYPES[run.precision]
-    return resolve_kernels(run.kernels, mesh.device, dtype, run.model.head_dim, start.kernels)
+    fewer = set().union(*(fewer_queries_in(run, index) for index in range(len(run.stages))))
+    return resolve_kernels(
+        run.kernels, mesh.device, dtype, run.model.head_dim, start.kernels, fewer
+    )

@@ -311,6 +311,7 @@ def run_info(parts: RunParts, start: ResumePoint, kernels: ChosenKernels) -> Run
         facts=RunFacts(
             world_size=mesh.world_size,
             tensor=mesh.tensor.size,
+            context=mesh.context.size if mesh.context.size > 1 else None,
             data=mesh.data.size,
             zero_stage=run.parallel.zero_stage,
             precision=run.precision,

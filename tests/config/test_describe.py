@@ -124,8 +124,12 @@ def test_check_prints_the_exchange_of_each_scheme() -> None:
     run = example("parallel.context={256: 1, 4096: 2}", "stages.0.micro_batch_tokens=4096")
     text = summary(run, 8).splitlines()
     assert "tensor 2 x context 2 x data 2 = 8 ranks, ZeRO 1, fp32" in text
-    assert "  256 tokens over 1 context rank" in text
-    assert "  4,096 tokens over 2 context ranks (zigzag): local halo, global keys" in text
+    assert "256 tokens over 1 context rank" in text
+    assert "4,096 tokens over 2 context ranks (zigzag): local halo, global keys" in text
+    assert (
+        "legal context degrees at 256 tokens: 1, 2, 4, 8, 16, 32, 64, 128; heads over 1, 2, 4"
+        in (text)
+    )
 
 
 def test_a_description_with_context_ranks_keeps_the_width() -> None:

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pre_norm, mixed": ("pre_norm", ("full", "chunked", "selective", "none")),
     "post_norm, selective": ("post_norm", ("selective",) * LAYERS),
 }
+LAST_QUERIES = "queries that are the last of their keys"
 TENSOR_OF_THE_HOST, WAIT = "a tensor of the host", "a wait for the device"
 MISTAKES = (TENSOR_OF_THE_HOST, WAIT)
 
@@ -62,8 +63,53 @@ def cases() -> Iterator[tuple[str, Callable[[Kept], dict[str, Any]]]]:
     for name, (block, policies) in CASES.items():
         yield f"{name}, plain", lambda kept, b=block, p=policies: step(b, p)
         yield f"{name}, compiled", lambda kept, b=block, p=policies: compiled_step(b, p, kept)
+    yield LAST_QUERIES, lambda kept: last_queries()
     for mistake in MISTAKES:
         yield mistake, lambda kept, m=mistake: step("parallel", ("none",) * LAYERS, planted=m)
+
+
+def last_queries() -> dict[str, Any]:
+    """Attention of the last tokens of rows to all of their keys, forward and backward, by every
+    kernel that `auto` could take; and the two apart."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from megahybrid.model.kernels import AttentionSpec, Documents, attend, halves
+
+    device, before = torch.device("cuda", 0), 3 * LENGTH // 4
+    lengths = [[3000, LENGTH - 3000], [LENGTH // 4, *[128] * 16, LENGTH // 2]]
+    with unset_fake_temporarily():
+        packed = Documents.from_lengths(lengths)
+        packed.spans()
+    packed = packed.to(device)
+    cases = [
+        ("sdpa", None, torch.bfloat16),
+        ("sdpa", None, torch.float32),
+        ("blocked", 512, torch.bfloat16),
+        ("blocked", 4096, torch.float32),
+        ("varlen", None, torch.bfloat16),
+        ("varlen", 4096, torch.bfloat16),
+    ]
+    for (kernel, window, dtype), documents in ((c, d) for c in cases for d in (None, packed)):
+        q, k, v = (
+            torch.empty(tokens, ROWS, heads, 128, device=device, dtype=dtype, requires_grad=True)
+            for tokens, heads in ((LENGTH - before, 8), (LENGTH, 2), (LENGTH, 2))
+        )
+        spec = AttentionSpec(scale=0.1, window=window, documents=documents, before=before)
+        out = attend(q, k, v, spec, kernel)
+        found = [out]
+        # torch 2.11's description of the fp32 kernel's backward lacks an argument of it.
+        if dtype == torch.bfloat16:
+            found += torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+        apart = halves(q, k, spec, kernel)
+        assert (apart is None) == (kernel == "blocked" or dtype == torch.float32), kernel
+        if apart is not None:
+            out, kept = apart[0].forward(q, k, v, apart[1])
+            grads = apart[0].backward(out, q, k, v, out, kept, apart[1])
+            found += [out, *grads]
+        for x, like in zip(found, (q, q, k, v, q, q, k, v), strict=False):
+            assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, device), kernel
+    return {}
 
 
 def compiled_step(block: str, policies: tuple[str, ...], kept: Kept) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.no_device import why_not
-from tests.fake_cuda.program import CASES, TENSOR_OF_THE_HOST, WAIT
+from tests.fake_cuda.program import CASES, LAST_QUERIES, TENSOR_OF_THE_HOST, WAIT
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "program.py"
@@ -62,6 +62,10 @@ def test_programs_were_made_for_every_block_the_loss_and_the_chunked_mlp(
     assert new["parallel, none"]["programs"] >= 6 and new["parallel, none"]["kernels"] >= 6
     for case in ("parallel, chunked", "pre_norm, mixed", "post_norm, selective"):
         assert new[case]["programs"] >= 2 and new[case]["kernels"] >= 1, case
+
+
+def test_queries_that_are_the_last_of_their_keys(found: dict[str, Any]) -> None:
+    assert found[LAST_QUERIES]["error"] is None, found[LAST_QUERIES]["error"]
 
 
 def test_planted_mistakes_are_seen(found: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from megahybrid.model.kernels import (
     documents,
     flash,
     flex,
+    halves,
     sdpa,
     varlen,
 )
@@ -124,6 +125,69 @@ def test_a_kernel_gives_heads_where_it_was_given_them(
         assert call["window_size"] == ((none, none) if window is None else (31, 0))
         longest = SEQ
         assert call["max_seqlen_q"] == longest
+
+
+BEFORE = 40
+
+
+@pytest.mark.parametrize("rows", ["one-document", "documents"])
+@pytest.mark.parametrize(
+    "kernel,window,dtype",
+    [
+        ("varlen", None, torch.bfloat16),
+        ("varlen", 32, torch.bfloat16),
+        ("sdpa", None, torch.bfloat16),
+        ("sdpa", None, torch.float32),
+        ("sdpa", None, torch.float64),
+        ("blocked", 32, torch.bfloat16),
+        ("blocked", 32, torch.float32),
+        ("reference", 32, torch.bfloat16),
+        ("fa3", 32, torch.bfloat16),
+        ("fa4", None, torch.bfloat16),
+    ],
+)
+def test_fewer_queries_than_keys_keep_to_their_device(
+    kernel: str,
+    window: int | None,
+    dtype: torch.dtype,
+    rows: str,
+    hopper: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(varlen, "_shares_heads", lambda device, dtype: True)
+    monkeypatch.setattr(flash, "_function", lambda name: Package(KEYWORDS))
+    q, k, v = (heads(n, CUDA, dtype) for n in (HEADS, KV_HEADS, KV_HEADS))
+    documents = None if rows == "one-document" else packed(CUDA)
+    spec = AttentionSpec(window=window, documents=documents, scale=0.125, before=BEFORE)
+    out = attend(q[BEFORE:], k, v, spec, kernel)
+    assert out.shape == q[BEFORE:].shape and out.dtype == dtype and out.device.type == CUDA.type
+
+
+@pytest.mark.parametrize("rows", ["one-document", "documents"])
+@pytest.mark.parametrize("before", [None, BEFORE])
+@pytest.mark.parametrize("kernel,window", [("sdpa", None), ("varlen", None), ("varlen", 32)])
+def test_halves_keep_to_their_device(
+    kernel: str,
+    window: int | None,
+    before: int | None,
+    rows: str,
+    hopper: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(varlen, "_shares_heads", lambda device, dtype: True)
+    q, k, v = (heads(n, CUDA) for n in (HEADS, KV_HEADS, KV_HEADS))
+    q = q[before:]
+    documents = None if rows == "one-document" else packed(CUDA)
+    spec = AttentionSpec(window=window, documents=documents, scale=0.125, before=before)
+    apart, asked = halves(q, k, spec, kernel) or pytest.fail("has none")
+    out, kept = apart.forward(q, k, v, asked)
+    grads = apart.backward(torch.empty_like(out), q, k, v, out, kept, asked)
+    for found, like in zip((out, *grads), (q, q, k, v), strict=True):
+        assert found.shape == like.shape and found.dtype == like.dtype
+        assert found.device.type == CUDA.type
+    if CUDA.type == "cuda" and kernel == "sdpa":
+        q, k = (x.float() for x in (q, k))
+        assert halves(q, k, spec, kernel) is None  # FlashAttention has no fp32
 
 
 def test_sdpa_hands_cudnn_whole_rows_alone_and_heads_to_share_where_they_can_be(

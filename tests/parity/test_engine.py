@@ -50,17 +50,27 @@ class Case:
     seq: int = SEQ
     whole_rows: bool = False  # of every second micro-batch: each is one document
     device: str = "cpu"
+    context: int = 1
+    exchange: tuple[tuple[str, str], ...] = ()
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.context * self.data
+
+    def mesh(self, ranks: distributed.Ranks) -> Any:
+        return ranks.mesh(self.tensor, self.context)
 
     def run_config(self) -> RunConfig:
         tokens = ROWS * self.seq
         return RunConfig.model_validate(
             {
                 "model": self.config,
-                "parallel": {"tensor": self.tensor, "zero_stage": self.zero_stage},
+                "parallel": {
+                    "tensor": self.tensor,
+                    "context": self.context,
+                    "exchange": dict(self.exchange),
+                    "zero_stage": self.zero_stage,
+                },
                 "data": {"sources": {"text": {"path": "unused"}}, "block_tokens": 1024},
                 "optimizer": {"eps": EPS, "clip_norm": CLIP_NORM},
                 "stages": [
@@ -134,10 +144,10 @@ def engine_run(ranks: distributed.Ranks, case: Case, steps: int = STEPS) -> Rank
                 result.first_gradients.append((segment.name, spec.box(segment), kept))
         return audit(parameters, mesh)
 
-    mine = ranks.mesh(case.tensor).data.rank * case.accumulation
+    mine = case.mesh(ranks).data.rank * case.accumulation
     for step in range(steps):
         share = case.micro_batches(step)[mine : mine + case.accumulation]
-        device = ranks.mesh(case.tensor).device
+        device = case.mesh(ranks).device
         batches = [
             EngineMicroBatch(each.tokens.to(device), each.targets.to(device), each.starts)
             for each in share
@@ -159,15 +169,17 @@ def engine_run(ranks: distributed.Ranks, case: Case, steps: int = STEPS) -> Rank
 
 def build(ranks: distributed.Ranks, case: Case, engine_type: Any, module: Any) -> Any:
     """The engine of `case`, with ZeRO-3 cutting even these small matrices."""
+    from megahybrid.model.row_shards import ContextRanks
     from megahybrid.model.transformer import Transformer
 
-    layers = case.config.layer_plan.num_layers
+    layers, run, mesh = case.config.layer_plan.num_layers, case.run_config(), case.mesh(ranks)
     ours = Transformer(
         case.config,
-        ranks.mesh(case.tensor),
+        mesh,
         recompute=(case.recompute,) * layers,
         compiler=case.compiler,
         keeps_weights=case.zero_stage < 3,
+        context=ContextRanks(mesh, case.config, run.parallel),
     )
     ours.load_canonical(case.first_tensors())
     settings = module.engine_settings
@@ -178,7 +190,7 @@ def build(ranks: distributed.Ranks, case: Case, engine_type: Any, module: Any) -
         return made
 
     with mock.patch.object(module, "engine_settings", cutting):
-        return engine_type(ours, case.run_config(), ranks.mesh(case.tensor))
+        return engine_type(ours, run, mesh)
 
 
 def engine_runs(ranks: distributed.Ranks, cases: list[Case]) -> list[RankRun]:

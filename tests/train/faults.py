@@ -13,6 +13,8 @@ from typing import Any
 
 from tests.train.example import STEPS
 
+KILLED_AT = 60  # exchanges of a rank: after the first checkpoint with context ranks
+
 
 def _before(owner: Any, name: str, action: Callable[..., None]) -> None:
     """Call `action` with the arguments of each call of owner.name, before it."""
@@ -357,3 +359,21 @@ def a_rate_a_hundredth_higher(rank: int) -> None:
     Engine.train_step = (  # type: ignore[method-assign]
         lambda engine, batches, rate, **more: step(engine, batches, rate * 1.01, **more)
     )
+
+
+def killed_in_an_exchange(rank: int) -> None:
+    """Rank 1, between what it sends and what comes, in the run's second stage."""
+    if rank != 1:
+        return
+    from megahybrid.parallel import exchange
+
+    start, done = exchange.start_all_to_all, [0]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        pending = start(*args, **kwargs)
+        done[0] += 1
+        if done[0] > KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pending
+
+    exchange.start_all_to_all = killed

@@ -4,7 +4,8 @@ A kernel that cannot do what is asked refuses; none attends to more or less than
 """
 
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.registry import KERNELS, attend, choose, halves_of
+from megahybrid.model.kernels.kernel import Halves
+from megahybrid.model.kernels.registry import KERNELS, attend, choose, halves
 from megahybrid.model.kernels.spec import AttentionSpec, Place
 
-__all__ = ["KERNELS", "AttentionSpec", "Documents", "Place", "attend", "choose", "halves_of"]
+__all__ = ["KERNELS", "AttentionSpec", "Documents", "Halves", "Place", "attend", "choose", "halves"]

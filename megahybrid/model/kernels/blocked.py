@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from megahybrid.model.kernels import tiles
+from megahybrid.model.kernels import sdpa, tiles
 from megahybrid.model.kernels.documents import Documents, additive, visible
 from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.last_queries import attend_last
@@ -166,4 +166,5 @@ KERNEL = Kernel(
     serves=frozenset({"window", "documents", "before"}),
     rank=lambda spec: 4,
     measured=Measured.LAST,
+    halves=lambda spec, place: None if spec.window else sdpa.halves(place),
 )

@@ -2,7 +2,7 @@
 measure."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from megahybrid.model.core_attention import core_attention
 from megahybrid.model.kernels import AttentionSpec, choose
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.kernels.documents import Documents
-from megahybrid.model.kernels.registry import measured
+from megahybrid.model.kernels.registry import REGISTRY, measured
 from megahybrid.parallel import matmul
 
 WINDOWS = {"full": None, "windowed": 1}  # of each kind of layer; 1 is shorter than every row
@@ -41,6 +41,7 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     documents: bool  # rows may hold several
+    before: int = 0  # keys ahead of the first of `length` queries
 
 
 def resolve_kernels(
@@ -49,11 +50,16 @@ def resolve_kernels(
     dtype: torch.dtype,
     head_dim: int,
     pinned: ChosenKernels | None = None,
+    last_queries: Collection[str] = (),
 ) -> ChosenKernels:
     """Return what the run file names, else what the checkpoint had on the same kind of device (so
     that a resume repeats its bits), else a choice without a measurement. `length` is there where
-    the checkpoint's choice was measured at that length."""
+    the checkpoint's choice was measured at that length.
+
+    `last_queries` names the kinds of layers whose queries are the last of more keys: a checkpoint's
+    kernel that cannot do that is not taken."""
     kept = pinned if pinned is not None and pinned.device == device.type else None
+    measured_length = None if kept is None else kept.length
     # A window shorter than the row: it serves every batch.
     several = Documents(torch.zeros(1, 2, dtype=torch.int64))
     kinds: dict[str, str] = {}
@@ -61,7 +67,10 @@ def resolve_kernels(
         name = getattr(wanted, kind)
         if name == "auto":
             known = None if kept is None else getattr(kept, kind)
-            name = known or choose(window, 2, several, device, dtype, head_dim)
+            before = 1 if kind in last_queries else None
+            if known and before and "before" not in REGISTRY[known].serves:
+                known = measured_length = None  # measured anew, if that is worth it
+            name = known or choose(window, 2, several, device, dtype, head_dim, before)
         kinds[kind] = name
     products: str | None = None
     if device.type == "cpu":
@@ -74,14 +83,16 @@ def resolve_kernels(
         **kinds,
         blocks=kept_blocks if wanted.blocks == "auto" else wanted.blocks,
         products=products,
-        length=None if kept is None else kept.length,
+        length=measured_length,
     )
 
 
-def candidates(kind: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def candidates(
+    kind: str, device: torch.device, dtype: torch.dtype, head_dim: int, before: int | None = None
+) -> list[str]:
     """Return the exact kernels with a backward that are measured for a kind of layer there, the
-    usual one first."""
-    return measured(WINDOWS[kind], device, dtype, head_dim)
+    usual one first; `before` as in a spec."""
+    return measured(WINDOWS[kind], device, dtype, head_dim, before)
 
 
 def measure(
@@ -135,11 +146,12 @@ def fastest(found: dict[str, float | str]) -> str | None:
 
 
 def _situations(work: Workload) -> list[Documents | None]:
-    pieces = work.length // DOCUMENT_TOKENS
+    tokens = work.before + work.length
+    pieces = tokens // DOCUMENT_TOKENS
     if not work.documents or pieces < 2:
         return [None]
     lengths = [DOCUMENT_TOKENS] * (pieces - 1)
-    lengths.append(work.length - sum(lengths))
+    lengths.append(tokens - sum(lengths))
     return [None, Documents.from_lengths([lengths] * work.rows).to(work.device)]
 
 
@@ -149,14 +161,17 @@ def _both(
     """A forward and backward on drawn values, the same for every kernel."""
     generator = torch.Generator(work.device).manual_seed(1)
 
-    def draw(heads: int) -> Tensor:
-        shape = (work.length, work.rows, heads, work.head_dim)
+    def draw(heads: int, tokens: int = work.length) -> Tensor:
+        shape = (tokens, work.rows, heads, work.head_dim)
         drawn = torch.randn(shape, generator=generator, device=work.device, dtype=work.dtype)
         return drawn.requires_grad_()
 
-    q, k, v = draw(work.heads), draw(work.kv_heads), draw(work.kv_heads)
+    keys = work.before + work.length
+    q, k, v = draw(work.heads), draw(work.kv_heads, keys), draw(work.kv_heads, keys)
     grad_output = draw(work.heads).detach()
-    spec = AttentionSpec(window=window, documents=documents, scale=work.head_dim**-0.5)
+    spec = AttentionSpec(
+        window=window, documents=documents, before=work.before, scale=work.head_dim**-0.5
+    )
 
     def run() -> Results:
         out = core_attention(q, k, v, spec, name)

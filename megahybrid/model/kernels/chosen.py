@@ -18,6 +18,7 @@ class ChosenKernels:
     blocks: str = "plain"  # or compiled
     products: str | None = None  # the routine of matrix products; a CPU alone has a choice
     length: int | None = None  # the tokens of a row at which they were measured
+    exchange: str | None = None  # what context ranks send one another, where they share rows
 
     def of(self, scheme: AttentionScheme) -> str:
         """Return the attention kernel of a layer with this scheme."""

@@ -43,7 +43,7 @@ def _anywhere(spec: AttentionSpec, place: Place) -> str | None:
     return None
 
 
-def _no_halves(place: Place) -> Halves | None:
+def _no_halves(spec: AttentionSpec, place: Place) -> Halves | None:
     return None
 
 
@@ -55,8 +55,7 @@ class Kernel:
     itself. `unavailable` says why it cannot run at a place, or None. `needs` names fields without
     which it is no kernel at all. `rank` orders the choice without a measurement, the lowest first;
     None: it is not chosen so. `unchosen` has the dtypes in which it runs only where it is named.
-    `halves` gives its forward and backward apart, at the places where it has them; they serve what
-    the kernel serves.
+    `halves` gives its forward and backward apart, for what it serves, where it has them.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Kernel:
     rank: Callable[[AttentionSpec], int] | None = None
     measured: Measured = Measured.NEVER
     unchosen: frozenset[torch.dtype] = frozenset()
-    halves: Callable[[Place], Halves | None] = _no_halves
+    halves: Callable[[AttentionSpec, Place], Halves | None] = _no_halves
     quadratic: bool = False  # holds all scores at once: for tests, never a way out of a refusal
 
     def refusal(self, spec: AttentionSpec, place: Place) -> str | None:

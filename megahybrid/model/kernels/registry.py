@@ -52,42 +52,26 @@ def attend(
     Softmax is fp32 or better. Raises ConfigError where `kernel` cannot do what `spec` asks: none
     attends to more or less than asked.
     """
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    found, spec = _serving(q, k, spec, kernel, gradients)
-    return found.attend(q, k, v, spec)
-
-
-def halves_of(q: Tensor, k: Tensor, spec: AttentionSpec, kernel: str) -> Halves | None:
-    """Return forward and backward apart of the kernel that `attend` takes; None where it has none.
-
-    Raises what `attend` raises.
-    """
-    found, spec = _serving(q, k, spec, kernel, gradients=True)
-    halves = found.halves(Place(q.device, q.dtype, q.shape[-1]))
-    if halves is None:
-        return None
-    forward, backward = halves
-    return Halves(
-        lambda q, k, v, _: forward(q, k, v, spec),
-        lambda grad_output, q, k, v, out, kept, _: backward(grad_output, q, k, v, out, kept, spec),
-    )
-
-
-def _serving(
-    q: Tensor, k: Tensor, spec: AttentionSpec, kernel: str, gradients: bool
-) -> tuple[Kernel, AttentionSpec]:
-    """Return the kernel of this name, or the one that `auto` means, and what it is asked."""
     _check(q, k, spec)
     spec = spec.within(len(k))
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     place = Place(q.device, q.dtype, q.shape[-1], gradients)
-    name = _preferred(spec, place) if kernel == "auto" else kernel
-    if name not in REGISTRY:
-        known = ", ".join(KERNELS)
-        raise ConfigError(f"kernels={name} is not a kernel. Use auto or one of {known}.")
-    why_not = REGISTRY[name].refusal(spec, place)
-    if why_not is not None:
-        raise ConfigError(f"kernels={name} {why_not}. {_way_out(spec, place)}")
-    return REGISTRY[name], spec
+    return _able(kernel, spec, place).attend(q, k, v, spec)
+
+
+def halves(
+    q: Float[Tensor, "seq batch heads head_dim"],
+    k: Float[Tensor, "keys batch kv_heads head_dim"],
+    spec: AttentionSpec,
+    kernel: str = "auto",
+) -> tuple[Halves, AttentionSpec] | None:
+    """Return the forward and the backward of `attend` apart, and the spec to call both with; None
+    where the kernel has them together only. Raises ConfigError as `attend` does."""
+    _check(q, k, spec)
+    spec = spec.within(len(k))
+    place = Place(q.device, q.dtype, q.shape[-1])
+    apart = _able(kernel, spec, place).halves(spec, place)
+    return apart and (apart, spec)
 
 
 def choose(
@@ -123,6 +107,19 @@ def measured(
             found[kernel.measured].append(kernel.name)
     names = found[Measured.ALWAYS] + (found[Measured.FUSED] or found[Measured.COMPILED])
     return names or found[Measured.LAST]
+
+
+def _able(kernel: str, spec: AttentionSpec, place: Place) -> Kernel:
+    """Return the kernel of this name, or the one that `auto` means; raise ConfigError where it
+    cannot do what is asked."""
+    name = _preferred(spec, place) if kernel == "auto" else kernel
+    if name not in REGISTRY:
+        known = ", ".join(KERNELS)
+        raise ConfigError(f"kernels={name} is not a kernel. Use auto or one of {known}.")
+    why_not = REGISTRY[name].refusal(spec, place)
+    if why_not is not None:
+        raise ConfigError(f"kernels={name} {why_not}. {_way_out(spec, place)}")
+    return REGISTRY[name]
 
 
 def _preferred(spec: AttentionSpec, place: Place) -> str:

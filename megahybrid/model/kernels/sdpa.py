@@ -204,5 +204,5 @@ KERNEL = Kernel(
     # Rows of several documents are a call for each: a fused kernel has one for all.
     rank=lambda spec: 0 if spec.documents is None else 2,
     measured=Measured.ALWAYS,
-    halves=halves,
+    halves=lambda spec, place: halves(place),
 )

@@ -53,7 +53,7 @@ KERNEL = Kernel(
     unavailable=lambda spec, place: refusal(*place[:3]),
     rank=lambda spec: 1,
     measured=Measured.FUSED,
-    halves=lambda place: halves(place),
+    halves=lambda spec, place: halves(place),
 )
 
 

@@ -1,7 +1,9 @@
 """DeepSpeed, set up the same way everywhere. Import this before anything of deepspeed's."""
 
+import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +14,46 @@ import torch
 from megahybrid.config.run import RunConfig
 from megahybrid.parallel.mesh import Axis
 
+MUON = "deepspeed.runtime.zero.muon.original_muon"
+
 
 def prepare_deepspeed(device: torch.device) -> None:
     """Choose the accelerator and switch off what hangs or shouts.
 
     DeepSpeed builds a shared-memory extension at start-up and takes a file lock on every launch; a
     process killed in that window leaves the lock and every later launch hangs silently. We never
-    call the extension, so it is declared incompatible (a private table: deepspeed is pinned).
+    call the extension, so it is declared incompatible (a private table: deepspeed is pinned). The
+    table is made here: DeepSpeed would run a compiler to fill it, and asks it for nothing else.
     """
     os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed.ops
     from deepspeed.utils import logger
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    patch_muon()
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives by the names torch 2.13 is leaving; nobody here can change that.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"deepspeed\.|torch\.distributed"
     )
+
+
+def patch_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it, as DeepSpeed 0.19 does when it is imported.
+
+    ZeRO imports it to ask whether its optimizer is one, which ours never is; torch.compile would
+    load all of inductor for that, more than a second of a core at every start of every rank.
+    """
+    if MUON in sys.modules:
+        return
+    from deepspeed.runtime import compiler
+
+    decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module(MUON)
+    finally:
+        compiler.compile = decorator
 
 
 @contextmanager

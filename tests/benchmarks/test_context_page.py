@@ -1,0 +1,56 @@
+"""What docs/context_parallel.md says of bytes is what the formulas say."""
+
+import pytest
+
+from megahybrid.config.base import Frozen
+from megahybrid.config.context import plan_context
+from megahybrid.config.context_volume import period_volume
+from megahybrid.config.loader import load
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.parallel import ParallelConfig
+from tests.benchmarks.test_published import ROOT
+
+PAGE = (ROOT / "docs/context_parallel.md").read_text()
+
+
+class ModelFile(Frozen):
+    """A file of configs/models."""
+
+    model: ModelConfig
+
+
+SHAPES = [
+    ("1B", "rnope_swa_1b", 131_072, 1, 8),
+    ("8B", "rnope_swa_8b", 131_072, 1, 8),
+    ("8B", "rnope_swa_8b", 2**20, 1, 32),
+    ("8B", "rnope_swa_8b", 262_144, 4, 16),
+    ("111B", "command_a", 262_144, 8, 8),
+]
+
+
+def table_row(label: str, name: str, length: int, tensor: int, context: int) -> str:
+    model = load(ROOT / f"configs/models/{name}.yaml", type=ModelFile).model
+    parallel = ParallelConfig(tensor=tensor, context=context)
+    found = period_volume(model, parallel, model.layer_plan, length)
+    crossing = plan_context(model, parallel, model.layer_plan, length)
+    used = " + ".join(dict.fromkeys(e for _, e in crossing.exchanges if e is not None))
+    layout = ", zigzag" if crossing.layout == "zigzag" else ""
+    others = (found.heads, found.keys, found.ring, found.tensor, found.tensor_alone)
+    cells = ["not legal" if size is None else f"{size / 1e6:,.0f}" for size in others]
+    ours = f"{found.ours / 1e6:,.0f} ({used}{layout})"
+    return f"| {' | '.join([label, f'{length:,}', f'{tensor} × {context}', ours, *cells])} |"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[1]}-{shape[2]}")
+def test_the_table_of_bytes(shape: tuple[str, str, int, int, int]) -> None:
+    row = table_row(*shape)
+    assert row in PAGE, row
+
+
+def test_the_bytes_of_the_smallest_shape_by_hand() -> None:
+    """16 heads, 4 KV heads of 128, windows of 4,096, rows of 131,072 over 8 ranks."""
+    others = 131_072 * 7 // 8
+    ours = 3 * (4 * 4095 * 4 * 256) + 2 * others * 256 * (2 * 2 + 2)
+    keys = 4 * 6 * others * 4 * 256
+    assert f"| {ours / 1e6:,.0f} (halo + heads) |" in PAGE
+    assert f"| {keys / 1e6:,.0f} |" in PAGE
