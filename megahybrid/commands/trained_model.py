@@ -111,13 +111,13 @@ def _build(
     saved = ChosenKernels.from_json(train_state.get("kernels"))
     # Kernels that a run names for its GPUs are no wish for another kind of device.
     same_device = saved is not None and saved.device == mesh.device.type
-    wanted = run.kernels if same_device else KernelConfig()
-    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved)
+    wanted = run.kernels if same_device and mesh.context.size == 1 else KernelConfig()
+    # What the run had need not serve context ranks, whose queries are the last of more keys.
+    crossing = ("full", "windowed") if mesh.context.size > 1 else ()
+    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved, crossing)
     if chosen.products is not None:
         matmul.use(chosen.products)
-    # On context ranks a kernel meets fewer queries than keys, which those of a run need not serve.
-    alone = mesh.context.size == 1
-    kernels = [chosen.of(scheme) if alone else "auto" for scheme in plan.expand()]
+    kernels = [chosen.of(scheme) for scheme in plan.expand()]
     # What ranks exchange is chosen for this many: the run's own choice was made for its own.
     degrees = ParallelConfig(tensor=mesh.tensor.size, context=mesh.context.size)
     context = ContextRanks(mesh, run.model, degrees)
