@@ -109,7 +109,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "gradient accumulation",
-        ("stages.0.batch_tokens=2048",),
+        ("stages.1.micro_batch_tokens=512",),
         "one sum over all micro batches and ranks, divided once",
     ),
     Feature(
@@ -129,7 +129,7 @@ FEATURES: tuple[Feature, ...] = (
     ),
     Feature(
         "spikes skipped or rewound",
-        ("optimizer.skip_spikes={action: rewind, sigmas: 3.0, over_steps: 4}",),
+        ("optimizer.skip_spikes={action: rewind, sigmas: 1000.0, over_steps: 4}",),
         "judged by loss and norm of all ranks",
     ),
     Feature(

@@ -1,4 +1,4 @@
-"""The table of what context ranks serve: each pair of its lines is accepted or refused as it says."""
+"""The table of what context ranks serve: each pair of it is accepted or refused as it says."""
 
 from itertools import combinations
 from pathlib import Path
