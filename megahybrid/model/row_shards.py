@@ -5,13 +5,14 @@ from functools import cached_property, lru_cache
 from typing import assert_never
 
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import Exchange, Layout, plan_context, segments
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
-from megahybrid.parallel.collectives import all_gather
+from megahybrid.parallel.collectives import all_gather, all_reduce
 from megahybrid.parallel.exchange import HaloPlan, Range
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
@@ -77,6 +78,18 @@ class RowShards:
         of_ranks = all_gather(local.movedim(dim, 0).contiguous(), self.axis)
         return self.join(of_ranks).movedim(0, dim)
 
+    @torch.no_grad()
+    def pick(
+        self, local: Shaped[Tensor, "seq_local *rest"], positions: Int[Tensor, "rows"]
+    ) -> Shaped[Tensor, "rows *rest"]:
+        """Return what belongs to these positions of the row, on every rank; collective."""
+        found, offset = local.new_zeros((len(positions), *local.shape[1:])), 0
+        for start, stop in self.segments:
+            here = (positions >= start) & (positions < stop)
+            found[here] = local[positions[here] - start + offset]
+            offset += stop - start
+        return all_reduce(found, self.axis)  # one rank has each, the others zeros
+
     def halo(self, window: int) -> HaloPlan:
         """Return what this rank sends and receives for a window."""
         return _halo_plan(self.of_ranks, self.axis.rank, window - 1)
@@ -100,6 +113,13 @@ class ContextRanks:
         """Return what a row of about `length` tokens must be a multiple of."""
         degree = self.parallel.context_degree(length)
         return degree * self.mesh.tensor.size * (2 if degree > 1 else 1)
+
+    def filled(self, length: int) -> int:
+        """Return the smallest number of tokens, `length` or more, that the ranks of a row share
+        evenly."""
+        while over := length % self.multiple(length):
+            length += self.multiple(length) - over
+        return length
 
     def shards(self, plan: LayerPlan, length: int) -> RowShards | None:
         """Return how rows of `length` tokens lie; None where each rank has its own."""
