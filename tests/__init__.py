@@ -26,5 +26,6 @@ else:
     # those of data preparation: its files are anything that reads, beartype wants real BinaryIO.
     rooms = pkgutil.iter_modules(megahybrid.__path__, "megahybrid.")
     checked = [room.name for room in rooms if room.name != "megahybrid.data_prep"]
+    annotations.patch_jaxtyped()
     install_import_hook(checked, f"{annotations.__name__}.check")
     ANNOTATIONS = "checked"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 120.0
+PRELOADED = ["tests.preloaded"]  # by the process that forks
 
 
 class RankFailed(AssertionError):
@@ -84,7 +85,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = _context()
+        context = start_context()
         self.connections: list[Connection] = []
         self.processes: list[multiprocessing.process.BaseProcess] = []
         for rank in range(world_size):
@@ -183,14 +184,14 @@ class Pool:
 _pools: dict[int, Pool] = {}
 
 
-def _context() -> Any:
+def start_context() -> Any:
     """Return how workers start: forked, but for a CUDA driver, which does not survive a fork."""
     import torch
 
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -30,9 +30,11 @@ def canonical_shapes(
         if config.block == "parallel":
             shapes[f"{block}.norm.weight"] = (hidden,)
         else:
-            assert config.block in ("pre_norm", "post_norm")
-            shapes[f"{block}.attention_norm.weight"] = (hidden,)
-            shapes[f"{block}.mlp_norm.weight"] = (hidden,)
+            assert config.block in ("pre_norm", "post_norm", "sandwich")
+            outer = ("", "_output") if config.block == "sandwich" else ("",)
+            for part in outer:
+                shapes[f"{block}.attention{part}_norm.weight"] = (hidden,)
+                shapes[f"{block}.mlp{part}_norm.weight"] = (hidden,)
         shapes[f"{block}.attention.query.weight"] = (heads * head_dim, hidden)
         shapes[f"{block}.attention.key.weight"] = (kv_heads * head_dim, hidden)
         shapes[f"{block}.attention.value.weight"] = (kv_heads * head_dim, hidden)
@@ -266,6 +268,12 @@ class PlainModel:
         if self.config.block == "pre_norm":
             x = x + self._attention(self._norm(x, f"{name}.attention_norm"), name, scheme, starts)
             return x + self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
+        if self.config.block == "sandwich":
+            u = self._norm(x, f"{name}.attention_norm")
+            branch = self._attention(u, name, scheme, starts)
+            x = x + self._norm(branch, f"{name}.attention_output_norm")
+            branch = self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
+            return x + self._norm(branch, f"{name}.mlp_output_norm")
         assert self.config.block == "post_norm"
         x = x + self._norm(self._attention(x, name, scheme, starts), f"{name}.attention_norm")
         return x + self._norm(self._mlp(x, name), f"{name}.mlp_norm")

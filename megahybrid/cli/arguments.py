@@ -58,6 +58,16 @@ def checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def context_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="share each text among N ranks (times those of --tensor), for lengths that one "
+        "cannot hold",
+    )
+
+
 def changes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--change",

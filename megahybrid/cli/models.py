@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megahybrid.cli.arguments import changes, checkpoint, command
+from megahybrid.cli.arguments import changes, checkpoint, command, context_ranks
 from megahybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         commands, "evaluate", _evaluate, "held-out loss by position, or a suite's questions"
     )
     checkpoint(evaluate)
+    context_ranks(evaluate)
     evaluate.add_argument(
         "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="needles, puzzles, RULER"
     )
@@ -40,6 +41,7 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     changes(evaluate)
     analyse = command(commands, "analyse", _analyse, "what the heads look at while they answer")
     checkpoint(analyse)
+    context_ranks(analyse)
     analyse.add_argument(
         "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="whose needles and puzzles"
     )
@@ -88,15 +90,19 @@ def add_interop_commands(commands: argparse._SubParsersAction) -> None:
     bring_in.add_argument("--data", type=Path, metavar="DIR", help="loss before and after --plan")
 
 
-def _on_ranks(arguments: argparse.Namespace, work: "Callable[[ParallelMesh], int]") -> int:
-    from megahybrid.commands.tensor_ranks import on_tensor_ranks
+def _on_ranks(
+    arguments: argparse.Namespace,
+    work: "Callable[[ParallelMesh], int]",
+    context: int | None = None,
+) -> int:
+    from megahybrid.commands.model_ranks import on_model_ranks
 
-    return on_tensor_ranks(work, arguments.tensor, arguments.device, arguments.words)
+    return on_model_ranks(work, arguments.tensor, context, arguments.device, arguments.words)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     _refuse_mixtures(arguments)
-    return _on_ranks(arguments, lambda mesh: _evaluate_on(mesh, arguments))
+    return _on_ranks(arguments, lambda mesh: _evaluate_on(mesh, arguments), arguments.context)
 
 
 def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
@@ -185,7 +191,7 @@ def _analyse(arguments: argparse.Namespace) -> int:
             as_json=arguments.json,
         )
 
-    return _on_ranks(arguments, work)
+    return _on_ranks(arguments, work, arguments.context)
 
 
 def _sample(arguments: argparse.Namespace) -> int:

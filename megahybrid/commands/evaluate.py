@@ -53,7 +53,12 @@ def evaluate(
         length = TIMES[-1] * trained.length
     sets = _sets(trained.run, data)
     scored = HeldOutSets(
-        trained.run, trained.mesh, sets=sets, longest=length, max_tokens=max_tokens
+        trained.run,
+        trained.mesh,
+        sets=sets,
+        longest=length,
+        max_tokens=max_tokens,
+        context=trained.model.context,
     )
     stream: dict[str, HeldOutLoss] = {}
     far: dict[str, HeldOutLoss] = {}

@@ -13,13 +13,14 @@ from megahybrid.config import RunConfig
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig, either
 from megahybrid.config.old_words import SCHEMES, current_tree, silent, tell_once
-from megahybrid.config.parallel import legal_tensor_degrees
+from megahybrid.config.parallel import ParallelConfig, legal_tensor_degrees
 from megahybrid.config.stages import Stage
 from megahybrid.config.training import KernelConfig
 from megahybrid.config.yaml_file import apply_overrides
 from megahybrid.errors import ConfigError
 from megahybrid.model.kernels.choice import resolve_kernels
 from megahybrid.model.kernels.chosen import ChosenKernels
+from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel import matmul
 from megahybrid.parallel.collectives import on_first
@@ -38,7 +39,7 @@ class TrainedModel:
     step: int
     tokens: int
     model: Transformer
-    mesh: ParallelMesh  # of this process alone, or cut over a tensor axis
+    mesh: ParallelMesh  # of this process alone, or of tensor and context ranks
     changes: tuple[str, ...] = ()  # of schemes, made for looking only: local.window=64
 
     @property
@@ -110,13 +111,17 @@ def _build(
     saved = ChosenKernels.from_json(train_state.get("kernels"))
     # Kernels that a run names for its GPUs are no wish for another kind of device.
     same_device = saved is not None and saved.device == mesh.device.type
-    wanted = run.kernels if same_device else KernelConfig()
-    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved)
+    wanted = run.kernels if same_device and mesh.context.size == 1 else KernelConfig()
+    # What the run had need not serve context ranks, whose queries are the last of more keys.
+    crossing = ("full", "windowed") if mesh.context.size > 1 else ()
+    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved, crossing)
     if chosen.products is not None:
         matmul.use(chosen.products)
     kernels = [chosen.of(scheme) for scheme in plan.expand()]
-    model = Transformer(run.model, mesh, plan=plan, kernels=kernels)
-    return model.to(dtype)
+    # What ranks exchange is chosen for this many: the run's own choice was made for its own.
+    degrees = ParallelConfig(tensor=mesh.tensor.size, context=mesh.context.size)
+    context = ContextRanks(mesh, run.model, degrees)
+    return Transformer(run.model, mesh, plan=plan, kernels=kernels, context=context).to(dtype)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean, few
 from megahybrid.config.context_check import context_problems
+from megahybrid.config.context_features import feature_problems
 from megahybrid.config.explain import MOST_LINES
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.memory_estimate import policies_of
@@ -40,6 +41,7 @@ def problems(run: RunConfig, world_size: int | None) -> list[str]:
 def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from run.parallel.problems(run.model, world_size)
     yield from _precision(run)
+    yield from feature_problems(run)
     data_degree = None
     if world_size is not None and world_size % run.parallel.model_ranks == 0:
         data_degree = run.parallel.data_degree(world_size)
@@ -71,11 +73,6 @@ def _precision(run: RunConfig) -> Iterator[str]:
             f"parallel.zero_stage=0 is right only in fp32 without tensor parallelism "
             f"(precision={run.precision}, parallel.tensor={run.parallel.tensor}): DeepSpeed's "
             "stage 0 reports a wrong gradient norm otherwise. Use zero_stage: 1."
-        )
-    elif run.parallel.zero_stage == 0 and run.parallel.context_axis > 1:
-        yield (
-            f"parallel.zero_stage=0 does not sum gradients over the {run.parallel.context_axis} "
-            "context ranks (parallel.context). Use zero_stage: 1."
         )
     if run.device == "cpu" and (run.kernels.full in _CUDA or run.kernels.windowed in _CUDA):
         name = "full" if run.kernels.full in _CUDA else "windowed"

@@ -104,6 +104,8 @@ def block_norms(block: Block) -> tuple[str, ...]:
     match block:
         case "pre_norm" | "post_norm":
             return "attention_norm", "mlp_norm"
+        case "sandwich":
+            return "attention_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm"
         case "parallel":
             return ("norm",)
         case never:
@@ -115,6 +117,8 @@ def norms_read_by_products(block: Block) -> int:
     match block:
         case "pre_norm" | "parallel":
             return len(block_norms(block))
+        case "sandwich":  # the inner two
+            return 2
         case "post_norm":  # the stream is added to what a norm gives
             return 0
         case never:
@@ -124,7 +128,7 @@ def norms_read_by_products(block: Block) -> int:
 def branches_together(block: Block) -> bool:
     """Return whether the gradients of both branches, attention and MLP, are held at a time."""
     match block:
-        case "pre_norm" | "post_norm":
+        case "pre_norm" | "post_norm" | "sandwich":
             return False
         case "parallel":
             return True

@@ -9,7 +9,7 @@ from megahybrid.config import limits
 from megahybrid.config.attention import AttentionScheme, LayerPlan, rotation_of
 from megahybrid.config.base import Frozen
 
-Block = Literal["pre_norm", "post_norm", "parallel"]
+Block = Literal["pre_norm", "post_norm", "sandwich", "parallel"]
 NormKind = Literal["rms", "layernorm"]
 
 
@@ -38,7 +38,8 @@ class ModelConfig(Frozen):
     )
     block: Block = Field(
         default="pre_norm",
-        description="pre_norm: x + f(norm(x)); post_norm: x + norm(f(x)); "
+        description="pre_norm: x + f(norm(x)); post_norm: x + norm(f(x)), the reordered norm of "
+        "OLMo; sandwich: x + norm(f(norm(x))); "
         "parallel: one norm, x + attention + mlp",
     )
     norm: NormKind = Field(

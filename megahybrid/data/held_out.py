@@ -1,6 +1,6 @@
 """Rows for evaluation: each held-out token at most once, in rows that all ranks cut alike."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import nlargest
 from itertools import groupby, islice
 from typing import Literal
@@ -49,8 +49,13 @@ def evaluation_batches(
     world_size: int = 1,
     documents: Documents = "masked",
     multiple: int = 1,
+    sharing: Callable[[int], int] = lambda tokens: 1,
+    most_sharing: int = 1,
 ) -> Iterator[Batch]:
     """Batches of at most micro_rows x length tokens; rank r of D has rows r, r + D, …
+
+    `sharing` says how many neighbouring ranks get the same rows of so many tokens, of which each
+    computes a part. Batches are of that size where `most_sharing` do, and smaller where fewer do.
 
     Rows of documents are as long as a document asks (a power of two times `multiple`, at most
     `length`): filling all of them to `length` would cost many times the tokens that are scored.
@@ -63,11 +68,14 @@ def evaluation_batches(
         return length if rows == "stream" else _row_tokens(plan.spans[0][1], length, multiple)
 
     for tokens, alike in groupby(plans, row_tokens):
-        micro = micro_rows * length // tokens
-        while step := list(islice(alike, micro * world_size)):
-            step += [RowPlan("", ())] * (-len(step) % world_size)
-            dataset.check_unchanged(span for plan in step[rank::world_size] for span in plan.spans)
-            batch = make_batch({"": dataset}, step[rank::world_size], tokens, documents)
+        together = sharing(tokens)
+        group, groups = rank // together, world_size // together
+        micro = max(1, micro_rows * length * together // most_sharing // tokens)
+        while step := list(islice(alike, micro * groups)):
+            step += [RowPlan("", ())] * (-len(step) % groups)
+            mine = step[group::groups]
+            dataset.check_unchanged(span for plan in mine for span in plan.spans)
+            batch = make_batch({"": dataset}, mine, tokens, documents)
             if rows == "documents":
                 # One document a row: what fills it up comes later and is seen by no counted token,
                 # and attention without boundaries is faster.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from megahybrid.evaluate.example import Example, same_length
+from megahybrid.evaluate.hidden_rows import HiddenRows
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.collectives import gather_sequence
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def score_answers(
     """The score of each example, in order; `tell` is told how many are done.
 
     The likeliest token is the lowest id of equals among those below `vocab_size`, the tokenizer's;
-    likelihoods are over the same. Any layout: every rank of a tensor axis calls it alike.
+    likelihoods are over the same. Any layout: all ranks of tensor and context axes call it alike.
     """
     scores: dict[int, Score] = {}
     positions = {id(example): index for index, example in enumerate(examples)}
@@ -48,14 +48,12 @@ def score_answers(
 def _score_batch(
     model: Transformer, batch: Sequence[Example], vocab_size: int | None
 ) -> Iterable[Score]:
-    device, tensor = model.embedding.weight.device, model.mesh.tensor
+    device = model.embedding.weight.device
     tokens = torch.tensor([example.tokens for example in batch], device=device)
-    # Later tokens are not seen by earlier ones: what fills a row up changes no answer.
-    tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % tensor.size))
-    hidden = gather_sequence(model.hidden(tokens), tensor)  # [seq, batch, hidden]
+    hidden = HiddenRows(model, tokens)
     for row, example in enumerate(batch):
         positions = torch.tensor(example.counted, device=device)
-        asked = hidden[positions - 1, row][:, None]
+        asked = hidden.at(positions - 1, row)[:, None]
         logits = model.head.logits(asked, model.config.logit_scale)[
             : len(positions), 0, :vocab_size
         ]

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from megahybrid.evaluate.cache import by_layers
 from megahybrid.evaluate.example import BEGIN_TOKENS, SEGMENTS, Example
+from megahybrid.evaluate.hidden_rows import HiddenRows
+from megahybrid.evaluate.sharded_queries import ShardedQueries
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.collectives import all_gather
+from megahybrid.parallel.collectives import all_gather, all_reduce
+from megahybrid.parallel.mesh import Axis
 
 ROW_BYTES = 64 * 2**20  # of one piece of softmax rows; four such pieces are held at most
 LAST_DROPPED = 0.03  # of the keys, from curves against key position
@@ -53,7 +56,11 @@ class AttentionStatistics:
 
 
 class Tally:
-    """Watches one example pass through the layers and sums over its end rows."""
+    """Watches one example pass through the layers and sums over its end rows.
+
+    The keys that it is told of are all that there are, or one part of them on each rank of `keys`,
+    of which all are told of the same queries.
+    """
 
     def __init__(
         self,
@@ -63,10 +70,14 @@ class Tally:
         *,
         position_bins: int,
         begin: int = BEGIN_TOKENS,
+        keys: Axis | None = None,
     ) -> None:
         length, device = len(example.tokens), model.embedding.weight.device
         self.example, self.starts = example, starts.to(device)[0]
+        # Without a question the first answer token is predicted by a query before the end.
+        self.first = min(example.question, example.answer - 1)
         self.tensor = model.mesh.tensor
+        self.keys = keys or Axis.single("context")
         shape = (len(model.blocks), model.config.num_heads // self.tensor.size)  # this rank's heads
         segments = example.segments(begin).to(device)
         self.one_hot = torch.nn.functional.one_hot(segments, len(SEGMENTS)).double()
@@ -95,10 +106,8 @@ class Tally:
         allowed: Tensor,
         scale: float,
     ) -> None:
-        """One layer's queries of a chunk and all keys that they see."""
-        # Without a question the first answer token is predicted by a query before the end.
-        first = min(self.example.question, self.example.answer - 1)
-        rows = (queries >= first).nonzero().flatten()
+        """One layer's queries of a chunk and all keys that they see, of those on this rank."""
+        rows = (queries >= self.first).nonzero().flatten()
         if not len(rows):
             return
         piece = max(1, ROW_BYTES // (8 * q.shape[2] * len(columns)))
@@ -119,7 +128,7 @@ class Tally:
         grouped = q.to(compute).unflatten(1, (len(keys), -1))  # [rows, kv_heads, group, head_dim]
         scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys.to(compute)).flatten(0, 1) * scale
         scores = scores.masked_fill(~allowed, -math.inf)  # [heads, rows, keys]
-        p = scores.softmax(dim=-1)
+        p = self._shares(scores)
 
         by_segment = p @ self.one_hot[columns].to(compute)  # [heads, rows, segments]
         answering = (queries >= self.example.answer - 1) & (queries < len(self.example.tokens) - 1)
@@ -146,8 +155,20 @@ class Tally:
         ones = torch.ones_like(known)
         self.lag_count[layer].index_add_(1, bucket, ones)
 
+    def _shares(self, scores: Float[Tensor, "heads rows keys"]) -> Tensor:
+        """Return what each key gets of its query's attention, which goes to keys of all ranks."""
+        if self.keys.size == 1:
+            return scores.softmax(dim=-1)
+        p = (scores - all_reduce(scores.amax(-1, keepdim=True), self.keys, "max")).exp()
+        return p / all_reduce(p.sum(-1, keepdim=True), self.keys)
+
     def result(self) -> AttentionStatistics:
-        """Means over the end rows, of all heads. Every rank of the tensor axis calls it."""
+        """Means over the end rows, of all heads, once. Every rank of both axes calls it."""
+        all_reduce(self.max_logit, self.keys, "max")
+        for part in (self.mass, self.entropy, self.distance, self.sink, self.retrieval):
+            all_reduce(part, self.keys)
+        for part in (self.by_bin, self.lag_sum, self.lag_count):
+            all_reduce(part, self.keys)
         length = len(self.example.tokens)
         rows, answers = length - self.example.question, length - self.example.answer
         widths = torch.tensor(self.position_edges, device=self.bin.device).diff()
@@ -191,13 +212,22 @@ def attention_of(
     """The attention of one example's end rows, and the logits of its answer's tokens.
 
     Memory beyond the weights is that of `by_layers` and four pieces of ROW_BYTES: it grows with
-    the length, not with its square. `starts` are given where the text holds several documents.
+    the length, not with its square. Where context ranks share the text, each has the activations
+    and keys of its own tokens. `starts` are given where the text holds several documents.
     """
     tokens = torch.tensor([example.tokens], device=model.embedding.weight.device)
+    whole, length = starts is None, tokens.shape[1]
     starts = torch.zeros_like(tokens) if starts is None else starts.to(tokens.device)
-    tally = Tally(model, example, starts, position_bins=position_bins)
-    hidden = by_layers(model, tokens, starts, observe=tally, chunk_tokens=chunk_tokens)
-    asked = hidden[example.answer - 1 : -1]
+    shards = model.shards(model.filled(length))
+    if shards is None:
+        tally = Tally(model, example, starts, position_bins=position_bins)
+        hidden = by_layers(model, tokens, starts, observe=tally, chunk_tokens=chunk_tokens)
+        asked = hidden[example.answer - 1 : -1]
+    else:
+        tally = Tally(model, example, starts, position_bins=position_bins, keys=shards.axis)
+        watch = ShardedQueries(shards, starts, tally.first, tally, chunk_tokens)
+        rows = HiddenRows(model, tokens, None if whole else starts, watch)
+        asked = rows.at(torch.arange(example.answer - 1, length - 1, device=tokens.device))
     # The head joins what the ranks hold along the sequence: here the same rows from each.
     logits = model.head.logits(asked, model.config.logit_scale)[: len(asked), 0]
     return tally.result(), logits

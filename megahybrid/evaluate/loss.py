@@ -64,10 +64,17 @@ def position_edges(longest: int) -> list[int]:
 
 @torch.no_grad()
 def held_out_loss(
-    token_loss: TokenLoss, rows: Rows, length: int, longest: int, data: Axis, device: torch.device
+    token_loss: TokenLoss,
+    rows: Rows,
+    length: int,
+    longest: int,
+    replicas: Axis,
+    device: torch.device,
+    adds: Callable[[int], bool] = lambda tokens: True,
 ) -> HeldOutLoss:
-    """Score this data rank's `rows` and sum over the data axis. Every rank must call it with the
-    same number of batches (a batch may have no valid target).
+    """Score this replica's `rows` and sum over all. Every rank must call it with the same number of
+    batches (a batch may have no valid target). `adds` says whether this rank adds rows of so many
+    tokens to the sum, which ranks that share a row do once.
 
     Buckets reach to `longest`, so that curves of several lengths share one axis; a position counts
     from the document's start, because a token sees its own document only.
@@ -77,13 +84,15 @@ def held_out_loss(
     for tokens, targets, starts in rows:
         tokens, targets, starts = tokens.to(device), targets.to(device), starts.to(device)
         losses = token_loss(tokens, targets, starts)
+        if not adds(tokens.shape[1]):
+            continue
         valid = (targets != -100).flatten()
         position = torch.arange(tokens.shape[1], device=device) - starts
         bucket = torch.bucketize(position.flatten()[valid], edges, right=True) - 1
         bucket.clamp_(max=len(edges) - 2)
         sums[0].index_add_(0, bucket, losses.flatten()[valid].double())
         sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
-    losses_by_bucket, counts = all_reduce(sums, data).cpu().tolist()
+    losses_by_bucket, counts = all_reduce(sums, replicas).cpu().tolist()
     bounds = edges.cpu().tolist()
     buckets = tuple(
         PositionBucket(start, stop, int(count), total / count if count else None)

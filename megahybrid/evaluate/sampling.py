@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from megahybrid.errors import MegahybridError
 from megahybrid.evaluate.generation import Decoder
+from megahybrid.evaluate.hidden_rows import HiddenRows
 from megahybrid.model.transformer import Transformer
-from megahybrid.parallel.collectives import gather_sequence
 from megahybrid.parallel.random import key
 
 
@@ -25,12 +24,9 @@ def next_token_logits(
 ) -> Float[Tensor, "batch vocab"]:
     """Return logits of the token that follows each row, without vocabulary padding.
 
-    Every rank of a tensor axis calls it alike.
+    All ranks of tensor and context axes call it alike.
     """
-    tensor, length = model.mesh.tensor, tokens.shape[1]
-    # Later tokens are not seen by earlier ones: what fills a row up changes nothing.
-    hidden = model.hidden(F.pad(tokens, (0, -length % tensor.size)))
-    last = gather_sequence(hidden, tensor)[length - 1 : length]  # [1, batch, hidden]
+    last = HiddenRows(model, tokens).at(torch.tensor([tokens.shape[1] - 1], device=tokens.device))
     return model.head.logits(last, model.config.logit_scale)[0]
 
 

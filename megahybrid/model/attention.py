@@ -188,6 +188,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The attention output of heads that are prepared."""
         spec = self.spec(context)
+        if context.watch is not None:
+            context.watch(q, k, spec)
         if context.shards is None:
             return context.attention(q, k, v, spec, self.kernel)
         shards, whole = context.shards, context.attention

@@ -1,7 +1,8 @@
-"""The three ways a layer joins attention and MLP to the residual stream.
+"""The ways in which a layer joins attention and MLP to the residual stream.
 
 pre_norm   x += attention(norm(x));  x += mlp(norm(x))
 post_norm  x += norm(attention(x));  x += norm(mlp(x))
+sandwich   x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))
 parallel   u = norm(x);  x += attention(u) + mlp(u), gathered once and scattered once
 
 Each is two stretches with the attention kernel between them: `enter`, from the residual stream to
@@ -32,7 +33,7 @@ from megahybrid.parallel.mesh import ParallelMesh
 
 Hidden = Float[Tensor, "seq_local batch hidden"]
 _GATED = ("gate", "up", "gated")  # the first two, and what is made of them
-BlockKind = Literal["pre_norm", "post_norm", "parallel"]
+BlockKind = Literal["pre_norm", "post_norm", "sandwich", "parallel"]
 
 
 class Block(nn.Module):
@@ -214,6 +215,37 @@ class PostNormBlock(Block):
         return hidden + self.mlp_norm(self.mlp(hidden))
 
 
+class SandwichBlock(Block):
+    """A norm before and a norm behind each function: Trinity's and Gemma's order."""
+
+    def add_parts(self, parts: LayerParts) -> None:
+        """Four norms, each before what it is read by or behind what it is of."""
+        self.attention_norm = parts.norm("attention_norm")
+        self.query_key_value = parts.input(attention=True)
+        self.attention = parts.attention()
+        self.attention_output_norm = parts.norm("attention_output_norm")
+        self.mlp_norm = parts.norm("mlp_norm")
+        self.gate_up = parts.input(mlp=True)
+        self.mlp = parts.gated_product()
+        self.mlp_output_norm = parts.norm("mlp_output_norm")
+        self.chunked = parts.chunked(self.gate_up, self.mlp.down)
+
+    def enter(self, hidden: Tensor) -> tuple[Heads, BranchInputs]:
+        """Heads of the normed stream."""
+        outputs = self._normed(self.attention_norm, self.query_key_value, hidden)
+        return self.entered(self.query_key_value.names, outputs)
+
+    def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
+        """Adds the normed attention, then the normed MLP of the normed sum."""
+        branch = self.attention.to_hidden(attention_output, inputs)
+        hidden = hidden + self.attention_output_norm(branch)
+        if self._chunks(hidden):
+            (part,) = self._normed(self.mlp_norm, self._chunked, hidden)
+            return hidden + self.mlp_output_norm(scatter_sequence(part, self.tensor))
+        gate, up = self._normed(self.mlp_norm, self.gate_up, hidden)
+        return hidden + self.mlp_output_norm(self.mlp(gate, up))
+
+
 class ParallelBlock(Block):
     """Attention and MLP read one norm and are added together: Cohere's block."""
 
@@ -254,6 +286,8 @@ def block_class(kind: BlockKind) -> type[Block]:
             return PreNormBlock
         case "post_norm":
             return PostNormBlock
+        case "sandwich":
+            return SandwichBlock
         case "parallel":
             return ParallelBlock
         case other:

@@ -1,5 +1,6 @@
 """What all layers share while one batch passes through: document boundaries and rotation tables."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 from megahybrid.config.attention import Rope
 from megahybrid.model.activation_offload import OffloadedTensor
 from megahybrid.model.core_attention import CoreAttention, core_attention
+from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, plain_table
 from megahybrid.model.row_shards import RowShards
+
+# (queries, keys [seq_local batch heads head_dim] as they meet, what is asked of a kernel)
+Watch = Callable[[Tensor, Tensor, AttentionSpec], None]
 
 
 @dataclass
@@ -22,7 +27,8 @@ class SequenceContext:
     `attention` is called by every layer, in their order: what goes on from the keys of earlier
     tokens, or watches, stands there around `core_attention`. Training leaves it as it is.
     `length` and `documents` are those of whole rows; `shards` says which of their tokens are here,
-    None where all are.
+    None where all are. `watch` is told of every layer's queries and keys of these tokens, before
+    they meet those of other ranks.
     `offloaded` has the inputs of layers that wait in host memory, the lowest first.
     """
 
@@ -34,6 +40,7 @@ class SequenceContext:
     attention: CoreAttention = core_attention
     offloaded: list[OffloadedTensor] = field(default_factory=list)
     shards: RowShards | None = None
+    watch: Watch | None = None
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import assert_never
 
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import Exchange, Layout, plan_context, segments
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
-from megahybrid.parallel.collectives import all_gather
+from megahybrid.parallel.collectives import all_gather, all_reduce
 from megahybrid.parallel.exchange import HaloPlan, Range
 from megahybrid.parallel.mesh import Axis, ParallelMesh
 
@@ -56,6 +58,8 @@ class RowShards:
             case "zigzag":
                 halves = of_ranks.unflatten(0, (self.axis.size, 2, -1))
                 return torch.cat((halves[:, 0].flatten(0, 1), halves[:, 1].flip(0).flatten(0, 1)))
+            case other:
+                assert_never(other)
 
     def part(self, whole: Tensor) -> Tensor:
         """Return a row's tokens along dimension 0 in the order of the ranks: what `join` undoes."""
@@ -65,12 +69,26 @@ class RowShards:
             case "zigzag":
                 first, second = whole.unflatten(0, (2, self.axis.size, -1)).unbind()
                 return torch.stack((first, second.flip(0)), dim=1).flatten(0, 2)
+            case other:
+                assert_never(other)
 
     @torch.no_grad()
     def gather(self, local: Tensor, dim: int) -> Tensor:
         """Return the whole of what `cut` takes apart, without gradients; collective."""
         of_ranks = all_gather(local.movedim(dim, 0).contiguous(), self.axis)
         return self.join(of_ranks).movedim(0, dim)
+
+    @torch.no_grad()
+    def pick(
+        self, local: Shaped[Tensor, "seq_local *rest"], positions: Int[Tensor, "rows"]
+    ) -> Shaped[Tensor, "rows *rest"]:
+        """Return what belongs to these positions of the row, on every rank; collective."""
+        found, offset = local.new_zeros((len(positions), *local.shape[1:])), 0
+        for start, stop in self.segments:
+            here = (positions >= start) & (positions < stop)
+            found[here] = local[positions[here] - start + offset]
+            offset += stop - start
+        return all_reduce(found, self.axis)  # one rank has each, the others zeros
 
     def halo(self, window: int) -> HaloPlan:
         """Return what this rank sends and receives for a window."""
@@ -95,6 +113,13 @@ class ContextRanks:
         """Return what a row of about `length` tokens must be a multiple of."""
         degree = self.parallel.context_degree(length)
         return degree * self.mesh.tensor.size * (2 if degree > 1 else 1)
+
+    def filled(self, length: int) -> int:
+        """Return the smallest number of tokens, `length` or more, that the ranks of a row share
+        evenly."""
+        while over := length % self.multiple(length):
+            length += self.multiple(length) - over
+        return length
 
     def shards(self, plan: LayerPlan, length: int) -> RowShards | None:
         """Return how rows of `length` tokens lie; None where each rank has its own."""

@@ -13,7 +13,7 @@ from megahybrid.config.stages import Recompute
 from megahybrid.model.attention import Attention
 from megahybrid.model.block import Block, block_class
 from megahybrid.model.compiled import prepare_compiler, traced_whole, whole_serves
-from megahybrid.model.context import SequenceContext
+from megahybrid.model.context import SequenceContext, Watch
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.norm import make_norm
 from megahybrid.model.recompute import run_block
@@ -115,14 +115,25 @@ class Transformer(nn.Module):
         """Return how many context ranks share a row of `length` tokens."""
         return 1 if self.context is None else self.context.parallel.context_degree(length)
 
+    def filled(self, length: int) -> int:
+        """Return the tokens to which a row of `length` is filled up where it is not trained on.
+        What fills it up comes later, and no token of it sees that."""
+        if self.context is None:
+            return length + -length % self.mesh.tensor.size
+        return self.context.filled(length)
+
     def shards(self, length: int) -> RowShards | None:
         """Return how rows of `length` tokens lie on context ranks; None where they are whole."""
         return None if self.context is None else self.context.shards(self.plan, length)
 
     def hidden(
-        self, tokens: Int[Tensor, "batch seq"], starts: Int[Tensor, "batch seq"] | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        starts: Int[Tensor, "batch seq"] | None = None,
+        watch: Watch | None = None,
     ) -> Float[Tensor, "seq_local batch hidden"]:
-        """The final norm's output on this rank's part of the sequence."""
+        """The final norm's output on this rank's part of the sequence. `watch` is told what each
+        layer's attention is asked."""
         shards = self.shards(tokens.shape[1])
         hidden = self.embedding(tokens if shards is None else shards.cut(tokens, 1))
         context = SequenceContext(
@@ -131,6 +142,7 @@ class Transformer(nn.Module):
             device=tokens.device,
             dtype=hidden.dtype,
             shards=shards,
+            watch=watch,
         )
         for block, policy in zip(self.blocks, self.recompute, strict=True):
             hidden = run_block(block, hidden, context, policy)

@@ -249,6 +249,20 @@ def on_first(axis: Axis, function: Callable[[], T]) -> T:
     return found
 
 
+def alike(axis: Axis, function: Callable[[], T]) -> T:
+    """Return this rank's result; where `function` raised a MegahybridError on some rank, raise that
+    of the first such rank on every rank, so that none waits for one that has left."""
+    error: MegahybridError | None = None
+    try:
+        found = function()
+    except MegahybridError as raised:
+        error = raised
+    first = next((each for each in gather_objects(error, axis) if each is not None), None)
+    if first is not None:
+        raise first
+    return found
+
+
 def gather_objects(value: T, axis: Axis) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     if axis.size == 1:

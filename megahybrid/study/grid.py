@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from megahybrid.config import check_run, load
+from megahybrid.config.context_features import check_study
 from megahybrid.config.packaged import located
 from megahybrid.config.study import Study
 from megahybrid.config.suite import RulerTask, load_suite
@@ -153,7 +154,9 @@ def _check(plan: Study, grid: Sequence[StudyRun]) -> None:
             )
     for variant in dict.fromkeys(run.variant for run in grid):
         run = next(run for run in grid if run.variant == variant)
-        check_run(load(run.file(plan.run), run.overrides()), 1)
+        config = load(run.file(plan.run), run.overrides())
+        check_study(config)
+        check_run(config, 1)
 
 
 def _on_gpu(run: StudyRun) -> bool:

@@ -43,6 +43,7 @@ from megahybrid.ledger import (
     read_ledger,
 )
 from megahybrid.ledger.records import from_json
+from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import broadcast_object, on_first
 from megahybrid.parallel.mesh import ParallelMesh
@@ -70,7 +71,8 @@ class Evaluations:
     ) -> None:
         self.run, self.directory, self.mesh = run, directory, mesh
         self.tell, self.poll, self.scored = tell, poll, scored
-        self.held_out = HeldOutSets(run, mesh, poll=poll)
+        context = ContextRanks(mesh, run.model, run.parallel)
+        self.held_out = HeldOutSets(run, mesh, poll=poll, context=context)
         self.suites = load_suites(run)
         self.materials = {name: material_of(run, suite) for name, suite in self.suites.items()}
 

@@ -134,6 +134,7 @@ class Trainer:
                 yield state, StageOutcome("spike", result.refused)
                 return
             if _due(state.step, self.intervals.audit_every_steps):
+                self.stage_model.audit()
                 self.heartbeat.busy(probe_seconds(self.mesh.device))
             with self.clock.phase("save"):
                 self.hooks.poll_save()

@@ -10,6 +10,7 @@ from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows, evaluation_batches
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
+from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -24,7 +25,8 @@ class HeldOutSets:
 
     `longest` is how far loss by position reaches (default: FAR times the run's longest length);
     `max_tokens` of each set are used (default: evaluate.max_tokens). `poll` is called before each
-    batch, on every rank; what it raises ends the scoring.
+    batch, on every rank; what it raises ends the scoring. `context` is the model's: ranks that
+    share a row are all given it, and it counts once.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class HeldOutSets:
         longest: int | None = None,
         max_tokens: int | None = None,
         poll: Callable[[], object] = bool,
+        context: ContextRanks | None = None,
     ) -> None:
-        self.run = run
+        self.run, self.context = run, context
         self.poll = poll
         self.mesh = mesh
         self.sets = open_held_out(run) if sets is None else sets
@@ -50,31 +53,58 @@ class HeldOutSets:
     def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
         """The file of each set, cut every `length` tokens."""
         for name in self.sets:
-            tell(name, self._score(token_loss, name, length, "stream"), "stream")
+            tell(name, self._score(token_loss, name, length, "stream", length), "stream")
 
     def score_far(self, token_loss: TokenLoss, tell: ScoreSink) -> None:
         """Loss by position within single documents, to `longest` tokens."""
         for name in self.sets:
-            tell(name, self._score(token_loss, name, self.longest, "documents"), "documents")
+            score = self._score(token_loss, name, self.longest, "documents")
+            tell(name, score, "documents")
 
     def score_sliding(
         self, token_loss: TokenLoss, window: int, length: int, tell: ScoreSink
     ) -> None:
         """The rows of `score` at `length`, by a model that sees the last `window` tokens, moved on
         by half of that."""
-        self.score(sliding(token_loss, window, max(1, window // 2)), length, tell)
+        by_window = sliding(token_loss, window, max(1, window // 2))
+        for name in self.sets:
+            tell(
+                name, self._score(by_window, name, length, "stream", min(window, length)), "stream"
+            )
 
-    def _score(self, token_loss: TokenLoss, name: str, length: int, rows: Rows) -> HeldOutLoss:
+    def _score(
+        self,
+        token_loss: TokenLoss,
+        name: str,
+        length: int,
+        rows: Rows,
+        shown: int | None = None,
+    ) -> HeldOutLoss:
+        """The score of a set in rows of `length`, of which the model is shown `shown` tokens at a
+        time (None: each row as it is)."""
+
+        def sharing(tokens: int) -> int:
+            return self._ranks_of(tokens if shown is None else shown)
+
         return held_out_loss(
             token_loss,
-            self._rows(name, length, rows),
+            self._rows(name, length, rows, sharing),
             length,
             self.longest,
-            self.mesh.data,
+            self.mesh.replica,
             self.mesh.device,
+            lambda tokens: self.mesh.replica.rank % sharing(tokens) == 0,
         )
 
-    def _rows(self, name: str, length: int, rows: Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _ranks_of(self, tokens: int) -> int:
+        """Return how many ranks share a row of `tokens`, filled up."""
+        if self.context is None:
+            return 1
+        return self.context.parallel.context_degree(self.context.filled(tokens))
+
+    def _rows(
+        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         micro_batch = max(stage.micro_batch_tokens for stage in self.run.stages)
         for batch in evaluation_batches(
             self.sets[name],
@@ -83,10 +113,12 @@ class HeldOutSets:
             rows=rows,
             min_tokens=1 if rows == "stream" else self.min_tokens,
             max_tokens=self.max_tokens,
-            rank=self.mesh.data.rank,
-            world_size=self.mesh.data.size,
+            rank=self.mesh.replica.rank,
+            world_size=self.mesh.replica.size,
             documents=self.run.data.documents,
             multiple=self.mesh.tensor.size,
+            sharing=sharing,
+            most_sharing=self.mesh.context.size,
         ):
             self.poll()
             moved = batch.tensors(self.mesh.device)
@@ -104,14 +136,15 @@ def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:
 def evaluation_loss(model: Transformer) -> TokenLoss:
     """Each token's loss under `model`, without gradients.
 
-    Rows that are one document go without boundaries, because kernels are faster so. Rows that a
-    tensor axis does not divide are filled up: what comes later is seen by no counted token.
+    Rows that are one document go without boundaries, because kernels are faster so. Rows that
+    tensor and context ranks do not divide are filled up: what comes later is seen by no counted
+    token.
     """
 
     def token_loss(tokens: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
         model.eval()
         length = tokens.shape[1]
-        if fill := -length % model.mesh.tensor.size:
+        if fill := model.filled(length) - length:
             tokens, targets = F.pad(tokens, (0, fill)), F.pad(targets, (0, fill), value=-100)
             starts = torch.cat((starts, starts[:, -1:].expand(-1, fill)), dim=1)
         with torch.no_grad():

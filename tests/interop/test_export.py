@@ -68,6 +68,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [ROPE | WHOLE, NOPE | WHOLE],
         {"block": "post_norm"},
     ),
+    "sandwich, gate, QK-norm": (
+        "Afmoe",
+        [LOCAL | HEAD | {"gate": "element"}, NOPE | HEAD | {"gate": "element"}],
+        {"block": "sandwich", "tie_embeddings": False},
+    ),
+    "sandwich, gates of both kinds": (
+        "Megahybrid",
+        [LOCAL | {"gate": "head"}, NOPE | {"gate": "element"}],
+        {"block": "sandwich", "norm": "layernorm"},
+    ),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "fixed scale": (
@@ -174,7 +184,7 @@ def fields(draw: st.DrawFn) -> dict[str, Any]:
         num_kv_heads=kv_heads,
         head_dim=draw(st.sampled_from((4, 8, 10))),
         hidden_size=draw(st.sampled_from((24, 32))),
-        block=draw(st.sampled_from(("pre_norm", "post_norm", "parallel"))),
+        block=draw(st.sampled_from(("pre_norm", "post_norm", "sandwich", "parallel"))),
         norm=draw(st.sampled_from(("rms", "layernorm"))),
         logit_scale=draw(st.sampled_from((1.0, 0.25))),
         tie_embeddings=draw(st.booleans()),

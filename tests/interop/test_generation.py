@@ -29,6 +29,7 @@ from tests.interop.test_export import exported, loaded
 from tests.plain_model import PlainModel
 
 NEW = 24
+GATED = {"gate": "element"}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Qwen3": ("Qwen3", [LOCAL | HEAD, ROPE | HEAD], {}),
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
+    "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
     "Megahybrid": (
         "Megahybrid",
@@ -45,6 +47,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             ROPE | HEAD | {"window": 9},
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
+            LOCAL | {"gate": "head"},
         ],
         {"tie_embeddings": False},
     ),

@@ -74,10 +74,11 @@ def test_failing_rank_is_named_and_the_pool_rebuilt_without_orphans(
 
 
 SESSION = """
-import sys
+from tests import distributed
 from tests.distributed import run
 from tests.parallel.test_pool import _hang_on_rank_0, _print_pid
 
+distributed.PRELOADED = ["torch"]  # no more is needed here
 if __name__ == "__main__":
     print(*run(2, _print_pid), flush=True)
     run(2, _hang_on_rank_0)

@@ -2,7 +2,6 @@
 
 import re
 import socket
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from megahybrid.parallel.mesh import (
     shutdown_distributed,
 )
 from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous, first_host
+from tests import distributed
 
 TORCHRUN = {
     "RANK": "3",
@@ -203,21 +203,36 @@ sys.exit(code)
 """
 
 
+def run_script(script: str, *arguments: str) -> None:
+    """What `python -c script arguments` does, in a process that has imported torch."""
+    sys.argv = ["-c", *arguments]
+    exec(script, {"__name__": "__main__"})
+
+
 def test_single_process_gets_a_world_of_one() -> None:
-    subprocess.run([sys.executable, "-c", WORLD_OF_ONE], check=True, timeout=120)
+    assert ends_of([(WORLD_OF_ONE,)]) == [0]
 
 
-def end_of_two_processes(script: str) -> list[int]:
-    """Exit codes of two processes that are told of each other."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", script]
-    processes = [subprocess.Popen([*command, str(rank), port]) for rank in range(2)]
+def ends_of(scripts: list[tuple[str, ...]]) -> list[int | None]:
+    """Exit codes of processes, each a script and its arguments."""
+    context = distributed.start_context()
+    processes = [context.Process(target=run_script, args=one) for one in scripts]
     try:
-        return [process.wait(120) for process in processes]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
+
+
+def end_of_two_processes(script: str) -> list[int | None]:
+    """Exit codes of two processes that are told of each other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    return ends_of([(script, str(rank), port) for rank in range(2)])
 
 
 def test_two_processes_meet_at_the_address_of_their_environment() -> None:

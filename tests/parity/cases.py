@@ -68,7 +68,7 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
     ],
 }
-BLOCKS = ("pre_norm", "post_norm", "parallel")
+BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")
 HEADS = 4
 
@@ -107,24 +107,27 @@ def model(
     )
 
 
+# Blocks that meet both norms in each family, and those that meet one, in turn.
+BOTH_NORMS = ("pre_norm", "post_norm", "parallel")
 # What each family × block × norm is run with; shuffled within a family, so that each value meets
 # each family, and over families each block, each norm and each other value.
 TURNS: dict[str, tuple[Any, ...]] = {
-    "kv_heads": (1, 1, 2, 2, 4, 4),
-    "recompute": ("none", "none", "selective", "selective", "full", "offload"),
-    "tied": (True, True, True, False, False, False),
-    "logit_scale": (1.0, 1.0, 1.0, 0.25, 0.25, 0.25),
-    "documents": (True, True, True, True, False, False),
-    "kernel": ("auto", "auto", "auto", "reference", "reference", "auto"),
+    "kv_heads": (1, 1, 2, 2, 2, 4, 4),
+    "recompute": ("none", "none", "selective", "selective", "full", "full", "offload"),
+    "tied": (True, True, True, True, False, False, False),
+    "logit_scale": (1.0, 1.0, 1.0, 0.25, 0.25, 0.25, 0.25),
+    "documents": (True, True, True, True, True, False, False),
+    "kernel": ("auto", "auto", "auto", "auto", "reference", "reference", "auto"),
 }
 
 
 def every_layer_case() -> dict[str, dict[str, Any]]:
     """Each family × block × norm by name, as arguments of a comparison."""
     draw, cases = Random(1), {}
-    for family in FAMILIES:
+    for number, family in enumerate(FAMILIES):
         turns = {name: draw.sample(values, len(values)) for name, values in TURNS.items()}
-        for index, (block, norm) in enumerate(product(BLOCKS, NORMS)):
+        blocks = [*product(BOTH_NORMS, NORMS), ("sandwich", NORMS[number % 2])]
+        for index, (block, norm) in enumerate(blocks):
             chosen = {name: values[index] for name, values in turns.items()}
             of_model = {name: chosen.pop(name) for name in ("kv_heads", "tied", "logit_scale")}
             cases[f"{family}-{block}-{norm}"] = {

@@ -50,6 +50,13 @@ def show(browser: Any, address: str, width: int = 1200, dark: bool = False) -> N
     wait(browser, "return document.body.dataset.drawn")
 
 
+def show_still(browser: Any, address: str) -> None:
+    """The page as `show` leaves it, opened only where another one, or another width, was shown."""
+    there = browser.current_url == address
+    if not there or browser.execute_script("return window.innerWidth") != 1200:
+        show(browser, address)
+
+
 def wait(browser: Any, script: str, seconds: float = 60) -> Any:
     """The first true value that a script returns."""
     until = time.monotonic() + seconds

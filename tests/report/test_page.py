@@ -16,7 +16,7 @@ from megahybrid.report.page import content, read_runs
 from megahybrid.report.parts import number_text
 from megahybrid.report.position_charts import loss_at
 from megahybrid.report.record import Evaluation
-from tests.report.browser import requests, show, wait
+from tests.report.browser import requests, show, show_still, wait
 from tests.report.synthetic_answers import write_answers
 from tests.report.synthetic_run import write_run
 
@@ -139,24 +139,8 @@ def test_a_browser_draws_every_chart_without_an_error_or_a_request(
     assert requests(browser) == [page.as_uri()]
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, False)], ids=["dark", "phone"])
-def test_the_page_fits_a_phone_and_the_dark(
-    browser: Any, page: Path, width: int, dark: bool
-) -> None:
-    show(browser, page.as_uri(), width, dark)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    paper, ink, axis = browser.execute_script(
-        "const of = (element, name) => getComputedStyle(element)[name];"
-        "return [of(document.body, 'backgroundColor'), of(document.body, 'color'),"
-        " of(document.querySelector('.xtick text'), 'fill')]"
-    )
-    assert contrast(paper, ink) > 12
-    assert contrast(paper, axis) > 4.5
-    assert (luminance(paper) < 0.1) == dark
-
-
 def test_tables_sort_by_a_click_and_by_the_keyboard(browser: Any, page: Path) -> None:
-    show(browser, page.as_uri())
+    show_still(browser, page.as_uri())
     heads = browser.find_elements("css selector", "#training > .parts > .part > .scroll th button")
     steps = next(head for head in heads if head.text.startswith("steps"))
 
@@ -176,7 +160,7 @@ def test_tables_sort_by_a_click_and_by_the_keyboard(browser: Any, page: Path) ->
 def test_hovering_shows_values_and_the_data_can_be_saved(browser: Any, page: Path) -> None:
     from selenium.webdriver import ActionChains
 
-    show(browser, page.as_uri())
+    show_still(browser, page.as_uri())
     box = browser.find_element("css selector", "[data-figure=loss] .nsewdrag")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
     ActionChains(browser).move_to_element(box).perform()
@@ -191,6 +175,22 @@ def test_hovering_shows_values_and_the_data_can_be_saved(browser: Any, page: Pat
         "document.getElementById('save').click();"
     )
     assert '"steps_every": 1' in saved and '"learning_rate"' in saved
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, False)], ids=["dark", "phone"])
+def test_the_page_fits_a_phone_and_the_dark(
+    browser: Any, page: Path, width: int, dark: bool
+) -> None:
+    show(browser, page.as_uri(), width, dark)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    paper, ink, axis = browser.execute_script(
+        "const of = (element, name) => getComputedStyle(element)[name];"
+        "return [of(document.body, 'backgroundColor'), of(document.body, 'color'),"
+        " of(document.querySelector('.xtick text'), 'fill')]"
+    )
+    assert contrast(paper, ink) > 12
+    assert contrast(paper, axis) > 4.5
+    assert (luminance(paper) < 0.1) == dark
 
 
 def test_several_runs_stand_side_by_side(browser: Any, runs: list[Path], tmp_path: Path) -> None:

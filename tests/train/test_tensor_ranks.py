@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megahybrid.commands.tensor_ranks import on_tensor_ranks
+from megahybrid.commands.model_ranks import on_model_ranks
 from megahybrid.errors import MegahybridError
 from megahybrid.parallel.mesh import ParallelMesh
 from tests.train.forked import Nursery, Ranks
@@ -125,4 +125,4 @@ def test_too_little_memory_is_one_line() -> None:
         return 0
 
     with pytest.raises(MegahybridError, match=r"^out of memory on cpu with --tensor=1 .*shorter"):
-        on_tensor_ranks(work, None, "cpu", [])
+        on_model_ranks(work, None, None, "cpu", [])

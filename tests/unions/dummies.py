@@ -96,6 +96,7 @@ DUMMIES: dict[str, ModelConfig] = {
     "qk_norm.kind": with_norm(kind="other"),
     "qk_norm.over": with_norm(over="other"),
     "qk_norm.weight": with_norm(weight="other"),
+    "gate": with_scheme(gate="other"),
     "block": with_field(block="other"),
     "norm": with_field(norm="other"),
 }

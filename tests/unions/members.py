@@ -81,6 +81,7 @@ EXAMPLES: dict[str, Example] = {
     "gate.element": _with(gate="element"),
     "block.pre_norm": Example((ROPE | {"window": 5}, NOPE), (("block", "pre_norm"),)),
     "block.post_norm": Example((ROPE, NOPE), (("block", "post_norm"),)),
+    "block.sandwich": Example((ROPE | {"window": 5}, NOPE), (("block", "sandwich"),)),
     "block.parallel": Example((ROPE, NOPE), (("block", "parallel"),)),
     "norm.rms": Example((ROPE, NOPE), (("norm", "rms"),)),
     "norm.layernorm": Example(

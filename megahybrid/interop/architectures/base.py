@@ -28,7 +28,7 @@ from megahybrid.interop.architectures.tensor_names import HEAD, Order, TensorNam
 NO_QK_NORM = QKNorm()
 # What a class must name before it may write them; a field that is newer than a class is refused
 # where it has another value than its default.
-SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "score_scale"))
+SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "score_scale", "gate"))
 MODEL_FIELDS = frozenset(
     (
         "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
@@ -48,6 +48,7 @@ class Serves:
     positions: tuple[type, ...]
     scalings: tuple[type, ...]
     score_scales: tuple[type, ...]
+    gates: tuple[str, ...] = ("none",)
     logit_scale: bool = False  # a factor on the logits
     per_layer: bool = False  # QK-norm, scale of the scores and window may differ between layers
     no_position: str = "it has no position of kind {kind}"
@@ -133,6 +134,9 @@ class Architecture(ABC):
             refused |= {scale.kind for scale in scales} - {"sqrt_dim"}
         if refused:
             yield f"it has no score scale of kind {' or '.join(sorted(refused))}"
+        gates = {scheme.gate for scheme in schemes} - set(serves.gates)
+        if gates:
+            yield f"its gate is {' or '.join(serves.gates)}, not {' or '.join(sorted(gates))}"
         windows = {scheme.window for scheme in schemes} - {None}
         if len(windows) > 1 and not serves.per_layer:
             yield f"it has one window, not {len(windows)}"

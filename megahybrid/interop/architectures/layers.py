@@ -6,6 +6,7 @@ from typing import Any, assert_never
 
 from megahybrid.config.attention import (
     AttentionScheme,
+    Gate,
     LayerPlan,
     Nope,
     Position,
@@ -128,9 +129,11 @@ def sliding_rotates(config: Any) -> list[Layer]:
     return [(rope, window) if t == SLIDING else (NOPE, None) for t in config.layer_types]
 
 
-def plan_of(layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields) -> Fields:
+def plan_of(
+    layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields, gate: Gate = "none"
+) -> Fields:
     """Return a plan with a name for every different layer, its pattern as short as it tiles."""
-    same = {"qk_norm": dump(qk_norm), "score_scale": score_scale}
+    same = {"qk_norm": dump(qk_norm), "score_scale": score_scale, "gate": gate}
     schemes: dict[str, Fields] = {}
     names = []
     for position, window in layers:

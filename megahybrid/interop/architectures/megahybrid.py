@@ -23,7 +23,6 @@ from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
-    SCHEME_FIELDS,
     Architecture,
     Serves,
     same_or_refused,
@@ -36,7 +35,6 @@ class Megahybrid(Architecture):
     """Every scheme that the code in interop/remote_code computes."""
 
     name = "Megahybrid"
-    scheme_fields = SCHEME_FIELDS | {"gate"}
     model_type = "megahybrid"
     code_files = (
         "cache_megahybrid.py",
@@ -44,7 +42,7 @@ class Megahybrid(Architecture):
         "modeling_megahybrid.py",
     )
     serves = Serves(
-        blocks=("pre_norm", "post_norm", "parallel"),
+        blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
         qk_norms=(
             QKNorm(kind="none"),
@@ -60,6 +58,7 @@ class Megahybrid(Architecture):
         positions=(Rope, Nope),
         scalings=(object,),  # any: of a rotation only the frequencies and the factor are written
         score_scales=(SqrtDimScale, FixedScale, Llama4Scale, LogScale, SsmaxScale),
+        gates=("none", "head", "element"),
         logit_scale=True,
         per_layer=True,
     )

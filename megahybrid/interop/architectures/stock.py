@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, QKNorm
+from megahybrid.config.attention import AttentionScheme, Gate, LayerPlan, QKNorm
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import parse
 from megahybrid.errors import InteropError
@@ -42,6 +42,10 @@ class StockArchitecture(Architecture):
     def score_scale(self, config: Any) -> Fields:
         """Return the scale of the scores of a config."""
         return {"kind": "sqrt_dim"}
+
+    def gate(self, config: Any) -> Gate:
+        """Return the gate of a config."""
+        return "none"
 
     def logit_scale(self, config: Any) -> float:
         """Return the factor on the logits of a config."""
@@ -83,7 +87,9 @@ class StockArchitecture(Architecture):
             "eps": float(_eps(config)),
             "tie_embeddings": bool(config.tie_word_embeddings),
             "initial_std": float(config.initializer_range) or 0.02,
-            "layer_plan": plan_of(layers, self.qk_norm(config), self.score_scale(config)),
+            "layer_plan": plan_of(
+                layers, self.qk_norm(config), self.score_scale(config), self.gate(config)
+            ),
             "logit_scale": self.logit_scale(config),
         }
         return parse(ModelConfig, model, where="model")

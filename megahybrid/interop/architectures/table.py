@@ -6,6 +6,7 @@ from megahybrid.config.architecture_fit import Fit
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
+from megahybrid.interop.architectures.afmoe import Afmoe
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.cohere import Cohere
 from megahybrid.interop.architectures.cohere2 import Cohere2
@@ -28,6 +29,7 @@ ARCHITECTURES: Table = (
     GraniteSWA(),
     Exaone4(),
     Olmo3(),
+    Afmoe(),
     Megahybrid(),
 )
 

@@ -55,6 +55,13 @@ def norm_names(model: ModelConfig) -> Mapping[str, str]:
                 "attention_norm": "post_attention_layernorm",
                 "mlp_norm": "post_feedforward_layernorm",
             }
+        case "sandwich":
+            return {
+                "attention_norm": "input_layernorm",
+                "attention_output_norm": "post_attention_layernorm",
+                "mlp_norm": "pre_mlp_layernorm",
+                "mlp_output_norm": "post_mlp_layernorm",
+            }
         case _:
             assert_never(model.block)
 

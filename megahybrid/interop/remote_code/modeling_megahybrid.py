@@ -208,11 +208,14 @@ class MegahybridMLP(nn.Module):
 
 
 class MegahybridDecoderLayer(nn.Module):
-    """pre_norm x + f(norm(x)) · post_norm x + norm(f(x)) · parallel one norm, x + attn + mlp."""
+    """pre_norm x + f(norm(x)) · post_norm x + norm(f(x)) · sandwich x + norm(f(norm(x))) ·
+    parallel one norm, x + attn + mlp."""
 
     input_layernorm: MegahybridNorm
     post_attention_layernorm: MegahybridNorm
     post_feedforward_layernorm: MegahybridNorm
+    pre_mlp_layernorm: MegahybridNorm
+    post_mlp_layernorm: MegahybridNorm
 
     def __init__(self, config: MegahybridConfig, layer: int) -> None:
         super().__init__()
@@ -223,6 +226,12 @@ class MegahybridDecoderLayer(nn.Module):
             "parallel": ("input_layernorm",),
             "pre_norm": ("input_layernorm", "post_attention_layernorm"),
             "post_norm": ("post_attention_layernorm", "post_feedforward_layernorm"),
+            "sandwich": (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "pre_mlp_layernorm",
+                "post_mlp_layernorm",
+            ),
         }[config.block]
         for name in names:
             norm = MegahybridNorm((config.hidden_size,), config.norm, config.norm_eps)
@@ -236,6 +245,10 @@ class MegahybridDecoderLayer(nn.Module):
         if self.block == "pre_norm":
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), places, cache)
             return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        if self.block == "sandwich":
+            branch = self.self_attn(self.input_layernorm(hidden), places, cache)
+            hidden = hidden + self.post_attention_layernorm(branch)
+            return hidden + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(hidden)))
         attention_output = self.self_attn(hidden, places, cache)
         hidden = hidden + self.post_attention_layernorm(attention_output)
         return hidden + self.post_feedforward_layernorm(self.mlp(hidden))

@@ -17,6 +17,7 @@ from megahybrid.model.selftest.expected import (
     visible_keys,
 )
 from megahybrid.model.selftest.subject import HeadShape, HeadsOnly, Rows, Violation
+from megahybrid.model.selftest.whole_rows import sum_over_ranks
 
 # Of one head's vector at one token, relative to it and not below the usual size of such vectors:
 # some ten times what honest kernels were seen to differ by.
@@ -103,6 +104,9 @@ def queries_of(rows: Rows, window: int | None) -> Tensor:
     chosen |= {0, 1, length - 1, length - 2}
     if window is not None:
         chosen |= {window - 1, window, window + 1}
+        # The last queries that see keys of another rank, and the first that do not.
+        chosen |= {edge + window + off for edge in rows.edges for off in (-2, -1)}
+    chosen |= {edge + off for edge in rows.edges for off in (-1, 0, 1)}
     return torch.tensor(sorted(query for query in chosen if 0 <= query < length))
 
 
@@ -148,7 +152,8 @@ def _numbers(
     grads = torch.autograd.grad(summed, leaves, allow_unused=True, materialize_grads=True)
     q, k, v, *gate = _split(grads[0], block, shape)
     gate = [each[drawn.queries] for each in gate]
-    return [out[drawn.queries], q[drawn.queries], k, v, *gate, *grads[1:]]
+    of_learned = [sum_over_ranks(grad, context.shards) for grad in grads[1:]]
+    return [out[drawn.queries], q[drawn.queries], k, v, *gate, *of_learned]
 
 
 def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> list[Tensor]:
@@ -209,7 +214,8 @@ def _demand_each(
     raise Violation(
         f"computes another {what} than it says: off by {float(relative[token, row, head]):.2g} "
         f"(relative) at token {place} of row {row} (position {place - begin} of its document), "
-        f"head {head}"
+        f"head {head}",
+        token=place,
     )
 
 

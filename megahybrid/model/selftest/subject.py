@@ -16,6 +16,8 @@ from megahybrid.model.compiled import prepare_compiler
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.layer_parts import LayerParts
+from megahybrid.model.row_shards import RowShards
+from megahybrid.model.selftest.whole_rows import own_tokens, whole_rows
 from megahybrid.parallel.mesh import ParallelMesh
 
 # Relative, of one number: half a unit in its last place and that again for what it is made of.
@@ -24,7 +26,12 @@ EPS = 1e-5  # of QK-norm; what it is called with in the run moves nothing here
 
 
 class Violation(Exception):
-    """A scheme did what it must not; the message follows its name."""
+    """A scheme did what it must not; the message follows its name. `token` is where it was seen, if
+    at one token of a row."""
+
+    def __init__(self, message: str, token: int | None = None) -> None:
+        super().__init__(message)
+        self.token = token
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Rows:
     """Rows of one length by the lengths of their documents."""
 
     documents: tuple[tuple[int, ...], ...]
+    edges: tuple[int, ...] = ()  # tokens before which the rows are cut over context ranks
 
     @classmethod
     def of(cls, *rows: Sequence[int]) -> "Rows":
@@ -64,7 +72,11 @@ class Rows:
 
     def joined(self) -> "Rows":
         """Return rows of the same length, each a single document."""
-        return Rows(tuple((sum(row),) for row in self.documents))
+        return Rows(tuple((sum(row),) for row in self.documents), self.edges)
+
+    def first(self, count: int) -> "Rows":
+        """Return the first `count` of these rows, or all."""
+        return Rows(self.documents[:count], self.edges)
 
     @property
     def length(self) -> int:
@@ -94,10 +106,10 @@ class Rows:
 class Contexts:
     """The values that all layers of a batch share, made once for each kind of rows: schemes that
     are asked one after the other share it as layers do, so that one which is given what another
-    made is seen."""
+    made is seen. With `shards` rows of every length lie on context ranks as these do."""
 
-    def __init__(self, shape: HeadShape) -> None:
-        self._shape = shape
+    def __init__(self, shape: HeadShape, shards: RowShards | None = None) -> None:
+        self._shape, self._shards = shape, shards
         self._made: dict[Rows, SequenceContext] = {}
 
     def of(self, rows: Rows) -> SequenceContext:
@@ -105,7 +117,10 @@ class Contexts:
         if rows not in self._made:
             device = self._shape.device
             documents = Documents(rows.starts).to(device) if rows.several else None
-            self._made[rows] = SequenceContext(rows.length, documents, device, self._shape.dtype)
+            shards = self._shards and replace(self._shards, length=rows.length)
+            self._made[rows] = SequenceContext(
+                rows.length, documents, device, self._shape.dtype, shards=shards
+            )
         return self._made[rows]
 
 
@@ -145,8 +160,14 @@ class HeadsOnly(Block):
         return F.pad(out.flatten(-2), (0, sum(self.sizes[1:])))
 
     def attention_output(self, hidden: Tensor, context: SequenceContext) -> Tensor:
-        """[seq, batch, heads, head_dim]: what the heads make of a stream."""
-        out: Tensor = self(hidden, context)
+        """[seq, batch, heads, head_dim]: what the heads make of a stream, both of whole rows. Where
+        context ranks share these, all of them call this alike, and so its backward."""
+        out: Tensor
+        if context.shards is None:
+            out = self(hidden, context)
+        else:
+            mine = own_tokens(hidden, context.shards)
+            out = whole_rows(self(mine, context), context.shards)
         return out[..., : self.sizes[0]].unflatten(-1, (-1, self.attention.head_dim))
 
     def compile_as(self, compiler: str, whole: bool) -> None:

@@ -157,7 +157,7 @@ def check_replicas(
             raise AuditError(
                 f"audit: the replicated weight {name} ({parameter_class(name)}) differs across "
                 f"tensor ranks by {difference:.2e} (limit {REPLICA_TOLERANCE:.0e}): "
-                f"{_in_words(_far_from_most(value, mesh), mesh.tensor)}. "
+                f"{ranks_in_words(_far_from_most(value, mesh), mesh.tensor)}. "
                 "Restart from the checkpoint before it began to differ."
             )
 
@@ -171,7 +171,7 @@ def _far_from_most(value: Tensor, mesh: ParallelMesh) -> list[int]:
     return [rank for rank, wrong in zip(mesh.tensor.ranks, far, strict=True) if wrong]
 
 
-def _in_words(odd: Sequence[int], axis: Axis) -> str:
+def ranks_in_words(odd: Sequence[int], axis: Axis) -> str:
     """Who is at fault; where no majority says, everybody who may be."""
     known = axis.size > 2 and 2 * len(odd) < axis.size
     named = ", ".join(str(rank) for rank in (odd if known else axis.ranks)[:8])
@@ -190,7 +190,7 @@ def check_data_replicas(
     """
     if mesh.replica.size == 1:
         return
-    sums = torch.stack([_bit_sum(parameter) for parameter, _ in parameters.values()])
+    sums = torch.stack([bit_sum(parameter) for parameter, _ in parameters.values()])
     table = all_gather(sums[None], mesh.replica).tolist()  # [data, parameters]
     rows = [tuple(row) for row in table]
     usual, votes = Counter(rows).most_common(1)[0]
@@ -205,15 +205,16 @@ def check_data_replicas(
         if len(set(values)) > 1
     )
     odd = [mesh.replica.ranks[index] for index in wrong] if known else mesh.replica.ranks
+    ranks = "data ranks" if mesh.context.size == 1 else "data and context ranks"
     raise AuditError(
-        f"audit: the weight {name} is not the same bits on all data ranks: "
-        f"{_in_words(odd, mesh.replica)}. "
+        f"audit: the weight {name} is not the same bits on all {ranks}: "
+        f"{ranks_in_words(odd, mesh.replica)}. "
         "Memory or a wire of that machine is at fault: exclude it, then restart from the "
         "checkpoint before the last audit that passed."
     )
 
 
-def _bit_sum(parameter: Tensor) -> Tensor:
+def bit_sum(parameter: Tensor) -> Tensor:
     """Sum of a tensor's bits as integers, weighted so that an exchange of elements is seen too."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     values = parameter.detach().contiguous().view(-1).view(bits)

@@ -26,6 +26,7 @@ from megahybrid.train.engine.audit import (
     check_tensor_parallel_flags,
     squared_norms,
 )
+from megahybrid.train.engine.context_audit import check_shared_rows, check_sums, own_targets
 from megahybrid.train.engine.offload import OffloadedAdamW
 from megahybrid.train.engine.optimizer_state import PartitionedState, ReadFlat
 from megahybrid.train.engine.settings import (
@@ -214,18 +215,28 @@ class Engine:
         # Context ranks are given the whole rows that they share.
         shared = self.model.context_degree(micro_batches[0].tokens.shape[1])
         valid = all_reduce(valid.to(torch.float64), self.mesh.replica) / shared
+        audit_context = audit and self.mesh.context.size > 1
+        if audit_context:
+            axis = self.mesh.context_of(shared)
+            check_shared_rows([vars(batch) for batch in micro_batches], axis)
         # DeepSpeed averages over the replicas; multiplying by their number makes that a sum.
         scale = self.mesh.replica.size / valid.clamp(min=1)
         self.deepspeed.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        whole_losses, targets = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss, _ = self.deepspeed(batch.tokens, batch.targets, batch.starts)
+            loss, per_token = self.deepspeed(batch.tokens, batch.targets, batch.starts)
             self.deepspeed.backward(loss * scale.to(loss.dtype), scale_wrt_gas=False)
             loss_sum += loss.detach()
+            if audit_context:
+                whole_losses += per_token.sum(dtype=torch.float64) / shared
+                targets += own_targets(self.model, batch.targets)
             if between is not None and index < len(micro_batches) - 1:
                 between()
         loss_mean = all_reduce(loss_sum, self.mesh.replica) / valid.clamp(min=1)
+        if audit_context:
+            check_sums(loss_mean, valid, whole_losses, targets, self.mesh)
         timer.lap()
         found = audit_gradients(self.parameters, self.mesh) if audit else None
         update = self._update(learning_rate, loss_mean, valid, gate)

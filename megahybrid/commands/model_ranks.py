@@ -1,8 +1,10 @@
-"""Commands that look at a trained model on several ranks, each with its share of every matrix.
+"""Commands that look at a trained model on several ranks: tensor ranks have their share of every
+matrix, context ranks of every row.
 
 All ranks work alike; rank 0 alone tells and writes. Ranks are started here, or by torchrun or srun.
 """
 
+import math
 import os
 import signal
 import sys
@@ -22,27 +24,42 @@ from megahybrid.parallel.rendezvous import Rendezvous, find_rendezvous
 from megahybrid.train.out_of_memory import is_out_of_memory
 
 
-def on_tensor_ranks(
-    work: Callable[[ParallelMesh], int], tensor: int | None, device: str, command: Sequence[str]
+def on_model_ranks(
+    work: Callable[[ParallelMesh], int],
+    tensor: int | None,
+    context: int | None,
+    device: str,
+    command: Sequence[str],
 ) -> int:
-    """Return what `work` does on a mesh of `tensor` ranks (None: of this process alone).
+    """Return what `work` does on a mesh of `tensor` × `context` ranks (both None: of this process
+    alone).
 
     Where no launcher has started this process, `megahybrid *command` is started as so many ranks of
     this machine. Raises ConfigError where a launcher has started another number.
     """
-    if tensor is None:
+    asked = {"--tensor": tensor, "--context": context}
+    given = {name: ranks for name, ranks in asked.items() if ranks is not None}
+    if not given:
         return _within_memory(work, ParallelMesh.single(choose_device(device, 0)))
-    if tensor < 1:
-        raise ConfigError(f"--tensor={tensor} is no number of ranks. Use 1 or more.")
+    for name, ranks in given.items():
+        if ranks < 1:
+            raise ConfigError(f"{name}={ranks} is no number of ranks. Use 1 or more.")
     place = find_rendezvous(os.environ)
+    ranks = math.prod(given.values())
     if place is None:
-        return _start(command, tensor)
-    if place.world_size != tensor:
-        raise ConfigError(
-            f"--tensor={tensor} is not the number of ranks that {place.source} has started "
-            f"({place.world_size}). Use --tensor={place.world_size}, or start {tensor}."
+        return _start(command, ranks)
+    if place.world_size != ranks:
+        told = " times ".join(f"{name}={number}" for name, number in given.items())
+        way_out = (
+            f"Use {next(iter(given))}={place.world_size}"
+            if len(given) == 1
+            else (f"Use degrees of which the product is {place.world_size}")
         )
-    return _rank(work, place, device)
+        raise ConfigError(
+            f"{told} is not the number of ranks that {place.source} has started "
+            f"({place.world_size}). {way_out}, or start {ranks}."
+        )
+    return _rank(work, place, device, context or 1)
 
 
 def _within_memory(work: Callable[[ParallelMesh], int], mesh: ParallelMesh) -> int:
@@ -52,8 +69,9 @@ def _within_memory(work: Callable[[ParallelMesh], int], mesh: ParallelMesh) -> i
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        context = f" --context={mesh.context.size}" if mesh.context.size > 1 else ""
         raise MegahybridError(
-            f"out of memory on {mesh.device} with --tensor={mesh.tensor.size} "
+            f"out of memory on {mesh.device} with --tensor={mesh.tensor.size}{context} "
             f"({first_line(error)[:120]}). Use more ranks, or shorter texts."
         ) from error
 
@@ -72,7 +90,7 @@ def _start(command: Sequence[str], ranks: int) -> int:
     return failure.exit_code
 
 
-def _rank(work: Callable[[ParallelMesh], int], place: Rendezvous, device: str) -> int:
+def _rank(work: Callable[[ParallelMesh], int], place: Rendezvous, device: str, context: int) -> int:
     from megahybrid.parallel.local_launch import (
         STOP_SIGNALS,
         end_with_launcher,
@@ -95,7 +113,8 @@ def _rank(work: Callable[[ParallelMesh], int], place: Rendezvous, device: str) -
         os.dup2(silence, 2)
     try:
         world = initialise_distributed(device)
-        mesh = ParallelMesh.from_world(tensor=world.world_size, device=world.device)
+        tensor = world.world_size // context
+        mesh = ParallelMesh.from_world(tensor=tensor, context=context, device=world.device)
         code = _within_memory(work, mesh)
         shutdown_distributed(ok=True)
         return code

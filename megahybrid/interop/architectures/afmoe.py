@@ -1,0 +1,71 @@
+"""Afmoe (Trinity), all layers dense: a norm on both sides of each function, the attention output
+gated by element; sliding layers rotate and full layers do not."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megahybrid.config.attention import AttentionScheme, Gate, Nope, QKNorm, Rope, SqrtDimScale
+from megahybrid.config.model import ModelConfig
+from megahybrid.errors import InteropError
+from megahybrid.interop.architectures import layers
+from megahybrid.interop.architectures.base import Serves
+from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, switched_rope_parameters
+from megahybrid.interop.architectures.stock import StockArchitecture
+
+
+class Afmoe(StockArchitecture):
+    """num_dense_layers is the number of layers: none has experts."""
+
+    name = "Afmoe"
+    model_type = "afmoe"
+    serves = Serves(
+        blocks=("sandwich",),
+        norms=("rms",),
+        qk_norms=(QKNorm(kind="rms"),),
+        positions=(Rope, Nope),
+        scalings=ROPE_TYPES,
+        score_scales=(SqrtDimScale,),
+        gates=("element",),
+    )
+
+    def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
+        """Yield the reasons where rotation and window do not go together."""
+        return layers.sliding_rotates_reasons(schemes)
+
+    def how(self, schemes: Sequence[AttentionScheme]) -> str:
+        """Return the fields that tell which layers rotate, and that none has experts."""
+        return f"{layers.how_sliding_rotates(schemes)}, num_dense_layers all"
+
+    def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
+        """Return the place among classes that support the same model."""
+        return 65
+
+    def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
+        """Return which layers rotate, which is which are windowed."""
+        position = layers.one_position(schemes)
+        return {
+            "layer_types": layers.layer_types([layers.rotates(s) for s in schemes]),
+            "sliding_window": layers.one_window(schemes) or layers.ENDLESS,
+            "rope_parameters": switched_rope_parameters(position, model.head_dim),
+            "num_dense_layers": len(schemes),
+            "mup_enabled": False,
+        }
+
+    def gate(self, config: Any) -> Gate:
+        """Return the gate of a config."""
+        return "element"
+
+    def layers_of(self, config: Any) -> list[layers.Layer]:
+        """Return each layer. Raises InteropError where some have experts, or embeddings a scale."""
+        if config.num_dense_layers < config.num_hidden_layers:
+            raise InteropError(
+                f"config.json: num_dense_layers={config.num_dense_layers} of "
+                f"{config.num_hidden_layers} layers: the others have experts, which our model has "
+                "not."
+            )
+        if config.mup_enabled:
+            raise InteropError(
+                "config.json: mup_enabled=true multiplies the embeddings by sqrt(hidden_size), "
+                "which our model does not (only false)."
+            )
+        return layers.sliding_rotates(config)
