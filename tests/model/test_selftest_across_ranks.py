@@ -199,10 +199,22 @@ FAULTS: dict[str, tuple[str, Lies, broken.Plant]] = {
 }
 
 
-def said(ranks: distributed.Ranks, dtype: str) -> dict[str, str]:
+# In bf16, where an error in the numbers is seen last.
+COARSE = (
+    "halo-of-w-2-of-a-wide-window",
+    "halo-of-w-of-a-wide-window",
+    "keys-at-local-positions",
+    "local-temperatures",
+    "halo-gradients-dropped-wide",
+    "gathered-gradients-not-summed",
+)
+
+
+def said(ranks: distributed.Ranks, dtype: str, names: tuple[str, ...]) -> dict[str, str]:
     """What the self-test says of each fault on this rank; "" where it finds nothing."""
     found = {}
-    for name, (scheme, lies, plant) in FAULTS.items():
+    for name in names:
+        scheme, lies, plant = FAULTS[name]
         with pytest.MonkeyPatch.context() as patch:
             plant(patch)
             try:
@@ -213,9 +225,12 @@ def said(ranks: distributed.Ranks, dtype: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_fault_is_refused_on_all_ranks_in_the_same_words(dtype: str) -> None:
-    first, second = distributed.run(2, said, dtype, timeout_seconds=300)
+@pytest.mark.parametrize(("dtype", "names"), [("fp32", tuple(FAULTS)), ("bf16", COARSE)])
+def test_every_fault_is_refused_on_all_ranks_in_the_same_words(
+    dtype: str, names: tuple[str, ...]
+) -> None:
+    first, second = distributed.run(2, said, dtype, names, timeout_seconds=300)
+    assert tuple(first) == names
     assert [name for name, words in first.items() if not words] == []
     assert first == second
     for name, words in first.items():
