@@ -14,7 +14,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig, either
 from megahybrid.config.old_words import SCHEMES, current_tree, silent, tell_once
 from megahybrid.config.parallel import ParallelConfig, legal_tensor_degrees
-from megahybrid.config.stages import Stage
+from megahybrid.config.stages import Recompute, Stage
 from megahybrid.config.training import KernelConfig
 from megahybrid.config.yaml_file import apply_overrides
 from megahybrid.errors import ConfigError
@@ -121,7 +121,14 @@ def _build(
     # What ranks exchange is chosen for this many: the run's own choice was made for its own.
     degrees = ParallelConfig(tensor=mesh.tensor.size, context=mesh.context.size)
     context = ContextRanks(mesh, run.model, degrees)
-    return Transformer(run.model, mesh, plan=plan, kernels=kernels, context=context).to(dtype)
+    # Long texts are what context ranks are for: gate and up of all their tokens are the most that a
+    # layer holds.
+    policy: Recompute = "none" if mesh.context.size == 1 else "chunked"
+    policies = (policy,) * len(kernels)
+    model = Transformer(
+        run.model, mesh, plan=plan, kernels=kernels, recompute=policies, context=context
+    )
+    return model.to(dtype)
 
 
 @torch.no_grad()
