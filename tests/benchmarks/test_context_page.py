@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.shapes import hybrid
+from benchmarks.context_group import model_of
 from megahybrid.config.base import Frozen
 from megahybrid.config.context import plan_context
 from megahybrid.config.context_volume import period_volume
@@ -57,14 +57,17 @@ def test_the_bytes_of_the_smallest_shape_by_hand() -> None:
     assert f"| {keys / 1e6:,.0f} |" in PAGE
 
 
-@pytest.mark.parametrize("name", ["context_cpu_25m", "context_memory_25m"])
+@pytest.mark.parametrize(
+    "name", ["context_cpu_25m", "context_memory_25m", "context_memory_demo_long"]
+)
 def test_the_bytes_that_were_counted(name: str) -> None:
     found = read(name)
     for row in found["degrees"]:
         if row["degree"] == 1:
             continue
         ranks = row["steps"][-1] if "steps" in row else row["ranks"]
-        model = hybrid(found["shape"])
+        shape = found["shape"]
+        model = model_of(str(ROOT / shape) if shape.endswith(".yaml") else shape)
         parallel = ParallelConfig(context=row["degree"])
         crossing = plan_context(model, parallel, model.layer_plan, found["length"])
         used = " + ".join(dict.fromkeys(e for _, e in crossing.exchanges if e is not None))
