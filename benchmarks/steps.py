@@ -111,11 +111,13 @@ def engine_step(
     micro_rows: int = 0,
     offload: str = "none",
     starts: Tensor | None = None,
+    context: int = 1,
 ) -> Step:
-    """The step that `megahybrid train` takes: ZeRO 1, one rank, fp32 masters and accumulation,
-    clipping, `micro_rows` rows at a time (0: all). `starts` (on the host) cut rows into documents.
+    """The step that `megahybrid train` takes: ZeRO 1, fp32 masters and accumulation, clipping,
+    `micro_rows` rows at a time (0: all). `starts` (on the host) cut rows into documents; `context`
+    is the model's context degree.
 
-    Joins a world of one; the caller leaves it.
+    One rank without a world joins one of its own; the caller leaves it.
     """
     from megahybrid.train.engine import Engine, MicroBatch
 
@@ -125,7 +127,7 @@ def engine_step(
         RunConfig,
         {
             "model": model.config.model_dump(),
-            "parallel": {"offload": offload},
+            "parallel": {"offload": offload, "context": context},
             "data": {"sources": {"none": {"path": "unused"}}, "block_tokens": length},
             "optimizer": {"clip_norm": CLIP_NORM},
             "precision": precision,

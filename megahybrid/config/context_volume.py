@@ -5,14 +5,19 @@ scatters the residual stream: ten times a layer, five where both branches share 
 two more under full recomputation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import (
     Exchange,
     HeadShape,
+    Layout,
+    Segment,
+    Traffic,
     exchange_bytes,
     plan_context,
+    segments,
     segments_per_rank,
 )
 from megahybrid.config.counting import branches_together
@@ -88,3 +93,51 @@ def tensor_bytes(
     branches = 1 if branches_together(model.block) else 2
     passes = branches * (7 if forward_again else 5)
     return passes * tokens * model.hidden_size * _WIDTH * (tensor - 1) // tensor
+
+
+def received_bytes(
+    exchange: Exchange,
+    window: int | None,
+    length: int,
+    degree: int,
+    shape: HeadShape,
+    *,
+    layout: Layout,
+    rank: int,
+    bytes_per_value: int = 2,
+) -> Traffic:
+    """Return what rank `rank` of a row receives for one layer, to the byte.
+
+    `exchange_bytes` is the same but for a halo, whose size it gives for a rank that lacks all keys
+    before each of its segments: the first rank of a row has none before it, the two middle segments
+    of a zigzag lie on one rank, and short rows have fewer keys than a window.
+    """
+    if exchange != "halo":
+        count = segments_per_rank(layout)
+        return exchange_bytes(
+            exchange,
+            window,
+            length,
+            degree,
+            shape,
+            segments=count,
+            bytes_per_value=bytes_per_value,
+        )
+    assert window is not None
+    held = [segments(layout, length, degree, other) for other in range(degree)]
+    others = [other for other in range(degree) if other != rank]
+    each = 2 * shape.kv_heads * shape.head_dim * bytes_per_value
+    # Gradients come back from every rank that this one's keys were sent to.
+    return Traffic(
+        forward=each * sum(_lent(held[other], held[rank], window - 1) for other in others),
+        backward=each * sum(_lent(held[rank], held[other], window - 1) for other in others),
+    )
+
+
+def _lent(owner: Sequence[Segment], borrower: Sequence[Segment], reach: int) -> int:
+    """Return how many of the `reach` tokens before each segment of a rank another one holds."""
+    return sum(
+        max(0, min(start, last) - max(0, start - reach, first))
+        for start, _ in borrower
+        for first, last in owner
+    )

@@ -2,13 +2,14 @@
 
 import pytest
 
+from benchmarks.context_group import model_of
 from megahybrid.config.base import Frozen
 from megahybrid.config.context import plan_context
 from megahybrid.config.context_volume import period_volume
 from megahybrid.config.loader import load
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
-from tests.benchmarks.test_published import ROOT
+from tests.benchmarks.test_published import ROOT, read
 
 PAGE = (ROOT / "docs/context_parallel.md").read_text()
 
@@ -54,3 +55,30 @@ def test_the_bytes_of_the_smallest_shape_by_hand() -> None:
     keys = 4 * 6 * others * 4 * 256
     assert f"| {ours / 1e6:,.0f} (halo + heads) |" in PAGE
     assert f"| {keys / 1e6:,.0f} |" in PAGE
+
+
+@pytest.mark.parametrize(
+    "name", ["context_cpu_25m", "context_memory_25m", "context_memory_demo_long"]
+)
+def test_the_bytes_that_were_counted(name: str) -> None:
+    found = read(name)
+    for row in found["degrees"]:
+        if row["degree"] == 1:
+            continue
+        ranks = row["steps"][-1] if "steps" in row else row["ranks"]
+        shape = found["shape"]
+        model = model_of(str(ROOT / shape) if shape.endswith(".yaml") else shape)
+        parallel = ParallelConfig(context=row["degree"])
+        crossing = plan_context(model, parallel, model.layer_plan, found["length"])
+        used = " + ".join(dict.fromkeys(e for _, e in crossing.exchanges if e is not None))
+        counted, foretold = (
+            [rank[key] for rank in ranks] for key in ("received", "received_by_formula")
+        )
+        beyond = max(c / f - 1 for c, f in zip(counted, foretold, strict=True))
+        assert 0 <= beyond < 0.01
+        cells = [f"{found['length']:,}", str(row["degree"]), f"{used}, {crossing.layout}"]
+        cells += [
+            " · ".join(f"{size / 1e6:.2f}" for size in sizes) for sizes in (counted, foretold)
+        ]
+        line = f"| {' | '.join([*cells, f'{beyond:.2%}'.replace('%', ' %')])} |"
+        assert line in PAGE, line

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import predict, recompute
+from benchmarks import context_ranks, predict, recompute
 from benchmarks.generated_code import BYTES_PER_SECOND, INSTRUCTIONS_PER_SECOND
 from benchmarks.shapes import hybrid
 from megahybrid.config.counting import flops_per_token, ideal_speedup
@@ -86,6 +86,18 @@ def test_two_ranks_and_memory() -> None:
         assert f"| {policy} | {mib(grown)} | {mib(expected)} | {grown / expected:.2f} |" in PAGE
     chunked, plain = (mib(memory["grown"][f"loss-{kind}"]) for kind in ("chunked", "plain"))
     assert f"by {chunked} in chunks and by {plain}" in PAGE
+
+
+def test_context_ranks() -> None:
+    for name in ("context_memory_25m", "context_memory_demo_long"):
+        for line in context_ranks.memory_table(read(name)["degrees"]).splitlines():
+            assert line in PAGE, line
+    alone, *_, four = read("context_memory_25m")["degrees"]
+    told = [f"{row['peak'] / 2**20:,.0f} MiB" for row in (four, alone)]
+    assert f"4 × {told[0]} against {told[1].removesuffix(' MiB')}" in PAGE
+    steps = read("context_cpu_25m")["degrees"]
+    for line in context_ranks.cpu_table(steps).splitlines():
+        assert line in PAGE, line
 
 
 def test_start_up() -> None:
