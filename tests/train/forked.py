@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -88,9 +90,11 @@ class Ranks:
         *,
         fault: str | None = None,
         file_bytes: int | None = None,
+        launches: bool = False,
     ) -> None:
         """`fault` names a function of tests/train/faults.py, called on each rank before it starts;
-        no file of a rank can grow beyond `file_bytes`."""
+        no file of a rank can grow beyond `file_bytes`. With `launches` the command is one that
+        starts ranks itself: they are forked from it, and the fault is theirs."""
         self.nursery = nursery
         self.outputs = [folder / f"output-{rank}" for rank in range(world_size)]
         self.pids: list[int] = nursery.ask(
@@ -100,6 +104,7 @@ class Ranks:
             port=_free_port(),
             fault=fault,
             file_bytes=file_bytes,
+            launches=launches,
         )
         self.codes: dict[int, int] = {}
 
@@ -192,17 +197,102 @@ def _fork(rank: int, order: dict[str, Any], passed: Path) -> int:
     try:
         _become_rank(rank, order, parent)
         _remember_self_tests(passed, str(order["fault"]))
-        from megahybrid.cli import main
+        if order["launches"]:
+            from megahybrid.parallel import local_launch
 
-        code = main(order["arguments"])
+            local_launch.start_processes = partial(_Started, fault=order["fault"])
+        else:
+            _break(rank, order["fault"])
+        code = _main(order["arguments"])
+    finally:
+        os._exit(code)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from megahybrid.cli import main
+
+    try:
+        return main(arguments)
     except BaseException:
         import traceback
 
         traceback.print_exc()
+        return 70
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+
+
+def _break(rank: int, fault: str | None) -> None:
+    if fault:
+        from tests.train import faults
+
+        getattr(faults, fault)(rank)
+
+
+class _Started:
+    """What torch's start_processes returns, of ranks that are forked from the launcher."""
+
+    def __init__(
+        self,
+        args: dict[int, tuple[str, ...]],
+        envs: dict[int, dict[str, str]],
+        fault: str | None,
+        **_: Any,
+    ) -> None:
+        self.subprocess_handlers = {
+            rank: SimpleNamespace(proc=_Rank(rank, words, envs[rank], fault))
+            for rank, words in args.items()
+        }
+
+    def close(self, number: int, timeout: float) -> None:
+        ranks = [handler.proc for handler in self.subprocess_handlers.values()]
+        until = time.monotonic() + timeout
+        for rank in ranks:
+            rank.send_signal(number)
+        while any(rank.poll() is None for rank in ranks):
+            if time.monotonic() > until:
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.01)
+
+
+class _Rank:
+    """As much of a Popen as the launcher uses."""
+
+    def __init__(
+        self, rank: int, words: tuple[str, ...], environment: dict[str, str], fault: str | None
+    ) -> None:
+        assert words[:2] == ("-m", "megahybrid"), words
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 70
+        try:
+            from megahybrid.parallel.local_launch import STOP_SIGNALS
+
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)  # as in a program that begins
+            os.environ |= environment
+            _break(rank, fault)
+            code = _main(words[2:])
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _become_rank(rank: int, order: dict[str, Any], parent: int) -> None:
@@ -228,10 +318,6 @@ def _become_rank(rank: int, order: dict[str, Any], parent: int) -> None:
         }
     if order["file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], order["file_bytes"]))
-    if order["fault"]:
-        from tests.train import faults
-
-        getattr(faults, order["fault"])(rank)
 
 
 def _remember_self_tests(passed: Path, fault: str) -> None:
