@@ -91,12 +91,14 @@ class Ranks:
         fault: str | None = None,
         file_bytes: int | None = None,
         launches: bool = False,
+        outputs: Path | None = None,
     ) -> None:
         """`fault` names a function of tests/train/faults.py, called on each rank before it starts;
         no file of a rank can grow beyond `file_bytes`. With `launches` the command is one that
-        starts ranks itself: they are forked from it, and the fault is theirs."""
+        starts ranks itself: they are forked from it, and the fault is theirs. What they print lies
+        in `outputs`, or else in `folder`, where they run."""
         self.nursery = nursery
-        self.outputs = [folder / f"output-{rank}" for rank in range(world_size)]
+        self.outputs = [(outputs or folder) / f"output-{rank}" for rank in range(world_size)]
         self.pids: list[int] = nursery.ask(
             arguments=list(arguments),
             outputs=list(map(str, self.outputs)),
@@ -132,6 +134,11 @@ class Ranks:
             assert time.monotonic() < deadline, f"not within {seconds:g} s\n{self.text()}"
             time.sleep(0.002)
         return True
+
+    def runs(self) -> bool:
+        """Whether no rank has ended yet."""
+        self._look()
+        return not self.codes
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
         """A signal to some ranks, or to all."""
