@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.data_prep.vocabulary import train_tokenizer
 from tests.train.example import arithmetic_of, checkpoint_bytes, steps_of, steps_so_far
+from tests.train.forked import Nursery, Ranks
 
 ROOT = Path(__file__).parents[2]
 STEPS = 36
@@ -71,7 +73,7 @@ def write_text(folder: Path) -> None:
 
 
 class Command:
-    """`megahybrid *arguments` in a folder, under way."""
+    """`megahybrid *arguments` in a folder, under way, in a process of its own from the start."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.output = folder / f"{'-'.join(arguments[:3]).replace('/', '-')}.txt"
@@ -87,6 +89,12 @@ class Command:
                 cwd=folder,
             )
 
+    def runs(self) -> bool:
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
     def ended(self, code: int, seconds: float = 120.0) -> str:
         """What it printed; it must end with `code` within `seconds`."""
         try:
@@ -100,36 +108,73 @@ class Command:
         return said
 
 
-def train(folder: Path, device: str, directory: str, *more: str) -> Command:
-    return Command(folder, "train", "run.yaml", f"directory={directory}", f"device={device}", *more)
+class Forked:
+    """The same, forked from what has been imported, which a CUDA driver does not survive."""
+
+    def __init__(self, nursery: Nursery, folder: Path, *arguments: str) -> None:
+        output = folder / "-".join(arguments[:3]).replace("/", "-")
+        output.mkdir(exist_ok=True)
+        self.ranks = Ranks(nursery, arguments, 1, folder, outputs=output)
+
+    def runs(self) -> bool:
+        return self.ranks.runs()
+
+    def stop(self) -> None:
+        self.ranks.send(signal.SIGTERM)
+
+    def ended(self, code: int, seconds: float = 120.0) -> str:
+        assert self.ranks.wait(seconds) == [code], self.ranks.text()[-3000:]
+        return self.ranks.text()
 
 
-def stopped_early(folder: Path, device: str) -> None:
+@dataclass(frozen=True)
+class Place:
+    """Where commands run, and what forks them: nothing where they run on a card."""
+
+    folder: Path
+    nursery: Nursery | None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.nursery else "cuda"
+
+    def command(self, *arguments: str) -> Command | Forked:
+        if self.nursery is None:
+            return Command(self.folder, *arguments)
+        return Forked(self.nursery, self.folder, *arguments)
+
+    def train(self, directory: str, *more: str) -> Command | Forked:
+        how = (f"directory={directory}", f"device={self.device}")
+        return self.command("train", "run.yaml", *how, *more)
+
+
+def stopped_early(place: Place) -> None:
     """A run that is asked to stop after its first steps, and does."""
-    command = train(folder, device, "again")
+    command = place.train("again")
     deadline = time.monotonic() + 120
-    while steps_so_far(folder / "again") < 3:
-        assert time.monotonic() < deadline and command.process.poll() is None, command.ended(0)
+    while steps_so_far(place.folder / "again") < 3:
+        assert time.monotonic() < deadline and command.runs(), command.ended(0)
         time.sleep(0.002)
-    command.process.send_signal(signal.SIGTERM)
+    command.stop()
     command.ended(75)
-    assert 3 <= len(steps_of(folder / "again")) < STEPS
+    assert 3 <= len(steps_of(place.folder / "again")) < STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_in_bf16_is_stopped_and_gone_on_with_to_the_bit_evaluated_and_sampled(
-    device: str, tmp_path: Path
+    device: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     write_text(tmp_path)
+    place = Place(tmp_path, request.getfixturevalue("nursery") if device == "cpu" else None)
     # Beside each other: a card has room, and starting is most of it.
-    whole = train(tmp_path, device, "whole")
+    whole = place.train("whole")
     # On a card what is not said is measured: kernels, and plain against compiled blocks.
     told = ["deterministic=false", "kernels.blocks=auto", "checkpoint.every_steps=100"]
-    measured = train(tmp_path, device, "measured", *told) if device == "cuda" else None
-    stopped_early(tmp_path, device)
-    train(tmp_path, device, "again").ended(0)
+    measured = place.train("measured", *told) if device == "cuda" else None
+    stopped_early(place)
+    place.train("again").ended(0)
     whole.ended(0)
 
     assert [line.stage for line in steps_of(tmp_path / "whole")[::12]] == [
@@ -146,10 +191,8 @@ def test_a_run_in_bf16_is_stopped_and_gone_on_with_to_the_bit_evaluated_and_samp
     losses = [line.loss for line in steps_of(tmp_path / "whole")]
     assert sum(losses[-4:]) < sum(losses[:4]) - 1.0
 
-    score = Command(tmp_path, "evaluate", "again", "--device", device)
-    text = Command(
-        tmp_path, "sample", "again", "--prompt", "ab", "--tokens", "20", "--device", device
-    )
+    score = place.command("evaluate", "again", "--device", device)
+    text = place.command("sample", "again", "--prompt", "ab", "--tokens", "20", "--device", device)
     assert "unseen" in score.ended(0)
     assert len(text.ended(0)) > 10
     if measured is not None:

@@ -9,6 +9,7 @@ import pytest
 
 from megahybrid.parallel.local_launch import STOP_SIGNALS
 from tests.train.example import write_example
+from tests.train.forked import Nursery
 from tests.train.text_run import Trained, train_text_run
 
 
@@ -27,9 +28,9 @@ def example(prepared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Trained:
     """A run on text with checkpoints; its `evaluations` are anyone's."""
-    return train_text_run(tmp_path_factory.mktemp("text_run"))
+    return train_text_run(tmp_path_factory.mktemp("text_run"), nursery)
 
 
 @pytest.fixture

@@ -96,25 +96,28 @@ def test_a_signal_before_there_are_ranks_reaches_them(
     assert failure is not None and failure.exit_code == 75 and failure.stop_asked
 
 
+COMMAND = ["train", "run.yaml", LONGER, "parallel.tensor=2", "--processes", "2"]
+
+
+def children(pid: int) -> list[int]:
+    """The ranks of a launcher."""
+    return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Launch:
     """`megahybrid train … --processes 2` in a process group of its own."""
 
-    def __init__(self, folder: Path, *overrides: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "megahybrid", "train", "run.yaml", LONGER, *overrides]
+    def __init__(self, folder: Path, *overrides: str) -> None:
         self.output = folder / "output"
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
-                [*command, "parallel.tensor=2", "--processes", "2"],
+                [sys.executable, "-m", "megahybrid", *COMMAND, *overrides],
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
                 start_new_session=True,
             )
-
-    def children(self) -> list[int]:
-        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in task.read_text().split()]
 
     def until(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
@@ -132,6 +135,19 @@ class Launch:
 
     def last_line(self) -> str:
         return self.output.read_text().strip().splitlines()[-1]
+
+
+class Forked(Ranks):
+    """The same, started from what has been imported."""
+
+    def __init__(
+        self, nursery: Nursery, folder: Path, *overrides: str, fault: str | None = None
+    ) -> None:
+        super().__init__(nursery, [*COMMAND, *overrides], 1, folder, fault=fault, launches=True)
+        (self.pid,) = self.pids
+
+    def reaches(self, condition: Callable[[], bool]) -> None:
+        assert self.until(condition, 90), self.text()
 
 
 def gone(pids: Sequence[int], seconds: float) -> bool:
@@ -162,7 +178,7 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
 
     # While its ranks still import: the signal is kept for them.
     launch = Launch(example, "directory=launched")
-    launch.until(lambda: len(launch.children()) == 2)
+    launch.until(lambda: len(children(launch.process.pid)) == 2)
     launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == 75, launch.output.read_text()
     assert steps_so_far(run) <= 1
@@ -171,27 +187,27 @@ def test_a_launch_through_stops_and_kills_is_the_run_that_had_none(
     )
 
     # A rank that is killed.
-    launch = Launch(example, "directory=launched")
-    launch.until(lambda: steps_so_far(run) >= 5)
-    children = launch.children()
+    forked = Forked(nursery, example, "directory=launched")
+    forked.reaches(lambda: steps_so_far(run) >= 5)
+    ranks = children(forked.pid)
     began = time.monotonic()
-    os.kill(children[1], signal.SIGKILL)
-    assert launch.wait() == 128 + signal.SIGKILL, launch.output.read_text()
-    assert time.monotonic() - began < 40 and gone(children, 0)
-    assert launch.last_line() == "megahybrid: rank 1 of 2 was ended by SIGKILL."
+    os.kill(ranks[1], signal.SIGKILL)
+    assert forked.wait() == [128 + signal.SIGKILL], forked.text()
+    assert time.monotonic() - began < 40 and gone(ranks, 0)
+    assert forked.last_line() == "megahybrid: rank 1 of 2 was ended by SIGKILL."
 
     # The launcher itself, killed: nothing of it may go on and hold the run.
     before = steps_so_far(run)
-    launch = Launch(example, "directory=launched")
-    launch.until(lambda: steps_so_far(run) >= before + 2)
-    children = launch.children()
-    launch.process.kill()
-    assert gone(children, 40)
-    launch.wait()
+    forked = Forked(nursery, example, "directory=launched")
+    forked.reaches(lambda: steps_so_far(run) >= before + 2)
+    ranks = children(forked.pid)
+    os.kill(forked.pid, signal.SIGKILL)
+    assert gone(ranks, 40)
+    assert forked.wait() == [-signal.SIGKILL]
 
-    launch = Launch(example, "directory=launched")
-    assert launch.wait() == 0, launch.output.read_text()
-    assert launch.last_line().startswith("Run launched is complete")
+    forked = Forked(nursery, example, "directory=launched")
+    assert forked.wait() == [0], forked.text()
+    assert forked.last_line().startswith("Run launched is complete")
     assert arithmetic_of(run) == arithmetic_of(example / "whole")
 
 
@@ -210,22 +226,16 @@ RAISED: dict[str, tuple[str, int, str]] = {
 
 
 @pytest.mark.parametrize("what", RAISED)
-def test_the_last_line_tells_of(what: str, example: Path) -> None:
+def test_the_last_line_tells_of(what: str, nursery: Nursery, example: Path) -> None:
     """Of the rank that failed, not of those that lost it; with its exit code."""
     fault, code, line = RAISED[what]
-    (example / "sitecustomize.py").write_text(
-        "import os\n"
-        "if 'RANK' in os.environ:\n"
-        f"    from tests.train import faults\n    faults.{fault}(int(os.environ['RANK']))\n"
-    )
-    path = os.pathsep.join([str(example), str(ROOT)])
-    launch = Launch(example, "directory=run", PYTHONPATH=path)
-    launch.until(lambda: steps_so_far(example / "run") >= 2)
+    launch = Forked(nursery, example, "directory=run", fault=fault)
+    launch.reaches(lambda: steps_so_far(example / "run") >= 2)
     began = time.monotonic()
-    assert launch.wait() == code, launch.output.read_text()
+    assert launch.wait() == [code], launch.text()
     assert time.monotonic() - began < 40
     assert launch.last_line() == line
-    text = launch.output.read_text()
+    text = launch.text()
     assert "Traceback" not in text, text
     if code == 1:
         log = (example / "run" / "logs" / "rank-0001.log").read_text()

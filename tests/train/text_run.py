@@ -1,9 +1,6 @@
 """A trained run on text, and its commands called."""
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from megahybrid import cli
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.data_prep.vocabulary import train_tokenizer
+from tests.train.forked import Nursery, Ranks
 
 VOCAB = 300
 RUN = """
@@ -55,7 +53,7 @@ class Trained:
     tokenizer: Path
 
 
-def train_text_run(folder: Path) -> Trained:
+def train_text_run(folder: Path, nursery: Nursery) -> Trained:
     """A run of eight steps through two stages on two ranks, on text of a hundred words."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(100)]
@@ -68,16 +66,8 @@ def train_text_run(folder: Path) -> Trained:
             for ids in tokenizer.encode(part):
                 writer.add(ids)
     (folder / "run.yaml").write_text(RUN.format(folder=folder), encoding="utf-8")
-    command = [sys.executable, "-m", "megahybrid", "train", str(folder / "run.yaml")]
-    done = subprocess.run(
-        [*command, f"directory={folder / 'run'}", "--processes", "2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = Ranks(nursery, ["train", "run.yaml", f"directory={folder / 'run'}"], 2, folder)
+    assert ranks.wait() == [0, 0], ranks.text()[-2000:]
     return Trained(folder, folder / "run", folder / "words.model")
 
 
