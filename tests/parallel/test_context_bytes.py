@@ -67,9 +67,8 @@ class Case:
 
 CASES = {
     f"{full}-{windowed}-{layout}-{recompute}": Case(full, windowed, layout, recompute=recompute)
-    for full, windowed, layout, recompute in product(
-        ("heads", "keys"),
-        ("halo", "heads", "keys"),
+    for (full, windowed), layout, recompute in product(
+        (("heads", "halo"), ("keys", "heads"), ("heads", "keys")),
         ("contiguous", "zigzag"),
         ("none", "full"),
     )
