@@ -11,7 +11,7 @@ import megahybrid
 from megahybrid.config import RunConfig, check_run, dump_yaml, load
 from megahybrid.config.explain import show
 from megahybrid.config.limits import NODES
-from megahybrid.config.missing_data import making_command
+from megahybrid.config.missing_data import dataset_exists, making_command
 from megahybrid.config.parsing import parse
 from megahybrid.config.site import load_site
 from megahybrid.errors import ConfigError
@@ -142,7 +142,7 @@ def _refuse_second(job: Job) -> None:
 def _refuse_missing(run: RunConfig) -> None:
     """Refuse data that are not there: nodes see the same disks, and nobody should wait for that."""
     for field, path in run.data.datasets():
-        if not Path(path).exists():
+        if not dataset_exists(path):
             command = making_command(path)
             prepare = "Prepare the data" if command is None else f"Make it with `{command}`"
             raise ConfigError(

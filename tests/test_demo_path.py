@@ -11,6 +11,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.ledger import read_ledger
+from tests.events import named
 from tests.train.forked import ROOT
 
 DEMO = ROOT / "configs" / "runs" / "demo.yaml"
@@ -71,12 +72,12 @@ def test_from_raw_text_to_a_lengthened_context(
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     scored = {
         (line.detail["set"], line.detail["stage"])
-        for line in ledger.named("evaluate")
+        for line in named(ledger, "evaluate")
         if line.detail["rows"] == "documents"
     }
     names = ("sample", "longest")
     assert scored == {(n, stage) for n in names for stage in ("short", "medium", "long")}
-    last = ledger.named("evaluate")[-1].detail
+    last = named(ledger, "evaluate")[-1].detail
     assert last["by_position"][-1]["stop"] == 4 * 1024  # four times the longest, empty or not
 
     capsys.readouterr()
@@ -84,7 +85,7 @@ def test_from_raw_text_to_a_lengthened_context(
     again = json.loads(capsys.readouterr().out)["scores"]
     by_run = {
         (line.detail["set"], line.detail["rows"]): line.detail["loss"]
-        for line in ledger.named("evaluate")
+        for line in named(ledger, "evaluate")
         if line.step == ledger.steps[-1].step
     }
     for score in again:

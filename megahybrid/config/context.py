@@ -56,7 +56,8 @@ class HeadShape:
         )
 
     def split_over(self, degree: int) -> bool:
-        """Whether `degree` ranks can each take a part of the heads with the KV heads they read."""
+        """Return whether `degree` ranks can each take a part of the heads with the KV heads that
+        these read."""
         g = self.kv_heads
         return self.heads % degree == 0 and (g % degree == 0 or degree % g == 0)
 
@@ -66,7 +67,8 @@ class HeadShape:
 
 
 def is_full(window: int | None, length: int) -> bool:
-    """Whether a query of a row sees all keys before it: a window of the row's length is none."""
+    """Return whether a query of a row sees all keys before it: a window of the row's length is
+    none."""
     return window is None or window >= length
 
 
@@ -177,7 +179,7 @@ def _part(length: int, parts: int, number: int) -> Segment:
 
 
 def segments_per_rank(layout: Layout) -> int:
-    """How many segments of a row a rank holds."""
+    """Return the number of segments of a row that a rank holds."""
     match layout:
         case "contiguous":
             return 1
@@ -211,7 +213,7 @@ def _scores_before(token: int, window: int | None) -> int:
 
 @dataclass(frozen=True)
 class ContextPlan:
-    """How rows of one length cross the context ranks: a value, the same on every rank."""
+    """The layout and the exchanges of rows of one length: a value, the same on every rank."""
 
     length: int
     degree: int
@@ -228,7 +230,7 @@ class ContextPlan:
         return self.length // self.degree
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
-        """What context rank `rank` holds of a row, in the row's order."""
+        """Return the segments of a row on context rank `rank`, in the row's order."""
         return segments(self.layout, self.length, self.degree, rank)
 
     def record(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Feature:
 
     @property
     def is_command(self) -> bool:
-        """Whether a command asks for it, and not a run file."""
+        """True where a command asks for it, and not a run file."""
         return not any("=" in words for words in self.asked)
 
 

@@ -23,7 +23,7 @@ from megahybrid.config.stages import Stage
 
 @dataclass(frozen=True)
 class ContextMemory:
-    """What the context axis adds to the memory of a rank and divides it by."""
+    """The bytes that the context axis adds to the memory of a rank, and what it divides."""
 
     axis: int = 1  # ranks over which tokens and ZeRO's states are cut as well
     kept: tuple[int, ...] = ()  # bytes of each layer for backward; none without context ranks

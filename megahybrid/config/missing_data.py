@@ -15,7 +15,7 @@ def missing_data(run: RunConfig) -> list[tuple[str, str]]:
     named = [(f"{field}.path", path) for field, path in run.data.datasets()]
     if run.data.tokenizer is not None:
         named.append(("data.tokenizer", run.data.tokenizer))
-    return [(field, path) for field, path in named if not _exists(path)]
+    return [(field, path) for field, path in named if not dataset_exists(path)]
 
 
 def making_command(path: str) -> str | None:
@@ -38,6 +38,6 @@ def missing_in_words(run: RunConfig) -> str | None:
     return f"data not here: {few(paths)}. {way_out}"
 
 
-def _exists(path: str) -> bool:
-    """Say whether a dataset's folder, file or prefix is there."""
+def dataset_exists(path: str) -> bool:
+    """Return whether a dataset's folder, file or prefix (of a .bin and an .idx) is there."""
     return os.path.exists(path) or os.path.exists(f"{path}.idx")

@@ -148,7 +148,7 @@ class ParallelConfig(Frozen):
         return [
             f"parallel.tensor={self.tensor} times {self.context_axis} context ranks "
             f"(parallel.context) does not divide the world size of {world_size} ranks. Use "
-            f"{either(fitting)} context ranks, or start a multiple of "
+            f"{either(fitting)} context rank{'s' * (fitting != [1])}, or start a multiple of "
             f"{self.model_ranks} ranks."
         ]
 
@@ -160,7 +160,7 @@ def legal_tensor_degrees(model: ModelConfig) -> list[int]:
 
 
 def is_legal_tensor_degree(model: ModelConfig, degree: int) -> bool:
-    """Whether `degree` tensor ranks can share each layer's heads and MLP."""
+    """Return whether `degree` tensor ranks can share each layer's heads and MLP."""
     return (
         model.num_heads % degree == 0
         and model.intermediate_size % degree == 0

@@ -62,7 +62,7 @@ class OptimizerConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
-    """When checkpoints are written, besides the end of every stage."""
+    """The steps at which checkpoints are written, besides the end of every stage."""
 
     every_steps: int = Field(default=1000, gt=0, description="steps between two checkpoints")
     asynchronous: bool = Field(

@@ -34,10 +34,6 @@ class Ledger:
         """All event lines."""
         return [line for line in self.lines if isinstance(line, EventLine)]
 
-    def named(self, event: str) -> list[EventLine]:
-        """The event lines of one name."""
-        return [line for line in self.events if line.event == event]
-
     def of(self, *kinds: type[E]) -> list[tuple[EventLine, E]]:
         """The events of some kinds, each with its line."""
         return [(line, line.content) for line in self.events if isinstance(line.content, kinds)]

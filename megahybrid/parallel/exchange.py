@@ -67,7 +67,7 @@ class Source:
 
 @dataclass(frozen=True)
 class HaloPlan:
-    """What one rank sends and receives so that each of its segments has the keys before it.
+    """The keys that one rank sends and receives so that each of its segments has those before it.
 
     `sends[r]`: ranges of its own keys that rank r wants, in the order in which that reads them.
     `receives[r]`: how many come from rank r. `before[s]`: where the keys before segment s lie, the

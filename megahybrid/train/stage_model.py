@@ -159,8 +159,8 @@ class StageModel:
             asked |= set(keys.values())
 
     def _crossings(self, plan: LayerPlan) -> Iterator[tuple[RowShards, dict[str, _Crossed]]]:
-        """How rows of each of the stage's lengths lie on context ranks, if they do, and how each
-        scheme's queries meet their keys there."""
+        """Yield how rows of each of the stage's lengths lie on context ranks, if they do, and how
+        each scheme's queries meet their keys there."""
         for length in self._lengths:
             shards = self._context.shards(plan, length)
             if shards is not None:

@@ -19,6 +19,7 @@ from megahybrid.checkpoint.reader import Reader
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.ledger import StepLine, read_ledger
+from tests.events import named
 from tests.train.forked import Nursery, Ranks
 
 VOCAB, STEPS = 70, 12
@@ -75,7 +76,9 @@ class Place:
         return read_ledger(self.folder / run / "ledger.jsonl").steps
 
     def events(self, run: str, name: str) -> list[dict]:
-        return [line.detail for line in read_ledger(self.folder / run / "ledger.jsonl").named(name)]
+        return [
+            line.detail for line in named(read_ledger(self.folder / run / "ledger.jsonl"), name)
+        ]
 
     def checkpoint(self, run: str, step: int) -> Path:
         return self.folder / run / "checkpoints" / f"step-{step:08d}"

@@ -367,6 +367,28 @@ def test_without_slurm_a_submission_says_what_to_do(tmp_path, monkeypatch) -> No
         submit(job, resolved)
 
 
+def test_data_named_by_a_prefix_are_data(tmp_path, monkeypatch) -> None:
+    """Foreign token files: the folder has train.bin and train.idx, and no train."""
+    from megahybrid.launch.submit import submit
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx"):
+        (tmp_path / name).touch()
+    held_out = "{sample: {path: held_out}, longest: {path: held_out}}"
+    job, resolved = plan(
+        ROOT / "configs/runs/demo.yaml",
+        [f"directory={tmp_path / 'run'}", "data.sources={stdlib: {path: train}}",
+         f"data.held_out={held_out}"],
+        site=str(ROOT / "configs/sites/cpu.yaml"), nodes=1,
+    )  # fmt: skip
+    with pytest.raises(MegahybridError, match="is not installed on this machine"):
+        submit(job, resolved)
+    (tmp_path / "train.idx").unlink()
+    with pytest.raises(ConfigError, match="data.sources.stdlib.path=train does not exist"):
+        submit(job, resolved)
+
+
 def test_a_job_that_is_being_signalled_runs_and_its_restarts_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

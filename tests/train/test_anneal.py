@@ -10,6 +10,7 @@ from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.interop.export import export
 from megahybrid.ledger import LEDGER_NAME, read_ledger
 from megahybrid.parallel.mesh import ParallelMesh
+from tests.events import named
 from tests.train.example import arithmetic_of, checkpoint_bytes, steps_of
 from tests.train.forked import Nursery, Ranks
 
@@ -64,7 +65,7 @@ def test_an_annealed_stage_is_the_stages_it_could_be_written_as(
     assert one == other
     assert checkpoint_bytes(example / "annealed") == checkpoint_bytes(example / "parts")
 
-    events = read_ledger(example / "annealed" / LEDGER_NAME).named("anneal")
+    events = named(read_ledger(example / "annealed" / LEDGER_NAME), "anneal")
     told = [(e.step, e.detail["local.window"], e.detail["local.position.theta"]) for e in events]
     assert told == [(6, 256, 70710.7), (8, 384, 500000)]
 

@@ -14,13 +14,14 @@ from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data_prep.vocabulary import train_tokenizer
 from megahybrid.ledger import read_ledger
 from megahybrid.parallel.mesh import ParallelMesh
+from tests.events import named
 from tests.train.text_run import VOCAB, Trained, call, refused
 
 
 def test_evaluate_repeats_what_the_run_told_at_the_end_of_each_stage(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events = [line.detail for line in read_ledger(trained.run / "ledger.jsonl").named("evaluate")]
+    events = [line.detail for line in named(read_ledger(trained.run / "ledger.jsonl"), "evaluate")]
     assert len(events) == 4  # two stages, stream and documents
     for step in (4, 8):
         checkpoint = trained.run / "checkpoints" / f"step-{step:08d}"

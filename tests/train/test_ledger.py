@@ -10,6 +10,7 @@ import pytest
 from megahybrid.errors import MegahybridError
 from megahybrid.ledger import EventLine, StepLine, read_every_line, read_ledger
 from megahybrid.train.ledger import LedgerWriter
+from tests.events import named
 
 
 def step_line(step: int, stage: str = "short", **fields: object) -> StepLine:
@@ -45,7 +46,7 @@ def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
             writer.write(line)
     assert [line.attempt for line in read_ledger(path).lines] == [1, 1, 1]
     assert read_ledger(path).steps[0].source_tokens == {"stdlib": 8192}
-    assert read_ledger(path).named("evaluate")[0].detail == {"loss": 4.5}
+    assert named(read_ledger(path), "evaluate")[0].detail == {"loss": 4.5}
 
 
 def test_each_line_of_the_file_has_the_fields_of_the_contract(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_resume_makes_void_what_earlier_attempts_did_beyond_its_step(tmp_path:
         third.write(step_line(6, loss=3.0))
     expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 3.0)]
     assert steps_and_losses(path) == expected
-    assert read_ledger(path).named("evaluate") == []
+    assert named(read_ledger(path), "evaluate") == []
     assert [line.attempt for line in read_ledger(path).steps] == [1, 1, 1, 1, 2, 3]
     assert len(list(read_every_line(path))) == 13
 

@@ -22,6 +22,7 @@ from megahybrid.train.repeated import (
     repeatable,
     steps_beyond,
 )
+from tests.events import named
 from tests.train.example import RUN, STEPS, arithmetic_of, steps_so_far
 from tests.train.forked import Nursery, Ranks
 from tests.train.test_ledger import step_line
@@ -238,7 +239,7 @@ def killed_after(example: Path, nursery: Nursery, step: int, *more: str, world: 
 
 
 def differences(run: Path) -> list[EventLine]:
-    return read_ledger(run / "ledger.jsonl").named("repeat_differs")
+    return named(read_ledger(run / "ledger.jsonl"), "repeat_differs")
 
 
 def go_on(
@@ -278,7 +279,7 @@ def test_another_moment_or_rate_is_told_once_and_the_run_goes_on(
     # The update after the checkpoint is the first that differs, and the loss after it shows that.
     assert (told.step, told.detail["field"], told.detail["attempt"]) == (8, "loss", 1)
     assert told.detail["before"] != told.detail["now"]
-    (warning,) = read_ledger(run / "ledger.jsonl").named("warning")
+    (warning,) = named(read_ledger(run / "ledger.jsonl"), "warning")
     assert warning.detail["message"] in ranks.text().replace("\n", " ")
 
 
@@ -292,7 +293,7 @@ def test_the_same_steps_are_no_news_on_the_same_layout_or_another(
     ranks.wait()
     after = go_on(example, nursery, "optimizer.eps=1e-5")
     assert after.wait() == [0], after.text()
-    assert not differences(run) and not read_ledger(run / "ledger.jsonl").named("warning")
+    assert not differences(run) and not named(read_ledger(run / "ledger.jsonl"), "warning")
 
 
 def test_a_run_of_the_version_before_goes_on(nursery: Nursery, example: Path) -> None:

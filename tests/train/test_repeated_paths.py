@@ -9,6 +9,7 @@ import numpy as np
 
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.ledger import LEDGER_NAME, read_ledger
+from tests.events import named
 from tests.train.example import STEPS, TOKENIZER, arithmetic_of
 from tests.train.forked import Nursery, Ranks
 
@@ -34,8 +35,8 @@ def ends_without_a_word(
     ranks = Ranks(nursery, ["train", "run.yaml", "directory=run", *more], world, example)
     assert ranks.wait() == [code] * world, ranks.text()
     ledger = read_ledger(example / "run" / LEDGER_NAME)
-    assert not ledger.named("repeat_differs"), ledger.named("repeat_differs")
-    assert not ledger.named("warning")
+    assert not named(ledger, "repeat_differs"), named(ledger, "repeat_differs")
+    assert not named(ledger, "warning")
     assert len(arithmetic_of(example / "run")) == STEPS
 
 

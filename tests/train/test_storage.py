@@ -30,6 +30,7 @@ from megahybrid.errors import (
 )
 from megahybrid.ledger import LEDGER_NAME, read_ledger
 from tests.checkpoint.examples import save_plain
+from tests.events import named
 from tests.train.example import steps_of, steps_so_far
 from tests.train.forked import Nursery, Ranks
 
@@ -74,9 +75,9 @@ def test_a_save_without_room_is_told_and_a_stages_end_is_74(
     assert full.wait() == [EXIT_STORAGE] * world, full.text()
     assert last_words(full).startswith("megahybrid: directory=run could not take the checkpoint of")
     ledger = read_ledger(example / "run" / LEDGER_NAME)
-    assert [s.detail["saved_step"] for s in ledger.named("save")] == [3, 4]
-    assert not any(s.detail["ok"] for s in ledger.named("save"))
-    assert "File too large" in ledger.named("save")[0].detail["error"]
+    assert [s.detail["saved_step"] for s in named(ledger, "save")] == [3, 4]
+    assert not any(s.detail["ok"] for s in named(ledger, "save"))
+    assert "File too large" in named(ledger, "save")[0].detail["error"]
     assert [s.step for s in ledger.steps] == [1, 2, 3, 4]
     after = Ranks(nursery, TRAIN, world, example)
     assert after.wait() == [0] * world, after.text()
@@ -134,7 +135,7 @@ def test_a_log_without_room_is_dropped_and_told(nursery: Nursery, example: Path)
     (example / "run/logs/rank-0000.log").symlink_to("/dev/full")
     ranks = Ranks(nursery, TRAIN, 1, example)
     assert ranks.wait() == [0], ranks.text()
-    told = read_ledger(example / "run" / LEDGER_NAME).named("listener_failed")
+    told = named(read_ledger(example / "run" / LEDGER_NAME), "listener_failed")
     assert [line.detail["listener"] for line in told] == ["Console"]
     assert "No space left on device" in told[0].detail["reason"]
 

@@ -8,6 +8,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.ledger import LEDGER_NAME, EventLine, read_ledger
+from tests.events import named
 from tests.train.example import arithmetic_of
 from tests.train.forked import Nursery, Ranks
 
@@ -33,7 +34,7 @@ def train(nursery: Nursery, folder: Path, directory: str, *more: str, world: int
 
 
 def events(run: Path, name: str) -> list[EventLine]:
-    return read_ledger(run / LEDGER_NAME).named(name)
+    return named(read_ledger(run / LEDGER_NAME), name)
 
 
 def scores(run: Path, step: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 
 from megahybrid.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megahybrid.ledger import EventLine, read_every_line, read_ledger
+from tests.events import named
 from tests.train.example import STEPS, arithmetic_of, checkpoint_bytes, steps_of
 from tests.train.forked import Nursery, Ranks
 
@@ -86,7 +87,7 @@ def test_after_a_rewind_it_is_the_run_that_never_saw_the_data(
         assert [line[0] for line in held] == list(range(1, STEPS + 1))
         assert held[before:] == arithmetic_of(oracle)
         assert checkpoint_bytes(run) == checkpoint_bytes(oracle)
-        (event,) = read_ledger(run / "ledger.jsonl").named("rewind")
+        (event,) = named(read_ledger(run / "ledger.jsonl"), "rewind")
         assert (event.step, event.detail["from_step"], event.detail["times"]) == (before, 9, 1)
         assert event.detail["reason"].startswith("spike: loss ")
 

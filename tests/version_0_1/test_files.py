@@ -22,6 +22,7 @@ from megahybrid.data.manifest import read_manifest
 from megahybrid.launch.job import read_job
 from megahybrid.launch.records import attempts
 from megahybrid.ledger import read_ledger
+from tests.events import named
 from tests.parity.cases import BLOCKS, FAMILIES, NORMS, model
 from tests.train.example import steps_of
 
@@ -55,7 +56,7 @@ def test_a_run_that_it_began_goes_on_with_the_same_command(here: Path) -> None:
         assert step.loss == pytest.approx(line["loss"], rel=1e-5)
         assert step.gradient_norm == pytest.approx(line["gradient_norm"], rel=1e-4)
     lines = (here / "run/ledger.jsonl").read_text().splitlines()
-    (resume,) = read_ledger(here / "run/ledger.jsonl").named("resume")
+    (resume,) = named(read_ledger(here / "run/ledger.jsonl"), "resume")
     assert resume.detail["megahybrid"] == megahybrid.__version__
     newest = max((here / "run/checkpoints").glob("step-*"))
     assert verify(newest).written_by["megahybrid"] == megahybrid.__version__

@@ -14,7 +14,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
 
 
 class Measured(Enum):
-    """When a kernel is among those that are measured for a kind of layer."""
+    """The cases in which a kernel is measured for a kind of layer."""
 
     ALWAYS = "wherever it serves"
     FUSED = "wherever it serves, beside the other fused kernels"

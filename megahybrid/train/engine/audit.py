@@ -172,7 +172,7 @@ def _far_from_most(value: Tensor, mesh: ParallelMesh) -> list[int]:
 
 
 def ranks_in_words(odd: Sequence[int], axis: Axis) -> str:
-    """Who is at fault; where no majority says, everybody who may be."""
+    """Return the ranks at fault; where no majority says, all that may be."""
     known = axis.size > 2 and 2 * len(odd) < axis.size
     named = ", ".join(str(rank) for rank in (odd if known else axis.ranks)[:8])
     if not known:
