@@ -19,6 +19,7 @@ settings.load_profile("suite")
 # Parameters whose bare value says nothing: a reader of a failure shall see tensor4, not 4.
 NAMED = {
     "tensor": "tensor",
+    "context": "context",
     "degree": "tensor",
     "zero_stage": "zero",
     "world_size": "ranks",
@@ -50,6 +51,16 @@ def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) ->
 def pytest_report_header() -> str:
     """Whether annotations are checked: a machine without our development tools may lack it."""
     return f"annotations: {tests.ANNOTATIONS}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `grid` runs where `-m` names it."""
+    if "grid" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("grid") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("grid") is None]
 
 
 def pytest_collection_finish() -> None:

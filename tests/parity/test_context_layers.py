@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests import distributed
-from tests.parity.cases import every_layer_case
+from tests.parity.cases import BLOCKS, every_layer_case
 from tests.parity.test_layers import Errors, case_errors, wrong
 
 # What full and windowed layers exchange, and how rows lie.
@@ -17,16 +17,38 @@ EXCHANGES = [
 ]
 
 
+MESHES = [(1, 2), (1, 4), (2, 2), (2, 4)]  # tensor and context ranks
+
+
+def with_exchange(
+    case: dict[str, Any], tensor: int, context: int, number: int
+) -> tuple[str, dict[str, Any]]:
+    """The case with one of the exchanges, in words too; keys where its heads do not allow heads."""
+    exchange = EXCHANGES[number % len(EXCHANGES)]
+    heads, kv = 4 // tensor, max(1, case["config"].num_kv_heads // tensor)
+    if heads % context or (kv % context and context % kv):
+        exchange = {field: {"heads": "keys"}.get(word, word) for field, word in exchange.items()}
+    return "-".join(exchange.values()), case | {"exchange": exchange}
+
+
 def covering(tensor: int, context: int) -> dict[str, dict[str, Any]]:
-    """Every family × block × norm, in turn with each of the exchanges that its heads allow."""
-    cases = {}
+    """A quarter of all cases, each with one exchange: over the meshes every case is met, and with
+    every fourth of a family another exchange."""
+    mesh, cases = MESHES.index((tensor, context)), {}
     for number, (name, case) in enumerate(every_layer_case().items()):
-        exchange = EXCHANGES[(number + tensor + context) % len(EXCHANGES)]
-        heads, kv = 4 // tensor, max(1, case["config"].num_kv_heads // tensor)
-        if heads % context or (kv % context and context % kv):
-            exchange = {field: {"heads": "keys"}.get(v, v) for field, v in exchange.items()}
-        words = "-".join(exchange.values())
-        cases[f"{name}-{words}"] = case | {"exchange": exchange}
+        if number % len(MESHES) == mesh:
+            words, chosen = with_exchange(case, tensor, context, number // len(MESHES))
+            cases[f"{name}-{words}"] = chosen
+    return cases
+
+
+def whole_grid(tensor: int, context: int) -> dict[str, dict[str, Any]]:
+    """Every case with every exchange."""
+    cases = {}
+    for name, case in every_layer_case().items():
+        for number in range(len(EXCHANGES)):
+            words, chosen = with_exchange(case, tensor, context, number)
+            cases[f"{name}-{words}"] = chosen
     return cases
 
 
@@ -38,15 +60,39 @@ def context_errors(
     return {name: case_errors(mesh, **case) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize(
-    ("tensor", "context"),
-    [(1, 2), (1, 4), (2, 2), (2, 4)],
-    ids=lambda value: str(value),
-)
-def test_loss_and_every_gradient_equal_the_plain_model(tensor: int, context: int) -> None:
-    cases = covering(tensor, context)
+def hold(tensor: int, context: int, cases: dict[str, dict[str, Any]], seconds: float) -> None:
     results = distributed.run(
-        tensor * context, context_errors, tensor, context, cases, timeout_seconds=300
+        tensor * context, context_errors, tensor, context, cases, timeout_seconds=seconds
     )
     assert all(result.keys() == cases.keys() for result in results)
     assert not wrong(results), "\n".join(wrong(results))
+
+
+@pytest.mark.parametrize(("tensor", "context"), MESHES)
+def test_loss_and_every_gradient_equal_the_plain_model(tensor: int, context: int) -> None:
+    hold(tensor, context, covering(tensor, context), 250)
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("tensor", "context"), MESHES)
+def test_every_exchange_equals_the_plain_model(tensor: int, context: int) -> None:
+    hold(tensor, context, whole_grid(tensor, context), 1700)
+
+
+def test_the_cases_meet_every_exchange_and_recomputation() -> None:
+    """What a quarter leaves out on one mesh it has on another."""
+    met = {
+        (config.block, case["recompute"], tuple(case["exchange"].values()))
+        for tensor, context in MESHES
+        for case in covering(tensor, context).values()
+        if (config := case["config"])
+    }
+    assert {block for block, _, _ in met} == set(BLOCKS)
+    words = {exchange for _, _, exchange in met}
+    assert {tuple(exchange.values()) for exchange in EXCHANGES} <= words
+    assert {(r, e) for _, r, e in met} >= {
+        (r, tuple(e.values())) for r in ("none", "selective", "full") for e in EXCHANGES
+    }
+    names = {name.rsplit("-", 3)[0] for mesh in MESHES for name in covering(*mesh)}
+    assert names == set(every_layer_case())
