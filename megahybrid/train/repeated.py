@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megahybrid.config import RunConfig, dump
+from megahybrid.config.added_fields import without_added
 from megahybrid.config.old_words import first_words
 from megahybrid.data.mixture import STATE_VERSION
 from megahybrid.errors import RepeatError
@@ -132,11 +133,7 @@ def repeatable(
 ) -> Repeatable:
     """Return what decides the steps of stage `index`: later stages, and sources that none has read
     yet, may still change and have no part. `files`: the fingerprint of each source. Collective."""
-    whole = first_words(dump(run))  # the digests of ledgers there are
-    # What the first version did not know has no part where it does nothing: its digests hold.
-    for name in ("context", "exchange"):
-        if getattr(run.parallel, name) == type(run.parallel).model_fields[name].default:
-            del whole["parallel"][name]
+    whole = first_words(without_added(run, dump(run)))  # the digests of ledgers there are
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
     rounding["stages"] = [

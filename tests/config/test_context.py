@@ -220,14 +220,19 @@ REFUSED: list[tuple[list[str], int | None, str]] = [
         ["parallel.context=2", "device=cuda", "kernels.full=cudnn"],
         None,
         "kernels.full=cudnn does not serve fewer queries than keys, as 2 context ranks have them "
-        "(exchange keys at length 256). Use auto, reference, sdpa or varlen, or "
+        "(exchange keys at length 256). Use auto, reference, sdpa, varlen, flex, fa3 or fa4, or "
         "parallel.exchange.full: heads.",
     ),
     (
-        ["parallel.context=8", "parallel.tensor=1", "device=cuda", "kernels.windowed=fa3"],
+        [
+            "parallel.context=8",
+            "parallel.tensor=1",
+            "device=cuda",
+            "kernels.windowed=cudnn_frontend",
+        ],
         None,
-        "kernels.windowed=fa3 does not serve fewer queries than keys, as 8 context ranks have them "
-        "(exchange halo at length 256). Use auto, reference, blocked or varlen, or "
+        "kernels.windowed=cudnn_frontend does not serve fewer queries than keys, as 8 context ranks have them "
+        "(exchange halo at length 256). Use auto, reference, blocked, varlen, flex, fa3 or fa4, or "
         "parallel.exchange.windowed: heads.",
     ),
 ]
@@ -299,3 +304,14 @@ def test_a_budget_counts_the_context_ranks() -> None:
         return set(policies_of(run, 1, 16 // context))
 
     assert "none" in policies(4) and policies(1) != policies(4)
+
+
+def test_the_kernels_named_here_are_those_that_say_so_themselves() -> None:
+    from megahybrid.config.context_check import FEWER_QUERIES
+    from megahybrid.model.kernels.registry import TABLE
+
+    for kind, asked in (("full", {"before"}), ("windowed", {"before", "window"})):
+        serving = {kernel.name for kernel in TABLE if asked <= kernel.serves}
+        named = set(FEWER_QUERIES[kind]) - {"auto"}
+        # blocked without a window is sdpa: nobody names it for a full layer.
+        assert named == serving - ({"blocked"} if kind == "full" else set())
