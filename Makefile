@@ -95,7 +95,7 @@ demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, 5 to 
 # Two processes, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
 # what they share is made once.
 test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest; WORKERS=0: one process)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-faults: $(DEVELOPMENT) ## ranks killed and hung, nodes lost, on this machine and on a Slurm of its own
 	@$(BIN)/python -m pytest tests/faults $(ARGS)

@@ -53,8 +53,36 @@ def pytest_report_header() -> str:
     return f"annotations: {tests.ANNOTATIONS}"
 
 
+# Files of a minute or more, the longest first: begun last, one of them would be waited for while
+# the other processes have nothing left to do.
+LONGEST = (
+    "tests/benchmarks/test_gpu_call.py",
+    "tests/data_prep/test_tokenize.py",
+    "tests/launch/test_on_slurm.py",
+    "tests/train/test_resume.py",
+    "tests/model/test_selftest.py",
+    "tests/train/test_wrong_numbers.py",
+    "tests/train/test_stop.py",
+    "tests/parity/test_layers.py",
+    "tests/train/test_launcher.py",
+    "tests/model/test_kernels.py",
+    "tests/model/test_compiled.py",
+    "tests/checkpoint/test_resume_on_layouts.py",
+    "tests/parity/test_engine.py",
+    "tests/model/test_kernels_before.py",
+    "tests/train/test_tensor_ranks.py",
+    "tests/parity/test_context_engine.py",
+)
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.nodeid.partition("::")[0]
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked `grid` runs where `-m` names it."""
+    """What is marked `grid` runs where `-m` names it; the longest files come first."""
+    items.sort(key=_place)  # stable: a file's tests keep their order
     if "grid" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("grid") is not None]

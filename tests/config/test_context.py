@@ -231,8 +231,8 @@ REFUSED: list[tuple[list[str], int | None, str]] = [
             "kernels.windowed=cudnn_frontend",
         ],
         None,
-        "kernels.windowed=cudnn_frontend does not serve fewer queries than keys, as 8 context ranks have them "
-        "(exchange halo at length 256). Use auto, reference, blocked, varlen, flex, fa3 or fa4, or "
+        "kernels.windowed=cudnn_frontend does not serve fewer queries than keys, as 8 context "
+        "ranks have them (exchange halo at length 256). Use auto, reference, blocked, varlen, flex, fa3 or fa4, or "
         "parallel.exchange.windowed: heads.",
     ),
 ]
