@@ -23,6 +23,15 @@ from typing import Any
 import torch
 
 from megahybrid.config import RunConfig, dump
+from megahybrid.config.attention import (
+    AttentionScheme,
+    Llama4Scale,
+    LogScale,
+    QKNorm,
+    Rope,
+    SsmaxScale,
+)
+from megahybrid.config.base import Frozen
 from megahybrid.config.old_words import first_words
 from megahybrid.data.mixture import STATE_VERSION
 from megahybrid.errors import RepeatError
@@ -132,8 +141,11 @@ def repeatable(
 ) -> Repeatable:
     """Return what decides the steps of stage `index`: later stages, and sources that none has read
     yet, may still change and have no part. `files`: the fingerprint of each source. Collective."""
-    whole = first_words(dump(run))  # the digests of ledgers there are
     # What the first version did not know has no part where it does nothing: its digests hold.
+    plain = dump(run)
+    for name, scheme in run.model.layer_plan.schemes.items():
+        _drop_later(scheme, plain["model"]["layer_plan"]["schemes"][name])
+    whole = first_words(plain)
     for name in ("context", "exchange"):
         if getattr(run.parallel, name) == type(run.parallel).model_fields[name].default:
             del whole["parallel"][name]
@@ -152,6 +164,29 @@ def repeatable(
     config["data"]["sources"] = {name: files.get(name) for name in read}
     layout = [rounding, kernels, mesh.device.type, _machines(mesh), torch.__version__]
     return Repeatable(_digest([STATE_VERSION, config, stages, parent]), _digest(layout), anew)
+
+
+# The fields that a scheme and its parts had in version 0.1.0, in today's words; parts not here have
+# got none since.
+FIRST_FIELDS: dict[type[Frozen], tuple[str, ...]] = {
+    AttentionScheme: ("position", "window", "qk_norm", "score_scale"),
+    QKNorm: ("kind", "over", "weight"),
+    Rope: ("kind", "theta", "scaling", "rotary_fraction"),
+    Llama4Scale: ("kind", "floor", "coefficient"),
+    LogScale: ("kind", "base"),
+    SsmaxScale: ("kind", "initial"),
+}
+
+
+def _drop_later(value: Frozen, plain: dict[str, Any]) -> None:
+    """Remove from `plain`, which says `value`, the later fields that are at their defaults."""
+    first = FIRST_FIELDS.get(type(value), tuple(type(value).model_fields))
+    for name, field in type(value).model_fields.items():
+        item = getattr(value, name)
+        if name not in first and item == field.default:
+            del plain[name]
+        elif isinstance(item, Frozen):
+            _drop_later(item, plain[name])
 
 
 def _machines(mesh: ParallelMesh) -> list[tuple[int, str, int | None]]:
