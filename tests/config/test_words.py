@@ -62,7 +62,7 @@ READING = [
         "model.layer_plan.pattern=local",
         "model.layer_plan.pattern=local is not a list. Write a list.",
     ),
-    ("model.block=pre", "model.block=pre is not one of pre_norm, post_norm, parallel."),
+    ("model.block=pre", "model.block=pre is not one of pre_norm, post_norm, sandwich, parallel."),
     ("log.wandb=of", "log.wandb=of is not one of off, offline, online. Did you mean 'off'?"),
     ("parallel.zero_stage=4", "parallel.zero_stage=4 is not one of 0, 1, 2, 3."),
     (
@@ -339,12 +339,12 @@ CHECKING = [
     (
         ["stages.1.schemes={local: {qk_norm: {kind: rms}}}"],
         "stages.1.schemes.local changes which parameters exist (none to qk_norm over head, weight "
-        "shared). Keep qk_norm and ssmax as the model has them.",
+        "shared). Keep qk_norm, ssmax and gate as the model has them.",
     ),
     (
         ["stages.1.schemes={global: {score_scale: {kind: ssmax}}}"],
         "stages.1.schemes.global changes which parameters exist (none to ssmax scale). "
-        "Keep qk_norm and ssmax as the model has them.",
+        "Keep qk_norm, ssmax and gate as the model has them.",
     ),
     (
         ["stages.1.schemes={local: {position: {rotary_fraction: 0.01}}}"],
