@@ -25,6 +25,7 @@ from megahybrid.config.attention import (
     SsmaxScale,
 )
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.ssmax_start import start_of
 from megahybrid.config.training import OptimizerConfig
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.random import fill_normal
@@ -69,7 +70,7 @@ def _initial(scale: ScoreScale) -> float:
     """The first value of a scale's learned factors."""
     match scale:
         case SsmaxScale():
-            return scale.initial
+            return start_of(scale)
         case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
             raise AssertionError(f"a score scale of kind {scale.kind} learns nothing")
         case never:
