@@ -25,6 +25,7 @@ def check(
 
         run = _checked(run_file, overrides, world_size)
         print(summary(run, world_size))
+        _print_warnings(run)
         _print_missing_data(run)
         return EXIT_DONE
     if site is None or nodes is None or world_size is not None:
@@ -43,8 +44,16 @@ def _check_on_site(run_file: Path, overrides: Sequence[str], site: str, nodes: i
     job, run = plan(run_file, overrides, site=site, nodes=nodes)
     print(summary(run, job.world_size))
     print("\n".join(forecast(job, run)))
+    _print_warnings(run)
     _print_missing_data(run)
     return EXIT_DONE
+
+
+def _print_warnings(run: RunConfig) -> None:
+    from megahybrid.config.advice import warnings
+
+    for line in warnings(run):
+        print(line)
 
 
 def _print_missing_data(run: RunConfig) -> None:

@@ -159,7 +159,12 @@ class SsmaxScale(Frozen):
     (arXiv 2501.19399). Every s starts at `initial`."""
 
     kind: Literal["ssmax"]
-    initial: float = Field(default=0.43, gt=0, description="value every s starts at")
+    initial: float | None = Field(
+        default=None,
+        gt=0,
+        description="value every s starts at; null: 1 / the mean of ln n over the first stage's "
+        "lengths, which makes the mean factor 1 (0.168 at 1,024 tokens)",
+    )
 
 
 ScoreScale = Annotated[
@@ -216,7 +221,7 @@ class AttentionScheme(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _read_old_word(cls, data: Any) -> Any:
-        return current_scheme(data)
+        return current_scheme(data, whole=True)
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.

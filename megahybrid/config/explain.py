@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from megahybrid.config import refused
 from megahybrid.config.base import JOB_NAME, LINE, NAME, TIME_LIMIT, did_you_mean
 from megahybrid.config.limits import BEYOND
 from megahybrid.printable import printable, shortened
@@ -90,6 +91,8 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
                 f"{path} is a field of kind: {' or '.join(owners)}, not of kind: {written}. "
                 "Remove it, or change the kind."
             )
+        if why := refused.reason([*where.split("."), *parts[:-1]], parts[-1]):
+            return f"{path} is not supported: {why}. Remove it."
         near = did_you_mean(parts[-1], fields)
         return f"{path} is not a field.{near or ' The fields here are ' + _list(fields) + '.'}"
     if kind == "missing":
@@ -109,11 +112,15 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
     if kind == "union_tag_invalid":
         tags = [t.strip().strip("'") for t in context["expected_tags"].split(", ")]
         tag = context["tag"]
+        if why := refused.reason([*where.split("."), *parts], tag):
+            return f"{path}.kind={tag} is not supported: {why}. Use {' or '.join(tags)}."
         return f"{path}.kind={tag} is not one of {', '.join(tags)}.{did_you_mean(tag, tags)}"
     if kind == "literal_error":
         options = [
             o.strip().strip("'") for o in context["expected"].replace(" or ", ", ").split(", ")
         ]
+        if why := refused.reason([*where.split("."), *parts], item["input"]):
+            return f"{path}={value} is not supported: {why}. Use {' or '.join(options)}."
         return f"{path}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
     if kind in _WANTED:
         wanted = _WANTED[kind].removesuffix(" (key: value)")

@@ -39,7 +39,7 @@ class ModelConfig(Frozen):
     block: Block = Field(
         default="pre_norm",
         description="pre_norm: x + f(norm(x)); post_norm: x + norm(f(x)), the reordered norm of "
-        "OLMo; sandwich: x + norm(f(norm(x))); "
+        "OLMo 2, not the original norm(x + f(x)); sandwich: x + norm(f(norm(x))); "
         "parallel: one norm, x + attention + mlp",
     )
     norm: NormKind = Field(

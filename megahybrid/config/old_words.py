@@ -1,8 +1,9 @@
 """Fields that had another name: what users and files of version 0.1.0 wrote is read as meant.
 
 A scheme's `score_scale` was `logit_scale`, which is also the name of the model's factor on its
-logits; that one stays. What a user wrote is read with one line that names the new word; what a
-checkpoint or a run's folder holds is read in silence.
+logits; that one stays. SSMax's start had a default of its own then, which goes with the old word.
+What a user wrote is read with one line that names the new word; what a checkpoint or a run's folder
+holds is read in silence.
 """
 
 import sys
@@ -16,6 +17,8 @@ from megahybrid.printable import printable, shortened
 OLD, NEW = "logit_scale", "score_scale"
 # Fields of a scheme lie two below it: schemes.local.logit_scale.
 SCHEMES = "schemes"
+
+FIRST_SSMAX_START = 0.43
 
 Tell = Callable[[str], None]
 
@@ -79,13 +82,22 @@ def _field(dotted: str) -> str | None:
     return None
 
 
-def current_scheme(fields: Any) -> Any:
-    """The fields of one scheme in the words of today. Raises ValueError where it has both."""
+def current_scheme(fields: Any, *, whole: bool = False) -> Any:
+    """The fields of one scheme, the `whole` of it or what a stage changes, in the words of today.
+    Raises ValueError where it has both."""
     if not isinstance(fields, dict) or OLD not in fields:
         return fields
     if NEW in fields:
         raise ValueError(_both(OLD))
-    return {NEW if name == OLD else name: value for name, value in fields.items()}
+    scale = as_first_meant(fields[OLD]) if whole else fields[OLD]
+    return {NEW if name == OLD else name: scale if name == OLD else v for name, v in fields.items()}
+
+
+def as_first_meant(scale: Any) -> Any:
+    """What a scheme's `logit_scale` said, with the default that it had."""
+    if isinstance(scale, dict) and scale.get("kind") == "ssmax":
+        return {"initial": FIRST_SSMAX_START} | scale
+    return scale
 
 
 def first_words(tree: Any) -> Any:
@@ -113,7 +125,9 @@ def _renamed(tree: Any, old: str, new: str, at: tuple[Any, ...], found: list[str
             if new in tree:
                 raise ConfigError(_both(_dotted(here)))
             found.append(_dotted(here))
-            renamed[new] = item
+            # A stage's fields are laid over the model's scheme, which has a start.
+            whole = old == OLD and at[-3:-2] == ("layer_plan",)
+            renamed[new] = as_first_meant(item) if whole else item
         else:
             renamed[key] = _renamed(item, old, new, here, found)
     return renamed

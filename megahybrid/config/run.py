@@ -14,6 +14,7 @@ from megahybrid.config.base import Frozen
 from megahybrid.config.data import DataConfig
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
+from megahybrid.config.ssmax_start import with_starts
 from megahybrid.config.stages import Stage, StagePlan
 from megahybrid.config.training import (
     CheckpointConfig,
@@ -77,6 +78,13 @@ class RunConfig(Frozen):
                     "Change one."
                 )
         return self
+
+    @model_validator(mode="after")
+    def _write_out_starts(self) -> "RunConfig":
+        plan = with_starts(self.model.layer_plan, self.stages[0].lengths)
+        if plan is self.model.layer_plan:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"layer_plan": plan})})
 
     @cached_property
     def stage_plan(self) -> StagePlan:

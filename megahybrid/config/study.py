@@ -59,6 +59,14 @@ class Gate(Frozen):
     least: float = Field(ge=0, le=1, description="token accuracy")
 
 
+class Control(Frozen):
+    """The variant that must learn the task: where fewer of its runs are past the gate, the study
+    is void."""
+
+    variant: Name
+    seeds: int = Field(ge=1, description="runs of it that must be past the gate")
+
+
 class HeldOut(Frozen):
     """Held-out loss by position, as `megahybrid evaluate` gives it."""
 
@@ -98,6 +106,9 @@ class Study(Frozen):
     analyse: str | None = Field(default=None, description="suite on which attention is looked at")
     held_out: HeldOut | None = Field(default=None, description="loss by position")
     gate: Gate | None = Field(default=None, description="which runs count")
+    control: Control | None = Field(
+        default=None, description="the variant without whose success no rule is judged"
+    )
     columns: list[str] = Field(
         default=[], description="figures of the printed table; empty: each task at each length"
     )
@@ -118,12 +129,28 @@ class Study(Frozen):
                 f"seeds has {len(self.seeds):,} entries for {len(self.variants):,} variants: "
                 f"{runs:,} runs, more than {limits.RUNS:,} (each is trained). Name fewer."
             )
+        if self.control is not None:
+            self._check_control(self.control)
         for rule in self.rules:
             for variant, _ in rule_parts(rule)[0::2]:
                 if variant is not None and variant not in self.variants:
                     hint = did_you_mean(variant, self.variants)
                     raise ValueError(f"rules names variant '{variant}', which is not there.{hint}")
         return self
+
+    def _check_control(self, control: Control) -> None:
+        if control.variant not in self.variants:
+            hint = did_you_mean(control.variant, self.variants)
+            raise ValueError(
+                f"control names variant '{control.variant}', which is not there.{hint}"
+            )
+        if self.gate is None:
+            raise ValueError("control has no gate to be past. Give one, or remove control.")
+        if control.seeds > len(self.seeds):
+            raise ValueError(
+                f"control.seeds={control.seeds} is more than seeds has ({len(self.seeds)}). "
+                "Use fewer."
+            )
 
 
 Side = tuple[str | None, str]  # variant and figure; None and a number

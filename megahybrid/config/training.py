@@ -1,6 +1,6 @@
 """Optimizer, checkpoints, evaluation, logging, the start of a run and the choice of kernels."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,18 @@ class OptimizerConfig(Frozen):
                 "parametrisation=standard. Remove it, or use parametrisation: mup."
             )
         return self
+
+    def width_ratio(self, hidden_size: int) -> float:
+        """How many times wider a model is than the one its learning rate was tuned for; 1 where
+        nothing depends on width."""
+        match self.parametrisation:
+            case "standard":
+                return 1.0
+            case "mup":
+                assert self.base_hidden_size is not None
+                return hidden_size / self.base_hidden_size
+            case never:
+                assert_never(never)
 
 
 class CheckpointConfig(Frozen):

@@ -6,7 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config.old_words import Tell, current_overrides, current_tree, silent
+from megahybrid.config.old_words import (
+    NEW,
+    Tell,
+    as_first_meant,
+    current_overrides,
+    current_tree,
+    silent,
+)
 from megahybrid.config.packaged import beside, located, packaged_name
 from megahybrid.errors import ConfigError, PathError
 from megahybrid.plain_file import read_plain_file
@@ -240,6 +247,9 @@ def apply_overrides(
             )
         parts = dotted.split(".")
         value = current_tree(parse_yaml(text, dotted), dotted, tell, parts)
+        old = dotted != override.partition("=")[0].strip()
+        if old and parts[-4:-2] == ["layer_plan", "schemes"] and parts[-1] == NEW:
+            value = as_first_meant(value)
         tree = _with(tree, parts, value, dotted)
     return tree
 

@@ -5,6 +5,9 @@ post_norm  x += norm(attention(x));  x += norm(mlp(x))
 sandwich   x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))
 parallel   u = norm(x);  x += attention(u) + mlp(u), gathered once and scattered once
 
+post_norm is the reordered norm of OLMo 2 (arXiv 2501.00656); the original Post-LN,
+norm(x + f(x)), is none of these.
+
 Each is two stretches with the attention kernel between them: `enter`, from the residual stream to
 heads, and `leave`, from the attention output back to it. A compiler gets these two, whole.
 """

@@ -6,7 +6,7 @@ One table, two parametrisations. `standard`: normal with `initial_std` (the embe
 width ratio m = hidden / base_hidden, an untied head is drawn with std / m and learns at rate / m;
 decay is multiplied by m where the rate is divided by it, so that rate * decay does not depend on
 the width. With tied embeddings muP wants the logits divided by m: that is a factor of the function
-itself and is written as model.logit_scale.
+itself and is written as model.logit_scale; `check` warns where another one stands there.
 """
 
 import math
@@ -25,6 +25,7 @@ from megahybrid.config.attention import (
     SsmaxScale,
 )
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.ssmax_start import start_of
 from megahybrid.config.training import OptimizerConfig
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.random import fill_normal
@@ -46,7 +47,7 @@ class ParameterRule:
 
 def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) -> ParameterRule:
     """The row for canonical parameter `name`."""
-    width_ratio = _width_ratio(model, optimizer)
+    width_ratio = optimizer.width_ratio(model.hidden_size)
     if "norm" in name.rsplit(".", 2)[-2]:
         return ParameterRule("norm", None, 1.0, 0.0, 1.0)
     if name.endswith(".logit_scale"):
@@ -65,22 +66,11 @@ def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) ->
     return ParameterRule(kind, std, 0.0, width_ratio, 1 / width_ratio)
 
 
-def _width_ratio(model: ModelConfig, optimizer: OptimizerConfig) -> float:
-    match optimizer.parametrisation:
-        case "standard":
-            return 1.0
-        case "mup":
-            assert optimizer.base_hidden_size is not None
-            return model.hidden_size / optimizer.base_hidden_size
-        case never:
-            assert_never(never)
-
-
 def _initial(scale: ScoreScale) -> float:
     """The first value of a scale's learned factors."""
     match scale:
         case SsmaxScale():
-            return scale.initial
+            return start_of(scale)
         case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
             raise AssertionError(f"a score scale of kind {scale.kind} learns nothing")
         case never:

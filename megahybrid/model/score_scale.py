@@ -16,6 +16,7 @@ from megahybrid.config.attention import (
     SqrtDimScale,
     SsmaxScale,
 )
+from megahybrid.config.ssmax_start import start_of
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
@@ -90,7 +91,7 @@ class QueryScale(nn.Module):
         if isinstance(scale, SsmaxScale):
             segment = Segment(f"{name}.logit_scale", (num_heads,), 0)
             spec = ShardSpec((segment,), mesh.tensor.size, mesh.tensor.rank)
-            initial = torch.full(spec.parameter_shape, scale.initial, device=mesh.device)
+            initial = torch.full(spec.parameter_shape, start_of(scale), device=mesh.device)
             self.logit_scale = attach_shard_spec(nn.Parameter(initial), spec)
 
     @classmethod

@@ -100,11 +100,29 @@ def tabulate(plan: Study, results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
+def void(plan: Study, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why no rule is judged, in one line: too few runs of the control are past the gate. None where
+    they are enough, or the study has no control."""
+    if plan.control is None:
+        return None
+    row = next(row for row in rows if row["variant"] == plan.control.variant)
+    counted, run = len(row["counted"]), len(row["seeds"])
+    if counted >= plan.control.seeds:
+        return None
+    left = max(0, len(plan.seeds) - run)
+    ending = f"so far ({left} are not run)" if counted + left >= plan.control.seeds else "for good"
+    return (
+        f"void {ending}: {counted} of {run} runs of the control, {plan.control.variant}, are past "
+        f"the gate, and {plan.control.seeds} must be."
+    )
+
+
 def check_rules(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return each rule with both medians and whether it holds.
 
-    That is None where a side was not measured.
+    That is None where a side was not measured, and for every rule of a study that is void.
     """
+    judges = void(plan, rows) is None
     medians = {
         (row["variant"], name): told["median"]
         for row in rows
@@ -125,7 +143,7 @@ def check_rules(plan: Study, rows: Sequence[Mapping[str, Any]]) -> list[dict[str
             for variant, name in (left, right)
         )
         holds = None
-        if here is not None and there is not None:
+        if judges and here is not None and there is not None:
             holds = bool(COMPARISONS[comparison](here, there))
         judged.append({"rule": rule, "left": here, "right": there, "holds": holds})
     return judged

@@ -21,7 +21,7 @@ from megahybrid.config.study import Study
 from megahybrid.config.suite import RulerTask, load_suite
 from megahybrid.errors import EXIT_DONE, EXIT_RESUME, EXIT_USER_MISTAKE, ConfigError, DataError
 from megahybrid.run_folder import refuse_foreign_study_folder
-from megahybrid.study.figures import check_rules, tabulate
+from megahybrid.study.figures import check_rules, tabulate, void
 from megahybrid.study.material import prepare
 from megahybrid.study.one_run import StudyRun
 from megahybrid.study.tables import rules_table, runs_table
@@ -80,13 +80,17 @@ def print_results(plan: Study, results: Sequence[dict[str, Any]], out: Path) -> 
     """
     rows = tabulate(plan, results)
     rules = check_rules(plan, rows)
-    table = {"rows": rows, "rules": rules}
+    table: dict[str, Any] = {"rows": rows, "rules": rules}
+    if (why := void(plan, rows)) is not None:
+        table["void"] = why
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     # A name in brackets is a name.
     console = Console(highlight=False, markup=False, width=max(110, Console().width))
     console.print(runs_table(plan, rows))
     if rules:
         console.print(rules_table(rules))
+    if why is not None:
+        console.print(why)
     from megahybrid.report.study_pictures import draw_study
 
     pictures = draw_study(rows, plan.columns, out)

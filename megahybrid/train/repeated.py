@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megahybrid.config import RunConfig, dump
-from megahybrid.config.added_fields import without_added
+from megahybrid.config.first_fields import first_fields
 from megahybrid.config.old_words import first_words
 from megahybrid.data.mixture import STATE_VERSION
 from megahybrid.errors import RepeatError
@@ -133,7 +133,7 @@ def repeatable(
 ) -> Repeatable:
     """Return what decides the steps of stage `index`: later stages, and sources that none has read
     yet, may still change and have no part. `files`: the fingerprint of each source. Collective."""
-    whole = first_words(without_added(run, dump(run)))  # the digests of ledgers there are
+    whole = first_words(first_fields(run, dump(run)))  # the digests of ledgers there are
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
     rounding["stages"] = [

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megahybrid.cli import main
 from megahybrid.config import RunConfig, check_run, dump, dump_yaml, load, parse, parse_json
+from megahybrid.config.advice import warnings
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.yaml_file import merge, read_tree
 
@@ -67,6 +69,53 @@ def test_every_scheme_goes_with_every_size(size: Path, scheme: Path) -> None:
 def test_every_variant_of_the_study_has_a_scheme_and_an_8b_model() -> None:
     assert {path.stem for path in SCHEMES} == VARIANTS
     assert {f"{name}_8b" for name in VARIANTS} <= {path.stem for path in MODELS}
+
+
+def test_every_variant_of_the_study_is_a_run_on_one_recipe() -> None:
+    runs = {name: load(CONFIGS / f"runs/paper_{name}_8b.yaml") for name in VARIANTS}
+    shared = [
+        {
+            "model": run.model.model_dump(exclude={"layer_plan": True}),
+            "rest": run.model_dump(exclude={"model": True, "stages": {"__all__": {"schemes"}}}),
+        }
+        for run in runs.values()
+    ]
+    assert all(one == shared[0] for one in shared)
+    raised = {name for name, run in runs.items() if run.plan_at(1) != run.plan_at(0)}
+    assert raised == {"rope", "qk_norm"}
+    plans = [(run.plan_at(0), run.plan_at(1)) for run in runs.values()]
+    assert all(one != other for n, one in enumerate(plans) for other in plans[:n])
+
+
+@pytest.mark.parametrize("path", RUNS, ids=stem)
+def test_nothing_speaks_against_a_shipped_run(path: Path) -> None:
+    assert warnings(load(path)) == []
+
+
+PAPER = CONFIGS / "runs/paper_rope_8b.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["model.logit_scale=1"], "0.0625"),
+        (["model.hidden_size=6144", "model.num_heads=48"], "0.0416666667"),
+        (["optimizer.base_hidden_size=8192"], "2"),
+        (["model.hidden_size=6144", "model.num_heads=48", "model.logit_scale=0.0416666667"], None),
+        (["model.logit_scale=1", "model.tie_embeddings=false"], None),
+        (["model.logit_scale=1", "optimizer={}"], None),
+    ],
+)
+def test_check_tells_which_logit_scale_tied_embeddings_have_under_mup(
+    overrides: list[str], wanted: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(PAPER), *overrides]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(told) == (wanted is not None)
+    if wanted is not None:
+        assert f"Set it to {wanted}, or tie_embeddings: false." in told[0]
+        assert main(["check", str(PAPER), *overrides, f"model.logit_scale={wanted}"]) == 0
+        assert "warning" not in capsys.readouterr().out
 
 
 def test_every_part_is_used_by_a_run() -> None:

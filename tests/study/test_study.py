@@ -17,7 +17,7 @@ from megahybrid.config.study import Study
 from megahybrid.config.suite import Suite
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import ConfigError, DataError
-from megahybrid.study.figures import check_rules, figures_of, interval, tabulate
+from megahybrid.study.figures import check_rules, figures_of, interval, tabulate, void
 from megahybrid.study.grid import study
 from megahybrid.study.one_run import StudyRun
 
@@ -52,7 +52,26 @@ def test_what_is_published_of_a_study_is_what_its_results_say(folder: Path) -> N
     if results:
         table = json.loads((folder / "table.json").read_text())
         rows = tabulate(plan, results)
-        assert table == json.loads(json.dumps({"rows": rows, "rules": check_rules(plan, rows)}))
+        told = {"rows": rows, "rules": check_rules(plan, rows), "void": void(plan, rows)}
+        assert table == json.loads(json.dumps({k: v for k, v in told.items() if v is not None}))
+
+
+PRE_REGISTERED = ("ratio", "window", "qk_norm_kinds")
+
+
+@pytest.mark.parametrize(
+    "folder", [f"{size}{name}" for name in PRE_REGISTERED for size in ("", "150m/")]
+)
+def test_a_pre_registered_study_has_a_floor_and_rules_for_every_variant(folder: str) -> None:
+    plan = load(EXPERIMENTS / folder / "study.yaml", type=Study)
+    assert plan.gate is not None and plan.control is not None
+    trained = max(
+        max(stage.lengths) for stage in load(EXPERIMENTS / folder / plan.run, [*plan.common]).stages
+    )
+    assert (plan.gate.length, plan.gate.least) == (trained, 0.95)
+    assert (plan.control.seeds, len(plan.seeds)) == (4, 5)
+    judged = {word.split(":")[0] for rule in plan.rules for word in rule.split() if ":" in word}
+    assert judged == set(plan.variants)
 
 
 RUN = """
@@ -256,6 +275,52 @@ def test_runs_below_the_gate_are_counted_apart_and_rules_compare_medians() -> No
     judged = {rule["rule"]: rule["holds"] for rule in check_rules(plan, rows)}
     assert judged["rnope_swa:recall.4096 > rope:recall.4096"] is True
     assert judged["rnope_swa:recall.4096 > nope:recall.4096"] is None  # nope has no run that counts
+
+
+def test_a_study_whose_control_has_not_learnt_the_task_is_void() -> None:
+    plan = load(EXPERIMENTS / "window" / "study.yaml", type=Study)
+    rule = plan.rules[0]
+    others = [result(seed, 1.0, 1.0, name) for seed in plan.seeds for name in ("w4", "w16", "w32")]
+    near = [1.0, 0.95, 1.0, 1.0, 0.9]
+
+    def judged(passed: list[float]) -> tuple[str | None, bool | None]:
+        control = [result(seed, score, 1.0, "w8") for seed, score in enumerate(passed, 11)]
+        rows = tabulate(plan, [*others, *control])
+        holds = {told["rule"]: told["holds"] for told in check_rules(plan, rows)}
+        return void(plan, rows), holds[rule]
+
+    assert judged(near) == (None, True)
+    assert judged(near[:3]) == (
+        "void so far (2 are not run): 3 of 3 runs of the control, w8, are past the gate, and 4 "
+        "must be.",
+        None,
+    )
+    assert judged([0.94, *near[1:]]) == (
+        "void for good: 3 of 5 runs of the control, w8, are past the gate, and 4 must be.",
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"control": {"variant": "rop", "seeds": 1}}, "control names variant 'rop', which is not"),
+        ({"control": {"variant": "rope", "seeds": 1}}, "control has no gate to be past."),
+        (
+            {
+                "control": {"variant": "rope", "seeds": 2},
+                "gate": {"task": "recall", "length": 16, "least": 0.5},
+            },
+            "control.seeds=2 is more than seeds has (1).",
+        ),
+    ],
+)
+def test_a_control_that_cannot_be_is_refused(
+    changes: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        study(written(tmp_path / "wrong", **changes))
+    assert str(error.value).startswith(line) and len(str(error.value).splitlines()) == 1
 
 
 def test_the_interval_is_students() -> None:

@@ -17,6 +17,7 @@ from megahybrid.config.attention import (
     SqrtDimScale,
     SsmaxScale,
 )
+from megahybrid.config.ssmax_start import start_of
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels.documents import Documents
@@ -205,7 +206,7 @@ def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) ->
     scale, last = scheme.score_scale, torch.tensor([[length - 1]])
     learned = None
     if isinstance(scale, SsmaxScale):
-        learned = torch.full((shape.heads,), scale.initial, dtype=torch.float64)
+        learned = torch.full((shape.heads,), start_of(scale), dtype=torch.float64)
     factor = float(score_factor(scale, last, last + 1, learned, shape.head_dim).flatten()[0])
     if not factor:
         return
@@ -250,7 +251,7 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
             keys = visible_keys(rows.starts, torch.tensor([index]), scheme.window).sum(-1)
             learned = None
             if isinstance(scale, SsmaxScale):
-                learned = torch.tensor([scale.initial], dtype=torch.float64)
+                learned = torch.tensor([start_of(scale)], dtype=torch.float64)
             wanted = float(score_factor(scale, position, keys, learned, 1))
             if not abs(factors[index] - wanted) <= 1e-5 + _rounding(scale, shape) * abs(wanted):
                 raise Violation(

@@ -1,0 +1,42 @@
+"""Attention schemes that are known and not served, by the names that people write, and why."""
+
+from collections.abc import Iterable
+
+PAIR_BIAS = (
+    "a bias of query and key together has no windowed, varlen or cuDNN kernel, and no released "
+    "model has it beside layers without position"
+)
+KEY_BIAS = "a bias of the key alone is not built; it would fit the flex kernel"
+DATA_MASK = "which keys a query sees would depend on the data, for which no kernel here has a mask"
+SOFT_CAP = "a soft-cap on scores has been superseded by QK-norm (qk_norm)"
+ROUTER = "a hard choice for each token has no gradient"
+DYNAMIC = (
+    "its frequencies change with the length seen so far, so training and a cache disagree; ntk has "
+    "fixed ones"
+)
+SINK_TOKENS = (
+    "tokens that every query sees need a mask of their own; a gate (gate: head) does what they are "
+    "for (arXiv 2505.06708)"
+)
+# Names without case, dashes and underscores.
+REASONS = {
+    **dict.fromkeys(("t5", "t5bias", "fire", "kerple", "cope", "path"), PAIR_BIAS),
+    **dict.fromkeys(("alibi", "fox", "forgetting"), KEY_BIAS),
+    **dict.fromkeys(("softcap", "softcapping", "attnlogitsoftcapping"), SOFT_CAP),
+    **dict.fromkeys(("dsa", "nsa"), DATA_MASK),
+    **dict.fromkeys(("router", "hardrouter"), ROUTER),
+    **dict.fromkeys(("dynamic", "dynamicntk"), DYNAMIC),
+    **dict.fromkeys(("streamingllm", "sinktokens"), SINK_TOKENS),
+    "mrope": "positions of several axes are for images and video, and a text has one",
+}
+# Where such a name is a scheme's: wandb and datasets have names of their own.
+OF_A_SCHEME = ("schemes", "position", "scaling", "score_scale", "qk_norm", "gate")
+
+
+def reason(parts: Iterable[str], name: object) -> str | None:
+    """Why `name`, written at the dotted path `parts` within a scheme, is not served; None where
+    it is none of these names or stands elsewhere."""
+    if not any(part in OF_A_SCHEME for part in parts):
+        return None
+    plain = "".join(letter for letter in str(name)[:40].lower() if letter.isalnum())
+    return REASONS.get(plain)
