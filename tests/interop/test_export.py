@@ -78,6 +78,24 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [LOCAL | {"gate": "head"}, NOPE | {"gate": "element"}],
         {"block": "sandwich", "norm": "layernorm"},
     ),
+    "theta per kind, parallel": ("CohereCompass", [LOCAL, rope(1e6)], PARALLEL),
+    "windowed nope, parallel, head_dim of its own": (
+        "CohereCompass",
+        [NOPE | {"window": 6}, rope(1e4, YARN)],
+        {**PARALLEL, "logit_scale": 0.25, "head_dim": 12, "tie_embeddings": False},
+    ),
+    "QK-norm, pre-norm, rnope": (
+        "ExaoneMoe",
+        [LOCAL | HEAD, NOPE | HEAD],
+        {"tie_embeddings": False},
+    ),
+    "QK-norm, pre-norm, rnope full": ("ExaoneMoe", [ROPE | HEAD, NOPE | HEAD], {}),
+    "QK-norm, pre-norm, theta per kind": ("Mellum", [LOCAL | HEAD, rope(1e6, YARN) | HEAD], {}),
+    "QK-norm, pre-norm, windowed nope": (
+        "Mellum",
+        [NOPE | HEAD | {"window": 6}, ROPE | HEAD],
+        {"head_dim": 12, "tie_embeddings": False},
+    ),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "fixed scale": (
@@ -86,7 +104,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         {"head_dim": 12},
     ),
     "two windows": ("Megahybrid", [LOCAL, ROPE | {"window": 9}, NOPE], {}),
-    "QK-norm, pre-norm, rnope": ("Megahybrid", [LOCAL | HEAD, NOPE | HEAD], {}),
+    "QK-norm on one kind of layers": ("Megahybrid", [LOCAL | HEAD, NOPE], {}),
     "ssmax and log": (
         "Megahybrid",
         [
