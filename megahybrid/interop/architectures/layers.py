@@ -6,6 +6,7 @@ from typing import Any, assert_never
 
 from megahybrid.config.attention import (
     AttentionScheme,
+    Bias,
     Gate,
     LayerPlan,
     Nope,
@@ -199,10 +200,16 @@ def sliding_rotates(config: Any) -> list[Layer]:
 
 
 def plan_of(
-    layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields, gate: Gate = "none"
+    layers: Sequence[Layer],
+    qk_norm: QKNorm,
+    score_scale: Fields,
+    *,
+    gate: Gate = "none",
+    bias: Bias = "none",
 ) -> Fields:
     """Return a plan with a name for every different layer, its pattern as short as it tiles."""
-    same = {"qk_norm": dump(qk_norm), "score_scale": score_scale, "gate": gate}
+    same: Fields = {"qk_norm": dump(qk_norm), "score_scale": score_scale}
+    same |= {"gate": gate, "bias": bias}
     schemes: dict[str, Fields] = {}
     names = []
     for position, window in layers:
