@@ -30,6 +30,7 @@ from tests.interop.examples import (
 )
 from tests.plain_model import PlainModel, random_tensors
 
+BIASED = {"bias": "qkv"}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 64}
 
@@ -54,6 +55,18 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rope, llama3": ("Llama", [rope(1e4, LLAMA3)] * 2, {}),
     "rope, yarn": ("Llama", [rope(1e4, YARN)] * 2, {}),
     "rope, ntk": ("Llama", [rope(1e4, {"kind": "ntk", "factor": 4.0})] * 2, {}),
+    "one window": ("Mistral", [LOCAL] * 2, {"head_dim": 12}),
+    "biases, swa": (
+        "Qwen2",
+        [LOCAL | BIASED, ROPE | BIASED],
+        {"head_dim": 12, "tie_embeddings": False},
+    ),
+    "biases, nope everywhere": ("Qwen2", [NOPE | BIASED] * 2, {}),
+    "biases in some layers, parallel": (
+        "Megahybrid",
+        [LOCAL | BIASED, NOPE | BIASED | HEAD, ROPE],
+        PARALLEL,
+    ),
     "swa, QK-norm": ("Qwen3", [LOCAL | HEAD, ROPE | HEAD], {}),
     "nope everywhere, QK-norm": ("Qwen3", [NOPE | HEAD] * 2, {}),
     "post-norm": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),

@@ -17,6 +17,10 @@ def norms(value: str) -> list[str]:
     return [f"{LOCAL}.qk_norm={value}", f"{GLOBAL}.qk_norm={value}"]
 
 
+def biases(local: str, full: str) -> list[str]:
+    return [f"{LOCAL}.bias={local}", f"{GLOBAL}.bias={full}"]
+
+
 ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
 FULL = [f"{LOCAL}.window=null"]
 NOPE_EVERYWHERE = [f"{LOCAL}.position={{kind: nope}}", *FULL]
@@ -43,15 +47,25 @@ PLANS = {
         ["model.block=post_norm", *FULL, *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "nope everywhere, pre-norm": (NOPE_EVERYWHERE, {"SmolLM3", "Llama", "GraniteSWA"}),
+    "nope everywhere, pre-norm": (NOPE_EVERYWHERE, {"SmolLM3", "Llama", "Mistral", "GraniteSWA"}),
     "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2", "CohereCompass"}),
     "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3", "ExaoneMoe", "Mellum"}),
-    "rope everywhere, full": (ROPE_EVERYWHERE + FULL, {"SmolLM3", "Llama", "GraniteSWA"}),
+    "rope everywhere, full": (
+        ROPE_EVERYWHERE + FULL,
+        {"SmolLM3", "Llama", "Mistral", "GraniteSWA"},
+    ),
     "rope everywhere, full, parallel": (
         ROPE_EVERYWHERE + FULL + PARALLEL,
         {"Cohere2", "CohereCompass", "Cohere"},
     ),
     "rope everywhere, windowed": (ROPE_EVERYWHERE, {"SmolLM3", "GraniteSWA"}),
+    "rope everywhere, one window": (
+        [*ROPE_EVERYWHERE, f"{GLOBAL}.window=64"],
+        {"SmolLM3", "Mistral", "GraniteSWA"},
+    ),
+    "biases, rope everywhere": (ROPE_EVERYWHERE + biases("qkv", "qkv"), {"Qwen2"}),
+    "biases, rnope_swa": (biases("qkv", "qkv"), set()),
+    "biases in some layers": (ROPE_EVERYWHERE + biases("qkv", "none"), set()),
     "rope everywhere, windowed, QK-norm": (ROPE_EVERYWHERE + norms(HEAD), {"Qwen3", "Mellum"}),
     "theta per kind, pre-norm": (THETAS, {"GraniteSWA"}),
     "theta per kind, post-norm": (

@@ -25,7 +25,7 @@ from tests.train.example import write_data
 SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
-    "CohereCompass", "ExaoneMoe", "Mellum",
+    "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
 CONFIGS = {"CohereCompass": "CohereCompassTextConfig"}
@@ -90,7 +90,10 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     window = draw(st.sampled_from((2, 5, 200)))
     if name not in ("Llama", "Cohere"):
         config |= {"layer_types": types, "sliding_window": window}
-    if name in ("SmolLM3", "Qwen3"):
+    if name == "Mistral":
+        del config["layer_types"]
+        config["sliding_window"] = draw(st.sampled_from((window, None)))
+    if name in ("SmolLM3", "Qwen3", "Qwen2"):
         config["use_sliding_window"] = True
     if name == "SmolLM3":
         config["no_rope_layers"] = draw(
@@ -379,6 +382,7 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
         ),
         ("SmolLM3", {"layer_types": [SLIDING] * 2, "sliding_window": 4}, "use_sliding_window"),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 1}, "windows below 2 keys"),
+        ("Mistral", {"layer_types": [FULL, SLIDING]}, "model_type=ministral is none"),
         ("Mellum", EXPERTS | KINDS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
         ("ExaoneMoe", EXPERTS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
         ("Llama", {"num_hidden_layers": 0}, "config.json describes no model"),

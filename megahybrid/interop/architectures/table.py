@@ -17,7 +17,9 @@ from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
 from megahybrid.interop.architectures.megahybrid import Megahybrid
 from megahybrid.interop.architectures.mellum import Mellum
+from megahybrid.interop.architectures.mistral import Mistral
 from megahybrid.interop.architectures.olmo3 import Olmo3
+from megahybrid.interop.architectures.qwen2 import Qwen2
 from megahybrid.interop.architectures.qwen3 import Qwen3
 from megahybrid.interop.architectures.smollm3 import SmolLM3
 
@@ -29,6 +31,8 @@ ARCHITECTURES: Table = (
     CohereCompass(),
     SmolLM3(),
     Llama(),
+    Mistral(),
+    Qwen2(),
     Qwen3(),
     ExaoneMoe(),
     Mellum(),

@@ -43,7 +43,11 @@ def fill_learned(
 ) -> None:
     """Have no two weights alike, and of QK-norm and SSMax such that scores are about SCORE."""
     for name, parameter in block.learned().items():
-        around = 1 + 0.3 * normal(generator, *parameter.shape)
+        around = 0.3 * normal(generator, *parameter.shape)
+        if name == "biases.value":
+            around /= 3  # all values have it: bf16 rounds it away from a mean of a thousand
+        if name not in BIASES:
+            around += 1
         of_queries = name == "biases.query" and block.attention.qk_norm is None
         if of_queries or name == "qk_norm.query_weight":
             around *= _gain(block.attention.scheme, shape, length)
