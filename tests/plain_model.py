@@ -49,6 +49,11 @@ def canonical_shapes(
                     assert (scheme.qk_norm.over, scheme.qk_norm.weight) == ("head", "shared")
                     shape = (head_dim,)
                 shapes[f"{block}.attention.{which}.weight"] = shape
+        if scheme.bias != "none":
+            assert scheme.bias == "qkv"
+            shapes[f"{block}.attention.query.bias"] = (heads * head_dim,)
+            shapes[f"{block}.attention.key.bias"] = (kv_heads * head_dim,)
+            shapes[f"{block}.attention.value.bias"] = (kv_heads * head_dim,)
         if scheme.gate != "none":
             each = {"head": 1, "element": head_dim}[scheme.gate]
             shapes[f"{block}.attention.output_gate.weight"] = (heads * each, hidden)
@@ -73,6 +78,8 @@ def random_tensors(
         draw = torch.randn(shape, generator=generator, dtype=torch.float64)
         if "norm" in name:
             draw = 1 + 0.3 * draw
+        elif name.endswith(".bias"):
+            draw = 0.5 * draw
         elif name.endswith("logit_scale"):
             draw = 0.6 + 0.2 * draw
         else:
@@ -315,6 +322,8 @@ class PlainModel:
     def _heads(self, u: Tensor, name: str, which: str, count: int, qk_norm: QKNorm) -> Tensor:
         """[batch, seq, hidden] -> [batch, count, seq, head_dim], normalised where asked."""
         projected = u @ self.tensors[f"{name}.{which}.weight"].T
+        if f"{name}.{which}.bias" in self.tensors:
+            projected = projected + self.tensors[f"{name}.{which}.bias"]
         split = (count, self.config.head_dim)
         if qk_norm.kind == "none":
             return projected.unflatten(-1, split).transpose(1, 2)

@@ -199,6 +199,20 @@ def gate_features(gate: Gate, heads: int, head_dim: int) -> int | None:
             assert_never(never)
 
 
+Bias = Literal["none", "qkv"]
+
+
+def biased_projections(bias: Bias) -> tuple[str, ...]:
+    """The projections that have a learned bias."""
+    match bias:
+        case "none":
+            return ()
+        case "qkv":
+            return ("query", "key", "value")
+        case never:
+            assert_never(never)
+
+
 class AttentionScheme(Frozen):
     """The way in which a layer's queries see its keys.
 
@@ -216,6 +230,9 @@ class AttentionScheme(Frozen):
         default="none",
         description="the attention output times a sigmoid of what queries are made of "
         "(arXiv 2505.06708): one value a head, or one for each of its elements",
+    )
+    bias: Bias = Field(
+        default="none", description="learned biases of the query, key and value projections"
     )
 
     @model_validator(mode="before")
@@ -246,7 +263,7 @@ class AttentionScheme(Frozen):
         if changed.learned() != self.learned():
             raise ConfigError(
                 f"{where} changes which parameters exist ({self.learned()} to "
-                f"{changed.learned()}). Keep qk_norm, ssmax and gate as the model has them."
+                f"{changed.learned()}). Keep qk_norm, ssmax, gate and bias as the model has them."
             )
         return changed
 
@@ -258,7 +275,9 @@ class AttentionScheme(Frozen):
             case never:
                 assert_never(never)
         gate = None if gate_features(self.gate, 1, 1) is None else self.gate
-        return LearnedParameters(self.qk_norm.learned(), learned_scale(self.score_scale), gate)
+        bias = self.bias if biased_projections(self.bias) else None
+        scale = learned_scale(self.score_scale)
+        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias)
 
 
 @dataclass(frozen=True)
@@ -269,6 +288,7 @@ class LearnedParameters:
     qk_norm: tuple[str, str] | None  # over and weight
     score_scale: str | None  # its kind
     gate: str | None = None  # what has a value
+    bias: str | None = None  # the projections that have one
 
     def __str__(self) -> str:
         """In words, "none" when there are none. The words may change: nothing is made of them."""
@@ -279,6 +299,8 @@ class LearnedParameters:
             parts.append(f"{self.score_scale} scale")
         if self.gate is not None:
             parts.append(f"gate per {self.gate}")
+        if self.bias is not None:
+            parts.append(f"bias of {self.bias}")
         return " and ".join(parts) or "none"
 
 

@@ -18,6 +18,7 @@ from megahybrid.config.attention import (
     Rope,
     SqrtDimScale,
     SsmaxScale,
+    biased_projections,
     gate_features,
 )
 from megahybrid.config.model import Block, ModelConfig
@@ -66,6 +67,8 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         "mlp.up.weight": (inner, hidden),
         "mlp.down.weight": (hidden, inner),
     }
+    for name in biased_projections(scheme.bias):
+        shapes[f"attention.{name}.bias"] = (queries if name == "query" else keys,)
     for norm in block_norms(model.block):
         shapes[f"{norm}.weight"] = _norm_shape(model)
     for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):

@@ -7,7 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme, Nope, Rope, gate_features
+from megahybrid.config.attention import (
+    AttentionScheme,
+    Nope,
+    Rope,
+    biased_projections,
+    gate_features,
+)
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
@@ -15,6 +21,7 @@ from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.output_gate import gated_output
+from megahybrid.model.projection_bias import ProjectionBiases
 from megahybrid.model.rotary import RotaryTable
 from megahybrid.model.score_scale import QueryScale, score_scale
 from megahybrid.parallel.linear import Output, RowParallelLinear
@@ -114,6 +121,11 @@ class Attention(nn.Module):
             if scheme.qk_norm.kind == "none"
             else QKNormModule(scheme.qk_norm, *heads, config.head_dim, name, mesh, config.eps)
         )
+        self.biases = (
+            ProjectionBiases(*heads, config.head_dim, name, mesh)
+            if biased_projections(scheme.bias)
+            else None
+        )
         self.query_scale = QueryScale.of(scheme, config.num_heads, name, mesh)
         self.output = RowParallelLinear(
             config.num_heads * config.head_dim, config.hidden_size, f"{name}.output.weight", mesh
@@ -134,7 +146,10 @@ class Attention(nn.Module):
         key: Float[Tensor, "seq batch kv_features_local"],
         value: Float[Tensor, "seq batch kv_features_local"],
     ) -> Heads:
-        """q, k and v [seq, batch, heads, head_dim], normalised where the scheme says so."""
+        """q, k and v [seq, batch, heads, head_dim], with biases and normalised where the scheme
+        says so."""
+        if self.biases is not None:
+            query, key, value = self.biases(query, key, value)
         q = query.unflatten(-1, (-1, self.head_dim))  # [seq, batch, heads_local, head_dim]
         k = key.unflatten(-1, (-1, self.head_dim))  # [seq, batch, kv_heads_local, head_dim]
         v = value.unflatten(-1, (-1, self.head_dim))

@@ -37,14 +37,14 @@ from megahybrid.interop.import_model import import_model
 from tests.interop.examples import HEAD, LOCAL, NOPE, ROPE, checkpoint_of_model, model_of
 
 
-class Mistral(StockArchitecture):
+class Ministral(StockArchitecture):
     """A class that the shipped table lacks: one rotation, and one window or none, in every layer.
 
     It stands for the file of a new class; the line in `TABLE` is all that is needed beside it.
     """
 
-    name = "Mistral"
-    model_type = "mistral"
+    name = "Ministral"
+    model_type = "ministral"
     serves = Serves(
         blocks=("pre_norm",),
         norms=("rms",),
@@ -73,16 +73,16 @@ class Mistral(StockArchitecture):
         return [(rope_position(config.rope_parameters, config), window)] * config.num_hidden_layers
 
 
-TABLE = (*ARCHITECTURES, Mistral())
+TABLE = (*ARCHITECTURES, Ministral())
 
 
 def test_a_class_is_its_file_and_a_line_in_the_table(tmp_path: Path) -> None:
     model = model_of([LOCAL] * 3, tie_embeddings=False)
     fits = {fit.architecture: fit for fit in huggingface_fits(model, table=TABLE)}
-    assert fits["Mistral"].can and fits["Mistral"].how == "sliding_window"
-    assert choose(model, model.layer_plan, "mistral", TABLE).name == "Mistral"
+    assert fits["Ministral"].can and fits["Ministral"].how == "sliding_window"
+    assert choose(model, model.layer_plan, "ministral", TABLE).name == "Ministral"
     checkpoint_of_model(tmp_path / "run", model)
-    options: dict[str, Any] = {"tokenizer": "none", "architecture": "mistral", "table": TABLE}
+    options: dict[str, Any] = {"tokenizer": "none", "architecture": "ministral", "table": TABLE}
     export(tmp_path / "run", tmp_path / "out", **options)
     import_model(tmp_path / "out", tmp_path / "run.yaml", tmp_path / "ours", table=TABLE)
     assert load(tmp_path / "run.yaml").model.layer_plan.expand() == model.layer_plan.expand()
@@ -93,11 +93,11 @@ def test_a_class_is_its_file_and_a_line_in_the_table(tmp_path: Path) -> None:
 
 def test_a_class_without_a_line_is_neither_written_nor_read(tmp_path: Path) -> None:
     model = model_of([LOCAL] * 2)
-    assert "Mistral" not in {fit.architecture for fit in huggingface_fits(model)}
-    with pytest.raises(ConfigError, match="--architecture=mistral is none of"):
-        choose(model, model.layer_plan, "mistral")
-    with pytest.raises(InteropError, match="model_type=mistral is none that can be imported"):
-        of_model_type("mistral")
+    assert "Ministral" not in {fit.architecture for fit in huggingface_fits(model)}
+    with pytest.raises(ConfigError, match="--architecture=ministral is none of"):
+        choose(model, model.layer_plan, "ministral")
+    with pytest.raises(InteropError, match="model_type=ministral is none that can be imported"):
+        of_model_type("ministral")
 
 
 class Alibi(Frozen):
@@ -114,10 +114,10 @@ class Stretched(Frozen):
     factor: float = 2.0
 
 
-class Gated(AttentionScheme):
+class Fading(AttentionScheme):
     """A scheme with a field that no class names."""
 
-    gate: Literal["none", "sigmoid"] = "none"
+    fade: float = 0.0
 
 
 def model_with(scheme: AttentionScheme) -> ModelConfig:
@@ -134,7 +134,7 @@ UNKNOWN = {
     "position": (PLAIN.model_copy(update={"position": Alibi()}), "position of kind alibi"),
     "score_scale": (PLAIN.model_copy(update={"score_scale": Alibi()}), "scale of kind alibi"),
     "qk_norm": (PLAIN.model_copy(update={"qk_norm": L2_NORM}), "QK-norm"),
-    "field": (Gated(position=PLAIN.position, gate="sigmoid"), "it has no gate"),
+    "field": (Fading(position=PLAIN.position, fade=0.5), "it has no fade"),
 }
 
 
@@ -152,15 +152,16 @@ def test_a_member_that_a_class_does_not_name_is_refused(
     assert any(words in reason for reason in fit.reasons)
     plain = model_with(PLAIN)
     assert not any(words in r for r in architecture.fit(plain, plain.layer_plan).reasons) or (
-        member == "qk_norm" and architecture.name in ("Qwen3", "Exaone4", "Olmo3")
+        member == "qk_norm"
+        and architecture.name in ("Qwen3", "ExaoneMoe", "Mellum", "Exaone4", "Olmo3", "Afmoe")
     )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda one: one.name)
 def test_a_block_that_a_class_does_not_name_is_refused(architecture: Architecture) -> None:
-    model = model_of([ROPE]).model_copy(update={"block": "sandwich"})
+    model = model_of([ROPE]).model_copy(update={"block": "cross"})
     reasons = architecture.fit(model, model.layer_plan).reasons
-    assert any("not sandwich" in reason for reason in reasons)
+    assert any("not cross" in reason for reason in reasons)
 
 
 def test_a_scaling_that_no_class_names_goes_out_by_our_own_only() -> None:
@@ -203,7 +204,9 @@ def test_our_own_class_serves_every_scale_of_the_scores() -> None:
     for scale in every:
         model = model_with(PLAIN.model_copy(update={"score_scale": scale}))
         assert by_name("Megahybrid").fit(model, model.layer_plan).can
-        others = {"SmolLM3", "Llama", "GraniteSWA"} if scale.kind == "sqrt_dim" else set()
+        others = (
+            {"SmolLM3", "Llama", "Mistral", "GraniteSWA"} if scale.kind == "sqrt_dim" else set()
+        )
         assert {fit.architecture for fit in huggingface_fits(model) if fit.can} == others
 
 

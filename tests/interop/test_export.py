@@ -30,6 +30,7 @@ from tests.interop.examples import (
 )
 from tests.plain_model import PlainModel, random_tensors
 
+BIASED = {"bias": "qkv"}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 64}
 
@@ -54,6 +55,18 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rope, llama3": ("Llama", [rope(1e4, LLAMA3)] * 2, {}),
     "rope, yarn": ("Llama", [rope(1e4, YARN)] * 2, {}),
     "rope, ntk": ("Llama", [rope(1e4, {"kind": "ntk", "factor": 4.0})] * 2, {}),
+    "one window": ("Mistral", [LOCAL] * 2, {"head_dim": 12}),
+    "biases, swa": (
+        "Qwen2",
+        [LOCAL | BIASED, ROPE | BIASED],
+        {"head_dim": 12, "tie_embeddings": False},
+    ),
+    "biases, nope everywhere": ("Qwen2", [NOPE | BIASED] * 2, {}),
+    "biases in some layers, parallel": (
+        "Megahybrid",
+        [LOCAL | BIASED, NOPE | BIASED | HEAD, ROPE],
+        PARALLEL,
+    ),
     "swa, QK-norm": ("Qwen3", [LOCAL | HEAD, ROPE | HEAD], {}),
     "nope everywhere, QK-norm": ("Qwen3", [NOPE | HEAD] * 2, {}),
     "post-norm": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
@@ -78,6 +91,24 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [LOCAL | {"gate": "head"}, NOPE | {"gate": "element"}],
         {"block": "sandwich", "norm": "layernorm"},
     ),
+    "theta per kind, parallel": ("CohereCompass", [LOCAL, rope(1e6)], PARALLEL),
+    "windowed nope, parallel, head_dim of its own": (
+        "CohereCompass",
+        [NOPE | {"window": 6}, rope(1e4, YARN)],
+        {**PARALLEL, "logit_scale": 0.25, "head_dim": 12, "tie_embeddings": False},
+    ),
+    "QK-norm, pre-norm, rnope": (
+        "ExaoneMoe",
+        [LOCAL | HEAD, NOPE | HEAD],
+        {"tie_embeddings": False},
+    ),
+    "QK-norm, pre-norm, rnope full": ("ExaoneMoe", [ROPE | HEAD, NOPE | HEAD], {}),
+    "QK-norm, pre-norm, theta per kind": ("Mellum", [LOCAL | HEAD, rope(1e6, YARN) | HEAD], {}),
+    "QK-norm, pre-norm, windowed nope": (
+        "Mellum",
+        [NOPE | HEAD | {"window": 6}, ROPE | HEAD],
+        {"head_dim": 12, "tie_embeddings": False},
+    ),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "fixed scale": (
@@ -86,7 +117,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         {"head_dim": 12},
     ),
     "two windows": ("Megahybrid", [LOCAL, ROPE | {"window": 9}, NOPE], {}),
-    "QK-norm, pre-norm, rnope": ("Megahybrid", [LOCAL | HEAD, NOPE | HEAD], {}),
+    "QK-norm on one kind of layers": ("Megahybrid", [LOCAL | HEAD, NOPE], {}),
     "ssmax and log": (
         "Megahybrid",
         [

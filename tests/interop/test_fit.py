@@ -17,6 +17,10 @@ def norms(value: str) -> list[str]:
     return [f"{LOCAL}.qk_norm={value}", f"{GLOBAL}.qk_norm={value}"]
 
 
+def biases(local: str, full: str) -> list[str]:
+    return [f"{LOCAL}.bias={local}", f"{GLOBAL}.bias={full}"]
+
+
 ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
 FULL = [f"{LOCAL}.window=null"]
 NOPE_EVERYWHERE = [f"{LOCAL}.position={{kind: nope}}", *FULL]
@@ -24,7 +28,7 @@ THETAS = [f"{GLOBAL}.position={{kind: rope, theta: 500000}}"]
 
 PLANS = {
     "rnope_swa, pre-norm": ([], {"SmolLM3", "GraniteSWA"}),
-    "rnope_swa, parallel": (PARALLEL, {"Cohere2"}),
+    "rnope_swa, parallel": (PARALLEL, {"Cohere2", "CohereCompass"}),
     "rnope_swa, post-norm, QK-norm per head": (
         ["model.block=post_norm", *norms(HEAD)],
         {"Exaone4"},
@@ -33,23 +37,36 @@ PLANS = {
         ["model.block=post_norm", *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), set()),
+    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum"}),
+    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum"}),
+    "theta per kind, pre-norm, QK-norm": (THETAS + norms(HEAD), {"Mellum"}),
+    "theta per kind, parallel": (THETAS + PARALLEL, {"CohereCompass"}),
     "alternating full, pre-norm": (FULL, {"SmolLM3", "GraniteSWA"}),
-    "alternating full, parallel": (FULL + PARALLEL, {"Cohere2"}),
+    "alternating full, parallel": (FULL + PARALLEL, {"Cohere2", "CohereCompass"}),
     "alternating full, post-norm": (
         ["model.block=post_norm", *FULL, *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "nope everywhere, pre-norm": (NOPE_EVERYWHERE, {"SmolLM3", "Llama", "GraniteSWA"}),
-    "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2"}),
-    "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3"}),
-    "rope everywhere, full": (ROPE_EVERYWHERE + FULL, {"SmolLM3", "Llama", "GraniteSWA"}),
+    "nope everywhere, pre-norm": (NOPE_EVERYWHERE, {"SmolLM3", "Llama", "Mistral", "GraniteSWA"}),
+    "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2", "CohereCompass"}),
+    "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3", "ExaoneMoe", "Mellum"}),
+    "rope everywhere, full": (
+        ROPE_EVERYWHERE + FULL,
+        {"SmolLM3", "Llama", "Mistral", "GraniteSWA"},
+    ),
     "rope everywhere, full, parallel": (
         ROPE_EVERYWHERE + FULL + PARALLEL,
-        {"Cohere2", "Cohere"},
+        {"Cohere2", "CohereCompass", "Cohere"},
     ),
     "rope everywhere, windowed": (ROPE_EVERYWHERE, {"SmolLM3", "GraniteSWA"}),
-    "rope everywhere, windowed, QK-norm": (ROPE_EVERYWHERE + norms(HEAD), {"Qwen3"}),
+    "rope everywhere, one window": (
+        [*ROPE_EVERYWHERE, f"{GLOBAL}.window=64"],
+        {"SmolLM3", "Mistral", "GraniteSWA"},
+    ),
+    "biases, rope everywhere": (ROPE_EVERYWHERE + biases("qkv", "qkv"), {"Qwen2"}),
+    "biases, rnope_swa": (biases("qkv", "qkv"), set()),
+    "biases in some layers": (ROPE_EVERYWHERE + biases("qkv", "none"), set()),
+    "rope everywhere, windowed, QK-norm": (ROPE_EVERYWHERE + norms(HEAD), {"Qwen3", "Mellum"}),
     "theta per kind, pre-norm": (THETAS, {"GraniteSWA"}),
     "theta per kind, post-norm": (
         ["model.block=post_norm", *THETAS, *norms(PROJECTION)],
@@ -60,7 +77,10 @@ PLANS = {
     "two windows": ([f"{GLOBAL}.window=65"], set()),
     "window of one key": ([f"{LOCAL}.window=1"], set()),
     "position-dependent logits": ([f"{GLOBAL}.score_scale={{kind: llama4}}"], set()),
-    "logits times 0.25, parallel": (["model.logit_scale=0.25", *PARALLEL], {"Cohere2"}),
+    "logits times 0.25, parallel": (
+        ["model.logit_scale=0.25", *PARALLEL],
+        {"Cohere2", "CohereCompass"},
+    ),
     "logits times 0.25, pre-norm": (["model.logit_scale=0.25"], {"GraniteSWA"}),
     "head_dim of its own": (["model.head_dim=24"], {"SmolLM3", "GraniteSWA"}),
     "odd head_dim": (
@@ -97,6 +117,9 @@ def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
     assert [(fit.architecture, fit.how) for fit in fits if fit.can] == [
         ("Cohere", "use_qk_norm true")
     ]
-    assert [f.architecture for f in huggingface_fits(shipped("command_a")) if f.can] == ["Cohere2"]
+    assert [f.architecture for f in huggingface_fits(shipped("command_a")) if f.can] == [
+        "Cohere2",
+        "CohereCompass",
+    ]
     assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
     assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]

@@ -29,13 +29,19 @@ from tests.interop.test_export import exported, loaded
 from tests.plain_model import PlainModel
 
 NEW = 24
+BIASED = {"bias": "qkv"}
 GATED = {"gate": "element"}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
     "Cohere": ("Cohere", [ROPE | PER_HEAD] * 2, PARALLEL),
     "Llama": ("Llama", [ROPE] * 2, {}),
+    "Mistral": ("Mistral", [LOCAL] * 2, {}),
+    "Qwen2": ("Qwen2", [LOCAL | BIASED, ROPE | BIASED], {}),
     "Qwen3": ("Qwen3", [LOCAL | HEAD, ROPE | HEAD], {}),
+    "CohereCompass": ("CohereCompass", [LOCAL, LOCAL, NOPE], PARALLEL),
+    "ExaoneMoe": ("ExaoneMoe", [LOCAL | HEAD, LOCAL | HEAD, NOPE | HEAD], {}),
+    "Mellum": ("Mellum", [LOCAL | HEAD, NOPE | HEAD], {}),
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
@@ -47,7 +53,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             ROPE | HEAD | {"window": 9},
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
-            LOCAL | {"gate": "head"},
+            LOCAL | {"gate": "head", "bias": "qkv"},
         ],
         {"tie_embeddings": False},
     ),

@@ -23,7 +23,12 @@ from tests.interop.examples import HEAD, NOPE, ROPE, model_of, run_of_model
 from tests.train.example import write_data
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-NAMES = ("Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA")
+NAMES = (
+    "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
+    "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
+)  # fmt: skip
+# Where a model of text is a part of another, whose config has the class's name.
+CONFIGS = {"CohereCompass": "CohereCompassTextConfig"}
 
 
 @st.composite
@@ -85,7 +90,10 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     window = draw(st.sampled_from((2, 5, 200)))
     if name not in ("Llama", "Cohere"):
         config |= {"layer_types": types, "sliding_window": window}
-    if name in ("SmolLM3", "Qwen3"):
+    if name == "Mistral":
+        del config["layer_types"]
+        config["sliding_window"] = draw(st.sampled_from((window, None)))
+    if name in ("SmolLM3", "Qwen3", "Qwen2"):
         config["use_sliding_window"] = True
     if name == "SmolLM3":
         config["no_rope_layers"] = draw(
@@ -97,9 +105,13 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
         config["use_qk_norm"] = draw(st.booleans())
     if name == "Exaone4" and draw(st.booleans()):
         config |= {"layer_types": [FULL] * layers, "sliding_window": None}
-    if name == "Olmo3":
+    if name in ("ExaoneMoe", "Mellum"):
+        config["mlp_layer_types"] = ["dense"] * layers
+    if name in ("Olmo3", "Mellum", "CohereCompass"):
         config["rope_parameters"] = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
         config["rope_parameters"][FULL] = rope
+    if name == "CohereCompass" and draw(st.booleans()):
+        config["rope_parameters"][draw(st.sampled_from((SLIDING, FULL)))] = None
     if name == "GraniteSWA":
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
         thetas = st.sampled_from((0, 1e4, 1e6))
@@ -114,7 +126,7 @@ def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float
     import transformers
 
     model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**fields)
+        getattr(transformers, CONFIGS.get(name, f"{name}Config"))(**fields)
     )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -141,6 +153,15 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+
+
+EXPERTS = {
+    "mlp_layer_types": ["dense", "sparse"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+}
+KINDS = {"rope_parameters": dict.fromkeys((SLIDING, FULL), LLAMA["rope_parameters"])}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -361,6 +382,9 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
         ),
         ("SmolLM3", {"layer_types": [SLIDING] * 2, "sliding_window": 4}, "use_sliding_window"),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 1}, "windows below 2 keys"),
+        ("Mistral", {"layer_types": [FULL, SLIDING]}, "model_type=ministral is none"),
+        ("Mellum", EXPERTS | KINDS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
+        ("ExaoneMoe", EXPERTS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
         ("Llama", {"num_hidden_layers": 0}, "config.json describes no model"),
         ("Phi3", {}, "model_type=phi3 is none that can be imported"),
     ],

@@ -67,6 +67,10 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         NOPE | score_scale(kind="ssmax"),
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
     ],
+    "bias": [
+        ROPE | {"bias": "qkv", "window": WINDOW},
+        NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
+    ],
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")

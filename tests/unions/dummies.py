@@ -97,6 +97,7 @@ DUMMIES: dict[str, ModelConfig] = {
     "qk_norm.over": with_norm(over="other"),
     "qk_norm.weight": with_norm(weight="other"),
     "gate": with_scheme(gate="other"),
+    "bias": with_scheme(bias="other"),
     "block": with_field(block="other"),
     "norm": with_field(norm="other"),
 }

@@ -28,7 +28,7 @@ from megahybrid.interop.architectures.tensor_names import HEAD, Order, TensorNam
 NO_QK_NORM = QKNorm()
 # What a class must name before it may write them; a field that is newer than a class is refused
 # where it has another value than its default.
-SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "score_scale", "gate"))
+SCHEME_FIELDS = frozenset(("position", "window", "qk_norm", "score_scale", "gate", "bias"))
 MODEL_FIELDS = frozenset(
     (
         "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
@@ -49,6 +49,7 @@ class Serves:
     scalings: tuple[type, ...]
     score_scales: tuple[type, ...]
     gates: tuple[str, ...] = ("none",)
+    biases: tuple[str, ...] = ("none",)
     logit_scale: bool = False  # a factor on the logits
     per_layer: bool = False  # QK-norm, scale of the scores and window may differ between layers
     no_position: str = "it has no position of kind {kind}"
@@ -137,6 +138,10 @@ class Architecture(ABC):
         gates = {scheme.gate for scheme in schemes} - set(serves.gates)
         if gates:
             yield f"its gate is {' or '.join(serves.gates)}, not {' or '.join(sorted(gates))}"
+        biases = {scheme.bias for scheme in schemes}
+        if not biases <= set(serves.biases) or (len(biases) > 1 and not serves.per_layer):
+            wanted = f"{' or '.join(serves.biases)}{'' if serves.per_layer else ' in every layer'}"
+            yield f"its projections' bias is {wanted}, not {' and '.join(sorted(biases))}"
         windows = {scheme.window for scheme in schemes} - {None}
         if len(windows) > 1 and not serves.per_layer:
             yield f"it has one window, not {len(windows)}"

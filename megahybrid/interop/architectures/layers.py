@@ -1,11 +1,12 @@
 """The parts that classes share for a model's layers: reasons against a plan, fields of a config,
 and back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, assert_never
 
 from megahybrid.config.attention import (
     AttentionScheme,
+    Bias,
     Gate,
     LayerPlan,
     Nope,
@@ -15,6 +16,7 @@ from megahybrid.config.attention import (
 )
 from megahybrid.config.base import dump
 from megahybrid.config.parsing import parse
+from megahybrid.config.scaling import YarnScaling
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.rope import NOPE, Fields, rope_position
 
@@ -117,6 +119,74 @@ def window_of(config: Any) -> int | None:
     return None if window is None or window >= ENDLESS else int(window)
 
 
+def two_kinds_reasons(schemes: Schemes) -> Iterator[str]:
+    """Yield the reasons where sliding layers have one position and full layers another; without
+    windows, sliding layers are those of the second position."""
+    kinds = [[s for s in schemes if (s.window is None) == full] for full in (False, True)]
+    if not windowed(schemes):
+        if len({s.position for s in schemes}) > 2:
+            yield "it has two kinds of layers"
+    elif any(len({s.position for s in kind}) > 1 for kind in kinds):
+        yield "its sliding layers share one position, and its full layers another"
+    yield from partial_reasons(schemes)
+    scalings = [rope.scaling for rope in rotations(schemes)]
+    if any(isinstance(s, YarnScaling) and not s.truncate for s in scalings):
+        yield "it ignores yarn's truncate: false for a kind of layers"
+
+
+def how_two_kinds(schemes: Schemes) -> str:
+    """Return the field of the rotations, and the window where it only makes two kinds of layers."""
+    how = "rope_parameters for each kind of layer"
+    if not windowed(schemes) and len({s.position for s in schemes}) > 1:
+        how += ", sliding_window at least the longest sequence"
+    return how
+
+
+def two_kinds_fields(schemes: Schemes, entry: Callable[[Position], Fields | None]) -> Fields:
+    """Return two kinds of layers, and for each the entry of its position."""
+    window = one_window(schemes)
+    if window is None:
+        sliding = [s.position != schemes[0].position for s in schemes]
+    else:
+        sliding = [s.window is not None for s in schemes]
+    positions = {
+        kind: [s.position for s, item in zip(schemes, sliding, strict=True) if item == which]
+        for kind, which in ((SLIDING, True), (FULL, False))
+    }
+    return {
+        "layer_types": layer_types(sliding),
+        "sliding_window": window or ENDLESS,
+        # A kind that no layer has must have an entry all the same.
+        "rope_parameters": {
+            kind: entry((held or [schemes[0].position])[0]) for kind, held in positions.items()
+        },
+    }
+
+
+def two_kinds(config: Any) -> list[Layer]:
+    """Return layers of two kinds. A `truncate` in a kind's own entry is ignored; an entry that is
+    null is no rotation."""
+    window = window_of(config)
+    positions = {}
+    for kind in dict.fromkeys(config.layer_types):
+        entry = config.rope_parameters[kind]
+        positions[kind] = NOPE
+        if entry is not None:
+            kept = {key: value for key, value in entry.items() if key != "truncate"}
+            positions[kind] = rope_position(kept, config)
+    return [(positions[kind], window if kind == SLIDING else None) for kind in config.layer_types]
+
+
+def dense_or_refused(config: Any) -> None:
+    """Raise InteropError where the field mlp_layer_types gives a layer experts."""
+    sparse = [index for index, kind in enumerate(config.mlp_layer_types) if kind != "dense"]
+    if sparse:
+        raise InteropError(
+            f"config.json: mlp_layer_types[{sparse[0]}]={config.mlp_layer_types[sparse[0]]} is a "
+            "layer of experts, which our model has not (only dense)."
+        )
+
+
 def rotates_everywhere(config: Any) -> list[Layer]:
     """Return layers that all have the one rotation and no window."""
     return [(rope_position(config.rope_parameters, config), None)] * config.num_hidden_layers
@@ -130,10 +200,16 @@ def sliding_rotates(config: Any) -> list[Layer]:
 
 
 def plan_of(
-    layers: Sequence[Layer], qk_norm: QKNorm, score_scale: Fields, gate: Gate = "none"
+    layers: Sequence[Layer],
+    qk_norm: QKNorm,
+    score_scale: Fields,
+    *,
+    gate: Gate = "none",
+    bias: Bias = "none",
 ) -> Fields:
     """Return a plan with a name for every different layer, its pattern as short as it tiles."""
-    same = {"qk_norm": dump(qk_norm), "score_scale": score_scale, "gate": gate}
+    same: Fields = {"qk_norm": dump(qk_norm), "score_scale": score_scale}
+    same |= {"gate": gate, "bias": bias}
     schemes: dict[str, Fields] = {}
     names = []
     for position, window in layers:

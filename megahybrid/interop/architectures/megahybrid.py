@@ -59,6 +59,7 @@ class Megahybrid(Architecture):
         scalings=(object,),  # any: of a rotation only the frequencies and the factor are written
         score_scales=(SqrtDimScale, FixedScale, Llama4Scale, LogScale, SsmaxScale),
         gates=("none", "head", "element"),
+        biases=("none", "qkv"),
         logit_scale=True,
         per_layer=True,
     )
@@ -109,7 +110,11 @@ class Megahybrid(Architecture):
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     """Return the fields that the shipped code reads; their names stay when ours change."""
     # What came later is written where it is not at its default, so that an export stays as it was.
-    later = {} if scheme.gate == "none" else {"gate": scheme.gate}
+    later = {
+        name: value
+        for name, value in (("gate", scheme.gate), ("bias", scheme.bias))
+        if value != "none"
+    }
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Gate, LayerPlan, QKNorm
+from megahybrid.config.attention import AttentionScheme, Bias, Gate, LayerPlan, QKNorm
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import parse
 from megahybrid.errors import InteropError
@@ -45,6 +45,10 @@ class StockArchitecture(Architecture):
 
     def gate(self, config: Any) -> Gate:
         """Return the gate of a config."""
+        return "none"
+
+    def bias(self, config: Any) -> Bias:
+        """Return the biases of the projections of a config."""
         return "none"
 
     def logit_scale(self, config: Any) -> float:
@@ -88,7 +92,11 @@ class StockArchitecture(Architecture):
             "tie_embeddings": bool(config.tie_word_embeddings),
             "initial_std": float(config.initializer_range) or 0.02,
             "layer_plan": plan_of(
-                layers, self.qk_norm(config), self.score_scale(config), self.gate(config)
+                layers,
+                self.qk_norm(config),
+                self.score_scale(config),
+                gate=self.gate(config),
+                bias=self.bias(config),
             ),
             "logit_scale": self.logit_scale(config),
         }

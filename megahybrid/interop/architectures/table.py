@@ -10,11 +10,16 @@ from megahybrid.interop.architectures.afmoe import Afmoe
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.cohere import Cohere
 from megahybrid.interop.architectures.cohere2 import Cohere2
+from megahybrid.interop.architectures.cohere_compass import CohereCompass
 from megahybrid.interop.architectures.exaone4 import Exaone4
+from megahybrid.interop.architectures.exaone_moe import ExaoneMoe
 from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
 from megahybrid.interop.architectures.megahybrid import Megahybrid
+from megahybrid.interop.architectures.mellum import Mellum
+from megahybrid.interop.architectures.mistral import Mistral
 from megahybrid.interop.architectures.olmo3 import Olmo3
+from megahybrid.interop.architectures.qwen2 import Qwen2
 from megahybrid.interop.architectures.qwen3 import Qwen3
 from megahybrid.interop.architectures.smollm3 import SmolLM3
 
@@ -23,9 +28,14 @@ Table = Sequence[Architecture]
 ARCHITECTURES: Table = (
     Cohere2(),
     Cohere(),
+    CohereCompass(),
     SmolLM3(),
     Llama(),
+    Mistral(),
+    Qwen2(),
     Qwen3(),
+    ExaoneMoe(),
+    Mellum(),
     GraniteSWA(),
     Exaone4(),
     Olmo3(),

@@ -18,6 +18,7 @@ from megahybrid.config.attention import (
     QKNorm,
     SqrtDimScale,
     SsmaxScale,
+    biased_projections,
     gate_features,
 )
 from megahybrid.config.model import ModelConfig
@@ -88,7 +89,8 @@ def interleaved_pairs(head_dim: int, rotary_dim: int) -> Order | None:
 def attention_tensors(
     model: ModelConfig, scheme: AttentionScheme, ours: str, theirs: str, order: Order | None
 ) -> Iterator[TensorName]:
-    """Yield the projections, the QK-norm, the gate and the learned scale of one layer."""
+    """Yield the projections and their biases, the QK-norm, the gate and the learned scale of one
+    layer."""
     hidden, head_dim = model.hidden_size, model.head_dim
     heads = {"query": model.num_heads, "key": model.num_kv_heads, "value": model.num_kv_heads}
     for name, count in heads.items():
@@ -96,6 +98,13 @@ def attention_tensors(
             f"{ours}.attention.{name}.weight",
             f"{theirs}.{name[0]}_proj.weight",
             (count * head_dim, hidden),
+            None if name == "value" else order,
+        )
+    for name in biased_projections(scheme.bias):
+        yield TensorName(
+            f"{ours}.attention.{name}.bias",
+            f"{theirs}.{name[0]}_proj.bias",
+            (heads[name] * head_dim,),
             None if name == "value" else order,
         )
     yield TensorName(

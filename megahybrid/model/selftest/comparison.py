@@ -24,6 +24,8 @@ from megahybrid.model.selftest.whole_rows import sum_over_ranks
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
 USUAL = 0.3  # of the root of the mean square
 LEAST = 0.05  # of a vector of normal numbers: under a window of one key two gradients are 0
+# In the order of queries, keys and values.
+BIASES = ("biases.query", "biases.key", "biases.value")
 SCORE = 1.0  # standard deviation of the scores: all keys count, none alone
 
 
@@ -41,8 +43,13 @@ def fill_learned(
 ) -> None:
     """Have no two weights alike, and of QK-norm and SSMax such that scores are about SCORE."""
     for name, parameter in block.learned().items():
-        around = 1 + 0.3 * normal(generator, *parameter.shape)
-        if name == "qk_norm.query_weight":
+        around = 0.3 * normal(generator, *parameter.shape)
+        if name == "biases.value":
+            around /= 3  # all values have it: bf16 rounds it away from a mean of a thousand
+        if name not in BIASES:
+            around += 1
+        of_queries = name == "biases.query" and block.attention.qk_norm is None
+        if of_queries or name == "qk_norm.query_weight":
             around *= _gain(block.attention.scheme, shape, length)
         if name == "query_scale.logit_scale":
             around /= math.log(_most_keys(block.attention.scheme, length) + 1)
@@ -129,7 +136,8 @@ def compare(
     for name, ours, theirs in zip(names, got, right, strict=False):
         what = "output" if name == "output" else f"gradient of {name}"
         if name in block.learned():
-            _demand_whole(what, ours, theirs, shape)
+            part = right[1 + BIASES.index(name)] if name in BIASES else None
+            _demand_whole(what, ours, theirs, shape, part)
             continue
         weight = {"output": root, "queries": 1 / root, "output_gate": 1 / root}.get(name)
         places = torch.arange(rows.length) if name in ("keys", "values") else drawn.queries
@@ -219,9 +227,14 @@ def _demand_each(
     )
 
 
-def _demand_whole(what: str, got: Tensor, right: Tensor, shape: HeadShape) -> None:
-    """A parameter's gradient, relative to itself and not below what a few queries give."""
+def _demand_whole(
+    what: str, got: Tensor, right: Tensor, shape: HeadShape, summed: Tensor | None
+) -> None:
+    """A parameter's gradient, relative to itself and not below what a few queries give, nor below
+    what is `summed` up to it: without a rotation all keys' gradients together are 0."""
     least = 10 * LEAST * math.sqrt(right.numel())
+    if summed is not None:
+        least = max(least, float(summed.norm()))
     wrong = float((got.double() - right).norm() / right.norm().clamp(min=least))
     if not wrong <= TOLERANCE[shape.dtype]:
         raise Violation(f"computes another {what} than it says: off by {wrong:.2g} (relative)")

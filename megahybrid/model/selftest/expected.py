@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megahybrid.config.attention import (
     AttentionScheme,
+    Bias,
     FixedScale,
     Gate,
     Llama4Scale,
@@ -34,7 +35,7 @@ def expected_output(
     queries: Tensor,  # indices
 ) -> Tensor:
     """The attention output of these queries, [queries, rows, heads, head_dim]."""
-    q, k, v = heads
+    q, k, v = biased(scheme.bias, heads, learned)
     q = normed(q, scheme.qk_norm, learned.get("qk_norm.query_weight"))
     k = normed(k, scheme.qk_norm, learned.get("qk_norm.key_weight"))
     positions = torch.arange(starts.shape[1], device=starts.device) - starts
@@ -58,6 +59,25 @@ def expected_output(
     scores = torch.einsum("ibhd,jbhd->bhij", q[queries] * scale[..., None], k[:, :, owner])
     weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
     return torch.einsum("bhij,jbhd->ibhd", weights, v[:, :, owner])
+
+
+def biased(
+    bias: Bias, heads: tuple[Tensor, Tensor, Tensor], learned: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [seq, rows, heads, head_dim], each plus its bias [heads * head_dim]."""
+    match bias:
+        case "none":
+            return heads
+        case "qkv":
+            q, k, v = heads
+            of_q, of_k, of_v = (learned[f"biases.{name}"] for name in ("query", "key", "value"))
+            return (
+                q + of_q.view(q.shape[2:]),
+                k + of_k.view(k.shape[2:]),
+                v + of_v.view(v.shape[2:]),
+            )
+        case other:
+            assert_never(other)
 
 
 def gated(gate: Gate, out: Tensor, *values: Tensor) -> Tensor:
