@@ -161,14 +161,18 @@ def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def visible(starts: Tensor, window: int | None) -> Tensor:
-    """bool [batch, seq (query), seq (key)]: earlier keys of the same document, at most `window`."""
+def visible(starts: Tensor, window: int | None, chunk: int | None = None) -> Tensor:
+    """bool [batch, seq (query), seq (key)]: earlier keys of the same document, at most `window`, or
+    those of the query's own `chunk`, counted from the start of its document."""
     seq = starts.shape[1]
     query = torch.arange(seq)[:, None]
     key = torch.arange(seq)[None, :]
     mask = (key <= query)[None] & (key[None] >= starts[:, :, None])
     if window is not None:
         mask = mask & (query - key < window)[None]
+    if chunk is not None:
+        number = (torch.arange(seq)[None] - starts) // chunk  # of each token, in its own document
+        mask = mask & (number[:, :, None] == number[:, None, :])
     return mask
 
 
@@ -295,7 +299,7 @@ class PlainModel:
             assert scheme.position.kind == "nope"
         owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
         k, v = k[:, owner], v[:, owner]
-        mask = visible(starts, scheme.window)
+        mask = visible(starts, scheme.window, scheme.chunk)
         factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
         scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
         if scheme.score_scale.kind == "ssmax":

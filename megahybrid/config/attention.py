@@ -198,12 +198,19 @@ class AttentionScheme(Frozen):
     """The way in which a layer's queries see its keys.
 
     `window` counts the keys visible to a query, the query's own included; None means all earlier
-    keys of the document. This is the only place that says so; kernels convert.
+    keys of the document. This is the only place that says so; kernels convert. With `chunk` a
+    document is cut into pieces that do not see each other, while positions go on over them.
     """
 
     position: Position = Field(description="how position enters")
     window: int | None = Field(
         default=None, ge=1, description="keys visible to a query, its own included; null: all"
+    )
+    chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of a chunk, counted from the start of each document: a query sees the "
+        "keys of its own chunk alone, up to its own; not with window",
     )
     qk_norm: QKNorm = Field(default=QKNorm(), description="norm of queries and keys")
     score_scale: ScoreScale = Field(default=SqrtDimScale(), description="factor on the scores")
@@ -217,6 +224,26 @@ class AttentionScheme(Frozen):
     @classmethod
     def _read_old_word(cls, data: Any) -> Any:
         return current_scheme(data)
+
+    @model_validator(mode="after")
+    def _check_chunk(self) -> "AttentionScheme":
+        if self.chunk is not None and self.window is not None:
+            raise ValueError(
+                f"chunk={self.chunk} does not go with a window (window={self.window}): each says "
+                "by itself which keys are seen. Leave one of them out, or set it to null."
+            )
+        return self
+
+    @property
+    def reach(self) -> int | None:
+        """The most keys that any query sees, its own included: window or chunk; None: no limit. A
+        chunk of C is a window of C where documents are cut every C tokens."""
+        return self.window if self.chunk is None else self.chunk
+
+    def with_reach(self, reach: int | None) -> "AttentionScheme":
+        """The scheme with another window, or with another chunk where it has chunks."""
+        field = "window" if self.chunk is None else "chunk"
+        return self.model_copy(update={field: reach})
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.

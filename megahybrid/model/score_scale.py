@@ -37,6 +37,7 @@ def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
 def query_factor(
     scale: PositionScale,
     window: int | None,
+    chunk: int | None,
     documents: Documents | None,
     length: int,
     device: torch.device,
@@ -44,13 +45,15 @@ def query_factor(
     """The factor of each query, fp32; ssmax's learned s is not in it. batch 1: alike in all rows.
 
     llama4 counts the position p within the document, 1 + c ln(1 + floor((p + 1) / floor)); log and
-    ssmax count the n keys the query sees, at most `window`: log_a(a + n) and ln n.
+    ssmax count the n keys the query sees, at most `window` or those of its `chunk`: log_a(a + n)
+    and ln n.
     """
     if documents is None:
         position = torch.arange(length, device=device)[:, None]
-        keys = position + 1 if window is None else (position + 1).clamp(max=window)
     else:
-        position, keys = documents.positions().T, documents.visible_keys(window).T
+        position = documents.positions().T
+    keys = position + 1 if chunk is None else position % chunk + 1
+    keys = keys if window is None else keys.clamp(max=window)
     match scale:
         case Llama4Scale():
             steps = (position + 1) // scale.floor
@@ -67,10 +70,14 @@ def query_factor(
 
 @lru_cache(maxsize=8)
 def _plain_factor(
-    scale: PositionScale, window: int | None, length: int, device: torch.device
+    scale: PositionScale,
+    window: int | None,
+    chunk: int | None,
+    length: int,
+    device: torch.device,
 ) -> Tensor:
     """Return the factor of rows of one document: the same for every batch."""
-    return query_factor(scale, window, None, length, device)
+    return query_factor(scale, window, chunk, None, length, device)
 
 
 class QueryScale(nn.Module):
@@ -80,12 +87,13 @@ class QueryScale(nn.Module):
         self,
         scale: PositionScale,
         window: int | None,
+        chunk: int | None,
         num_heads: int,
         name: str,
         mesh: ParallelMesh,
     ) -> None:
         super().__init__()
-        self.scale, self.window = scale, window
+        self.scale, self.window, self.chunk = scale, window, chunk
         self.logit_scale: nn.Parameter | None = None
         if isinstance(scale, SsmaxScale):
             segment = Segment(f"{name}.logit_scale", (num_heads,), 0)
@@ -103,7 +111,7 @@ class QueryScale(nn.Module):
         """
         match scheme.score_scale:
             case Llama4Scale() | LogScale() | SsmaxScale() as scale:
-                return cls(scale, scheme.window, num_heads, name, mesh)
+                return cls(scale, scheme.window, scheme.chunk, num_heads, name, mesh)
             case SqrtDimScale() | FixedScale():
                 return None
             case other:
@@ -112,12 +120,13 @@ class QueryScale(nn.Module):
     def factor(
         self, documents: Documents | None, length: int, device: torch.device
     ) -> Float[Tensor, "seq batch"]:
-        """`query_factor` of a batch, made once for all layers of the same scale and window."""
+        """`query_factor` of a batch, made once for all layers of the same scale, window and
+        chunk."""
         if documents is None:
-            return _plain_factor(self.scale, self.window, length, device)
+            return _plain_factor(self.scale, self.window, self.chunk, length, device)
         return documents.keep(
-            ("query_factor", self.scale, self.window),
-            lambda: query_factor(self.scale, self.window, documents, length, device),
+            ("query_factor", self.scale, self.window, self.chunk),
+            lambda: query_factor(self.scale, self.window, self.chunk, documents, length, device),
         )
 
     def forward(

@@ -42,6 +42,10 @@ SCHEMES = {
     "rope-window-prime": AttentionScheme(position=rope(theta=500.0), window=211),
     "rope-window-1": AttentionScheme(position=rope(), window=1),
     "nope-window-2": AttentionScheme(position=NOPE, window=2),
+    "rope-chunk": AttentionScheme(position=rope(), chunk=50),
+    "nope-chunk-log": AttentionScheme(
+        position=NOPE, chunk=33, score_scale=LogScale(kind="log", base=3)
+    ),
     "nope": AttentionScheme(position=NOPE),
     "rope-partial": AttentionScheme(position=rope(rotary_fraction=0.5)),
     "rope-linear": AttentionScheme(position=rope(scaling=LinearScaling(kind="linear", factor=16))),

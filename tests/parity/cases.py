@@ -63,6 +63,10 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"gate": "head", "window": WINDOW},
         NOPE | {"gate": "element"} | qk_norm("rms"),
     ],
+    "chunk": [
+        ROPE | {"chunk": WINDOW} | qk_norm("rms"),
+        NOPE | {"chunk": 4} | score_scale(kind="log", base=2.5),
+    ],
     "ssmax": [
         NOPE | score_scale(kind="ssmax"),
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},

@@ -87,6 +87,8 @@ EXAMPLES: dict[str, Example] = {
     "norm.layernorm": Example(
         (ROPE | {"window": 5}, NOPE), (("norm", "layernorm"), ("block", "parallel"))
     ),
+    "field.window": _with(),
+    "field.chunk": Example((ROPE | {"chunk": 5}, NOPE | {"chunk": 4})),
     "pattern.list": Example((ROPE, NOPE)),
     "pattern.periodic": Example((ROPE, NOPE), rule=True),
 }
@@ -108,6 +110,12 @@ def members(union: Any) -> list[str]:
 
 
 MEMBERS = [f"{name}.{member}" for name, union in UNIONS.items() for member in members(union)]
+# What a scheme says by a number, not by a member of a union.
+MEMBERS += [
+    f"field.{name}"
+    for name in AttentionScheme.model_fields
+    if name not in ("position", "qk_norm") and name not in UNIONS
+]
 
 
 def schemes_of(config: ModelConfig) -> tuple[AttentionScheme, ...]:

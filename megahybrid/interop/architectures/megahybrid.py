@@ -23,6 +23,7 @@ from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
+    SCHEME_FIELDS,
     Architecture,
     Serves,
     same_or_refused,
@@ -41,6 +42,7 @@ class Megahybrid(Architecture):
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
     )
+    scheme_fields = SCHEME_FIELDS | {"chunk"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -99,6 +101,9 @@ class Megahybrid(Architecture):
         for name, scheme in config.schemes.items():
             same_or_refused("window", scheme["window"], plan.schemes[name].window)
             scheme["window"] = small.schemes[name].window
+            if small.schemes[name].chunk is not None:
+                same_or_refused("chunk", scheme["chunk"], plan.schemes[name].chunk)
+                scheme["chunk"] = small.schemes[name].chunk
             scheme["logit_scale"] = dump(small.schemes[name].score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
@@ -109,7 +114,8 @@ class Megahybrid(Architecture):
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     """Return the fields that the shipped code reads; their names stay when ours change."""
     # What came later is written where it is not at its default, so that an export stays as it was.
-    later = {} if scheme.gate == "none" else {"gate": scheme.gate}
+    later: Fields = {} if scheme.gate == "none" else {"gate": scheme.gate}
+    later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),

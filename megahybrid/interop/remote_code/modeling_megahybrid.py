@@ -49,6 +49,12 @@ class Places:
         self.seen, self.seq, self.position, self.valid = seen, seq, position, valid
         self._rotations: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def columns(self, device: torch.device) -> Tensor:
+        """Return the position [batch or 1, seen + seq] of each cached and each new token."""
+        if self.valid is None:
+            return torch.arange(self.seen + self.seq, device=device)[None]
+        return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+
     def cos_and_sin(
         self, name: str, rotation: dict[str, Any], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -150,7 +156,8 @@ class MegahybridAttention(nn.Module):
             steps = (position + 1) // scale["floor"]
             factor = 1 + scale["coefficient"] * torch.log1p(steps.float())
         else:
-            keys = position + 1
+            chunk = self.scheme.get("chunk")
+            keys = position + 1 if chunk is None else position % chunk + 1
             if self.scheme["window"] is not None:
                 keys = keys.clamp(max=self.scheme["window"])
             if kind == "log":
@@ -163,7 +170,8 @@ class MegahybridAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, places: Places) -> Tensor:
         """Return the softmax average over the visible keys, a block of queries at a time."""
         k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        window = self.scheme["window"]
+        chunk = self.scheme.get("chunk")
+        window = self.scheme["window"] if chunk is None else chunk
         total = places.seen + places.seq
         first = total - k.shape[2]  # the place of the oldest key that is held
         parts = []
@@ -178,6 +186,10 @@ class MegahybridAttention(nn.Module):
             mask = key <= query
             if window is not None:
                 mask = mask & (key > query - window)
+            if chunk is not None:
+                pieces = places.columns(q.device) // chunk
+                queries = pieces[:, places.seen + start : high, None]
+                mask = (mask & (queries == pieces[:, None, low:high]))[:, None]
             if places.valid is not None:
                 # A padded query sees itself: a row of softmax must have something in it.
                 mask = mask & places.valid[:, None, None, low:high] | (key == query)

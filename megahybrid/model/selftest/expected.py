@@ -45,7 +45,7 @@ def expected_output(
             pass
         case other:
             assert_never(other)
-    seen = visible_keys(starts, queries, scheme.window)
+    seen = visible_keys(starts, queries, scheme.window, scheme.chunk)
     scale = score_factor(
         scheme.score_scale,
         positions[:, queries].T,
@@ -72,11 +72,17 @@ def gated(gate: Gate, out: Tensor, *values: Tensor) -> Tensor:
             assert_never(other)
 
 
-def visible_keys(starts: Tensor, queries: Tensor, window: int | None) -> Tensor:
-    """[rows, queries, keys]: not later, of the same document, and among the last `window`."""
+def visible_keys(
+    starts: Tensor, queries: Tensor, window: int | None, chunk: int | None = None
+) -> Tensor:
+    """[rows, queries, keys]: not later, of the same document, and among the last `window`, or in
+    the query's own chunk of the document."""
     key = torch.arange(starts.shape[1], device=starts.device)
     distance = queries[:, None] - key
     seen = (distance >= 0) & (key >= starts[:, queries, None])
+    if chunk is not None:
+        begins = starts[:, queries, None]
+        seen = seen & ((queries[:, None] - begins) // chunk == (key - begins) // chunk)
     return seen if window is None else seen & (distance < window)
 
 
