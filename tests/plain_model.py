@@ -39,7 +39,7 @@ def canonical_shapes(
         shapes[f"{block}.attention.key.weight"] = (kv_heads * head_dim, hidden)
         shapes[f"{block}.attention.value.weight"] = (kv_heads * head_dim, hidden)
         shapes[f"{block}.attention.output.weight"] = (hidden, heads * head_dim)
-        if scheme.qk_norm.kind != "none":
+        if scheme.qk_norm.kind != "none" and scheme.qk_norm.weight != "none":
             for which, count in (("query_norm", heads), ("key_norm", kv_heads)):
                 if scheme.qk_norm.over == "projection":
                     shape: tuple[int, ...] = (count * head_dim,)
@@ -190,7 +190,13 @@ def query_factor(
     if scale.kind == "sqrt_dim":
         factor = torch.ones(positions.shape)
     elif scale.kind == "llama4":
-        factor = 1 + scale.coefficient * torch.log1p(((positions + 1) // scale.floor).float())
+        factor = 1 + scale.coefficient * torch.log1p(
+            ((positions + scale.offset) // scale.floor).float()
+        )
+    elif scale.kind == "power":
+        factor = ((1 + (positions + 1).double() / scale.length) ** scale.exponent).float()
+    elif scale.kind == "log_from":
+        factor = 1 + scale.coefficient * (keys / scale.length).clamp(min=1).log()
     elif scale.kind == "log":
         factor = torch.log(scale.base + keys.float()) / torch.tensor(scale.base).log()
     else:
@@ -323,7 +329,7 @@ class PlainModel:
         if qk_norm.kind == "none":
             return projected.unflatten(-1, split).transpose(1, 2)
         norm = NORMS[qk_norm.kind]
-        weight = self.tensors[f"{name}.{which}_norm.weight"]
+        weight = self.tensors.get(f"{name}.{which}_norm.weight", torch.ones(()))
         if qk_norm.over == "projection":
             projected = norm(projected, weight, self.config.eps).unflatten(-1, split)
         else:  # a per-head weight [heads, head_dim] and a shared one [head_dim] broadcast alike

@@ -8,19 +8,17 @@ import math
 from collections.abc import Iterable
 from typing import assert_never
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope, gate_features
+from megahybrid.config.model import Block, ModelConfig
+from megahybrid.config.score_scale import (
     FixedScale,
-    LayerPlan,
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    Rope,
+    PowerScale,
     SqrtDimScale,
     SsmaxScale,
-    gate_features,
 )
-from megahybrid.config.model import Block, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -81,7 +79,9 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         case other:
             assert_never(other)
     match scheme.score_scale:
-        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+        case SqrtDimScale() | FixedScale():
+            pass
+        case Llama4Scale() | PowerScale() | LogScale() | LogFromScale():
             pass
         case SsmaxScale():  # under the name that it has in every checkpoint
             shapes["attention.logit_scale"] = (model.num_heads,)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.tensor_names import HEAD
@@ -79,6 +80,9 @@ def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
             update["window" if scheme.chunk is None else "chunk"] = smaller[scheme.reach]
         if isinstance(scheme.score_scale, Llama4Scale) and scheme.score_scale.floor > FLOOR:
             update["score_scale"] = scheme.score_scale.model_copy(update={"floor": FLOOR})
+        if isinstance(scheme.score_scale, PowerScale | LogFromScale):
+            length = min(scheme.score_scale.length, FLOOR)
+            update["score_scale"] = scheme.score_scale.model_copy(update={"length": length})
         schemes[name] = scheme.model_copy(update=update)
     return plan.model_copy(update={"schemes": schemes})
 

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
+    LogFromScale,
     LogScale,
+    PowerScale,
     SqrtDimScale,
     SsmaxScale,
 )
@@ -20,7 +22,7 @@ from megahybrid.model.kernels.documents import Documents
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
 
-PositionScale = Llama4Scale | LogScale | SsmaxScale
+PositionScale = Llama4Scale | PowerScale | LogScale | LogFromScale | SsmaxScale
 
 
 def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
@@ -28,7 +30,9 @@ def score_scale(scheme: AttentionScheme, head_dim: int) -> float:
     match scheme.score_scale:
         case FixedScale(scale=scale):
             return scale
-        case SqrtDimScale() | Llama4Scale() | LogScale() | SsmaxScale():
+        case SqrtDimScale() | Llama4Scale() | PowerScale() | LogScale() | LogFromScale():
+            return head_dim**-0.5
+        case SsmaxScale():
             return head_dim**-0.5
         case other:
             assert_never(other)
@@ -44,9 +48,9 @@ def query_factor(
 ) -> Float[Tensor, "seq batch"]:
     """The factor of each query, fp32; ssmax's learned s is not in it. batch 1: alike in all rows.
 
-    llama4 counts the position p within the document, 1 + c ln(1 + floor((p + 1) / floor)); log and
-    ssmax count the n keys the query sees, at most `window` or those of its `chunk`: log_a(a + n)
-    and ln n.
+    llama4 and power count the position p within the document, 1 + c ln(1 + floor((p + offset) /
+    floor)) and (1 + (p + 1) / length)^c; log, log_from and ssmax count the n keys the query sees,
+    at most `window` or those of its `chunk`: log_a(a + n), 1 + c ln max(n / length, 1) and ln n.
     """
     if documents is None:
         position = torch.arange(length, device=device)[:, None]
@@ -56,12 +60,17 @@ def query_factor(
     keys = keys if window is None else keys.clamp(max=window)
     match scale:
         case Llama4Scale():
-            steps = (position + 1) // scale.floor
+            steps = (position + scale.offset) // scale.floor
             return 1 + scale.coefficient * torch.log1p(steps.float())
+        case PowerScale():
+            # In fp64: a power in fp32 is rounded otherwise for one query than for many.
+            return ((1 + (position + 1).double() / scale.length) ** scale.exponent).float()
         case LogScale():
             # The quotient of two fp32 logarithms: a base given as a number has no rounding of its
             # own.
             return torch.log(scale.base + keys.float()) / torch.log(torch.tensor(float(scale.base)))
+        case LogFromScale():
+            return 1 + scale.coefficient * torch.log((keys.float() / scale.length).clamp(min=1))
         case SsmaxScale():
             return torch.log(keys.float())
         case other:
@@ -110,7 +119,9 @@ class QueryScale(nn.Module):
         `name` is the layer's attention, for example blocks.3.attention.
         """
         match scheme.score_scale:
-            case Llama4Scale() | LogScale() | SsmaxScale() as scale:
+            case (
+                Llama4Scale() | PowerScale() | LogScale() | LogFromScale() | SsmaxScale()
+            ) as scale:
                 return cls(scale, scheme.window, scheme.chunk, num_heads, name, mesh)
             case SqrtDimScale() | FixedScale():
                 return None

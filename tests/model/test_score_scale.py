@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, Nope
+from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
     LogScale,
-    Nope,
     SqrtDimScale,
     SsmaxScale,
 )

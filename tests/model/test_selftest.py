@@ -7,17 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megahybrid.config.attention import (
-    AttentionScheme,
-    FixedScale,
-    Llama4Scale,
-    LogScale,
-    Nope,
-    QKNorm,
-    Rope,
-    SsmaxScale,
-)
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
 from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
+from megahybrid.config.score_scale import FixedScale, Llama4Scale, LogScale, SsmaxScale
 from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
 from megahybrid.model.kernels.chosen import ChosenKernels

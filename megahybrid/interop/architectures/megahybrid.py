@@ -6,21 +6,19 @@ It keeps our order of the rows, and a rotation is its fp32 frequencies, which JS
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
+from megahybrid.config.base import dump
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import (
     FixedScale,
-    LayerPlan,
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    Position,
-    QKNorm,
-    Rope,
+    PowerScale,
+    ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
-from megahybrid.config.base import dump
-from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
     SCHEME_FIELDS,
@@ -50,7 +48,13 @@ class Megahybrid(Architecture):
             QKNorm(kind="none"),
             QKNorm(kind="none", weight="per_head"),
             QKNorm(kind="none", over="projection"),
+            QKNorm(kind="none", weight="none"),
+            QKNorm(kind="none", over="projection", weight="none"),
             QKNorm(kind="rms"),
+            QKNorm(kind="rms", weight="none"),
+            QKNorm(kind="rms", over="projection", weight="none"),
+            QKNorm(kind="layernorm", weight="none"),
+            QKNorm(kind="layernorm", over="projection", weight="none"),
             QKNorm(kind="rms", weight="per_head"),
             QKNorm(kind="rms", over="projection"),
             QKNorm(kind="layernorm"),
@@ -59,7 +63,15 @@ class Megahybrid(Architecture):
         ),
         positions=(Rope, Nope),
         scalings=(object,),  # any: of a rotation only the frequencies and the factor are written
-        score_scales=(SqrtDimScale, FixedScale, Llama4Scale, LogScale, SsmaxScale),
+        score_scales=(
+            SqrtDimScale,
+            FixedScale,
+            Llama4Scale,
+            PowerScale,
+            LogScale,
+            LogFromScale,
+            SsmaxScale,
+        ),
         gates=("none", "head", "element"),
         logit_scale=True,
         per_layer=True,
@@ -104,7 +116,7 @@ class Megahybrid(Architecture):
             if small.schemes[name].chunk is not None:
                 same_or_refused("chunk", scheme["chunk"], plan.schemes[name].chunk)
                 scheme["chunk"] = small.schemes[name].chunk
-            scheme["logit_scale"] = dump(small.schemes[name].score_scale)
+            scheme["logit_scale"] = _scale(small.schemes[name].score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
@@ -121,9 +133,16 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         "position": dump(scheme.position),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
-        "logit_scale": dump(scheme.score_scale),
+        "logit_scale": _scale(scheme.score_scale),
         **later,
     }
+
+
+def _scale(scale: ScoreScale) -> Fields:
+    fields = dump(scale)
+    if fields.get("offset") == 1:  # as it was before there was another
+        del fields["offset"]
+    return fields
 
 
 def _rotation(position: Position, head_dim: int) -> Fields | None:

@@ -4,9 +4,10 @@ returns, and of all heads of queries and of keys together."""
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope, SqrtDimScale
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.scaling import YarnScaling
+from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves
 from megahybrid.interop.architectures.layers import FULL, SLIDING

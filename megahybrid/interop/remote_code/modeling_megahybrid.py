@@ -24,10 +24,10 @@ QUERY_BLOCK = 1024
 class MegahybridNorm(nn.Module):
     """RMSNorm or bias-free LayerNorm over the last dimension, in fp32."""
 
-    def __init__(self, shape: tuple[int, ...], kind: str, eps: float) -> None:
+    def __init__(self, shape: tuple[int, ...] | None, kind: str, eps: float) -> None:
         super().__init__()
         self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(shape))
+        self.weight = None if shape is None else nn.Parameter(torch.ones(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised, of the same shape and dtype."""
@@ -35,7 +35,7 @@ class MegahybridNorm(nn.Module):
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight.float()).to(x.dtype)
+        return (wide if self.weight is None else wide * self.weight.float()).to(x.dtype)
 
 
 class Places:
@@ -108,6 +108,8 @@ class MegahybridAttention(nn.Module):
             self.logit_scale = nn.Parameter(torch.ones(heads))
 
     def _norm(self, heads: int, eps: float) -> MegahybridNorm:
+        if self.qk_norm["weight"] == "none":
+            return MegahybridNorm(None, self.qk_norm["kind"], eps)
         if self.qk_norm["over"] == "projection":
             shape: tuple[int, ...] = (heads * self.head_dim,)
         elif self.qk_norm["weight"] == "per_head":
@@ -153,8 +155,10 @@ class MegahybridAttention(nn.Module):
             return q, plain
         position = places.position[:, None, :, None]
         if kind == "llama4":
-            steps = (position + 1) // scale["floor"]
+            steps = (position + scale.get("offset", 1)) // scale["floor"]
             factor = 1 + scale["coefficient"] * torch.log1p(steps.float())
+        elif kind == "power":
+            factor = (1 + (position + 1).float() / scale["length"]) ** scale["exponent"]
         else:
             chunk = self.scheme.get("chunk")
             keys = position + 1 if chunk is None else position % chunk + 1
@@ -163,6 +167,9 @@ class MegahybridAttention(nn.Module):
             if kind == "log":
                 base = torch.tensor(float(scale["base"]), device=q.device)
                 factor = torch.log(scale["base"] + keys.float()) / torch.log(base)
+            elif kind == "log_from":
+                ratio = (keys.float() / scale["length"]).clamp(min=1)
+                factor = 1 + scale["coefficient"] * torch.log(ratio)
             else:
                 factor = torch.log(keys.float()) * self.logit_scale.float()[:, None, None]
         return q * factor.to(q.dtype), plain
@@ -277,7 +284,7 @@ class MegahybridPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, MegahybridNorm):
+        elif isinstance(module, MegahybridNorm) and module.weight is not None:
             nn.init.ones_(module.weight)
 
 

@@ -10,15 +10,13 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, Gate, Nope, QKNorm, Rope
+from megahybrid.config.score_scale import (
     FixedScale,
-    Gate,
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    QKNorm,
-    Rope,
+    PowerScale,
     ScoreScale,
     SqrtDimScale,
     SsmaxScale,
@@ -99,8 +97,10 @@ def normed(x: Tensor, norm: QKNorm, weight: Tensor | None) -> Tensor:
             x = x - x.mean(over, keepdim=True)
         case other:
             assert_never(other)
-    assert weight is not None
     x = x / (x.square().mean(over, keepdim=True) + EPS).sqrt()
+    if norm.weight == "none":
+        return x
+    assert weight is not None
     return x * weight.view(-1, x.shape[-1])  # [heads, head_dim], or one for all heads
 
 
@@ -131,10 +131,15 @@ def score_factor(
         case SqrtDimScale():
             factor = torch.ones_like(position, dtype=torch.float64)[..., None]
         case Llama4Scale():
-            steps = (position + 1) // scale.floor
+            steps = (position + scale.offset) // scale.floor
             factor = 1 + scale.coefficient * (1 + steps).double().log()[..., None]
         case LogScale():
             factor = (scale.base + keys).double().log()[..., None] / math.log(scale.base)
+        case PowerScale():
+            factor = ((position + 1).double() / scale.length + 1)[..., None] ** scale.exponent
+        case LogFromScale():
+            beyond = (keys.double() / scale.length).log().clamp(min=0)
+            factor = 1 + scale.coefficient * beyond[..., None]
         case SsmaxScale():
             assert learned is not None
             factor = keys.double().log()[..., None] * learned

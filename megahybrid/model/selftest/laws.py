@@ -6,13 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
+from megahybrid.config.score_scale import (
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    QKNorm,
-    Rope,
+    PowerScale,
     ScoreScale,
     SqrtDimScale,
     SsmaxScale,
@@ -247,6 +246,8 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
     scale = module.scale
     if isinstance(scale, Llama4Scale):
         length = max(length, 3 * scale.floor + 2)
+    if isinstance(scale, PowerScale | LogFromScale):
+        length = max(length, 3 * scale.length + 2)
     for rows in (Rows.of([length]), Rows.of([length // 3, length - length // 3])):
         documents = Documents(rows.starts).to(shape.device) if rows.several else None
         ones = torch.ones(length, 1, 1, 1, dtype=shape.dtype, device=shape.device)
@@ -280,7 +281,9 @@ def _places(scheme: AttentionScheme, begins: int, length: int) -> list[int]:
     """Queries at which the factor is about to change, and some where it is not."""
     window, scale = scheme.reach or 2, scheme.score_scale
     steps = [0, 1, 7, window, window - 1]
+    if isinstance(scale, PowerScale | LogFromScale):
+        steps += [scale.length - 1, scale.length, 2 * scale.length]
     if isinstance(scale, Llama4Scale):
-        steps += [scale.floor - 2, scale.floor - 1, 2 * scale.floor - 1]
+        steps += [scale.floor, scale.floor - 2, scale.floor - 1, 2 * scale.floor - 1]
     steps += [length - begins - 1]
     return sorted({begins + step for step in steps if 0 <= step < length - begins})
