@@ -39,7 +39,7 @@ def canonical_shapes(
         shapes[f"{block}.attention.key.weight"] = (kv_heads * head_dim, hidden)
         shapes[f"{block}.attention.value.weight"] = (kv_heads * head_dim, hidden)
         shapes[f"{block}.attention.output.weight"] = (hidden, heads * head_dim)
-        if scheme.qk_norm.kind != "none":
+        if scheme.qk_norm.kind != "none" and scheme.qk_norm.weight != "none":
             for which, count in (("query_norm", heads), ("key_norm", kv_heads)):
                 if scheme.qk_norm.over == "projection":
                     shape: tuple[int, ...] = (count * head_dim,)
@@ -168,14 +168,18 @@ def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def visible(starts: Tensor, window: int | None) -> Tensor:
-    """bool [batch, seq (query), seq (key)]: earlier keys of the same document, at most `window`."""
+def visible(starts: Tensor, window: int | None, chunk: int | None = None) -> Tensor:
+    """bool [batch, seq (query), seq (key)]: earlier keys of the same document, at most `window`, or
+    those of the query's own `chunk`, counted from the start of its document."""
     seq = starts.shape[1]
     query = torch.arange(seq)[:, None]
     key = torch.arange(seq)[None, :]
     mask = (key <= query)[None] & (key[None] >= starts[:, :, None])
     if window is not None:
         mask = mask & (query - key < window)[None]
+    if chunk is not None:
+        number = (torch.arange(seq)[None] - starts) // chunk  # of each token, in its own document
+        mask = mask & (number[:, :, None] == number[:, None, :])
     return mask
 
 
@@ -193,7 +197,13 @@ def query_factor(
     if scale.kind == "sqrt_dim":
         factor = torch.ones(positions.shape)
     elif scale.kind == "llama4":
-        factor = 1 + scale.coefficient * torch.log1p(((positions + 1) // scale.floor).float())
+        factor = 1 + scale.coefficient * torch.log1p(
+            ((positions + scale.offset) // scale.floor).float()
+        )
+    elif scale.kind == "power":
+        factor = ((1 + (positions + 1).double() / scale.length) ** scale.exponent).float()
+    elif scale.kind == "log_from":
+        factor = 1 + scale.coefficient * (keys / scale.length).clamp(min=1).log()
     elif scale.kind == "log":
         factor = torch.log(scale.base + keys.float()) / torch.tensor(scale.base).log()
     else:
@@ -302,7 +312,7 @@ class PlainModel:
             assert scheme.position.kind == "nope"
         owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
         k, v = k[:, owner], v[:, owner]
-        mask = visible(starts, scheme.window)
+        mask = visible(starts, scheme.window, scheme.chunk)
         factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
         scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
         if scheme.score_scale.kind == "ssmax":
@@ -328,7 +338,7 @@ class PlainModel:
         if qk_norm.kind == "none":
             return projected.unflatten(-1, split).transpose(1, 2)
         norm = NORMS[qk_norm.kind]
-        weight = self.tensors[f"{name}.{which}_norm.weight"]
+        weight = self.tensors.get(f"{name}.{which}_norm.weight", torch.ones(()))
         if qk_norm.over == "projection":
             projected = norm(projected, weight, self.config.eps).unflatten(-1, split)
         else:  # a per-head weight [heads, head_dim] and a shared one [head_dim] broadcast alike

@@ -34,7 +34,7 @@ FACTS = (
 # What makes no other model: the plan counts by its layers, and the others fill only the beginning.
 NO_FACTS = ("layer_plan", "initial_std", "embedding_std")
 # Of a scheme: what a stage may change, and what `_layer` writes in 0.1.0's words.
-STAGES_CHANGE = ("position", "window", "score_scale")
+STAGES_CHANGE = ("position", "window", "chunk", "score_scale")
 WRITTEN = ("qk_norm",)
 QK_NORM = ("kind", "over", "weight")
 

@@ -17,6 +17,7 @@ from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few
 from megahybrid.config.old_words import current_scheme
 from megahybrid.config.parsing import parse
 from megahybrid.config.scaling import Array, FrequencyScaling, Scaling, plain_frequencies
+from megahybrid.config.score_scale import ScoreScale, SqrtDimScale, learned_scale
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
 
@@ -75,7 +76,7 @@ def rotation_of(position: Position) -> Rope | None:
 
 QKNormKind = Literal["none", "rms", "layernorm"]
 QKNormOver = Literal["head", "projection"]
-QKNormWeight = Literal["shared", "per_head"]
+QKNormWeight = Literal["shared", "per_head", "none"]
 
 
 class QKNorm(Frozen):
@@ -83,12 +84,14 @@ class QKNorm(Frozen):
 
     over=head: each head's head_dim values; weight [head_dim] shared by all heads, or per_head
     [heads, head_dim]. over=projection: all heads' values together, weight [heads * head_dim].
+    weight=none: the norm alone, without parameters.
     """
 
     kind: QKNormKind = Field(default="none", description="the norm")
     over: QKNormOver = Field(default="head", description="values that are normalised together")
     weight: QKNormWeight = Field(
-        default="shared", description="over head: one weight for all heads, or one for each"
+        default="shared",
+        description="over head: one weight for all heads, or one for each; none: no weight",
     )
 
     @model_validator(mode="after")
@@ -105,6 +108,8 @@ class QKNorm(Frozen):
         if self.learned() is None:
             return None
         match self.over, self.weight:
+            case _, "none":
+                return None
             case "projection", _:
                 return (heads * head_dim,)
             case "head", "per_head":
@@ -115,7 +120,8 @@ class QKNorm(Frozen):
                 assert_never(never)
 
     def learned(self) -> tuple[str, str] | None:
-        """Return which values share a weight, as (over, weight); None without a norm."""
+        """Return which values are normed together and share a weight, as (over, weight); None
+        without a norm."""
         match self.kind:
             case "none":
                 return None
@@ -123,64 +129,6 @@ class QKNorm(Frozen):
                 return self.over, self.weight
             case never:
                 assert_never(never)
-
-
-class SqrtDimScale(Frozen):
-    """Scores times 1 / sqrt(head_dim)."""
-
-    kind: Literal["sqrt_dim"] = "sqrt_dim"
-
-
-class FixedScale(Frozen):
-    """Scores times `scale`, whatever head_dim is."""
-
-    kind: Literal["fixed"]
-    scale: float = Field(gt=0, description="multiplies the scores")
-
-
-class Llama4Scale(Frozen):
-    """1 / sqrt(head_dim) times 1 + coefficient * ln(1 + floor((p + 1) / floor)), p the query's
-    position within its document (from 0)."""
-
-    kind: Literal["llama4"]
-    floor: int = Field(default=8192, gt=0, description="positions of one step of the factor")
-    coefficient: float = Field(default=0.1, ge=0, description="of the logarithm")
-
-
-class LogScale(Frozen):
-    """1 / sqrt(head_dim) times log_base(base + n), n the visible keys (arXiv 2504.08719)."""
-
-    kind: Literal["log"]
-    base: float = Field(gt=1, description="a in log_a(a + n)")
-
-
-class SsmaxScale(Frozen):
-    """1 / sqrt(head_dim) times s * ln n, s learned per query head, n the number of visible keys
-    (arXiv 2501.19399). Every s starts at `initial`."""
-
-    kind: Literal["ssmax"]
-    initial: float | None = Field(
-        default=None,
-        gt=0,
-        description="value every s starts at; null: 1 / the mean of ln n over the first stage's "
-        "lengths, which makes the mean factor 1 (0.168 at 1,024 tokens)",
-    )
-
-
-ScoreScale = Annotated[
-    SqrtDimScale | FixedScale | Llama4Scale | LogScale | SsmaxScale, Field(discriminator="kind")
-]
-
-
-def learned_scale(scale: ScoreScale) -> str | None:
-    """The kind of a scale that has learned parameters, None for one that has none."""
-    match scale:
-        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
-            return None
-        case SsmaxScale():
-            return scale.kind
-        case never:
-            assert_never(never)
 
 
 Gate = Literal["none", "head", "element"]
@@ -217,12 +165,19 @@ class AttentionScheme(Frozen):
     """The way in which a layer's queries see its keys.
 
     `window` counts the keys visible to a query, the query's own included; None means all earlier
-    keys of the document. This is the only place that says so; kernels convert.
+    keys of the document. This is the only place that says so; kernels convert. With `chunk` a
+    document is cut into pieces that do not see each other, while positions go on over them.
     """
 
     position: Position = Field(description="how position enters")
     window: int | None = Field(
         default=None, ge=1, description="keys visible to a query, its own included; null: all"
+    )
+    chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens of a chunk, counted from the start of each document: a query sees the "
+        "keys of its own chunk alone, up to its own; not with window",
     )
     qk_norm: QKNorm = Field(default=QKNorm(), description="norm of queries and keys")
     score_scale: ScoreScale = Field(default=SqrtDimScale(), description="factor on the scores")
@@ -239,6 +194,26 @@ class AttentionScheme(Frozen):
     @classmethod
     def _read_old_word(cls, data: Any) -> Any:
         return current_scheme(data, whole=True)
+
+    @model_validator(mode="after")
+    def _check_chunk(self) -> "AttentionScheme":
+        if self.chunk is not None and self.window is not None:
+            raise ValueError(
+                f"chunk={self.chunk} does not go with a window (window={self.window}): each says "
+                "by itself which keys are seen. Leave one of them out, or set it to null."
+            )
+        return self
+
+    @property
+    def reach(self) -> int | None:
+        """The most keys that any query sees, its own included: window or chunk; None: no limit. A
+        chunk of C is a window of C where documents are cut every C tokens."""
+        return self.window if self.chunk is None else self.chunk
+
+    def with_reach(self, reach: int | None) -> "AttentionScheme":
+        """The scheme with another window, or with another chunk where it has chunks."""
+        field = "window" if self.chunk is None else "chunk"
+        return self.model_copy(update={field: reach})
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.

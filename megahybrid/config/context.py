@@ -263,10 +263,10 @@ def plan_context(
     lines = exchange_problems(parallel, plan, length, shape)
     if lines:
         raise ConfigError(*lines)
-    full = {name: is_full(scheme.window, length) for name, scheme in plan.schemes.items()}
+    full = {name: is_full(scheme.reach, length) for name, scheme in plan.schemes.items()}
 
     def chosen(name: str, count: int) -> Exchange | None:
-        choice, window = told.full if full[name] else told.windowed, plan.schemes[name].window
+        choice, window = told.full if full[name] else told.windowed, plan.schemes[name].reach
         return choose_exchange(choice, window, length, degree, shape, segments=count)
 
     layout = choose_layout(told.layout, [chosen(name, 1) for name in full if full[name]])
@@ -288,7 +288,7 @@ def fewer_queries(
     for name, exchange in plan_context(model, parallel, plan, length).exchanges:
         match exchange:
             case "halo" | "keys":
-                found.add("full" if plan.schemes[name].window is None else "windowed")
+                found.add("full" if plan.schemes[name].reach is None else "windowed")
             case "heads" | None:
                 pass
             case never:
@@ -303,7 +303,7 @@ def exchange_problems(
     degree = parallel.context_degree(length)
     if degree == 1 or shape.split_over(degree):
         return []
-    kinds = {is_full(scheme.window, length) for scheme in plan.schemes.values()}
+    kinds = {is_full(scheme.reach, length) for scheme in plan.schemes.values()}
     set_by_hand = {"full": parallel.exchange.full, "windowed": parallel.exchange.windowed}
     return [
         f"parallel.exchange.{field}=heads cannot split a tensor rank's {shape.heads} heads (KV "

@@ -47,7 +47,7 @@ def context_problems(run: RunConfig, index: int) -> Iterator[str]:
 
 
 def _windows(plan: LayerPlan) -> tuple[tuple[str, int | None], ...]:
-    return tuple((name, scheme.window) for name, scheme in plan.schemes.items())
+    return tuple((name, scheme.reach) for name, scheme in plan.schemes.items())
 
 
 def row_multiple(layout: Layout, degree: int, tensor: int) -> int:

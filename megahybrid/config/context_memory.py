@@ -56,7 +56,7 @@ def stage_context_memory(
         crossing = plan_context(model, parallel, plan, length)
         rows = stage.micro_batch_tokens * crossing.degree // (axis * length)
         for name, scheme in plan.schemes.items():
-            stays, stands = _values(crossing, name, scheme.window, shape)
+            stays, stands = _values(crossing, name, scheme.reach, shape)
             kept[name] = max(kept[name], rows * stays * width)
             working = max(working, rows * stands * width)
     return ContextMemory(axis, tuple(kept[name] for name in plan.names()), working)

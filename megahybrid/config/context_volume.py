@@ -63,7 +63,7 @@ def period_volume(
         if exchange is None:
             return 0
         count = segments_per_rank(crossing.layout)
-        window = plan.schemes[name].window
+        window = plan.schemes[name].reach
         return exchange_bytes(exchange, window, length, degree, shape, segments=count).total()
 
     def everywhere(exchange: Exchange) -> int:

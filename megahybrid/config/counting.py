@@ -10,18 +10,22 @@ from typing import assert_never
 
 from megahybrid.config.attention import (
     AttentionScheme,
-    FixedScale,
     LayerPlan,
-    Llama4Scale,
-    LogScale,
     Nope,
     Rope,
-    SqrtDimScale,
-    SsmaxScale,
     biased_projections,
     gate_features,
 )
 from megahybrid.config.model import Block, ModelConfig
+from megahybrid.config.score_scale import (
+    FixedScale,
+    Llama4Scale,
+    LogFromScale,
+    LogScale,
+    PowerScale,
+    SqrtDimScale,
+    SsmaxScale,
+)
 
 Shape = tuple[int, ...]
 
@@ -84,7 +88,9 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         case other:
             assert_never(other)
     match scheme.score_scale:
-        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+        case SqrtDimScale() | FixedScale():
+            pass
+        case Llama4Scale() | PowerScale() | LogScale() | LogFromScale():
             pass
         case SsmaxScale():  # under the name that it has in every checkpoint
             shapes["attention.logit_scale"] = (model.num_heads,)
@@ -170,6 +176,17 @@ def attended_pairs_of(document_lengths: Iterable[int], window: int | None) -> in
     return sum(attended_pairs(length, window) for length in document_lengths)
 
 
+def scheme_pairs(document_lengths: Iterable[int], scheme: AttentionScheme) -> int:
+    """(query, key) pairs of one layer of a scheme over documents that do not see each other."""
+    if scheme.chunk is None:
+        return attended_pairs_of(document_lengths, scheme.window)
+    full = attended_pairs(scheme.chunk, None)
+    return sum(
+        length // scheme.chunk * full + attended_pairs(length % scheme.chunk, None)
+        for length in document_lengths
+    )
+
+
 def mean_keys(length: int, window: int | None) -> float:
     """Mean keys per query in one document of `length` tokens."""
     return attended_pairs(length, window) / length
@@ -196,7 +213,7 @@ def training_flops(
     """FLOPs of forward and backward over documents that do not see each other."""
     lengths = list(document_lengths)
     pairs = sum(
-        count * attended_pairs_of(lengths, scheme.window)
+        count * scheme_pairs(lengths, scheme)
         for scheme, count in (plan or model.layer_plan).counts()
     )
     per_pair = 12 * model.num_heads * model.head_dim
@@ -210,15 +227,14 @@ def flops_per_token(model: ModelConfig, length: int, plan: LayerPlan | None = No
 
 def layer_flops_per_token(model: ModelConfig, scheme: AttentionScheme, length: int) -> float:
     """Training FLOPs per token of one layer, its matrices and its attention."""
-    attention = 12 * model.num_heads * model.head_dim * mean_keys(length, scheme.window)
+    attention = 12 * model.num_heads * model.head_dim * scheme_pairs([length], scheme) / length
     return 6 * layer_matrix_parameters(model, scheme) + attention
 
 
 def full_attention(plan: LayerPlan) -> LayerPlan:
-    """Return the plan with every window removed."""
-    schemes = {
-        name: scheme.model_copy(update={"window": None}) for name, scheme in plan.schemes.items()
-    }
+    """Return the plan with every window and chunk removed."""
+    everything = {"window": None, "chunk": None}
+    schemes = {name: scheme.model_copy(update=everything) for name, scheme in plan.schemes.items()}
     return plan.model_copy(update={"schemes": schemes})
 
 
@@ -233,7 +249,7 @@ def layer_kv_cache_bytes(
     model: ModelConfig, scheme: AttentionScheme, length: int, bytes_per_value: int = 2
 ) -> int:
     """Keys and values that one layer keeps for one sequence of `length` tokens."""
-    kept = length if scheme.window is None else min(length, scheme.window)
+    kept = length if scheme.reach is None else min(length, scheme.reach)
     return 2 * model.num_kv_heads * model.head_dim * kept * bytes_per_value
 
 

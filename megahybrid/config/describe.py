@@ -64,6 +64,7 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
             "position": position_in_words(scheme),
             "theta": rope.theta if (rope := rotation_of(scheme.position)) else None,
             "window": scheme.window,
+            "chunk": scheme.chunk,
             "qk_norm": scheme.qk_norm.kind,
             "score_scale": scheme.score_scale.kind,
             "parameters": counting.layer_parameters(run.model, scheme),
@@ -72,6 +73,12 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
         }
         for index, (name, scheme) in enumerate(zip(plan.names(), plan.expand(), strict=True))
     ]
+
+
+def _span(window: int | None, chunk: int | None) -> str:
+    if chunk is not None:
+        return f"chunk {chunk:,}"
+    return f"{window:,}" if window else "all"
 
 
 def position_in_words(scheme: AttentionScheme) -> str:
@@ -229,7 +236,7 @@ def _layer_table(description: dict[str, Any]) -> Any:
             layer["scheme"],
             layer["position"],
             f"{layer['theta']:,.0f}" if layer["theta"] else "-",
-            f"{layer['window']:,}" if layer["window"] else "all",
+            _span(layer["window"], layer["chunk"]),
             f"{layer['parameters']:,}",
             _bytes(layer["kv_cache_bytes"]),
             f"{layer['flops_per_token'] / 1e6:,.2f}",

@@ -83,7 +83,7 @@ def _length(
     rows = _rows_per_step(run, index, crossing, data_degree)
     schemes = []
     for name, exchange in crossing.exchanges:
-        window = plan.schemes[name].window
+        window = plan.schemes[name].reach
         again = [
             policy in ("full", "offload")
             for policy, of in zip(policies, plan.names(), strict=True)

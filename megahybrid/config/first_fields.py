@@ -6,16 +6,10 @@ where it is at its default, because it does nothing there.
 
 from typing import Any
 
-from megahybrid.config.attention import (
-    AttentionScheme,
-    Llama4Scale,
-    LogScale,
-    QKNorm,
-    Rope,
-    SsmaxScale,
-)
+from megahybrid.config.attention import AttentionScheme, QKNorm, Rope
 from megahybrid.config.base import Frozen
 from megahybrid.config.parallel import ParallelConfig
+from megahybrid.config.score_scale import Llama4Scale, LogScale, SsmaxScale
 
 # In today's words; classes that are not here have got no field since.
 FIRST: dict[type[Frozen], frozenset[str]] = {

@@ -120,7 +120,7 @@ def activation_bytes_per_token(
     whole += gated // model.layer_plan.num_layers
     if device == "cpu":
         schemes = model.layer_plan.counts()
-        windowed = sum(count for scheme, count in schemes if scheme.window is not None)
+        windowed = sum(count for scheme, count in schemes if scheme.reach is not None)
         # Blocks of queries and keys are copies.
         whole += (queries + 2 * keys) * windowed // model.layer_plan.num_layers
         match model.norm:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from megahybrid.config.attention import LayerPlan, SsmaxScale
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.score_scale import SsmaxScale
 
 WITHOUT_A_RUN = 0.168  # at 1,024 tokens: a model alone knows no length
 
@@ -24,7 +25,7 @@ def with_starts(plan: LayerPlan, lengths: Mapping[int, int]) -> LayerPlan:
         name: scheme.model_copy(
             update={
                 "score_scale": scheme.score_scale.model_copy(
-                    update={"initial": ssmax_start(lengths, scheme.window)}
+                    update={"initial": ssmax_start(lengths, scheme.reach)}
                 )
             }
         )

@@ -29,7 +29,8 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
 class LayerCache:
     """The rotated keys and the values of one layer, for at most `capacity` columns.
 
-    A windowed layer keeps its last `window` columns: column c lies in slot c mod slots.
+    A layer with a window or chunks keeps as many columns as these count: column c lies in slot
+    c mod slots.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class LayerCache:
     ) -> None:
         batch, kv_heads, head_dim = shape
         self.scheme = scheme
-        self.slots = capacity if scheme.window is None else min(scheme.window, capacity)
+        self.slots = capacity if scheme.reach is None else min(scheme.reach, capacity)
         self.keys = torch.zeros(batch, kv_heads, self.slots, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
 
@@ -64,7 +65,7 @@ class LayerCache:
         """
         new = k.shape[2]
         slots = torch.arange(self.slots, device=k.device)
-        if new == 1 or self.scheme.window is None:
+        if new == 1 or self.scheme.reach is None:
             where = torch.arange(first, first + new, device=k.device) % self.slots
             self.keys.index_copy_(2, where, k)
             self.values.index_copy_(2, where, v)
@@ -146,10 +147,11 @@ class Cache:
         layer = self.layers[index]
         keys, values, columns = layer.extend(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), first)
         queries = torch.arange(first, first + len(q), device=q.device)
-        window = layer.scheme.window
-        key = (window, len(columns))
+        window, chunk = layer.scheme.window, layer.scheme.chunk
+        key = (window, chunk, len(columns))
         if key not in self.masks:
-            self.masks[key] = seen(self.starts, queries, columns, window)
+            starts = self.starts if chunk is None else Documents(self.starts).cut(chunk).starts
+            self.masks[key] = seen(starts, queries, columns, window)
         allowed = self.masks[key]
         if self.observe is not None:
             self.observe(index, q, keys, queries, columns, allowed, spec.scale)

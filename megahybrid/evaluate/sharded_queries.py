@@ -38,8 +38,10 @@ class ShardedQueries:
     def __call__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
         """One layer's queries and keys [seq_local, 1, heads, head_dim]; collective."""
         keys = k.permute(1, 2, 0, 3)
+        # Those of a layer with chunks are cut finer.
+        starts = self._starts if spec.documents is None else spec.documents.starts
         for queries in self._chunks:
-            allowed = seen(self._starts, queries, self._positions, spec.window)
+            allowed = seen(starts, queries, self._positions, spec.window)
             rows = self._shards.pick(q, queries)
             self._observe(self._layer, rows, keys, queries, self._columns, allowed, spec.scale)
         self._layer += 1

@@ -120,7 +120,7 @@ def choose(
     model: ModelConfig, plan: LayerPlan, wanted: str | None, table: Table = ARCHITECTURES
 ) -> Architecture:
     """Return the class to export as. Raises ConfigError with what `wanted` does not support."""
-    if any(scheme.window is not None and scheme.window < 2 for scheme in plan.schemes.values()):
+    if any(scheme.reach is not None and scheme.reach < 2 for scheme in plan.schemes.values()):
         raise ConfigError(
             "model.layer_plan has a window of 1 key, for which the cache of transformers is wrong. "
             "Use a window of 2 or more."

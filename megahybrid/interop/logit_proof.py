@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Llama4Scale, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.tensor_names import HEAD
@@ -70,22 +71,25 @@ class Row:
 def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
     """Return the plan to compare with: windows of different lengths stay different."""
     limit = SMALL_WINDOW if parameters > LARGE else LARGE_WINDOW
-    windows = sorted({s.window for s in plan.schemes.values() if s.window is not None})
+    windows = sorted({s.reach for s in plan.schemes.values() if s.reach is not None})
     smaller = {window: min(window, limit + rank) for rank, window in enumerate(windows)}
     schemes = {}
     for name, scheme in plan.schemes.items():
         update: dict[str, Any] = {}
-        if scheme.window is not None:
-            update["window"] = smaller[scheme.window]
+        if scheme.reach is not None:
+            update["window" if scheme.chunk is None else "chunk"] = smaller[scheme.reach]
         if isinstance(scheme.score_scale, Llama4Scale) and scheme.score_scale.floor > FLOOR:
             update["score_scale"] = scheme.score_scale.model_copy(update={"floor": FLOOR})
+        if isinstance(scheme.score_scale, PowerScale | LogFromScale):
+            length = min(scheme.score_scale.length, FLOOR)
+            update["score_scale"] = scheme.score_scale.model_copy(update={"length": length})
         schemes[name] = scheme.model_copy(update=update)
     return plan.model_copy(update={"schemes": schemes})
 
 
 def lengths(plan: LayerPlan) -> tuple[int, int]:
     """Return a length below the shortest window and one well above the longest."""
-    windows = [s.window for s in plan.schemes.values() if s.window is not None]
+    windows = [s.reach for s in plan.schemes.values() if s.reach is not None]
     if not windows:
         return 5, 96
     return max(2, min(windows) - 1), min(LONGEST, max(3 * max(windows) + 7, 96))

@@ -131,7 +131,10 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
     words = position_in_words(scheme)
     if isinstance(scheme.position, Rope):
         words += f" theta {scheme.position.theta:g}"
-    words += ", all keys" if scheme.window is None else f", window {scheme.window}"
+    if scheme.chunk is not None:
+        words += f", chunks of {scheme.chunk}"
+    else:
+        words += ", all keys" if scheme.window is None else f", window {scheme.window}"
     if scheme.qk_norm.kind != "none":
         words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
     if scheme.score_scale.kind != "sqrt_dim":
@@ -144,6 +147,8 @@ def _scheme_cells(scheme: AttentionScheme) -> str:
     norm = scheme.qk_norm
     words = "-" if norm.kind == "none" else f"{norm.kind} over {norm.over}"
     window = "all" if scheme.window is None else str(scheme.window)
+    if scheme.chunk is not None:
+        window = f"chunk {scheme.chunk}"
     return " | ".join((position_in_words(scheme), theta, window, words, scheme.score_scale.kind))
 
 

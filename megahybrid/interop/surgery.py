@@ -78,10 +78,12 @@ def _change(layer: int, old: AttentionScheme, new: AttentionScheme) -> Change:
             reasons.append("other angles")
     if old.score_scale != new.score_scale:
         reasons.append("another sharpness of attention")
-    if old.window != new.window:
-        edge = min(w for w in (old.window, new.window) if w is not None)
+    if (old.window, old.chunk) != (new.window, new.chunk):
+        # Up to the shorter one's length windows and chunks see all that there is.
+        edge = min(r for r in (old.reach, new.reach) if r is not None)
         exact = edge if not reasons else 0
-        shorter = old.window is None or (new.window is not None and new.window < old.window)
+        shorter = old.reach is None or (new.reach is not None and new.reach < old.reach)
+        shorter = shorter or (old.reach == new.reach and new.chunk is not None)
         reasons.append("to do without far keys" if shorter else "to use farther keys")
     return Change(layer, old, new, exact, " and ".join(reasons))
 

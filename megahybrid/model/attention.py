@@ -138,7 +138,7 @@ class Attention(nn.Module):
         if self.query_scale is not None:
             assert type(scheme.score_scale) is type(self.query_scale.scale)
             self.query_scale.scale = scheme.score_scale
-            self.query_scale.window = scheme.window
+            self.query_scale.window, self.query_scale.chunk = scheme.window, scheme.chunk
 
     def heads(
         self,
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The attention output of heads that are prepared."""
-        spec = self.spec(context)
+        spec = self.spec(context, batch=q.shape[1])
         if context.watch is not None:
             context.watch(q, k, spec)
         if context.shards is None:
@@ -235,10 +235,11 @@ class Attention(nn.Module):
             case other:
                 assert_never(other)
 
-    def spec(self, context: SequenceContext) -> AttentionSpec:
-        """Return what this layer asks of a kernel for a batch."""
+    def spec(self, context: SequenceContext, batch: int) -> AttentionSpec:
+        """Return what this layer asks of a kernel for a batch of so many rows. A chunk is a window
+        of its length over documents that are cut so: every kernel that serves both serves it."""
         return AttentionSpec(
-            window=self.scheme.window,
-            documents=context.documents,
+            window=self.scheme.reach,
+            documents=context.documents_of(self.scheme.chunk, batch),
             scale=score_scale(self.scheme, self.head_dim),
         )

@@ -11,7 +11,7 @@ from megahybrid.config.attention import Rope
 from megahybrid.model.activation_offload import OffloadedTensor
 from megahybrid.model.core_attention import CoreAttention, core_attention
 from megahybrid.model.kernels import AttentionSpec
-from megahybrid.model.kernels.documents import Documents
+from megahybrid.model.kernels.documents import Documents, chunks_of_rows
 from megahybrid.model.rotary import RotaryTable, plain_table
 from megahybrid.model.row_shards import RowShards
 
@@ -56,6 +56,15 @@ class SequenceContext:
                 )
             )
         return self.tables[key]
+
+    def documents_of(self, chunk: int | None, batch: int) -> Documents | None:
+        """Return the documents of a batch of so many rows for layers with chunks: cut finer. Of the
+        whole rows; rotation and temperature go by those of the batch itself."""
+        if chunk is None or chunk >= self.length:
+            return self.documents
+        if self.documents is None:
+            return chunks_of_rows(chunk, batch, self.length, self.device)
+        return self.documents.cut(chunk)
 
     def local(self, whole: Shaped[Tensor, "seq *rest"]) -> Shaped[Tensor, "seq_local *rest"]:
         """Return what belongs to the tokens that are here of what has an entry for each token."""

@@ -16,15 +16,17 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from megahybrid.config.attention import (
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
+    LogFromScale,
     LogScale,
+    PowerScale,
     ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
-from megahybrid.config.model import ModelConfig
 from megahybrid.config.ssmax_start import start_of
 from megahybrid.config.training import OptimizerConfig
 from megahybrid.model.transformer import Transformer
@@ -73,7 +75,14 @@ def _initial(scale: ScoreScale) -> float:
     match scale:
         case SsmaxScale():
             return start_of(scale)
-        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+        case (
+            SqrtDimScale()
+            | FixedScale()
+            | Llama4Scale()
+            | PowerScale()
+            | LogScale()
+            | LogFromScale()
+        ):
             raise AssertionError(f"a score scale of kind {scale.kind} learns nothing")
         case never:
             assert_never(never)

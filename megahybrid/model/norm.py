@@ -104,8 +104,9 @@ class QKNormModule(nn.Module):
     """Normalises queries and keys, before the rotation.
 
     Weights: over=head shared [head_dim], replicated; per_head [heads, head_dim], cut by heads;
-    over=projection [heads * head_dim], cut by heads. With more tensor ranks than KV heads the
-    key's weight is replicated like the key projection, and each rank reads the rows of its head.
+    over=projection [heads * head_dim], cut by heads; weight=none has none. With more tensor ranks
+    than KV heads the key's weight is replicated like the key projection, and each rank reads the
+    rows of its head.
     `name` is the layer's attention, for example blocks.3.attention.
     """
 
@@ -128,7 +129,9 @@ class QKNormModule(nn.Module):
         self.query_weight = self._make_weight(f"{name}.query_norm.weight", num_heads, mesh)
         self.key_weight = self._make_weight(f"{name}.key_norm.weight", num_kv_heads, mesh)
 
-    def _make_weight(self, name: str, heads: int, mesh: ParallelMesh) -> nn.Parameter:
+    def _make_weight(self, name: str, heads: int, mesh: ParallelMesh) -> nn.Parameter | None:
+        if self.qk_norm.weight == "none":
+            return None
         cut = 0 if heads >= mesh.tensor.size else None
         if self.qk_norm.over == "projection":
             return _weight(name, (heads * self.head_dim,), cut, mesh)
@@ -153,8 +156,10 @@ class QKNormModule(nn.Module):
             return self._over_projection(q, k, weights)
         return self._over_head(q, weights[0]), self._over_head(k, weights[1])
 
-    def _read(self, weight: nn.Parameter, heads_local: int, heads: int) -> Tensor:
-        """This rank's weight: [head_dim], or [heads_local, head_dim]."""
+    def _read(self, weight: nn.Parameter | None, heads_local: int, heads: int) -> Tensor | None:
+        """This rank's weight: [head_dim], or [heads_local, head_dim]; None where there is none."""
+        if weight is None:
+            return None
         if self.qk_norm.over == "head" and self.qk_norm.weight == "shared":
             return copy_to_tensor(weight, self.tensor)
         if heads >= self.tensor.size:
@@ -163,8 +168,8 @@ class QKNormModule(nn.Module):
         whole = copy_to_tensor(weight, self.tensor).view(heads, self.head_dim)
         return whole[head : head + heads_local]
 
-    def _over_head(self, x: Tensor, weight: Tensor) -> Tensor:
-        if weight.dim() == 1:
+    def _over_head(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None or weight.dim() == 1:
             return self._of_each_head(x, weight)
         return (self._of_each_head(_wide(x), None) * weight).to(x.dtype)
 
@@ -179,7 +184,7 @@ class QKNormModule(nn.Module):
                 assert_never(other)
 
     def _over_projection(
-        self, q: Tensor, k: Tensor, weights: tuple[Tensor, Tensor]
+        self, q: Tensor, k: Tensor, weights: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         wide = (_wide(q), _wide(k))
         match self.kind:
@@ -192,7 +197,7 @@ class QKNormModule(nn.Module):
                 assert_never(other)
         variances = self._means(*(x.square().sum((-2, -1)) for x in wide))
         q_normed, k_normed = (
-            x * torch.rsqrt(variance + self.eps) * weight
+            _weighted(x * torch.rsqrt(variance + self.eps), weight)
             for x, variance, weight in zip(wide, variances, weights, strict=True)
         )
         return q_normed.to(q.dtype), k_normed.to(k.dtype)
@@ -221,6 +226,10 @@ def _weight(name: str, shape: tuple[int, ...], dim: int | None, mesh: ParallelMe
     return attach_shard_spec(
         nn.Parameter(torch.ones(spec.parameter_shape, device=mesh.device)), spec
     )
+
+
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight
 
 
 def _wide(x: Tensor) -> Tensor:

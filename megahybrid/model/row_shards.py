@@ -127,7 +127,7 @@ class ContextRanks:
         if crossing.degree == 1:
             return None
         by_window = {
-            plan.schemes[name].window: exchange
+            plan.schemes[name].reach: exchange
             for name, exchange in crossing.exchanges
             if exchange is not None
         }

@@ -33,10 +33,16 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
     span = "sees every earlier token"
     if scheme.window is not None:
         span = f"sees the last {scheme.window:,} tokens"
+    if scheme.chunk is not None:
+        span = f"sees the earlier tokens of its own chunk of {scheme.chunk:,}"
     theta = getattr(scheme.position, "theta", None)
     if theta is None:
         return f"{span}, without positions (NoPE)"
     return f"{span}, with rotary positions (RoPE, theta {short_number(theta)})"
+
+
+def _span(scheme: AttentionScheme) -> int | str:
+    return scheme.window or "all" if scheme.chunk is None else f"chunk {scheme.chunk:,}"
 
 
 def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
@@ -48,7 +54,7 @@ def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
             scheme = schemes[name]
             theta = getattr(scheme.position, "theta", None)
             row = (
-                name, names.count(name), position_in_words(scheme), theta, scheme.window or "all",
+                name, names.count(name), position_in_words(scheme), theta, _span(scheme),
                 scheme.qk_norm.kind, scheme.score_scale.kind,
             )  # fmt: skip
             found.setdefault(row, []).append(stage.name)

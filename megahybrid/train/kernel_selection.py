@@ -76,7 +76,7 @@ def _measured(
     chosen: dict[str, str] = {}
     seconds: dict[str, Any] = {}
     for kind in KINDS:
-        these = {n: s for n, s in schemes.items() if (s.window is None) == (kind == "full")}
+        these = {n: s for n, s in schemes.items() if (s.reach is None) == (kind == "full")}
         if not these or getattr(run.kernels, kind) != "auto":
             continue
         fewer = kind in fewer_queries_in(run, index)
@@ -194,7 +194,7 @@ def measure_tested(
     """`measure` of the kernels that every scheme of the kind passes its self-test on, at the widest
     window; of the others, what they violate. `degree` context ranks share a row, and `fewer` says
     whether the kernel then meets fewer queries than keys."""
-    widest = max((scheme.window or 0 for scheme in schemes.values()), default=0)
+    widest = max((scheme.reach or 0 for scheme in schemes.values()), default=0)
     heads = HeadShape(work.heads, work.kv_heads, work.head_dim, work.dtype, work.device)
     passed, found = [], {}
     for name in names:

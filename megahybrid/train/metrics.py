@@ -41,12 +41,12 @@ def peak_flops_per_second(device_name: str, precision: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS_PER_SECOND.items() if name in device_name), None)
 
 
-def attended_pairs(starts: Any, windows: Sequence[int | None]) -> int:
+def attended_pairs(starts: Any, windows: Sequence[int | None], chunks: Sequence[int] = ()) -> int:
     """(query, key) pairs of a batch that the masks let through, summed over the layers.
 
     `starts` [batch, seq] (numpy or a CPU tensor) is the index within its row of the first token of
     each token's document; `windows` has one entry per layer: the keys a query sees, itself
-    included, or None for all earlier keys of the document.
+    included, or None for all earlier keys of the document; `chunks` one for each layer with chunks.
     """
     starts = np.asarray(starts)
     rows_at_once = max(1, _CHUNK_TOKENS // max(1, starts.shape[1]))
@@ -57,6 +57,8 @@ def attended_pairs(starts: Any, windows: Sequence[int | None]) -> int:
         for window, layers in Counter(windows).items():
             seen = visible if window is None else np.minimum(visible, window)
             pairs += layers * int(seen.sum())
+        for chunk, layers in Counter(chunks).items():
+            pairs += layers * int(((visible - 1) % chunk + 1).sum())
     return pairs
 
 
@@ -67,21 +69,26 @@ class StepFlops:
     per_token: int
     per_pair: int
     windows: tuple[int | None, ...]
+    chunks: tuple[int, ...] = ()
 
     @classmethod
-    def from_model(cls, model: ModelConfig, windows: Sequence[int | None]) -> "StepFlops":
+    def from_model(
+        cls, model: ModelConfig, windows: Sequence[int | None], chunks: Sequence[int] = ()
+    ) -> "StepFlops":
         """Forward and backward (three times forward), the head included, the embedding's look-up
         and everything that is no matrix product left out."""
         return cls(
             per_token=6 * matrix_parameters(model),
             per_pair=12 * model.num_heads * model.head_dim,
             windows=tuple(windows),
+            chunks=tuple(chunks),
         )
 
     def of(self, starts: Any) -> int:
         """FLOPs of a batch with these document starts [batch, seq]."""
         tokens = int(np.asarray(starts).size)
-        return self.per_token * tokens + self.per_pair * attended_pairs(starts, self.windows)
+        pairs = attended_pairs(starts, self.windows, self.chunks)
+        return self.per_token * tokens + self.per_pair * pairs
 
 
 def mfu(flops: float | int, seconds: float, peak: float | None, devices: int) -> float | None:

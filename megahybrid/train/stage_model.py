@@ -120,8 +120,9 @@ class StageModel:
         self._tested += new.values()
         self.self_test_seconds = round(sum(seconds for *_, seconds in tested), 3)
         self.plan = plan
-        windows = [scheme.window for scheme in plan.expand()]
-        self.flops = StepFlops.from_model(self._run.model, windows)
+        windows = [scheme.window for scheme in plan.expand() if scheme.chunk is None]
+        chunks = [scheme.chunk for scheme in plan.expand() if scheme.chunk is not None]
+        self.flops = StepFlops.from_model(self._run.model, windows, chunks)
 
     def _adopt_across(
         self, plan: LayerPlan, shape: HeadShape, kernels: dict[str, str]
@@ -168,7 +169,7 @@ class StageModel:
                 yield (
                     shards,
                     {
-                        name: _Crossed(scheme, *where, shards.exchange(scheme.window))
+                        name: _Crossed(scheme, *where, shards.exchange(scheme.reach))
                         for name, scheme in plan.schemes.items()
                     },
                 )

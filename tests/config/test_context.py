@@ -232,8 +232,8 @@ REFUSED: list[tuple[list[str], int | None, str]] = [
         ],
         None,
         "kernels.windowed=cudnn_frontend does not serve fewer queries than keys, as 8 context "
-        "ranks have them (exchange halo at length 256). Use auto, reference, blocked, varlen, flex, "
-        "fa3 or fa4, or "
+        "ranks have them (exchange halo at length 256). Use auto, reference, blocked, varlen, "
+        "flex, fa3 or fa4, or "
         "parallel.exchange.windowed: heads.",
     ),
 ]

@@ -9,9 +9,10 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import dump, dump_yaml, load, parse, parse_json
-from megahybrid.config.attention import AttentionScheme, LogScale
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.old_words import first_words, tell_once
 from megahybrid.config.run import RunConfig
+from megahybrid.config.score_scale import LogScale
 from megahybrid.errors import ConfigError
 from tests.config.example import EXAMPLE, example
 

@@ -7,7 +7,7 @@ import pytest
 
 from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.config import RunConfig, dump, dump_yaml, load, parse, parse_json
-from megahybrid.config.attention import SsmaxScale
+from megahybrid.config.score_scale import SsmaxScale
 from tests.config.example import example
 
 GLOBAL = "model.layer_plan.schemes.global"

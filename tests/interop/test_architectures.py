@@ -9,18 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from megahybrid.config import load
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, QKNorm, Rope
+from megahybrid.config.base import Frozen
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
     LogScale,
-    QKNorm,
-    Rope,
     SqrtDimScale,
     SsmaxScale,
 )
-from megahybrid.config.base import Frozen
-from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError, InteropError
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import NO_QK_NORM, Architecture, Serves

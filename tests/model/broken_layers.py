@@ -124,7 +124,7 @@ def factor_of(wrong: Callable[..., Tensor]) -> Callable[[Patch], None]:
         patch.setattr(
             score_scale,
             "_plain_factor",
-            lambda scale, window, length, device: wrong(scale, window, None, length, device),
+            lambda scale, window, chunk, *of: wrong(scale, window, chunk, None, *of),
         )
 
     return plant
@@ -143,10 +143,47 @@ def unwindowed(scale: Any, window: Any, *args: Any) -> Tensor:
     return query_factor(scale, None, *args)
 
 
-def through_documents(scale: Any, window: Any, docs: Any, length: int, device: Any) -> Tensor:
+def through_documents(
+    scale: Any, window: Any, chunk: Any, docs: Any, length: int, device: Any
+) -> Tensor:
     """Keys and positions counted from the row's start."""
-    plain = query_factor(scale, window, None, length, device)
+    plain = query_factor(scale, window, chunk, None, length, device)
     return plain if docs is None else plain.expand(-1, docs.starts.shape[0])
+
+
+def unchunked(scale: Any, window: Any, chunk: Any, *args: Any) -> Tensor:
+    """Keys counted beyond the chunk."""
+    return query_factor(scale, window, None, *args)
+
+
+def chunks_of_the_row(patch: Patch) -> None:
+    """Chunks that are counted from the row's start, whatever documents there are."""
+
+    def documents_of(self: Any, chunk: Any, batch: int) -> Any:
+        if chunk is None or self.documents is None:
+            return right(self, chunk, batch)
+        place = torch.arange(self.documents.seq, device=self.documents.device)
+        return documents.Documents(self.documents.starts.maximum(place // chunk * chunk))
+
+    right = context.SequenceContext.documents_of
+    patch.setattr(context.SequenceContext, "documents_of", documents_of)
+
+
+def no_chunks(patch: Patch) -> None:
+    """A window of the chunk's length alone."""
+    patch.setattr(
+        context.SequenceContext, "documents_of", lambda self, chunk, batch: self.documents
+    )
+
+
+def chunks_of_documents_alone(patch: Patch) -> None:
+    """Rows of one document are not cut."""
+    right = context.SequenceContext.documents_of
+
+    def documents_of(self: Any, chunk: Any, batch: int) -> Any:
+        return None if self.documents is None else right(self, chunk, batch)
+
+    patch.setattr(context.SequenceContext, "documents_of", documents_of)
 
 
 def one_factor_for_all_windows(patch: Patch) -> None:

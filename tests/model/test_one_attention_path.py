@@ -132,7 +132,7 @@ def test_what_no_kernel_serves_is_refused_on_every_path(
     monkeypatch.setattr(
         attention.Attention,
         "spec",
-        lambda self, context: replace(right(self, context), sinks=torch.zeros(4)),
+        lambda self, context, batch: replace(right(self, context, batch), sinks=torch.zeros(4)),
     )
     with pytest.raises(ConfigError, match="learned sinks"):
         PATHS[path]()

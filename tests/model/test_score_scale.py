@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, Nope
+from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
     LogScale,
-    Nope,
     SqrtDimScale,
     SsmaxScale,
 )
@@ -29,7 +28,7 @@ NOPE = Nope(kind="nope")
 
 def test_llama4_factor_has_the_published_values() -> None:
     scale = Llama4Scale(kind="llama4", floor=8192, coefficient=0.1)
-    factor = query_factor(scale, None, None, 262144, CPU)[:, 0]
+    factor = query_factor(scale, None, None, None, 262144, CPU)[:, 0]
     wanted = {8190: 1.0, 8191: 1.069315, 65535: 1.219722, 131071: 1.283321, 262143: 1.349651}
     for position, value in wanted.items():
         assert float(factor[position]) == pytest.approx(value, abs=1e-6)
@@ -49,7 +48,7 @@ def test_factors_count_the_visible_keys_of_each_document(window: int | None) -> 
             ),
         ]
         for scale, wanted in formulas:
-            found = query_factor(scale, window, documents, 12, CPU)[:, row]
+            found = query_factor(scale, window, None, documents, 12, CPU)[:, row]
             assert found.tolist() == pytest.approx(wanted, abs=1e-6)
 
 

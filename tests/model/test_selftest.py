@@ -7,17 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megahybrid.config.attention import (
-    AttentionScheme,
-    FixedScale,
-    Llama4Scale,
-    LogScale,
-    Nope,
-    QKNorm,
-    Rope,
-    SsmaxScale,
-)
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
 from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
+from megahybrid.config.score_scale import FixedScale, Llama4Scale, LogScale, SsmaxScale
 from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
 from megahybrid.model.kernels.chosen import ChosenKernels
@@ -42,6 +34,10 @@ SCHEMES = {
     "rope-window-prime": AttentionScheme(position=rope(theta=500.0), window=211),
     "rope-window-1": AttentionScheme(position=rope(), window=1),
     "nope-window-2": AttentionScheme(position=NOPE, window=2),
+    "rope-chunk": AttentionScheme(position=rope(), chunk=50),
+    "nope-chunk-log": AttentionScheme(
+        position=NOPE, chunk=33, score_scale=LogScale(kind="log", base=3)
+    ),
     "nope": AttentionScheme(position=NOPE),
     "rope-partial": AttentionScheme(position=rope(rotary_fraction=0.5)),
     "rope-linear": AttentionScheme(position=rope(scaling=LinearScaling(kind="linear", factor=16))),

@@ -40,6 +40,7 @@ LIES: list[Lies] = [
 WIDE = {
     "wide-window": AttentionScheme(position=rope(theta=50000.0), window=700),
     "wide-nope": AttentionScheme(position=Nope(kind="nope"), window=300),
+    "wide-chunk": AttentionScheme(position=rope(theta=50000.0), chunk=700),
 }
 ALL = SCHEMES | WIDE
 
@@ -48,7 +49,7 @@ def shards_of(axis: Axis, schemes: dict[str, AttentionScheme], lies: Lies) -> Ro
     """Rows on an axis as a run's plan would lay them."""
     layout, full, windowed = lies
     exchanges = {
-        scheme.window: full if scheme.window is None else windowed for scheme in schemes.values()
+        scheme.reach: full if scheme.reach is None else windowed for scheme in schemes.values()
     }
     return RowShards(axis, layout, 0, tuple(exchanges.items()))
 
@@ -68,7 +69,7 @@ def seconds_of(
     shards = shards_of(mesh.context, schemes, lies)
     report = run_context_test(schemes, shape, dict.fromkeys(schemes, kernel), shards, mesh.world)
     assert [(name, exchange) for name, exchange, _ in report] == [
-        (name, shards.exchange(scheme.window)) for name, scheme in schemes.items()
+        (name, shards.exchange(scheme.reach)) for name, scheme in schemes.items()
     ]
     return time.process_time() - began
 
@@ -96,6 +97,9 @@ ASKED = (
     "ssmax-1",
     "wide-window",
     "wide-nope",
+    "rope-chunk",
+    "wide-chunk",
+    "nope-chunk-log",
 )
 
 

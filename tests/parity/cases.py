@@ -63,6 +63,23 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"gate": "head", "window": WINDOW},
         NOPE | {"gate": "element"} | qk_norm("rms"),
     ],
+    "chunk": [
+        ROPE | {"chunk": WINDOW} | qk_norm("rms"),
+        NOPE | {"chunk": 4} | score_scale(kind="log", base=2.5),
+    ],
+    "weightless": [
+        ROPE | qk_norm("rms", weight="none") | score_scale(kind="power", length=64, exponent=0.2),
+        NOPE
+        | qk_norm("layernorm", over="projection", weight="none")
+        | score_scale(kind="log_from", length=3, coefficient=0.1),
+    ],
+    "llama4-from-0": [
+        NOPE | score_scale(kind="llama4", floor=3, coefficient=0.4, offset=0) | {"window": WINDOW},
+        ROPE
+        | qk_norm("rms", over="projection", weight="none")
+        | score_scale(kind="log_from", length=2, coefficient=0.5)
+        | {"chunk": 4},
+    ],
     "ssmax": [
         NOPE | score_scale(kind="ssmax"),
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},

@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megahybrid.config import attention, model, scaling
+from megahybrid.config import attention, model, scaling, score_scale
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from tests.interop.examples import model_of
@@ -19,7 +19,7 @@ NOPE: Fields = {"position": {"kind": "nope"}}
 UNIONS: dict[str, Any] = {
     "position": attention.Position,
     "scaling": scaling.Scaling,
-    "score_scale": attention.ScoreScale,
+    "score_scale": score_scale.ScoreScale,
     "qk_norm.kind": attention.QKNormKind,
     "qk_norm.over": attention.QKNormOver,
     "qk_norm.weight": attention.QKNormWeight,
@@ -68,6 +68,10 @@ EXAMPLES: dict[str, Example] = {
     "score_scale.sqrt_dim": _with(score_scale={"kind": "sqrt_dim"}),
     "score_scale.fixed": _with(score_scale={"kind": "fixed", "scale": 0.3}),
     "score_scale.llama4": _with(score_scale={"kind": "llama4", "floor": 3, "coefficient": 0.4}),
+    "score_scale.power": _with(score_scale={"kind": "power", "length": 3, "exponent": 0.3}),
+    "score_scale.log_from": _with(
+        score_scale={"kind": "log_from", "length": 3, "coefficient": 0.4}
+    ),
     "score_scale.log": _with(score_scale={"kind": "log", "base": 3.0}),
     "score_scale.ssmax": _with(score_scale={"kind": "ssmax"}),
     "qk_norm.kind.none": _with(qk_norm={"kind": "none"}),
@@ -77,6 +81,12 @@ EXAMPLES: dict[str, Example] = {
     "qk_norm.over.projection": _with(qk_norm={"kind": "rms", "over": "projection"}),
     "qk_norm.weight.shared": _with(qk_norm={"kind": "rms", "weight": "shared"}),
     "qk_norm.weight.per_head": _with(qk_norm={"kind": "layernorm", "weight": "per_head"}),
+    "qk_norm.weight.none": Example(
+        (
+            ROPE | {"window": 5, "qk_norm": {"kind": "rms", "weight": "none"}},
+            NOPE | {"qk_norm": {"kind": "layernorm", "over": "projection", "weight": "none"}},
+        )
+    ),
     "gate.none": _with(gate="none"),
     "gate.head": _with(gate="head"),
     "gate.element": _with(gate="element"),
@@ -90,6 +100,8 @@ EXAMPLES: dict[str, Example] = {
     "norm.layernorm": Example(
         (ROPE | {"window": 5}, NOPE), (("norm", "layernorm"), ("block", "parallel"))
     ),
+    "field.window": _with(),
+    "field.chunk": Example((ROPE | {"chunk": 5}, NOPE | {"chunk": 4})),
     "pattern.list": Example((ROPE, NOPE)),
     "pattern.periodic": Example((ROPE, NOPE), rule=True),
 }
@@ -111,6 +123,12 @@ def members(union: Any) -> list[str]:
 
 
 MEMBERS = [f"{name}.{member}" for name, union in UNIONS.items() for member in members(union)]
+# What a scheme says by a number, not by a member of a union.
+MEMBERS += [
+    f"field.{name}"
+    for name in AttentionScheme.model_fields
+    if name not in ("position", "qk_norm") and name not in UNIONS
+]
 
 
 def schemes_of(config: ModelConfig) -> tuple[AttentionScheme, ...]:

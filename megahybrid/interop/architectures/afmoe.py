@@ -4,8 +4,9 @@ gated by element; sliding layers rotate and full layers do not."""
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Gate, Nope, QKNorm, Rope, SqrtDimScale
+from megahybrid.config.attention import AttentionScheme, Gate, Nope, QKNorm, Rope
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves

@@ -4,8 +4,9 @@ for the full ones, null for none."""
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
-from megahybrid.config.attention import AttentionScheme, Nope, Position, Rope, SqrtDimScale
+from megahybrid.config.attention import AttentionScheme, Nope, Position, Rope
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import NO_QK_NORM, Serves
 from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, rope_parameters

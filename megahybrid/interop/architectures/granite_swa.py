@@ -3,19 +3,19 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.scaling import NtkScaling
+from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    Rope,
+    PowerScale,
     ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
-from megahybrid.config.model import ModelConfig
-from megahybrid.config.scaling import NtkScaling
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import NO_QK_NORM, Serves
@@ -135,7 +135,7 @@ def _multiplier(scale: ScoreScale, head_dim: int) -> float:
             return float(head_dim**-0.5)
         case FixedScale():
             return scale.scale
-        case Llama4Scale() | LogScale() | SsmaxScale():
+        case Llama4Scale() | PowerScale() | LogScale() | LogFromScale() | SsmaxScale():
             raise InteropError(f"GraniteSWA has no score scale of kind {scale.kind}.")
         case _:
             assert_never(scale)

@@ -6,23 +6,22 @@ It keeps our order of the rows, and a rotation is its fp32 frequencies, which JS
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
+from megahybrid.config.base import dump
+from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import (
     FixedScale,
-    LayerPlan,
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    Position,
-    QKNorm,
-    Rope,
+    PowerScale,
+    ScoreScale,
     SqrtDimScale,
     SsmaxScale,
 )
-from megahybrid.config.base import dump
-from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
+    SCHEME_FIELDS,
     Architecture,
     Serves,
     same_or_refused,
@@ -41,6 +40,7 @@ class Megahybrid(Architecture):
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
     )
+    scheme_fields = SCHEME_FIELDS | {"chunk"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -48,7 +48,13 @@ class Megahybrid(Architecture):
             QKNorm(kind="none"),
             QKNorm(kind="none", weight="per_head"),
             QKNorm(kind="none", over="projection"),
+            QKNorm(kind="none", weight="none"),
+            QKNorm(kind="none", over="projection", weight="none"),
             QKNorm(kind="rms"),
+            QKNorm(kind="rms", weight="none"),
+            QKNorm(kind="rms", over="projection", weight="none"),
+            QKNorm(kind="layernorm", weight="none"),
+            QKNorm(kind="layernorm", over="projection", weight="none"),
             QKNorm(kind="rms", weight="per_head"),
             QKNorm(kind="rms", over="projection"),
             QKNorm(kind="layernorm"),
@@ -57,7 +63,15 @@ class Megahybrid(Architecture):
         ),
         positions=(Rope, Nope),
         scalings=(object,),  # any: of a rotation only the frequencies and the factor are written
-        score_scales=(SqrtDimScale, FixedScale, Llama4Scale, LogScale, SsmaxScale),
+        score_scales=(
+            SqrtDimScale,
+            FixedScale,
+            Llama4Scale,
+            PowerScale,
+            LogScale,
+            LogFromScale,
+            SsmaxScale,
+        ),
         gates=("none", "head", "element"),
         biases=("none", "qkv"),
         logit_scale=True,
@@ -100,7 +114,10 @@ class Megahybrid(Architecture):
         for name, scheme in config.schemes.items():
             same_or_refused("window", scheme["window"], plan.schemes[name].window)
             scheme["window"] = small.schemes[name].window
-            scheme["logit_scale"] = dump(small.schemes[name].score_scale)
+            if small.schemes[name].chunk is not None:
+                same_or_refused("chunk", scheme["chunk"], plan.schemes[name].chunk)
+                scheme["chunk"] = small.schemes[name].chunk
+            scheme["logit_scale"] = _scale(small.schemes[name].score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
@@ -110,19 +127,27 @@ class Megahybrid(Architecture):
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     """Return the fields that the shipped code reads; their names stay when ours change."""
     # What came later is written where it is not at its default, so that an export stays as it was.
-    later = {
+    later: Fields = {
         name: value
         for name, value in (("gate", scheme.gate), ("bias", scheme.bias))
         if value != "none"
     }
+    later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
-        "logit_scale": dump(scheme.score_scale),
+        "logit_scale": _scale(scheme.score_scale),
         **later,
     }
+
+
+def _scale(scale: ScoreScale) -> Fields:
+    fields = dump(scale)
+    if fields.get("offset") == 1:  # as it was before there was another
+        del fields["offset"]
+    return fields
 
 
 def _rotation(position: Position, head_dim: int) -> Fields | None:

@@ -4,8 +4,9 @@ returns, and of all heads of queries and of keys together."""
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope, SqrtDimScale
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves
 from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, rope_parameters

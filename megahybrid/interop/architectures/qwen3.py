@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope, SqrtDimScale
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves
 from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, rope_parameters, rope_position

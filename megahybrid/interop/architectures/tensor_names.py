@@ -12,16 +12,20 @@ from typing import assert_never
 
 from megahybrid.config.attention import (
     AttentionScheme,
-    FixedScale,
-    Llama4Scale,
-    LogScale,
     QKNorm,
-    SqrtDimScale,
-    SsmaxScale,
     biased_projections,
     gate_features,
 )
 from megahybrid.config.model import ModelConfig
+from megahybrid.config.score_scale import (
+    FixedScale,
+    Llama4Scale,
+    LogFromScale,
+    LogScale,
+    PowerScale,
+    SqrtDimScale,
+    SsmaxScale,
+)
 
 HEAD = "lm_head.weight"  # where it is not the embedding
 Order = tuple[int, ...]
@@ -131,7 +135,9 @@ def attention_tensors(
             yield TensorName(
                 f"{ours}.attention.logit_scale", f"{theirs}.logit_scale", (model.num_heads,)
             )
-        case SqrtDimScale() | FixedScale() | Llama4Scale() | LogScale():
+        case SqrtDimScale() | FixedScale():
+            pass
+        case Llama4Scale() | PowerScale() | LogScale() | LogFromScale():
             pass
         case _:
             assert_never(scheme.score_scale)
@@ -146,6 +152,8 @@ def _qk_norm_shape(norm: QKNorm, heads: int, head_dim: int) -> tuple[int, ...] |
             pass
         case _:
             assert_never(norm.kind)
+    if norm.weight == "none":
+        return None
     match norm.over:
         case "projection":
             return (heads * head_dim,)

@@ -10,8 +10,10 @@ class MegahybridConfig(PreTrainedConfig):
 
     `schemes` maps a name to {rotation: {frequencies, attention_factor} or None, window: keys
     visible to a query, its own included, or None for all, qk_norm: {kind, over, weight},
-    logit_scale: {kind, ...}}; `layer_schemes` names one per layer. `frequencies` are radians per
-    token, the fp32 values the model was trained with, of pairs (i, i + len(frequencies)).
+    logit_scale: {kind, ...}}, and where it has them gate: head or element, chunk: tokens of the
+    pieces of a text, which do not see each other; `layer_schemes` names one per layer.
+    `frequencies` are radians per token, the fp32 values the model was trained with, of pairs
+    (i, i + len(frequencies)).
     """
 
     model_type = "megahybrid"
@@ -61,5 +63,5 @@ class MegahybridConfig(PreTrainedConfig):
         return [self.schemes[name] for name in self.layer_schemes]
 
     def windows(self) -> list[int | None]:
-        """Return the window of each layer."""
-        return [scheme["window"] for scheme in self.layers()]
+        """Return the keys that each layer's cache must reach: its window, or its chunk."""
+        return [scheme.get("chunk") or scheme["window"] for scheme in self.layers()]

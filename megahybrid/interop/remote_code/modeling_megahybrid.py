@@ -24,10 +24,10 @@ QUERY_BLOCK = 1024
 class MegahybridNorm(nn.Module):
     """RMSNorm or bias-free LayerNorm over the last dimension, in fp32."""
 
-    def __init__(self, shape: tuple[int, ...], kind: str, eps: float) -> None:
+    def __init__(self, shape: tuple[int, ...] | None, kind: str, eps: float) -> None:
         super().__init__()
         self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(shape))
+        self.weight = None if shape is None else nn.Parameter(torch.ones(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised, of the same shape and dtype."""
@@ -35,7 +35,7 @@ class MegahybridNorm(nn.Module):
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight.float()).to(x.dtype)
+        return (wide if self.weight is None else wide * self.weight.float()).to(x.dtype)
 
 
 class Places:
@@ -48,6 +48,12 @@ class Places:
     def __init__(self, seen: int, seq: int, position: Tensor, valid: Tensor | None) -> None:
         self.seen, self.seq, self.position, self.valid = seen, seq, position, valid
         self._rotations: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def columns(self, device: torch.device) -> Tensor:
+        """Return the position [batch or 1, seen + seq] of each cached and each new token."""
+        if self.valid is None:
+            return torch.arange(self.seen + self.seq, device=device)[None]
+        return (self.valid.long().cumsum(-1) - 1).clamp(min=0)
 
     def cos_and_sin(
         self, name: str, rotation: dict[str, Any], dtype: torch.dtype
@@ -103,6 +109,8 @@ class MegahybridAttention(nn.Module):
             self.logit_scale = nn.Parameter(torch.ones(heads))
 
     def _norm(self, heads: int, eps: float) -> MegahybridNorm:
+        if self.qk_norm["weight"] == "none":
+            return MegahybridNorm(None, self.qk_norm["kind"], eps)
         if self.qk_norm["over"] == "projection":
             shape: tuple[int, ...] = (heads * self.head_dim,)
         elif self.qk_norm["weight"] == "per_head":
@@ -148,15 +156,21 @@ class MegahybridAttention(nn.Module):
             return q, plain
         position = places.position[:, None, :, None]
         if kind == "llama4":
-            steps = (position + 1) // scale["floor"]
+            steps = (position + scale.get("offset", 1)) // scale["floor"]
             factor = 1 + scale["coefficient"] * torch.log1p(steps.float())
+        elif kind == "power":
+            factor = (1 + (position + 1).float() / scale["length"]) ** scale["exponent"]
         else:
-            keys = position + 1
+            chunk = self.scheme.get("chunk")
+            keys = position + 1 if chunk is None else position % chunk + 1
             if self.scheme["window"] is not None:
                 keys = keys.clamp(max=self.scheme["window"])
             if kind == "log":
                 base = torch.tensor(float(scale["base"]), device=q.device)
                 factor = torch.log(scale["base"] + keys.float()) / torch.log(base)
+            elif kind == "log_from":
+                ratio = (keys.float() / scale["length"]).clamp(min=1)
+                factor = 1 + scale["coefficient"] * torch.log(ratio)
             else:
                 factor = torch.log(keys.float()) * self.logit_scale.float()[:, None, None]
         return q * factor.to(q.dtype), plain
@@ -164,7 +178,8 @@ class MegahybridAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, places: Places) -> Tensor:
         """Return the softmax average over the visible keys, a block of queries at a time."""
         k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        window = self.scheme["window"]
+        chunk = self.scheme.get("chunk")
+        window = self.scheme["window"] if chunk is None else chunk
         total = places.seen + places.seq
         first = total - k.shape[2]  # the place of the oldest key that is held
         parts = []
@@ -179,6 +194,10 @@ class MegahybridAttention(nn.Module):
             mask = key <= query
             if window is not None:
                 mask = mask & (key > query - window)
+            if chunk is not None:
+                pieces = places.columns(q.device) // chunk
+                queries = pieces[:, places.seen + start : high, None]
+                mask = (mask & (queries == pieces[:, None, low:high]))[:, None]
             if places.valid is not None:
                 # A padded query sees itself: a row of softmax must have something in it.
                 mask = mask & places.valid[:, None, None, low:high] | (key == query)
@@ -266,7 +285,7 @@ class MegahybridPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, MegahybridNorm):
+        elif isinstance(module, MegahybridNorm) and module.weight is not None:
             nn.init.ones_(module.weight)
 
 

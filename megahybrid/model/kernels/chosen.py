@@ -22,7 +22,7 @@ class ChosenKernels:
 
     def of(self, scheme: AttentionScheme) -> str:
         """Return the attention kernel of a layer with this scheme."""
-        return self.full if scheme.window is None else self.windowed
+        return self.full if scheme.reach is None else self.windowed
 
     @property
     def compiler(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -80,6 +81,21 @@ class Documents:
         whole = (first, last) == (0, self.seq)
         return self if whole else self.keep(("stretch", first, last), cut)
 
+    def cut(self, chunk: int) -> "Documents":
+        """Return the documents that are left where each is cut after every `chunk` tokens."""
+
+        def finer() -> Documents:
+            documents = Documents(self.starts + self.positions() // chunk * chunk)
+            if "spans" in self._kept:  # known to the host: nobody waits for a device
+                documents._kept["spans"] = [
+                    Span(row, first, min(first + chunk, stop))
+                    for row, start, stop in self.spans()
+                    for first in range(start, stop, chunk)
+                ]
+            return documents
+
+        return self.keep(("cut", chunk), finer)
+
     def keep(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` gave the first time that `key` was asked for."""
         if key not in self._kept:
@@ -116,6 +132,13 @@ class Documents:
             return [Span(*span) for span in zip(row, begin, ends, strict=True)]
 
         return self.keep("spans", find)
+
+
+@lru_cache(maxsize=8)
+def chunks_of_rows(chunk: int, batch: int, length: int, device: torch.device) -> Documents:
+    """Return `batch` rows of one document each, cut after every `chunk` tokens: the same for every
+    batch."""
+    return Documents(torch.zeros(batch, length, dtype=torch.int64)).cut(chunk).to(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

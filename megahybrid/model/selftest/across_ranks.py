@@ -77,9 +77,9 @@ def _contexts(
 ) -> Contexts:
     """Contexts of all schemes, as layers share them, with an exchange for each window asked."""
     exchange = {
-        window: shards.exchange(scheme.window)
+        window: shards.exchange(scheme.reach)
         for scheme in schemes.values()
-        for window in (*short_windows(scheme.window, shards), scheme.window)
+        for window in (*short_windows(scheme.reach, shards), scheme.reach)
     }
     return Contexts(shape, replace(shards, exchanges=tuple(exchange.items())))
 
@@ -148,19 +148,19 @@ class _Crossing:
     @property
     def exchange(self) -> exchanges.Exchange:
         """Return what its layers exchange."""
-        return self.shards.exchange(self.scheme.window)
+        return self.shards.exchange(self.scheme.reach)
 
     def questions(self, short: bool) -> Iterator[_Question]:
         """Each talks with other ranks first and judges then, so that the ranks stay together where
         one finds a violation and another does not."""
-        for window in short_windows(self.scheme.window, self.shards):
-            yield from self._short(self.scheme.model_copy(update={"window": window}))
+        for window in short_windows(self.scheme.reach, self.shards):
+            yield from self._short(self.scheme.with_reach(window))
         if not short:
             yield from self._at_own_length()
 
     def _short(self, scheme: AttentionScheme) -> Iterator[_Question]:
         """All heads, on rows whose documents end about the edges of shards."""
-        rows, shape, window = short_rows(self.shards), self.shape, scheme.window
+        rows, shape, window = short_rows(self.shards), self.shape, scheme.reach
         bare, one = HeadsOnly(shape, laws.bare(scheme), self.kernel), self._whole(scheme)
         for each in (rows.first(2).joined(), rows):
             yield _Question(window, each, partial(one.rotates, shape, each))
@@ -180,14 +180,14 @@ class _Crossing:
 
     def _at_own_length(self) -> Iterator[_Question]:
         """Few heads, with the scheme's own window, which may be far beyond a short row."""
-        scheme, shape, window = self.scheme, self.fewest_heads(), self.scheme.window
+        scheme, shape, window = self.scheme, self.fewest_heads(), self.scheme.reach
         rows = cut_over(own_rows(window, self.kernel), self.shards)
         bare = HeadsOnly(shape, laws.bare(scheme), self.kernel)
         for each in (rows.first(1).joined(), rows):
             yield _Question(window, each, partial(self._whole(scheme).rotates, shape, each))
             yield _Question(window, each, partial(self._sees, bare, shape, each))
         scheme, rows, shape = reduced(scheme, self.kernel, shape, SHARE)
-        rows, window = cut_over(rows, self.shards), scheme.window
+        rows, window = cut_over(rows, self.shards), scheme.reach
         shards = replace(self.shards, exchanges=((window, self.exchange),))
         one = replace(self._whole(scheme), contexts=Contexts(shape, shards))
         for each in (rows.first(1).joined(), rows):
@@ -217,7 +217,8 @@ class _Crossing:
         if violation.token is not None:
             rank = holder(shards, violation.token)
         window = question.window
-        asked = "" if window == self.scheme.window else f" (asked with window={window})"
+        word = "window" if self.scheme.chunk is None else "chunk"
+        asked = "" if window == self.scheme.reach else f" (asked with {word}={window})"
         return (
             f"self-test: scheme '{name}' with exchange {self.exchange} over {shards.axis.size} "
             f"context ranks ({shards.layout}) and kernel {self._whole(self.scheme).kernel_name()} "

@@ -81,7 +81,7 @@ def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
 
 
 def _most_keys(scheme: AttentionScheme, length: int) -> int:
-    return min(scheme.window or length, length)
+    return min(scheme.reach or length, length)
 
 
 def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
@@ -91,8 +91,8 @@ def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch
     wide = normal(generator, rows.length, len(rows.documents), shape.features + gate)
     if scheme.qk_norm.kind == "none":
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
-    queries = queries_of(rows, scheme.window)
-    seen = visible_keys(rows.starts, queries, scheme.window).sum(-1).T
+    queries = queries_of(rows, scheme.reach)
+    seen = visible_keys(rows.starts, queries, scheme.window, scheme.chunk).sum(-1).T
     grad_output = torch.zeros(rows.length, len(rows.documents), shape.heads, shape.head_dim)
     drawn = normal(generator, len(queries), *grad_output.shape[1:]) * seen[..., None, None]
     grad_output[queries] = drawn.to(grad_output.dtype)
@@ -112,6 +112,7 @@ def queries_of(rows: Rows, window: int | None) -> Tensor:
     if window is not None:
         chosen |= {window - 1, window, window + 1}
         # The last queries that see keys of another rank, and the first that do not.
+        chosen |= {2 * window - 1, 2 * window}  # ends of chunks
         chosen |= {edge + window + off for edge in rows.edges for off in (-2, -1)}
     chosen |= {edge + off for edge in rows.edges for off in (-1, 0, 1)}
     return torch.tensor(sorted(query for query in chosen if 0 <= query < length))
@@ -131,7 +132,8 @@ def compare(
     names = ["output", "queries", "keys", "values", *block.names[3:], *block.learned()]
     got = _numbers(block, shape, context, drawn, evaluates)
     right = _expected(block, shape, rows, drawn)
-    seen = visible_keys(rows.starts, drawn.queries, block.attention.scheme.window).sum(-1).T
+    scheme = block.attention.scheme
+    seen = visible_keys(rows.starts, drawn.queries, scheme.window, scheme.chunk).sum(-1).T
     root = seen.double().sqrt().to(shape.device)[..., None]
     for name, ours, theirs in zip(names, got, right, strict=False):
         what = "output" if name == "output" else f"gradient of {name}"

@@ -10,16 +10,13 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import (
-    AttentionScheme,
-    Bias,
+from megahybrid.config.attention import AttentionScheme, Bias, Gate, Nope, QKNorm, Rope
+from megahybrid.config.score_scale import (
     FixedScale,
-    Gate,
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    QKNorm,
-    Rope,
+    PowerScale,
     ScoreScale,
     SqrtDimScale,
     SsmaxScale,
@@ -46,7 +43,7 @@ def expected_output(
             pass
         case other:
             assert_never(other)
-    seen = visible_keys(starts, queries, scheme.window)
+    seen = visible_keys(starts, queries, scheme.window, scheme.chunk)
     scale = score_factor(
         scheme.score_scale,
         positions[:, queries].T,
@@ -92,11 +89,17 @@ def gated(gate: Gate, out: Tensor, *values: Tensor) -> Tensor:
             assert_never(other)
 
 
-def visible_keys(starts: Tensor, queries: Tensor, window: int | None) -> Tensor:
-    """[rows, queries, keys]: not later, of the same document, and among the last `window`."""
+def visible_keys(
+    starts: Tensor, queries: Tensor, window: int | None, chunk: int | None = None
+) -> Tensor:
+    """[rows, queries, keys]: not later, of the same document, and among the last `window`, or in
+    the query's own chunk of the document."""
     key = torch.arange(starts.shape[1], device=starts.device)
     distance = queries[:, None] - key
     seen = (distance >= 0) & (key >= starts[:, queries, None])
+    if chunk is not None:
+        begins = starts[:, queries, None]
+        seen = seen & ((queries[:, None] - begins) // chunk == (key - begins) // chunk)
     return seen if window is None else seen & (distance < window)
 
 
@@ -113,8 +116,10 @@ def normed(x: Tensor, norm: QKNorm, weight: Tensor | None) -> Tensor:
             x = x - x.mean(over, keepdim=True)
         case other:
             assert_never(other)
-    assert weight is not None
     x = x / (x.square().mean(over, keepdim=True) + EPS).sqrt()
+    if norm.weight == "none":
+        return x
+    assert weight is not None
     return x * weight.view(-1, x.shape[-1])  # [heads, head_dim], or one for all heads
 
 
@@ -145,10 +150,15 @@ def score_factor(
         case SqrtDimScale():
             factor = torch.ones_like(position, dtype=torch.float64)[..., None]
         case Llama4Scale():
-            steps = (position + 1) // scale.floor
+            steps = (position + scale.offset) // scale.floor
             factor = 1 + scale.coefficient * (1 + steps).double().log()[..., None]
         case LogScale():
             factor = (scale.base + keys).double().log()[..., None] / math.log(scale.base)
+        case PowerScale():
+            factor = ((position + 1).double() / scale.length + 1)[..., None] ** scale.exponent
+        case LogFromScale():
+            beyond = (keys.double() / scale.length).log().clamp(min=0)
+            factor = 1 + scale.coefficient * beyond[..., None]
         case SsmaxScale():
             assert learned is not None
             factor = keys.double().log()[..., None] * learned

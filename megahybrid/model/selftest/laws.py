@@ -6,13 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import (
-    AttentionScheme,
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
+from megahybrid.config.score_scale import (
     Llama4Scale,
+    LogFromScale,
     LogScale,
-    Nope,
-    QKNorm,
-    Rope,
+    PowerScale,
     ScoreScale,
     SqrtDimScale,
     SsmaxScale,
@@ -63,7 +62,7 @@ def sees_its_keys(block: HeadsOnly, shape: HeadShape, context: SequenceContext, 
     c of a query's output is 1 / (probes it sees) where it sees probe c, and else 0. The last
     channel holds the number of the KV head.
     """
-    window = block.attention.scheme.window
+    scheme, window = block.attention.scheme, block.attention.scheme.reach
     probes = [_probes(rows, row, window, shape.head_dim) for row in range(len(rows.documents))]
     direction = normal(torch.Generator().manual_seed(1), shape.head_dim)
     pointed = direction * math.sqrt(PROBED_SCORE * math.sqrt(shape.head_dim)) / direction.norm()
@@ -90,15 +89,20 @@ def sees_its_keys(block: HeadsOnly, shape: HeadShape, context: SequenceContext, 
     seen = out[..., :count] > 0.5 / count
     for row, these in enumerate(probes):
         for head in range(shape.heads):
-            _demand_right(seen[:, row, head], torch.tensor(these), rows.starts[row], window)
+            _demand_right(seen[:, row, head], torch.tensor(these), rows.starts[row], scheme)
 
 
-def _demand_right(got: Tensor, probes: Tensor, starts: Tensor, window: int | None) -> None:
+def _demand_right(got: Tensor, probes: Tensor, starts: Tensor, scheme: AttentionScheme) -> None:
     """`got` [queries, probes]: whether a query sees a probe."""
     query = torch.arange(len(got))[:, None]
     causal, alike = probes <= query, probes >= starts[:, None]
+    window, chunk = scheme.window, scheme.chunk
     within = torch.ones_like(causal) if window is None else probes > query - window
     exactly = f"does not see exactly window={window} keys"
+    if chunk is not None:
+        begins = starts[:, None]
+        within = (query - begins) // chunk == (probes - begins) // chunk
+        exactly = f"does not see exactly the keys of its chunk={chunk}"
     for wrong, message in (
         (got & ~causal, "is not causal: query {0} sees key {1}"),
         (got & ~alike, "mixes documents: query {0} sees key {1} of another"),
@@ -119,6 +123,7 @@ def _probes(rows: Rows, row: int, window: int | None, head_dim: int) -> list[int
     turn = row % max(1, len(rows.edges))
     for edge in (rows.edges[turn:] + rows.edges[:turn])[:3]:
         wanted = [edge - reach + 1, edge - 1, edge, edge - reach, *wanted]
+    wanted += [reach - 1, reach] if reach < length else []  # about the end of a first chunk
     wanted += [0, length - reach, last, last // 2, last - reach, last - 1, 1]
     wanted += [key for border in borders[::-1] for key in (border - 1, border)]
     wanted += list(range(2, length, max(1, length // MOST_PROBES)))
@@ -148,7 +153,10 @@ def is_blind_to_position(
 ) -> None:
     """Keys in another order, or the same text further on, leave a NoPE query's output alone."""
     apart = 33
-    reach = min(block.attention.scheme.window or length, length)
+    scheme = block.attention.scheme
+    reach = min(scheme.window or length, length)
+    if scheme.chunk is not None:  # from the start of the last query's chunk
+        reach = (length - 1) % scheme.chunk + 1
     generator = torch.Generator().manual_seed(3)
     text = normal(generator, length, 1, sum(block.sizes)).expand(-1, 2, -1).clone()
     kv = slice(shape.heads * shape.head_dim, None)
@@ -200,9 +208,9 @@ def scales_its_scores(scheme: AttentionScheme, shape: HeadShape, kernel: str) ->
     """Check the factor of q·k, within a hundredth even in bf16: the last query points at its own
     key alone, by a score of POINTED, and what is left for the other keys tells the score that was.
     Of vectors drawn at random a factor moves the output by less than bf16 rounds."""
-    if scheme.window == 1:
+    if scheme.reach == 1:
         return  # one key gets everything, whatever its score
-    length = min(scheme.window or SCALED_KEYS, SCALED_KEYS)
+    length = min(scheme.reach or SCALED_KEYS, SCALED_KEYS)
     scaled = bare(scheme).model_copy(update={"score_scale": scheme.score_scale})
     block = HeadsOnly(shape, scaled, kernel)
     scale, last = scheme.score_scale, torch.tensor([[length - 1]])
@@ -241,6 +249,8 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
     scale = module.scale
     if isinstance(scale, Llama4Scale):
         length = max(length, 3 * scale.floor + 2)
+    if isinstance(scale, PowerScale | LogFromScale):
+        length = max(length, 3 * scale.length + 2)
     for rows in (Rows.of([length]), Rows.of([length // 3, length - length // 3])):
         documents = Documents(rows.starts).to(shape.device) if rows.several else None
         ones = torch.ones(length, 1, 1, 1, dtype=shape.dtype, device=shape.device)
@@ -250,7 +260,8 @@ def scales_its_queries(scheme: AttentionScheme, shape: HeadShape, length: int) -
         begins = int(rows.starts[0, -1])
         for index in _places(scheme, begins, length):
             position = torch.tensor([[index - begins]])
-            keys = visible_keys(rows.starts, torch.tensor([index]), scheme.window).sum(-1)
+            query = torch.tensor([index])
+            keys = visible_keys(rows.starts, query, scheme.window, scheme.chunk).sum(-1)
             learned = None
             if isinstance(scale, SsmaxScale):
                 learned = torch.tensor([start_of(scale)], dtype=torch.float64)
@@ -271,9 +282,11 @@ def _rounding(scale: ScoreScale, shape: HeadShape) -> float:
 
 def _places(scheme: AttentionScheme, begins: int, length: int) -> list[int]:
     """Queries at which the factor is about to change, and some where it is not."""
-    window, scale = scheme.window or 2, scheme.score_scale
+    window, scale = scheme.reach or 2, scheme.score_scale
     steps = [0, 1, 7, window, window - 1]
+    if isinstance(scale, PowerScale | LogFromScale):
+        steps += [scale.length - 1, scale.length, 2 * scale.length]
     if isinstance(scale, Llama4Scale):
-        steps += [scale.floor - 2, scale.floor - 1, 2 * scale.floor - 1]
+        steps += [scale.floor, scale.floor - 2, scale.floor - 1, 2 * scale.floor - 1]
     steps += [length - begins - 1]
     return sorted({begins + step for step in steps if 0 <= step < length - begins})

@@ -40,9 +40,9 @@ class OneScheme:
         """Laws, then numbers, at a length of the scheme's own: its window and some blocks, or more
         than any kernel treats as a special case."""
         scheme, shape = self.scheme, self.shape
-        rows = own_rows(scheme.window, self.kernel)
+        rows = own_rows(scheme.reach, self.kernel)
         both = (rows.joined(), rows)
-        fewer = affordable(shape, rows, scheme.window, forward_only=True)
+        fewer = affordable(shape, rows, scheme.reach, forward_only=True)
         seeing = HeadsOnly(fewer, laws.bare(scheme), self.kernel)
         for each in both:
             self.rotates(shape, each)
@@ -105,7 +105,7 @@ class OneScheme:
         """Return the kernel asked for, or the one that `auto` means here."""
         if self.kernel != "auto":
             return self.kernel
-        window, shape = self.scheme.window, self.shape
+        window, shape = self.scheme.reach, self.shape
         length = own_rows(window, self.kernel).length
         return choose(window, length, None, shape.device, shape.dtype, shape.head_dim)
 
@@ -141,12 +141,12 @@ def reduced(
     """The scheme with the widest window whose gradients are affordable, and the heads for it;
     `share`: for a part of the budget."""
     while True:
-        rows = own_rows(scheme.window, kernel)
-        fewer = affordable(shape, rows, scheme.window)
-        fits = _fits(fewer, rows, scheme.window, share=share)
-        if fits or scheme.window is None or scheme.window <= 256:
+        rows = own_rows(scheme.reach, kernel)
+        fewer = affordable(shape, rows, scheme.reach)
+        fits = _fits(fewer, rows, scheme.reach, share=share)
+        if fits or scheme.reach is None or scheme.reach <= 256:
             return scheme, rows, fewer
-        scheme = scheme.model_copy(update={"window": scheme.window // 2 + 1})
+        scheme = scheme.with_reach(scheme.reach // 2 + 1)
 
 
 def affordable(
