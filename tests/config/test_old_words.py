@@ -75,7 +75,7 @@ def test_files_may_use_it_beside_files_with_the_new_word(
         f"include: old.yaml\n{change % ('score_scale', 'coefficient: 0.5')}",
     )
     scale = load(both).model.layer_plan.schemes["global"].score_scale
-    assert dump(scale) == {"kind": "llama4", "floor": 9, "coefficient": 0.5}
+    assert dump(scale) == {"kind": "llama4", "floor": 9, "coefficient": 0.5, "offset": 1}
     load(old)
     (line,) = told(capsys)
     assert line.startswith(f"megahybrid: {old}: ") and "score_scale" in line
