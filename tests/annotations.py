@@ -58,10 +58,10 @@ def checked(function: Any) -> Any:
         memos = push_shape_memo({})
         try:
             return inner(*args, **named)
-        except BeartypeCallHintViolation as error:
-            if not hasattr(error, "__notes__"):
-                error.add_note(shape_str(memos))
-            raise
+        except BeartypeCallHintViolation as error:  # a TypeError, as jaxtyping itself raises
+            said = jaxtyping.TypeCheckError(str(error))
+            said.add_note(shape_str(memos))
+            raise said from error
         finally:
             pop_shape_memo()
 

@@ -243,7 +243,9 @@ class SandwichBlock(Block):
         branch = self.attention.to_hidden(attention_output, inputs)
         hidden = hidden + self.attention_output_norm(branch)
         if self._chunks(hidden):
-            (part,) = self._normed(self.mlp_norm, self._chunked, hidden)
+            assert self.chunked is not None
+            # The norm behind it reads it in backward as well.
+            (part,) = self._normed(self.mlp_norm, self.chunked, hidden)
             return hidden + self.mlp_output_norm(scatter_sequence(part, self.tensor))
         gate, up = self._normed(self.mlp_norm, self.gate_up, hidden)
         return hidden + self.mlp_output_norm(self.mlp(gate, up))

@@ -110,13 +110,13 @@ def odd_copy(ranks: distributed.Ranks, odd: int, tensor: int) -> str:
     """What the audit says of one copy of a replicated weight that is another."""
     import torch
 
-    from megahybrid.train.engine.audit import _far_from_most, _in_words
+    from megahybrid.train.engine.audit import _far_from_most, ranks_in_words
 
     mesh = ranks.mesh(tensor)
     value = torch.linspace(-1, 1, 7)
     if mesh.tensor.rank == odd:
         value[3] += 1e-3
-    return _in_words(_far_from_most(value, mesh), mesh.tensor)
+    return ranks_in_words(_far_from_most(value, mesh), mesh.tensor)
 
 
 def test_of_several_tensor_ranks_the_one_that_differs_is_named() -> None:
