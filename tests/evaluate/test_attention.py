@@ -39,7 +39,7 @@ class Watched(PlainModel):
         if isinstance(scheme.position, Rope):
             q, k = (rotate(part, positions, scheme.position) for part in (q, k))
         k = k[:, [head // (heads // kv_heads) for head in range(heads)]]
-        mask = visible(starts, scheme.window)
+        mask = visible(starts, scheme.window, scheme.chunk)
         factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
         scores = (q @ k.mT) * factor[:, None, :, None]
         if scheme.score_scale.kind == "ssmax":
