@@ -83,6 +83,8 @@ def test_what_is_served_gives_the_run_of_one_rank(
         if context == 1:
             ranks = [words for words in ranks if "parallel.context" not in words]
         command = ["train", "run.yaml", f"directory=on{context}", *TWICE, *ranks]
+        if spike:  # the planted loss is none that an audit would let pass
+            command.append("log.audit_every_steps=5")
         launch = Ranks(
             nursery, command, context, example, fault="spike_in_ninth_step" if spike else None
         )
