@@ -22,7 +22,7 @@ VECTOR, LONGER = torch.zeros(3), torch.zeros(4)
 
 
 def decorated(what: Any) -> Any:
-    """As the import hook decorates what it finds in the package."""
+    """Decorate a function or class as the import hook does with what it finds in the package."""
     return jaxtyping.jaxtyped(typechecker=tests.annotations.check)(what)
 
 

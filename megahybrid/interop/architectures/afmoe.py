@@ -10,7 +10,7 @@ from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves
-from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, switched_rope_parameters
+from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields
 from megahybrid.interop.architectures.stock import StockArchitecture
 
 
@@ -43,11 +43,7 @@ class Afmoe(StockArchitecture):
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
         """Return which layers rotate, which is which are windowed."""
-        position = layers.one_position(schemes)
-        return {
-            "layer_types": layers.layer_types([layers.rotates(s) for s in schemes]),
-            "sliding_window": layers.one_window(schemes) or layers.ENDLESS,
-            "rope_parameters": switched_rope_parameters(position, model.head_dim),
+        return layers.sliding_rotates_fields(schemes, model.head_dim) | {
             "num_dense_layers": len(schemes),
             "mup_enabled": False,
         }

@@ -8,7 +8,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves
-from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, switched_rope_parameters
+from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields
 from megahybrid.interop.architectures.stock import StockArchitecture
 
 
@@ -42,16 +42,11 @@ class Exaone4(StockArchitecture):
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
         """Return which layers rotate, which is which are windowed."""
-        sliding = [layers.rotates(s) for s in schemes]
-        window: int | None = layers.one_window(schemes) or layers.ENDLESS
+        fields = layers.sliding_rotates_fields(schemes, model.head_dim)
         if _rotates_and_sees_everything(schemes):
-            sliding, window = [False] * len(schemes), None
-        position = layers.one_position(schemes)
-        return {
-            "layer_types": layers.layer_types(sliding),
-            "sliding_window": window,
-            "rope_parameters": switched_rope_parameters(position, model.head_dim),
-        }
+            full = layers.layer_types([False] * len(schemes))
+            fields |= {"layer_types": full, "sliding_window": None}
+        return fields
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
         """Return each layer: full ones rotate where no window is given, and only there."""

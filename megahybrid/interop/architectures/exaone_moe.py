@@ -9,7 +9,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.interop.architectures import layers
 from megahybrid.interop.architectures.base import Serves
-from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, switched_rope_parameters
+from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields
 from megahybrid.interop.architectures.stock import StockArchitecture
 
 
@@ -42,11 +42,7 @@ class ExaoneMoe(StockArchitecture):
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
         """Return which layers rotate, which is which are windowed."""
-        position = layers.one_position(schemes)
-        return {
-            "layer_types": layers.layer_types([layers.rotates(s) for s in schemes]),
-            "sliding_window": layers.one_window(schemes) or layers.ENDLESS,
-            "rope_parameters": switched_rope_parameters(position, model.head_dim),
+        return layers.sliding_rotates_fields(schemes, model.head_dim) | {
             # Programs read one or the other.
             "mlp_layer_types": ["dense"] * len(schemes),
             "first_k_dense_replace": len(schemes),

@@ -18,7 +18,12 @@ from megahybrid.config.base import dump
 from megahybrid.config.parsing import parse
 from megahybrid.config.scaling import YarnScaling
 from megahybrid.errors import InteropError
-from megahybrid.interop.architectures.rope import NOPE, Fields, rope_position
+from megahybrid.interop.architectures.rope import (
+    NOPE,
+    Fields,
+    rope_position,
+    switched_rope_parameters,
+)
 
 Schemes = Sequence[AttentionScheme]
 Layer = tuple[Fields, int | None]  # position and window, as an imported config has them
@@ -78,6 +83,15 @@ def how_sliding_rotates(schemes: Schemes) -> str:
     if rotated == {None}:
         return "sliding_window at least the longest sequence"
     return "layer_types with sliding_window" if rotated else "all layer_types full"
+
+
+def sliding_rotates_fields(schemes: Schemes, head_dim: int) -> Fields:
+    """Return the fields of layers that rotate exactly where they are sliding."""
+    return {
+        "layer_types": layer_types([rotates(s) for s in schemes]),
+        "sliding_window": one_window(schemes) or ENDLESS,
+        "rope_parameters": switched_rope_parameters(one_position(schemes), head_dim),
+    }
 
 
 def rotates_everywhere_reasons(schemes: Schemes) -> Iterator[str]:

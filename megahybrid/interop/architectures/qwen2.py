@@ -1,63 +1,24 @@
-"""Qwen2 and Qwen2.5: biases of queries, keys and values; one rotation in every layer, or none in
-any; windows in any layers."""
+"""Qwen2 and Qwen2.5: the layers of Qwen3, with biases of queries, keys and values, no QK-norm."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Bias, Nope, Rope
-from megahybrid.config.model import ModelConfig
-from megahybrid.config.score_scale import SqrtDimScale
-from megahybrid.interop.architectures import layers
-from megahybrid.interop.architectures.base import NO_QK_NORM, Serves
-from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields, rope_parameters, rope_position
-from megahybrid.interop.architectures.stock import StockArchitecture
+from megahybrid.config.attention import AttentionScheme, Bias
+from megahybrid.interop.architectures.base import NO_QK_NORM
+from megahybrid.interop.architectures.qwen3 import Qwen3
 
 
-class Qwen2(StockArchitecture):
+class Qwen2(Qwen3):
     """A window by layer_types, and only with use_sliding_window true."""
 
     name = "Qwen2"
     model_type = "qwen2"
-    serves = Serves(
-        blocks=("pre_norm",),
-        norms=("rms",),
-        qk_norms=(NO_QK_NORM,),
-        positions=(Rope, Nope),
-        scalings=ROPE_TYPES,
-        score_scales=(SqrtDimScale,),
-        biases=("qkv",),
-    )
-
-    def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
-        """Yield the reasons against several rotations, or one in some layers only."""
-        return layers.rotates_everywhere_reasons(schemes)
-
-    def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """Return the fields of the rotation, and of windows where there are any."""
-        how = layers.how_rotates_everywhere(schemes)
-        windows = ", layer_types, use_sliding_window true"
-        return how + (windows if layers.windowed(schemes) else "")
+    serves = replace(Qwen3.serves, qk_norms=(NO_QK_NORM,), biases=("qkv",))
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
         """Return the place among classes that support the same model."""
         return 45
-
-    def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
-        """Return the one rotation, and which layers are windowed."""
-        window = layers.one_window(schemes)
-        return {
-            "layer_types": layers.layer_types([s.window is not None for s in schemes]),
-            "sliding_window": window,
-            "use_sliding_window": window is not None,
-            "max_window_layers": len(schemes),
-            "rope_parameters": rope_parameters(layers.one_position(schemes), model.head_dim),
-        }
-
-    def layers_of(self, config: Any) -> list[layers.Layer]:
-        """Return the one rotation for each, windowed by layer_types."""
-        rope = rope_position(config.rope_parameters, config)
-        window = layers.window_of(config)
-        return [(rope, window if t == layers.SLIDING else None) for t in config.layer_types]
 
     def bias(self, config: Any) -> Bias:
         """Return the biases, which no field of a config tells."""
