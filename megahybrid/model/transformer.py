@@ -49,6 +49,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.context = plan or config.layer_plan, context
+        self._shards: dict[int, RowShards | None] = {}  # by length, under this plan
         self.config = config
         self.mesh = mesh
         schemes = self.plan.expand()
@@ -124,7 +125,11 @@ class Transformer(nn.Module):
 
     def shards(self, length: int) -> RowShards | None:
         """Return how rows of `length` tokens lie on context ranks; None where they are whole."""
-        return None if self.context is None else self.context.shards(self.plan, length)
+        if self.context is None:
+            return None
+        if length not in self._shards:
+            self._shards[length] = self.context.shards(self.plan, length)
+        return self._shards[length]
 
     def hidden(
         self,
@@ -161,7 +166,7 @@ class Transformer(nn.Module):
     def adopt(self, plan: LayerPlan, kernels: Sequence[str]) -> None:
         """Have the layers see as `plan` says from the next forward on: other windows, thetas and
         scales for the same parameters. `kernels` has one entry per layer."""
-        self.plan = plan
+        self.plan, self._shards = plan, {}
         for block, scheme, kernel in zip(self.blocks, plan.expand(), kernels, strict=True):
             attention = block.get_submodule("attention")
             assert isinstance(attention, Attention)
