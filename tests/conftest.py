@@ -1,7 +1,9 @@
 """What holds for every test. Threads and checked annotations are set up by `tests/__init__.py`."""
 
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +106,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    """A test leaves the working directory as it was: others start processes from it."""
+    yield
+    here = item.config.invocation_params.dir
+    try:
+        left = Path.cwd()
+    except FileNotFoundError:
+        left = Path("a folder that is gone")
+    if left != here:
+        os.chdir(here)
+        pytest.fail(f"left the working directory at {left}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

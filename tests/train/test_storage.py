@@ -208,13 +208,16 @@ def test_in_training_every_refusal_of_a_path_is_storage_and_no_other_error_chang
 
 
 def test_74_is_started_again_and_counts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], handlers: None
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    handlers: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three starts are two of --max-restarts; the code of the last comes back."""
     from megahybrid.commands.local_restarts import train_local
 
     body = "import sys; open('tries', 'a').write('x'); sys.exit(74)"
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert train_local(["-c", body], 1, tmp_path / "run", max_restarts=2) == EXIT_STORAGE
     assert (tmp_path / "tries").read_text() == "xxx"
     assert capsys.readouterr().err.count("starting again") == 2
