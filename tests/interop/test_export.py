@@ -355,6 +355,10 @@ def test_the_card_tells_the_plan_and_the_proof(tmp_path: Path) -> None:
     checkpoint_of_model(tmp_path / "run", model_of([LOCAL, LOCAL, LOCAL, NOPE]))
     export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     card = (tmp_path / "out/README.md").read_text()
+    program = card.split("```python\n")[1].split("```")[0]
+    written: list[Any] = []
+    exec(program.replace("FOLDER", str(tmp_path / "out")), {"print": written.append})
+    assert written[0].shape[1] > 3  # it generates
     assert "| 3 | layer3 | nope | - | all |" in card
     assert "| short | 802,816 | 256 (1) |" in card
     assert "| whole | 96 |" in card

@@ -217,11 +217,23 @@ def test_a_run_file_is_written_that_starts_from_the_import(tmp_path: Path) -> No
     import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
     run = load(tmp_path / "run.yaml")
     check_run(run, 1)
+    text = (tmp_path / "run.yaml").read_text()
+    assert "gate" not in text and "optimizer" not in text  # what is at its default is not written
+    assert "tie_embeddings: false" in text
     assert run.start is not None
     assert run.start.checkpoint == str(tmp_path / "ours")
     assert run.start.take == "weights"
     assert run.model.layer_plan.pattern == ["rope"]
     assert run.model.tie_embeddings is False
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    folder = written(tmp_path / "theirs", "Llama", LLAMA)
+    (folder / "tokenizer.json").write_text("{}")
+    import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
+    named = load(tmp_path / "run.yaml").data.tokenizer
+    assert named == str(tmp_path / "ours/tokenizer.json")
+    assert Path(named).read_text() == "{}"
 
 
 def test_an_import_without_a_place_goes_where_the_run_starts_from(
