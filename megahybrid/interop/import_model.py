@@ -200,7 +200,16 @@ def _new_run(folder: Path, out: Path, model: ModelConfig, config: Any) -> RunCon
             "warmup_tokens": 10_000_000,
         },
     }
-    return parse(RunConfig, {"model": dump(model), "data": data, "stages": [stage]})
+    fields = {"model": dump(model), "data": data, "stages": [stage]}
+    return parse(RunConfig, fields | {"precision": _precision(folder)})
+
+
+def _precision(folder: Path) -> str:
+    """Return the precision of a run that goes on with a folder's weights: fp32 where all of them
+    are, else bf16, because weights of 16 bits were not trained in more."""
+    with ForeignWeights(folder) as weights:
+        kinds = {weights.dtype(name) for name in weights.names()}
+    return "fp32" if kinds <= {"F32", "F64"} else "bf16"
 
 
 def _write_run(path: Path, run: RunConfig) -> None:
