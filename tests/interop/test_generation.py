@@ -30,6 +30,8 @@ from tests.plain_model import PlainModel
 
 NEW = 24
 GATED = {"gate": "element"}
+WEIGHTLESS = {"qk_norm": {"kind": "rms", "weight": "none"}}
+TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -39,6 +41,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
+    "Llama4": (
+        "Llama4",
+        [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | {"chunk": 5} | WEIGHTLESS, TEMPERED],
+        {},
+    ),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
     "Megahybrid": (
         "Megahybrid",
@@ -48,6 +55,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
             LOCAL | {"gate": "head"},
+            ROPE | WEIGHTLESS | {"chunk": 5},
         ],
         {"tie_embeddings": False},
     ),

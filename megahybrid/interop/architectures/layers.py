@@ -143,13 +143,18 @@ def plan_of(
             name = _name(position, window, schemes)
             schemes[name] = scheme
         names.append(name)
+    plan = {"num_layers": len(names), "pattern": shortest_period(names), "schemes": schemes}
+    return dump(parse(LayerPlan, plan, where="model.layer_plan"))
+
+
+def shortest_period(names: list[str]) -> list[str]:
+    """Return the shortest stretch of names that, repeated, gives all of them."""
     period = next(
         size
         for size in range(1, len(names) + 1)
         if len(names) % size == 0 and names == names[:size] * (len(names) // size)
     )
-    plan = {"num_layers": len(names), "pattern": names[:period], "schemes": schemes}
-    return dump(parse(LayerPlan, plan, where="model.layer_plan"))
+    return names[:period]
 
 
 def _name(position: Fields, window: int | None, taken: dict[str, Fields]) -> str:

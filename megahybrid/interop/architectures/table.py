@@ -13,6 +13,7 @@ from megahybrid.interop.architectures.cohere2 import Cohere2
 from megahybrid.interop.architectures.exaone4 import Exaone4
 from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
+from megahybrid.interop.architectures.llama4 import Llama4
 from megahybrid.interop.architectures.megahybrid import Megahybrid
 from megahybrid.interop.architectures.olmo3 import Olmo3
 from megahybrid.interop.architectures.qwen3 import Qwen3
@@ -30,6 +31,7 @@ ARCHITECTURES: Table = (
     Exaone4(),
     Olmo3(),
     Afmoe(),
+    Llama4(),
     Megahybrid(),
 )
 
