@@ -18,9 +18,10 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
     "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
+    "Llama4", "Ministral3",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
-CONFIGS = {"CohereCompass": "CohereCompassTextConfig"}
+CONFIGS = {"CohereCompass": "CohereCompassTextConfig", "Llama4": "Llama4TextConfig"}
 
 
 @st.composite
@@ -82,7 +83,7 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     window = draw(st.sampled_from((2, 5, 200)))
     if name not in ("Llama", "Cohere"):
         config |= {"layer_types": types, "sliding_window": window}
-    if name == "Mistral":
+    if name in ("Mistral", "Ministral3"):
         del config["layer_types"]
         config["sliding_window"] = draw(st.sampled_from((window, None)))
     if name in ("SmolLM3", "Qwen3", "Qwen2"):
@@ -104,6 +105,15 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
         config["rope_parameters"][FULL] = rope
     if name == "CohereCompass" and draw(st.booleans()):
         config["rope_parameters"][draw(st.sampled_from((SLIDING, FULL)))] = None
+    if name == "Llama4":
+        config |= draw(llama4_fields(layers))
+        if config["use_qk_norm"] and rope["rope_type"] == "yarn":
+            rope["attention_factor"] = 1.0
+    if name == "Ministral3":
+        scaled = draw(ropes().filter(lambda one: one["rope_type"] in ("yarn", "llama3")))
+        scaled["original_max_position_embeddings"] = draw(st.sampled_from((4, 64)))
+        scaled["llama_4_scaling_beta"] = draw(st.sampled_from((0.0, 0.1, 0.4)))
+        config["rope_parameters"] = scaled
     if name == "GraniteSWA":
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
         thetas = st.sampled_from((0, 1e4, 1e6))
@@ -111,6 +121,24 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
         config |= {"attention_multiplier": draw(st.sampled_from((0.3, config["head_dim"] ** -0.5)))}
         config["logits_scaling"] = draw(st.sampled_from((1.0, 4.0)))
     return config
+
+
+@st.composite
+def llama4_fields(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """What Llama 4's layers are told; chunks and floors below and above the lengths compared."""
+    types = st.sampled_from(("chunked_attention", FULL))
+    return {
+        "moe_layers": [],
+        "intermediate_size": 56,
+        "intermediate_size_mlp": 40,
+        "no_rope_layers": draw(st.lists(st.integers(0, 1), min_size=layers, max_size=layers)),
+        "layer_types": draw(st.lists(types, min_size=layers, max_size=layers)),
+        "attention_chunk_size": draw(st.sampled_from((2, 5, 200))),
+        "use_qk_norm": draw(st.booleans()),
+        "attn_temperature_tuning": draw(st.booleans()),
+        "floor_scale": draw(st.sampled_from((3, 8192))),
+        "attn_scale": draw(st.sampled_from((0.1, 0.4))),
+    }
 
 
 def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float32") -> Path:

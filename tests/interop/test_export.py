@@ -41,6 +41,11 @@ def rope(theta: float = 1e4, scaling: Any = None, **more: Any) -> dict[str, Any]
     return {"position": {"kind": "rope", "theta": theta, "scaling": scaling, **more}}
 
 
+WEIGHTLESS = {"qk_norm": {"kind": "rms", "weight": "none"}}
+TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 8, "coefficient": 0.3}}
+FROM_0 = rope(1e4, YARN) | {
+    "score_scale": {"kind": "llama4", "floor": 64, "coefficient": 0.3, "offset": 0}
+}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rnope_swa, parallel": (
         "Cohere2",
@@ -111,6 +116,17 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [NOPE | HEAD | {"window": 6}, ROPE | HEAD],
         {"head_dim": 12, "tie_embeddings": False},
     ),
+    "chunks, weightless QK-norm, temperature": (
+        "Llama4",
+        [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | WEIGHTLESS, TEMPERED],
+        {"tie_embeddings": False},
+    ),
+    "chunks without rotation, part of a head": (
+        "Llama4",
+        [NOPE | {"chunk": 6}, rope(1e4, rotary_fraction=0.5)],
+        {},
+    ),
+    "temperature from 0 beside yarn": ("Ministral3", [FROM_0 | {"window": 6}] * 2, {}),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "fixed scale": (

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from megahybrid.checkpoint.reader import verify
 from megahybrid.config import load
-from megahybrid.errors import InteropError
+from megahybrid.config.score_scale import Llama4Scale
+from megahybrid.errors import ConfigError, InteropError
 from megahybrid.interop.export import export
 from megahybrid.interop.import_model import import_model
 from tests.interop.stock_models import (
@@ -48,6 +49,18 @@ def test_a_model_goes_in_and_out_again_to_the_bit(
     after = load_file(folder / "back/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_temperature_enters_beside_a_rotation_without_a_scaling(tmp_path: Path) -> None:
+    """Such a rotation has a length it was made from for the temperature alone."""
+    told = {"original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.4}
+    rope = {"rope_type": "default", "rope_theta": 1e4} | told
+    written(tmp_path / "theirs", "Ministral3", LLAMA | {"rope_parameters": rope})
+    import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    (scheme,) = set(load(tmp_path / "run.yaml").model.layer_plan.expand())
+    assert scheme.score_scale == Llama4Scale(kind="llama4", floor=64, coefficient=0.4, offset=0)
+    with pytest.raises(ConfigError, match="floor is the original length of a yarn or llama3"):
+        export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture="Ministral3")
 
 
 @pytest.mark.parametrize("name", ["Llama", "Cohere2", "Olmo3"])

@@ -19,6 +19,12 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+}
 KINDS = {"rope_parameters": dict.fromkeys((SLIDING, FULL), LLAMA["rope_parameters"])}
 
 
@@ -79,6 +85,23 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
         ("Mistral", {"layer_types": [FULL, SLIDING]}, "model_type=ministral is none"),
         ("Mellum", EXPERTS | KINDS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
         ("ExaoneMoe", EXPERTS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
+        ("Llama4", {"moe_layers": [1]}, r"moe_layers=\[1\]: these layers have experts"),
+        (
+            "Llama4",
+            {"moe_layers": [], "rope_parameters": YARN},
+            "an attention factor, which use_qk_norm=true undoes",
+        ),
+        (
+            "Llama4",
+            {
+                "moe_layers": [],
+                "attention_chunk_size": None,
+                "layer_types": ["chunked_attention", FULL],
+            },
+            "attention_chunk_size is null",
+        ),
+        ("Llama4", {"moe_layers": [], "attention_chunk_size": 1}, "chunks below 2 keys"),
+        ("Ministral3", {"rope_parameters": YARN}, "has no llama_4_scaling_beta, without which"),
         ("Llama", {"num_hidden_layers": 0}, "config.json describes no model"),
         ("Phi3", {}, "model_type=phi3 is none that can be imported"),
     ],
