@@ -296,7 +296,7 @@ def prove(
                 ours = our_model(model, small, reader, dtype)
                 return compare(ours, their_model(folder, config, own), small)
             few = StreamedOurs(model, small, reader, dtype)
-            theirs = streamed_theirs(folder, config, weights, own)
+            theirs = streamed_theirs(folder, config, weights, own, architecture.file_name)
             return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]

@@ -39,6 +39,7 @@ def rope(theta: float = 1e4, scaling: Any = None, **more: Any) -> dict[str, Any]
     return {"position": {"kind": "rope", "theta": theta, "scaling": scaling, **more}}
 
 
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rnope_swa, parallel": (
         "Cohere2",
@@ -111,6 +112,9 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
+    "learned sinks": ("GraniteSWA", [LOCAL | SINK, rope(1e6) | SINK, NOPE], {}),
+    "learned sinks, QK-norm": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
+    "learned sinks in a parallel block": ("Megahybrid", [LOCAL | SINK, NOPE | SINK], PARALLEL),
     "fixed scale": (
         "GraniteSWA",
         [LOCAL | {"score_scale": {"kind": "fixed", "scale": 0.3}}] * 2,

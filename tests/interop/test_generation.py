@@ -31,6 +31,7 @@ from tests.plain_model import PlainModel
 NEW = 24
 BIASED = {"bias": "qkv"}
 GATED = {"gate": "element"}
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -46,6 +47,8 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
+    "GraniteSWA, sinks": ("GraniteSWA", [LOCAL | SINK, NOPE | SINK], {}),
+    "Flint": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
     "Megahybrid": (
         "Megahybrid",
         [
@@ -53,7 +56,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             ROPE | HEAD | {"window": 9},
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
-            LOCAL | {"gate": "head", "bias": "qkv"},
+            LOCAL | {"gate": "head", "bias": "qkv", "sink": True},
         ],
         {"tie_embeddings": False},
     ),

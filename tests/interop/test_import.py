@@ -16,6 +16,7 @@ from megahybrid.config import check_run, load
 from megahybrid.config.base import dump_yaml
 from megahybrid.errors import ConfigError, InteropError, MegahybridError
 from megahybrid.interop import hf_weights
+from megahybrid.interop.architectures.table import by_name
 from megahybrid.interop.export import export
 from megahybrid.interop.import_model import import_model
 from megahybrid.parallel.mesh import ParallelMesh
@@ -25,7 +26,7 @@ from tests.train.example import write_data
 SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
-    "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
+    "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2", "Flint",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
 CONFIGS = {"CohereCompass": "CohereCompassTextConfig"}
@@ -110,6 +111,8 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     if name in ("Olmo3", "Mellum", "CohereCompass"):
         config["rope_parameters"] = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
         config["rope_parameters"][FULL] = rope
+    if name == "Flint":
+        config |= draw(st.sampled_from(({"num_experts": 0}, {"mlp_only_layers": [*range(layers)]})))
     if name == "CohereCompass" and draw(st.booleans()):
         config["rope_parameters"][draw(st.sampled_from((SLIDING, FULL)))] = None
     if name == "GraniteSWA":
@@ -121,8 +124,15 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     return config
 
 
-def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float32") -> Path:
-    """A random model of a stock class, saved by transformers."""
+def written(
+    folder: Path,
+    name: str,
+    fields: dict[str, Any],
+    dtype: str = "float32",
+    *,
+    sinks: bool = False,
+) -> Path:
+    """A random model of a stock class, saved by transformers; its `sinks` take weight or none."""
     import transformers
 
     model = getattr(transformers, f"{name}ForCausalLM")(
@@ -133,7 +143,7 @@ def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "sinks" in parameter_name:
-                parameter.fill_(-1e9)
+                parameter.copy_(1 + noise if sinks else torch.full_like(noise, -1e9))
             else:
                 parameter.copy_(1 + 0.3 * noise if "norm" in parameter_name else 0.12 * noise)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
@@ -173,8 +183,11 @@ def test_a_model_goes_in_and_out_again_to_the_bit(
     folder = tmp_path_factory.mktemp(name)
     fields = data.draw(configs(name))
     dtype, short = data.draw(st.sampled_from((("float32", "fp32"), ("bfloat16", "bf16"))))
-    written(folder / "theirs", name, fields, dtype)
+    sinks = name in ("GraniteSWA", "Flint") and data.draw(st.booleans())
+    written(folder / "theirs", name, fields, dtype, sinks=sinks)
     import_model(folder / "theirs", folder / "run.yaml", folder / "ours")  # compares the logits
+    schemes = load(folder / "run.yaml").model.layer_plan.expand()
+    assert {scheme.sink for scheme in schemes} == {sinks}
     verify(folder / "ours/checkpoints/step-00000000")
     export(folder / "ours", folder / "back", dtype=short, tokenizer="none", architecture=name)
     before = load_file(folder / "theirs/model.safetensors")
@@ -385,6 +398,13 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
         ("Mistral", {"layer_types": [FULL, SLIDING]}, "model_type=ministral is none"),
         ("Mellum", EXPERTS | KINDS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
         ("ExaoneMoe", EXPERTS, r"mlp_layer_types\[1\]=sparse is a layer of experts"),
+        (
+            "Flint",
+            {"num_experts": 4, "mlp_only_layers": [0]},
+            r"mlp_only_layers=\[0\] makes layer 1 one of experts",
+        ),
+        ("GraniteSWA", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not"),
+        ("GraniteSWA", {"residual_multiplier": 0.22}, "residual_multiplier=0.22 is not"),
         ("Llama", {"num_hidden_layers": 0}, "config.json describes no model"),
         ("Phi3", {}, "model_type=phi3 is none that can be imported"),
     ],
@@ -398,10 +418,38 @@ def test_what_our_model_does_not_support_is_refused_by_its_name(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "extra", "reshaped", "whole", "sinks"])
+@pytest.mark.parametrize("name", ["GraniteSWA", "Flint"])
+def test_sinks_are_learned_in_the_schemes_of_which_some_take_weight(
+    name: str, tmp_path: Path
+) -> None:
+    """A config does not tell: where a folder's sinks are all -1e9 it was made by an export of a
+    model that has none."""
+    fields = LLAMA | {"layer_types": [SLIDING, FULL], "sliding_window": 5, "num_experts": 0}
+    if name == "GraniteSWA":
+        del fields["num_experts"]
+        fields["layer_rope_theta"] = [1e4, 0]
+    folder = written(tmp_path / "theirs", name, fields)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[by_name(name).file_name("model.layers.1.self_attn.sinks")][2] = 0.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
+    run = load(tmp_path / "run.yaml")
+    assert [scheme.sink for scheme in run.model.layer_plan.expand()] == [False, True]
+    export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture=name)
+    after = load_file(tmp_path / "back/model.safetensors")
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(after[key], tensors[key]) for key in after)
+    without = tmp_path / "without.yaml"
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8")
+    assert "sink: true" in text
+    without.write_text(text.replace("sink: true", "sink: false"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="layer 1 is .* the source's is .*, learned sinks"):
+        import_model(folder, without, tmp_path / "others")
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra", "reshaped", "whole"])
 def test_tensors_are_neither_guessed_nor_dropped(kind: str, tmp_path: Path) -> None:
-    name = "GraniteSWA" if kind == "sinks" else "Llama"
-    folder = written(tmp_path / "theirs", name, LLAMA)
+    folder = written(tmp_path / "theirs", "Llama", LLAMA)
     tensors = load_file(folder / "model.safetensors")
     if kind == "missing":
         del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -409,17 +457,14 @@ def test_tensors_are_neither_guessed_nor_dropped(kind: str, tmp_path: Path) -> N
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
     elif kind == "reshaped":
         tensors["model.norm.weight"] = torch.ones(31)
-    elif kind == "whole":
-        tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int32)
     else:
-        tensors["model.layers.1.self_attn.sinks"][2] = 0.5
+        tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     words = {
         "missing": "has no model.layers.1.mlp.up_proj.weight",
         "extra": "has also model.layers.0.self_attn.q_proj.bias",
         "reshaped": "model.norm.weight has shape .31.",
         "whole": "model.norm.weight is torch.int32, not floating point",
-        "sinks": "no attention sinks",
     }[kind]
     with pytest.raises(MegahybridError, match=words):
         import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
