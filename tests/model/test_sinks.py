@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.errors import ConfigError
+from megahybrid.errors import AuditError, ConfigError
+from megahybrid.model import core_attention
 from megahybrid.model.core_attention import attention_backward, attention_forward
 from megahybrid.model.kernels import AttentionSpec, Documents, Place, attend
 from megahybrid.model.kernels.choice import candidates, kinds_with_sinks, resolve_kernels
 from megahybrid.model.kernels.last_queries import forward_on_cpu
 from megahybrid.model.kernels.registry import KERNELS, REGISTRY
 from megahybrid.model.kernels.sinks import gradient_of_sinks, written_out
+from megahybrid.model.selftest import HeadShape, run_self_test
 from tests.parity import cases
 from tests.plain_model import relative_error
 
@@ -192,3 +194,49 @@ def test_the_sinks_gradient_needs_the_output_and_sums_that_have_them_in() -> Non
     assert relative_error(gradient_of_sinks(grad, out, sums, sinks), wanted) < 1e-12
     plain, (without,) = attention_forward(q, k, v, _plain(), "sdpa")
     assert relative_error(gradient_of_sinks(grad, plain, without, sinks), wanted) > 0.1
+
+
+def sinks_ignored(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
+    return attend(q, k, v, replace(spec, sinks=None), kernel)
+
+
+def neighbours_sink(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str) -> Tensor:
+    sinks = None if spec.sinks is None else spec.sinks.flip(0)
+    return attend(q, k, v, replace(spec, sinks=sinks), kernel)
+
+
+def sums_without_gradient(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str
+) -> Tensor:
+    """The trap, whatever the kernel: what the keys keep of a query gives q and k no gradient."""
+    plain = attend(q, k, v, replace(spec, sinks=None), kernel)
+    ones = torch.ones_like(v)
+    share = attend(q.detach(), k.detach(), ones, spec, kernel)
+    return plain * share
+
+
+def sinks_without_gradient(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, kernel: str
+) -> Tensor:
+    sinks = None if spec.sinks is None else spec.sinks.detach()
+    return attend(q, k, v, replace(spec, sinks=sinks), kernel)
+
+
+FAULTS = {
+    sinks_ignored: "output",
+    neighbours_sink: "output",
+    sums_without_gradient: "gradient of (queries|keys)",
+    sinks_without_gradient: "gradient of sinks.logits",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("number", [0, 1], ids=["window", "full"])
+def test_the_self_test_sees_sinks_that_are_wrong(
+    number: int, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = cases.model("sink").layer_plan.expand()[number]
+    shape = HeadShape(2, 1, 16, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(core_attention, "attend", fault)
+    with pytest.raises(AuditError, match=f"computes another {FAULTS[fault]} than it says"):
+        run_self_test({"sunk": scheme}, shape, {"sunk": "auto"}, rank=0)
