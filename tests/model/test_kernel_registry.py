@@ -17,7 +17,6 @@ HOST = Place(torch.device("cpu"), torch.float32, 16)
 PLAIN = AttentionSpec(scale=0.25)
 # A spec with each feature that no kernel serves yet.
 UNSERVED: dict[str, Any] = {
-    "sinks": torch.zeros(2),
     "bias": torch.zeros(8, 8),
 }
 

@@ -15,7 +15,7 @@ from megahybrid.model.core_attention import attention_backward, attention_forwar
 from megahybrid.model.kernels import AttentionSpec, Documents, Place, attend
 from megahybrid.model.kernels.choice import candidates, kinds_with_sinks, resolve_kernels
 from megahybrid.model.kernels.last_queries import forward_on_cpu
-from megahybrid.model.kernels.registry import KERNELS, REGISTRY
+from megahybrid.model.kernels.registry import REGISTRY
 from megahybrid.model.kernels.sinks import gradient_of_sinks, written_out
 from megahybrid.model.selftest import HeadShape, run_self_test
 from tests.parity import cases
@@ -157,7 +157,7 @@ def test_scores_written_out_are_what_the_fused_way_computes() -> None:
 
 def test_kernels_without_sums_refuse_sinks_and_name_those_that_serve() -> None:
     spec = AttentionSpec(scale=SCALE, sinks=torch.zeros(HEADS))
-    for kernel in KERNELS:
+    for kernel in REGISTRY:
         place = Place(torch.device("cpu"), torch.float32, HEAD_DIM)
         why_not = REGISTRY[kernel].refusal(spec, place)
         able = kernel in ("reference", "sdpa", "blocked")
