@@ -54,6 +54,8 @@ def canonical_shapes(
             shapes[f"{block}.attention.query.bias"] = (heads * head_dim,)
             shapes[f"{block}.attention.key.bias"] = (kv_heads * head_dim,)
             shapes[f"{block}.attention.value.bias"] = (kv_heads * head_dim,)
+        if scheme.sink:
+            shapes[f"{block}.attention.sinks"] = (heads,)
         if scheme.gate != "none":
             each = {"head": 1, "element": head_dim}[scheme.gate]
             shapes[f"{block}.attention.output_gate.weight"] = (heads * each, hidden)
@@ -80,6 +82,8 @@ def random_tensors(
             draw = 1 + 0.3 * draw
         elif name.endswith(".bias"):
             draw = 0.5 * draw
+        elif name.endswith(".sinks"):
+            draw = 1 + 0.5 * draw
         elif name.endswith("logit_scale"):
             draw = 0.6 + 0.2 * draw
         else:
@@ -319,7 +323,11 @@ class PlainModel:
             scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
         scores = scores.masked_fill(~mask[:, None], -math.inf)
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-        weights = weights / weights.sum(-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True)
+        if scheme.sink:
+            sinks = self.tensors[f"{name}.attention.sinks"][None, :, None, None]
+            total = total + (sinks - scores.amax(-1, keepdim=True).detach()).exp()
+        weights = weights / total
         mixed = (weights @ v).transpose(1, 2)  # [batch, seq, heads, head_dim]
         if scheme.gate != "none":
             gate = u @ self.tensors[f"{name}.attention.output_gate.weight"].T

@@ -189,6 +189,11 @@ class AttentionScheme(Frozen):
     bias: Bias = Field(
         default="none", description="learned biases of the query, key and value projections"
     )
+    sink: bool = Field(
+        default=False,
+        description="a learned logit for each query head beside the scores of every query, which "
+        "takes attention from the keys and has no value (arXiv 2508.10925)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -238,7 +243,8 @@ class AttentionScheme(Frozen):
         if changed.learned() != self.learned():
             raise ConfigError(
                 f"{where} changes which parameters exist ({self.learned()} to "
-                f"{changed.learned()}). Keep qk_norm, ssmax, gate and bias as the model has them."
+                f"{changed.learned()}). Keep qk_norm, ssmax, gate, bias and sink as the model "
+                "has them."
             )
         return changed
 
@@ -252,7 +258,7 @@ class AttentionScheme(Frozen):
         gate = None if gate_features(self.gate, 1, 1) is None else self.gate
         bias = self.bias if biased_projections(self.bias) else None
         scale = learned_scale(self.score_scale)
-        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias)
+        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias, self.sink)
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,7 @@ class LearnedParameters:
     score_scale: str | None  # its kind
     gate: str | None = None  # what has a value
     bias: str | None = None  # the projections that have one
+    sink: bool = False
 
     def __str__(self) -> str:
         """In words, "none" when there are none. The words may change: nothing is made of them."""
@@ -276,6 +283,8 @@ class LearnedParameters:
             parts.append(f"gate per {self.gate}")
         if self.bias is not None:
             parts.append(f"bias of {self.bias}")
+        if self.sink:
+            parts.append("sinks")
         return " and ".join(parts) or "none"
 
 

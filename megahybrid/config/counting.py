@@ -73,6 +73,8 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
     }
     for name in biased_projections(scheme.bias):
         shapes[f"attention.{name}.bias"] = (queries if name == "query" else keys,)
+    if scheme.sink:
+        shapes["attention.sinks"] = (model.num_heads,)
     for norm in block_norms(model.block):
         shapes[f"{norm}.weight"] = _norm_shape(model)
     for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):

@@ -188,7 +188,12 @@ def inexact_rotations(plan: LayerPlan, head_dim: int) -> list[str]:
 
 
 def _exact_dtype(source: Source, architecture: Architecture) -> str:
-    names = list(architecture.tensor_names(source.run.model, source.plan))
+    # A constant of the class, such as its sinks at -1e9, is no weight that could be rounded.
+    names = [
+        name
+        for name in architecture.tensor_names(source.run.model, source.plan)
+        if name.ours is not None
+    ]
     with Reader(source.folder) as reader:
         return exact_dtype(out_tensors(reader, names, source.run.model.head_dim))
 

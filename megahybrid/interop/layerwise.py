@@ -96,8 +96,15 @@ class StreamedOurs:
         return torch.from_numpy(values).to(self.dtype).float()
 
 
-def streamed_theirs(folder: Path, config: Any, weights: ForeignWeights, own: bool) -> Any:
+def streamed_theirs(
+    folder: Path,
+    config: Any,
+    weights: ForeignWeights,
+    own: bool,
+    file_name: Callable[[str], str] = str,
+) -> Any:
     """Return the class of transformers that `folder` names, reading its weights as they are needed.
+    `file_name` gives the name in files of a tensor of its layers.
 
     Only its three readers of weights are replaced, so that its own forward and `generate` run.
     """
@@ -109,7 +116,7 @@ def streamed_theirs(folder: Path, config: Any, weights: ForeignWeights, own: boo
     _make_rotations(whole)
 
     def load(name: str, parameter: nn.Parameter) -> Tensor:
-        return _rows_of(weights, name, 0, parameter.shape[0])
+        return _rows_of(weights, file_name(name), 0, parameter.shape[0])
 
     for index, layer in enumerate(whole.model.layers):
         lend(layer, f"model.layers.{index}.", load)

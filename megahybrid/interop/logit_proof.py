@@ -298,7 +298,7 @@ def prove(
                 architecture.shrink_built(theirs.config, plan, small)
                 return compare(ours, theirs, small)
             few = StreamedOurs(model, small, reader, dtype)
-            theirs = streamed_theirs(folder, config, weights, own)
+            theirs = streamed_theirs(folder, config, weights, own, architecture.file_name)
             architecture.shrink_built(theirs.config, plan, small)
             return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -158,6 +158,8 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
         words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
     if scheme.score_scale.kind != "sqrt_dim":
         words += f", scale {scheme.score_scale.kind}"
+    if scheme.sink:
+        words += ", learned sinks"
     return words
 
 

@@ -18,7 +18,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
     "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
-    "Llama4", "Ministral3",
+    "Llama4", "Ministral3", "Flint",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
 CONFIGS = {"CohereCompass": "CohereCompassTextConfig", "Llama4": "Llama4TextConfig"}
@@ -103,6 +103,8 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     if name in ("Olmo3", "Mellum", "CohereCompass"):
         config["rope_parameters"] = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
         config["rope_parameters"][FULL] = rope
+    if name == "Flint":
+        config |= draw(st.sampled_from(({"num_experts": 0}, {"mlp_only_layers": [*range(layers)]})))
     if name == "CohereCompass" and draw(st.booleans()):
         config["rope_parameters"][draw(st.sampled_from((SLIDING, FULL)))] = None
     if name == "Llama4":
@@ -141,8 +143,15 @@ def llama4_fields(draw: st.DrawFn, layers: int) -> dict[str, Any]:
     }
 
 
-def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float32") -> Path:
-    """A random model of a stock class, saved by transformers."""
+def written(
+    folder: Path,
+    name: str,
+    fields: dict[str, Any],
+    dtype: str = "float32",
+    *,
+    sinks: bool = False,
+) -> Path:
+    """A random model of a stock class, saved by transformers; its `sinks` take weight or none."""
     import transformers
 
     model = getattr(transformers, f"{name}ForCausalLM")(
@@ -153,7 +162,7 @@ def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "sinks" in parameter_name:
-                parameter.fill_(-1e9)
+                parameter.copy_(1 + noise if sinks else torch.full_like(noise, -1e9))
             else:
                 parameter.copy_(1 + 0.3 * noise if "norm" in parameter_name else 0.12 * noise)
     model.to(getattr(torch, dtype)).save_pretrained(folder)

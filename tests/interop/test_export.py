@@ -46,6 +46,7 @@ TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 8, "coefficient": 
 FROM_0 = rope(1e4, YARN) | {
     "score_scale": {"kind": "llama4", "floor": 64, "coefficient": 0.3, "offset": 0}
 }
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rnope_swa, parallel": (
         "Cohere2",
@@ -129,6 +130,9 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "temperature from 0 beside yarn": ("Ministral3", [FROM_0 | {"window": 6}] * 2, {}),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
+    "learned sinks": ("GraniteSWA", [LOCAL | SINK, rope(1e6) | SINK, NOPE], {}),
+    "learned sinks, QK-norm": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
+    "learned sinks in a parallel block": ("Megahybrid", [LOCAL | SINK, NOPE | SINK], PARALLEL),
     "fixed scale": (
         "GraniteSWA",
         [LOCAL | {"score_scale": {"kind": "fixed", "scale": 0.3}}] * 2,

@@ -32,6 +32,7 @@ BESIDE_YARN = [
 ]
 ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
 FULL = [f"{LOCAL}.window=null"]
+SINKS = [f"{LOCAL}.sink=true", f"{GLOBAL}.sink=true"]
 NOPE_EVERYWHERE = [f"{LOCAL}.position={{kind: nope}}", *FULL]
 THETAS = [f"{GLOBAL}.position={{kind: rope, theta: 500000}}"]
 
@@ -46,8 +47,12 @@ PLANS = {
         ["model.block=post_norm", *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum"}),
-    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum"}),
+    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum", "Flint"}),
+    "rnope_swa, pre-norm, QK-norm, sinks": (norms(HEAD) + SINKS, {"Flint"}),
+    "rnope_swa, pre-norm, sinks": (SINKS, {"GraniteSWA"}),
+    "sinks in some layers": (SINKS[:1], {"GraniteSWA"}),
+    "rnope_swa, parallel, sinks": (PARALLEL + SINKS, set()),
+    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum", "Flint"}),
     "theta per kind, pre-norm, QK-norm": (THETAS + norms(HEAD), {"Mellum"}),
     "theta per kind, parallel": (THETAS + PARALLEL, {"CohereCompass"}),
     "alternating full, pre-norm": (FULL, {"SmolLM3", "GraniteSWA", "Llama4"}),
@@ -61,7 +66,10 @@ PLANS = {
         {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},
     ),
     "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2", "CohereCompass"}),
-    "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3", "ExaoneMoe", "Mellum"}),
+    "nope everywhere, QK-norm": (
+        NOPE_EVERYWHERE + norms(HEAD),
+        {"Qwen3", "ExaoneMoe", "Mellum", "Flint"},
+    ),
     "rope everywhere, full": (
         ROPE_EVERYWHERE + FULL,
         {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},

@@ -41,6 +41,7 @@ TEMPERED_ROPE = {
     },
     "score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3, "offset": 0},
 }
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -62,6 +63,8 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "Ministral3": ("Ministral3", [TEMPERED_ROPE | {"window": 5}] * 2, {}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
+    "GraniteSWA, sinks": ("GraniteSWA", [LOCAL | SINK, NOPE | SINK], {}),
+    "Flint": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
     "Megahybrid": (
         "Megahybrid",
         [
@@ -69,7 +72,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             ROPE | HEAD | {"window": 9},
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
-            LOCAL | {"gate": "head", "bias": "qkv"},
+            LOCAL | {"gate": "head", "bias": "qkv", "sink": True},
             ROPE | WEIGHTLESS | {"chunk": 5},
         ],
         {"tie_embeddings": False},

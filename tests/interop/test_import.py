@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megahybrid.checkpoint.reader import verify
 from megahybrid.config import load
 from megahybrid.config.score_scale import Llama4Scale
 from megahybrid.errors import ConfigError, InteropError
+from megahybrid.interop.architectures.table import by_name
 from megahybrid.interop.export import export
 from megahybrid.interop.import_model import import_model
 from tests.interop.stock_models import (
@@ -37,18 +38,49 @@ def test_a_model_goes_in_and_out_again_to_the_bit(
     folder = tmp_path_factory.mktemp(name)
     fields = data.draw(configs(name))
     dtype, short = data.draw(st.sampled_from((("float32", "fp32"), ("bfloat16", "bf16"))))
-    written(folder / "theirs", name, fields, dtype)
+    sinks = name in ("GraniteSWA", "Flint") and data.draw(st.booleans())
+    written(folder / "theirs", name, fields, dtype, sinks=sinks)
     with no_word_of_transformers(caplog):
         import_model(folder / "theirs", folder / "run.yaml", folder / "ours")  # compares the logits
     manifest, run = verify(folder / "ours/checkpoints/step-00000000"), load(folder / "run.yaml")
     assert manifest.config["model"] == run.model.model_dump(mode="json")
     assert run.precision == short
+    assert {scheme.sink for scheme in run.model.layer_plan.expand()} == {sinks}
     # Left out, the dtype is the source's: no weight is rounded, and none is made longer.
     export(folder / "ours", folder / "back", tokenizer="none", architecture=name)
     before = load_file(folder / "theirs/model.safetensors")
     after = load_file(folder / "back/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["GraniteSWA", "Flint"])
+def test_sinks_are_learned_in_the_schemes_of_which_some_take_weight(
+    name: str, tmp_path: Path
+) -> None:
+    """A config does not tell: where a folder's sinks are all -1e9 it was made by an export of a
+    model that has none."""
+    fields = LLAMA | {"layer_types": [SLIDING, FULL], "sliding_window": 5, "num_experts": 0}
+    if name == "GraniteSWA":
+        del fields["num_experts"]
+        fields["layer_rope_theta"] = [1e4, 0]
+    folder = written(tmp_path / "theirs", name, fields)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[by_name(name).file_name("model.layers.1.self_attn.sinks")][2] = 0.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
+    run = load(tmp_path / "run.yaml")
+    assert [scheme.sink for scheme in run.model.layer_plan.expand()] == [False, True]
+    export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture=name)
+    after = load_file(tmp_path / "back/model.safetensors")
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(after[key], tensors[key]) for key in after)
+    without = tmp_path / "without.yaml"
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8")
+    assert "sink: true" in text
+    without.write_text(text.replace("sink: true", "sink: false"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="layer 1 is .* the source's is .*, learned sinks"):
+        import_model(folder, without, tmp_path / "others")
 
 
 def test_a_temperature_enters_beside_a_rotation_without_a_scaling(tmp_path: Path) -> None:

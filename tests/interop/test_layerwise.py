@@ -24,6 +24,7 @@ SOME = (
     "post-norm",
     "post-norm, projection",
     "theta per layer",
+    "learned sinks, QK-norm",
     "llama4, theta per layer, parallel",
 )
 

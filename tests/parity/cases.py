@@ -88,6 +88,10 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"bias": "qkv", "window": WINDOW},
         NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
     ],
+    "sink": [
+        ROPE | {"sink": True, "window": WINDOW},
+        NOPE | {"sink": True, "gate": "head"} | qk_norm("rms"),
+    ],
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")

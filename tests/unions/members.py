@@ -102,6 +102,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "field.window": _with(),
     "field.chunk": Example((ROPE | {"chunk": 5}, NOPE | {"chunk": 4})),
+    "field.sink": _with(sink=True),
     "pattern.list": Example((ROPE, NOPE)),
     "pattern.periodic": Example((ROPE, NOPE), rule=True),
 }

@@ -294,6 +294,8 @@ def _their_model(config: ModelConfig, architecture: str, tensors: dict[str, Tens
         else:
             rows = reordered(tensors[name.ours].detach().numpy(), name, config.head_dim)
             state[name.theirs] = torch.from_numpy(np.ascontiguousarray(rows))
+    in_module = {by_name(architecture).file_name(key): key for key in theirs.state_dict()}
+    state = {in_module.get(name, name): tensor for name, tensor in state.items()}
     found = theirs.load_state_dict(state, strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
     missing = [key for key in found.missing_keys if "inv_freq" not in key]

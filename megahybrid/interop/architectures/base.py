@@ -6,7 +6,7 @@ no class until that class's file tells how. Nothing here imports torch or transf
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, assert_never
 
@@ -228,7 +228,21 @@ class Architecture(ABC):
         """Return `row_order` of a rotated head: it follows from which rows the class pairs."""
         return tensor_names.half_pairs(head_dim, rotary_dim)
 
-    def extra_tensors(self, model: ModelConfig, theirs: str) -> Iterator[TensorName]:
+    def file_name(self, name: str) -> str:
+        """Return the name in files of a tensor of transformers' module: `tensor_names` has that of
+        files, and where they differ transformers translates when it reads and writes."""
+        return name
+
+    def with_tensors(
+        self, model: ModelConfig, largest: Callable[[str], float | None]
+    ) -> ModelConfig:
+        """Return the model of an imported config with what its tensors alone tell; `largest` gives
+        the largest value of one by its name, None where there is none."""
+        return model
+
+    def extra_tensors(
+        self, model: ModelConfig, scheme: AttentionScheme, theirs: str
+    ) -> Iterator[TensorName]:
         """Yield the tensors of one layer's attention that only the class has."""
         return iter(())
 
@@ -250,7 +264,7 @@ class Architecture(ABC):
             order = self.row_order(scheme, model.head_dim)
             attention = f"{theirs}.self_attn"
             yield from tensor_names.attention_tensors(model, scheme, ours, attention, order)
-            yield from self.extra_tensors(model, attention)
+            yield from self.extra_tensors(model, scheme, attention)
             yield from tensor_names.mlp_tensors(model, ours, theirs)
         yield TensorName("final_norm.weight", "model.norm.weight", (hidden,))
         if not model.tie_embeddings:

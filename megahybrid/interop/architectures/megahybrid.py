@@ -40,7 +40,7 @@ class Megahybrid(Architecture):
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
     )
-    scheme_fields = SCHEME_FIELDS | {"chunk"}
+    scheme_fields = SCHEME_FIELDS | {"chunk", "sink"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -133,6 +133,7 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         if value != "none"
     }
     later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
+    later |= {"sink": True} if scheme.sink else {}
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),

@@ -93,8 +93,8 @@ def interleaved_pairs(head_dim: int, rotary_dim: int) -> Order | None:
 def attention_tensors(
     model: ModelConfig, scheme: AttentionScheme, ours: str, theirs: str, order: Order | None
 ) -> Iterator[TensorName]:
-    """Yield the projections and their biases, the QK-norm, the gate and the learned scale of one
-    layer."""
+    """Yield the projections and their biases, the sinks, the QK-norm, the gate and the learned
+    scale of one layer."""
     hidden, head_dim = model.hidden_size, model.head_dim
     heads = {"query": model.num_heads, "key": model.num_kv_heads, "value": model.num_kv_heads}
     for name, count in heads.items():
@@ -111,6 +111,8 @@ def attention_tensors(
             (heads[name] * head_dim,),
             None if name == "value" else order,
         )
+    if scheme.sink:
+        yield TensorName(f"{ours}.attention.sinks", f"{theirs}.sinks", (model.num_heads,))
     yield TensorName(
         f"{ours}.attention.output.weight",
         f"{theirs}.o_proj.weight",

@@ -97,6 +97,8 @@ class MegahybridAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        if self.scheme.get("sink", False):
+            self.sinks = nn.Parameter(torch.zeros(heads))
         self.gate = self.scheme.get("gate", "none")
         if self.gate != "none":
             features = heads if self.gate == "head" else heads * self.head_dim
@@ -201,16 +203,31 @@ class MegahybridAttention(nn.Module):
             if places.valid is not None:
                 # A padded query sees itself: a row of softmax must have something in it.
                 mask = mask & places.valid[:, None, None, low:high] | (key == query)
+            held = slice(low - first, high - first)
+            attend: Any = F.scaled_dot_product_attention
+            if self.scheme.get("sink", False):
+                attend = self._attend_with_sinks
             parts.append(
-                F.scaled_dot_product_attention(
+                attend(
                     q[:, :, start:stop],
-                    k[:, :, low - first : high - first],
-                    v[:, :, low - first : high - first],
+                    k[:, :, held],
+                    v[:, :, held],
                     attn_mask=mask,
                     scale=scale,
                 )
             )
         return torch.cat(parts, dim=2)
+
+    def _attend_with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float
+    ) -> Tensor:
+        """Return the average where a learned score of each head takes weight and has no value."""
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(exact) * scale) @ k.to(exact).mT
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+        sinks = self.sinks.to(exact)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        return (weights @ v.to(exact)).to(v.dtype)
 
 
 class MegahybridMLP(nn.Module):
