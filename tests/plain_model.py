@@ -100,11 +100,18 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """fp32 [rotary_dim / 2], in the order of operations of the published implementations."""
-    dims = int(head_dim * rope.rotary_fraction)
-    dims -= dims % 2
+    pairs = int(head_dim * rope.rotary_fraction) // 2
+    if rope.spectrum == "head":
+        return _spectrum(rope, head_dim)[:pairs]
+    assert rope.spectrum == "rotated"
+    return _spectrum(rope, 2 * pairs)
+
+
+def _spectrum(rope: Rope, dims: int) -> Tensor:
+    """fp32 [dims / 2]: the frequencies of so many dimensions."""
     scaling = rope.scaling
     theta = rope.theta
-    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn")
+    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn", "longrope")
     if scaling is not None and scaling.kind == "ntk":
         theta = theta * scaling.factor ** (dims / (dims - 2))
     inverse = 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
@@ -112,6 +119,9 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return inverse
     if scaling.kind == "linear":
         return inverse / scaling.factor
+    if scaling.kind == "longrope":
+        powers = theta ** (torch.arange(0, dims, 2).float() / dims)
+        return 1.0 / (torch.tensor(scaling.factors) * powers)
     if scaling.kind == "llama3":
         slow = scaling.original_length / scaling.low_frequency_factor
         fast = scaling.original_length / scaling.high_frequency_factor
@@ -147,10 +157,13 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def rotary_factor(rope: Rope) -> float:
     """What cos and sin are multiplied by."""
-    if rope.scaling is None or rope.scaling.kind != "yarn":
+    if rope.scaling is None or rope.scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.scaling.attention_factor is not None:
         return rope.scaling.attention_factor
+    if rope.scaling.kind == "longrope":
+        grown, before = rope.scaling.factor, rope.scaling.original_length
+        return (1 + math.log(grown) / math.log(before)) ** 0.5 if grown > 1 else 1.0
     return 0.1 * math.log(rope.scaling.factor) + 1.0 if rope.scaling.factor > 1 else 1.0
 
 

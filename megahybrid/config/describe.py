@@ -6,7 +6,14 @@ from typing import Any, assert_never
 
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope, rotation_of
+from megahybrid.config.attention import (
+    AttentionScheme,
+    LayerPlan,
+    Nope,
+    Rope,
+    Spectrum,
+    rotation_of,
+)
 from megahybrid.config.context_memory import context_memory
 from megahybrid.config.describe_context import context_tables, describe_context, legal_in_words
 from megahybrid.config.explain import show
@@ -90,8 +97,19 @@ def position_in_words(scheme: AttentionScheme) -> str:
             words: str = rope.kind
             if rope.rotary_fraction < 1:
                 words += f" on {rope.rotary_fraction:g}"
+                words += _of_spectrum(rope.spectrum)
             scaling = rope.frequency_scaling()
             return words if scaling is None else f"{words}, {scaling.words()}"
+        case never:
+            assert_never(never)
+
+
+def _of_spectrum(spectrum: Spectrum) -> str:
+    match spectrum:
+        case "rotated":
+            return ""
+        case "head":
+            return " of the head's spectrum"
         case never:
             assert_never(never)
 

@@ -106,7 +106,14 @@ def rotation_problems(
                 f"{path}.rotary_fraction={position.rotary_fraction} rotates no pair "
                 f"(model.head_dim={head_dim}). Raise it, or use kind: nope."
             )
-        elif scaling is not None and (problem := scaling.problem(rotary_dim, head_dim)):
+        elif position.spectrum_dim(head_dim) % 2:
+            lines.append(
+                f"{path}.spectrum={position.spectrum} is of pairs of a whole head "
+                f"(model.head_dim={head_dim} is odd). Use an even head_dim, or spectrum: rotated."
+            )
+        elif scaling is not None and (
+            problem := scaling.problem(position.spectrum_dim(head_dim), head_dim)
+        ):
             lines.append(f"{path}.scaling.{problem}")
     return lines
 

@@ -92,6 +92,26 @@ PLANS = {
         {"SmolLM3"},
     ),
     "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3"}),
+    "partial rotation, head's": (
+        [f"{LOCAL}.position.rotary_fraction=0.5", f"{LOCAL}.position.spectrum=head"],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: linear, factor: 4}}",
+        ],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled by ntk": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: ntk, factor: 4}}",
+        ],
+        set(),
+    ),
     "partial rotation, scaled": (
         [
             f"{LOCAL}.position.rotary_fraction=0.5",

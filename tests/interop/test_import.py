@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megahybrid.checkpoint.reader import verify
 from megahybrid.commands.trained_model import load_trained_model
 from megahybrid.config import check_run, load
+from megahybrid.config.attention import Rope
 from megahybrid.config.base import dump_yaml
 from megahybrid.errors import ConfigError, InteropError, MegahybridError
 from megahybrid.interop import hf_weights
@@ -196,7 +197,8 @@ def test_a_partial_rotation_goes_in_and_out_again_to_the_bit(name: str, tmp_path
     written(tmp_path / "theirs", name, fields)
     import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
     scheme = load(tmp_path / "run.yaml").model.layer_plan.expand()[0]
-    assert (scheme.position.theta, scheme.position.rotary_dim(8)) == (1e4, 4)
+    assert (scheme.position.theta, scheme.position.rotary_dim(8)) == (1e8, 4)
+    assert scheme.position.spectrum == "head"
     export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture=name)
     before, after = (
         load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back")
@@ -205,10 +207,67 @@ def test_a_partial_rotation_goes_in_and_out_again_to_the_bit(name: str, tmp_path
     assert before.keys() == after.keys()
 
 
-def test_a_partial_rotation_without_a_theta_of_the_same_bits_is_refused(tmp_path: Path) -> None:
-    part = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.3}
-    written(tmp_path / "theirs", "Llama", LLAMA | {"head_dim": 96, "rope_parameters": part})
-    with pytest.raises(InteropError, match="no theta of ours gives to the same fp32 bits"):
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.3}
+NUMBERS = [1.0, 1.25, 2.5, 8.0]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": NUMBERS,
+    "long_factor": NUMBERS,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "position"),
+    [
+        (
+            {"head_dim": 96, "rope_parameters": PROPORTIONAL},
+            {"rotary_fraction": 0.3, "spectrum": "head"},
+        ),
+        (
+            {"rope_parameters": PROPORTIONAL | {"partial_rotary_factor": 0.5, "factor": 2.0}},
+            {
+                "rotary_fraction": 0.5,
+                "spectrum": "head",
+                "scaling": {"kind": "linear", "factor": 2.0},
+            },
+        ),
+        (
+            {"rope_parameters": LONGROPE},
+            {
+                "scaling": {
+                    "kind": "longrope",
+                    "factors": NUMBERS,
+                    "factor": 8.0,
+                    "original_length": 16,
+                }
+            },
+        ),
+    ],
+    ids=["proportional", "proportional-scaled", "longrope"],
+)
+def test_a_rotation_comes_in_by_its_own_frequencies_and_goes_out_again(
+    fields: dict[str, Any], position: dict[str, Any], tmp_path: Path
+) -> None:
+    """Logits are compared at lengths beyond longrope's 16 tokens too."""
+    written(tmp_path / "theirs", "Llama", LLAMA | fields)
+    import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    (scheme,) = load(tmp_path / "run.yaml").model.layer_plan.schemes.values()
+    assert scheme.position == Rope.model_validate({"kind": "rope", "theta": 1e4} | position)
+    export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture="Llama")
+    before, after = (
+        json.loads((tmp_path / folder / "config.json").read_text())["rope_parameters"]
+        for folder in ("theirs", "back")
+    )
+    assert before.items() <= after.items()
+
+
+def test_longrope_that_switches_with_the_length_is_refused(tmp_path: Path) -> None:
+    longer = LONGROPE | {"long_factor": [1.0, 2.0, 4.0, 16.0]}
+    written(tmp_path / "theirs", "Llama", LLAMA | {"rope_parameters": longer})
+    with pytest.raises(InteropError, match="rope_type=longrope with a long_factor that is not its"):
         import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
 
 

@@ -88,6 +88,18 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"bias": "qkv", "window": WINDOW},
         NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
     ],
+    "longrope-head-spectrum": [
+        rope(
+            scaling={
+                "kind": "longrope",
+                "factors": [1.0, 1.5, 3.0, 7.0],
+                "factor": 4.0,
+                "original_length": 64,
+            }
+        ),
+        rope(rotary_fraction=0.5, spectrum="head", scaling={"kind": "linear", "factor": 2.0})
+        | {"window": WINDOW},
+    ],
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")

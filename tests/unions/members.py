@@ -19,6 +19,7 @@ NOPE: Fields = {"position": {"kind": "nope"}}
 UNIONS: dict[str, Any] = {
     "position": attention.Position,
     "scaling": scaling.Scaling,
+    "spectrum": attention.Spectrum,
     "score_scale": score_scale.ScoreScale,
     "qk_norm.kind": attention.QKNormKind,
     "qk_norm.over": attention.QKNormOver,
@@ -54,6 +55,11 @@ def _scaled(**fields: Any) -> Example:
     return Example(({"position": ROPE["position"] | {"scaling": fields}},))
 
 
+def _part(spectrum: str) -> Example:
+    part = {"rotary_fraction": 0.5, "spectrum": spectrum}
+    return Example((ROPE | {"window": 5}, {"position": ROPE["position"] | part}))
+
+
 def _with(**scheme: Any) -> Example:
     return Example((ROPE | scheme | {"window": 5}, NOPE | scheme))
 
@@ -65,6 +71,11 @@ EXAMPLES: dict[str, Example] = {
     "scaling.ntk": _scaled(kind="ntk", factor=4.0),
     "scaling.yarn": _scaled(kind="yarn", factor=4.0, original_length=64),
     "scaling.llama3": _scaled(kind="llama3", factor=8.0, original_length=64),
+    "scaling.longrope": _scaled(
+        kind="longrope", factors=[1.0, 1.5, 3.0, 7.0], factor=4.0, original_length=64
+    ),
+    "spectrum.rotated": _part("rotated"),
+    "spectrum.head": _part("head"),
     "score_scale.sqrt_dim": _with(score_scale={"kind": "sqrt_dim"}),
     "score_scale.fixed": _with(score_scale={"kind": "fixed", "scale": 0.3}),
     "score_scale.llama4": _with(score_scale={"kind": "llama4", "floor": 3, "coefficient": 0.4}),

@@ -318,7 +318,7 @@ def reference_page(config: ModelConfig) -> None:
             item = getattr(value, name)
             rows = [line for line in section.splitlines() if line.startswith(f"| `{name}` |")]
             assert rows, name
-            if name in ("kind", "over", "weight", "gate", "bias", "block", "norm"):
+            if name in ("kind", "over", "weight", "gate", "bias", "block", "norm", "spectrum"):
                 assert f"`{item}`" in rows[0], item
             inner = item.values() if isinstance(item, dict) else [item]
             for one in inner:

@@ -16,7 +16,7 @@ from megahybrid.config.attention import (
 )
 from megahybrid.config.base import dump
 from megahybrid.config.parsing import parse
-from megahybrid.config.scaling import YarnScaling
+from megahybrid.config.scaling import LinearScaling, YarnScaling
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.rope import (
     NOPE,
@@ -62,9 +62,20 @@ def one_rotation_reasons(schemes: Schemes) -> Iterator[str]:
 
 
 def partial_reasons(schemes: Schemes) -> Iterator[str]:
-    """Yield a reason against scaled partial rotations: `proportional` takes no scaling."""
-    if any(r.rotary_fraction < 1 and r.scaling is not None for r in rotations(schemes)):
-        yield "it cannot scale a partial rotation"
+    """Yield a reason against scaled partial rotations: `proportional` takes a factor of all
+    frequencies and no other scaling, and that only of a whole head's."""
+    for rope in rotations(schemes):
+        if rope.rotary_fraction == 1:
+            continue
+        match rope.spectrum:
+            case "rotated":
+                if rope.scaling is not None:
+                    yield "it cannot scale a partial rotation"
+            case "head":
+                if not isinstance(rope.scaling, LinearScaling | None):
+                    yield "it scales a partial rotation by one factor alone (kind: linear)"
+            case _:
+                assert_never(rope.spectrum)
 
 
 def sliding_rotates_reasons(schemes: Schemes) -> Iterator[str]:

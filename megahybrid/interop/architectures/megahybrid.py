@@ -8,6 +8,7 @@ from typing import Any, assert_never
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
+from megahybrid.config.first_fields import first_fields
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -135,7 +136,7 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
     return {
         "rotation": _rotation(scheme.position, head_dim),
-        "position": dump(scheme.position),
+        "position": first_fields(scheme.position, dump(scheme.position)),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
         "logit_scale": _scale(scheme.score_scale),
