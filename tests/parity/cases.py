@@ -100,6 +100,19 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         rope(rotary_fraction=0.5, spectrum="head", scaling={"kind": "linear", "factor": 2.0})
         | {"window": WINDOW},
     ],
+    "multipliers": [
+        ROPE | {"window": WINDOW} | qk_norm("rms"),
+        rope(theta=1e6, scaling={"kind": "linear", "factor": 8.0}) | qk_norm("rms"),
+    ],
+}
+# Fields of the model that a family has beside its layers.
+FIELDS: dict[str, dict[str, Any]] = {
+    "multipliers": {
+        "embedding_scale": 5.5,
+        "residual_scale": 0.3,
+        "logit_softcap": 0.7,
+        "activation": "gelu_tanh",
+    },
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")
@@ -130,6 +143,7 @@ def model(
         norm=norm,
         tie_embeddings=tied,
         logit_scale=logit_scale,
+        **FIELDS.get(family, {}),
         layer_plan=LayerPlan.model_validate(
             {
                 "num_layers": 2,

@@ -106,6 +106,7 @@ DUMMIES: dict[str, ModelConfig] = {
     "bias": with_scheme(bias="other"),
     "block": with_field(block="other"),
     "norm": with_field(norm="other"),
+    "activation": with_field(activation="other"),
 }
 
 

@@ -28,6 +28,7 @@ UNIONS: dict[str, Any] = {
     "bias": attention.Bias,
     "block": model.Block,
     "norm": model.NormKind,
+    "activation": model.Activation,
     "pattern": attention.Pattern,
 }
 
@@ -49,6 +50,16 @@ class Example:
         rule = {"default": names[0], "special": names[1], "period": 2, "offset": 1}
         plan = {"num_layers": 2, "pattern": rule, "schemes": config.layer_plan.schemes}
         return ModelConfig.model_validate({**config.__dict__, "layer_plan": plan})
+
+
+GEMMA: tuple[Fields, ...] = (
+    ROPE | {"window": 5, "qk_norm": {"kind": "rms"}},
+    {
+        "position": {"kind": "rope", "theta": 1e6, "scaling": {"kind": "linear", "factor": 8.0}},
+        "qk_norm": {"kind": "rms"},
+    },
+)
+SANDWICH = (("block", "sandwich"),)
 
 
 def _scaled(**fields: Any) -> Example:
@@ -113,6 +124,21 @@ EXAMPLES: dict[str, Example] = {
     ),
     "field.window": _with(),
     "field.chunk": Example((ROPE | {"chunk": 5}, NOPE | {"chunk": 4})),
+    "activation.silu": Example((ROPE, NOPE), (("activation", "silu"),)),
+    "activation.gelu_tanh": Example((ROPE, NOPE), (("activation", "gelu_tanh"),)),
+    # Gemma 3's layers, whose class carries some of these.
+    "model.logit_scale": Example((ROPE, NOPE), (("logit_scale", 0.5),)),
+    "model.embedding_scale": Example(GEMMA, (*SANDWICH, ("embedding_scale", 32**0.5))),
+    "model.residual_scale": Example((ROPE, NOPE), (("residual_scale", 0.3),)),
+    "model.logit_softcap": Example(
+        GEMMA,
+        (
+            *SANDWICH,
+            ("embedding_scale", 32**0.5),
+            ("logit_softcap", 0.5),
+            ("activation", "gelu_tanh"),
+        ),
+    ),
     "pattern.list": Example((ROPE, NOPE)),
     "pattern.periodic": Example((ROPE, NOPE), rule=True),
 }
@@ -139,6 +165,13 @@ MEMBERS += [
     f"field.{name}"
     for name in AttentionScheme.model_fields
     if name not in ("position", "qk_norm") and name not in UNIONS
+]
+# The numbers of the function that a model says beside its layers.
+MEMBERS += [
+    f"model.{name}"
+    for name, field in ModelConfig.model_fields.items()
+    if field.annotation in (float, float | None)
+    and name not in ("eps", "initial_std", "embedding_std")
 ]
 
 

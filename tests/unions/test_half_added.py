@@ -30,6 +30,7 @@ NOTHING_TO_DECIDE = {
     ("spectrum", "memory"): "frequencies are no parameters",
     ("block", "self_test"): "it asks attention alone",
     ("norm", "self_test"): "it asks attention alone",
+    ("activation", "self_test"): "it asks attention alone",
 }
 
 

@@ -22,6 +22,7 @@ from megahybrid.config.score_scale import (
 )
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
+    MODEL_FIELDS,
     SCHEME_FIELDS,
     Architecture,
     Serves,
@@ -42,6 +43,7 @@ class Megahybrid(Architecture):
         "modeling_megahybrid.py",
     )
     scheme_fields = SCHEME_FIELDS | {"chunk"}
+    model_fields = MODEL_FIELDS | {"embedding_scale", "residual_scale", "logit_softcap"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -75,6 +77,7 @@ class Megahybrid(Architecture):
         ),
         gates=("none", "head", "element"),
         biases=("none", "qkv"),
+        activations=("silu", "gelu_tanh"),
         logit_scale=True,
         per_layer=True,
     )
@@ -104,6 +107,7 @@ class Megahybrid(Architecture):
             "logit_scale": model.logit_scale,
             "schemes": {name: _scheme(s, model.head_dim) for name, s in plan.schemes.items()},
             "layer_schemes": list(plan.names()),
+            **_later_fields(model),
         }
 
     def from_config(self, config: Any) -> ModelConfig:
@@ -123,6 +127,19 @@ class Megahybrid(Architecture):
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
         return None
+
+
+def _later_fields(model: ModelConfig) -> Fields:
+    """Return the fields of a model that came later, where they are not at their defaults: an export
+    without them stays as it was."""
+    later: Fields = {
+        "activation": model.activation,
+        "embedding_scale": model.embedding_scale,
+        "residual_scale": model.residual_scale,
+        "logit_softcap": model.logit_softcap,
+    }
+    defaults = {name: ModelConfig.model_fields[name].default for name in later}
+    return {name: value for name, value in later.items() if value != defaults[name]}
 
 
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
