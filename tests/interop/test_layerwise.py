@@ -24,6 +24,8 @@ SOME = (
     "post-norm",
     "post-norm, projection",
     "theta per layer",
+    "sandwich, QK-norm, GeGLU",
+    "multipliers",
     "llama4, theta per layer, parallel",
 )
 
