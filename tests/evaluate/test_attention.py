@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def pair(family: str, block: str) -> tuple[Transformer, Watched]:
     return model, Watched(config, tensors)
 
 
-FAMILY_BLOCKS = list(zip(cases.FAMILIES, cases.BLOCKS * 5, strict=False))
+FAMILY_BLOCKS = list(zip(cases.FAMILIES, cycle(cases.BLOCKS), strict=False))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])

@@ -88,7 +88,7 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"bias": "qkv", "window": WINDOW},
         NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
     ],
-    "longrope-head-spectrum": [
+    "longrope-multipliers": [
         rope(
             scaling={
                 "kind": "longrope",
@@ -96,18 +96,15 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
                 "factor": 4.0,
                 "original_length": 64,
             }
-        ),
+        )
+        | qk_norm("rms"),
         rope(rotary_fraction=0.5, spectrum="head", scaling={"kind": "linear", "factor": 2.0})
         | {"window": WINDOW},
-    ],
-    "multipliers": [
-        ROPE | {"window": WINDOW} | qk_norm("rms"),
-        rope(theta=1e6, scaling={"kind": "linear", "factor": 8.0}) | qk_norm("rms"),
     ],
 }
 # Fields of the model that a family has beside its layers.
 FIELDS: dict[str, dict[str, Any]] = {
-    "multipliers": {
+    "longrope-multipliers": {
         "embedding_scale": 5.5,
         "residual_scale": 0.3,
         "logit_softcap": 0.7,
