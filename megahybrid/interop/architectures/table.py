@@ -16,8 +16,10 @@ from megahybrid.interop.architectures.exaone_moe import ExaoneMoe
 from megahybrid.interop.architectures.gemma3 import Gemma3
 from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
+from megahybrid.interop.architectures.llama4 import Llama4
 from megahybrid.interop.architectures.megahybrid import Megahybrid
 from megahybrid.interop.architectures.mellum import Mellum
+from megahybrid.interop.architectures.ministral3 import Ministral3
 from megahybrid.interop.architectures.mistral import Mistral
 from megahybrid.interop.architectures.olmo3 import Olmo3
 from megahybrid.interop.architectures.qwen2 import Qwen2
@@ -33,6 +35,7 @@ ARCHITECTURES: Table = (
     SmolLM3(),
     Llama(),
     Mistral(),
+    Ministral3(),
     Qwen2(),
     Qwen3(),
     ExaoneMoe(),
@@ -42,6 +45,7 @@ ARCHITECTURES: Table = (
     Olmo3(),
     Afmoe(),
     Gemma3(),
+    Llama4(),
     Megahybrid(),
 )
 
