@@ -21,6 +21,8 @@ from megahybrid.config.score_scale import ScoreScale, SqrtDimScale, learned_scal
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
 
+Spectrum = Literal["rotated", "head"]
+
 
 class Rope(Frozen):
     """Rotary position embedding: pair i of the first `rotary_fraction` of each head turns by
@@ -32,6 +34,12 @@ class Rope(Frozen):
     rotary_fraction: float = Field(
         default=1.0, gt=0, le=1, description="part of each head that rotates"
     )
+    spectrum: Spectrum = Field(
+        default="rotated",
+        description="the frequencies of a part: rotated spreads theta's over the rotated "
+        "dimensions, head keeps the first ones of the whole head's (p-RoPE, arXiv 2410.06205, "
+        "proportional in Gemma 4)",
+    )
 
     def rotary_dim(self, head_dim: int) -> int:
         """Rotated dimensions of a head: rotary_fraction * head_dim, rounded down to even."""
@@ -39,10 +47,22 @@ class Rope(Frozen):
 
     def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2] in radians per token, made by array module `xp`."""
-        rotary_dim, scaling = self.rotary_dim(head_dim), self.frequency_scaling()
+        dims, scaling = self.spectrum_dim(head_dim), self.frequency_scaling()
+        pairs = self.rotary_dim(head_dim) // 2
         if scaling is None:
-            return plain_frequencies(self.theta, rotary_dim, xp, dtype)
-        return scaling.frequencies(self.theta, rotary_dim, xp, dtype)
+            return plain_frequencies(self.theta, dims, xp, dtype, pairs)
+        return scaling.frequencies(self.theta, dims, xp, dtype)[:pairs]
+
+    def spectrum_dim(self, head_dim: int) -> int:
+        """Dimensions over which theta's frequencies, and what a scaling does to them, are spread:
+        two for each. Those that rotate are the first."""
+        match self.spectrum:
+            case "rotated":
+                return self.rotary_dim(head_dim)
+            case "head":
+                return head_dim
+            case never:
+                assert_never(never)
 
     def attention_factor(self) -> float:
         """Multiplier of cos and sin (1 but for YaRN)."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.checkpoint.fingerprint import NO_FACTS, model_fingerprint
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.names import published_path
 from megahybrid.checkpoint.reader import Reader
@@ -133,8 +133,8 @@ def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunCo
     lines = [
         f"model.{name}={show(getattr(run.model, name))} is not the source's "
         f"({show(getattr(model, name))}). Set it to that."
-        for name in FACTS
-        if getattr(run.model, name) != getattr(model, name)
+        for name in ModelConfig.model_fields
+        if name not in NO_FACTS and getattr(run.model, name) != getattr(model, name)
     ]
     known = run.model.layer_plan.expand()
     for plan in (target.layer_plan, model.layer_plan):

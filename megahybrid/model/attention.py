@@ -47,7 +47,7 @@ class BranchInputs(NamedTuple):
     output_gate: Tensor | None = None  # of the attention output, before the sigmoid
     gate: Tensor | None = None
     up: Tensor | None = None
-    gated: Tensor | None = None  # silu(gate) * up
+    gated: Tensor | None = None  # activation(gate) * up
     mlp: Tensor | None = None  # this rank's part of the MLP's sum
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return p[..., :-1], p[..., -1:]
 
 
-FAMILY_BLOCKS = list(zip(cases.FAMILIES, cases.BLOCKS * 5, strict=False))
+FAMILY_BLOCKS = list(zip(cases.FAMILIES, cycle(cases.BLOCKS), strict=False))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])

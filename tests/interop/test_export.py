@@ -99,6 +99,28 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [LOCAL | {"gate": "head"}, NOPE | {"gate": "element"}],
         {"block": "sandwich", "norm": "layernorm"},
     ),
+    "sandwich, QK-norm, GeGLU": (
+        "Gemma3",
+        [LOCAL | HEAD, rope(1e6, {"kind": "linear", "factor": 8.0}) | HEAD],
+        {
+            "block": "sandwich",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "logit_softcap": 0.5,
+            "tie_embeddings": False,
+        },
+    ),
+    "multipliers": (
+        "Megahybrid",
+        [LOCAL, NOPE],
+        {
+            "embedding_scale": 3.0,
+            "residual_scale": 0.4,
+            "logit_softcap": 0.5,
+            "activation": "gelu_tanh",
+            "logit_scale": 0.5,
+        },
+    ),
     "theta per kind, parallel": ("CohereCompass", [LOCAL, rope(1e6)], PARALLEL),
     "windowed nope, parallel, head_dim of its own": (
         "CohereCompass",

@@ -153,6 +153,26 @@ PLANS = {
         {"SmolLM3"},
     ),
     "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3"}),
+    "partial rotation, head's": (
+        [f"{LOCAL}.position.rotary_fraction=0.5", f"{LOCAL}.position.spectrum=head"],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: linear, factor: 4}}",
+        ],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled by ntk": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: ntk, factor: 4}}",
+        ],
+        set(),
+    ),
     "partial rotation, scaled": (
         [
             f"{LOCAL}.position.rotary_fraction=0.5",
@@ -184,3 +204,4 @@ def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
     ]
     assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
     assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]
+    assert [f.architecture for f in huggingface_fits(shipped("gemma3_1b")) if f.can] == ["Gemma3"]

@@ -25,7 +25,7 @@ from tests.interop.examples import (
     checkpoint_of_model,
     model_of,
 )
-from tests.interop.test_export import exported, loaded
+from tests.interop.test_export import exported, loaded, rope
 from tests.plain_model import PlainModel
 
 NEW = 24
@@ -56,6 +56,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
+    "Gemma3": (
+        "Gemma3",
+        [LOCAL | HEAD, rope(1e6, {"kind": "linear", "factor": 8.0}) | HEAD],
+        {
+            "block": "sandwich",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "logit_softcap": 8.0,
+        },
+    ),
     "Llama4": (
         "Llama4",
         [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | {"chunk": 5} | WEIGHTLESS, TEMPERED],

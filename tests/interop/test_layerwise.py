@@ -25,6 +25,8 @@ SOME = (
     "post-norm, projection",
     "theta per layer",
     "learned sinks, QK-norm",
+    "sandwich, QK-norm, GeGLU",
+    "multipliers",
     "llama4, theta per layer, parallel",
 )
 

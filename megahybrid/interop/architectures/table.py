@@ -14,6 +14,7 @@ from megahybrid.interop.architectures.cohere_compass import CohereCompass
 from megahybrid.interop.architectures.exaone4 import Exaone4
 from megahybrid.interop.architectures.exaone_moe import ExaoneMoe
 from megahybrid.interop.architectures.flint import Flint
+from megahybrid.interop.architectures.gemma3 import Gemma3
 from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
 from megahybrid.interop.architectures.llama4 import Llama4
@@ -45,6 +46,7 @@ ARCHITECTURES: Table = (
     Exaone4(),
     Olmo3(),
     Afmoe(),
+    Gemma3(),
     Llama4(),
     Megahybrid(),
 )

@@ -34,18 +34,25 @@ Order = tuple[int, ...]
 @dataclass(frozen=True)
 class TensorName:
     """One tensor under both names; `order` is None, or for each of their rows of a head the one of
-    ours. `ours` is None for a tensor that only they have, filled with `constant`."""
+    ours. `ours` is None for a tensor that only they have, filled with `constant`. `offset` is what
+    they add to each number before they use it."""
 
     ours: str | None
     theirs: str
     shape: tuple[int, ...]
     order: Order | None = None
     constant: float = 0.0
+    offset: float = 0.0
 
     @property
     def in_last_dimension(self) -> bool:
         """True where `order` is of the last dimension: a QK-norm's weight of one row per head."""
         return self.ours is not None and self.ours.endswith("_norm.weight") and len(self.shape) > 1
+
+
+def is_norm(ours: str) -> bool:
+    """True for the weight of a norm, of the residual stream or of queries and keys."""
+    return ours.endswith("norm.weight")
 
 
 def norm_names(model: ModelConfig) -> Mapping[str, str]:
@@ -173,7 +180,7 @@ def _qk_norm_shape(norm: QKNorm, heads: int, head_dim: int) -> tuple[int, ...] |
 
 
 def mlp_tensors(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorName]:
-    """Yield the three matrices of a SwiGLU MLP."""
+    """Yield the three matrices of a gated MLP."""
     for name in ("gate", "up", "down"):
         wide = (model.intermediate_size, model.hidden_size)
         yield TensorName(
