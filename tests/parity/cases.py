@@ -27,6 +27,11 @@ def score_scale(**fields: Any) -> dict[str, Any]:
     return {"score_scale": fields}
 
 
+def near(window: int | None, **fields: Any) -> dict[str, Any]:
+    """The part of a scheme that is a rotated view of near keys."""
+    return {"near": ROPE | {"window": window} | fields}
+
+
 # Each family is a period of layers; two layers tell as much as eight.
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "rope": [ROPE],
@@ -83,6 +88,18 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "ssmax": [
         NOPE | score_scale(kind="ssmax"),
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
+    ],
+    # By token over a rotated far view with a window, and by head over all keys.
+    "fused": [
+        rope(theta=500.0)
+        | qk_norm("rms")
+        | {"window": 9, "fuse": {"gate": "token"}}
+        | near(WINDOW, score_scale={"kind": "log", "base": 2.5}),
+        NOPE | {"gate": "head", "fuse": {"gate": "head", "initial": 0.3}} | near(WINDOW),
+    ],
+    "split": [
+        NOPE | {"split": {"near": 1, "of": 2}, "bias": "qkv"} | near(WINDOW),
+        NOPE | score_scale(kind="ssmax") | {"fuse": {"gate": "fixed", "initial": 0.3}} | near(None),
     ],
     "bias": [
         ROPE | {"bias": "qkv", "window": WINDOW},

@@ -39,8 +39,9 @@ class Megahybrid(Architecture):
         "cache_megahybrid.py",
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
+        "views_megahybrid.py",
     )
-    scheme_fields = SCHEME_FIELDS | {"chunk"}
+    scheme_fields = SCHEME_FIELDS | {"chunk", "near", "fuse", "split"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -118,6 +119,11 @@ class Megahybrid(Architecture):
                 same_or_refused("chunk", scheme["chunk"], plan.schemes[name].chunk)
                 scheme["chunk"] = small.schemes[name].chunk
             scheme["logit_scale"] = _scale(small.schemes[name].score_scale)
+            near, smaller = plan.schemes[name].near, small.schemes[name].near
+            if near is not None and smaller is not None:
+                same_or_refused("near.window", scheme["near"]["window"], near.window)
+                scheme["near"]["window"] = smaller.window
+                scheme["near"]["logit_scale"] = _scale(smaller.score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
@@ -133,6 +139,15 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         if value != "none"
     }
     later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
+    if scheme.near is not None:
+        later["near"] = {
+            "rotation": _rotation(scheme.near.position, head_dim),
+            "position": dump(scheme.near.position),
+            "window": scheme.near.window,
+            "logit_scale": _scale(scheme.near.score_scale),
+        }
+    joined = {"fuse": scheme.fuse, "split": scheme.split}
+    later |= {name: dump(value) for name, value in joined.items() if value is not None}
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),

@@ -51,6 +51,7 @@ def bare(scheme: AttentionScheme) -> AttentionScheme:
         "score_scale": SqrtDimScale(),
         "gate": "none",
         "bias": "none",
+        **dict.fromkeys(("near", "fuse", "split")),
     }
     return scheme.model_copy(update=plain)
 
