@@ -89,6 +89,10 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         NOPE | score_scale(kind="ssmax"),
         ROPE | score_scale(kind="ssmax") | qk_norm("rms") | {"window": WINDOW},
     ],
+    "bias": [
+        ROPE | {"bias": "qkv", "window": WINDOW},
+        NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
+    ],
     # By token over a rotated far view with a window, and by head over all keys.
     "fused": [
         rope(theta=500.0)
@@ -100,10 +104,6 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
     "split": [
         NOPE | {"split": {"near": 1, "of": 2}, "bias": "qkv"} | near(WINDOW),
         NOPE | score_scale(kind="ssmax") | {"fuse": {"gate": "fixed", "initial": 0.3}} | near(None),
-    ],
-    "bias": [
-        ROPE | {"bias": "qkv", "window": WINDOW},
-        NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
     ],
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
@@ -157,6 +157,11 @@ TURNS: dict[str, tuple[Any, ...]] = {
     "documents": (True, True, True, True, True, False, False),
     "kernel": ("auto", "auto", "auto", "auto", "reference", "reference", "auto"),
 }
+
+
+def one_view(config: ModelConfig) -> bool:
+    """Whether context ranks serve the model: its layers have one view of their keys."""
+    return all(scheme.near is None for scheme in config.layer_plan.schemes.values())
 
 
 def every_layer_case() -> dict[str, dict[str, Any]]:
