@@ -57,6 +57,15 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         ],
         {"tie_embeddings": False},
     ),
+    "two-views": (
+        "Megahybrid",
+        [
+            NOPE | {"near": LOCAL, "fuse": {"gate": "token"}},
+            ROPE | HEAD | {"window": 9, "near": LOCAL, "fuse": {"gate": "head"}},
+            NOPE | {"near": LOCAL, "split": {"near": 1, "of": 2}, "gate": "head"},
+        ],
+        {},
+    ),
 }
 
 
