@@ -1,4 +1,4 @@
-"""Charts of layers with two views of their keys: the share of the near one, by head and distance."""
+"""Charts of layers with two views of their keys: the share of the near one."""
 
 import itertools
 from typing import Any

@@ -1,7 +1,8 @@
 """The figures of a study's runs by name, their averages by variant, and whether its rules hold.
 
 Names: task.length (answer tokens right), task.length.exact, task.length.KIND.needle (or begin,
-context, end, bits, near, the share of a near view; KIND is a kind of layer, or all), loss.SET.first-last (positions, nats).
+context, end, bits, and near, the share of a near view; KIND is a kind of layer, or all),
+loss.SET.first-last (positions, nats).
 """
 
 import operator
