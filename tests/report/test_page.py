@@ -26,7 +26,8 @@ CHARTS = {
     "needle-demo-long-single", "by-length-demo-long-ruler", "by-length-demo-long-puzzles",
     "suite-demo-long", "data-sources", "data-lengths",
     *(f"telemetry-demo-{name}" for name in ("entropy_bits", "distance", "sink", "max_logit")),
-    *(f"{name}-demo-needle-needle" for name in ("mass", "entropy", "heads", "keys", "lags", "near", "near-lags")),
+    *(f"{name}-demo-needle-needle" for name in ("mass", "entropy", "heads", "keys", "lags")),
+    *(f"{name}-demo-needle-needle" for name in ("near", "near-lags")),
 }  # fmt: skip
 
 
