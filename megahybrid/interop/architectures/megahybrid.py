@@ -8,6 +8,7 @@ from typing import Any, assert_never
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
+from megahybrid.config.fusion import Fuse
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -146,8 +147,10 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
             "window": scheme.near.window,
             "logit_scale": _scale(scheme.near.score_scale),
         }
-    joined = {"fuse": scheme.fuse, "split": scheme.split}
-    later |= {name: dump(value) for name, value in joined.items() if value is not None}
+    if scheme.fuse is not None:
+        later["fuse"] = _fuse(scheme.fuse)
+    if scheme.split is not None:
+        later["split"] = dump(scheme.split)
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": dump(scheme.position),
@@ -156,6 +159,14 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         "logit_scale": _scale(scheme.score_scale),
         **later,
     }
+
+
+def _fuse(fuse: Fuse) -> Fields:
+    match fuse.gate:
+        case "fixed" | "head" | "token":
+            return {"gate": fuse.gate, "initial": fuse.initial}
+        case _:
+            assert_never(fuse.gate)
 
 
 def _scale(scale: ScoreScale) -> Fields:
