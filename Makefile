@@ -15,7 +15,7 @@ WORKERS ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-faults test-latest check format bench bench-gpu \
+.PHONY: help install install-dev demo test test-long test-faults test-latest check format bench bench-gpu \
 	gpu-call wheelhouse constraints docs clean distclean
 
 RUNTIME := $(VENV)/.installed
@@ -94,8 +94,13 @@ demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, 5 to 
 
 # Two processes, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
 # what they share is made once.
+SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(DEVELOPMENT) ## the test suite (ARGS="-k window" passes options to pytest; WORKERS=0: one process)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(SUITE) -m "not long" $(ARGS)
+
+test-long: $(DEVELOPMENT) ## what takes longest and is covered in part by `make test`
+	@$(SUITE) -m long $(ARGS)
 
 test-faults: $(DEVELOPMENT) ## ranks killed and hung, nodes lost, on this machine and on a Slurm of its own
 	@$(BIN)/python -m pytest tests/faults $(ARGS)

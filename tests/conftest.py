@@ -11,6 +11,7 @@ from hypothesis import settings
 
 import tests
 from tests import distributed
+from tests.long_tests import LONG
 from tests.train.forked import Nursery
 
 # A shared machine stalls at times, and a stall is no counterexample. The same examples each run.
@@ -82,8 +83,26 @@ def _place(item: pytest.Item) -> int:
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
+def _mark_long(items: list[pytest.Item], whole_files: bool) -> None:
+    """Mark what tests/long_tests.py names, and refuse a name there that is no test any more."""
+    names = {(file, name) for file, each in LONG.items() for name in each}
+    files, found = set(), set()
+    for item in items:
+        file, _, name = item.nodeid.partition("::")
+        files.add(file)
+        for key in ((file, name), (file, name.partition("[")[0])):
+            if key in names:
+                found.add(key)
+                item.add_marker("long")
+    gone = sorted(f"{file}::{name}" for file, name in names - found if file in files)
+    if gone and whole_files:
+        raise pytest.UsageError(f"tests/long_tests.py names what is no test: {', '.join(gone)}")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is marked `grid` runs where `-m` names it; the longest files come first."""
+    _mark_long(items, whole_files=not any("::" in argument for argument in config.args))
     items.sort(key=_place)  # stable: a file's tests keep their order
     if "grid" in config.option.markexpr:
         return

@@ -38,6 +38,17 @@ class Pending:
         return self.result
 
 
+class _PendingSum(Pending):
+    """As `Pending`, for what this rank has to add up itself when it has come."""
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            torch.sum(self._source.view(-1, *self.result.shape), dim=0, out=self.result)
+        return self.result
+
+
 def all_reduce(
     x: Shaped[Tensor, "*shape"], axis: Axis, operation: str = "sum"
 ) -> Shaped[Tensor, "*shape"]:
@@ -45,13 +56,6 @@ def all_reduce(
     if axis.size > 1:
         dist.all_reduce(x, op=_OPERATIONS[operation], group=axis.group)
     return x
-
-
-def start_all_reduce(x: Shaped[Tensor, "*shape"], axis: Axis) -> Pending:
-    """The sum over the axis, IN PLACE: nobody may touch `x` until it is waited for."""
-    if axis.size == 1:
-        return Pending(x, None, x)
-    return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True), x)
 
 
 def start_all_gather(x: Shaped[Tensor, "n *rest"], axis: Axis) -> Pending:
@@ -71,6 +75,29 @@ def start_reduce_scatter(x: Shaped[Tensor, "n *rest"], axis: Axis) -> Pending:
     _check_divides(x.shape[0], axis)
     result = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     return Pending(result, _scatter_single(result, x, group=axis.group, async_op=True), x)
+
+
+def start_sum_of_slices(x: Shaped[Tensor, "n"], axis: Axis) -> Pending:
+    """The sum over the axis of this rank's slice of `x`, IN PLACE: the slice is the result, and the
+    rest of `x` is of no use afterwards. Nobody may touch `x` until it is waited for."""
+    if axis.size == 1:
+        return Pending(x, None, x)
+    own = local_slice(x, axis)
+    if dist.get_backend(axis.group) == "gloo":
+        # Its own reduce-scatter sums a copy of everything on every rank, in torch 2.13.
+        received = torch.empty_like(x)
+        work = dist.all_to_all_single(received, x, group=axis.group, async_op=True)
+        return _PendingSum(own, work, received)
+    return Pending(own, _scatter_single(own, x, group=axis.group, async_op=True), x)
+
+
+def start_gather_of_slices(x: Shaped[Tensor, "n"], axis: Axis) -> Pending:
+    """Every rank's slice of `x` in its place, IN PLACE: nobody may read `x` until it is waited for,
+    or write its own slice."""
+    if axis.size == 1:
+        return Pending(x, None, x)
+    work = _gather_single(x, local_slice(x, axis), group=axis.group, async_op=True)
+    return Pending(x, work, x)
 
 
 def all_gather(x: Shaped[Tensor, "n *rest"], axis: Axis) -> Shaped[Tensor, "m *rest"]:

@@ -192,6 +192,8 @@ def _serve_orders(passed: Path) -> None:
             answer: list[Any] = [ended.get(pid) for pid in order["codes"]]
         else:
             answer = [_fork(rank, order, passed) for rank in range(len(order["outputs"]))]
+            for pid in answer:
+                ended.pop(pid, None)  # numbers come round again within one session
         print(json.dumps(answer), flush=True)
 
 

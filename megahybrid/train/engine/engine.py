@@ -26,6 +26,7 @@ from megahybrid.train.engine.audit import (
     check_tensor_parallel_flags,
     squared_norms,
 )
+from megahybrid.train.engine.buckets import in_buckets
 from megahybrid.train.engine.context_audit import check_shared_rows, check_sums, own_targets
 from megahybrid.train.engine.offload import OffloadedAdamW
 from megahybrid.train.engine.optimizer_state import PartitionedState, ReadFlat
@@ -130,7 +131,7 @@ class Engine:
             patch_gradient_sums,  # which is DeepSpeed's own class
         )
 
-        patch_gradient_sums(self.deepspeed.optimizer, mesh.replica, run_overlaps(run, mesh.replica))
+        patch_gradient_sums(self.deepspeed.optimizer, model, mesh, run_overlaps(run, mesh.replica))
         self.state = PartitionedState(
             self.deepspeed.optimizer, self.optimizer, self.zero_stage, self.parameters
         )
@@ -144,7 +145,7 @@ class Engine:
         for parameter, spec in self.parameters.values():
             rule = parameter_rule(spec.segments[0].name, self.model.config, run.optimizer)
             groups.setdefault((rule.weight_decay, rule.learning_rate), []).append(parameter)
-        return [
+        settings = [
             {
                 "params": parameters,
                 "weight_decay": run.optimizer.weight_decay * decay,
@@ -152,6 +153,9 @@ class Engine:
             }
             for (decay, multiplier), parameters in groups.items()
         ]
+        # ZeRO cuts each group, and gradients travel to those who update them group by group.
+        by_group = self.zero_stage == 1 and run.precision == "bf16" and self.mesh.replica.size > 1
+        return in_buckets(settings, self.model) if by_group else settings
 
     def _pieces_by_flat(self, run: RunConfig) -> dict[int, tuple[list[slice], Tensor]]:
         """Return what this rank counts in a norm, by flat partition: pieces, and their kinds."""
@@ -207,6 +211,7 @@ class Engine:
         """
         timer = StepTimer(self.mesh.device)
         if audit and self.zero_stage < 3:
+            self._wait_for_weights()
             # Before the update, which gives every rank its owner's copy again.
             check_data_replicas(self.parameters, self.mesh)
         # Counts and sums stay where they are made until the step is done: reading one would have
@@ -295,6 +300,11 @@ class Engine:
             refused,
         )
 
+    def _wait_for_weights(self) -> None:
+        """Weights may still be on their way from those who updated them; layers wait for theirs."""
+        if hasattr(self.deepspeed.optimizer, "wait_for_weights"):
+            self.deepspeed.optimizer.wait_for_weights()
+
     def _plain_norm(self) -> float:
         """The norm at stage 0, where DeepSpeed reports none; there is no tensor axis there."""
         gradients = [parameter.grad for parameter in self.model.parameters()]
@@ -321,6 +331,7 @@ class Engine:
                     view = piece.view(state, self.optimizer)
                     view.copy_(broadcast(view.clone(), self.mesh.tensor))
         self.state.refresh_weights()
+        self._wait_for_weights()
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -339,6 +350,7 @@ class Engine:
         """Set masters (and with `optimizer_step` the moments) from canonical boxes."""
         states = STATES if optimizer_step is not None else ("weight",)
         self.state.load(read, states, optimizer_step)
+        self._wait_for_weights()
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can be built."""

@@ -1,0 +1,161 @@
+"""Tests of many seconds whose subject others cover in part: `make test-long` runs them, and so does
+continuous integration. By file: a test's name, with an id where only that case is long.
+
+Seconds are processor time on the two-core development machine. To be named here, a test has cheaper
+neighbours in `make test`, which fail where the same thing breaks on a simpler layout.
+"""
+
+LONG = {
+    "tests/benchmarks/test_gpu_call.py": (
+        "test_steps_run_here_through_the_engine_and_a_peer_that_fails_is_a_line",  # 47
+    ),
+    "tests/benchmarks/test_gpu_call_wheels.py": (
+        "test_what_is_marked_gpu_is_collected_with_what_such_a_machine_has",  # 56
+        "test_the_line_that_is_printed_installs_all_of_it_offline",  # 6
+    ),
+    "tests/benchmarks/test_peer.py": (
+        "test_the_comparison_runs_and_keeps_its_figures",  # 16
+    ),
+    "tests/checkpoint/test_in_training.py": (
+        "test_kills_at_any_moment_of_a_run_that_always_saves",  # 9
+    ),
+    "tests/checkpoint/test_resume_on_layouts.py": (
+        "test_every_layout_goes_on_where_another_stopped",  # 59
+        "test_context_ranks_go_on_where_others_stopped",  # 29
+    ),
+    "tests/data_prep/test_rewrite.py": (
+        "test_killed_anywhere_the_same_command_ends_the_same[import]",  # 4
+        "test_killed_anywhere_the_same_command_ends_the_same[export]",  # 4
+        "test_killed_anywhere_the_same_command_ends_the_same[pack]",  # 4
+    ),
+    "tests/data_prep/test_survey.py": (
+        "test_stdin_is_read_by_its_content[/dev/stdin]",  # 6
+    ),
+    "tests/data_prep/test_tokenize.py": (
+        "test_job_killed_at_any_moment_ends_with_the_same_bytes",  # 15
+    ),
+    "tests/evaluate/test_sampling.py": (
+        "test_draws_follow_the_softmax_at_the_temperature[2.0]",  # 8
+    ),
+    "tests/gpu/test_commands.py": (
+        "test_a_run_in_bf16_is_stopped_and_gone_on_with_to_the_bit_evaluated_and_sampled[cpu]",
+    ),
+    "tests/gpu/test_engine.py": (
+        "test_the_same_holds_between_two_ways_on_the_cpu[parallel-selective]",  # 9
+    ),
+    "tests/model/test_kernels.py": (
+        "test_flex_on_cpu_equals_the_reference_without_gradients",  # 9
+    ),
+    "tests/model/test_kernels_before.py": (
+        "test_flex_on_cpu_gives_the_last_rows",  # 20
+    ),
+    "tests/model/test_selftest.py": (
+        "test_a_plan_passes_compiled[bf16-whole]",  # 8
+        "test_a_plan_passes_compiled[bf16-no_whole]",  # 4
+    ),
+    "tests/model/test_selftest_across_ranks.py": (
+        "test_every_fault_is_refused_on_all_ranks_in_the_same_words[bf16-names1]",  # 6
+        "test_every_scheme_passes_over_two_ranks",  # 15
+    ),
+    "tests/parity/test_context_compiled.py": (
+        "test_a_step_through_compiled_regions_is_the_step_as_written",  # 12
+    ),
+    "tests/parity/test_context_engine.py": (
+        "test_five_steps_equal_the_plain_training_loop[ranks8]",  # 17
+        "test_bf16_is_no_further_from_the_truth_than_twice_a_single_process",  # 10
+    ),
+    "tests/parity/test_context_layers.py": (
+        "test_loss_and_every_gradient_equal_the_plain_model[tensor2-context4]",  # 50
+        "test_loss_and_every_gradient_equal_the_plain_model[tensor1-context4]",  # 22
+    ),
+    "tests/parity/test_engine.py": (
+        "test_five_steps_equal_the_plain_training_loop[ranks8]",  # 20
+        "test_five_steps_equal_the_plain_training_loop[ranks4]",  # 21
+    ),
+    "tests/parity/test_layers.py": (
+        "test_loss_and_every_gradient_equal_the_plain_model[tensor4]",  # 55
+    ),
+    "tests/parity/test_trainer.py": (
+        "test_what_is_planted_in_a_run_is_seen",  # 42
+        "test_a_run_with_changing_rates_equals_the_plain_training_loop[ranks2]",  # 22
+    ),
+    "tests/report/test_damaged_run.py": (
+        "test_one_wrong_value_anywhere_is_one_line_or_a_page",  # 19
+    ),
+    "tests/report/test_hostile_run.py": (
+        "test_pictures_are_drawn_inside_their_folder_whatever_names_say[controls]",  # 7
+        "test_pictures_are_drawn_inside_their_folder_whatever_names_say[formula]",  # 6
+    ),
+    "tests/report/test_page.py": (
+        "test_many_analyses_are_a_table_and_charts_of_one_length_and_depth",  # 8
+        "test_results_of_a_broken_model_are_gaps",  # 7
+        "test_several_runs_stand_side_by_side",  # 7
+    ),
+    "tests/study/test_study.py": (
+        "test_study_trains_scores_and_goes_on_after_a_kill",  # 13
+    ),
+    "tests/test_bad_input.py": (
+        "test_no_space_for_a_checkpoint_keeps_the_older_ones",  # 16
+    ),
+    "tests/test_demo_path.py": (
+        "test_from_raw_text_to_a_lengthened_context",  # 119
+    ),
+    "tests/test_hostile_input.py": (
+        "test_a_hostile_path_is_refused_in_one_line_by[train {run}]",  # 25
+    ),
+    "tests/test_torch_of_the_machine.py": (
+        "test_a_venv_made_from_a_venv_sees_that_one_s_torch[behind a line of its own]",  # 6
+    ),
+    "tests/train/test_anneal.py": (
+        "test_a_run_resumed_at_and_inside_a_change_is_the_run_that_was_not_interrupted[tensor2-zero3]",
+    ),
+    "tests/train/test_context_features.py": (
+        "test_what_is_served_gives_the_run_of_one_rank[spike]",  # 16
+    ),
+    "tests/train/test_context_ranks.py": (
+        "test_ranks_tell_once_what_one_process_tells[suite-both]",  # 10
+    ),
+    "tests/train/test_context_run.py": (
+        "test_a_run_on_context_ranks_is_that_of_one_rank",  # 41
+    ),
+    "tests/train/test_data_order.py": (
+        "test_rows_do_not_depend_on_the_degrees_nor_on_a_resume",  # 21
+    ),
+    "tests/train/test_guards.py": (
+        "test_a_gradient_that_is_no_number_on_one_rank_skips_one_update_on_all[data2-zero3-bf16]",
+        "test_a_gradient_that_is_no_number_on_one_rank_skips_one_update_on_all[data2-zero0]",  # 7
+    ),
+    "tests/train/test_launcher.py": (
+        "test_a_launch_through_stops_and_kills_is_the_run_that_had_none",  # 31
+    ),
+    "tests/train/test_repeated.py": (
+        "test_another_moment_or_rate_is_told_once_and_the_run_goes_on[a_rate_a_hundredth_higher]",
+        "test_another_cursor_ends_the_run_before_anything_is_saved[2]",  # 8
+    ),
+    "tests/train/test_repeated_paths.py": (
+        "test_weights_that_were_tried_and_taken_back",  # 8
+        "test_a_rate_that_was_tried_and_taken_back",  # 7
+    ),
+    "tests/train/test_resume.py": (
+        "test_a_run_killed_again_and_again_ends_with_the_same_bits[tensor2-zero3-bf16]",  # 23
+        "test_a_run_killed_again_and_again_ends_with_the_same_bits[tensor2-zero1]",  # 14
+        "test_a_run_killed_again_and_again_ends_with_the_same_bits[data2-zero3]",  # 13
+        "test_a_run_goes_on_with_another_layout[data2-zero2 to tensor2-zero1]",  # 9
+        "test_a_run_killed_again_and_again_ends_with_the_same_bits[data2-zero2]",  # 8
+    ),
+    "tests/train/test_stop.py": (
+        "test_a_stop_asked_during[compilation]",  # 18
+        "test_a_stop_asked_during[compilation at ZeRO 3]",  # 12
+        "test_a_stop_asked_during[validation]",  # 11
+    ),
+    "tests/train/test_suites.py": (
+        "test_asking_gathers_weights_that_zero_3_has_cut_up",  # 16
+    ),
+    "tests/train/test_tensor_ranks.py": (
+        "test_ranks_tell_once_what_one_process_tells[suite-tensor4]",  # 12
+        "test_the_command_starts_its_ranks_and_one_tells_what_is_wrong",  # 23
+    ),
+    "tests/train/test_wrong_numbers.py": (
+        "test_after_a_rewind_it_is_the_run_that_never_saw_the_data[step-6]",  # 21
+    ),
+}
