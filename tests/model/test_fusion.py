@@ -1,5 +1,6 @@
 """Layers with two views of the same keys: g = 1 and g = 0 are the near and the far scheme."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,18 @@ from megahybrid.config import parse
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.check import problems
 from megahybrid.config.counting import kv_cache_bytes, parameters, training_flops
+from megahybrid.config.fusion import HeadSplit
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.training import OptimizerConfig
-from megahybrid.errors import ConfigError
+from megahybrid.errors import AuditError, ConfigError
 from megahybrid.evaluate.generation import Decoder
-from megahybrid.model.fusion import TwoViews, fused_output
+from megahybrid.model import fusion
+from megahybrid.model.attention import Attention
+from megahybrid.model.context import SequenceContext
+from megahybrid.model.fusion import NearView, TwoViews, _Stretch, fused_output
 from megahybrid.model.init import initialise, parameter_rule
+from megahybrid.model.kernels import AttentionSpec
+from megahybrid.model.selftest import HeadShape, run_self_test
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests.config.example import example
@@ -223,3 +230,43 @@ def test_a_split_that_leaves_one_view_no_head_is_refused_by_check() -> None:
         f"model.layer_plan.schemes.{name}.split.near=2 of 3 leaves the far view no key head "
         "(model.num_kv_heads=2). Use fewer than 2 near ones."
     ]
+
+
+def swapped(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
+    return fused_output(far, near, share)
+
+
+def without_gradient(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
+    return fused_output(near, far, share.detach())
+
+
+def one_key_more(view: NearView, context: SequenceContext, batch: int) -> AttentionSpec:
+    return replace(Attention.spec(view, context, batch), window=8)
+
+
+def of_other_heads(layer: TwoViews, split: HeadSplit) -> list[_Stretch]:
+    return [_Stretch(False, 0, 1), _Stretch(True, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault", "message"),
+    [
+        (fusion, "fused_output", swapped, "another output than"),
+        (fusion, "fused_output", without_gradient, "another gradient of fuse_gate than"),
+        (NearView, "spec", one_key_more, "another output than"),
+        (TwoViews, "_stretches", of_other_heads, "another output than"),
+    ],
+)
+def test_the_self_test_finds_a_view_that_is_wrong(
+    owner: Any, name: str, fault: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = (
+        {"split": {"near": 1, "of": 2}} if name == "_stretches" else {"fuse": {"gate": "token"}}
+    )
+    near = {"position": NEAR["position"], "window": 7}
+    scheme = parse(AttentionScheme, NOPE | {"window": 9, "near": near} | joined, where="scheme")
+    shape = HeadShape(4, 2, 8, torch.float32, torch.device("cpu"))
+    run_self_test({"layer": scheme}, shape, {"layer": "auto"}, rank=0)
+    monkeypatch.setattr(owner, name, fault)
+    with pytest.raises(AuditError, match=message):
+        run_self_test({"layer": scheme}, shape, {"layer": "auto"}, rank=0)
