@@ -7,7 +7,7 @@ from pathlib import Path
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
-from megahybrid.config.describe import function_in_words, position_in_words
+from megahybrid.config.describe import function_in_words, position_in_words, views_in_words
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
 from megahybrid.interop.tokenizer import WrittenTokenizer
@@ -160,7 +160,7 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
         words += f", scale {scheme.score_scale.kind}"
     if scheme.sink:
         words += ", learned sinks"
-    return words
+    return words if scheme.near is None else f"{words}; {views_in_words(scheme)}"
 
 
 def _scheme_cells(scheme: AttentionScheme) -> str:
@@ -170,7 +170,10 @@ def _scheme_cells(scheme: AttentionScheme) -> str:
     window = "all" if scheme.window is None else str(scheme.window)
     if scheme.chunk is not None:
         window = f"chunk {scheme.chunk}"
-    return " | ".join((position_in_words(scheme), theta, window, words, scheme.score_scale.kind))
+    position = position_in_words(scheme)
+    if scheme.near is not None:
+        position += f"; {views_in_words(scheme)}"
+    return " | ".join((position, theta, window, words, scheme.score_scale.kind))
 
 
 def _stage_rows(run: RunConfig) -> list[str]:
