@@ -1,4 +1,4 @@
-"""`megahybrid checkpoint …`: list, show, verify, compare and average checkpoints."""
+"""`megahybrid checkpoint …`: list, show, verify, compare, average and resize checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from megahybrid.cli.arguments import command, described
 
 def add_stored_commands(commands: argparse._SubParsersAction) -> None:
     """Add `checkpoint` with its own commands."""
-    text = "list, show, verify, compare and average checkpoints"
+    text = "list, show, verify, compare, average and resize checkpoints"
     parser = command(commands, "checkpoint", _checkpoint, text)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     listed = described(verbs, "list", "a run's checkpoints, newest first")
@@ -29,6 +29,14 @@ def add_stored_commands(commands: argparse._SubParsersAction) -> None:
     mean.add_argument(
         "--shares", type=float, nargs="+", metavar="X", help="of each (default: the same)"
     )
+    grown = described(verbs, "resize-vocab", "rows for the tokens that a new tokenizer adds")
+    _one(grown)
+    for name, wanted, text in (
+        ("--tokenizer", True, "the new tokenizer: the old one's tokens, and more behind them"),
+        ("--out", True, "folder to write to"),
+        ("--old-tokenizer", False, "what the model was trained with (default: the run's own)"),
+    ):
+        grown.add_argument(name, type=Path, required=wanted, metavar="PATH", help=text)
     for verb in (listed, show, verify, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -55,6 +63,12 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
                 moments=arguments.moments,
                 rows=arguments.rows,
                 as_json=arguments.json,
+            )
+        case "resize-vocab":
+            from megahybrid.commands.resize_vocab import resize_vocab
+
+            return resize_vocab(
+                arguments.path, arguments.tokenizer, arguments.out, arguments.old_tokenizer
             )
         case "average":
             return checkpoint.write_average(arguments.paths, arguments.out, arguments.shares)

@@ -68,6 +68,10 @@ class Tokenizer(Protocol):
         """Ids of texts that a program wrote: what spells a special token is that token."""
         ...
 
+    def names(self) -> list[str]:
+        """The token of each id as the file writes it; "" for an id that it has not."""
+        ...
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         ...
@@ -137,6 +141,10 @@ class SentencePieceTokenizer(_Arrays):
         )
         self._use_word_cache(sentencepiece_splits(raw, names), re.compile(SPACE_SIGN))
 
+    def names(self) -> list[str]:
+        """The piece of each id."""
+        return [self._processor.id_to_piece(token) for token in range(self.info.vocab_size)]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return self._processor.encode(several(texts), num_threads=self._threads)
@@ -204,6 +212,10 @@ class HuggingFaceTokenizer(_Arrays):
             kind="huggingface", sha256=_sha256(raw), vocab_size=size, eod_id=eod_id
         )
         self._use_word_cache(hugging_face_splits(backend.to_str()), SEPARATORS)
+
+    def names(self) -> list[str]:
+        """The token of each id as the file writes it; "" for an id that it has not."""
+        return [self._backend.id_to_token(token) or "" for token in range(self.info.vocab_size)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
