@@ -11,10 +11,10 @@ import numpy as np
 
 from megahybrid.data.chat.conversation import problem_of, turns
 from megahybrid.data.chat.guarded import GuardedTemplate
-from megahybrid.data.chat.probe import check_template, variables_of
+from megahybrid.data.chat.probe import check_template, counted, variables_of
 from megahybrid.data.chat.render import NotRendered, Rendering
 from megahybrid.data.chat.template_file import TemplateFile
-from megahybrid.data.chat.tokens import answer_is_open, counts_of, trimmed
+from megahybrid.data.chat.tokens import answer_is_open
 from megahybrid.data.tokenizer import Marked, Tokenizer
 from megahybrid.data_prep.document_encoder import (
     BATCH_CHARACTERS,
@@ -86,8 +86,7 @@ class ChatEncoder(DocumentEncoder):
     ) -> None:
         super().__init__(seed, tokenizer, writer)
         self.job, self.template = job, template
-        spelt = check_template(template, tokenizer)
-        # Longest first is no matter here: any of them will do.
+        spelt = check_template(template, tokenizer).spelt
         self.spelt = re.compile("|".join(map(re.escape, spelt)) or "(?!)")
         self.chats: list[_Chat] = []
 
@@ -147,7 +146,7 @@ class ChatEncoder(DocumentEncoder):
                 reason = f"longer than {limit:,} tokens"
                 self.leave_out(bad_of(document, reason, document.text[:80]))
             return
-        counts = self._counts(rendering, marked)
+        counts = counted(self.template, rendering, marked)
         if not counts.any():
             reason = "no turn of the assistant in the rendering"
             self.leave_out(bad_of(document, reason, document.text[:80]))
@@ -157,12 +156,6 @@ class ChatEncoder(DocumentEncoder):
         digest.update(rendering.text.encode())
         tokens = np.append(marked.ids, self.eod).astype(self.writer.dtype)
         self.writer.add(tokens, document_keys(digest), document.metadata, counts)
-
-    def _counts(self, rendering: Rendering, marked: Marked) -> Any:
-        spans = rendering.spans
-        if not self.template.has_generation:
-            spans = trimmed(marked, spans, rendering.text)
-        return counts_of(marked, spans)
 
     def _cut(self, chat: _Chat, limit: int) -> bool:
         """Write the longest beginning that ends with an answer and fits; say whether one does."""

@@ -64,11 +64,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "sample": (
         "{trained} --prompt a --device cpu",
         "trained --prompt a --tokenizer {tokenizer} --device cpu",
+        "trained --chat {template} --tokenizer words.model --device cpu",
     ),
     "export": (
         "{trained} fresh --tokenizer none",
         "trained {out} --tokenizer none",
         "trained fresh --tokenizer {tokenizer}",
+        "trained fresh --tokenizer none --chat-template {template}",
     ),
     "import": (
         "{exported} imported.yaml fresh",
@@ -155,7 +157,7 @@ WRAPPED = {
 NO_PATHS = {
     "overrides", "site", "lm_eval", "architecture", "prompt", "change", "name", "exclude", "glob",
     "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host",
-    "chat", "chat_date",
+    "chat", "chat_date", "system",
 }  # fmt: skip
 
 SUITE = "tasks: {one: {kind: recall, lengths: [32], trials: 1}}\n"

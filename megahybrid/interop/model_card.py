@@ -14,6 +14,16 @@ from megahybrid.interop.tokenizer import WrittenTokenizer
 from megahybrid.ledger import EvaluateEvent, read_ledger
 from megahybrid.printable import printable
 
+CHAT = (
+    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    'messages = [{"role": "user", "content": "What do you know?"}]',
+    "inputs = tokenizer.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    ")",
+    "answer = model.generate(**inputs, max_new_tokens=64)[0, inputs['input_ids'].shape[1] :]",
+    "print(tokenizer.decode(answer, skip_special_tokens=True))",
+)
+
 
 def model_card(
     run: RunConfig,
@@ -25,8 +35,10 @@ def model_card(
     tokenizer: WrittenTokenizer,
     parameters: int,
     evaluations: Sequence[str] = (),
+    *,
+    chats: bool = False,
 ) -> str:
-    """Return the text of README.md."""
+    """Return the text of README.md; chats: whether a chat template is among the files."""
     trust = ", trust_remote_code=True" if architecture.code_files else ""
     model = run.model
     lines = [
@@ -39,8 +51,9 @@ def model_card(
         f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * chats}",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
+        *(CHAT if chats else ()),
         "```",
         "",
         f"Hidden size {model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key "

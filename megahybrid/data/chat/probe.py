@@ -1,12 +1,17 @@
 """Trying a template on a small conversation before any work: what cannot do is refused by name."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megahybrid.data.chat.guarded import GuardedTemplate
 from megahybrid.data.chat.render import NO_PREFIX, NotRendered, Rendering
 from megahybrid.data.chat.template_file import SHIPPED, template_variables
-from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.chat.tokens import counts_of, trimmed
+from megahybrid.data.token_file import Array
+from megahybrid.data.tokenizer import Marked, Tokenizer
 from megahybrid.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Answer with a word."}
@@ -20,6 +25,18 @@ PROBES = ([SYSTEM, *TURNS], [*TURNS], [*TURNS[:2]])  # not every template has th
 SPECIAL = re.compile(r"<\|[^|<>\s]+\|>")
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a template and a tokenizer are to each other.
+
+    spelt: the special tokens that no message may spell. end_id: the token that ends a turn of the
+    assistant; eod where the template has none of its own.
+    """
+
+    spelt: tuple[str, ...]
+    end_id: int
+
+
 def variables_of(tokenizer: Tokenizer, path: Path) -> dict[str, str]:
     """The special tokens that a template may call by name, bos_token and the like."""
     names = {token: name for name, token in tokenizer.special_tokens.items()}
@@ -29,8 +46,8 @@ def variables_of(tokenizer: Tokenizer, path: Path) -> dict[str, str]:
     return found | template_variables(path)
 
 
-def check_template(guarded: GuardedTemplate, tokenizer: Tokenizer) -> list[str]:
-    """The special tokens that no message may spell. Raises DataError where a template cannot do."""
+def check_template(guarded: GuardedTemplate, tokenizer: Tokenizer) -> Checked:
+    """Try a template with a tokenizer. Raises DataError where it cannot do."""
     template = guarded.template
     lacking = [token for token in template.tokens if token not in tokenizer.special_tokens]
     _refuse_lacking(template.name, lacking)
@@ -48,7 +65,18 @@ def check_template(guarded: GuardedTemplate, tokenizer: Tokenizer) -> list[str]:
             f"ends documents (eod_id={eod}). Name another token for that with --eod."
         )
     written = {names[token] for token in marked.ids[marked.special].tolist()}
-    return sorted(tokenizer.control_tokens | written)
+    counts = counted(guarded, rendering, marked)
+    last = int(np.flatnonzero(counts)[-1])
+    end = int(marked.ids[last]) if marked.special[last] else eod
+    return Checked(tuple(sorted(tokenizer.control_tokens | written)), end)
+
+
+def counted(guarded: GuardedTemplate, rendering: Rendering, marked: Marked) -> Array:
+    """Whether each token of a rendering is the assistant's."""
+    spans = rendering.spans
+    if not guarded.has_generation:
+        spans = trimmed(marked, spans, rendering.text)
+    return counts_of(marked, spans)
 
 
 def _refuse_lacking(template: str, lacking: list[str]) -> None:

@@ -41,7 +41,7 @@ class TemplateFile:
         return hashlib.sha256(self.source.encode()).hexdigest()
 
 
-def read_template(name: str) -> TemplateFile:
+def read_template(name: str, option: str = "--template") -> TemplateFile:
     """A shipped template by its name, a .jinja file, or the template of a tokenizer_config.json.
 
     Raises DataError where there is none.
@@ -56,14 +56,14 @@ def read_template(name: str) -> TemplateFile:
             source = json.loads(source)["chat_template"]
     except OSError as error:
         raise DataError(
-            f"--template={name} is none of {', '.join(SHIPPED)}, nor a file that can be read "
+            f"{option}={name} is none of {', '.join(SHIPPED)}, nor a file that can be read "
             f"({error.strerror}). Name one of these, or a .jinja file."
         ).because(error) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         source = None
     if not isinstance(source, str):
         raise DataError(
-            f"--template={name} holds no chat template. Name a .jinja file (UTF-8), or a "
+            f"{option}={name} holds no chat template. Name a .jinja file (UTF-8), or a "
             "tokenizer_config.json with a chat_template that is one text."
         )
     return TemplateFile(name, source)

@@ -153,8 +153,10 @@ def test_shipped_templates_are_good_and_begin_turns_as_they_render_them(
 ) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     with GuardedTemplate(read_template(name), {}, TODAY) as guarded:
-        spelt = check_template(guarded, tokenizer)
-        assert EOD in spelt and {*SHIPPED[name]} <= {*spelt}
+        checked = check_template(guarded, tokenizer)
+        assert {EOD, *SHIPPED[name]} <= {*checked.spelt}
+        ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>"}
+        assert checked.end_id == tokenizer.special_tokens[ends.get(name, EOD)]
         rendering = guarded.rendering(PROBES[0])
         prompt = guarded.prompt(PROBES[0][:-1])
         assert rendering.text[: rendering.spans[-1][0]] == prompt
