@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megahybrid.data.chat.conversation import problem_of, turns
+from megahybrid.data.chat.conversation import problem_of, text_of, turns
 from megahybrid.data.chat.guarded import GuardedTemplate
 from megahybrid.data.chat.probe import check_template, counted, variables_of
 from megahybrid.data.chat.render import NotRendered, Rendering
@@ -96,7 +96,7 @@ class ChatEncoder(DocumentEncoder):
         messages, tools = value["messages"], value["tools"] or None
         if reason := problem_of(messages, tools):
             self.leave_out(bad_of(document, reason, document.text[:80]))
-        elif found := self.spelt.search(document.text):
+        elif found := self.spelt.search(document.text) or self._in_parts(messages):
             # Rendered, the words of a user could end the turn and begin one of the assistant.
             self.leave_out(bad_of(document, f"{found[0]} in a message", document.text[:80]))
         elif (rendering := self._render(document, messages, tools)) is not None:
@@ -104,6 +104,13 @@ class ChatEncoder(DocumentEncoder):
             self.characters += len(rendering.text)
             if self.characters >= BATCH_CHARACTERS:
                 self.flush()
+
+    def _in_parts(self, messages: Sequence[Mapping[str, Any]]) -> re.Match[str] | None:
+        """What contents spell whose parts a template may put side by side."""
+        joined = (
+            text_of(message) for message in messages if isinstance(message.get("content"), list)
+        )
+        return next(filter(None, map(self.spelt.search, joined)), None)
 
     def add_long(self, document: LongDocument) -> None:
         """Leave out what comes in pieces: no conversation does."""

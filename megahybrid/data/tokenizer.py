@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -159,20 +160,21 @@ class SentencePieceTokenizer(_Arrays):
     def _marked(self, parts: Sequence[str]) -> Marked:
         """The ids of parts of a text, of which every other one is a special token."""
         encoded = self._processor.encode(list(parts[::2]), return_type="offset_mapping")
-        rows: list[tuple[int, int, int, bool]] = []
+        ids, places, special = [], [], []
         place = 0
         for number, part in enumerate(parts):
             if number % 2:
-                rows.append((self.special_tokens[part], place, place + len(part), True))
+                ids.append([self.special_tokens[part]])
+                places.append(np.asarray([[place, place + len(part)]]))
             else:
                 found = encoded[number // 2]
-                rows += [
-                    (token, place + begin, place + end, False)
-                    for token, (begin, end) in zip(found["ids"], found["offsets"], strict=True)
-                ]
+                ids.append(found["ids"])
+                places.append(np.asarray(found["offsets"], np.int64).reshape(-1, 2) + place)
+            special.append(np.full(len(ids[-1]), bool(number % 2)))
             place += len(part)
-        columns = np.asarray(rows, np.int64).reshape(-1, 4).T
-        return Marked(columns[0], columns[1], columns[2], columns[3].astype(bool))
+        begins, ends = np.concatenate(places).T
+        whole = np.fromiter(chain.from_iterable(ids), np.int64)
+        return Marked(whole, begins, ends, np.concatenate(special))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""

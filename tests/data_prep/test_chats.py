@@ -146,6 +146,10 @@ def test_what_cannot_be_learnt_from_is_counted_by_reason(tokenizer: Path, tmp_pa
         "unbalanced: ends with tool": [USER, call_of, result],
         "unbalanced: a tool's result without a call": [USER, result, ANSWER],
         "<|im_end|> in a message": [USER, {"role": "assistant", "content": "a<|im_end|>b"}],
+        "<|im_start|> in a message": [
+            {"role": "user", "content": [{"text": "a<|im_"}, {"text": "start|>b"}]},
+            ANSWER,
+        ],
         "NUL character": [USER, {"role": "assistant", "content": "a\0b"}],
         "lone surrogate": [USER, {"role": "assistant", "content": "\ud800"}],
         "longer than 200 tokens": [USER, {"role": "assistant", "content": "z" * 200}],

@@ -63,9 +63,9 @@ def _faults(messages: Sequence[Mapping[str, Any]], roles: Sequence[str]) -> Iter
     for message in messages:
         if not _is_content(message.get("content")):
             yield "content that is no text"
-        if message["role"] == ASSISTANT and not _calls(message) and not _text(message).strip():
+        if message["role"] == ASSISTANT and not _calls(message) and not text_of(message).strip():
             yield "empty answer"
-    if not any(_text(message).strip() or _calls(message) for message in messages):
+    if not any(text_of(message).strip() or _calls(message) for message in messages):
         yield "empty conversation"
     if ASSISTANT not in roles:
         yield "prompt only"
@@ -92,7 +92,8 @@ def _is_content(content: Any) -> bool:
     )
 
 
-def _text(message: Mapping[str, Any]) -> str:
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, its parts one after another."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
