@@ -14,8 +14,11 @@ from megahybrid.interop.tokenizer import WrittenTokenizer
 from megahybrid.ledger import EvaluateEvent, read_ledger
 from megahybrid.printable import printable
 
-CHAT = (
-    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+CONTINUATION = (
+    'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+    "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))",
+)
+ANSWER = (
     'messages = [{"role": "user", "content": "What do you know?"}]',
     "inputs = tokenizer.apply_chat_template(",
     '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
@@ -39,7 +42,6 @@ def model_card(
     chats: bool = False,
 ) -> str:
     """Return the text of README.md; chats: whether a chat template is among the files."""
-    trust = ", trust_remote_code=True" if architecture.code_files else ""
     model = run.model
     lines = [
         "---",
@@ -51,9 +53,7 @@ def model_card(
         f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
-        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * chats}",
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
-        *(CHAT if chats else ()),
+        *_snippet(bool(architecture.code_files), tokenizer, chats),
         "```",
         "",
         f"Hidden size {model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key "
@@ -97,6 +97,26 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _snippet(trusted: bool, tokenizer: WrittenTokenizer, chats: bool) -> list[str]:
+    """Return the lines of a program that generates text with the export, or an answer."""
+    trust = ", trust_remote_code=True" if trusted else ""
+    loads = f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})'
+    if not tokenizer.shipped:
+        return [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            loads,
+            "ids = torch.tensor([[0, 1, 2]])  # of your tokenizer",
+            "print(model.generate(ids, max_new_tokens=32))",
+        ]
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        loads,
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        *(ANSWER if chats else CONTINUATION),
+    ]
 
 
 def evaluations_of(checkpoint: Path, step: int) -> list[str]:
