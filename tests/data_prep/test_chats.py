@@ -199,14 +199,15 @@ def test_long_conversations_are_cut_behind_an_answer(tokenizer: Path, tmp_path: 
     assert left.bad == {f"longer than {sizes[1]} tokens": 1}
 
 
-def test_a_table_gives_what_lines_give(tokenizer: Path, tmp_path: Path) -> None:
-    """Its structures have a null for every key that another row has."""
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_table_gives_what_lines_give(tokenizer: Path, tmp_path: Path, tools: bool) -> None:
+    """Its structures have a null for every key that another row has, and a column may be absent."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    more = {"tools": json.dumps(TOOLS)} if tools else {}
     rows = [
-        {"messages": conversation(seed, tools=bool(seed % 2)), "tools": json.dumps(TOOLS)}
-        for seed in range(8)
+        {"messages": conversation(seed, tools=tools and bool(seed % 2))} | more for seed in range(8)
     ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     lines = write_rows(tmp_path / "rows.jsonl", rows)
@@ -253,7 +254,10 @@ def test_sentencepiece_reserves_what_no_text_can_spell(
         (["--chat", "messages", "--long-chats", "cut"], "--long-chats=cut needs --max-tokens"),
         (["--chat", "messages", "--template", "no"], "--template=no is none of chatml, llama3, co"),
         (["--chat", "messages", "--eod", "<|im_end|>"], "template chatml writes <|im_end|> within"),
-        (["--chat", "dialogue"], r"hold no document \(1 no list of messages in field 'dialogue'\)"),
+        (
+            ["--chat", "dialogue"],
+            r"hold no document \(1 no list of messages in field 'dialogue'\). Check --chat",
+        ),
     ],
 )
 def test_wrong_options_are_one_line_and_nothing_is_written(

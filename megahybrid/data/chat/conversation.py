@@ -19,9 +19,10 @@ def conversation_text(row: Mapping[str, Any], field: str, *, sparse: bool = Fals
     messages, tools = _value(row.get(field)), _value(row.get(TOOLS))
     if not isinstance(messages, list):
         return None
-    value = {"messages": messages, "tools": tools}
+    if sparse:
+        messages, tools = _without_nulls(messages), _without_nulls(tools)
     try:
-        return json.dumps(_without_nulls(value) if sparse else value, ensure_ascii=False)
+        return json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):  # a date, a number in a table that JSON has not
         return None
 
