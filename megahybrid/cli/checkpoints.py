@@ -8,7 +8,7 @@ from megahybrid.cli.arguments import command, described
 
 def add_stored_commands(commands: argparse._SubParsersAction) -> None:
     """Add `checkpoint` with its own commands."""
-    text = "list, show, verify, compare, average, fuse and collapse checkpoints"
+    text = "list, show, verify, compare, average, fuse, collapse and resize checkpoints"
     parser = command(commands, "checkpoint", _checkpoint, text)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     listed = described(verbs, "list", "a run's checkpoints, newest first")
@@ -48,6 +48,14 @@ def add_stored_commands(commands: argparse._SubParsersAction) -> None:
         verb.add_argument(
             "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
         )
+    grown = described(verbs, "resize-vocab", "rows for the tokens that a new tokenizer adds")
+    _one(grown)
+    for name, wanted, text in (
+        ("--tokenizer", True, "the new tokenizer: the old one's tokens, and more behind them"),
+        ("--out", True, "folder to write to"),
+        ("--old-tokenizer", False, "what the model was trained with (default: the run's own)"),
+    ):
+        grown.add_argument(name, type=Path, required=wanted, metavar="PATH", help=text)
     for verb in (listed, show, verify, diff):
         verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -74,6 +82,12 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
                 moments=arguments.moments,
                 rows=arguments.rows,
                 as_json=arguments.json,
+            )
+        case "resize-vocab":
+            from megahybrid.commands.resize_vocab import resize_vocab
+
+            return resize_vocab(
+                arguments.path, arguments.tokenizer, arguments.out, arguments.old_tokenizer
             )
         case "average":
             return checkpoint.write_average(arguments.paths, arguments.out, arguments.shares)

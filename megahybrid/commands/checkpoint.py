@@ -112,6 +112,9 @@ def show(checkpoint: Path, *, as_json: bool = False) -> int:
     for item in facts["averaged"] or ():
         shown.setdefault("mean of", "")
         shown["mean of"] += f"{item['share']:.3g} × {item['checkpoint']}  "
+    if facts["resized"]:
+        resized = facts["resized"]
+        shown["resized"] = f"from {resized['vocab_size']:,} tokens, of {resized['checkpoint']}"
     if facts["schemes"]:
         shown["layers"] = "; ".join(f"{k}: {_scheme(v)}" for k, v in facts["schemes"].items())
     for name, text in shown.items():
@@ -249,6 +252,7 @@ def _summary(manifest: Any) -> dict[str, Any]:
         "version": manifest.version,
         "parent": manifest.train_state.get("parent"),
         "averaged": manifest.train_state.get("averaged"),
+        "resized": manifest.train_state.get("resized"),
         "schemes": manifest.train_state.get("schemes"),
     }
 

@@ -14,6 +14,19 @@ from megahybrid.interop.tokenizer import WrittenTokenizer
 from megahybrid.ledger import EvaluateEvent, read_ledger
 from megahybrid.printable import printable
 
+CONTINUATION = (
+    'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+    "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))",
+)
+ANSWER = (
+    'messages = [{"role": "user", "content": "What do you know?"}]',
+    "inputs = tokenizer.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    ")",
+    "answer = model.generate(**inputs, max_new_tokens=64)[0, inputs['input_ids'].shape[1] :]",
+    "print(tokenizer.decode(answer, skip_special_tokens=True))",
+)
+
 
 def model_card(
     run: RunConfig,
@@ -25,8 +38,10 @@ def model_card(
     tokenizer: WrittenTokenizer,
     parameters: int,
     evaluations: Sequence[str] = (),
+    *,
+    chats: bool = False,
 ) -> str:
-    """Return the text of README.md."""
+    """Return the text of README.md; chats: whether a chat template is among the files."""
     model = run.model
     lines = [
         "---",
@@ -38,7 +53,7 @@ def model_card(
         f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
-        *_snippet(bool(architecture.code_files), tokenizer),
+        *_snippet(bool(architecture.code_files), tokenizer, chats),
         "```",
         "",
         f"Hidden size {model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key "
@@ -84,8 +99,8 @@ def model_card(
     return "\n".join(lines)
 
 
-def _snippet(trusted: bool, tokenizer: WrittenTokenizer) -> list[str]:
-    """Return the lines of a program that generates text with the export."""
+def _snippet(trusted: bool, tokenizer: WrittenTokenizer, chats: bool) -> list[str]:
+    """Return the lines of a program that generates text with the export, or an answer."""
     trust = ", trust_remote_code=True" if trusted else ""
     loads = f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})'
     if not tokenizer.shipped:
@@ -100,8 +115,7 @@ def _snippet(trusted: bool, tokenizer: WrittenTokenizer) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         loads,
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))",
+        *(ANSWER if chats else CONTINUATION),
     ]
 
 
