@@ -87,6 +87,7 @@ class NearView(Attention):
         nn.Module.__init__(self)
         self.scheme, self.head_dim, self.kernel = scheme, config.head_dim, "auto"
         self.compiled_prepare = None
+        self.sinks = None  # two views go without: `views_problem` refuses them together
         self.query_scale = QueryScale.of(scheme, config.num_heads, f"{name}.near", mesh)
 
 
