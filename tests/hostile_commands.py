@@ -30,6 +30,9 @@ SECONDS = 60  # by the clock: no refusal waits as long, even on a machine that i
 MEMORY = 2 * 2**30  # bytes beyond what is mapped when all is imported
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
+    "init": ("{out} --data text.jsonl", "fresh --data {text}"),
+    "schema": (),
+    "completion": (),
     "train": (
         "{run}",
         "run.yaml directory={out}",
@@ -147,7 +150,8 @@ WRAPPED = {
 # Words of the command line that are no path of this machine's.
 NO_PATHS = {
     "overrides", "site", "lm_eval", "architecture", "prompt", "change", "name", "exclude", "glob",
-    "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host",
+    "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host", "size", "plan",
+    "lengths",
 }  # fmt: skip
 
 SUITE = "tasks: {one: {kind: recall, lengths: [32], trials: 1}}\n"
