@@ -2,9 +2,10 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from megahybrid.commands.trained_model import load_trained_model
+from megahybrid.commands.trained_model import TrainedModel, load_trained_model
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import EXIT_DONE, ConfigError
@@ -30,18 +31,9 @@ def sample(
     the longest rows of its stage); where the text grows beyond, stderr says so. Raises
     MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
-    if tokens < 1:
-        raise ConfigError(f"--tokens={tokens} adds nothing. Use 1 or more.")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(
-            f"--temperature={temperature:g} is no temperature. Use 0 (the likeliest) or more."
-        )
-    if context is not None and context < 1:
-        raise ConfigError(f"--context={context} shows the model nothing. Use 1 or more.")
+    _check_numbers(tokens, temperature, context)
     trained = load_trained_model(path, mesh)
     seen = context or trained.length
-    words, eod_id = tokenizer_of(trained.run, tokenizer)
-    ids = _encode(words, prompt)
 
     def cropped() -> None:
         limit = f"tokens of stage {trained.stage.name}" if context is None else "of --context"
@@ -51,19 +43,60 @@ def sample(
             file=sys.stderr,
         )
 
+    print(
+        continued(
+            trained,
+            prompt,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            tokenizer=tokenizer,
+            context=context,
+            cropped=cropped,
+        )
+    )
+    return EXIT_DONE
+
+
+def continued(
+    trained: TrainedModel,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    tokenizer: Path | None,
+    context: int | None,
+    cropped: Callable[[], None] = lambda: None,
+) -> str:
+    """Return `prompt` and what follows it; `cropped` is called where the model sees no more of its
+    beginning. Otherwise as `sample`."""
+    _check_numbers(tokens, temperature, context)
+    words, eod_id = tokenizer_of(trained.run, tokenizer)
+    ids = _encode(words, prompt)
     ids += sample_tokens(
         trained.model,
         ids,
         tokens=tokens,
         temperature=temperature,
         seed=seed,
-        context_tokens=seen,
+        context_tokens=context or trained.length,
         vocab_size=words.info.vocab_size,
         eod_id=eod_id,
         cropped=cropped,
     )
-    print(words.decode(ids))
-    return EXIT_DONE
+    return words.decode(ids)
+
+
+def _check_numbers(tokens: int, temperature: float, context: int | None) -> None:
+    if tokens < 1:
+        raise ConfigError(f"--tokens={tokens} adds nothing. Use 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(
+            f"--temperature={temperature:g} is no temperature. Use 0 (the likeliest) or more."
+        )
+    if context is not None and context < 1:
+        raise ConfigError(f"--context={context} shows the model nothing. Use 1 or more.")
 
 
 def _encode(words: Tokenizer, prompt: str) -> list[int]:
