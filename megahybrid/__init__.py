@@ -10,11 +10,7 @@ What a program needs stands here, imported when it is first used (docs/python.md
     print(megahybrid.generate(model, "It was"))
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from megahybrid.api import Tokenizer, evaluate, export, generate, load_model, load_run, train
-    from megahybrid.data.dataset import TokenDataset
+from typing import Any
 
 __version__ = "0.2.0"
 

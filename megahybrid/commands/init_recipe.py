@@ -24,7 +24,8 @@ EPOCHS = 4
 # Where more text and more parameters are worth the same (arXiv 2203.15556); no limit, a yardstick.
 TOKENS_PER_PARAMETER = 20
 LEAST_PER_PARAMETER = 1.0  # with less a larger model only learns the text by heart
-CPU_SECONDS = 600
+# On a CPU: ten minutes for a first try, a night for whoever asks for more.
+TRY_SECONDS, NIGHT_SECONDS = 600, 8 * 3600
 LEAST_ROWS = 16
 STEPS = 500
 SHARES = (0.6, 0.25, 0.15, 0.1, 0.1, 0.1)  # of the tokens, by length; the shortest teaches most
@@ -141,8 +142,8 @@ def _of_size(
     tree = {"model": _model(size, plan, vocab, used)}
     model = parse(ModelConfig, tree["model"], "model")
     count = parameters(model)
-    tokens, limited_by = _tokens(model, count, text_tokens, used[0], machine)
-    _refuse_too_little(size, folder, count, text_tokens, used[0])
+    tokens, limited_by = _tokens(size, model, count, text_tokens, used[0], machine)
+    _refuse_too_little(size, folder, texts, count, text_tokens, used[0])
     refused: ConfigError | None = None
     for zero_stage in (1, 3) if machine.ranks > 1 else (1,):
         for policy in POLICIES:
@@ -205,7 +206,7 @@ def _packaged_model(size: str, plan: str) -> dict[str, Any]:
 
 
 def _tokens(
-    model: ModelConfig, count: int, text_tokens: int, length: int, machine: Machine
+    size: str, model: ModelConfig, count: int, text_tokens: int, length: int, machine: Machine
 ) -> tuple[int, str]:
     """Tokens to train on: enough for the parameters, and no more than the text or a CPU gives."""
     bounds = {
@@ -214,31 +215,38 @@ def _tokens(
         * text_tokens,
     }
     if machine.device == "cpu":
-        flops = CPU_SECONDS * machine.cores * CORE_FLOPS
-        bounds[f"{CPU_SECONDS // 60} minutes on these cores"] = int(
-            flops / flops_per_token(model, length)
+        seconds, told = (
+            (TRY_SECONDS, "10 minutes") if size == "tiny" else (NIGHT_SECONDS, "8 hours")
         )
+        flops = seconds * machine.cores * CORE_FLOPS
+        bounds[f"{told} on these cores"] = int(flops / flops_per_token(model, length))
     name = min(bounds, key=lambda name: bounds[name])
     return bounds[name], name
 
 
-def _refuse_too_little(size: str, folder: str, count: int, text_tokens: int, length: int) -> None:
+def _refuse_too_little(
+    size: str, folder: str, texts: Texts, count: int, text_tokens: int, length: int
+) -> None:
     names = list(SIZES)
     per_parameter = EPOCHS * text_tokens / count
     if size == names[0] or per_parameter >= LEAST_PER_PARAMETER:
         _refuse_few_rows(folder, text_tokens, length)
         return
-    smaller = [
-        name
-        for name in names[: names.index(size)]
-        if name == names[0] or EPOCHS * text_tokens >= LEAST_PER_PARAMETER * _parameters_of(name)
-    ]
+    smaller = names[: names.index(size)]
+    fitting = [name for name in smaller if name == names[0] or _is_enough(name, texts)]
     raise ConfigError(
         f"--size={size} has {count:,} parameters, and --data={folder[:100]} some {text_tokens:,} "
         f"tokens: {per_parameter:.2g} a parameter in {EPOCHS} epochs ({LEAST_PER_PARAMETER:g} at "
-        f"least; {TOKENS_PER_PARAMETER} is much better). Use --size {either(smaller)}, or "
+        f"least; {TOKENS_PER_PARAMETER} is much better). Use --size {either(fitting)}, or "
         "more text."
     )
+
+
+def _is_enough(size: str, texts: Texts) -> bool:
+    vocab = vocabulary(size, texts)
+    model = _packaged_model(size, "rope") | {"vocab_size": vocab}
+    count = parameters(parse(ModelConfig, model, "model"))
+    return EPOCHS * texts.tokens(vocab) >= LEAST_PER_PARAMETER * count
 
 
 def _refuse_few_rows(folder: str, text_tokens: int, length: int) -> None:
@@ -248,10 +256,6 @@ def _refuse_few_rows(folder: str, text_tokens: int, length: int) -> None:
             f"--data={folder[:200]} holds some {text_tokens:,} tokens, fewer than {LEAST_ROWS} "
             f"rows of {length:,}. Add text, or use shorter rows: --lengths {shorter}."
         )
-
-
-def _parameters_of(size: str) -> int:
-    return parameters(parse(ModelConfig, _packaged_model(size, "rope"), "model"))
 
 
 def _rest(
