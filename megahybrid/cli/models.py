@@ -76,7 +76,11 @@ def add_interop_commands(commands: argparse._SubParsersAction) -> None:
     export = command(commands, "export", _export, "a checkpoint as a folder for transformers")
     export.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="default: fp32, or bf16 where no weight is rounded by it, as after an import",
+    )
     export.add_argument("--architecture", metavar="NAME", help="the class to say the model in")
     export.add_argument("--tokenizer", metavar="FILE", help="the run's when left out; or: none")
     bring_in = command(commands, "import", _import, "a Hugging Face folder as a checkpoint")

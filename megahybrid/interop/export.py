@@ -29,7 +29,13 @@ from megahybrid.interop.model_card import evaluations_of, model_card
 from megahybrid.interop.publish import published
 from megahybrid.interop.read_back import check_dtype, check_fields_as_read, check_files
 from megahybrid.interop.rotation_bits import frequencies, their_frequencies
-from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
+from megahybrid.interop.shards import (
+    DTYPES,
+    SHARD_BYTES,
+    exact_dtype,
+    out_tensors,
+    write_shards,
+)
 from megahybrid.interop.tokenizer import write_tokenizer
 from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
@@ -65,7 +71,7 @@ def export(
     path: Path,
     out: Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     architecture: str | None = None,
     tokenizer: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -73,12 +79,14 @@ def export(
 ) -> int:
     """Write `out` from a checkpoint, load it with transformers, compare, and only then name it.
 
-    `tokenizer` is a file, or "none"; the run's own when left out. Raises MegahybridError, one
-    line, and leaves nothing behind, where no class supports the plan or the logits differ.
+    `dtype` is fp32 or bf16; left out, the one that rounds no weight. `tokenizer` is a file, or
+    "none"; the run's own when left out. Raises MegahybridError, one line, and leaves nothing
+    behind, where no class supports the plan or the logits differ.
     """
     require_transformers()
     source = open_source(path)
     chosen = choose(source.run.model, source.plan, architecture, table)
+    dtype = dtype or _exact_dtype(source, chosen)
     print(f"{source.folder} as {chosen.name}ForCausalLM, {dtype}")
     with published(out, _bytes(source, dtype)) as folder:
         ids = write_tokenizer(folder, source.run, tokenizer)
@@ -177,6 +185,12 @@ def inexact_rotations(plan: LayerPlan, head_dim: int) -> list[str]:
             if not torch.equal(ours, their_frequencies(theta, len(ours), head_dim)):
                 reasons.append(f"the frequencies of its partial rotations are not {name}'s bits")
     return reasons
+
+
+def _exact_dtype(source: Source, architecture: Architecture) -> str:
+    names = list(architecture.tensor_names(source.run.model, source.plan))
+    with Reader(source.folder) as reader:
+        return exact_dtype(out_tensors(reader, names, source.run.model.head_dim))
 
 
 def _bytes(source: Source, dtype: str) -> int:

@@ -294,9 +294,12 @@ def prove(
             check_bits(reader, weights, names, model.head_dim, dtype)
             if 8 * parameters <= whole_bytes:
                 ours = our_model(model, small, reader, dtype)
-                return compare(ours, their_model(folder, config, own), small)
+                theirs = their_model(folder, config, own)
+                architecture.shrink_built(theirs.config, plan, small)
+                return compare(ours, theirs, small)
             few = StreamedOurs(model, small, reader, dtype)
             theirs = streamed_theirs(folder, config, weights, own)
+            architecture.shrink_built(theirs.config, plan, small)
             return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]

@@ -27,7 +27,6 @@ def model_card(
     evaluations: Sequence[str] = (),
 ) -> str:
     """Return the text of README.md."""
-    trust = ", trust_remote_code=True" if architecture.code_files else ""
     model = run.model
     lines = [
         "---",
@@ -39,8 +38,7 @@ def model_card(
         f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
+        *_snippet(bool(architecture.code_files), tokenizer),
         "```",
         "",
         f"Hidden size {model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key "
@@ -84,6 +82,27 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _snippet(trusted: bool, tokenizer: WrittenTokenizer) -> list[str]:
+    """Return the lines of a program that generates text with the export."""
+    trust = ", trust_remote_code=True" if trusted else ""
+    loads = f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})'
+    if not tokenizer.shipped:
+        return [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            loads,
+            "ids = torch.tensor([[0, 1, 2]])  # of your tokenizer",
+            "print(model.generate(ids, max_new_tokens=32))",
+        ]
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        loads,
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))",
+    ]
 
 
 def evaluations_of(checkpoint: Path, step: int) -> list[str]:

@@ -80,12 +80,26 @@ def _chunks(tensors: Sequence[OutTensor], dtype: str) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
-        band = max(tensor.step, BAND_BYTES // row_bytes // tensor.step * tensor.step)
-        for start in range(0, tensor.shape[0], band):
-            rows = np.ascontiguousarray(tensor.rows(start, min(start + band, tensor.shape[0])))
-            data = torch.from_numpy(rows).to(torch_dtype)
-            yield data.view(torch.uint8).numpy().reshape(-1).data
+        for rows in _bands(tensor):
+            yield rows.to(torch_dtype).view(torch.uint8).numpy().reshape(-1).data
+
+
+def exact_dtype(tensors: Sequence[OutTensor]) -> str:
+    """Return bf16 where every number is one of bf16's, as after an import of such weights, and
+    else fp32: the dtype of fewest bytes that rounds nothing. Stops at the first band that bf16
+    would round."""
+    bands = (rows for tensor in tensors for rows in _bands(tensor))
+    exact = all(torch.equal(rows, rows.to(torch.bfloat16).float()) for rows in bands)
+    return "bf16" if exact else "fp32"
+
+
+def _bands(tensor: OutTensor) -> Iterator[torch.Tensor]:
+    """Yield the rows of a tensor in fp32, at most BAND_BYTES of them at a time."""
+    row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
+    band = max(tensor.step, BAND_BYTES // row_bytes // tensor.step * tensor.step)
+    for start in range(0, tensor.shape[0], band):
+        rows = tensor.rows(start, min(start + band, tensor.shape[0]))
+        yield torch.from_numpy(np.ascontiguousarray(rows))
 
 
 def row_bands(name: TensorName, head_dim: int) -> Iterator[tuple[int, int]]:

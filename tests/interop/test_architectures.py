@@ -203,7 +203,9 @@ def test_our_own_class_serves_every_scale_of_the_scores() -> None:
         model = model_with(PLAIN.model_copy(update={"score_scale": scale}))
         assert by_name("Megahybrid").fit(model, model.layer_plan).can
         others = (
-            {"SmolLM3", "Llama", "Mistral", "GraniteSWA"} if scale.kind == "sqrt_dim" else set()
+            {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"}
+            if scale.kind == "sqrt_dim"
+            else set()
         )
         assert {fit.architecture for fit in huggingface_fits(model) if fit.can} == others
 

@@ -31,6 +31,16 @@ from tests.plain_model import PlainModel
 NEW = 24
 BIASED = {"bias": "qkv"}
 GATED = {"gate": "element"}
+WEIGHTLESS = {"qk_norm": {"kind": "rms", "weight": "none"}}
+TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}}
+TEMPERED_ROPE = {
+    "position": {
+        "kind": "rope",
+        "theta": 1e4,
+        "scaling": {"kind": "llama3", "factor": 8.0, "original_length": 4},
+    },
+    "score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3, "offset": 0},
+}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -45,6 +55,12 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
+    "Llama4": (
+        "Llama4",
+        [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | {"chunk": 5} | WEIGHTLESS, TEMPERED],
+        {},
+    ),
+    "Ministral3": ("Ministral3", [TEMPERED_ROPE | {"window": 5}] * 2, {}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
     "Megahybrid": (
         "Megahybrid",
@@ -54,6 +70,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
             LOCAL | {"gate": "head", "bias": "qkv"},
+            ROPE | WEIGHTLESS | {"chunk": 5},
         ],
         {"tie_embeddings": False},
     ),
@@ -97,7 +114,7 @@ def test_the_cache_of_a_windowed_layer_is_bounded_by_its_window(tmp_path: Path) 
         found.append(out.logits)
     assert (torch.cat(found, dim=1) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
     held = [layer.keys.shape[-2] for layer in cache.layers]
-    assert held == [4, 8, 40, 40, 4]
+    assert held == [4, 8, 40, 40, 4, 4]
 
 
 @torch.no_grad()

@@ -204,6 +204,11 @@ class Architecture(ABC):
         same_or_refused("sliding_window", config.sliding_window, next(iter(windows)))
         config.sliding_window = windows[config.sliding_window]
 
+    def shrink_built(self, config: Any, plan: LayerPlan, small: LayerPlan) -> None:
+        """Change in the config of a built model what `shrink` must not: a field that is read in
+        every forward, and from which something else was made once."""
+        return None
+
     def norm_names(self, model: ModelConfig) -> Mapping[str, str]:
         """Return the class's name of each norm of a block, by ours."""
         return tensor_names.norm_names(model)

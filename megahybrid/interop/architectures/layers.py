@@ -220,17 +220,19 @@ def plan_of(
     *,
     gate: Gate = "none",
     bias: Bias = "none",
+    own: Sequence[Fields] = (),
 ) -> Fields:
-    """Return a plan with a name for every different layer, its pattern as short as it tiles."""
+    """Return a plan with a name for every different layer, its pattern as short as it tiles.
+    `own` holds, for each layer, fields that differ from those of all."""
     same: Fields = {"qk_norm": dump(qk_norm), "score_scale": score_scale}
     same |= {"gate": gate, "bias": bias}
     schemes: dict[str, Fields] = {}
     names = []
-    for position, window in layers:
-        scheme = {"position": position, "window": window, **same}
+    for (position, window), fields in zip(layers, own or [{}] * len(layers), strict=True):
+        scheme = {"position": position, "window": window, **same, **fields}
         name = next((known for known, held in schemes.items() if held == scheme), None)
         if name is None:
-            name = _name(position, window, schemes)
+            name = _name(scheme, schemes)
             schemes[name] = scheme
         names.append(name)
     period = next(
@@ -242,8 +244,9 @@ def plan_of(
     return dump(parse(LayerPlan, plan, where="model.layer_plan"))
 
 
-def _name(position: Fields, window: int | None, taken: dict[str, Fields]) -> str:
-    plain = position["kind"] + ("_window" if window is not None else "")
+def _name(scheme: Fields, taken: dict[str, Fields]) -> str:
+    reach = [f"_{field}" for field in ("window", "chunk") if scheme.get(field) is not None]
+    plain = scheme["position"]["kind"] + "".join(reach)
     name, number = plain, 2
     while name in taken:
         name, number = f"{plain}_{number}", number + 1
