@@ -30,7 +30,7 @@ SECONDS = 60  # by the clock: no refusal waits as long, even on a machine that i
 MEMORY = 2 * 2**30  # bytes beyond what is mapped when all is imported
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "init": ("{out} --data text.jsonl", "fresh --data {text}"),
+    "init": ("{out} --data words.txt", "fresh --data {text}"),
     "schema": (),
     "completion": (),
     "train": (
@@ -496,6 +496,7 @@ def make_material(folder: Path) -> None:
     (folder / "examples.json").write_text("[]")
     texts = ["many words and some more of them " * 20] * 50
     (folder / "words.model").write_bytes(train_sentencepiece(texts, vocab_size=290))
+    (folder / "words.txt").write_text(" ".join(f"w{number}" for number in range(9000)))
     (folder / "text.jsonl").write_text('{"text": "some words"}\n' * 20)
     for words in (
         ["train", "run.yaml", "stages.2.tokens=1024"],

@@ -13,9 +13,9 @@ from megahybrid.config.run import RunConfig
 from megahybrid.config.schema import schema_text
 from megahybrid.config.yaml_file import parse_yaml
 from megahybrid.data_prep.given_paths import check_paths
-from megahybrid.errors import EXIT_DONE, ConfigError, PathError
+from megahybrid.errors import EXIT_DONE, ConfigError, DataError, PathError
 from megahybrid.printable import shortened
-from megahybrid.run_folder import holds_run
+from megahybrid.run_folder import holds_run, refuse_foreign_run_folder
 
 RUN_FILE = "run.yaml"
 
@@ -69,7 +69,11 @@ def _refuse_target(target: Path, data: str) -> None:
                 f"{shortened(str(target / name), 200)} is there already, and nothing is "
                 "overwritten. Name a new folder, or move it away."
             )
-    check_paths("init", {"inputs": [data]})
+    refuse_foreign_run_folder(target, "DIR")
+    try:
+        check_paths("init", {"inputs": [data]})
+    except DataError as error:
+        raise DataError(str(error).replace("inputs=", "--data=", 1)) from None
     if not os.path.exists(data):
         raise PathError(f"--data={shortened(data, 200)} does not exist. Name a folder of text.")
     if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(data)):

@@ -27,6 +27,7 @@ LEAST_PER_PARAMETER = 1.0  # with less a larger model only learns the text by he
 # On a CPU: ten minutes for a first try, a night for whoever asks for more.
 TRY_SECONDS, NIGHT_SECONDS = 600, 8 * 3600
 LEAST_ROWS = 16
+LEAST_WORDS = 200  # or signs, of scripts without spaces: fewer have not 512 pieces in them
 STEPS = 500
 SHARES = (0.6, 0.25, 0.15, 0.1, 0.1, 0.1)  # of the tokens, by length; the shortest teaches most
 POLICIES: tuple[Recompute, ...] = ("none", "selective", "chunked", "full")
@@ -116,6 +117,7 @@ def recipe(
     if size is not None and size not in SIZES:
         hint = did_you_mean(size, SIZES)
         raise ConfigError(f"--size={size[:60]} is not one of {', '.join(SIZES)}.{hint}")
+    _refuse_repeated(folder, texts)
     tried = [size] if size else ["tiny"] if machine.device == "cpu" else list(reversed(SIZES))
     refused: ConfigError | None = None
     for name in tried:
@@ -156,6 +158,14 @@ def _of_size(
             refused = _too_large(size, memory, run, machine)
     assert refused is not None
     raise refused
+
+
+def _refuse_repeated(folder: str, texts: Texts) -> None:
+    if texts.words < LEAST_WORDS and texts.signs < LEAST_WORDS:
+        raise ConfigError(
+            f"--data={folder[:200]} holds {texts.words:,} different words, too few for a "
+            f"vocabulary ({LEAST_WORDS} at least). Add text that does not repeat itself."
+        )
 
 
 def vocabulary(size: str, texts: Texts) -> int:
