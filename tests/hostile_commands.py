@@ -150,9 +150,9 @@ WRAPPED = {
 # Words of the command line that are no path of this machine's.
 NO_PATHS = {
     "overrides", "site", "lm_eval", "architecture", "prompt", "change", "name", "exclude", "glob",
-    "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host", "size", "plan",
-    "lengths",
+    "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host",
 }  # fmt: skip
+NO_PATHS |= {"size", "plan", "lengths"}  # of init
 
 SUITE = "tasks: {one: {kind: recall, lengths: [32], trials: 1}}\n"
 NEEDLE = "tasks: {one: {kind: needle, lengths: [64], trials: 1}}\n"
@@ -494,9 +494,9 @@ def make_material(folder: Path) -> None:
     (folder / "study").mkdir()
     (folder / "study/study.yaml").write_text(STUDY)
     (folder / "examples.json").write_text("[]")
+    (folder / "words.txt").write_text(" ".join(f"w{number}" for number in range(9000)))
     texts = ["many words and some more of them " * 20] * 50
     (folder / "words.model").write_bytes(train_sentencepiece(texts, vocab_size=290))
-    (folder / "words.txt").write_text(" ".join(f"w{number}" for number in range(9000)))
     (folder / "text.jsonl").write_text('{"text": "some words"}\n' * 20)
     for words in (
         ["train", "run.yaml", "stages.2.tokens=1024"],
