@@ -181,7 +181,7 @@ def _held_out(texts: Sequence[str], scale: float) -> HeldOut | None:
         return HeldOut(fraction, 0, round(fraction * scale * len(texts)), fraction)
     total = sum(map(len, texts))
     for seed in range(SEEDS):
-        draws = sorted((_draw(seed, text), len(text)) for text in texts)
+        draws = sorted((drawn(seed, text), len(text)) for text in texts)
         taken = 0
         for number, ((draw, length), (after, _)) in enumerate(pairwise(draws), start=1):
             taken += length
@@ -192,7 +192,7 @@ def _held_out(texts: Sequence[str], scale: float) -> HeldOut | None:
     return None
 
 
-def _draw(seed: int, text: str) -> float:
+def drawn(seed: int, text: str) -> float:
     """Where the hash of `tokenize` puts a document, from 0 to 1."""
     digest = document_hash(seed)
     digest.update(text.encode())

@@ -10,10 +10,11 @@ from megahybrid.cli import main
 from megahybrid.commands import init as command
 from megahybrid.commands.init_machine import Machine
 from megahybrid.commands.init_recipe import SCHEMES, SIZES, read_lengths
-from megahybrid.commands.init_texts import BLOCKS, look
+from megahybrid.commands.init_texts import BLOCKS, drawn, look
 from megahybrid.config import load
 from megahybrid.config.packaged import known_names
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import ConfigError
 from tests.start.texts import write_texts
 from tests.train.forked import Nursery, Ranks
@@ -71,7 +72,12 @@ def test_the_three_commands_make_the_data_and_train(
     found = look(str(texts))
     guess = found.tokens(run.model.vocab_size)
     assert 0.5 < guess / (held_out.tokens + train.tokens) < 2
-    assert found.held_out is not None and held_out.documents == found.held_out.documents
+    held = found.held_out
+    assert held is not None and held_out.documents == held.documents
+    tokenizer = load_tokenizer("mine/tokenizer.model")
+    contents = [path.read_text() for path in texts.iterdir()]
+    chosen = [text for text in contents if drawn(held.seed, text) < held.fraction]
+    assert held_out.tokens == sum(len(ids) + 1 for ids in tokenizer.encode(chosen))
     fewer = [f"stages.{i}.tokens={stage.batch_tokens}" for i, stage in enumerate(run.stages)]
     fewer += ["stages.0.learning_rate.warmup_tokens=0", "evaluate.max_tokens=512"]
     capsys.readouterr()
