@@ -15,9 +15,12 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 KINDS = {"suites": "suite", "sites": "site"}
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if "lm_eval" not in path.parts)
+STUDIES = sorted((ROOT / "experiments").rglob("*.yaml"))
 
 
 def kind_of(path: Path) -> str:
+    if path in STUDIES:
+        return {"study": "study", "run": "run"}.get(path.stem, "suite")
     return KINDS.get(path.relative_to(CONFIGS).parts[0], "run")
 
 
@@ -41,7 +44,7 @@ def test_the_shipped_schema_is_what_the_classes_say(
     assert capsys.readouterr().out == schema_text(kind)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", [*SHIPPED, *STUDIES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_file_names_its_schema_and_keeps_to_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     head, _, named = text.splitlines()[0].partition("$schema=")
