@@ -54,6 +54,8 @@ def canonical_shapes(
             shapes[f"{block}.attention.query.bias"] = (heads * head_dim,)
             shapes[f"{block}.attention.key.bias"] = (kv_heads * head_dim,)
             shapes[f"{block}.attention.value.bias"] = (kv_heads * head_dim,)
+        if scheme.sink:
+            shapes[f"{block}.attention.sinks"] = (heads,)
         if scheme.gate != "none":
             each = {"head": 1, "element": head_dim}[scheme.gate]
             shapes[f"{block}.attention.output_gate.weight"] = (heads * each, hidden)
@@ -80,6 +82,8 @@ def random_tensors(
             draw = 1 + 0.3 * draw
         elif name.endswith(".bias"):
             draw = 0.5 * draw
+        elif name.endswith(".sinks"):
+            draw = 1 + 0.5 * draw
         elif name.endswith("logit_scale"):
             draw = 0.6 + 0.2 * draw
         else:
@@ -100,11 +104,18 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """fp32 [rotary_dim / 2], in the order of operations of the published implementations."""
-    dims = int(head_dim * rope.rotary_fraction)
-    dims -= dims % 2
+    pairs = int(head_dim * rope.rotary_fraction) // 2
+    if rope.spectrum == "head":
+        return _spectrum(rope, head_dim)[:pairs]
+    assert rope.spectrum == "rotated"
+    return _spectrum(rope, 2 * pairs)
+
+
+def _spectrum(rope: Rope, dims: int) -> Tensor:
+    """fp32 [dims / 2]: the frequencies of so many dimensions."""
     scaling = rope.scaling
     theta = rope.theta
-    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn")
+    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn", "longrope")
     if scaling is not None and scaling.kind == "ntk":
         theta = theta * scaling.factor ** (dims / (dims - 2))
     inverse = 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
@@ -112,6 +123,9 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return inverse
     if scaling.kind == "linear":
         return inverse / scaling.factor
+    if scaling.kind == "longrope":
+        powers = theta ** (torch.arange(0, dims, 2).float() / dims)
+        return 1.0 / (torch.tensor(scaling.factors) * powers)
     if scaling.kind == "llama3":
         slow = scaling.original_length / scaling.low_frequency_factor
         fast = scaling.original_length / scaling.high_frequency_factor
@@ -147,10 +161,13 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def rotary_factor(rope: Rope) -> float:
     """What cos and sin are multiplied by."""
-    if rope.scaling is None or rope.scaling.kind != "yarn":
+    if rope.scaling is None or rope.scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.scaling.attention_factor is not None:
         return rope.scaling.attention_factor
+    if rope.scaling.kind == "longrope":
+        grown, before = rope.scaling.factor, rope.scaling.original_length
+        return (1 + math.log(grown) / math.log(before)) ** 0.5 if grown > 1 else 1.0
     return 0.1 * math.log(rope.scaling.factor) + 1.0 if rope.scaling.factor > 1 else 1.0
 
 
@@ -254,13 +271,14 @@ class PlainModel:
         """tokens, starts [batch, seq] -> [batch, seq, vocab]."""
         if starts is None:
             starts = torch.zeros_like(tokens)
-        x = self.tensors["embedding.weight"][tokens]
+        x = self.config.embedding_scale * self.tensors["embedding.weight"][tokens]
         for index, scheme in enumerate(self.schemes):
             x = self._block(x, f"blocks.{index}", scheme, starts)
         x = self._norm(x, "final_norm")
         tied = self.config.tie_embeddings
         head = self.tensors["embedding.weight" if tied else "head.weight"]
-        return self.config.logit_scale * (x @ head.T)
+        logits, cap = self.config.logit_scale * (x @ head.T), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
@@ -279,26 +297,34 @@ class PlainModel:
         return norm(x, self.tensors[f"{name}.weight"], self.config.eps)
 
     def _block(self, x: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
+        r = self.config.residual_scale
         if self.config.block == "parallel":
             u = self._norm(x, f"{name}.norm")
-            return x + self._attention(u, name, scheme, starts) + self._mlp(u, name)
+            return x + r * (self._attention(u, name, scheme, starts) + self._mlp(u, name))
         if self.config.block == "pre_norm":
-            x = x + self._attention(self._norm(x, f"{name}.attention_norm"), name, scheme, starts)
-            return x + self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
+            u = self._norm(x, f"{name}.attention_norm")
+            x = x + r * self._attention(u, name, scheme, starts)
+            return x + r * self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
         if self.config.block == "sandwich":
             u = self._norm(x, f"{name}.attention_norm")
             branch = self._attention(u, name, scheme, starts)
-            x = x + self._norm(branch, f"{name}.attention_output_norm")
+            x = x + r * self._norm(branch, f"{name}.attention_output_norm")
             branch = self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
-            return x + self._norm(branch, f"{name}.mlp_output_norm")
+            return x + r * self._norm(branch, f"{name}.mlp_output_norm")
         assert self.config.block == "post_norm"
-        x = x + self._norm(self._attention(x, name, scheme, starts), f"{name}.attention_norm")
-        return x + self._norm(self._mlp(x, name), f"{name}.mlp_norm")
+        x = x + r * self._norm(self._attention(x, name, scheme, starts), f"{name}.attention_norm")
+        return x + r * self._norm(self._mlp(x, name), f"{name}.mlp_norm")
 
     def _mlp(self, u: Tensor, name: str) -> Tensor:
         gate = u @ self.tensors[f"{name}.mlp.gate.weight"].T
         up = u @ self.tensors[f"{name}.mlp.up.weight"].T
-        return (gate * torch.sigmoid(gate) * up) @ self.tensors[f"{name}.mlp.down.weight"].T
+        if self.config.activation == "silu":
+            active = gate * torch.sigmoid(gate)
+        else:
+            assert self.config.activation == "gelu_tanh"
+            cubic = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+            active = gate / 2 * (1 + torch.tanh(cubic))
+        return (active * up) @ self.tensors[f"{name}.mlp.down.weight"].T
 
     def _attention(self, u: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
@@ -319,7 +345,11 @@ class PlainModel:
             scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
         scores = scores.masked_fill(~mask[:, None], -math.inf)
         weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-        weights = weights / weights.sum(-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True)
+        if scheme.sink:
+            sinks = self.tensors[f"{name}.attention.sinks"][None, :, None, None]
+            total = total + (sinks - scores.amax(-1, keepdim=True).detach()).exp()
+        weights = weights / total
         mixed = (weights @ v).transpose(1, 2)  # [batch, seq, heads, head_dim]
         if scheme.gate != "none":
             gate = u @ self.tensors[f"{name}.attention.output_gate.weight"].T

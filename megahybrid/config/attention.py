@@ -21,6 +21,8 @@ from megahybrid.config.score_scale import ScoreScale, SqrtDimScale, learned_scal
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
 
+Spectrum = Literal["rotated", "head"]
+
 
 class Rope(Frozen):
     """Rotary position embedding: pair i of the first `rotary_fraction` of each head turns by
@@ -32,6 +34,12 @@ class Rope(Frozen):
     rotary_fraction: float = Field(
         default=1.0, gt=0, le=1, description="part of each head that rotates"
     )
+    spectrum: Spectrum = Field(
+        default="rotated",
+        description="the frequencies of a part: rotated spreads theta's over the rotated "
+        "dimensions, head keeps the first ones of the whole head's (p-RoPE, arXiv 2410.06205, "
+        "proportional in Gemma 4)",
+    )
 
     def rotary_dim(self, head_dim: int) -> int:
         """Rotated dimensions of a head: rotary_fraction * head_dim, rounded down to even."""
@@ -39,10 +47,22 @@ class Rope(Frozen):
 
     def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2] in radians per token, made by array module `xp`."""
-        rotary_dim, scaling = self.rotary_dim(head_dim), self.frequency_scaling()
+        dims, scaling = self.spectrum_dim(head_dim), self.frequency_scaling()
+        pairs = self.rotary_dim(head_dim) // 2
         if scaling is None:
-            return plain_frequencies(self.theta, rotary_dim, xp, dtype)
-        return scaling.frequencies(self.theta, rotary_dim, xp, dtype)
+            return plain_frequencies(self.theta, dims, xp, dtype, pairs)
+        return scaling.frequencies(self.theta, dims, xp, dtype)[:pairs]
+
+    def spectrum_dim(self, head_dim: int) -> int:
+        """Dimensions over which theta's frequencies, and what a scaling does to them, are spread:
+        two for each. Those that rotate are the first."""
+        match self.spectrum:
+            case "rotated":
+                return self.rotary_dim(head_dim)
+            case "head":
+                return head_dim
+            case never:
+                assert_never(never)
 
     def attention_factor(self) -> float:
         """Multiplier of cos and sin (1 but for YaRN)."""
@@ -189,6 +209,11 @@ class AttentionScheme(Frozen):
     bias: Bias = Field(
         default="none", description="learned biases of the query, key and value projections"
     )
+    sink: bool = Field(
+        default=False,
+        description="a learned logit for each query head beside the scores of every query, which "
+        "takes attention from the keys and has no value (arXiv 2508.10925)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -238,7 +263,8 @@ class AttentionScheme(Frozen):
         if changed.learned() != self.learned():
             raise ConfigError(
                 f"{where} changes which parameters exist ({self.learned()} to "
-                f"{changed.learned()}). Keep qk_norm, ssmax, gate and bias as the model has them."
+                f"{changed.learned()}). Keep qk_norm, ssmax, gate, bias and sink as the model "
+                "has them."
             )
         return changed
 
@@ -252,7 +278,7 @@ class AttentionScheme(Frozen):
         gate = None if gate_features(self.gate, 1, 1) is None else self.gate
         bias = self.bias if biased_projections(self.bias) else None
         scale = learned_scale(self.score_scale)
-        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias)
+        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias, self.sink)
 
 
 @dataclass(frozen=True)
@@ -264,6 +290,7 @@ class LearnedParameters:
     score_scale: str | None  # its kind
     gate: str | None = None  # what has a value
     bias: str | None = None  # the projections that have one
+    sink: bool = False
 
     def __str__(self) -> str:
         """In words, "none" when there are none. The words may change: nothing is made of them."""
@@ -276,6 +303,8 @@ class LearnedParameters:
             parts.append(f"gate per {self.gate}")
         if self.bias is not None:
             parts.append(f"bias of {self.bias}")
+        if self.sink:
+            parts.append("sinks")
         return " and ".join(parts) or "none"
 
 

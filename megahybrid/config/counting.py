@@ -16,7 +16,7 @@ from megahybrid.config.attention import (
     biased_projections,
     gate_features,
 )
-from megahybrid.config.model import Block, ModelConfig
+from megahybrid.config.model import Activation, Block, ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
@@ -67,12 +67,12 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         "attention.key.weight": (keys, hidden),
         "attention.value.weight": (keys, hidden),
         "attention.output.weight": (hidden, queries),
-        "mlp.gate.weight": (inner, hidden),
-        "mlp.up.weight": (inner, hidden),
-        "mlp.down.weight": (hidden, inner),
+        **_mlp_shapes(model.activation, hidden, inner),
     }
     for name in biased_projections(scheme.bias):
         shapes[f"attention.{name}.bias"] = (queries if name == "query" else keys,)
+    if scheme.sink:
+        shapes["attention.sinks"] = (model.num_heads,)
     for norm in block_norms(model.block):
         shapes[f"{norm}.weight"] = _norm_shape(model)
     for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):
@@ -97,6 +97,19 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         case never:
             assert_never(never)
     return shapes
+
+
+def _mlp_shapes(activation: Activation, hidden: int, inner: int) -> dict[str, Shape]:
+    """The shapes of an MLP's weights: every activation is of a gate."""
+    match activation:
+        case "silu" | "gelu_tanh":
+            return {
+                "mlp.gate.weight": (inner, hidden),
+                "mlp.up.weight": (inner, hidden),
+                "mlp.down.weight": (hidden, inner),
+            }
+        case never:
+            assert_never(never)
 
 
 def _norm_shape(model: ModelConfig) -> Shape:

@@ -6,11 +6,19 @@ from typing import Any, assert_never
 
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope, rotation_of
+from megahybrid.config.attention import (
+    AttentionScheme,
+    LayerPlan,
+    Nope,
+    Rope,
+    Spectrum,
+    rotation_of,
+)
 from megahybrid.config.context_memory import context_memory
 from megahybrid.config.describe_context import context_tables, describe_context, legal_in_words
 from megahybrid.config.explain import show
 from megahybrid.config.memory_estimate import memory_per_rank
+from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.run import RunConfig
 
@@ -29,6 +37,7 @@ def describe(
     return {
         "parameters": counting.parameters(run.model),
         "length": length,
+        "function": function_in_words(run.model),
         "layers": _layers(run, plan, length),
         "kv_cache_bytes": cache,
         "kv_cache_bytes_full": full_cache,
@@ -54,6 +63,25 @@ def describe(
             for fit in (fits(run.model, plan) if fits is not None else ())
         ],
     }
+
+
+def function_in_words(model: ModelConfig) -> list[str]:
+    """The choices of a model's function beside its layers that differ from their defaults."""
+    words = []
+    match model.activation:
+        case "silu":
+            pass
+        case "gelu_tanh":
+            words.append("GeGLU (activation gelu_tanh)")
+        case never:
+            assert_never(never)
+    if model.embedding_scale != 1:
+        words.append(f"embedding times {model.embedding_scale:g}")
+    if model.residual_scale != 1:
+        words.append(f"blocks add {model.residual_scale:g} f(x)")
+    if model.logit_softcap is not None:
+        words.append(f"logits capped at {model.logit_softcap:g}")
+    return words
 
 
 def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]]:
@@ -90,8 +118,19 @@ def position_in_words(scheme: AttentionScheme) -> str:
             words: str = rope.kind
             if rope.rotary_fraction < 1:
                 words += f" on {rope.rotary_fraction:g}"
+                words += _of_spectrum(rope.spectrum)
             scaling = rope.frequency_scaling()
             return words if scaling is None else f"{words}, {scaling.words()}"
+        case never:
+            assert_never(never)
+
+
+def _of_spectrum(spectrum: Spectrum) -> str:
+    match spectrum:
+        case "rotated":
+            return ""
+        case "head":
+            return " of the head's spectrum"
         case never:
             assert_never(never)
 
@@ -193,6 +232,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
         f"{_bytes(description['kv_cache_bytes'])}, {description['kv_cache_ratio']:.3f} of full "
         f"({_bytes(description['kv_cache_bytes_full'])})"
     )
+    if description["function"]:
+        console.print(" · ".join(description["function"]))
     degrees = ", ".join(str(n) for n in description["legal_tensor_degrees"])
     console.print(f"legal tensor degrees: {degrees}")
     for line in legal_in_words(description["context"]):

@@ -228,6 +228,8 @@ def _loss(model: ModelConfig, tokens: int, tensor: int, precision: str, device: 
     # gradient, which a CPU adds to by way of a product and a copy of it; the final norm's input and
     # output and the gradient of the gathered input.
     logits = chunk if precision == "fp32" else chunk + 4 * chunk // (width * chunk_sizes.LOSS_PARTS)
+    if model.logit_softcap is not None:  # exponentials beside the tanh that its derivative needs
+        logits += chunk if precision == "fp32" else logits - chunk
     loss = logits + 4 * local_vocab * hidden * (3 if device == "cpu" else 1)
     return loss + width * tokens * hidden * 3
 

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megahybrid.evaluate.cache import by_layers
-from megahybrid.evaluate.example import BEGIN_TOKENS, SEGMENTS, Example
+from megahybrid.evaluate.cache import by_layers, schemes_of
+from megahybrid.evaluate.example import BEGIN_TOKENS, LEARNED_SINK, SEGMENTS, Example
 from megahybrid.evaluate.hidden_rows import HiddenRows
 from megahybrid.evaluate.sharded_queries import ShardedQueries
+from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import all_gather, all_reduce
 from megahybrid.parallel.mesh import Axis
@@ -32,7 +33,8 @@ class AttentionStatistics:
     A missing logit at a lag (no query saw a key so far away) is NaN.
     """
 
-    mass: Float[Tensor, "layers heads segments"]  # of begin, needle, context, end: sums to 1
+    # Of begin, needle, context, end, and the learned sink where layers have one: sums to 1.
+    mass: Float[Tensor, "layers heads segments"]
     entropy: Float[Tensor, "layers heads"]  # nats
     max_logit: Float[Tensor, "layers heads"]  # the largest scaled score of all rows, not a mean
     distance: Float[Tensor, "layers heads"]  # tokens from query to key, weighted by attention
@@ -42,6 +44,11 @@ class AttentionStatistics:
     position_edges: tuple[int, ...]  # bins are [edge, next edge) of key columns
     logit_by_lag: Float[Tensor, "layers heads lags"]  # mean scaled score
     lag_edges: tuple[int, ...]
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The names of the columns of `mass`."""
+        return (*SEGMENTS, LEARNED_SINK)[: self.mass.shape[-1]]
 
     @classmethod
     def mean(cls, parts: "Sequence[AttentionStatistics]") -> "AttentionStatistics":
@@ -91,6 +98,7 @@ class Tally:
             return torch.zeros(*shape, *last, dtype=torch.float64, device=device)
 
         self.mass, self.retrieval = zeros(len(SEGMENTS)), zeros()
+        self.sunk = zeros() if any(scheme.sink for scheme in schemes_of(model)) else None
         self.entropy, self.distance, self.sink = zeros(), zeros(), zeros()
         self.max_logit = zeros() - math.inf
         self.by_bin = zeros(len(edges) + 1)
@@ -104,7 +112,7 @@ class Tally:
         queries: Tensor,
         columns: Tensor,
         allowed: Tensor,
-        scale: float,
+        spec: AttentionSpec,
     ) -> None:
         """One layer's queries of a chunk and all keys that they see, of those on this rank."""
         rows = (queries >= self.first).nonzero().flatten()
@@ -112,7 +120,7 @@ class Tally:
             return
         piece = max(1, ROW_BYTES // (8 * q.shape[2] * len(columns)))
         for some in rows.split(piece):
-            self._add(layer, q[some, 0], keys[0], queries[some], columns, allowed[0, some], scale)
+            self._add(layer, q[some, 0], keys[0], queries[some], columns, allowed[0, some], spec)
 
     def _add(
         self,
@@ -122,13 +130,14 @@ class Tally:
         queries: Int[Tensor, "rows"],
         columns: Int[Tensor, "keys"],
         allowed: Tensor,
-        scale: float,
+        spec: AttentionSpec,
     ) -> None:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         grouped = q.to(compute).unflatten(1, (len(keys), -1))  # [rows, kv_heads, group, head_dim]
-        scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys.to(compute)).flatten(0, 1) * scale
+        scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys.to(compute)).flatten(0, 1)
+        scores = scores * spec.scale
         scores = scores.masked_fill(~allowed, -math.inf)  # [heads, rows, keys]
-        p = self._shares(scores)
+        p, sunk = self._shares(scores, spec.sinks)
 
         by_segment = p @ self.one_hot[columns].to(compute)  # [heads, rows, segments]
         answering = (queries >= self.example.answer - 1) & (queries < len(self.example.tokens) - 1)
@@ -139,8 +148,12 @@ class Tally:
                 return
             queries, allowed = queries[1:], allowed[1:]
             scores, p, by_segment = scores[:, 1:], p[:, 1:], by_segment[:, 1:]
+            sunk = None if sunk is None else sunk[:, 1:]
         self.mass[layer] += by_segment.sum(1)
         self.entropy[layer] -= torch.xlogy(p, p).sum((1, 2))
+        if sunk is not None and self.sunk is not None:
+            self.sunk[layer] += sunk.sum((1, 2))
+            self.entropy[layer] -= torch.xlogy(sunk, sunk).sum((1, 2))
         self.max_logit[layer] = torch.maximum(self.max_logit[layer], scores.amax((1, 2)).double())
         lag = queries[:, None] - columns
         self.distance[layer] += (p * lag).sum((1, 2))
@@ -155,18 +168,34 @@ class Tally:
         ones = torch.ones_like(known)
         self.lag_count[layer].index_add_(1, bucket, ones)
 
-    def _shares(self, scores: Float[Tensor, "heads rows keys"]) -> Tensor:
-        """Return what each key gets of its query's attention, which goes to keys of all ranks."""
+    def _shares(
+        self, scores: Float[Tensor, "heads rows keys"], sinks: Float[Tensor, " heads"] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what each key gets of its query's attention, which goes to keys of all ranks, and
+        what the sink gets [heads, rows, 1]: with keys on several ranks, this one's part of it."""
+        if sinks is None:
+            if self.keys.size == 1:
+                return scores.softmax(dim=-1), None
+            p = (scores - all_reduce(scores.amax(-1, keepdim=True), self.keys, "max")).exp()
+            return p / all_reduce(p.sum(-1, keepdim=True), self.keys), None
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)
         if self.keys.size == 1:
-            return scores.softmax(dim=-1)
-        p = (scores - all_reduce(scores.amax(-1, keepdim=True), self.keys, "max")).exp()
-        return p / all_reduce(p.sum(-1, keepdim=True), self.keys)
+            p = torch.cat((scores, column), dim=-1).softmax(dim=-1)
+            return p[..., :-1], p[..., -1:]
+        most = all_reduce(scores.amax(-1, keepdim=True), self.keys, "max").maximum(column)
+        p, sunk = (scores - most).exp(), (column - most).exp()
+        whole = all_reduce(p.sum(-1, keepdim=True), self.keys) + sunk
+        # The first rank has it: what all ranks have is added up in the end.
+        return p / whole, sunk / whole if self.keys.rank == 0 else torch.zeros_like(sunk)
 
     def result(self) -> AttentionStatistics:
         """Means over the end rows, of all heads, once. Every rank of both axes calls it."""
         all_reduce(self.max_logit, self.keys, "max")
         for part in (self.mass, self.entropy, self.distance, self.sink, self.retrieval):
             all_reduce(part, self.keys)
+        if self.sunk is not None:
+            all_reduce(self.sunk, self.keys)
+            self.mass = torch.cat((self.mass, self.sunk[..., None]), dim=-1)
         for part in (self.by_bin, self.lag_sum, self.lag_count):
             all_reduce(part, self.keys)
         length = len(self.example.tokens)
@@ -257,7 +286,7 @@ def to_json(
         for index, kind in enumerate(kinds)
     ]
     return {
-        "segments": list(SEGMENTS),
+        "segments": list(attention.segments),
         "all": _summary(attention, list(range(len(kinds)))),
         "by_kind": {
             kind: {"layers": kinds.count(kind)}
@@ -277,7 +306,7 @@ def _summary(attention: AttentionStatistics, layers: list[int]) -> dict[str, Any
     entropy = float(attention.entropy[layers].mean())
     mass = attention.mass[layers].mean((0, 1)).tolist()
     return {
-        "mass": dict(zip(SEGMENTS, mass, strict=True)),
+        "mass": dict(zip(attention.segments, mass, strict=True)),
         "entropy_nats": entropy,
         "entropy_bits": entropy / math.log(2),
         "max_logit": float(attention.max_logit[layers].max()),
@@ -294,7 +323,9 @@ def _heads(attention: AttentionStatistics, layer: int) -> list[dict[str, Any]]:
     return [
         {
             "head": head,
-            "mass": dict(zip(SEGMENTS, attention.mass[layer, head].tolist(), strict=True)),
+            "mass": dict(
+                zip(attention.segments, attention.mass[layer, head].tolist(), strict=True)
+            ),
             "entropy_nats": float(entropy[head]),
             "entropy_bits": float(entropy[head]) / math.log(2),
             "max_logit": float(attention.max_logit[layer, head]),

@@ -22,8 +22,9 @@ from megahybrid.parallel.collectives import gather_sequence, local_slice
 from megahybrid.parallel.mesh import Axis
 
 # (layer, queries [seq batch heads head_dim] as they meet keys, keys [batch kv_heads keys head_dim],
-#  columns of the queries, of the keys, which keys each query sees [batch queries keys], scale)
-Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
+#  columns of the queries, of the keys, which keys each query sees [batch queries keys], what else
+#  is asked of a kernel)
+Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor, AttentionSpec], None]
 
 
 class LayerCache:
@@ -154,7 +155,7 @@ class Cache:
             self.masks[key] = seen(starts, queries, columns, window)
         allowed = self.masks[key]
         if self.observe is not None:
-            self.observe(index, q, keys, queries, columns, allowed, spec.scale)
+            self.observe(index, q, keys, queries, columns, allowed, spec)
         keys, values = (x.permute(2, 0, 1, 3) for x in (keys, values))
         spec = replace(spec, window=None, documents=None, visible=allowed)
         # The layer's own kernel is for whole batches.

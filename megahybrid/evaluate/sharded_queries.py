@@ -43,5 +43,5 @@ class ShardedQueries:
         for queries in self._chunks:
             allowed = seen(starts, queries, self._positions, spec.window)
             rows = self._shards.pick(q, queries)
-            self._observe(self._layer, rows, keys, queries, self._columns, allowed, spec.scale)
+            self._observe(self._layer, rows, keys, queries, self._columns, allowed, spec)
         self._layer += 1

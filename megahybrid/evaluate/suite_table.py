@@ -57,8 +57,8 @@ def attention_tables(figures: dict[str, Any]) -> Iterator[tuple[str, Table]]:
 def _attention(parts: dict[str, dict[str, Any]], first: str) -> Table:
     table = _table(first)
     table.columns[0].no_wrap = True
-    names = ("begin", "needle", "context", "end", "bits", "max logit", "distance", "sink")
-    for column in (*names, "retrieval"):
+    segments = [name.replace("_", " ") for name in next(iter(parts.values()))["mass"]]
+    for column in (*segments, "bits", "max logit", "distance", "sink", "retrieval"):
         table.add_column(column, justify="right")
     for name, part in parts.items():
         table.add_row(

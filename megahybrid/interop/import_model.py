@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.checkpoint.fingerprint import NO_FACTS, model_fingerprint
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.names import published_path
 from megahybrid.checkpoint.reader import Reader
@@ -28,7 +28,7 @@ from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.table import ARCHITECTURES, Table, of_model_type
 from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.export import require_transformers
-from megahybrid.interop.hf_weights import Band, ForeignWeights, check_tensors
+from megahybrid.interop.hf_weights import Band, ForeignWeights, LargestValues, check_tensors
 from megahybrid.interop.logit_proof import our_model, proof_in_words, prove, quiet
 from megahybrid.interop.model_card import scheme_in_words
 from megahybrid.interop.publish import published
@@ -61,7 +61,7 @@ def import_model(
     require_transformers()
     config = _config(folder)
     architecture, model = _from_hf_config(folder, config, table)
-    target = model
+    model = target = architecture.with_tensors(model, LargestValues(folder))
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
         changed = surgery.changes(model.layer_plan, plan)
@@ -133,8 +133,8 @@ def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunCo
     lines = [
         f"model.{name}={show(getattr(run.model, name))} is not the source's "
         f"({show(getattr(model, name))}). Set it to that."
-        for name in FACTS
-        if getattr(run.model, name) != getattr(model, name)
+        for name in ModelConfig.model_fields
+        if name not in NO_FACTS and getattr(run.model, name) != getattr(model, name)
     ]
     known = run.model.layer_plan.expand()
     for plan in (target.layer_plan, model.layer_plan):

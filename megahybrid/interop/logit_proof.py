@@ -22,7 +22,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import Architecture
-from megahybrid.interop.architectures.tensor_names import HEAD
+from megahybrid.interop.architectures.tensor_names import HEAD, is_norm
 from megahybrid.interop.generation import (
     CACHE_STEPS,
     FEW_NEW_TOKENS,
@@ -34,6 +34,7 @@ from megahybrid.interop.hf_weights import ForeignWeights, check_tensors
 from megahybrid.interop.layerwise import StreamedOurs, streamed_theirs
 from megahybrid.interop.read_back import check_bits
 from megahybrid.interop.rotation_bits import frequencies
+from megahybrid.interop.shards import as_read
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -96,15 +97,20 @@ def lengths(plan: LayerPlan) -> tuple[int, int]:
 
 
 def our_model(
-    model: ModelConfig, plan: LayerPlan, reader: Reader, dtype: torch.dtype = torch.float32
+    model: ModelConfig,
+    plan: LayerPlan,
+    reader: Reader,
+    dtype: torch.dtype = torch.float32,
+    norm_offset: float = 0.0,
 ) -> Transformer:
     """Return our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were
-    written."""
+    written; those of norms less `norm_offset`."""
     ours = Transformer(model, ParallelMesh.single("cpu"), plan=plan).eval()
     with torch.no_grad():
         for parameter, spec in ours.sharded_parameters().values():
             values = torch.from_numpy(fill(reader, spec, "weight", 0, parameter.numel()))
-            parameter.view(-1).copy_(values.to(dtype))
+            offset = norm_offset if is_norm(spec.segments[0].name) else 0.0
+            parameter.view(-1).copy_(as_read(values, dtype, offset))
             reader.close()
     return ours
 
@@ -293,12 +299,12 @@ def prove(
                 names.append(replace(names[0], theirs=HEAD))
             check_bits(reader, weights, names, model.head_dim, dtype)
             if 8 * parameters <= whole_bytes:
-                ours = our_model(model, small, reader, dtype)
+                ours = our_model(model, small, reader, dtype, architecture.norm_offset)
                 theirs = their_model(folder, config, own)
                 architecture.shrink_built(theirs.config, plan, small)
                 return compare(ours, theirs, small)
-            few = StreamedOurs(model, small, reader, dtype)
-            theirs = streamed_theirs(folder, config, weights, own)
+            few = StreamedOurs(model, small, reader, dtype, architecture.norm_offset)
+            theirs = streamed_theirs(folder, config, weights, own, architecture.file_name)
             architecture.shrink_built(theirs.config, plan, small)
             return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

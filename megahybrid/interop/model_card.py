@@ -7,7 +7,7 @@ from pathlib import Path
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
-from megahybrid.config.describe import position_in_words
+from megahybrid.config.describe import function_in_words, position_in_words
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
 from megahybrid.interop.tokenizer import WrittenTokenizer
@@ -45,7 +45,7 @@ def model_card(
         f"heads of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}, "
         f"{model.block} blocks with {model.norm} norms (eps {model.eps:g}), "
         f"{'tied' if model.tie_embeddings else 'untied'} embeddings, logits times "
-        f"{model.logit_scale:g}. Weights in {dtype}.",
+        f"{', '.join([f'{model.logit_scale:g}', *function_in_words(model)])}. Weights in {dtype}.",
         "",
         "## Layers",
         "",
@@ -158,6 +158,8 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
         words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
     if scheme.score_scale.kind != "sqrt_dim":
         words += f", scale {scheme.score_scale.kind}"
+    if scheme.sink:
+        words += ", learned sinks"
     return words
 
 

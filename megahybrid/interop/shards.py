@@ -119,7 +119,14 @@ def _step(name: TensorName, head_dim: int) -> int:
 def reordered(
     rows: np.ndarray, name: TensorName, head_dim: int, inverse: bool = False
 ) -> np.ndarray:
-    """Return whole heads of a tensor with their rows in their order (`inverse`: back in ours)."""
+    """Return whole heads of a tensor as they keep them (`inverse`: as we do): rows in their order,
+    less what they add to each number.
+
+    In fp32 a weight w >= 1/2 of theirs (1 + v) loses nothing: w - 1 is exact, and 1 + v is what
+    their class computes in fp32 itself. Below, 1 + (w - 1) is w within 2^-25.
+    """
+    if name.offset:
+        rows = rows + np.float32(name.offset if inverse else -name.offset)
     if name.order is None:
         return rows
     order = np.array(name.order)
@@ -129,6 +136,14 @@ def reordered(
         return rows[:, order]
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     return heads[:, order].reshape(rows.shape)
+
+
+def as_read(values: torch.Tensor, dtype: torch.dtype, offset: float = 0.0) -> torch.Tensor:
+    """Return numbers of ours in fp32 as a folder in `dtype` gives them back: rounded in the form in
+    which it keeps them, less `offset`."""
+    if not offset:
+        return values.to(dtype).float()
+    return (values - offset).to(dtype).float() + offset
 
 
 def out_tensors(reader: Reader, names: Sequence[TensorName], head_dim: int) -> list[OutTensor]:

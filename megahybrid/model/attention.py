@@ -19,6 +19,7 @@ from megahybrid.model.context import SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
+from megahybrid.model.learned_sinks import LearnedSinks
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.output_gate import gated_output
 from megahybrid.model.projection_bias import ProjectionBiases
@@ -46,7 +47,7 @@ class BranchInputs(NamedTuple):
     output_gate: Tensor | None = None  # of the attention output, before the sigmoid
     gate: Tensor | None = None
     up: Tensor | None = None
-    gated: Tensor | None = None  # silu(gate) * up
+    gated: Tensor | None = None  # activation(gate) * up
     mlp: Tensor | None = None  # this rank's part of the MLP's sum
 
 
@@ -126,6 +127,7 @@ class Attention(nn.Module):
             if biased_projections(scheme.bias)
             else None
         )
+        self.sinks = LearnedSinks(config.num_heads, name, mesh) if scheme.sink else None
         self.query_scale = QueryScale.of(scheme, config.num_heads, name, mesh)
         self.output = RowParallelLinear(
             config.num_heads * config.head_dim, config.hidden_size, f"{name}.output.weight", mesh
@@ -242,4 +244,5 @@ class Attention(nn.Module):
             window=self.scheme.reach,
             documents=context.documents_of(self.scheme.chunk, batch),
             scale=score_scale(self.scheme, self.head_dim),
+            sinks=None if self.sinks is None else self.sinks(),
         )

@@ -55,7 +55,7 @@ def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) ->
     if name.endswith(".logit_scale"):
         scheme = model.layer_plan.expand()[int(name.split(".")[1])]
         return ParameterRule("attention", None, _initial(scheme.score_scale), 0.0, 1.0)
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".sinks")):
         return ParameterRule("attention", None, 0.0, 0.0, 1.0)
     if name.startswith("embedding."):
         return ParameterRule("embedding", model.embedding_std or model.initial_std, 0.0, 1.0, 1.0)

@@ -65,4 +65,6 @@ class LayerParts:
     def chunked(self, input: InputProjection, down: RowParallelLinear) -> ChunkedMLP | None:
         """Return an MLP in chunks beside the plain one, with the same parameters; None where no
         sequence is cut."""
-        return None if recomputation(self.policy).chunks == "never" else ChunkedMLP(input, down)
+        if recomputation(self.policy).chunks == "never":
+            return None
+        return ChunkedMLP(input, down, self.config.activation)

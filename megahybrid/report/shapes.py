@@ -18,7 +18,7 @@ from megahybrid.config.shape import (
 from megahybrid.printable import printable
 
 Number = float | None  # None, NaN and infinities are gaps
-Segment = Literal["begin", "needle", "context", "end"]
+Segment = Literal["begin", "needle", "context", "end", "learned_sink"]
 
 
 class NeedleRow(TypedDict):
@@ -94,6 +94,7 @@ class Mass(TypedDict):
     needle: float
     context: float
     end: float
+    learned_sink: NotRequired[float]
 
 
 class Head(TypedDict):

@@ -25,6 +25,7 @@ from megahybrid.model.kernels.choice import (
     candidates,
     demand_agreement,
     fastest,
+    kinds_with_sinks,
     least_seconds,
     measure,
     why_it_failed,
@@ -80,7 +81,8 @@ def _measured(
         if not these or getattr(run.kernels, kind) != "auto":
             continue
         fewer = kind in fewer_queries_in(run, index)
-        names = candidates(kind, work.device, work.dtype, work.head_dim, 1 if fewer else None)
+        where = (work.device, work.dtype, work.head_dim, 1 if fewer else None)
+        names = candidates(kind, *where, bool(kinds_with_sinks(these.values())))
         if len(names) > 1:
             times = measure_tested(names, these, work, run.parallel.context_degree(length), fewer)
             seconds[kind] = _told(times)

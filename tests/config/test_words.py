@@ -185,6 +185,17 @@ READING = [
         "(rotary dimensions=2, model.head_dim=16). Use kind: linear.",
     ),
     (
+        f"{LOCAL}.position.scaling={{kind: longrope, factors: [1, 2, 3], factor: 4, "
+        "original_length: 64}",
+        f"{LOCAL}.position.scaling.factors has 3 entries, not the 8 of half the 16 dimensions that "
+        "its frequencies are of (model.head_dim=16). Give 8.",
+    ),
+    (
+        f"{LOCAL}.position.scaling={{kind: longrope, factors: [1, 0], factor: 4, "
+        "original_length: 64}",
+        f"{LOCAL}.position.scaling.factors.1=0 is not above 0. Raise it.",
+    ),
+    (
         "stages.0.lengths={a: 1}",
         "stages.0.lengths has the key 'a', which is not an integer.",
     ),
@@ -366,12 +377,12 @@ CHECKING = [
     (
         ["stages.1.schemes={local: {qk_norm: {kind: rms}}}"],
         "stages.1.schemes.local changes which parameters exist (none to qk_norm over head, weight "
-        "shared). Keep qk_norm, ssmax, gate and bias as the model has them.",
+        "shared). Keep qk_norm, ssmax, gate, bias and sink as the model has them.",
     ),
     (
         ["stages.1.schemes={global: {score_scale: {kind: ssmax}}}"],
         "stages.1.schemes.global changes which parameters exist (none to ssmax scale). "
-        "Keep qk_norm, ssmax, gate and bias as the model has them.",
+        "Keep qk_norm, ssmax, gate, bias and sink as the model has them.",
     ),
     (
         ["stages.1.schemes={local: {position: {rotary_fraction: 0.01}}}"],

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -64,7 +64,16 @@ def pair(family: str, block: str) -> tuple[Transformer, Watched]:
     return model, Watched(config, tensors)
 
 
-FAMILY_BLOCKS = list(zip(cases.FAMILIES, cases.BLOCKS * 5, strict=False))
+def shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What each key gets, and what the sink gets where there is one, [heads, seq, 0 or 1]."""
+    if sinks is None:
+        return scores.softmax(-1), scores[..., :0]
+    column = sinks.detach()[:, None, None].expand(*scores.shape[:-1], 1)
+    p = torch.cat((scores, column), -1).softmax(-1)
+    return p[..., :-1], p[..., -1:]
+
+
+FAMILY_BLOCKS = list(zip(cases.FAMILIES, cycle(cases.BLOCKS), strict=False))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
@@ -89,18 +98,19 @@ def test_every_figure_is_that_of_the_explicit_softmax_of_each_head(
     rows = torch.arange(QUESTION, LENGTH)
     lag = rows[:, None] - key
     for layer, scores in enumerate(plain.scores):
-        p = scores.softmax(-1)[:, QUESTION:]  # [heads, end, keys]
+        every, sunk = shares(scores, plain.tensors.get(f"blocks.{layer}.attention.sinks"))
+        p, sunk = every[:, QUESTION:], sunk[:, QUESTION:]  # [heads, end, keys], [heads, end, sinks]
         scores = scores[:, QUESTION:]
+        masses = [p[..., segment[name]].sum(-1).mean(1) for name in SEGMENTS]
         wanted = {
-            "mass": torch.stack([p[..., segment[name]].sum(-1).mean(1) for name in SEGMENTS], -1),
-            "entropy": -torch.xlogy(p, p).sum(-1).mean(1),
+            "mass": torch.stack([*masses, *sunk.mean(1).unbind(-1)], -1),
+            "entropy": -(torch.xlogy(p, p).sum(-1) + torch.xlogy(sunk, sunk).sum(-1)).mean(1),
             "max_logit": scores.amax((1, 2)),
             "distance": (p * lag).sum(-1).mean(1),
             "sink": p[:, torch.arange(len(rows)), starts[0, rows]].mean(1),
             # Those whose next token is answer: the last of the question to the last but one.
             "retrieval": scores.new_tensor(0),
         }
-        every = plain.scores[layer].softmax(-1)
         wanted["retrieval"] = every[:, ANSWER - 1 : LENGTH - 1][..., needle].sum(-1).mean(1)
         for name, value in wanted.items():
             told = getattr(found, name)[layer]

@@ -18,10 +18,14 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
     "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
-    "Llama4", "Ministral3",
+    "Llama4", "Ministral3", "Flint", "Afmoe", "Gemma3",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
-CONFIGS = {"CohereCompass": "CohereCompassTextConfig", "Llama4": "Llama4TextConfig"}
+CONFIGS = {
+    "CohereCompass": "CohereCompassTextConfig",
+    "Gemma3": "Gemma3TextConfig",
+    "Llama4": "Llama4TextConfig",
+}
 
 
 @st.composite
@@ -100,9 +104,16 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
         config |= {"layer_types": [FULL] * layers, "sliding_window": None}
     if name in ("ExaoneMoe", "Mellum"):
         config["mlp_layer_types"] = ["dense"] * layers
-    if name in ("Olmo3", "Mellum", "CohereCompass"):
+    if name == "Afmoe":
+        config |= {"num_dense_layers": layers, "mup_enabled": draw(st.booleans())}
+    if name == "Gemma3":
+        config["query_pre_attn_scalar"] = draw(st.sampled_from((config["head_dim"], 21)))
+        config["final_logit_softcapping"] = draw(st.sampled_from((None, 0.75)))
+    if name in ("Olmo3", "Mellum", "CohereCompass", "Gemma3"):
         config["rope_parameters"] = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
         config["rope_parameters"][FULL] = rope
+    if name == "Flint":
+        config |= draw(st.sampled_from(({"num_experts": 0}, {"mlp_only_layers": [*range(layers)]})))
     if name == "CohereCompass" and draw(st.booleans()):
         config["rope_parameters"][draw(st.sampled_from((SLIDING, FULL)))] = None
     if name == "Llama4":
@@ -141,8 +152,15 @@ def llama4_fields(draw: st.DrawFn, layers: int) -> dict[str, Any]:
     }
 
 
-def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float32") -> Path:
-    """A random model of a stock class, saved by transformers."""
+def written(
+    folder: Path,
+    name: str,
+    fields: dict[str, Any],
+    dtype: str = "float32",
+    *,
+    sinks: bool = False,
+) -> Path:
+    """A random model of a stock class, saved by transformers; its `sinks` take weight or none."""
     import transformers
 
     model = getattr(transformers, f"{name}ForCausalLM")(
@@ -153,9 +171,11 @@ def written(folder: Path, name: str, fields: dict[str, Any], dtype: str = "float
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "sinks" in parameter_name:
-                parameter.fill_(-1e9)
+                parameter.copy_(1 + noise if sinks else torch.full_like(noise, -1e9))
             else:
-                parameter.copy_(1 + 0.3 * noise if "norm" in parameter_name else 0.12 * noise)
+                about = 0.0 if name == "Gemma3" else 1.0  # which adds 1 itself
+                scale = 0.3 * noise + about if "norm" in parameter_name else 0.12 * noise
+                parameter.copy_(scale)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 

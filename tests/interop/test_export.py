@@ -46,6 +46,7 @@ TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 8, "coefficient": 
 FROM_0 = rope(1e4, YARN) | {
     "score_scale": {"kind": "llama4", "floor": 64, "coefficient": 0.3, "offset": 0}
 }
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rnope_swa, parallel": (
         "Cohere2",
@@ -98,6 +99,28 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [LOCAL | {"gate": "head"}, NOPE | {"gate": "element"}],
         {"block": "sandwich", "norm": "layernorm"},
     ),
+    "sandwich, QK-norm, GeGLU": (
+        "Gemma3",
+        [LOCAL | HEAD, rope(1e6, {"kind": "linear", "factor": 8.0}) | HEAD],
+        {
+            "block": "sandwich",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "logit_softcap": 0.5,
+            "tie_embeddings": False,
+        },
+    ),
+    "multipliers": (
+        "Megahybrid",
+        [LOCAL, NOPE],
+        {
+            "embedding_scale": 3.0,
+            "residual_scale": 0.4,
+            "logit_softcap": 0.5,
+            "activation": "gelu_tanh",
+            "logit_scale": 0.5,
+        },
+    ),
     "theta per kind, parallel": ("CohereCompass", [LOCAL, rope(1e6)], PARALLEL),
     "windowed nope, parallel, head_dim of its own": (
         "CohereCompass",
@@ -129,6 +152,9 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "temperature from 0 beside yarn": ("Ministral3", [FROM_0 | {"window": 6}] * 2, {}),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
+    "learned sinks": ("GraniteSWA", [LOCAL | SINK, rope(1e6) | SINK, NOPE], {}),
+    "learned sinks, QK-norm": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
+    "learned sinks in a parallel block": ("Megahybrid", [LOCAL | SINK, NOPE | SINK], PARALLEL),
     "fixed scale": (
         "GraniteSWA",
         [LOCAL | {"score_scale": {"kind": "fixed", "scale": 0.3}}] * 2,

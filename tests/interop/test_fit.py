@@ -32,6 +32,7 @@ BESIDE_YARN = [
 ]
 ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
 FULL = [f"{LOCAL}.window=null"]
+SINKS = [f"{LOCAL}.sink=true", f"{GLOBAL}.sink=true"]
 NOPE_EVERYWHERE = [f"{LOCAL}.position={{kind: nope}}", *FULL]
 THETAS = [f"{GLOBAL}.position={{kind: rope, theta: 500000}}"]
 
@@ -46,8 +47,12 @@ PLANS = {
         ["model.block=post_norm", *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum"}),
-    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum"}),
+    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum", "Flint"}),
+    "rnope_swa, pre-norm, QK-norm, sinks": (norms(HEAD) + SINKS, {"Flint"}),
+    "rnope_swa, pre-norm, sinks": (SINKS, {"GraniteSWA"}),
+    "sinks in some layers": (SINKS[:1], {"GraniteSWA"}),
+    "rnope_swa, parallel, sinks": (PARALLEL + SINKS, set()),
+    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum", "Flint"}),
     "theta per kind, pre-norm, QK-norm": (THETAS + norms(HEAD), {"Mellum"}),
     "theta per kind, parallel": (THETAS + PARALLEL, {"CohereCompass"}),
     "alternating full, pre-norm": (FULL, {"SmolLM3", "GraniteSWA", "Llama4"}),
@@ -61,7 +66,10 @@ PLANS = {
         {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},
     ),
     "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2", "CohereCompass"}),
-    "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3", "ExaoneMoe", "Mellum"}),
+    "nope everywhere, QK-norm": (
+        NOPE_EVERYWHERE + norms(HEAD),
+        {"Qwen3", "ExaoneMoe", "Mellum", "Flint"},
+    ),
     "rope everywhere, full": (
         ROPE_EVERYWHERE + FULL,
         {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},
@@ -145,6 +153,26 @@ PLANS = {
         {"SmolLM3"},
     ),
     "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3"}),
+    "partial rotation, head's": (
+        [f"{LOCAL}.position.rotary_fraction=0.5", f"{LOCAL}.position.spectrum=head"],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: linear, factor: 4}}",
+        ],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled by ntk": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: ntk, factor: 4}}",
+        ],
+        set(),
+    ),
     "partial rotation, scaled": (
         [
             f"{LOCAL}.position.rotary_fraction=0.5",
@@ -176,3 +204,4 @@ def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
     ]
     assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
     assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]
+    assert [f.architecture for f in huggingface_fits(shipped("gemma3_1b")) if f.can] == ["Gemma3"]

@@ -25,7 +25,7 @@ from tests.interop.examples import (
     checkpoint_of_model,
     model_of,
 )
-from tests.interop.test_export import exported, loaded
+from tests.interop.test_export import exported, loaded, rope
 from tests.plain_model import PlainModel
 
 NEW = 24
@@ -41,6 +41,7 @@ TEMPERED_ROPE = {
     },
     "score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3, "offset": 0},
 }
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -55,6 +56,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
+    "Gemma3": (
+        "Gemma3",
+        [LOCAL | HEAD, rope(1e6, {"kind": "linear", "factor": 8.0}) | HEAD],
+        {
+            "block": "sandwich",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "logit_softcap": 8.0,
+        },
+    ),
     "Llama4": (
         "Llama4",
         [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | {"chunk": 5} | WEIGHTLESS, TEMPERED],
@@ -62,6 +73,8 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "Ministral3": ("Ministral3", [TEMPERED_ROPE | {"window": 5}] * 2, {}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
+    "GraniteSWA, sinks": ("GraniteSWA", [LOCAL | SINK, NOPE | SINK], {}),
+    "Flint": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
     "Megahybrid": (
         "Megahybrid",
         [
@@ -69,7 +82,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             ROPE | HEAD | {"window": 9},
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
-            LOCAL | {"gate": "head", "bias": "qkv"},
+            LOCAL | {"gate": "head", "bias": "qkv", "sink": True},
             ROPE | WEIGHTLESS | {"chunk": 5},
         ],
         {"tie_embeddings": False},

@@ -50,7 +50,8 @@ def built(architecture: Architecture, model: ModelConfig, tensors: dict[str, tor
         constant = torch.full(name.shape, name.constant)
         held = constant if name.ours is None else tensors[name.ours]
         weights[name.theirs] = torch.from_numpy(reordered(held.numpy(), name, model.head_dim))
-    theirs.load_state_dict(weights)
+    named = {key: weights[architecture.file_name(key)] for key in theirs.state_dict()}
+    theirs.load_state_dict(named)
     return theirs.eval()
 
 

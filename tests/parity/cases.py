@@ -88,6 +88,32 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"bias": "qkv", "window": WINDOW},
         NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
     ],
+    "sink": [
+        ROPE | {"sink": True, "window": WINDOW},
+        NOPE | {"sink": True, "gate": "head"} | qk_norm("rms"),
+    ],
+    "longrope-multipliers": [
+        rope(
+            scaling={
+                "kind": "longrope",
+                "factors": [1.0, 1.5, 3.0, 7.0],
+                "factor": 4.0,
+                "original_length": 64,
+            }
+        )
+        | qk_norm("rms"),
+        rope(rotary_fraction=0.5, spectrum="head", scaling={"kind": "linear", "factor": 2.0})
+        | {"window": WINDOW},
+    ],
+}
+# Fields of the model that a family has beside its layers.
+FIELDS: dict[str, dict[str, Any]] = {
+    "longrope-multipliers": {
+        "embedding_scale": 5.5,
+        "residual_scale": 0.3,
+        "logit_softcap": 0.7,
+        "activation": "gelu_tanh",
+    },
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")
@@ -118,6 +144,7 @@ def model(
         norm=norm,
         tie_embeddings=tied,
         logit_scale=logit_scale,
+        **FIELDS.get(family, {}),
         layer_plan=LayerPlan.model_validate(
             {
                 "num_layers": 2,

@@ -73,10 +73,15 @@ def with_scheme(**update: Any) -> ModelConfig:
     return config.model_copy(update={"layer_plan": plan.model_copy(update={"schemes": schemes})})
 
 
+def with_rope(**update: Any) -> ModelConfig:
+    """A rotated model whose rotations have something that was never checked."""
+    rope = next(iter(EXAMPLES["position.rope"].model().layer_plan.schemes.values())).position
+    return with_scheme(position=rope.model_copy(update=update))
+
+
 def with_scaling(scaling: Frozen) -> ModelConfig:
     """A rotated model with a scaling that was never checked."""
-    rope = next(iter(EXAMPLES["position.rope"].model().layer_plan.schemes.values())).position
-    return with_scheme(position=rope.model_copy(update={"scaling": scaling}))
+    return with_rope(scaling=scaling)
 
 
 def with_norm(**update: str) -> ModelConfig:
@@ -92,6 +97,7 @@ def with_field(**update: str) -> ModelConfig:
 DUMMIES: dict[str, ModelConfig] = {
     "position": with_scheme(position=Alibi()),
     "scaling": with_scaling(Stretched()),
+    "spectrum": with_rope(rotary_fraction=0.5, spectrum="other"),
     "score_scale": with_scheme(score_scale=Squared()),
     "qk_norm.kind": with_norm(kind="other"),
     "qk_norm.over": with_norm(over="other"),
@@ -100,6 +106,7 @@ DUMMIES: dict[str, ModelConfig] = {
     "bias": with_scheme(bias="other"),
     "block": with_field(block="other"),
     "norm": with_field(norm="other"),
+    "activation": with_field(activation="other"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, assert_never
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
+from megahybrid.config.first_fields import first_fields
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -21,6 +22,7 @@ from megahybrid.config.score_scale import (
 )
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
+    MODEL_FIELDS,
     SCHEME_FIELDS,
     Architecture,
     Serves,
@@ -40,7 +42,8 @@ class Megahybrid(Architecture):
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
     )
-    scheme_fields = SCHEME_FIELDS | {"chunk"}
+    scheme_fields = SCHEME_FIELDS | {"chunk", "sink"}
+    model_fields = MODEL_FIELDS | {"embedding_scale", "residual_scale", "logit_softcap"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -74,6 +77,7 @@ class Megahybrid(Architecture):
         ),
         gates=("none", "head", "element"),
         biases=("none", "qkv"),
+        activations=("silu", "gelu_tanh"),
         logit_scale=True,
         per_layer=True,
     )
@@ -103,6 +107,7 @@ class Megahybrid(Architecture):
             "logit_scale": model.logit_scale,
             "schemes": {name: _scheme(s, model.head_dim) for name, s in plan.schemes.items()},
             "layer_schemes": list(plan.names()),
+            **_later_fields(model),
         }
 
     def from_config(self, config: Any) -> ModelConfig:
@@ -124,6 +129,19 @@ class Megahybrid(Architecture):
         return None
 
 
+def _later_fields(model: ModelConfig) -> Fields:
+    """Return the fields of a model that came later, where they are not at their defaults: an export
+    without them stays as it was."""
+    later: Fields = {
+        "activation": model.activation,
+        "embedding_scale": model.embedding_scale,
+        "residual_scale": model.residual_scale,
+        "logit_softcap": model.logit_softcap,
+    }
+    defaults = {name: ModelConfig.model_fields[name].default for name in later}
+    return {name: value for name, value in later.items() if value != defaults[name]}
+
+
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     """Return the fields that the shipped code reads; their names stay when ours change."""
     # What came later is written where it is not at its default, so that an export stays as it was.
@@ -133,9 +151,10 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         if value != "none"
     }
     later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
+    later |= {"sink": True} if scheme.sink else {}
     return {
         "rotation": _rotation(scheme.position, head_dim),
-        "position": dump(scheme.position),
+        "position": first_fields(scheme.position, dump(scheme.position)),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
         "logit_scale": _scale(scheme.score_scale),

@@ -64,6 +64,10 @@ class StockArchitecture(Architecture):
         """Return the factor on the logits of a config."""
         return 1.0
 
+    def function_of(self, config: Any) -> Fields:
+        """Return the fields of our model beside its sizes and layers that a config sets."""
+        return {}
+
     def own_fields(self, model: ModelConfig, plan: LayerPlan) -> Fields:
         """Return the fields that every class of transformers has, then those of the layers."""
         fields: Fields = {
@@ -109,6 +113,7 @@ class StockArchitecture(Architecture):
                 own=self.layer_extras(config),
             ),
             "logit_scale": self.logit_scale(config),
+            **self.function_of(config),
         }
         return parse(ModelConfig, model, where="model")
 

@@ -13,6 +13,8 @@ from megahybrid.interop.architectures.cohere2 import Cohere2
 from megahybrid.interop.architectures.cohere_compass import CohereCompass
 from megahybrid.interop.architectures.exaone4 import Exaone4
 from megahybrid.interop.architectures.exaone_moe import ExaoneMoe
+from megahybrid.interop.architectures.flint import Flint
+from megahybrid.interop.architectures.gemma3 import Gemma3
 from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
 from megahybrid.interop.architectures.llama4 import Llama4
@@ -40,9 +42,11 @@ ARCHITECTURES: Table = (
     ExaoneMoe(),
     Mellum(),
     GraniteSWA(),
+    Flint(),
     Exaone4(),
     Olmo3(),
     Afmoe(),
+    Gemma3(),
     Llama4(),
     Megahybrid(),
 )

@@ -97,6 +97,8 @@ class MegahybridAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        if self.scheme.get("sink", False):
+            self.sinks = nn.Parameter(torch.zeros(heads))
         self.gate = self.scheme.get("gate", "none")
         if self.gate != "none":
             features = heads if self.gate == "head" else heads * self.head_dim
@@ -201,30 +203,49 @@ class MegahybridAttention(nn.Module):
             if places.valid is not None:
                 # A padded query sees itself: a row of softmax must have something in it.
                 mask = mask & places.valid[:, None, None, low:high] | (key == query)
+            held = slice(low - first, high - first)
+            attend: Any = F.scaled_dot_product_attention
+            if self.scheme.get("sink", False):
+                attend = self._attend_with_sinks
             parts.append(
-                F.scaled_dot_product_attention(
+                attend(
                     q[:, :, start:stop],
-                    k[:, :, low - first : high - first],
-                    v[:, :, low - first : high - first],
+                    k[:, :, held],
+                    v[:, :, held],
                     attn_mask=mask,
                     scale=scale,
                 )
             )
         return torch.cat(parts, dim=2)
 
+    def _attend_with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float
+    ) -> Tensor:
+        """Return the average where a learned score of each head takes weight and has no value."""
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(exact) * scale) @ k.to(exact).mT
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+        sinks = self.sinks.to(exact)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        return (weights @ v.to(exact)).to(v.dtype)
+
 
 class MegahybridMLP(nn.Module):
-    """down(silu(gate) * up)."""
+    """down(activation(gate) * up)."""
 
     def __init__(self, config: MegahybridConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] -> the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        tanh = self.activation == "gelu_tanh"
+        active = F.gelu(gate, approximate="tanh") if tanh else F.silu(gate)
+        return self.down_proj(active * self.up_proj(x))
 
 
 class MegahybridDecoderLayer(nn.Module):
@@ -239,7 +260,7 @@ class MegahybridDecoderLayer(nn.Module):
 
     def __init__(self, config: MegahybridConfig, layer: int) -> None:
         super().__init__()
-        self.block = config.block
+        self.block, self.scale = config.block, config.residual_scale
         self.self_attn = MegahybridAttention(config, layer)
         self.mlp = MegahybridMLP(config)
         names = {
@@ -261,17 +282,24 @@ class MegahybridDecoderLayer(nn.Module):
         """[batch, seq, hidden] -> the same."""
         if self.block == "parallel":
             normed = self.input_layernorm(hidden)
-            return hidden + self.self_attn(normed, places, cache) + self.mlp(normed)
+            if self.scale == 1:
+                return hidden + self.self_attn(normed, places, cache) + self.mlp(normed)
+            return self._added(hidden, self.self_attn(normed, places, cache) + self.mlp(normed))
         if self.block == "pre_norm":
-            hidden = hidden + self.self_attn(self.input_layernorm(hidden), places, cache)
-            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+            branch = self.self_attn(self.input_layernorm(hidden), places, cache)
+            hidden = self._added(hidden, branch)
+            return self._added(hidden, self.mlp(self.post_attention_layernorm(hidden)))
         if self.block == "sandwich":
             branch = self.self_attn(self.input_layernorm(hidden), places, cache)
-            hidden = hidden + self.post_attention_layernorm(branch)
-            return hidden + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(hidden)))
-        attention_output = self.self_attn(hidden, places, cache)
-        hidden = hidden + self.post_attention_layernorm(attention_output)
-        return hidden + self.post_feedforward_layernorm(self.mlp(hidden))
+            hidden = self._added(hidden, self.post_attention_layernorm(branch))
+            branch = self.mlp(self.pre_mlp_layernorm(hidden))
+            return self._added(hidden, self.post_mlp_layernorm(branch))
+        branch = self.self_attn(hidden, places, cache)
+        hidden = self._added(hidden, self.post_attention_layernorm(branch))
+        return self._added(hidden, self.post_feedforward_layernorm(self.mlp(hidden)))
+
+    def _added(self, hidden: Tensor, branch: Tensor) -> Tensor:
+        return hidden + (branch if self.scale == 1 else branch * self.scale)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
@@ -327,6 +355,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+            if self.config.embedding_scale != 1:
+                inputs_embeds = inputs_embeds * self.config.embedding_scale
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache or cache is not None:
@@ -405,6 +435,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep]) * self.config.logit_scale
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

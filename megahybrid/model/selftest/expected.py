@@ -54,7 +54,15 @@ def expected_output(
     group = q.shape[2] // k.shape[2]
     owner = torch.tensor([head // group for head in range(q.shape[2])], device=q.device)
     scores = torch.einsum("ibhd,jbhd->bhij", q[queries] * scale[..., None], k[:, :, owner])
-    weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    if scheme.sink:
+        # As much as a key of this score takes, of value 0: its share goes nowhere.
+        most = scores.amax(-1, keepdim=True).detach()
+        sink = (learned["sinks.logits"][:, None, None] - most).exp()
+        weights = (scores - most).exp()
+        weights = weights / (weights.sum(-1, keepdim=True) + sink)
+    else:
+        weights = scores.softmax(-1)
     return torch.einsum("bhij,jbhd->ibhd", weights, v[:, :, owner])
 
 

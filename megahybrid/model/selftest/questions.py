@@ -107,7 +107,8 @@ class OneScheme:
             return self.kernel
         window, shape = self.scheme.reach, self.shape
         length = own_rows(window, self.kernel).length
-        return choose(window, length, None, shape.device, shape.dtype, shape.head_dim)
+        where = (shape.device, shape.dtype, shape.head_dim)
+        return choose(window, length, None, *where, sinks=self.scheme.sink)
 
 
 def own_rows(window: int | None, kernel: str) -> Rows:
