@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, NearView, QKNorm, Rope
 from megahybrid.config.model import ModelConfig
 
 IGNORED = -100  # a target that does not count
@@ -59,6 +59,11 @@ def canonical_shapes(
         if scheme.gate != "none":
             each = {"head": 1, "element": head_dim}[scheme.gate]
             shapes[f"{block}.attention.output_gate.weight"] = (heads * each, hidden)
+        if scheme.fuse is not None and scheme.fuse.gate != "fixed":
+            assert scheme.fuse.gate in ("head", "token")
+            if scheme.fuse.gate == "token":
+                shapes[f"{block}.attention.fuse_gate.weight"] = (heads, hidden)
+            shapes[f"{block}.attention.fuse_gate.bias"] = (heads,)
         if scheme.score_scale.kind == "ssmax":
             shapes[f"{block}.attention.logit_scale"] = (heads,)
         shapes[f"{block}.mlp.gate.weight"] = (inner, hidden)
@@ -201,7 +206,11 @@ def visible(starts: Tensor, window: int | None, chunk: int | None = None) -> Ten
 
 
 def query_factor(
-    scheme: AttentionScheme, positions: Tensor, keys: Tensor, head_dim: int, dtype: torch.dtype
+    scheme: AttentionScheme | NearView,
+    positions: Tensor,
+    keys: Tensor,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """What a score is multiplied by, [batch, seq], but for SSMax's learned s.
 
@@ -331,26 +340,14 @@ class PlainModel:
         q = self._heads(u, f"{name}.attention", "query", heads, scheme.qk_norm)
         k = self._heads(u, f"{name}.attention", "key", kv_heads, scheme.qk_norm)
         v = self._heads(u, f"{name}.attention", "value", kv_heads, QKNorm())
-        positions = torch.arange(u.shape[1])[None] - starts
-        if isinstance(scheme.position, Rope):
-            q, k = (rotate(part, positions, scheme.position) for part in (q, k))
-        else:
-            assert scheme.position.kind == "nope"
         owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
-        k, v = k[:, owner], v[:, owner]
-        mask = visible(starts, scheme.window, scheme.chunk)
-        factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
-        scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
-        if scheme.score_scale.kind == "ssmax":
-            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
-        scores = scores.masked_fill(~mask[:, None], -math.inf)
-        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-        total = weights.sum(-1, keepdim=True)
-        if scheme.sink:
-            sinks = self.tensors[f"{name}.attention.sinks"][None, :, None, None]
-            total = total + (sinks - scores.amax(-1, keepdim=True).detach()).exp()
-        weights = weights / total
-        mixed = (weights @ v).transpose(1, 2)  # [batch, seq, heads, head_dim]
+        weights = self._weights(q, k[:, owner], name, scheme, starts)
+        if scheme.near is not None:
+            # One distribution of both views; a head that is split has one of them.
+            near = self._weights(q, k[:, owner], name, scheme, starts, near=True)
+            share = self._near_share(u, name, scheme, owner)
+            weights = share * near + (1 - share) * weights
+        mixed = (weights @ v[:, owner]).transpose(1, 2)  # [batch, seq, heads, head_dim]
         if scheme.gate != "none":
             gate = u @ self.tensors[f"{name}.attention.output_gate.weight"].T
             if scheme.gate == "head":
@@ -358,6 +355,60 @@ class PlainModel:
             mixed = mixed * torch.sigmoid(gate.view(*mixed.shape[:3], -1))
         mixed = mixed.flatten(2)
         return mixed @ self.tensors[f"{name}.attention.output.weight"].T
+
+    def _weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        name: str,
+        scheme: AttentionScheme,
+        starts: Tensor,
+        near: bool = False,
+    ) -> Tensor:
+        """The softmax of the scores, [batch, heads, seq, seq]; `near`: in the scheme's near view.
+
+        q and k are [batch, heads, seq, head_dim], normed and not rotated.
+        """
+        if near:
+            assert scheme.near is not None and scheme.chunk is None
+            position, window, view = scheme.near.position, scheme.near.window, scheme.near
+        else:
+            position, window, view = scheme.position, scheme.window, scheme
+        positions = torch.arange(q.shape[2])[None] - starts
+        if isinstance(position, Rope):
+            q, k = (rotate(part, positions, position) for part in (q, k))
+        else:
+            assert position.kind == "nope"
+        mask = visible(starts, window, scheme.chunk)
+        factor = query_factor(view, positions, mask.sum(-1), self.config.head_dim, q.dtype)
+        scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
+        if view.score_scale.kind == "ssmax":
+            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
+        scores = scores.masked_fill(~mask[:, None], -math.inf)
+        most = scores.amax(-1, keepdim=True).detach()
+        weights = (scores - most).exp()
+        total = weights.sum(-1, keepdim=True)
+        if scheme.sink:
+            sinks = self.tensors[f"{name}.attention.sinks"][None, :, None, None]
+            total = total + (sinks - most).exp()
+        return weights / total
+
+    def _near_share(
+        self, u: Tensor, name: str, scheme: AttentionScheme, owner: Sequence[int]
+    ) -> Tensor:
+        """The share g of the near view, [batch or 1, heads, seq or 1, 1]."""
+        if scheme.split is not None:
+            near = [head % scheme.split.of < scheme.split.near for head in owner]
+            return torch.tensor(near, dtype=u.dtype)[None, :, None, None]
+        assert scheme.fuse is not None
+        if scheme.fuse.gate == "fixed":
+            return torch.full((1, 1, 1, 1), scheme.fuse.initial, dtype=u.dtype)
+        score = self.tensors[f"{name}.attention.fuse_gate.bias"]
+        if scheme.fuse.gate == "token":
+            score = u @ self.tensors[f"{name}.attention.fuse_gate.weight"].T + score
+        else:
+            score = score[None, None]
+        return torch.sigmoid(score).transpose(1, 2)[..., None]
 
     def _heads(self, u: Tensor, name: str, which: str, count: int, qk_norm: QKNorm) -> Tensor:
         """[batch, seq, hidden] -> [batch, count, seq, head_dim], normalised where asked."""

@@ -117,7 +117,7 @@ def plain_kind(name: str) -> str:
         return part
     if part.endswith("norm"):
         return "norm"
-    of_attention = ("query", "key", "value", "output", "output_gate")
+    of_attention = ("query", "key", "value", "output", "output_gate", "fuse_gate")
     if part in of_attention or name.endswith(("attention.logit_scale", "attention.sinks")):
         return "attention"
     assert part in ("gate", "up", "down"), name

@@ -95,6 +95,7 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
             "chunk": scheme.chunk,
             "qk_norm": scheme.qk_norm.kind,
             "score_scale": scheme.score_scale.kind,
+            **({} if scheme.near is None else {"views": views_in_words(scheme)}),
             "parameters": counting.layer_parameters(run.model, scheme),
             "kv_cache_bytes": counting.layer_kv_cache_bytes(run.model, scheme, length),
             "flops_per_token": counting.layer_flops_per_token(run.model, scheme, length),
@@ -131,6 +132,24 @@ def _of_spectrum(spectrum: Spectrum) -> str:
             return ""
         case "head":
             return " of the head's spectrum"
+
+
+def views_in_words(scheme: AttentionScheme) -> str:
+    """ "near rope theta 10000, window 512; fused per token, at first 0.5"."""
+    near, _ = scheme.views()
+    words = f"near {position_in_words(near)}"
+    words += f" theta {rope.theta:g}" if (rope := rotation_of(near.position)) else ""
+    words += f", window {near.window}" if near.window else ", all keys"
+    if near.score_scale.kind != "sqrt_dim":
+        words += f", scale {near.score_scale.kind}"
+    if scheme.split is not None:
+        return f"{words}; in {scheme.split.near} of {scheme.split.of} key heads"
+    assert scheme.fuse is not None
+    match scheme.fuse.gate:
+        case "fixed":
+            return f"{words}; fused, share {scheme.fuse.initial:g}"
+        case "head" | "token":
+            return f"{words}; fused per {scheme.fuse.gate}, at first {scheme.fuse.initial:g}"
         case never:
             assert_never(never)
 
@@ -275,7 +294,7 @@ def _layer_table(description: dict[str, Any]) -> Any:
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             layer["scheme"],
-            layer["position"],
+            layer["position"] if "views" not in layer else f"{layer['position']}; {layer['views']}",
             f"{layer['theta']:,.0f}" if layer["theta"] else "-",
             _span(layer["window"], layer["chunk"]),
             f"{layer['parameters']:,}",

@@ -107,11 +107,13 @@ def rotation_problems(
 ) -> list[str]:
     """Return the mistakes in the rotations of schemes at this head_dim, one line each."""
     lines = []
-    for name, scheme in schemes.items():
-        position = rotation_of(scheme.position)
+    found = [(f"{where}.{name}", scheme.position) for name, scheme in schemes.items()]
+    found += [(f"{where}.{n}.near", s.near.position) for n, s in schemes.items() if s.near]
+    for view, each in found:
+        position = rotation_of(each)
         if position is None:
             continue
-        path = f"{where}.{name}.position"
+        path = f"{view}.position"
         rotary_dim, scaling = position.rotary_dim(head_dim), position.frequency_scaling()
         if position.rotary_fraction == 1.0 and head_dim % 2:
             lines.append(

@@ -14,6 +14,7 @@ from megahybrid.config.attention import (
     biased_projections,
     gate_features,
 )
+from megahybrid.config.fusion import has_product
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
@@ -45,6 +46,7 @@ class BranchInputs(NamedTuple):
     """
 
     output_gate: Tensor | None = None  # of the attention output, before the sigmoid
+    fuse_gate: Tensor | None = None  # of two views of the keys, before bias and sigmoid
     gate: Tensor | None = None
     up: Tensor | None = None
     gated: Tensor | None = None  # activation(gate) * up
@@ -96,6 +98,8 @@ def attention_outputs(
     gate = gate_features(scheme.gate, config.num_heads, config.head_dim)
     if gate is not None:
         outputs["output_gate"] = Output(f"{name}.output_gate.weight", gate)
+    if scheme.fuse is not None and has_product(scheme.fuse.gate):
+        outputs["fuse_gate"] = Output(f"{name}.fuse_gate.weight", config.num_heads)
     return outputs
 
 
@@ -165,10 +169,11 @@ class Attention(nn.Module):
         k: Float[Tensor, "seq batch kv_heads_local head_dim"],
         v: Float[Tensor, "seq batch kv_heads_local head_dim"],
         context: SequenceContext,
+        fuse_gate: Tensor | None = None,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The attention output of heads that are normalised but not yet prepared."""
         q, k = self.prepared(q, k, self.positions(context))
-        return self.attended(q, k, v, context)
+        return self.attended(q, k, v, context, fuse_gate)
 
     def positions(self, context: SequenceContext) -> Positions:
         """Return what `prepared` rotates and scales this batch's heads by."""
@@ -201,9 +206,14 @@ class Attention(nn.Module):
         return prepare_queries_keys(q, k, table, factor)
 
     def attended(
-        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: SequenceContext,
+        fuse_gate: Tensor | None = None,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The attention output of heads that are prepared."""
+        """The attention output of heads that are prepared; `fuse_gate` is for `TwoViews`."""
         spec = self.spec(context, batch=q.shape[1])
         if context.watch is not None:
             context.watch(q, k, spec)

@@ -78,13 +78,15 @@ class Block(nn.Module):
         regions = None if self._chunks(hidden) else self._regions
         if regions is None or not torch.is_grad_enabled():
             (q, k, v), inputs = self.enter(hidden)
-            return self.leave(hidden, self.attention(q, k, v, context), inputs)
+            out = self.attention(q, k, v, context, inputs.fuse_gate)
+            return self.leave(hidden, out, inputs)
         enter, leave = regions
         # Made out here, once per batch: a compiled region sees tensors alone.
         positions = self.attention.positions(context).rows_first()
         heads, inputs, hidden = enter(rows_first(hidden), positions)
         q, k, v = (x.transpose(0, 1) for x in heads)
-        attention_output = self.attention.attended(q, k, v, context)
+        gate = None if inputs.fuse_gate is None else inputs.fuse_gate.transpose(0, 1)
+        attention_output = self.attention.attended(q, k, v, context, gate)
         return leave(hidden, rows_first(attention_output), inputs).transpose(0, 1)
 
     def added(self, hidden: Tensor, branch: Tensor) -> Tensor:

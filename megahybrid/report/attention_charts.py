@@ -17,12 +17,14 @@ from megahybrid.report.figures import (
     line,
     log_axis,
 )
+from megahybrid.report.near_charts import near_charts
 from megahybrid.report.parts import Chart, Missing, Part, Table, listed, rounded
 
 
 def attention_parts(found: Found) -> list[Part]:
     """All attention charts of every run, or the command that would measure them."""
     drawn: list[list[Chart]] = []
+    near: list[Chart] = []
     rows: list[list[Any]] = []
     missing: list[Missing] = []
     segments = _segments(found)
@@ -33,7 +35,11 @@ def attention_parts(found: Found) -> list[Part]:
             for told in tasks:
                 names = [record.name] * (len(found) > 1) + [told["task"]] * (len(tasks) > 1)
                 place = f"{record.slug}-{one.name}-{told['task']}"
-                drawn.append(_charts("".join(f"{name}: " for name in names), one, told, place))
+                title = "".join(f"{name}: " for name in names)
+                drawn.append(_charts(title, one, told, place))
+                figures = told["attention"]
+                colours = kind_colours(_kinds(figures))
+                near += near_charts(figures, colours, title, _where(one, told), place)
             if len(results) > len(tasks):
                 rows += _every(record.name, results, segments)
         if not mine:
@@ -46,6 +52,7 @@ def attention_parts(found: Found) -> list[Part]:
             )
     # Charts of a kind together, so that runs and tasks stand beside one another.
     parts: list[Part] = [chart for kind in zip(*drawn, strict=True) for chart in kind]
+    parts += near
     if rows:
         head = ("run", "task", "tokens", "depths", "layers", *segments, "entropy, bits",
                 "distance", "sink", "retrieval")  # fmt: skip
@@ -93,13 +100,16 @@ def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _charts(title: str, file: EvaluationFile, told: dict[str, Any], place: str) -> list[Chart]:
-    figures = told["attention"]
+def _where(file: EvaluationFile, told: dict[str, Any]) -> str:
     depth = f", the sentence at {told['depth']:.0%} depth" if "depth" in told else ""
-    where = (
+    return (
         f"Task {told['task']}, {told['length']:,} tokens{depth}; {told['trials']} examples, "
         f"{told['exact']:.0%} of them answered, step {file.step:,}."
     )
+
+
+def _charts(title: str, file: EvaluationFile, told: dict[str, Any], place: str) -> list[Chart]:
+    figures, where = told["attention"], _where(file, told)
     return [
         _mass(figures, f"mass-{place}", f"{title}Attention mass by layer", where),
         _entropy(figures, f"entropy-{place}", f"{title}Entropy by layer", where),

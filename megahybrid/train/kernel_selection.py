@@ -73,7 +73,11 @@ def _measured(
     run: RunConfig, index: int, length: int, mesh: ParallelMesh, before: ChosenKernels
 ) -> dict[str, Any]:
     work = workload(run, index, length, mesh)
-    schemes = run.plan_at(index).schemes
+    schemes = {
+        f"{name} ({'near' if number == 0 else 'far'})" if scheme.near is not None else name: view
+        for name, scheme in run.plan_at(index).schemes.items()
+        for number, view in enumerate(scheme.views())
+    }
     chosen: dict[str, str] = {}
     seconds: dict[str, Any] = {}
     for kind in KINDS:

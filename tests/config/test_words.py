@@ -377,12 +377,12 @@ CHECKING = [
     (
         ["stages.1.schemes={local: {qk_norm: {kind: rms}}}"],
         "stages.1.schemes.local changes which parameters exist (none to qk_norm over head, weight "
-        "shared). Keep qk_norm, ssmax, gate, bias and sink as the model has them.",
+        "shared). Keep qk_norm, ssmax, gate, bias, sink and fuse as the model has them.",
     ),
     (
         ["stages.1.schemes={global: {score_scale: {kind: ssmax}}}"],
         "stages.1.schemes.global changes which parameters exist (none to ssmax scale). "
-        "Keep qk_norm, ssmax, gate, bias and sink as the model has them.",
+        "Keep qk_norm, ssmax, gate, bias, sink and fuse as the model has them.",
     ),
     (
         ["stages.1.schemes={local: {position: {rotary_fraction: 0.01}}}"],

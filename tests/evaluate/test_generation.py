@@ -86,7 +86,7 @@ def test_rows_stop_by_themselves_and_the_others_go_on() -> None:
     assert found == [whole[0][:4], whole[1]]
 
 
-@pytest.mark.parametrize("family", ["rnope_swa", "rope", "window-one-key"])
+@pytest.mark.parametrize("family", ["rnope_swa", "rope", "window-one-key", "fused", "split"])
 @pytest.mark.parametrize("length", [4, 40, 400])
 def test_memory_is_what_the_counting_says(family: str, length: int) -> None:
     model, _ = built(family, torch.float32)

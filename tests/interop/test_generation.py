@@ -87,6 +87,15 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         ],
         {"tie_embeddings": False},
     ),
+    "two-views": (
+        "Megahybrid",
+        [
+            NOPE | {"near": LOCAL, "fuse": {"gate": "token"}},
+            ROPE | HEAD | {"window": 9, "near": LOCAL, "fuse": {"gate": "head"}},
+            NOPE | {"near": LOCAL, "split": {"near": 1, "of": 2}, "gate": "head"},
+        ],
+        {},
+    ),
 }
 
 
@@ -114,8 +123,14 @@ def test_generation_is_ours_token_for_token_past_the_window(case: str, tmp_path:
 
 
 @torch.no_grad()
-def test_the_cache_of_a_windowed_layer_is_bounded_by_its_window(tmp_path: Path) -> None:
-    _, schemes, fields = CASES["Megahybrid"]
+@pytest.mark.parametrize(
+    ("case", "keys"), [("Megahybrid", [4, 8, 40, 40, 4, 4]), ("two-views", [40, 8, 40])]
+)
+def test_the_cache_of_a_layer_is_bounded_by_its_window(
+    case: str, keys: list[int], tmp_path: Path
+) -> None:
+    """Of one with two views by the far one's: keys are held once."""
+    _, schemes, fields = CASES[case]
     model = model_of(schemes, **fields)
     theirs, tensors = exported(tmp_path, model)
     tokens = torch.randint(61, (1, 40), generator=torch.Generator().manual_seed(4))
@@ -127,12 +142,13 @@ def test_the_cache_of_a_windowed_layer_is_bounded_by_its_window(tmp_path: Path) 
         found.append(out.logits)
     assert (torch.cat(found, dim=1) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
     held = [layer.keys.shape[-2] for layer in cache.layers]
-    assert held == [4, 8, 40, 40, 4, 4]
+    assert held == keys
 
 
 @torch.no_grad()
-def test_padding_on_the_left_changes_nothing(tmp_path: Path) -> None:
-    _, schemes, fields = CASES["Megahybrid"]
+@pytest.mark.parametrize("case", ["Megahybrid", "two-views"])
+def test_padding_on_the_left_changes_nothing(case: str, tmp_path: Path) -> None:
+    _, schemes, fields = CASES[case]
     theirs, _ = exported(tmp_path, model_of(schemes, **fields))
     generator = torch.Generator().manual_seed(4)
     short, long = (torch.randint(61, (1, n), generator=generator) for n in (4, 11))

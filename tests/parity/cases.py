@@ -27,6 +27,11 @@ def score_scale(**fields: Any) -> dict[str, Any]:
     return {"score_scale": fields}
 
 
+def near(window: int | None, **fields: Any) -> dict[str, Any]:
+    """The part of a scheme that is a rotated view of near keys."""
+    return {"near": ROPE | {"window": window} | fields}
+
+
 # Each family is a period of layers; two layers tell as much as eight.
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "rope": [ROPE],
@@ -105,6 +110,18 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         rope(rotary_fraction=0.5, spectrum="head", scaling={"kind": "linear", "factor": 2.0})
         | {"window": WINDOW},
     ],
+    # By token over a rotated far view with a window, and by head over all keys.
+    "fused": [
+        rope(theta=500.0)
+        | qk_norm("rms")
+        | {"window": 9, "fuse": {"gate": "token"}}
+        | near(WINDOW, score_scale={"kind": "log", "base": 2.5}),
+        NOPE | {"gate": "head", "fuse": {"gate": "head", "initial": 0.3}} | near(WINDOW),
+    ],
+    "split": [
+        NOPE | {"split": {"near": 1, "of": 2}, "bias": "qkv"} | near(WINDOW),
+        NOPE | score_scale(kind="ssmax") | {"fuse": {"gate": "fixed", "initial": 0.3}} | near(None),
+    ],
 }
 # Fields of the model that a family has beside its layers.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -167,6 +184,11 @@ TURNS: dict[str, tuple[Any, ...]] = {
     "documents": (True, True, True, True, True, False, False),
     "kernel": ("auto", "auto", "auto", "auto", "reference", "reference", "auto"),
 }
+
+
+def one_view(config: ModelConfig) -> bool:
+    """Whether context ranks serve the model: its layers have one view of their keys."""
+    return all(scheme.near is None for scheme in config.layer_plan.schemes.values())
 
 
 def every_layer_case() -> dict[str, dict[str, Any]]:

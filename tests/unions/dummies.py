@@ -84,6 +84,16 @@ def with_scaling(scaling: Frozen) -> ModelConfig:
     return with_rope(scaling=scaling)
 
 
+def with_fuse(gate: str) -> ModelConfig:
+    """A model of two views with a gate that was never checked."""
+    config = EXAMPLES["fuse.gate.head"].model()
+    plan, schemes = config.layer_plan, {}
+    for name, scheme in plan.schemes.items():
+        fuse = scheme.fuse.model_copy(update={"gate": gate})
+        schemes[name] = scheme.model_copy(update={"fuse": fuse})
+    return config.model_copy(update={"layer_plan": plan.model_copy(update={"schemes": schemes})})
+
+
 def with_norm(**update: str) -> ModelConfig:
     """A model with a QK-norm that was never checked."""
     return with_scheme(qk_norm=QKNorm(kind="rms").model_copy(update=update))
@@ -104,6 +114,7 @@ DUMMIES: dict[str, ModelConfig] = {
     "qk_norm.weight": with_norm(weight="other"),
     "gate": with_scheme(gate="other"),
     "bias": with_scheme(bias="other"),
+    "fuse.gate": with_fuse("other"),
     "block": with_field(block="other"),
     "norm": with_field(norm="other"),
     "activation": with_field(activation="other"),

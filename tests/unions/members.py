@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megahybrid.config import attention, model, scaling, score_scale
+from megahybrid.config import attention, fusion, model, scaling, score_scale
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from tests.interop.examples import model_of
@@ -15,6 +15,7 @@ from tests.interop.examples import model_of
 Fields = dict[str, Any]
 ROPE: Fields = {"position": {"kind": "rope", "theta": 500.0}}
 NOPE: Fields = {"position": {"kind": "nope"}}
+NEAR: Fields = {"position": ROPE["position"], "window": 5}
 
 UNIONS: dict[str, Any] = {
     "position": attention.Position,
@@ -26,6 +27,7 @@ UNIONS: dict[str, Any] = {
     "qk_norm.weight": attention.QKNormWeight,
     "gate": attention.Gate,
     "bias": attention.Bias,
+    "fuse.gate": fusion.FuseGate,
     "block": model.Block,
     "norm": model.NormKind,
     "activation": model.Activation,
@@ -73,6 +75,12 @@ def _part(spectrum: str) -> Example:
 
 def _with(**scheme: Any) -> Example:
     return Example((ROPE | scheme | {"window": 5}, NOPE | scheme))
+
+
+def _fused(gate: str, scale: Fields | None = None) -> Example:
+    near = NEAR | ({} if scale is None else {"score_scale": scale})
+    fused = {"fuse": {"gate": gate, "initial": 0.3}}
+    return Example((ROPE | {"window": 9, "near": near} | fused, NOPE | {"near": NEAR} | fused))
 
 
 EXAMPLES: dict[str, Example] = {
@@ -123,6 +131,17 @@ EXAMPLES: dict[str, Example] = {
         (ROPE | {"window": 5}, NOPE), (("norm", "layernorm"), ("block", "parallel"))
     ),
     "field.window": _with(),
+    "field.near": _fused("token", scale={"kind": "llama4", "floor": 3, "coefficient": 0.4}),
+    "field.fuse": _fused("head"),
+    "field.split": Example(
+        (
+            NOPE | {"near": NEAR, "split": {"near": 1, "of": 2}},
+            ROPE | {"near": {"position": NOPE["position"]}, "split": {"near": 1, "of": 3}},
+        )
+    ),
+    "fuse.gate.fixed": _fused("fixed"),
+    "fuse.gate.head": _fused("head"),
+    "fuse.gate.token": _fused("token"),
     "field.chunk": Example((ROPE | {"chunk": 5}, NOPE | {"chunk": 4})),
     "field.sink": _with(sink=True),
     "activation.silu": Example((ROPE, NOPE), (("activation", "silu"),)),

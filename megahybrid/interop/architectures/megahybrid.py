@@ -9,6 +9,7 @@ from typing import Any, assert_never
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
 from megahybrid.config.first_fields import first_fields
+from megahybrid.config.fusion import Fuse
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -41,8 +42,9 @@ class Megahybrid(Architecture):
         "cache_megahybrid.py",
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
+        "views_megahybrid.py",
     )
-    scheme_fields = SCHEME_FIELDS | {"chunk", "sink"}
+    scheme_fields = SCHEME_FIELDS | {"chunk", "sink", "near", "fuse", "split"}
     model_fields = MODEL_FIELDS | {"embedding_scale", "residual_scale", "logit_softcap"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
@@ -123,6 +125,11 @@ class Megahybrid(Architecture):
                 same_or_refused("chunk", scheme["chunk"], plan.schemes[name].chunk)
                 scheme["chunk"] = small.schemes[name].chunk
             scheme["logit_scale"] = _scale(small.schemes[name].score_scale)
+            near, smaller = plan.schemes[name].near, small.schemes[name].near
+            if near is not None and smaller is not None:
+                same_or_refused("near.window", scheme["near"]["window"], near.window)
+                scheme["near"]["window"] = smaller.window
+                scheme["near"]["logit_scale"] = _scale(smaller.score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
@@ -152,6 +159,17 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
     }
     later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
     later |= {"sink": True} if scheme.sink else {}
+    if scheme.near is not None:
+        later["near"] = {
+            "rotation": _rotation(scheme.near.position, head_dim),
+            "position": dump(scheme.near.position),
+            "window": scheme.near.window,
+            "logit_scale": _scale(scheme.near.score_scale),
+        }
+    if scheme.fuse is not None:
+        later["fuse"] = _fuse(scheme.fuse)
+    if scheme.split is not None:
+        later["split"] = dump(scheme.split)
     return {
         "rotation": _rotation(scheme.position, head_dim),
         "position": first_fields(scheme.position, dump(scheme.position)),
@@ -160,6 +178,14 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         "logit_scale": _scale(scheme.score_scale),
         **later,
     }
+
+
+def _fuse(fuse: Fuse) -> Fields:
+    match fuse.gate:
+        case "fixed" | "head" | "token":
+            return {"gate": fuse.gate, "initial": fuse.initial}
+        case _:
+            assert_never(fuse.gate)
 
 
 def _scale(scale: ScoreScale) -> Fields:

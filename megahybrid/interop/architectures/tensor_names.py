@@ -16,6 +16,7 @@ from megahybrid.config.attention import (
     biased_projections,
     gate_features,
 )
+from megahybrid.config.fusion import fuse_shapes
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -139,6 +140,11 @@ def attention_tensors(
         yield TensorName(
             f"{ours}.attention.output_gate.weight", f"{theirs}.gate_proj.weight", (gate, hidden)
         )
+    if scheme.fuse is not None:
+        for name, shape in fuse_shapes(scheme.fuse.gate, model.num_heads, hidden).items():
+            yield TensorName(
+                f"{ours}.attention.fuse_gate.{name}", f"{theirs}.fuse_gate.{name}", shape
+            )
     match scheme.score_scale:
         case SsmaxScale():
             yield TensorName(

@@ -52,6 +52,7 @@ def bare(scheme: AttentionScheme) -> AttentionScheme:
         "gate": "none",
         "bias": "none",
         "sink": False,
+        **dict.fromkeys(("near", "fuse", "split")),
     }
     return scheme.model_copy(update=plain)
 
