@@ -30,6 +30,9 @@ SECONDS = 60  # by the clock: no refusal waits as long, even on a machine that i
 MEMORY = 2 * 2**30  # bytes beyond what is mapped when all is imported
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
+    "init": ("{out} --data words.txt", "fresh --data {text}"),
+    "schema": (),
+    "completion": (),
     "train": (
         "{run}",
         "run.yaml directory={out}",
@@ -159,6 +162,7 @@ NO_PATHS = {
     "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host",
     "chat", "chat_date", "system",
 }  # fmt: skip
+NO_PATHS |= {"size", "plan", "lengths"}  # of init
 
 SUITE = "tasks: {one: {kind: recall, lengths: [32], trials: 1}}\n"
 NEEDLE = "tasks: {one: {kind: needle, lengths: [64], trials: 1}}\n"
@@ -501,6 +505,7 @@ def make_material(folder: Path) -> None:
     (folder / "study").mkdir()
     (folder / "study/study.yaml").write_text(STUDY)
     (folder / "examples.json").write_text("[]")
+    (folder / "words.txt").write_text(" ".join(f"w{number}" for number in range(9000)))
     texts = ["many words and some more of them " * 20] * 50
     (folder / "words.model").write_bytes(train_sentencepiece(texts, vocab_size=290))
     (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")

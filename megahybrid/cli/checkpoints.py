@@ -22,7 +22,7 @@ def add_stored_commands(commands: argparse._SubParsersAction) -> None:
         help_text = "a checkpoint's folder, or a run's (its newest one)"
         diff.add_argument(name, type=Path, metavar=name.upper(), help=help_text)
     diff.add_argument("--moments", action="store_true", help="the optimizer's moments as well")
-    diff.add_argument("--rows", type=int, default=20, metavar="N", help="lines at most (20)")
+    diff.add_argument("--rows", type=int, default=20, metavar="N", help="lines at most")
     mean = described(verbs, "average", "the mean of several checkpoints' weights")
     mean.add_argument("paths", type=Path, nargs="+", metavar="CHECKPOINT")
     mean.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")

@@ -87,3 +87,30 @@ def _encode(words: Tokenizer, prompt: str) -> list[int]:
             "Give it some text."
         )
     return ids
+
+
+def continued(
+    trained: TrainedModel,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    tokenizer: Path | None,
+    context: int | None,
+) -> str:
+    """Return what `sample` prints, of a model that is loaded; nothing is printed."""
+    check_sampling(tokens, temperature, context)
+    words, eod_id = tokenizer_of(trained.run, tokenizer)
+    ids = _encode(words, prompt)
+    ids += sample_tokens(
+        trained.model,
+        ids,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        context_tokens=context or trained.length,
+        vocab_size=words.info.vocab_size,
+        eod_id=eod_id,
+    )
+    return words.decode(ids)

@@ -85,6 +85,10 @@ class Tokenizer(Protocol):
         """The text of these ids; eod and other control tokens give none."""
         ...
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own name, special ones too; None where there is none."""
+        ...
+
 
 class _Arrays:
     """`encode_arrays` of what has `encode` and `info`."""
@@ -180,6 +184,11 @@ class SentencePieceTokenizer(_Arrays):
         """The text of these ids."""
         return self._processor.decode([int(token) for token in ids])
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece; that of what stands for every unknown one is none."""
+        found = int(self._processor.piece_to_id(token))
+        return found if self._processor.id_to_piece(found) == token else None
+
 
 class HuggingFaceTokenizer(_Arrays):
     """A `tokenizer.json`; eod is the token named, or the first of EOD_NAMES that it has."""
@@ -246,6 +255,11 @@ class HuggingFaceTokenizer(_Arrays):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
 
 
 def several(texts: Sequence[str]) -> list[str]:

@@ -198,6 +198,7 @@ def test_a_learned_share_makes_another_model_and_what_a_stage_may_change_does_no
         ({"window": 4, "near": {"window": None}}, "near.window=null is wider than the far view "
          "(window=4). Use 4 or less, or window: null."),
         ({"chunk": 8}, "near does not go with chunk=8. Use window for the far view."),
+        ({"sink": True}, "near does not go with sink: true. Leave one out."),
         ({"near": {"score_scale": {"kind": "ssmax"}}}, "near.score_scale.kind=ssmax is learned, "
          "and a layer learns one scale, the far view's. Use another for near."),
         ({"fuse": {"initial": 1}}, "fuse.initial=1 is no share that a learned gate=token can have. "
