@@ -9,8 +9,8 @@ from itertools import chain, pairwise
 
 import numpy as np
 
+from megahybrid.data_prep.document_encoder import document_hash, document_keys
 from megahybrid.data_prep.documents import BadText, Document, Item, LongDocument, read_unit
-from megahybrid.data_prep.encode_unit import document_hash, document_keys
 from megahybrid.data_prep.survey import survey
 from megahybrid.errors import DataError
 from megahybrid.printable import shortened
