@@ -75,7 +75,7 @@ def _read_part(part: InputRange, fields: Fields) -> Iterator[Item]:
     kind, packed = part.format.kind, part.format.packed
     origin = Origin(part.shown, fields, strings=kind == "strings")
     if kind == "hub":
-        rows = hub.read_shard(part.path, part.start, fields.text)
+        rows = hub.read_shard(part.path, part.start, fields)
         yield from _read_rows(replace(origin, file=f"{part.shown}#{part.start}"), rows)
     elif kind == "zip" and not packed:
         yield from _read_archive(zip_members(part.path, part.start, part.stop), origin)
@@ -84,9 +84,7 @@ def _read_part(part: InputRange, fields: Fields) -> Iterator[Item]:
     elif packed:
         yield from _read_packed(part.path, part.format, origin, part.size)
     elif kind == "parquet":
-        rows = tables.read_rows(
-            part.path, part.start, part.stop, part.size, fields.text, fields.kept
-        )
+        rows = tables.read_rows(part.path, part.start, part.stop, part.size, fields)
         yield from _read_rows(origin, rows)
     else:
         with open(part.path, "rb") as file:
@@ -134,7 +132,7 @@ def _read_member(member: Member, name: str, fields: Fields) -> Iterator[Item]:
         content = member.file.read()
         if found.kind == "parquet":
             held = io.BytesIO(content)
-            rows = tables.read_rows(held, 0, 2**62, member.packed, fields.text, fields.kept)
+            rows = tables.read_rows(held, 0, 2**62, member.packed, fields)
             yield from _read_rows(origin, rows)
             return
         found = detect_format(io.BytesIO(content), member.name, fields.text, fields.format)
@@ -182,6 +180,8 @@ def _read_forwards(file: BinaryIO, form: Format, origin: Origin, size: int) -> I
     """A file of `size` bytes that may be no more than read forwards, once."""
     origin = replace(origin, strings=form.kind == "strings")
     match form.kind:
+        case "text" if origin.fields.chat:
+            yield origin.bad(0, "text, not a list of conversations", b"", size)
         case "text":
             yield read_text(file, origin, size)
         case "jsonl" | "strings":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from megahybrid.data_prep.items import Fields
 from megahybrid.data_prep.tables import BadRow, Row
 from megahybrid.errors import DataError
 
@@ -26,7 +27,7 @@ def shards(given: str | Path) -> int:
     return int(_open(str(given)).num_shards)
 
 
-def read_shard(given: str, index: int, field: str) -> Iterator[Row]:
+def read_shard(given: str, index: int, fields: Fields) -> Iterator[Row]:
     """The rows of a shard, whole.
 
     Raises DataError when the stream breaks: what could not be fetched is no bad document.
@@ -43,8 +44,8 @@ def read_shard(given: str, index: int, field: str) -> Iterator[Row]:
             raise _failed(given, error) from None
         if value is None:
             return
-        text = value.get(field)
-        text = text if isinstance(text, str) else BadRow(f"no text field '{field}'")
+        text = fields.value(value, sparse=True)
+        text = text if isinstance(text, str) else BadRow(fields.missing)
         yield Row(row, text, value)
         row += 1
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import LengthBin
 from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.data_prep.coloured_targets import TARGET, coloured
 from megahybrid.errors import DataError
 from megahybrid.printable import printable
 
@@ -55,6 +56,14 @@ def inspect_dataset(
         if picture is not None:
             Path(picture).write_text(length_picture(dataset.manifest.length_histogram, path))
             console.print(f"{visible(picture)} written", highlight=False)
+    if dataset.masked:
+        counted = dataset.counted_targets()
+        console.print(
+            Text.assemble(
+                f"{counted:,} of the tokens count as targets ({counted / dataset.tokens:.1%}): ",
+                ("in this colour", TARGET),
+            )
+        )
     if dataset.plan is not None:
         info = dataset.plan.info
         console.print(
@@ -70,6 +79,11 @@ def inspect_dataset(
                 Text(shown_metadata(dataset.metadata(index))), style="dim", soft_wrap=True
             )
         part = tokens[:SHOWN_CHARACTERS].tolist()
+        if dataset.masked:
+            counts = dataset.counts(dataset.document_span(index)[0], len(part))
+            words = coloured(part, counts.tolist(), text)
+            console.print(words[:SHOWN_CHARACTERS], soft_wrap=True)
+            continue
         shown = text.decode(part) if text else " ".join(map(str, part))
         console.print(Text(visible(shown[:SHOWN_CHARACTERS])), soft_wrap=True)
 

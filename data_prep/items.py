@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megahybrid.data.chat.conversation import TOOLS, conversation_text
 from megahybrid.data_prep.kept_fields import metadata_line
 
 EMPTY = "empty"
@@ -70,13 +71,32 @@ class Fields:
     """The fields that are read of a row: the text's, and those that are kept beside the tokens.
 
     `found` counts the rows that had each of the kept ones. `format` is "auto", or how every file
-    is read.
+    is read. chat: the text's field holds messages, and the document is their JSON.
     """
 
     text: str = "text"
     kept: tuple[str, ...] = ()
     found: Counter[str] = field(default_factory=Counter)
     format: str = "auto"
+    chat: bool = False
+
+    def value(self, row: Mapping[str, Any], *, sparse: bool = False) -> Any:
+        """Return what a row has for the text, which is none unless it is a string.
+
+        sparse: as `conversation_text` has it.
+        """
+        return conversation_text(row, self.text, sparse=sparse) if self.chat else row.get(self.text)
+
+    @property
+    def columns(self) -> list[str]:
+        """The fields that are read of a table: the text's is the first."""
+        return list(dict.fromkeys([self.text, *[TOOLS] * self.chat, *self.kept]))
+
+    @property
+    def missing(self) -> str:
+        """The reason why a row holds no document."""
+        what = "list of messages in field" if self.chat else "text field"
+        return f"no {what} '{self.text}'"
 
     def metadata(self, row: Mapping[str, Any]) -> bytes:
         """Return the kept fields of a row as strict JSON; nothing where none are to be kept."""

@@ -47,7 +47,9 @@ def identity_of(
     """All that the bytes of a job's output depend on."""
     listed = [_named(file) for file in files]
     value = asdict(job) | info.model_dump() | asdict(split)
-    del value["folder"], value["threads"]
+    del value["folder"], value["threads"], value["chat"]
+    if job.chat is not None:
+        value |= job.chat.identity()
     # As it is read again: tuples come back as lists.
     return dict(json.loads(json.dumps(value | {"files": listed, "shard_tokens": shard_tokens})))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megahybrid.data_prep.items import EMPTY, BadDocument
 from megahybrid.errors import DataError
 
+NO_CHAT = ("list of messages", "list of conversations")  # in reasons of what is no conversation
 ENOUGH_TO_JUDGE = 10_000  # rows of a hub dataset, whose number is not known, to judge it early
 
 
@@ -69,7 +70,7 @@ def refuse_nothing(documents: int, bad: Mapping[str, int], loss: Loss) -> None:
     if documents == 0:
         counted = dict(bad) | ({EMPTY: loss.empty} if loss.empty else {})
         raise Refused(
-            f"the inputs hold no document ({_reasons(counted)}). Check --field and the files."
+            f"the inputs hold no document ({_reasons(counted)}). Check {_field(bad)} and the files."
         )
 
 
@@ -78,12 +79,18 @@ def refuse_loss(
 ) -> None:
     """Raises Refused where more than `limit` is lost. so_far: not all is read yet."""
     if loss.fraction > limit:
-        field = "Correct --field, or see" if any("no text field" in why for why in bad) else "See"
+        missing = any("no text field" in why for why in bad) or _field(bad) == "--chat"
+        field = f"Correct {_field(bad)}, or see" if missing else "See"
         raise Refused(
             f"max_bad_fraction={limit} is less than what is lost{so_far * ' so far'}: {loss} "
             f"({_reasons(bad)}). "
             f"{field} {listing}, or raise the limit: the same command then goes on."
         )
+
+
+def _field(bad: Mapping[str, int]) -> str:
+    """The option that names the field of what was found not to be there."""
+    return "--chat" if any(name in why for why in bad for name in NO_CHAT) else "--field"
 
 
 def _reasons(bad: Mapping[str, int]) -> str:

@@ -7,9 +7,9 @@ beside that memory is copied in pieces.
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import numpy.typing as npt
 
 from megahybrid.data.manifest import Manifest
 from megahybrid.data.token_writer import TokenWriter
-from megahybrid.data_prep.encode_unit import RECORD, Records, UnitResult, unit_path
 from megahybrid.data_prep.loss import Refused
+from megahybrid.data_prep.unit_files import RECORD, Records, UnitResult, unit_path
 
 Digest = tuple[int, int]
 Tokens = npt.NDArray[Any]
+_Piece = tuple[Tokens, Tokens | None]  # a document's tokens, and whether each is a target
+BOOL = np.dtype(np.bool_)
 
 RECORD_COST = 300  # bytes that a document needs beside its tokens while its bucket is held
 FINE_BITS = 16
@@ -50,6 +52,7 @@ class _Run:
     metadata_lines: Path
     first: int
     stop: int
+    counts: Path | None = None  # a byte for each token: whether it is a target; None: all are
 
     def mapped(self) -> Records:
         return np.memmap(
@@ -70,7 +73,9 @@ def runs_of(folder: Path, results: Sequence[UnitResult]) -> list[_Run]:
             tokens = unit_path(folder, result.number, "tokens")
             records = unit_path(folder, result.number, "records")
             metadata_lines = unit_path(folder, result.number, "notes")
-            found.append(_Run(tokens, records, metadata_lines, first, first + count))
+            counts: Path | None = unit_path(folder, result.number, "counts")
+            counts = counts if counts is not None and counts.exists() else None
+            found.append(_Run(tokens, records, metadata_lines, first, first + count, counts))
             first += count
     return found
 
@@ -149,7 +154,8 @@ class Merge:
                 part = np.array(records[first : first + 2**20])
                 size = np.where(part["length"] > self.large, 0, part["length"])
                 where = (part["key"] >> np.uint64(64 - FINE_BITS)).astype(np.int64)
-                weights = size * self.dtype.itemsize + part["note_length"] + RECORD_COST
+                item = self.dtype.itemsize + (run.counts is not None)
+                weights = size * item + part["note_length"] + RECORD_COST
                 cost += np.bincount(where, weights, minlength=len(cost))
         bounds, held = [0], 0.0
         for index, size in enumerate(cost):
@@ -162,7 +168,7 @@ class Merge:
     def _bucket(self, low: int, high: int) -> None:
         """Records with low <= key < high."""
         found: list[Records] = []
-        pieces: list[Tokens | None] = []  # None: large, to be copied from its file
+        pieces: list[_Piece | None] = []  # None: large, to be copied from its file
         metadata_lines: list[bytes] = []
         origin: list[npt.NDArray[Any]] = []
         for number, run in enumerate(self.runs):
@@ -194,21 +200,20 @@ class Merge:
         ):
             self._write(name, records, runs, pieces, metadata_lines, order[chosen[order]])
 
-    def _pieces(self, run: _Run, records: Records) -> Iterator[Tokens | None]:
+    def _pieces(self, run: _Run, records: Records) -> Iterator[_Piece | None]:
         """Tokens of consecutive records: one read for each stretch without a large document."""
         large = np.flatnonzero(records["length"] > self.large)
         begin = 0
         for end in [*large.tolist(), len(records)]:
             part = records[begin:end]
             if len(part):
-                item = self.dtype.itemsize
-                tokens = np.fromfile(
-                    run.tokens,
-                    self.dtype,
-                    count=int(part["length"].sum()),
-                    offset=int(part["offset"][0]) * item,
-                )
-                yield from np.split(tokens, np.cumsum(part["length"])[:-1])
+                size, offset = int(part["length"].sum()), int(part["offset"][0])
+                tokens = _read(run.tokens, self.dtype, offset, size)
+                ends = np.cumsum(part["length"])[:-1]
+                counts: Iterable[Tokens | None] = repeat(None, len(part))
+                if run.counts is not None:
+                    counts = np.split(_read(run.counts, BOOL, offset, size), ends)
+                yield from zip(np.split(tokens, ends), counts, strict=True)
             if end < len(records):
                 yield None
             begin = end + 1
@@ -226,47 +231,62 @@ class Merge:
         name: str,
         records: Records,
         runs: npt.NDArray[Any],
-        pieces: list[Tokens | None],
+        pieces: list[_Piece | None],
         metadata_lines: list[bytes],
         wanted: npt.NDArray[Any],
     ) -> None:
         writer = self.writers[name] if len(wanted) else None
-        held: list[Tokens] = []
+        held: list[_Piece] = []
         held_metadata: list[bytes] = []
         size = 0
 
         def flush() -> None:
             nonlocal held, held_metadata, size
             if held and writer is not None:
-                lengths = np.fromiter(map(len, held), np.int64, len(held))
-                writer.add_documents(np.concatenate(held), lengths, metadata_lines=held_metadata)
+                tokens = [one for one, _ in held]
+                lengths = np.fromiter(map(len, tokens), np.int64, len(held))
+                writer.add_documents(
+                    np.concatenate(tokens), lengths, _counts(held), metadata_lines=held_metadata
+                )
                 self.progress(size * self.dtype.itemsize)
             held, held_metadata, size = [], [], 0
 
         for index in wanted:
-            tokens = pieces[index]
-            if tokens is not None:
-                held.append(tokens)
+            piece = pieces[index]
+            if piece is not None:
+                held.append(piece)
                 held_metadata.append(metadata_lines[index])
-                size += len(tokens)
+                size += len(piece[0])
                 if size >= COPY_TOKENS:
                     flush()
                 continue
             flush()
             record = records[index]
             length = int(record["length"])
-            path = self.runs[int(runs[index])].tokens
+            run, offset = self.runs[int(runs[index])], int(record["offset"])
             assert writer is not None
-            tokens_of = self._copy(path, int(record["offset"]), length)
-            writer.add_long(tokens_of, length, metadata_lines[index])
+            tokens_of = _copy(run.tokens, self.dtype, offset, length)
+            counts = None if run.counts is None else _copy(run.counts, BOOL, offset, length)
+            writer.add_long(tokens_of, length, metadata_lines[index], counts)
             self.progress(length * self.dtype.itemsize)
         flush()
 
-    def _copy(self, path: Path, offset: int, length: int) -> Iterator[Tokens]:
-        item = self.dtype.itemsize
-        for first in range(0, length, COPY_TOKENS):
-            count = min(COPY_TOKENS, length - first)
-            yield np.fromfile(path, self.dtype, count=count, offset=(offset + first) * item)
+
+def _read(path: Path, dtype: np.dtype[Any], offset: int, size: int) -> Tokens:
+    return np.fromfile(path, dtype, count=size, offset=offset * dtype.itemsize)
+
+
+def _copy(path: Path, dtype: np.dtype[Any], offset: int, length: int) -> Iterator[Tokens]:
+    for first in range(0, length, COPY_TOKENS):
+        yield _read(path, dtype, offset + first, min(COPY_TOKENS, length - first))
+
+
+def _counts(pieces: Sequence[_Piece]) -> Tokens | None:
+    """Return which tokens of documents are targets; None where none of them says so."""
+    if all(counts is None for _, counts in pieces):
+        return None
+    told = [np.ones(len(one), bool) if counts is None else counts for one, counts in pieces]
+    return np.concatenate(told)
 
 
 def _metadata(run: _Run, records: Records) -> list[bytes]:

@@ -65,7 +65,7 @@ def document_of_line(line: bytes, size: int, offset: int, origin: Origin) -> Ite
 
     `line` may be no more than the beginning of it.
     """
-    if LONG_BYTES <= len(line) == size:
+    if LONG_BYTES <= len(line) == size and not origin.fields.chat:
         yield _parse_long(line, offset, origin)
         return
     raw = line.removeprefix(BOM) if offset == 0 else line
@@ -117,8 +117,8 @@ def _broken(error: Exception) -> str:
 
 def _text_and_row(value: Any, origin: Origin) -> tuple[Any, dict[str, Any]]:
     if isinstance(value, dict):
-        return value.get(origin.fields.text), value
-    return (value if origin.strings else None), {}
+        return origin.fields.value(value), value
+    return (value if origin.strings and not origin.fields.chat else None), {}
 
 
 def _of_row(
@@ -150,7 +150,7 @@ def _parse(line: bytes, offset: int, origin: Origin, size: int) -> Document | Ba
         return origin.bad(offset, _broken(error), line[:80], size)
     text, row = _text_and_row(value, origin)
     if not isinstance(text, str):
-        return origin.bad(offset, f"no text field '{origin.fields.text}'", line[:80], size)
+        return origin.bad(offset, origin.fields.missing, line[:80], size)
     return _of_row(checked(text, origin, offset, size), line, row, origin)
 
 

@@ -6,6 +6,7 @@ Tokens are copied in pieces of bounded size and checked on the way; the tokenize
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.manifest import Manifest, TokenizerInfo
 from megahybrid.data.token_file import DTYPE_CODES, HEADER, MAGIC, Array
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter
-from megahybrid.data_prep.encode_unit import RunWriter, UnitResult, document_hash, document_keys
+from megahybrid.data_prep.document_encoder import document_hash, document_keys
 from megahybrid.data_prep.fresh import fresh_folder, scratch_folder
 from megahybrid.data_prep.merge import Merge, Split, runs_of
+from megahybrid.data_prep.unit_files import RunWriter, UnitResult
 from megahybrid.errors import DataError
 
 PIECE_TOKENS = 2**22
@@ -36,14 +38,16 @@ class DocumentBatch:
     lengths: Array
     pieces: Iterator[Array] | None = None
     metadata_lines: tuple[bytes, ...] = ()
+    counts: Array | None = None  # of each token whether it is a target; None: all are
+    counts_of_pieces: Iterator[Array] | None = None
 
 
 def refuse_masks(dataset: TokenDataset) -> None:
-    """Raises DataError where some targets do not count: a copy would count them all."""
+    """Raises DataError where some targets do not count: Megatron's format has no word for it."""
     if dataset.masks:
         raise DataError(
             f"{dataset.path} marks targets that do not count ({dataset.masks[0].path.name}), which "
-            "a copy would lose. Prepare the other dataset from the texts."
+            "Megatron's files would lose. Train on it with `megahybrid train`."
         )
 
 
@@ -58,7 +62,6 @@ def refuse_plan(dataset: TokenDataset) -> None:
 
 def parts_of(dataset: TokenDataset, eod_id: int) -> Iterator[DocumentBatch]:
     """Every document in order, ending with eod; added where a foreign file has none."""
-    refuse_masks(dataset)
     for number, shard in enumerate(dataset.shards):
         origin = dataset.starts[number]
         for first in range(0, shard.documents, 2**16):
@@ -85,18 +88,23 @@ def _parts(
             continue
         size = int(ends[stop - begin - 1])
         tokens = dataset.read(int(starts[begin]), size)
-        tokens, sizes = _with_eod(tokens, lengths[begin:stop], eod_id)
-        yield DocumentBatch(tokens, sizes, metadata_lines=tuple(metadata_lines[begin:stop]))
+        counts = dataset.counts(int(starts[begin]), size) if dataset.masked else None
+        tokens, sizes, counts = _with_eod(tokens, lengths[begin:stop], counts, eod_id)
+        lines = tuple(metadata_lines[begin:stop])
+        yield DocumentBatch(tokens, sizes, metadata_lines=lines, counts=counts)
         begin = stop
 
 
-def _with_eod(tokens: Array, lengths: Array, eod_id: int) -> tuple[Array, Array]:
+def _with_eod(
+    tokens: Array, lengths: Array, counts: Array | None, eod_id: int
+) -> tuple[Array, Array, Array | None]:
     ends = np.cumsum(lengths)
     missing = tokens[ends - 1] != eod_id
     if missing.any():
         tokens = np.insert(tokens, ends[missing], eod_id)
+        counts = None if counts is None else np.insert(counts, ends[missing], True)
         lengths = lengths + missing
-    return tokens, lengths
+    return tokens, lengths, counts
 
 
 def _long(dataset: TokenDataset, start: int, length: int, eod_id: int) -> DocumentBatch:
@@ -108,7 +116,18 @@ def _long(dataset: TokenDataset, start: int, length: int, eod_id: int) -> Docume
         if missing:
             yield np.asarray([eod_id], dataset.dtype)
 
-    return DocumentBatch(np.zeros(0, dataset.dtype), np.asarray([length + missing]), pieces())
+    def counts() -> Iterator[Array]:
+        for first in range(0, length, PIECE_TOKENS):
+            yield dataset.counts(start + first, min(PIECE_TOKENS, length - first))
+        if missing:
+            yield np.ones(1, bool)
+
+    return DocumentBatch(
+        np.zeros(0, dataset.dtype),
+        np.asarray([length + missing]),
+        pieces(),
+        counts_of_pieces=counts() if dataset.masked else None,
+    )
 
 
 def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], TokenizerInfo]:
@@ -133,9 +152,12 @@ def open_alike(paths: Sequence[str | Path]) -> tuple[list[TokenDataset], Tokeniz
 
 def _copy(part: DocumentBatch, writer: TokenWriter) -> None:
     if part.pieces is None:
-        writer.add_documents(part.tokens, part.lengths, metadata_lines=part.metadata_lines)
+        writer.add_documents(
+            part.tokens, part.lengths, part.counts, metadata_lines=part.metadata_lines
+        )
     else:
-        writer.add_long(part.pieces, int(part.lengths[0]), part.metadata_lines[0])
+        length, line = int(part.lengths[0]), part.metadata_lines[0]
+        writer.add_long(part.pieces, length, line, part.counts_of_pieces)
 
 
 def _sources(datasets: Sequence[TokenDataset]) -> list[dict[str, object]]:
@@ -247,20 +269,27 @@ def _keyed(
 ) -> UnitResult:
     """Runs of a dataset's documents, sorted by a hash of their tokens."""
     dtype = np.dtype(info.dtype)
-    with RunWriter(work, number, dtype) as writer:
+    with RunWriter(work, number, dtype, has_counts=dataset.masked) as writer:
         for part in parts_of(dataset, info.eod_id):
             if part.pieces is None:
-                documents = np.split(part.tokens, np.cumsum(part.lengths)[:-1])
-                for tokens, metadata in zip(documents, part.metadata_lines, strict=True):
+                ends = np.cumsum(part.lengths)[:-1]
+                documents = np.split(part.tokens, ends)
+                counts: list[Array] | list[None] = [None] * len(documents)
+                if part.counts is not None:
+                    counts = np.split(part.counts, ends)
+                for tokens, metadata, which in zip(
+                    documents, part.metadata_lines, counts, strict=True
+                ):
                     digest = document_hash(seed)
                     digest.update(np.ascontiguousarray(tokens).data)
-                    writer.add(tokens, document_keys(digest), metadata)
+                    writer.add(tokens, document_keys(digest), metadata, which)
             else:
                 digest = document_hash(seed)
                 begin = writer.begin_long()
-                for tokens in part.pieces:
+                marks: Iterator[Array | None] = part.counts_of_pieces or repeat(None)
+                for tokens, which in zip(part.pieces, marks, strict=False):
                     digest.update(np.ascontiguousarray(tokens).data)
-                    writer.add_piece(np.ascontiguousarray(tokens))
+                    writer.add_piece(np.ascontiguousarray(tokens), which)
                 writer.end_long(begin, document_keys(digest), part.metadata_lines[0])
             progress(int(part.lengths.sum()) * dtype.itemsize)
         return writer.finish(dataset.tokens * dtype.itemsize, [])

@@ -13,6 +13,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.mixture import RowPlan
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep.batch_picture import batch_picture
+from megahybrid.data_prep.coloured_targets import coloured
 from megahybrid.data_prep.inspect_dataset import shown_metadata, visible
 from megahybrid.data_prep.trace import find_step, load_run, open_mixture
 
@@ -105,13 +106,23 @@ def _print_row(
     for begin in first[:5].tolist():
         end = next((int(other) for other in first if other > begin), filled)
         ids = batch.tokens[number, begin : min(end, begin + TEXT_TOKENS)].tolist()
-        shown = text.decode(ids) if text else " ".join(map(str, ids[:12]))
-        console.print(Text(f"  {begin:>8,} {end - begin:>8,} tokens  {shown[:100]!r}"))
+        where = f"  {begin:>8,} {end - begin:>8,} tokens  "
+        if dataset.masked:
+            # A target stands where the token before it does.
+            counts = [False, *(targets[begin : begin + len(ids) - 1] >= 0).tolist()]
+            console.print(Text(where), _one_line(coloured(ids, counts, text)))
+        else:
+            shown = text.decode(ids) if text else " ".join(map(str, ids[:12]))
+            console.print(Text(f"{where}{shown[:100]!r}"))
         if dataset.has_metadata:
             metadata = dataset.metadata(dataset.document_at(_token_at(plan, begin)))
             console.print(Text(f"{'':>27}{shown_metadata(metadata)}"), style="dim")
     if len(first) > 5:
         console.print(f"  … and {len(first) - 5} documents more")
+
+
+def _one_line(text: Text) -> Text:
+    return Text("⏎").join(text.split("\n"))[:160]
 
 
 def _token_at(plan: RowPlan, column: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
+from megahybrid.data_prep.items import Fields
 from megahybrid.errors import DataError
 
 BATCH_ROWS = 256
@@ -58,9 +59,9 @@ def row_group_ranges(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, in
 
 
 def read_rows(
-    path: str | BinaryIO, start: int, stop: int, size: float, field: str, kept: Sequence[str] = ()
+    path: str | BinaryIO, start: int, stop: int, size: float, fields: Fields
 ) -> Iterator[Row]:
-    """Yield the rows of row groups start … stop - 1, with the columns of `kept` that there are.
+    """Yield the rows of row groups start … stop - 1, with the kept columns that there are.
 
     All of them together take up `size` bytes on disk. There is one BadRow for a row without text,
     one for the rest of a row group that is damaged, and one for all rows where the column is
@@ -76,12 +77,12 @@ def read_rows(
         yield Row(0, BadRow("broken parquet"), size=size)
         return
     row, rows = sum(counts[:start]), sum(counts[start:stop])
-    if field not in names:
-        yield Row(row, BadRow(f"no text field '{field}'"), size=size)
+    if fields.text not in names:
+        yield Row(row, BadRow(fields.missing), size=size)
         return
     rate = size / rows if rows else 0.0
-    kept = [name for name in kept if name in names]
-    columns = list(dict.fromkeys([field, *kept]))
+    kept = [name for name in fields.kept if name in names]
+    columns = [name for name in fields.columns if name in names]
     for group in range(start, min(stop, len(counts))):
         if metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
             yield Row(row, BadRow("decompression bomb"), size=counts[group] * rate)
@@ -90,7 +91,7 @@ def read_rows(
             try:
                 for values in _group_rows(file, group, columns, counts[group]):
                     more = {name: _kept(values[name]) for name in kept}
-                    yield Row(row + found, _text(values[field], field), more, rate)
+                    yield Row(row + found, _text(values, fields), more, rate)
                     found += 1
             except _BrokenGroup:
                 broken = BadRow("broken parquet")
@@ -117,14 +118,18 @@ def _group_rows(
         raise _BrokenGroup
 
 
-def _text(value: Any, field: str) -> str | BadRow:
+def _text(values: Mapping[str, Any], fields: Fields) -> str | BadRow:
     try:
-        text = value.as_py()
+        if fields.chat:
+            row = {name: _kept(value) for name, value in values.items()}
+            text = fields.value(row, sparse=True)
+        else:
+            text = values[fields.text].as_py()
         if isinstance(text, bytes):  # what some writers call text
             text = text.decode("utf-8")
     except UnicodeDecodeError:
         return BadRow("broken utf-8")
-    return text if isinstance(text, str) else BadRow(f"no text field '{field}'")
+    return text if isinstance(text, str) else BadRow(fields.missing)
 
 
 def _kept(value: Any) -> Any:

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from megahybrid.data.chat.probe import check_template
 from megahybrid.data.manifest import made_by, sync_folder, write_durably
 from megahybrid.data.token_writer import SHARD_TOKENS, TokenWriter, check_shard_tokens
 from megahybrid.data.tokenizer import load_tokenizer
-from megahybrid.data_prep.encode_unit import EncodeJob, UnitResult, encode_unit, unit_path
+from megahybrid.data_prep.chat_encoder import ChatJob
+from megahybrid.data_prep.encode_unit import EncodeJob, encode_unit
 from megahybrid.data_prep.fresh import alone_in
 from megahybrid.data_prep.inputs import Unit, cut_units, shared_unit_bytes
 from megahybrid.data_prep.items import Fields
@@ -36,6 +38,7 @@ from megahybrid.data_prep.loss import Loss, refuse_loss, refuse_nothing
 from megahybrid.data_prep.merge import Merge, Split, runs_of
 from megahybrid.data_prep.progress import byte_bars
 from megahybrid.data_prep.survey import PrintLine, print_nothing, survey
+from megahybrid.data_prep.unit_files import UnitResult, unit_path
 from megahybrid.errors import DataError
 
 
@@ -74,6 +77,7 @@ def tokenize(
     memory_bytes: int = 2**28,
     shard_tokens: int = SHARD_TOKENS,
     max_bad_fraction: float = 0.05,
+    chat: ChatJob | None = None,
     quiet: bool = False,
     print_line: PrintLine = print_nothing,
 ) -> TokenizeReport:
@@ -88,6 +92,8 @@ def tokenize(
     `memory_bytes` may differ.
 
     `format` is how every file is read, "auto" by its content; `print_line` is told what is read.
+    With `chat` the field holds the messages of a conversation, and the datasets have masks of what
+    the assistant wrote.
 
     Raises DataError when nothing is left to write or a part would be empty, or more than
     `max_bad_fraction` of the bytes on disk (of the rows of a hub dataset) is lost, as soon as that
@@ -97,10 +103,14 @@ def tokenize(
         raise DataError(f"held_out={held_out} is not from 0 to below 1. Use a fraction like 0.02.")
     check_shard_tokens(shard_tokens)
     folder = Path(output)
-    info = load_tokenizer(tokenizer, eod).info
+    loaded = load_tokenizer(tokenizer, eod)
+    info = loaded.info
+    if chat is not None:
+        with chat.open(loaded, str(tokenizer)) as template:
+            check_template(template, loaded)
     table: list[str] = []
     try:
-        fields = Fields(text_field, format=format)
+        fields = Fields(text_field, format=format, chat=chat is not None)
         found = survey(inputs, pattern, fields, output=folder, print_line=table.append)
     except DataError:
         _print_all(table, print_line)  # a refusal of what is left out is read beside it
@@ -109,7 +119,8 @@ def tokenize(
     units = list(cut_units(files, shared_unit_bytes(files)))
     threads = workers if len(units) == 1 else 1
     work = str(folder / WORK)
-    job = EncodeJob(str(tokenizer), eod, text_field, seed, work, threads, tuple(kept), format)
+    read = (text_field, seed, work, threads, tuple(kept), format)
+    job = EncodeJob(str(tokenizer), eod, *read, chat)
     split = Split(held_out, longest, deduplicate)
     # How units are cut may change with the version; what another one has left is not gone on with.
     identity = identity_of(job, files, info, split, shard_tokens) | {"units": len(units)}
@@ -286,9 +297,11 @@ def _command(
     """
     words = ["megahybrid", "data", "tokenize", *map(str, inputs), "--tokenizer", str(tokenizer)]
     words += ["--held-out", str(split.held_out), "--longest", str(split.longest)]
-    words += ["--seed", str(job.seed), "--field", job.text_field, "--glob", pattern]
+    field = "--field" if job.chat is None else "--chat"
+    words += ["--seed", str(job.seed), field, job.text_field, "--glob", pattern]
     words += ["--shard-tokens", str(shard_tokens)] + (["--eod", job.eod] if job.eod else [])
     words += ["--deduplicate"] * split.deduplicate
     words += ["--format", job.format] if job.format != "auto" else []
+    words += [] if job.chat is None else job.chat.words()
     words += [word for name in job.kept for word in ("--keep", name)]
     return made_by(words)

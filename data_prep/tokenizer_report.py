@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from megahybrid.data.chat.reserved import with_tokens
 from megahybrid.data.manifest import TokenizerInfo, write_durably
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep.items import Fields
@@ -147,9 +148,12 @@ def print_report(
         console.print("lossless: every text decodes to itself")
 
 
-def adopt(source: str, output: str, eod: str | None = None) -> tuple[TokenizerInfo, list[str]]:
+def adopt(
+    source: str, output: str, eod: str | None = None, reserved: Sequence[str] = ()
+) -> tuple[TokenizerInfo, list[str]]:
     """Copies a sentencepiece model or tokenizer.json once it is known to work.
 
+    `reserved` are special tokens that the copy gets behind all others, unless they are there.
     Returns what it is, and those of HARD_TEXTS that do not come back as they were.
     """
     file = Path(source)
@@ -162,8 +166,11 @@ def adopt(source: str, output: str, eod: str | None = None) -> tuple[TokenizerIn
         raise DataError(
             f"--output={target} does not end in {file.suffix} as {file} does. Name it so."
         )
+    raw = file.read_bytes()
+    made = with_tokens(raw, file, tokenizer, reserved) if reserved else raw
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(target, file.read_bytes())
+    write_durably(target, made)
+    tokenizer = load_tokenizer(target, eod)
     encoded = tokenizer.encode(HARD_TEXTS)
     return tokenizer.info, [
         text for text, ids in zip(HARD_TEXTS, encoded, strict=True) if tokenizer.decode(ids) != text

@@ -35,6 +35,7 @@ def train_tokenizer(
     format: str = "auto",
     pattern: str = "**/*",
     special_tokens: Sequence[str] = (),
+    control_tokens: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     digits_apart: bool = True,
     space_runs: bool = True,
@@ -49,10 +50,12 @@ def train_tokenizer(
     target = Path(output)
     if target.suffix != ".model":
         raise DataError(f"output={target} does not end in .model. Name a file like bpe-4k.model.")
-    if vocab_size < SMALLEST_VOCABULARY:
+    if both := sorted({*special_tokens} & {*control_tokens}):
+        raise DataError(f"--special-token={both[0]} is reserved by --chat as well. Leave it out.")
+    if vocab_size < SMALLEST_VOCABULARY + len(control_tokens):
         raise DataError(
             f"--vocab-size={vocab_size} has no room for the bytes and special tokens "
-            f"({SMALLEST_VOCABULARY} at least). Use more, for example 4096."
+            f"({SMALLEST_VOCABULARY + len(control_tokens)} at least). Use more, for example 4096."
         )
     if weights is not None and (
         len(weights) != len(inputs) or not all(0 < weight < inf for weight in weights)
@@ -69,6 +72,7 @@ def train_tokenizer(
         vocab_size=vocab_size,
         kind=kind,
         special_tokens=special_tokens,
+        control_tokens=control_tokens,
         digits_apart=digits_apart,
         space_runs=space_runs,
     )

@@ -30,6 +30,9 @@ SECONDS = 60  # by the clock: no refusal waits as long, even on a machine that i
 MEMORY = 2 * 2**30  # bytes beyond what is mapped when all is imported
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
+    "init": ("{out} --data words.txt", "fresh --data {text}"),
+    "schema": (),
+    "completion": (),
     "train": (
         "{run}",
         "run.yaml directory={out}",
@@ -64,11 +67,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "sample": (
         "{trained} --prompt a --device cpu",
         "trained --prompt a --tokenizer {tokenizer} --device cpu",
+        "trained --chat {template} --tokenizer words.model --device cpu",
     ),
     "export": (
         "{trained} fresh --tokenizer none",
         "trained {out} --tokenizer none",
         "trained fresh --tokenizer {tokenizer}",
+        "trained fresh --tokenizer none --chat-template {template}",
     ),
     "import": (
         "{exported} imported.yaml fresh",
@@ -81,6 +86,12 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "checkpoint show": ("{trained}",),
     "checkpoint verify": ("{trained}",),
     "checkpoint diff": ("{trained} trained", "trained {trained}"),
+    "checkpoint resize-vocab": (
+        "{trained} --tokenizer words.model --out fresh --old-tokenizer words.model",
+        "trained --tokenizer {tokenizer} --out fresh --old-tokenizer words.model",
+        "trained --tokenizer words.model --out {out} --old-tokenizer words.model",
+        "trained --tokenizer words.model --out fresh --old-tokenizer {tokenizer}",
+    ),
     "checkpoint average": ("{trained} trained --out fresh", "trained trained --out {out}"),
     "data demo": (),
     "data gather-stdlib": ("{new_file}",),
@@ -96,6 +107,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "{text} --tokenizer words.model --output fresh --workers 1",
         "text.jsonl --tokenizer {tokenizer} --output fresh --workers 1",
         "text.jsonl --tokenizer words.model --output {out} --workers 1",
+        "text.jsonl --chat a --template {template} --tokenizer words.model --output fresh",
     ),
     "data pack": (
         "{data} --length 64 --output fresh",
@@ -148,7 +160,9 @@ WRAPPED = {
 NO_PATHS = {
     "overrides", "site", "lm_eval", "architecture", "prompt", "change", "name", "exclude", "glob",
     "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host",
+    "chat", "chat_date", "system",
 }  # fmt: skip
+NO_PATHS |= {"size", "plan", "lengths"}  # of init
 
 SUITE = "tasks: {one: {kind: recall, lengths: [32], trials: 1}}\n"
 NEEDLE = "tasks: {one: {kind: needle, lengths: [64], trials: 1}}\n"
@@ -378,7 +392,8 @@ def cases() -> list[Case]:
 
 GOOD = {
     "run": "run.yaml", "including": "run.yaml", "out": "fresh", "into": "fresh", "data": "books",
-    "tokenizer": "words.model", "trained": "trained", "suite": "suite.yaml", "site": "site.yaml",
+    "tokenizer": "words.model", "template": "chat.jinja", "trained": "trained",
+    "suite": "suite.yaml", "site": "site.yaml",
     "study": "study", "studying": "study", "examples": "examples.json", "exported": "exported",
     "new_run": "imported.yaml", "new_file": "fresh.file", "text": "text.jsonl",
     "picture": "fresh.svg", "page": "fresh.html", "prefix": "fresh", "asking": "suite.yaml",
@@ -490,8 +505,10 @@ def make_material(folder: Path) -> None:
     (folder / "study").mkdir()
     (folder / "study/study.yaml").write_text(STUDY)
     (folder / "examples.json").write_text("[]")
+    (folder / "words.txt").write_text(" ".join(f"w{number}" for number in range(9000)))
     texts = ["many words and some more of them " * 20] * 50
     (folder / "words.model").write_bytes(train_sentencepiece(texts, vocab_size=290))
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (folder / "text.jsonl").write_text('{"text": "some words"}\n' * 20)
     for words in (
         ["train", "run.yaml", "stages.2.tokens=1024"],

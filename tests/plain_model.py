@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, LayerPlan, NearView, QKNorm, Rope
 from megahybrid.config.model import ModelConfig
 
 IGNORED = -100  # a target that does not count
@@ -54,9 +54,16 @@ def canonical_shapes(
             shapes[f"{block}.attention.query.bias"] = (heads * head_dim,)
             shapes[f"{block}.attention.key.bias"] = (kv_heads * head_dim,)
             shapes[f"{block}.attention.value.bias"] = (kv_heads * head_dim,)
+        if scheme.sink:
+            shapes[f"{block}.attention.sinks"] = (heads,)
         if scheme.gate != "none":
             each = {"head": 1, "element": head_dim}[scheme.gate]
             shapes[f"{block}.attention.output_gate.weight"] = (heads * each, hidden)
+        if scheme.fuse is not None and scheme.fuse.gate != "fixed":
+            assert scheme.fuse.gate in ("head", "token")
+            if scheme.fuse.gate == "token":
+                shapes[f"{block}.attention.fuse_gate.weight"] = (heads, hidden)
+            shapes[f"{block}.attention.fuse_gate.bias"] = (heads,)
         if scheme.score_scale.kind == "ssmax":
             shapes[f"{block}.attention.logit_scale"] = (heads,)
         shapes[f"{block}.mlp.gate.weight"] = (inner, hidden)
@@ -80,6 +87,8 @@ def random_tensors(
             draw = 1 + 0.3 * draw
         elif name.endswith(".bias"):
             draw = 0.5 * draw
+        elif name.endswith(".sinks"):
+            draw = 1 + 0.5 * draw
         elif name.endswith("logit_scale"):
             draw = 0.6 + 0.2 * draw
         else:
@@ -100,11 +109,18 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """fp32 [rotary_dim / 2], in the order of operations of the published implementations."""
-    dims = int(head_dim * rope.rotary_fraction)
-    dims -= dims % 2
+    pairs = int(head_dim * rope.rotary_fraction) // 2
+    if rope.spectrum == "head":
+        return _spectrum(rope, head_dim)[:pairs]
+    assert rope.spectrum == "rotated"
+    return _spectrum(rope, 2 * pairs)
+
+
+def _spectrum(rope: Rope, dims: int) -> Tensor:
+    """fp32 [dims / 2]: the frequencies of so many dimensions."""
     scaling = rope.scaling
     theta = rope.theta
-    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn")
+    assert scaling is None or scaling.kind in ("ntk", "linear", "llama3", "yarn", "longrope")
     if scaling is not None and scaling.kind == "ntk":
         theta = theta * scaling.factor ** (dims / (dims - 2))
     inverse = 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
@@ -112,6 +128,9 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
         return inverse
     if scaling.kind == "linear":
         return inverse / scaling.factor
+    if scaling.kind == "longrope":
+        powers = theta ** (torch.arange(0, dims, 2).float() / dims)
+        return 1.0 / (torch.tensor(scaling.factors) * powers)
     if scaling.kind == "llama3":
         slow = scaling.original_length / scaling.low_frequency_factor
         fast = scaling.original_length / scaling.high_frequency_factor
@@ -147,10 +166,13 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 def rotary_factor(rope: Rope) -> float:
     """What cos and sin are multiplied by."""
-    if rope.scaling is None or rope.scaling.kind != "yarn":
+    if rope.scaling is None or rope.scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.scaling.attention_factor is not None:
         return rope.scaling.attention_factor
+    if rope.scaling.kind == "longrope":
+        grown, before = rope.scaling.factor, rope.scaling.original_length
+        return (1 + math.log(grown) / math.log(before)) ** 0.5 if grown > 1 else 1.0
     return 0.1 * math.log(rope.scaling.factor) + 1.0 if rope.scaling.factor > 1 else 1.0
 
 
@@ -184,7 +206,11 @@ def visible(starts: Tensor, window: int | None, chunk: int | None = None) -> Ten
 
 
 def query_factor(
-    scheme: AttentionScheme, positions: Tensor, keys: Tensor, head_dim: int, dtype: torch.dtype
+    scheme: AttentionScheme | NearView,
+    positions: Tensor,
+    keys: Tensor,
+    head_dim: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """What a score is multiplied by, [batch, seq], but for SSMax's learned s.
 
@@ -254,13 +280,14 @@ class PlainModel:
         """tokens, starts [batch, seq] -> [batch, seq, vocab]."""
         if starts is None:
             starts = torch.zeros_like(tokens)
-        x = self.tensors["embedding.weight"][tokens]
+        x = self.config.embedding_scale * self.tensors["embedding.weight"][tokens]
         for index, scheme in enumerate(self.schemes):
             x = self._block(x, f"blocks.{index}", scheme, starts)
         x = self._norm(x, "final_norm")
         tied = self.config.tie_embeddings
         head = self.tensors["embedding.weight" if tied else "head.weight"]
-        return self.config.logit_scale * (x @ head.T)
+        logits, cap = self.config.logit_scale * (x @ head.T), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None
@@ -279,48 +306,48 @@ class PlainModel:
         return norm(x, self.tensors[f"{name}.weight"], self.config.eps)
 
     def _block(self, x: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
+        r = self.config.residual_scale
         if self.config.block == "parallel":
             u = self._norm(x, f"{name}.norm")
-            return x + self._attention(u, name, scheme, starts) + self._mlp(u, name)
+            return x + r * (self._attention(u, name, scheme, starts) + self._mlp(u, name))
         if self.config.block == "pre_norm":
-            x = x + self._attention(self._norm(x, f"{name}.attention_norm"), name, scheme, starts)
-            return x + self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
+            u = self._norm(x, f"{name}.attention_norm")
+            x = x + r * self._attention(u, name, scheme, starts)
+            return x + r * self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
         if self.config.block == "sandwich":
             u = self._norm(x, f"{name}.attention_norm")
             branch = self._attention(u, name, scheme, starts)
-            x = x + self._norm(branch, f"{name}.attention_output_norm")
+            x = x + r * self._norm(branch, f"{name}.attention_output_norm")
             branch = self._mlp(self._norm(x, f"{name}.mlp_norm"), name)
-            return x + self._norm(branch, f"{name}.mlp_output_norm")
+            return x + r * self._norm(branch, f"{name}.mlp_output_norm")
         assert self.config.block == "post_norm"
-        x = x + self._norm(self._attention(x, name, scheme, starts), f"{name}.attention_norm")
-        return x + self._norm(self._mlp(x, name), f"{name}.mlp_norm")
+        x = x + r * self._norm(self._attention(x, name, scheme, starts), f"{name}.attention_norm")
+        return x + r * self._norm(self._mlp(x, name), f"{name}.mlp_norm")
 
     def _mlp(self, u: Tensor, name: str) -> Tensor:
         gate = u @ self.tensors[f"{name}.mlp.gate.weight"].T
         up = u @ self.tensors[f"{name}.mlp.up.weight"].T
-        return (gate * torch.sigmoid(gate) * up) @ self.tensors[f"{name}.mlp.down.weight"].T
+        if self.config.activation == "silu":
+            active = gate * torch.sigmoid(gate)
+        else:
+            assert self.config.activation == "gelu_tanh"
+            cubic = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+            active = gate / 2 * (1 + torch.tanh(cubic))
+        return (active * up) @ self.tensors[f"{name}.mlp.down.weight"].T
 
     def _attention(self, u: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         q = self._heads(u, f"{name}.attention", "query", heads, scheme.qk_norm)
         k = self._heads(u, f"{name}.attention", "key", kv_heads, scheme.qk_norm)
         v = self._heads(u, f"{name}.attention", "value", kv_heads, QKNorm())
-        positions = torch.arange(u.shape[1])[None] - starts
-        if isinstance(scheme.position, Rope):
-            q, k = (rotate(part, positions, scheme.position) for part in (q, k))
-        else:
-            assert scheme.position.kind == "nope"
         owner = [head // (heads // kv_heads) for head in range(heads)]  # of each query head
-        k, v = k[:, owner], v[:, owner]
-        mask = visible(starts, scheme.window, scheme.chunk)
-        factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
-        scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
-        if scheme.score_scale.kind == "ssmax":
-            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
-        scores = scores.masked_fill(~mask[:, None], -math.inf)
-        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-        weights = weights / weights.sum(-1, keepdim=True)
-        mixed = (weights @ v).transpose(1, 2)  # [batch, seq, heads, head_dim]
+        weights = self._weights(q, k[:, owner], name, scheme, starts)
+        if scheme.near is not None:
+            # One distribution of both views; a head that is split has one of them.
+            near = self._weights(q, k[:, owner], name, scheme, starts, near=True)
+            share = self._near_share(u, name, scheme, owner)
+            weights = share * near + (1 - share) * weights
+        mixed = (weights @ v[:, owner]).transpose(1, 2)  # [batch, seq, heads, head_dim]
         if scheme.gate != "none":
             gate = u @ self.tensors[f"{name}.attention.output_gate.weight"].T
             if scheme.gate == "head":
@@ -328,6 +355,60 @@ class PlainModel:
             mixed = mixed * torch.sigmoid(gate.view(*mixed.shape[:3], -1))
         mixed = mixed.flatten(2)
         return mixed @ self.tensors[f"{name}.attention.output.weight"].T
+
+    def _weights(
+        self,
+        q: Tensor,
+        k: Tensor,
+        name: str,
+        scheme: AttentionScheme,
+        starts: Tensor,
+        near: bool = False,
+    ) -> Tensor:
+        """The softmax of the scores, [batch, heads, seq, seq]; `near`: in the scheme's near view.
+
+        q and k are [batch, heads, seq, head_dim], normed and not rotated.
+        """
+        if near:
+            assert scheme.near is not None and scheme.chunk is None
+            position, window, view = scheme.near.position, scheme.near.window, scheme.near
+        else:
+            position, window, view = scheme.position, scheme.window, scheme
+        positions = torch.arange(q.shape[2])[None] - starts
+        if isinstance(position, Rope):
+            q, k = (rotate(part, positions, position) for part in (q, k))
+        else:
+            assert position.kind == "nope"
+        mask = visible(starts, window, scheme.chunk)
+        factor = query_factor(view, positions, mask.sum(-1), self.config.head_dim, q.dtype)
+        scores = (q @ k.transpose(-1, -2)) * factor[:, None, :, None]
+        if view.score_scale.kind == "ssmax":
+            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
+        scores = scores.masked_fill(~mask[:, None], -math.inf)
+        most = scores.amax(-1, keepdim=True).detach()
+        weights = (scores - most).exp()
+        total = weights.sum(-1, keepdim=True)
+        if scheme.sink:
+            sinks = self.tensors[f"{name}.attention.sinks"][None, :, None, None]
+            total = total + (sinks - most).exp()
+        return weights / total
+
+    def _near_share(
+        self, u: Tensor, name: str, scheme: AttentionScheme, owner: Sequence[int]
+    ) -> Tensor:
+        """The share g of the near view, [batch or 1, heads, seq or 1, 1]."""
+        if scheme.split is not None:
+            near = [head % scheme.split.of < scheme.split.near for head in owner]
+            return torch.tensor(near, dtype=u.dtype)[None, :, None, None]
+        assert scheme.fuse is not None
+        if scheme.fuse.gate == "fixed":
+            return torch.full((1, 1, 1, 1), scheme.fuse.initial, dtype=u.dtype)
+        score = self.tensors[f"{name}.attention.fuse_gate.bias"]
+        if scheme.fuse.gate == "token":
+            score = u @ self.tensors[f"{name}.attention.fuse_gate.weight"].T + score
+        else:
+            score = score[None, None]
+        return torch.sigmoid(score).transpose(1, 2)[..., None]
 
     def _heads(self, u: Tensor, name: str, which: str, count: int, qk_norm: QKNorm) -> Tensor:
         """[batch, seq, hidden] -> [batch, count, seq, head_dim], normalised where asked."""

@@ -117,8 +117,8 @@ def plain_kind(name: str) -> str:
         return part
     if part.endswith("norm"):
         return "norm"
-    of_attention = ("query", "key", "value", "output", "output_gate")
-    if part in of_attention or name.endswith("attention.logit_scale"):
+    of_attention = ("query", "key", "value", "output", "output_gate", "fuse_gate")
+    if part in of_attention or name.endswith(("attention.logit_scale", "attention.sinks")):
         return "attention"
     assert part in ("gate", "up", "down"), name
     return "mlp"
@@ -127,7 +127,7 @@ def plain_kind(name: str) -> str:
 def plain_decay(name: str, width_ratio: float = 1.0) -> float:
     """What multiplies weight decay: nothing decays but matrices; under muP (`width_ratio` hidden /
     base_hidden) hidden matrices and the head decay by so much more as they learn more slowly."""
-    if plain_kind(name) == "norm" or name.endswith(("logit_scale", ".bias")):
+    if plain_kind(name) == "norm" or name.endswith(("logit_scale", ".bias", ".sinks")):
         return 0.0
     return 1.0 if name == "embedding.weight" else width_ratio
 

@@ -34,8 +34,8 @@ FACTS = (
 # What makes no other model: the plan counts by its layers, and the others fill only the beginning.
 NO_FACTS = ("layer_plan", "initial_std", "embedding_std")
 # Of a scheme: what a stage may change, and what `_layer` writes in 0.1.0's words.
-STAGES_CHANGE = ("position", "window", "chunk", "score_scale")
-WRITTEN = ("qk_norm",)
+STAGES_CHANGE = ("position", "window", "chunk", "score_scale", "near", "split")
+WRITTEN = ("qk_norm", "fuse")
 QK_NORM = ("kind", "over", "weight")
 
 
@@ -66,6 +66,8 @@ def _layer(scheme: AttentionScheme) -> str:
         keys += _texts(_later(scheme.qk_norm, QK_NORM), "qk_norm.")
     if learned.score_scale is not None:
         keys.append(f"{learned.score_scale} scale")
+    if learned.fuse is not None:  # without its first value
+        keys.append(f"fuse per {learned.fuse}")
     keys += _texts(_later(scheme, (*STAGES_CHANGE, *WRITTEN)))
     return " and ".join(keys) or "none"
 

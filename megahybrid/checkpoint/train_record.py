@@ -27,6 +27,16 @@ class AveragedRecord(Frozen, extra="allow"):
     share: float
 
 
+class ResizedRecord(Frozen, extra="allow"):
+    """The checkpoint that was given rows for more tokens, and how many it had."""
+
+    checkpoint: str
+    step: Count
+    vocab_size: Count
+    trained_rows: Count
+    tokenizer: str = ""
+
+
 class KernelRecord(KernelConfig, extra="allow"):
     """The kernels that a run had, and the kind of device they were chosen on."""
 
@@ -63,6 +73,7 @@ class TrainRecord(Frozen, extra="allow"):
     kernels: KernelRecord | None = None
     parent: ParentRecord | None = None
     averaged: tuple[AveragedRecord, ...] | None = None
+    resized: ResizedRecord | None = None
     schemes: dict[str, dict[str, Any]] | None = None
 
 

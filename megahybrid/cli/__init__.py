@@ -1,6 +1,5 @@
 """The command line. Parsing imports nothing heavy; each command imports what it needs."""
 
-import argparse
 import functools
 import io
 import os
@@ -8,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megahybrid import __version__
 from megahybrid.cli.checkpoints import add_stored_commands
 from megahybrid.cli.data import add_data_commands
 from megahybrid.cli.launch import add_launch_commands
 from megahybrid.cli.models import add_checkpoint_commands, add_interop_commands
+from megahybrid.cli.parser import Parser, called, finish
 from megahybrid.cli.runs import add_run_commands, add_study_command
+from megahybrid.cli.start import add_start_commands
 from megahybrid.errors import EXIT_DONE, MegahybridError, from_exception, tell
 
 
@@ -20,7 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake is one line and code 2."""
     _print_any_name()
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in ([], ["data"], ["checkpoint"], ["launch"]):
+        words = [*words, "--help"]
     parsed, rest = parser.parse_known_args(words)
     parsed.words = words  # for ranks that are started with the same command
     # argparse ends a list of overrides at the first option, and takes an optional suite only ahead
@@ -29,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.suite = Path(rest.pop(0))
     strays = [word for word in rest if word.startswith("-") or "=" not in word]
     if strays or (rest and "overrides" not in parsed):
-        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+        called(parser, parsed).refuse(strays or rest)
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     try:
@@ -60,13 +68,15 @@ def _print_any_name() -> None:
 
 
 @functools.cache  # of fifty parsers, which take longer to make than many a command
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="megahybrid",
         description="Pretrain long-context language models whose layers differ in how they see "
         "position.",
     )
+    parser.add_argument("--version", action="version", version=f"megahybrid {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_start_commands(commands)
     add_run_commands(commands)
     add_checkpoint_commands(commands)
     add_study_command(commands)
@@ -74,4 +84,5 @@ def _parser() -> argparse.ArgumentParser:
     add_stored_commands(commands)
     add_data_commands(commands)
     add_launch_commands(commands)
+    finish(parser)
     return parser

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from megahybrid.cli.arguments import given
+from megahybrid.cli.chats import CHAT_TEMPLATES, add_chat
 from megahybrid.data_prep.limits import LARGEST_MIB, LARGEST_VOCABULARY, LONGEST_ROW, MOST_WORKERS
 from megahybrid.errors import EXIT_DONE
 
@@ -53,6 +54,13 @@ def add_data_commands(subparsers: Any) -> None:
         default="runs",
         help="whether runs of spaces may merge",
     )
+    tokenizer.add_argument(
+        "--chat",
+        choices=CHAT_TEMPLATES,
+        metavar="TEMPLATE",
+        help="train, adopt: reserve the special tokens of a chat template: "
+        + ", ".join(CHAT_TEMPLATES),
+    )
     tokenizer.add_argument("--against", metavar="OTHER", help="report: compare with this one")
     tokenizer.add_argument("--eod", help="report, adopt: the token that follows every document")
 
@@ -91,6 +99,8 @@ def add_data_commands(subparsers: Any) -> None:
         default=0.05,
         help="share of the inputs' bytes that may be unreadable (default: 0.05)",
     )
+
+    add_chat(tokenize)
 
     pack = commands.add_parser("pack", help="plan rows of whole documents for one length")
     pack.add_argument("path", help="dataset")

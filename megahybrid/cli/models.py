@@ -59,7 +59,14 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     changes(analyse)
     sample = command(commands, "sample", _sample, "continue a prompt")
     checkpoint(sample)
-    sample.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    asked = sample.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    asked.add_argument(
+        "--chat",
+        metavar="TEMPLATE",
+        help="talk instead, a line a turn: chatml, llama3, cohere, plain, or a .jinja file",
+    )
+    sample.add_argument("--system", metavar="TEXT", help="with --chat: what is said first")
     sample.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to add")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     sample.add_argument("--seed", type=int, default=1)
@@ -76,9 +83,18 @@ def add_interop_commands(commands: argparse._SubParsersAction) -> None:
     export = command(commands, "export", _export, "a checkpoint as a folder for transformers")
     export.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's")
     export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="default: fp32, or bf16 where no weight is rounded by it, as after an import",
+    )
     export.add_argument("--architecture", metavar="NAME", help="the class to say the model in")
     export.add_argument("--tokenizer", metavar="FILE", help="the run's when left out; or: none")
+    export.add_argument(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="the model chats: chatml, llama3, cohere, plain, or a .jinja file",
+    )
     bring_in = command(commands, "import", _import, "a Hugging Face folder as a checkpoint")
     bring_in.add_argument("folder", type=Path, metavar="HF_DIR", help="folder on this disk")
     bring_in.add_argument("run_file", type=Path, metavar="RUN.yaml", help="written if missing")
@@ -198,6 +214,22 @@ def _sample(arguments: argparse.Namespace) -> int:
     def work(mesh: "ParallelMesh") -> int:
         from megahybrid.commands.sample import sample
 
+        if arguments.chat is None and arguments.system is not None:
+            raise ConfigError("--system begins a conversation. Add --chat, or leave it out.")
+        if arguments.chat is not None:
+            from megahybrid.commands.chat import chat
+
+            return chat(
+                arguments.checkpoint,
+                mesh,
+                template=arguments.chat,
+                system=arguments.system,
+                tokens=arguments.tokens,
+                temperature=arguments.temperature,
+                seed=arguments.seed,
+                tokenizer=arguments.tokenizer,
+                context=arguments.context,
+            )
         return sample(
             arguments.checkpoint,
             mesh,
@@ -221,6 +253,7 @@ def _export(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         architecture=arguments.architecture,
         tokenizer=arguments.tokenizer,
+        chat_template=arguments.chat_template,
     )
 
 

@@ -26,11 +26,16 @@ def add_run_commands(commands: argparse._SubParsersAction) -> None:
         metavar="FIELD",
         help="a field that may differ from what the run was started with: model.layer_plan",
     )
-    check = command(commands, "check", _check, "everything the config alone can tell, in a second")
+    check = command(
+        commands, "check", _check, "everything that can be told without training, in a second"
+    )
     run_file(check)
     check.add_argument("--world-size", type=int, metavar="N", help="ranks the run will have")
     check.add_argument("--site", metavar="SITE", help="on a cluster: memory, hours, checkpoints")
     check.add_argument("--nodes", type=int, metavar="N", help="of the site")
+    check.add_argument(
+        "--no-files", action="store_true", help="look for no data: they are on another machine"
+    )
     describe = command(commands, "describe", _describe, "layers, parameters, FLOPs and memory")
     run_file(describe)
     describe.add_argument("--json", action="store_true", help="the same figures as JSON")
@@ -88,6 +93,7 @@ def _check(arguments: argparse.Namespace) -> int:
         world_size=arguments.world_size,
         site=arguments.site,
         nodes=arguments.nodes,
+        files=not arguments.no_files,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megahybrid.config import RunConfig, check_run, load
 from megahybrid.config.explain import show
-from megahybrid.errors import EXIT_DONE, ConfigError
+from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 
 MOST_RANKS = 10_000_000  # what is counted for each of them stays within 64 bits
 
@@ -18,25 +18,31 @@ def check(
     world_size: int | None = None,
     site: str | None = None,
     nodes: int | None = None,
+    files: bool = True,
 ) -> int:
-    """Print what the run is, or every mistake in it; with a site, what is known of it there."""
+    """Print what the run is, or every mistake in it; with a site, what is known of it there.
+
+    Raises DataError for data, suites, checkpoints and packages that it names and that are not here;
+    without `files` none are looked for.
+    """
     if site is None and nodes is None:
         from megahybrid.config.summary import summary
 
         run = _checked(run_file, overrides, world_size)
         print(summary(run, world_size))
         _print_warnings(run)
-        _print_missing_data(run)
-        return EXIT_DONE
+        return _refuse_missing(run, files)
     if site is None or nodes is None or world_size is not None:
         raise ConfigError(
             f"--site={site} and --nodes={nodes} go together and without "
             "--world-size (it is nodes times the site's ranks per node). Give both."
         )
-    return _check_on_site(run_file, overrides, site, nodes)
+    return _check_on_site(run_file, overrides, site, nodes, files)
 
 
-def _check_on_site(run_file: Path, overrides: Sequence[str], site: str, nodes: int) -> int:
+def _check_on_site(
+    run_file: Path, overrides: Sequence[str], site: str, nodes: int, files: bool
+) -> int:
     from megahybrid.config.summary import summary
     from megahybrid.launch.forecast import forecast
     from megahybrid.launch.submit import plan
@@ -45,8 +51,7 @@ def _check_on_site(run_file: Path, overrides: Sequence[str], site: str, nodes: i
     print(summary(run, job.world_size))
     print("\n".join(forecast(job, run)))
     _print_warnings(run)
-    _print_missing_data(run)
-    return EXIT_DONE
+    return _refuse_missing(run, files)
 
 
 def _print_warnings(run: RunConfig) -> None:
@@ -56,12 +61,16 @@ def _print_warnings(run: RunConfig) -> None:
         print(line)
 
 
-def _print_missing_data(run: RunConfig) -> None:
-    from megahybrid.config.missing_data import missing_in_words
+def _refuse_missing(run: RunConfig, files: bool) -> int:
+    """Raise DataError, a line for each thing that is missing; EXIT_DONE where all is there."""
+    if not files:
+        return EXIT_DONE
+    from megahybrid.config.files import missing_files
     from megahybrid.printable import printable
 
-    if (missing := missing_in_words(run)) is not None:
-        print(printable(missing))
+    if lines := [printable(line) for line in missing_files(run)]:
+        raise DataError(*lines, "For a machine without these files: --no-files.")
+    return EXIT_DONE
 
 
 def describe(

@@ -112,6 +112,9 @@ def show(checkpoint: Path, *, as_json: bool = False) -> int:
     for item in facts["averaged"] or ():
         shown.setdefault("mean of", "")
         shown["mean of"] += f"{item['share']:.3g} × {item['checkpoint']}  "
+    if facts["resized"]:
+        resized = facts["resized"]
+        shown["resized"] = f"from {resized['vocab_size']:,} tokens, of {resized['checkpoint']}"
     if facts["schemes"]:
         shown["layers"] = "; ".join(f"{k}: {_scheme(v)}" for k, v in facts["schemes"].items())
     for name, text in shown.items():
@@ -212,6 +215,28 @@ def write_average(
     return EXIT_DONE
 
 
+def fuse(checkpoint: Path, plan_file: Path, out: Path) -> int:
+    """Write a checkpoint whose layers get a second view of their keys and compute what they did."""
+    from megahybrid.interop import view_surgery
+
+    return _operated(*view_surgery.fuse(chosen(checkpoint), plan_file, out), out)
+
+
+def collapse(checkpoint: Path, out: Path, analysis: Path | None, within: float | None) -> int:
+    """Write a checkpoint whose heads have one view of their keys where they use one."""
+    from megahybrid.interop import view_surgery
+
+    near = view_surgery.WITHIN if within is None else within
+    return _operated(*view_surgery.collapse(chosen(checkpoint), out, analysis, near), out)
+
+
+def _operated(path: Path, words: Sequence[str], out: Path) -> int:
+    for line in words:
+        print(printable(line))
+    print(f"{printable(str(path))}: weights alone, and the layers in {printable(str(out))}")
+    return EXIT_DONE
+
+
 def _summary(manifest: Any) -> dict[str, Any]:
     return {
         "step": manifest.step,
@@ -227,6 +252,7 @@ def _summary(manifest: Any) -> dict[str, Any]:
         "version": manifest.version,
         "parent": manifest.train_state.get("parent"),
         "averaged": manifest.train_state.get("averaged"),
+        "resized": manifest.train_state.get("resized"),
         "schemes": manifest.train_state.get("schemes"),
     }
 

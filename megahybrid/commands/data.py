@@ -45,6 +45,7 @@ def pack_rows(
     vocab_size: int | None,
 ) -> None:
     """Make rows of whole documents for one length."""
+    from megahybrid.data.dataset import TokenDataset
     from megahybrid.data_prep.pack import pack
 
     passes = 2 if method == "best_fit" else 1
@@ -65,6 +66,11 @@ def pack_rows(
         f"{info.documents:,} documents, {info.tokens:,} tokens, "
         f"{info.entries - info.documents:,} cuts"
     )
+    if info.entries > info.documents and TokenDataset(path, vocab_size=vocab_size).masked:
+        print(
+            "Documents whose targets are marked were cut, perhaps within an answer. `data tokenize "
+            f"--max-tokens {length}` leaves none that is longer than a row."
+        )
 
 
 def merge(*, paths: list[str], output: str, shard_tokens: int) -> None:

@@ -21,6 +21,7 @@ def tokenizer(
     kind: Literal["bpe", "unigram"],
     sample_mib: int,
     special_token: list[str],
+    chat: str | None,
     weight: list[float] | None,
     digits: str,
     spaces: str,
@@ -36,7 +37,7 @@ def tokenizer(
 
     if inputs[0] in ("report", "adopt") and not os.path.exists(inputs[0]):
         if inputs[0] == "adopt":
-            _tokenizer_adopt(inputs=inputs, output=output, eod=eod)
+            _tokenizer_adopt(inputs=inputs, output=output, eod=eod, chat=chat)
         else:
             _tokenizer_report(
                 inputs=inputs,
@@ -53,6 +54,7 @@ def tokenizer(
         if given is None:
             raise DataError(f"--{name} is missing. See `data tokenizer --help`.")
     assert output is not None and vocab_size is not None
+    from megahybrid.data.chat.template_file import SHIPPED
     from megahybrid.data_prep.vocabulary import train_tokenizer
 
     info = train_tokenizer(
@@ -66,6 +68,7 @@ def tokenizer(
         format=format,
         pattern=glob,
         special_tokens=special_token,
+        control_tokens=() if chat is None else SHIPPED[chat],
         weights=weight,
         digits_apart=digits == "apart",
         space_runs=spaces == "runs",
@@ -109,13 +112,16 @@ def _tokenizer_report(
     print_report(inputs[0], sources, used, against=against, eod=eod)
 
 
-def _tokenizer_adopt(*, inputs: list[str], output: str | None, eod: str | None) -> None:
+def _tokenizer_adopt(
+    *, inputs: list[str], output: str | None, eod: str | None, chat: str | None
+) -> None:
+    from megahybrid.data.chat.template_file import SHIPPED
     from megahybrid.data_prep.tokenizer_report import adopt
     from megahybrid.errors import DataError
 
     if len(inputs) != 2 or not output:
         raise DataError("tokenizer adopt needs one tokenizer and --output. Name both.")
-    info, changed = adopt(inputs[1], output, eod)
+    info, changed = adopt(inputs[1], output, eod, () if chat is None else SHIPPED[chat])
     print(
         f"{output}: {info.kind}, vocab_size={info.vocab_size}, eod_id={info.eod_id}, "
         f"sha256 {info.sha256[:12]}"
@@ -142,9 +148,17 @@ def tokenize_texts(
     memory_mib: int,
     shard_tokens: int,
     max_bad_fraction: float,
+    chat: str | None,
+    template: str | None,
+    chat_date: str | None,
+    max_tokens: int | None,
+    long_chats: Literal["leave-out", "cut"] | None,
 ) -> None:
-    """Make shuffled token files of texts."""
+    """Make shuffled token files of texts, or of conversations."""
+    from megahybrid.data_prep.chat_options import chat_job, counted_targets
     from megahybrid.data_prep.tokenize import tokenize
+
+    job = chat_job(chat, field, template, chat_date, max_tokens, long_chats)
 
     report = tokenize(
         inputs,
@@ -154,7 +168,7 @@ def tokenize_texts(
         longest=longest,
         deduplicate=deduplicate,
         seed=seed,
-        text_field=field,
+        text_field=field if chat is None else chat,
         format=format,
         kept=keep,
         pattern=glob,
@@ -163,11 +177,15 @@ def tokenize_texts(
         memory_bytes=memory_mib * 2**20,
         shard_tokens=shard_tokens,
         max_bad_fraction=max_bad_fraction,
+        chat=job,
         quiet=not sys.stderr.isatty(),
         print_line=print,
     )
     for part, documents in report.documents.items():
-        print(f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens")
+        told = f"{report.output}/{part}: {documents:,} documents, {report.tokens[part]:,} tokens"
+        if job is not None:
+            told += f", {counted_targets(f'{report.output}/{part}'):,} of them targets"
+        print(told)
     if report.duplicates:
         print(f"{report.duplicates:,} copies of documents left out")
     if report.kept:

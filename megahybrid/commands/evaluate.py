@@ -40,9 +40,7 @@ def evaluate(
     slides over each document. `changes` of schemes as `load_trained_model` takes them. Raises
     MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
-    for name, value in (("--length", length), ("--max-tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} scores nothing. Use 1 or more.")
+    _check_numbers(length, max_tokens)
     trained = load_trained_model(path, mesh, changes)
     if beyond:
         if length is not None:
@@ -81,6 +79,41 @@ def evaluate(
     else:
         _print(trained, stream, far, reach, kept)
     return EXIT_DONE
+
+
+def scores(
+    trained: TrainedModel,
+    *,
+    data: Path | None = None,
+    length: int | None = None,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Return what `evaluate` prints as JSON; nothing is printed."""
+    _check_numbers(length, max_tokens)
+    scored = HeldOutSets(
+        trained.run,
+        trained.mesh,
+        sets=_sets(trained.run, data),
+        longest=length,
+        max_tokens=max_tokens,
+        context=trained.model.context,
+    )
+    stream: dict[str, HeldOutLoss] = {}
+    far: dict[str, HeldOutLoss] = {}
+
+    def keep(name: str, score: HeldOutLoss, rows: str) -> None:
+        (stream if rows == "stream" else far)[name] = score
+
+    token_loss = evaluation_loss(trained.model)
+    scored.score(token_loss, length or trained.length, keep)
+    scored.score_far(token_loss, keep)
+    return _json(trained, stream, far)
+
+
+def _check_numbers(length: int | None, max_tokens: int | None) -> None:
+    for name, value in (("--length", length), ("--max-tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} scores nothing. Use 1 or more.")
 
 
 @dataclass(frozen=True)

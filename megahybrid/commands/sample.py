@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 
-from megahybrid.commands.trained_model import load_trained_model
+from megahybrid.commands.trained_model import TrainedModel, load_trained_model
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import EXIT_DONE, ConfigError
@@ -30,26 +30,11 @@ def sample(
     the longest rows of its stage); where the text grows beyond, stderr says so. Raises
     MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
-    if tokens < 1:
-        raise ConfigError(f"--tokens={tokens} adds nothing. Use 1 or more.")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(
-            f"--temperature={temperature:g} is no temperature. Use 0 (the likeliest) or more."
-        )
-    if context is not None and context < 1:
-        raise ConfigError(f"--context={context} shows the model nothing. Use 1 or more.")
+    check_sampling(tokens, temperature, context)
     trained = load_trained_model(path, mesh)
     seen = context or trained.length
     words, eod_id = tokenizer_of(trained.run, tokenizer)
     ids = _encode(words, prompt)
-
-    def cropped() -> None:
-        limit = f"tokens of stage {trained.stage.name}" if context is None else "of --context"
-        print(
-            f"megahybrid: the text is longer than the {seen} {limit}: "
-            f"from here on the model sees its last {seen} only.",
-            file=sys.stderr,
-        )
 
     ids += sample_tokens(
         trained.model,
@@ -60,10 +45,33 @@ def sample(
         context_tokens=seen,
         vocab_size=words.info.vocab_size,
         eod_id=eod_id,
-        cropped=cropped,
+        cropped=lambda: tell_cropped(trained, context),
     )
     print(words.decode(ids))
     return EXIT_DONE
+
+
+def check_sampling(tokens: int, temperature: float, context: int | None) -> None:
+    """Raise ConfigError where nothing could be drawn so."""
+    if tokens < 1:
+        raise ConfigError(f"--tokens={tokens} adds nothing. Use 1 or more.")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(
+            f"--temperature={temperature:g} is no temperature. Use 0 (the likeliest) or more."
+        )
+    if context is not None and context < 1:
+        raise ConfigError(f"--context={context} shows the model nothing. Use 1 or more.")
+
+
+def tell_cropped(trained: TrainedModel, context: int | None) -> None:
+    """Say once that the model does not see the whole text any more."""
+    seen = context or trained.length
+    limit = f"tokens of stage {trained.stage.name}" if context is None else "of --context"
+    print(
+        f"megahybrid: the text is longer than the {seen} {limit}: "
+        f"from here on the model sees its last {seen} only.",
+        file=sys.stderr,
+    )
 
 
 def _encode(words: Tokenizer, prompt: str) -> list[int]:
@@ -79,3 +87,30 @@ def _encode(words: Tokenizer, prompt: str) -> list[int]:
             "Give it some text."
         )
     return ids
+
+
+def continued(
+    trained: TrainedModel,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    tokenizer: Path | None,
+    context: int | None,
+) -> str:
+    """Return what `sample` prints, of a model that is loaded; nothing is printed."""
+    check_sampling(tokens, temperature, context)
+    words, eod_id = tokenizer_of(trained.run, tokenizer)
+    ids = _encode(words, prompt)
+    ids += sample_tokens(
+        trained.model,
+        ids,
+        tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        context_tokens=context or trained.length,
+        vocab_size=words.info.vocab_size,
+        eod_id=eod_id,
+    )
+    return words.decode(ids)

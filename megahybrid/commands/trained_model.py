@@ -18,7 +18,7 @@ from megahybrid.config.stages import Recompute, Stage
 from megahybrid.config.training import KernelConfig
 from megahybrid.config.yaml_file import apply_overrides
 from megahybrid.errors import ConfigError
-from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.model.kernels.choice import kinds_with_sinks, resolve_kernels
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
@@ -114,7 +114,8 @@ def _build(
     wanted = run.kernels if same_device and mesh.context.size == 1 else KernelConfig()
     # What the run had need not serve context ranks, whose queries are the last of more keys.
     crossing = ("full", "windowed") if mesh.context.size > 1 else ()
-    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved, crossing)
+    sinks = kinds_with_sinks(plan.schemes.values())
+    chosen = resolve_kernels(wanted, mesh.device, dtype, run.model.head_dim, saved, crossing, sinks)
     if chosen.products is not None:
         matmul.use(chosen.products)
     kernels = [chosen.of(scheme) for scheme in plan.expand()]

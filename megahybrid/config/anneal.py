@@ -108,6 +108,11 @@ def _problems(name: str, plan: LayerPlan, end: AnnealedScheme, where: str) -> li
                 f"{where}.window={end.window} begins from window={scheme.window}, which is no "
                 f"multiple of {WINDOW_MULTIPLE}. Begin from one that is."
             )
+        elif scheme.near is not None and (scheme.near.window or 0) > end.window:
+            lines.append(
+                f"{where}.window={end.window} is shorter than the near view "
+                f"(near.window={scheme.near.window}). Use that or more."
+            )
         elif scheme.window == end.window:
             lines.append(f"{where}.window={end.window} is what the stage begins with. Remove it.")
     if end.position is not None:

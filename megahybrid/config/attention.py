@@ -14,12 +14,15 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few
+from megahybrid.config.fusion import Fuse, HeadSplit, learned_fuse
 from megahybrid.config.old_words import current_scheme
 from megahybrid.config.parsing import parse
 from megahybrid.config.scaling import Array, FrequencyScaling, Scaling, plain_frequencies
 from megahybrid.config.score_scale import ScoreScale, SqrtDimScale, learned_scale
 from megahybrid.config.yaml_file import merge
 from megahybrid.errors import ConfigError
+
+Spectrum = Literal["rotated", "head"]
 
 
 class Rope(Frozen):
@@ -32,6 +35,12 @@ class Rope(Frozen):
     rotary_fraction: float = Field(
         default=1.0, gt=0, le=1, description="part of each head that rotates"
     )
+    spectrum: Spectrum = Field(
+        default="rotated",
+        description="the frequencies of a part: rotated spreads theta's over the rotated "
+        "dimensions, head keeps the first ones of the whole head's (p-RoPE, arXiv 2410.06205, "
+        "proportional in Gemma 4)",
+    )
 
     def rotary_dim(self, head_dim: int) -> int:
         """Rotated dimensions of a head: rotary_fraction * head_dim, rounded down to even."""
@@ -39,10 +48,22 @@ class Rope(Frozen):
 
     def frequencies(self, head_dim: int, xp: ModuleType, dtype: Any) -> Array:
         """Angular frequencies [rotary_dim / 2] in radians per token, made by array module `xp`."""
-        rotary_dim, scaling = self.rotary_dim(head_dim), self.frequency_scaling()
+        dims, scaling = self.spectrum_dim(head_dim), self.frequency_scaling()
+        pairs = self.rotary_dim(head_dim) // 2
         if scaling is None:
-            return plain_frequencies(self.theta, rotary_dim, xp, dtype)
-        return scaling.frequencies(self.theta, rotary_dim, xp, dtype)
+            return plain_frequencies(self.theta, dims, xp, dtype, pairs)
+        return scaling.frequencies(self.theta, dims, xp, dtype)[:pairs]
+
+    def spectrum_dim(self, head_dim: int) -> int:
+        """Dimensions over which theta's frequencies, and what a scaling does to them, are spread:
+        two for each. Those that rotate are the first."""
+        match self.spectrum:
+            case "rotated":
+                return self.rotary_dim(head_dim)
+            case "head":
+                return head_dim
+            case never:
+                assert_never(never)
 
     def attention_factor(self) -> float:
         """Multiplier of cos and sin (1 but for YaRN)."""
@@ -72,6 +93,21 @@ def rotation_of(position: Position) -> Rope | None:
             return None
         case never:
             assert_never(never)
+
+
+class NearView(Frozen):
+    """The nearer of a layer's two views of the same queries, keys and values."""
+
+    position: Position = Field(description="how position enters")
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        description="keys visible to a query, its own included, at most those of the scheme; null: "
+        "all",
+    )
+    score_scale: ScoreScale = Field(
+        default=SqrtDimScale(), description="factor on the scores; none that is learned"
+    )
 
 
 QKNormKind = Literal["none", "rms", "layernorm"]
@@ -189,6 +225,20 @@ class AttentionScheme(Frozen):
     bias: Bias = Field(
         default="none", description="learned biases of the query, key and value projections"
     )
+    sink: bool = Field(
+        default=False,
+        description="a learned logit for each query head beside the scores of every query, which "
+        "takes attention from the keys and has no value (arXiv 2508.10925)",
+    )
+    near: NearView | None = Field(
+        default=None,
+        description="a second view of the same queries, keys and values, the scheme itself being "
+        "the far one; with fuse or split",
+    )
+    fuse: Fuse | None = Field(
+        default=None, description="both views in every head: g * near + (1 - g) * far"
+    )
+    split: HeadSplit | None = Field(default=None, description="heads of one view or the other")
 
     @model_validator(mode="before")
     @classmethod
@@ -204,6 +254,21 @@ class AttentionScheme(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_views(self) -> "AttentionScheme":
+        problem = views_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    def views(self) -> "tuple[AttentionScheme, ...]":
+        """The scheme of each view of a layer, near and far; the scheme itself where it has one."""
+        if self.near is None:
+            return (self,)
+        one = {"near": None, "fuse": None, "split": None}
+        of_near = {name: getattr(self.near, name) for name in NearView.model_fields}
+        return self.model_copy(update=of_near | one), self.model_copy(update=one)
+
     @property
     def reach(self) -> int | None:
         """The most keys that any query sees, its own included: window or chunk; None: no limit. A
@@ -213,7 +278,11 @@ class AttentionScheme(Frozen):
     def with_reach(self, reach: int | None) -> "AttentionScheme":
         """The scheme with another window, or with another chunk where it has chunks."""
         field = "window" if self.chunk is None else "chunk"
-        return self.model_copy(update={field: reach})
+        near = self.near
+        if near is not None and reach is not None:  # the near view sees no farther
+            least = reach if near.window is None else min(near.window, reach)
+            near = near.model_copy(update={"window": least})
+        return self.model_copy(update={field: reach, "near": near})
 
     def with_overrides(self, fields: Mapping[str, Any], where: str) -> "AttentionScheme":
         """The scheme with some fields changed; `where` is their dotted path in a ConfigError.
@@ -238,7 +307,8 @@ class AttentionScheme(Frozen):
         if changed.learned() != self.learned():
             raise ConfigError(
                 f"{where} changes which parameters exist ({self.learned()} to "
-                f"{changed.learned()}). Keep qk_norm, ssmax, gate and bias as the model has them."
+                f"{changed.learned()}). Keep qk_norm, ssmax, gate, bias, sink and fuse as the "
+                "model has them."
             )
         return changed
 
@@ -252,7 +322,39 @@ class AttentionScheme(Frozen):
         gate = None if gate_features(self.gate, 1, 1) is None else self.gate
         bias = self.bias if biased_projections(self.bias) else None
         scale = learned_scale(self.score_scale)
-        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias)
+        fuse = None if self.fuse is None or not learned_fuse(self.fuse.gate) else self.fuse.gate
+        return LearnedParameters(self.qk_norm.learned(), scale, gate, bias, self.sink, fuse)
+
+
+def views_problem(scheme: AttentionScheme) -> str | None:
+    """Return, in one line, what is wrong with a scheme's two views; None if nothing is."""
+    near, together = scheme.near, [n for n in ("fuse", "split") if getattr(scheme, n) is not None]
+    if near is None:
+        if not together:
+            return None
+        return f"{together[0]} has no second view (near is null). Give near, or leave it out."
+    if len(together) != 1:
+        what = "neither fuse nor split" if not together else "fuse and split"
+        return (
+            f"near has {what}. Give one: fuse for both views in every head, split for heads of one "
+            "view or the other."
+        )
+    if scheme.chunk is not None:
+        return f"near does not go with chunk={scheme.chunk}. Use window for the far view."
+    if scheme.sink:
+        return "near does not go with sink: true. Leave one out."
+    if learned_scale(near.score_scale) is not None:
+        return (
+            f"near.score_scale.kind={near.score_scale.kind} is learned, and a layer learns one "
+            "scale, the far view's. Use another for near."
+        )
+    if scheme.window is not None and (near.window is None or near.window > scheme.window):
+        found = "null" if near.window is None else near.window
+        return (
+            f"near.window={found} is wider than the far view (window={scheme.window}). Use "
+            f"{scheme.window} or less, or window: null."
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -264,6 +366,8 @@ class LearnedParameters:
     score_scale: str | None  # its kind
     gate: str | None = None  # what has a value
     bias: str | None = None  # the projections that have one
+    sink: bool = False
+    fuse: str | None = None  # what has a share of the near view
 
     def __str__(self) -> str:
         """In words, "none" when there are none. The words may change: nothing is made of them."""
@@ -276,6 +380,10 @@ class LearnedParameters:
             parts.append(f"gate per {self.gate}")
         if self.bias is not None:
             parts.append(f"bias of {self.bias}")
+        if self.sink:
+            parts.append("sinks")
+        if self.fuse is not None:
+            parts.append(f"fuse per {self.fuse}")
         return " and ".join(parts) or "none"
 
 

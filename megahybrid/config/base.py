@@ -84,8 +84,9 @@ def dump(value: BaseModel) -> dict[str, Any]:
     return cast(dict[str, Any], _without_tuples(value.model_dump(mode="python")))
 
 
-def dump_yaml(value: BaseModel) -> str:
-    """The YAML text of a value, every default written out; `load` reads it back."""
+def dump_yaml(value: BaseModel, *, defaults: bool = True) -> str:
+    """The YAML text of a value, every default written out, or only what differs from its default;
+    `load` reads either back."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
@@ -93,7 +94,8 @@ def dump_yaml(value: BaseModel) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 100
     text = io.StringIO()
-    yaml.dump(dump(value), text)
+    plain = value.model_dump(mode="python", exclude_defaults=not defaults)
+    yaml.dump(_without_tuples(plain), text)
     return text.getvalue()
 
 

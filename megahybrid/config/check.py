@@ -8,6 +8,7 @@ from megahybrid.config.anneal import PlanStretch, stretches
 from megahybrid.config.base import did_you_mean, few
 from megahybrid.config.context_check import context_problems
 from megahybrid.config.context_features import feature_problems
+from megahybrid.config.counting import kv_heads_of_views
 from megahybrid.config.explain import MOST_LINES
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.memory_estimate import policies_of
@@ -60,11 +61,27 @@ def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
                 f"(model.layer_plan.num_layers={layers}). Give one per layer, or one word for all."
             )
     yield from _scheme_overrides(run)
+    yield from _splits(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
         yield (
             f"checkpoint.keep_best names '{shortened(best)}', which data.held_out does not define."
             f"{did_you_mean(best, run.data.held_out)}"
         )
+
+
+def _splits(run: RunConfig) -> Iterator[str]:
+    """A split of which one view has no head is a scheme of one view."""
+    for name, scheme in run.model.layer_plan.schemes.items():
+        if scheme.split is None:
+            continue
+        counts = [count for _, count in kv_heads_of_views(scheme, run.model.num_kv_heads)]
+        if 0 in counts:
+            yield (
+                f"model.layer_plan.schemes.{name}.split.near={scheme.split.near} of "
+                f"{scheme.split.of} leaves the far view no key head "
+                f"(model.num_kv_heads={run.model.num_kv_heads}). Use fewer than "
+                f"{run.model.num_kv_heads} near ones."
+            )
 
 
 def _precision(run: RunConfig) -> Iterator[str]:

@@ -43,6 +43,17 @@ def _zero_0(run: RunConfig) -> str | None:
     )
 
 
+def _views(run: RunConfig) -> str | None:
+    schemes = run.model.layer_plan.schemes
+    name = next((name for name, scheme in schemes.items() if scheme.near is not None), None)
+    if name is None:
+        return None
+    return (
+        f"model.layer_plan.schemes.{name}.near is a second view of keys, and the {_ranks(run)} "
+        "exchange those of one. Leave near out, or use parallel.tensor."
+    )
+
+
 def _study(run: RunConfig) -> str:
     return (
         f"a study trains each of its runs in one process, not on {_ranks(run)}. "
@@ -146,6 +157,15 @@ FEATURES: tuple[Feature, ...] = (
         "a degree for each length",
         ("parallel.context={64: 1, 512: 2}",),
         "groups of the axis that divide it",
+    ),
+    Feature(
+        "fused views, split heads",
+        (
+            "model.layer_plan.schemes.local.near={position: {kind: nope}, window: 2}",
+            "model.layer_plan.schemes.local.fuse={gate: token}",
+        ),
+        "an exchange carries the keys of one view",
+        _views,
     ),
     Feature("resume on other ranks", ("train",), "a checkpoint does not know of context ranks"),
     Feature(

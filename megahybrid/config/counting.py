@@ -5,7 +5,7 @@ and to weights); matrix products only; the embedding lookup costs nothing and th
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import assert_never
 
 from megahybrid.config.attention import (
@@ -16,7 +16,8 @@ from megahybrid.config.attention import (
     biased_projections,
     gate_features,
 )
-from megahybrid.config.model import Block, ModelConfig
+from megahybrid.config.fusion import fuse_shapes
+from megahybrid.config.model import Activation, Block, ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
     Llama4Scale,
@@ -67,12 +68,12 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         "attention.key.weight": (keys, hidden),
         "attention.value.weight": (keys, hidden),
         "attention.output.weight": (hidden, queries),
-        "mlp.gate.weight": (inner, hidden),
-        "mlp.up.weight": (inner, hidden),
-        "mlp.down.weight": (hidden, inner),
+        **_mlp_shapes(model.activation, hidden, inner),
     }
     for name in biased_projections(scheme.bias):
         shapes[f"attention.{name}.bias"] = (queries if name == "query" else keys,)
+    if scheme.sink:
+        shapes["attention.sinks"] = (model.num_heads,)
     for norm in block_norms(model.block):
         shapes[f"{norm}.weight"] = _norm_shape(model)
     for name, heads in (("query", model.num_heads), ("key", model.num_kv_heads)):
@@ -82,6 +83,9 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
     gate = gate_features(scheme.gate, model.num_heads, model.head_dim)
     if gate is not None:
         shapes["attention.output_gate.weight"] = (gate, hidden)
+    if scheme.fuse is not None:
+        for name, shape in fuse_shapes(scheme.fuse.gate, model.num_heads, hidden).items():
+            shapes[f"attention.fuse_gate.{name}"] = shape
     match scheme.position:
         case Rope() | Nope():
             pass
@@ -97,6 +101,19 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         case never:
             assert_never(never)
     return shapes
+
+
+def _mlp_shapes(activation: Activation, hidden: int, inner: int) -> dict[str, Shape]:
+    """The shapes of an MLP's weights: every activation is of a gate."""
+    match activation:
+        case "silu" | "gelu_tanh":
+            return {
+                "mlp.gate.weight": (inner, hidden),
+                "mlp.up.weight": (inner, hidden),
+                "mlp.down.weight": (hidden, inner),
+            }
+        case never:
+            assert_never(never)
 
 
 def _norm_shape(model: ModelConfig) -> Shape:
@@ -187,6 +204,24 @@ def scheme_pairs(document_lengths: Iterable[int], scheme: AttentionScheme) -> in
     )
 
 
+def kv_heads_of_views(scheme: AttentionScheme, kv_heads: int) -> list[tuple[AttentionScheme, int]]:
+    """The scheme of each view of a layer, and how many of its key heads have it."""
+    views = scheme.views()
+    if scheme.split is None:
+        return [(view, kv_heads) for view in views]
+    near = sum(map(scheme.split.is_near, range(kv_heads)))
+    return list(zip(views, (near, kv_heads - near), strict=True))
+
+
+def head_pairs(document_lengths: Sequence[int], scheme: AttentionScheme, model: ModelConfig) -> int:
+    """(query, key) pairs of one layer, summed over its query heads and their views."""
+    group = model.num_heads // model.num_kv_heads
+    return group * sum(
+        count * scheme_pairs(document_lengths, view)
+        for view, count in kv_heads_of_views(scheme, model.num_kv_heads)
+    )
+
+
 def mean_keys(length: int, window: int | None) -> float:
     """Mean keys per query in one document of `length` tokens."""
     return attended_pairs(length, window) / length
@@ -213,11 +248,10 @@ def training_flops(
     """FLOPs of forward and backward over documents that do not see each other."""
     lengths = list(document_lengths)
     pairs = sum(
-        count * scheme_pairs(lengths, scheme)
+        count * head_pairs(lengths, scheme, model)
         for scheme, count in (plan or model.layer_plan).counts()
     )
-    per_pair = 12 * model.num_heads * model.head_dim
-    return 6 * matrix_parameters(model) * sum(lengths) + per_pair * pairs
+    return 6 * matrix_parameters(model) * sum(lengths) + 12 * model.head_dim * pairs
 
 
 def flops_per_token(model: ModelConfig, length: int, plan: LayerPlan | None = None) -> float:
@@ -227,13 +261,13 @@ def flops_per_token(model: ModelConfig, length: int, plan: LayerPlan | None = No
 
 def layer_flops_per_token(model: ModelConfig, scheme: AttentionScheme, length: int) -> float:
     """Training FLOPs per token of one layer, its matrices and its attention."""
-    attention = 12 * model.num_heads * model.head_dim * scheme_pairs([length], scheme) / length
+    attention = 12 * model.head_dim * head_pairs([length], scheme, model) / length
     return 6 * layer_matrix_parameters(model, scheme) + attention
 
 
 def full_attention(plan: LayerPlan) -> LayerPlan:
-    """Return the plan with every window and chunk removed."""
-    everything = {"window": None, "chunk": None}
+    """Return the plan with every window, chunk and second view removed."""
+    everything = dict.fromkeys(("window", "chunk", "near", "fuse", "split"))
     schemes = {name: scheme.model_copy(update=everything) for name, scheme in plan.schemes.items()}
     return plan.model_copy(update={"schemes": schemes})
 

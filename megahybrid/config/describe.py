@@ -6,11 +6,19 @@ from typing import Any, assert_never
 
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope, rotation_of
+from megahybrid.config.attention import (
+    AttentionScheme,
+    LayerPlan,
+    Nope,
+    Rope,
+    Spectrum,
+    rotation_of,
+)
 from megahybrid.config.context_memory import context_memory
 from megahybrid.config.describe_context import context_tables, describe_context, legal_in_words
 from megahybrid.config.explain import show
 from megahybrid.config.memory_estimate import memory_per_rank
+from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.run import RunConfig
 
@@ -29,6 +37,7 @@ def describe(
     return {
         "parameters": counting.parameters(run.model),
         "length": length,
+        "function": function_in_words(run.model),
         "layers": _layers(run, plan, length),
         "kv_cache_bytes": cache,
         "kv_cache_bytes_full": full_cache,
@@ -56,6 +65,25 @@ def describe(
     }
 
 
+def function_in_words(model: ModelConfig) -> list[str]:
+    """The choices of a model's function beside its layers that differ from their defaults."""
+    words = []
+    match model.activation:
+        case "silu":
+            pass
+        case "gelu_tanh":
+            words.append("GeGLU (activation gelu_tanh)")
+        case never:
+            assert_never(never)
+    if model.embedding_scale != 1:
+        words.append(f"embedding times {model.embedding_scale:g}")
+    if model.residual_scale != 1:
+        words.append(f"blocks add {model.residual_scale:g} f(x)")
+    if model.logit_softcap is not None:
+        words.append(f"logits capped at {model.logit_softcap:g}")
+    return words
+
+
 def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]]:
     return [
         {
@@ -67,6 +95,7 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
             "chunk": scheme.chunk,
             "qk_norm": scheme.qk_norm.kind,
             "score_scale": scheme.score_scale.kind,
+            **({} if scheme.near is None else {"views": views_in_words(scheme)}),
             "parameters": counting.layer_parameters(run.model, scheme),
             "kv_cache_bytes": counting.layer_kv_cache_bytes(run.model, scheme, length),
             "flops_per_token": counting.layer_flops_per_token(run.model, scheme, length),
@@ -90,8 +119,37 @@ def position_in_words(scheme: AttentionScheme) -> str:
             words: str = rope.kind
             if rope.rotary_fraction < 1:
                 words += f" on {rope.rotary_fraction:g}"
+                words += _of_spectrum(rope.spectrum)
             scaling = rope.frequency_scaling()
             return words if scaling is None else f"{words}, {scaling.words()}"
+        case never:
+            assert_never(never)
+
+
+def _of_spectrum(spectrum: Spectrum) -> str:
+    match spectrum:
+        case "rotated":
+            return ""
+        case "head":
+            return " of the head's spectrum"
+
+
+def views_in_words(scheme: AttentionScheme) -> str:
+    """ "near rope theta 10000, window 512; fused per token, at first 0.5"."""
+    near, _ = scheme.views()
+    words = f"near {position_in_words(near)}"
+    words += f" theta {rope.theta:g}" if (rope := rotation_of(near.position)) else ""
+    words += f", window {near.window}" if near.window else ", all keys"
+    if near.score_scale.kind != "sqrt_dim":
+        words += f", scale {near.score_scale.kind}"
+    if scheme.split is not None:
+        return f"{words}; in {scheme.split.near} of {scheme.split.of} key heads"
+    assert scheme.fuse is not None
+    match scheme.fuse.gate:
+        case "fixed":
+            return f"{words}; fused, share {scheme.fuse.initial:g}"
+        case "head" | "token":
+            return f"{words}; fused per {scheme.fuse.gate}, at first {scheme.fuse.initial:g}"
         case never:
             assert_never(never)
 
@@ -193,6 +251,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
         f"{_bytes(description['kv_cache_bytes'])}, {description['kv_cache_ratio']:.3f} of full "
         f"({_bytes(description['kv_cache_bytes_full'])})"
     )
+    if description["function"]:
+        console.print(" · ".join(description["function"]))
     degrees = ", ".join(str(n) for n in description["legal_tensor_degrees"])
     console.print(f"legal tensor degrees: {degrees}")
     for line in legal_in_words(description["context"]):
@@ -234,7 +294,7 @@ def _layer_table(description: dict[str, Any]) -> Any:
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             layer["scheme"],
-            layer["position"],
+            layer["position"] if "views" not in layer else f"{layer['position']}; {layer['views']}",
             f"{layer['theta']:,.0f}" if layer["theta"] else "-",
             _span(layer["window"], layer["chunk"]),
             f"{layer['parameters']:,}",

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ValidationError
 
 from megahybrid.config import refused
 from megahybrid.config.base import JOB_NAME, LINE, NAME, TIME_LIMIT, did_you_mean
+from megahybrid.config.elsewhere import belongs
+from megahybrid.config.examples import example
 from megahybrid.config.limits import BEYOND
 from megahybrid.printable import printable, shortened
 
@@ -30,6 +32,8 @@ _WANTED = {
     "model_attributes_type": "a mapping (key: value)",
     "finite_number": "a finite number",
 }
+# Of these an example says more than their name.
+_SHOWN = ("list_type", "tuple_type", "dict_type", "model_type", "model_attributes_type")
 _BOUND = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -93,6 +97,8 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
             )
         if why := refused.reason([*where.split("."), *parts[:-1]], parts[-1]):
             return f"{path} is not supported: {why}. Remove it."
+        if place := belongs(type_, parts):
+            return f"{path} is not a field. It is {_join(where, [place])}."
         near = did_you_mean(parts[-1], fields)
         return f"{path} is not a field.{near or ' The fields here are ' + _list(fields) + '.'}"
     if kind == "missing":
@@ -124,7 +130,9 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
         return f"{path}={value} is not one of {', '.join(options)}.{did_you_mean(value, options)}"
     if kind in _WANTED:
         wanted = _WANTED[kind].removesuffix(" (key: value)")
-        return f"{path}={value} is not {wanted}{_hint(kind, item['input'])}."
+        shown = example(_names_at(type_, parts, plain)) if kind in _SHOWN else None
+        hint = _hint(kind, item["input"]) if shown is None else f". Write {wanted}: {shown}"
+        return f"{path}={value} is not {wanted}{hint}."
     return f"{path}={value} {_says(kind, context)}. Change it."
 
 
@@ -247,6 +255,14 @@ def _kinds_with(type_: Any, parts: list[str], plain: Any) -> list[str]:
     holders = [m for a, _ in _annotations_at(type_, parts[:-1], plain) for m in _models(a, None)]
     owners = [m for m in holders if _kinds(m) and parts[-1] in m.model_fields]
     return list(dict.fromkeys(kind for model in owners for kind in _kinds(model)))
+
+
+def _names_at(type_: Any, parts: list[str], plain: Any) -> list[str]:
+    """The value at dotted path `parts` by its field's name, and by the classes it may be of."""
+    owners = [m for a, here in _annotations_at(type_, parts[:-1], plain) for m in _models(a, here)]
+    fields = [f"{m.__name__}.{part}" for m in owners if _is_model(m) for part in parts[-1:]]
+    models = [m for a, _ in _annotations_at(type_, parts, plain) for m in _models(a, None)]
+    return [*fields, *(m.__name__ for m in models if _is_model(m))]
 
 
 def _item_at(plain: Any, parts: list[str]) -> Any:

@@ -8,12 +8,31 @@ from typing import Any
 
 from megahybrid.config.attention import AttentionScheme, QKNorm, Rope
 from megahybrid.config.base import Frozen
+from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
 from megahybrid.config.score_scale import Llama4Scale, LogScale, SsmaxScale
 
 # In today's words; classes that are not here have got no field since.
 FIRST: dict[type[Frozen], frozenset[str]] = {
     ParallelConfig: frozenset(("tensor", "zero_stage", "offload")),
+    ModelConfig: frozenset(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "block",
+            "norm",
+            "eps",
+            "tie_embeddings",
+            "logit_scale",
+            "initial_std",
+            "embedding_std",
+            "layer_plan",
+        )
+    ),
     AttentionScheme: frozenset(("position", "window", "qk_norm", "score_scale")),
     QKNorm: frozenset(("kind", "over", "weight")),
     Rope: frozenset(("kind", "theta", "scaling", "rotary_fraction")),

@@ -6,6 +6,7 @@ from typing import overload
 
 from pydantic import BaseModel
 
+from megahybrid.config.files import beside
 from megahybrid.config.old_words import Tell, tell_once
 from megahybrid.config.parsing import Value, parse
 from megahybrid.config.run import RunConfig
@@ -31,8 +32,9 @@ def load(
     `key.sub=value`.
 
     `type` is the class to read, RunConfig when left out. `tell` is given a line about each old word
-    that is used; it is written to stderr unless said otherwise. Raises ConfigError, one line per
-    mistake.
+    that is used, and about data that lie beside the file; it is written to stderr unless said
+    otherwise. Raises ConfigError, one line per mistake.
     """
     tree = apply_overrides(read_tree(Path(path), tell), overrides, tell)
-    return parse(type or RunConfig, tree)
+    value = parse(type or RunConfig, tree)
+    return beside(value, Path(path), tell) if isinstance(value, RunConfig) else value

@@ -118,9 +118,12 @@ def activation_bytes_per_token(
     # A gate, and the gated output beside the output.
     gated = sum(count * (queries + size) for size, count in gates if size is not None)
     whole += gated // model.layer_plan.num_layers
+    # Two views: queries and keys of the second, and the outputs of both beside what joins them.
+    twofold = sum(count for scheme, count in model.layer_plan.counts() if scheme.near is not None)
+    whole += (3 * queries + keys) * twofold // model.layer_plan.num_layers
     if device == "cpu":
-        schemes = model.layer_plan.counts()
-        windowed = sum(count for scheme, count in schemes if scheme.reach is not None)
+        views = [(v, n) for scheme, n in model.layer_plan.counts() for v in scheme.views()]
+        windowed = sum(count for view, count in views if view.reach is not None)
         # Blocks of queries and keys are copies.
         whole += (queries + 2 * keys) * windowed // model.layer_plan.num_layers
         match model.norm:
@@ -228,6 +231,8 @@ def _loss(model: ModelConfig, tokens: int, tensor: int, precision: str, device: 
     # gradient, which a CPU adds to by way of a product and a copy of it; the final norm's input and
     # output and the gradient of the gathered input.
     logits = chunk if precision == "fp32" else chunk + 4 * chunk // (width * chunk_sizes.LOSS_PARTS)
+    if model.logit_softcap is not None:  # exponentials beside the tanh that its derivative needs
+        logits += chunk if precision == "fp32" else logits - chunk
     loss = logits + 4 * local_vocab * hidden * (3 if device == "cpu" else 1)
     return loss + width * tokens * hidden * 3
 

@@ -11,10 +11,11 @@ from megahybrid.config.base import Frozen
 
 Block = Literal["pre_norm", "post_norm", "sandwich", "parallel"]
 NormKind = Literal["rms", "layernorm"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 class ModelConfig(Frozen):
-    """A decoder: embedding, blocks of attention and SwiGLU MLP, a final norm, a head. No biases."""
+    """A decoder: embedding, blocks of attention and a gated MLP, a final norm, a head."""
 
     vocab_size: Annotated[int, limits.VOCABULARY] = Field(
         ge=1, description="tokens in the vocabulary, without padding"
@@ -23,7 +24,7 @@ class ModelConfig(Frozen):
         ge=1, description="width of the residual stream"
     )
     intermediate_size: Annotated[int, limits.WIDTH] = Field(
-        ge=1, description="width of the SwiGLU MLP"
+        ge=1, description="width of the gated MLP"
     )
     num_heads: Annotated[int, limits.HEADS] = Field(ge=1, description="query heads")
     num_kv_heads: Annotated[int, limits.HEADS] = Field(
@@ -48,6 +49,22 @@ class ModelConfig(Frozen):
     eps: float = Field(default=1e-5, gt=0, description="added to the variance in every norm")
     tie_embeddings: bool = Field(default=True, description="the head is the embedding's matrix")
     logit_scale: float = Field(default=1.0, gt=0, description="multiplies the final logits")
+    logit_softcap: float | None = Field(
+        default=None,
+        gt=0,
+        description="c: the final logits z, scaled before, become c tanh(z / c); null: z",
+    )
+    embedding_scale: float = Field(
+        default=1.0, gt=0, description="multiplies the embedding where it is read, not as a head"
+    )
+    residual_scale: float = Field(
+        default=1.0, gt=0, description="r: a block adds r f(x) to the residual stream"
+    )
+    activation: Activation = Field(
+        default="silu",
+        description="of the MLP's gate: down(activation(gate) * up), SwiGLU with silu, GeGLU with "
+        "gelu_tanh (arXiv 2002.05202; GELU by its tanh formula, as Gemma has it)",
+    )
     initial_std: float = Field(
         default=0.02, gt=0, description="standard deviation of the initial weights"
     )
@@ -90,11 +107,13 @@ def rotation_problems(
 ) -> list[str]:
     """Return the mistakes in the rotations of schemes at this head_dim, one line each."""
     lines = []
-    for name, scheme in schemes.items():
-        position = rotation_of(scheme.position)
+    found = [(f"{where}.{name}", scheme.position) for name, scheme in schemes.items()]
+    found += [(f"{where}.{n}.near", s.near.position) for n, s in schemes.items() if s.near]
+    for view, each in found:
+        position = rotation_of(each)
         if position is None:
             continue
-        path = f"{where}.{name}.position"
+        path = f"{view}.position"
         rotary_dim, scaling = position.rotary_dim(head_dim), position.frequency_scaling()
         if position.rotary_fraction == 1.0 and head_dim % 2:
             lines.append(
@@ -106,7 +125,14 @@ def rotation_problems(
                 f"{path}.rotary_fraction={position.rotary_fraction} rotates no pair "
                 f"(model.head_dim={head_dim}). Raise it, or use kind: nope."
             )
-        elif scaling is not None and (problem := scaling.problem(rotary_dim, head_dim)):
+        elif position.spectrum_dim(head_dim) % 2:
+            lines.append(
+                f"{path}.spectrum={position.spectrum} is of pairs of a whole head "
+                f"(model.head_dim={head_dim} is odd). Use an even head_dim, or spectrum: rotated."
+            )
+        elif scaling is not None and (
+            problem := scaling.problem(position.spectrum_dim(head_dim), head_dim)
+        ):
             lines.append(f"{path}.scaling.{problem}")
     return lines
 

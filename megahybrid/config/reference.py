@@ -29,6 +29,10 @@ except that a mapping of another `kind` replaces the old one whole; lists and va
 each `key.sub=value` of the command line replaces what was there; `stages.0.tokens=1_000_000` counts
 items from 0.
 
+Paths of data and tokenizers are relative to where a command is given; one that exists only beside
+the run file is found there, with a line that says so. An editor with a YAML language server checks
+a file whose first line is `# yaml-language-server: $schema=…` (`megahybrid schema` prints it).
+
 Only plain files are read, at most 128 KiB and 100 files with all that is included, and 20,000
 values after aliases. Sizes have limits (`≤` below): larger ones are refused at once, with the
 reason. What a message quotes of a file is short, because a wrong name may point at anything.

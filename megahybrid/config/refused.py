@@ -15,8 +15,8 @@ DYNAMIC = (
     "fixed ones"
 )
 SINK_TOKENS = (
-    "tokens that every query sees need a mask of their own; a gate (gate: head) does what they are "
-    "for (arXiv 2505.06708)"
+    "tokens that every query sees need a mask of their own; learned sinks (sink: true) and a gate "
+    "(gate: head, arXiv 2505.06708) do what they are for"
 )
 # Names without case, dashes and underscores.
 REASONS = {

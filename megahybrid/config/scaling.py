@@ -10,14 +10,19 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, model_validator
 
-from megahybrid.config.base import Frozen
+from megahybrid.config.base import Frozen, Numbers
 
 Array = Any  # numpy.ndarray or torch.Tensor, as the caller's `xp` makes them
 
 
-def plain_frequencies(theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
-    """1 / theta ** (2i / D) for i = 0 … D/2 - 1, in transformers' order of operations."""
-    return 1.0 / (theta ** (xp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim))
+def plain_frequencies(
+    theta: float, rotary_dim: int, xp: ModuleType, dtype: Any, pairs: int | None = None
+) -> Array:
+    """1 / theta ** (2i / D) for i = 0 … D/2 - 1, in transformers' order of operations; for the
+    first `pairs` alone where they are given: a power in a vector's last, unfilled lanes can have
+    another last bit than the same power elsewhere, so theirs are made alone as well."""
+    stop = rotary_dim if pairs is None else 2 * pairs
+    return 1.0 / (theta ** (xp.arange(0, stop, 2, dtype=dtype) / rotary_dim))
 
 
 @runtime_checkable
@@ -205,6 +210,55 @@ class Llama3Scaling(_ByFactor):
         return 1.0
 
 
+class LongRopeScaling(_ByFactor):
+    """LongRoPE (arXiv 2402.13753): each frequency divided by a number of its own, found by search;
+    one list for texts of every length. cos and sin are multiplied by sqrt(1 + ln s / ln L0)."""
+
+    kind: Literal["longrope"]
+    factors: Numbers = Field(
+        min_length=1, description="what each frequency is divided by, the fastest first"
+    )
+    factor: float = Field(ge=1, description="s: the context grows by it")
+    original_length: int = Field(ge=2, description="L0: tokens the model was trained on before")
+    attention_factor: float | None = Field(
+        default=None,
+        gt=0,
+        description="multiplies cos and sin; sqrt(1 + ln factor / ln original_length) when left "
+        "out",
+    )
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> "LongRopeScaling":
+        for index, factor in enumerate(self.factors):
+            if factor <= 0:
+                raise ValueError(f"factors.{index}={factor:g} is not above 0. Raise it.")
+        return self
+
+    def frequencies(self, theta: float, rotary_dim: int, xp: ModuleType, dtype: Any) -> Array:
+        """Angular frequencies [rotary_dim / 2], in transformers' order of operations."""
+        powers = theta ** (xp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim)
+        return 1.0 / (xp.asarray(self.factors, dtype=dtype) * powers)
+
+    def problem(self, rotary_dim: int, head_dim: int) -> str | None:
+        """There is a number for each frequency."""
+        found, wanted = len(self.factors), rotary_dim // 2
+        if found == wanted:
+            return None
+        return (
+            f"factors has {found} entries, not the {wanted} of half the {rotary_dim} dimensions "
+            f"that its frequencies are of (model.head_dim={head_dim}). Give {wanted}."
+        )
+
+    def attention_factor_value(self) -> float:
+        """Multiplier of cos and sin (scores change by its square)."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+
+
 Scaling = Annotated[
-    LinearScaling | NtkScaling | YarnScaling | Llama3Scaling, Field(discriminator="kind")
+    LinearScaling | NtkScaling | YarnScaling | Llama3Scaling | LongRopeScaling,
+    Field(discriminator="kind"),
 ]

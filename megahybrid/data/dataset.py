@@ -197,6 +197,11 @@ class TokenDataset:
         """The masks of the shards that say which of their targets count."""
         return [mask for mask in self._masks if mask is not None]
 
+    def counted_targets(self) -> int:
+        """How many tokens count as targets, over all shards."""
+        masks = zip(self.shards, self._masks, strict=True)
+        return sum(shard.tokens if mask is None else mask.counted() for shard, mask in masks)
+
     def uncounted(self, start: int, length: int) -> Array:
         """Offsets from `start` of tokens, of `length`, that do not count as targets."""
         found, done = [np.zeros(0, np.int64)], 0
@@ -209,6 +214,12 @@ class TokenDataset:
                 found.append(mask.uncounted(first, size) + done)
             done += size
         return np.concatenate(found)
+
+    def counts(self, start: int, length: int) -> Array:
+        """Return of `length` tokens from `start` whether each counts as a target."""
+        found = np.ones(length, bool)
+        found[self.uncounted(start, length)] = False
+        return found
 
     def check_unchanged(self, spans: Iterable[tuple[int, int]]) -> None:
         """Raises DataError when a file that holds one of the spans changed since the open.
@@ -267,10 +278,14 @@ class TokenDataset:
 
     def document(self, index: int) -> Array:
         """Tokens of document `index`, eod included."""
+        return self.read(*self.document_span(index))
+
+    def document_span(self, index: int) -> tuple[int, int]:
+        """First token and length, eod included, of document `index`."""
         for number, shard in enumerate(self.shards):
             if index < shard.documents:
                 begins, lengths = shard.document_spans(index, index + 1)
-                return self.read(self.starts[number] + int(begins[0]), int(lengths[0]))
+                return self.starts[number] + int(begins[0]), int(lengths[0])
             index -= shard.documents
         raise IndexError(index)
 

@@ -5,6 +5,7 @@ is seen either way.
 """
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ class TargetMask:
             )
         return found
 
+    def counted(self) -> int:
+        """How many tokens of the shard count as targets."""
+        step = 2**20
+        parts = (self._read(at, min(step, self._size - at)) for at in range(0, self._size, step))
+        return sum(int(np.bitwise_count(part).sum()) for part in parts)
+
     def verify(self) -> None:
         """Raises DataError unless every byte is as it was written."""
         found = zlib.crc32(self._read(0, self._size).data)
@@ -59,6 +66,40 @@ class TargetMask:
             )
 
 
-def mask_bytes(counts: Array) -> bytes:
-    """The file for a truth value per token."""
-    return np.packbits(counts, bitorder="little").tobytes()
+class MaskBits:
+    """The mask of a shard while it is written: a bit per token, so that long shards are cheap."""
+
+    def __init__(self) -> None:
+        self._whole = bytearray()
+        self._rest = np.zeros(0, bool)  # fewer than eight tokens, of the byte that is not full
+        self._all = 0  # tokens so far, while all of them count
+
+    def add(self, tokens: int, counts: Array | None) -> None:
+        """Enter which of the tokens just written count as targets; None: all."""
+        if counts is None and not self._said():
+            self._all += tokens
+            return
+        for part in self._ones():
+            self._append(part)
+        self._append(np.ones(tokens, bool) if counts is None else np.asarray(counts, bool))
+
+    def finish(self) -> bytes | None:
+        """The bytes of the file; None where every token counts, and no file is needed."""
+        if not self._said():
+            return None
+        return bytes(self._whole) + np.packbits(self._rest, bitorder="little").tobytes()
+
+    def _said(self) -> bool:
+        return bool(self._whole) or bool(len(self._rest))
+
+    def _ones(self) -> Iterator[Array]:
+        while self._all:
+            size = min(self._all, 2**20)
+            self._all -= size
+            yield np.ones(size, bool)
+
+    def _append(self, counts: Array) -> None:
+        bits = np.concatenate((self._rest, counts))
+        full = len(bits) // 8 * 8
+        self._whole += np.packbits(bits[:full], bitorder="little").tobytes()
+        self._rest = bits[full:]

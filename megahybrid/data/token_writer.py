@@ -4,6 +4,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ from megahybrid.data.manifest import (
     sync_folder,
     write_durably,
 )
-from megahybrid.data.target_mask import mask_bytes
+from megahybrid.data.target_mask import MaskBits
 from megahybrid.data.token_file import Array, index_bytes
 from megahybrid.errors import DataError
 
@@ -135,24 +136,32 @@ class TokenWriter:
             shard = self._shard = self._shard or _Shard(self, len(self._shards))
             end = int(ends[stop - 1])
             shard.append(tokens[begin:end], lengths[first:stop])
-            shard.count(end - begin, None if counts is None else counts[begin:end])
+            shard.mask.add(end - begin, None if counts is None else counts[begin:end])
             if self._has_metadata:
                 shard.add_metadata(
                     metadata_lines[first:stop] if metadata_lines else [NOTHING] * (stop - first)
                 )
             first, begin = stop, end
 
-    def add_long(self, pieces: Iterable[Array], length: int, metadata: bytes = NOTHING) -> None:
+    def add_long(
+        self,
+        pieces: Iterable[Array],
+        length: int,
+        metadata: bytes = NOTHING,
+        counts: Iterable[Array] | None = None,
+    ) -> None:
         """Appends one document of `length` tokens, eod included, that comes in pieces.
 
-        Raises DataError as `add_documents` does.
+        `counts` are as `add_documents` has them, in pieces as large as those of the tokens. Raises
+        DataError as `add_documents` does.
         """
         _check_metadata([metadata])
         if self._shard is not None and self._shard.tokens + length > self.shard_tokens:
             self._finish_shard()
         shard = self._shard = self._shard or _Shard(self, len(self._shards))
         done = 0
-        for tokens in pieces:
+        marked = zip(pieces, repeat(None) if counts is None else counts, strict=counts is not None)
+        for tokens, counted in marked:
             if not len(tokens):
                 continue
             done += len(tokens)
@@ -160,7 +169,7 @@ class TokenWriter:
             self._check_ids(tokens)
             self._check_eod(tokens, np.asarray([len(tokens)][: int(last)], np.int64))
             shard.write(tokens)
-            shard.count(len(tokens), None)
+            shard.mask.add(len(tokens), counted)
         if done != length:
             raise DataError(f"document lengths sum to {length}, not {done} (tokens).")
         shard.enter(np.asarray([length], np.int64))
@@ -247,7 +256,7 @@ class _Shard:
         self.checksums: list[int] = []
         self.crc, self.crc_bytes = 0, 0
         # Tokens written at a time and which of them count; None: all. Held until the shard ends.
-        self.counts: list[tuple[int, Array | None]] = []
+        self.mask = MaskBits()
         has_metadata = writer._has_metadata
         self.metadata_writer = (
             MetadataWriter(self.folder / f"{self.name}.jsonl") if has_metadata else None
@@ -268,12 +277,6 @@ class _Shard:
         """Add one line of metadata for each of the documents just written."""
         if self.metadata_writer is not None:
             self.metadata_writer.add(metadata_lines)
-
-    def count(self, tokens: int, counts: Array | None) -> None:
-        """Enter which of the tokens just written count as targets; None: all."""
-        if counts is None and self.counts and self.counts[-1][1] is None:
-            tokens += self.counts.pop()[0]
-        self.counts.append((tokens, None if counts is None else np.asarray(counts, bool)))
 
     def enter(self, lengths: Array) -> None:
         """Enters documents, whose tokens are written, into the index."""
@@ -324,10 +327,9 @@ class _Shard:
         )
 
     def _finish_mask(self) -> int | None:
-        if all(counts is None for _, counts in self.counts):
+        data = self.mask.finish()
+        if data is None:
             return None
-        whole = [np.ones(size, bool) if told is None else told for size, told in self.counts]
-        data = mask_bytes(np.concatenate(whole))
         write_durably(self.folder / f"{self.name}.mask", data)
         return zlib.crc32(data)
 

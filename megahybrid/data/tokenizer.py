@@ -2,10 +2,13 @@
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from megahybrid.data.word_cache import (
     SplitPatterns,
     WordCache,
     hugging_face_splits,
+    sentencepiece_kinds,
     sentencepiece_splits,
 )
 from megahybrid.errors import DataError
@@ -27,12 +31,47 @@ SENTENCE_BYTES = 16_384  # sentencepiece drops what is longer than its limit, si
 TRAINER_THREADS = 4  # written into the model file, so a constant: its hash must not depend on cores
 
 
+CONTROL_PIECE, USER_PIECE = 3, 4  # kinds of sentencepiece's pieces
+
+
+class Marked(NamedTuple):
+    """Ids of a text in which special tokens were read, and where in the text each one stands.
+
+    special: whether it is one of the special tokens.
+    """
+
+    ids: Array
+    begins: Array
+    ends: Array
+    special: Array
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back. `encode` adds no special token and reads none in the text; it takes
-    several texts, and raises TypeError for one that is not in a list."""
+    several texts, and raises TypeError for one that is not in a list.
+
+    """
 
     info: TokenizerInfo
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of tokens that are found in a text before all others, by what spells them."""
+        ...
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """Those of `special_tokens` that stand for no text of their own."""
+        ...
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """Ids of texts that a program wrote: what spells a special token is that token."""
+        ...
+
+    def names(self) -> list[str]:
+        """The token of each id as the file writes it; "" for an id that it has not."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -44,6 +83,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids; eod and other control tokens give none."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its own name, special ones too; None where there is none."""
         ...
 
 
@@ -92,15 +135,59 @@ class SentencePieceTokenizer(_Arrays):
             kind="sentencepiece", sha256=_sha256(raw), vocab_size=piece.vocab_size(), eod_id=eod_id
         )
         names = [piece.id_to_piece(token) for token in range(piece.vocab_size())]
+        kinds = sentencepiece_kinds(raw)
+        self.special_tokens = {
+            name: token
+            for token, (name, kind) in enumerate(zip(names, kinds, strict=True))
+            if kind in (CONTROL_PIECE, USER_PIECE)
+        }
+        self.control_tokens = frozenset(
+            name for name, token in self.special_tokens.items() if kinds[token] == CONTROL_PIECE
+        )
         self._use_word_cache(sentencepiece_splits(raw, names), re.compile(SPACE_SIGN))
+
+    def names(self) -> list[str]:
+        """The piece of each id."""
+        return [self._processor.id_to_piece(token) for token in range(self.info.vocab_size)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return self._processor.encode(several(texts), num_threads=self._threads)
 
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """Ids of texts that a program wrote: what spells a special token is that token."""
+        # Longest first: one may begin as another does.
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        cut = re.compile(f"({'|'.join(map(re.escape, names))})") if names else re.compile("(?!)()")
+        return [self._marked(cut.split(text)) for text in several(texts)]
+
+    def _marked(self, parts: Sequence[str]) -> Marked:
+        """The ids of parts of a text, of which every other one is a special token."""
+        encoded = self._processor.encode(list(parts[::2]), return_type="offset_mapping")
+        ids, places, special = [], [], []
+        place = 0
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append([self.special_tokens[part]])
+                places.append(np.asarray([[place, place + len(part)]]))
+            else:
+                found = encoded[number // 2]
+                ids.append(found["ids"])
+                places.append(np.asarray(found["offsets"], np.int64).reshape(-1, 2) + place)
+            special.append(np.full(len(ids[-1]), bool(number % 2)))
+            place += len(part)
+        begins, ends = np.concatenate(places).T
+        whole = np.fromiter(chain.from_iterable(ids), np.int64)
+        return Marked(whole, begins, ends, np.concatenate(special))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         return self._processor.decode([int(token) for token in ids])
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece; that of what stands for every unknown one is none."""
+        found = int(self._processor.piece_to_id(token))
+        return found if self._processor.id_to_piece(found) == token else None
 
 
 class HuggingFaceTokenizer(_Arrays):
@@ -129,19 +216,50 @@ class HuggingFaceTokenizer(_Arrays):
             raise DataError(f"{path} has no token {' or '.join(names)}. Name its eod with --eod.")
         size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self.special_tokens = {token.content: index for index, token in added.items()}
+        self.control_tokens = frozenset(one.content for one in added.values() if one.special)
         self.info = TokenizerInfo(
             kind="huggingface", sha256=_sha256(raw), vocab_size=size, eod_id=eod_id
         )
         self._use_word_cache(hugging_face_splits(backend.to_str()), SEPARATORS)
+
+    def names(self) -> list[str]:
+        """The token of each id as the file writes it; "" for an id that it has not."""
+        return [self._backend.id_to_token(token) or "" for token in range(self.info.vocab_size)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         encoded = self._backend.encode_batch_fast(several(texts), add_special_tokens=False)
         return [item.ids for item in encoded]
 
+    @cached_property
+    def _reading(self) -> Any:
+        """The same tokenizer, which reads special tokens in texts and says where tokens stand."""
+        value = json.loads(self._backend.to_str())
+        # It would move where tokens begin behind the space before a word.
+        backend = type(self._backend).from_str(json.dumps(value | {"post_processor": None}))
+        backend.encode_special_tokens = False
+        return backend
+
+    def encode_marked(self, texts: Sequence[str]) -> list[Marked]:
+        """Ids of texts that a program wrote: what spells a special token is that token."""
+        special = np.fromiter(self.special_tokens.values(), np.int64)
+        marked = []
+        for item in self._reading.encode_batch(several(texts), add_special_tokens=False):
+            ids = np.asarray(item.ids, np.int64)
+            begins, ends = np.asarray(item.offsets, np.int64).reshape(-1, 2).T
+            marked.append(Marked(ids, begins, ends, np.isin(ids, special)))
+        return marked
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
 
 
 def several(texts: Sequence[str]) -> list[str]:
@@ -175,6 +293,7 @@ def train_sentencepiece(
     vocab_size: int,
     kind: Literal["bpe", "unigram"] = "bpe",
     special_tokens: Sequence[str] = (),
+    control_tokens: Sequence[str] = (),
     digits_apart: bool = True,
     space_runs: bool = True,
 ) -> bytes:
@@ -182,7 +301,8 @@ def train_sentencepiece(
 
     Identity normalisation, spaces kept, runs of spaces and newlines may be pieces (space_runs),
     digits apart (digits_apart), bytes for characters it does not know. Id 0 is <unk> (never
-    produced), 1 is </s> (eod).
+    produced), 1 is </s> (eod). `special_tokens` are one token wherever a text spells them;
+    `control_tokens` only where a program, a chat template, writes them.
     Raises DataError when the texts cannot fill the vocabulary.
     """
     import sentencepiece
@@ -203,6 +323,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=space_runs,
             split_digits=digits_apart,
             user_defined_symbols=list(special_tokens),
+            control_symbols=list(control_tokens),
             max_sentence_length=8 * SENTENCE_BYTES,
             num_threads=TRAINER_THREADS,
             unk_id=0,

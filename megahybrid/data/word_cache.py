@@ -140,6 +140,12 @@ def sentencepiece_splits(raw: bytes, pieces: Sequence[str]) -> SplitPatterns | N
     return SplitPatterns(SPACE) if settings and not any(map(crosses, pieces)) else None
 
 
+def sentencepiece_kinds(raw: bytes) -> list[int]:
+    """Return for each piece of a model file whether it is normal (1), control (3), …"""
+    pieces = (value for number, value in _fields(raw) if number == 1)
+    return [dict(_fields(piece)).get(3, 1) for piece in pieces]
+
+
 def _messages(raw: bytes, number: int) -> dict[int, Any]:
     """Fields by number of the last message `number` within a protobuf message."""
     found: dict[int, Any] = {}

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megahybrid.evaluate.cache import by_layers
-from megahybrid.evaluate.example import BEGIN_TOKENS, SEGMENTS, Example
+from megahybrid.evaluate.cache import SeenKeys, by_layers, schemes_of
+from megahybrid.evaluate.example import BEGIN_TOKENS, LEARNED_SINK, SEGMENTS, Example
 from megahybrid.evaluate.hidden_rows import HiddenRows
 from megahybrid.evaluate.sharded_queries import ShardedQueries
 from megahybrid.model.transformer import Transformer
@@ -32,7 +32,8 @@ class AttentionStatistics:
     A missing logit at a lag (no query saw a key so far away) is NaN.
     """
 
-    mass: Float[Tensor, "layers heads segments"]  # of begin, needle, context, end: sums to 1
+    # Of begin, needle, context, end, and the learned sink where layers have one: sums to 1.
+    mass: Float[Tensor, "layers heads segments"]
     entropy: Float[Tensor, "layers heads"]  # nats
     max_logit: Float[Tensor, "layers heads"]  # the largest scaled score of all rows, not a mean
     distance: Float[Tensor, "layers heads"]  # tokens from query to key, weighted by attention
@@ -42,6 +43,15 @@ class AttentionStatistics:
     position_edges: tuple[int, ...]  # bins are [edge, next edge) of key columns
     logit_by_lag: Float[Tensor, "layers heads lags"]  # mean scaled score
     lag_edges: tuple[int, ...]
+    # Of layers with two views of their keys, NaN elsewhere: the share g of the near view, and its
+    # mean by how far the far view looks.
+    near_share: Float[Tensor, "layers heads"]
+    near_by_lag: Float[Tensor, "layers heads lags"]
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """The names of the columns of `mass`."""
+        return (*SEGMENTS, LEARNED_SINK)[: self.mass.shape[-1]]
 
     @classmethod
     def mean(cls, parts: "Sequence[AttentionStatistics]") -> "AttentionStatistics":
@@ -91,44 +101,57 @@ class Tally:
             return torch.zeros(*shape, *last, dtype=torch.float64, device=device)
 
         self.mass, self.retrieval = zeros(len(SEGMENTS)), zeros()
+        self.sunk = zeros() if any(scheme.sink for scheme in schemes_of(model)) else None
         self.entropy, self.distance, self.sink = zeros(), zeros(), zeros()
         self.max_logit = zeros() - math.inf
         self.by_bin = zeros(len(edges) + 1)
         self.lag_sum, self.lag_count = zeros(len(self.lags)), zeros(len(self.lags))
+        self.near_sum, self.near_rows = zeros(), zeros()
+        self.near_lag, self.far_lag = zeros(len(self.lags)), zeros(len(self.lags))
 
     def __call__(
         self,
         layer: int,
-        q: Tensor,
-        keys: Tensor,
+        views: tuple[SeenKeys, ...],
         queries: Tensor,
         columns: Tensor,
-        allowed: Tensor,
-        scale: float,
+        share: Tensor | None,
     ) -> None:
-        """One layer's queries of a chunk and all keys that they see, of those on this rank."""
+        """One layer's queries of a chunk and all keys that they see, of those on this rank; in two
+        views with the share of the near one."""
         rows = (queries >= self.first).nonzero().flatten()
         if not len(rows):
             return
-        piece = max(1, ROW_BYTES // (8 * q.shape[2] * len(columns)))
+        heads = views[0].q.shape[2]
+        piece = max(1, ROW_BYTES // (8 * len(views) * heads * len(columns)))
         for some in rows.split(piece):
-            self._add(layer, q[some, 0], keys[0], queries[some], columns, allowed[0, some], scale)
+            part = tuple(
+                view._replace(q=view.q[some, 0], keys=view.keys[0], allowed=view.allowed[0, some])
+                for view in views
+            )
+            weight = None if share is None else share[some, 0].permute(1, 0, 2)
+            self._add(layer, part, queries[some], columns, weight)
 
     def _add(
         self,
         layer: int,
-        q: Float[Tensor, "rows heads head_dim"],
-        keys: Float[Tensor, "kv_heads keys head_dim"],
+        views: tuple[SeenKeys, ...],
         queries: Int[Tensor, "rows"],
         columns: Int[Tensor, "keys"],
-        allowed: Tensor,
-        scale: float,
+        share: Float[Tensor, "heads rows 1"] | None,
     ) -> None:
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grouped = q.to(compute).unflatten(1, (len(keys), -1))  # [rows, kv_heads, group, head_dim]
-        scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys.to(compute)).flatten(0, 1) * scale
-        scores = scores.masked_fill(~allowed, -math.inf)  # [heads, rows, keys]
-        p = self._shares(scores)
+        found = [_scores(view) for view in views]  # [heads, rows, keys], -inf where unseen
+        compute = found[0].dtype
+        sunk: Tensor | None = None
+        if share is None:
+            (only,) = found
+            weights: list[Tensor] = [torch.ones_like(only[..., :1])]
+            p, sunk = self._shares(only, views[0].sinks)
+            parts = [p]
+        else:
+            weights = [share.to(compute), 1 - share.to(compute)]
+            parts = [self._shares(scores, None)[0] for scores in found]
+            p = weights[0] * parts[0] + weights[1] * parts[1]
 
         by_segment = p @ self.one_hot[columns].to(compute)  # [heads, rows, segments]
         answering = (queries >= self.example.answer - 1) & (queries < len(self.example.tokens) - 1)
@@ -137,36 +160,72 @@ class Tally:
         if queries[0] < self.example.question:
             if len(queries) == 1:
                 return
-            queries, allowed = queries[1:], allowed[1:]
-            scores, p, by_segment = scores[:, 1:], p[:, 1:], by_segment[:, 1:]
+            queries, p, by_segment = queries[1:], p[:, 1:], by_segment[:, 1:]
+            found, weights, parts = ([x[:, 1:] for x in each] for each in (found, weights, parts))
+            sunk = None if sunk is None else sunk[:, 1:]
         self.mass[layer] += by_segment.sum(1)
         self.entropy[layer] -= torch.xlogy(p, p).sum((1, 2))
-        self.max_logit[layer] = torch.maximum(self.max_logit[layer], scores.amax((1, 2)).double())
+        if sunk is not None and self.sunk is not None:
+            self.sunk[layer] += sunk.sum((1, 2))
+            self.entropy[layer] -= torch.xlogy(sunk, sunk).sum((1, 2))
         lag = queries[:, None] - columns
         self.distance[layer] += (p * lag).sum((1, 2))
         first = columns == self.starts[queries, None]
         self.sink[layer] += (p * first).sum((1, 2))
         self.by_bin[layer].index_add_(1, self.bin[columns], p.sum(1).double())
-        # What is not seen goes into the last place, which no lag has.
         bucket = torch.bucketize(lag, self.lags, right=True) - 1
-        bucket = torch.where(allowed, bucket, len(self.lags) - 1).flatten()
-        known = scores.masked_fill(~allowed, 0).flatten(1).double()
-        self.lag_sum[layer].index_add_(1, bucket, known)
-        ones = torch.ones_like(known)
-        self.lag_count[layer].index_add_(1, bucket, ones)
+        for scores, weight in zip(found, weights, strict=True):
+            self._add_scores(layer, scores, weight, bucket)
+        if share is not None:
+            self._add_share(layer, weights[0], parts[1], bucket)
 
-    def _shares(self, scores: Float[Tensor, "heads rows keys"]) -> Tensor:
-        """Return what each key gets of its query's attention, which goes to keys of all ranks."""
+    def _add_scores(self, layer: int, scores: Tensor, weight: Tensor, bucket: Tensor) -> None:
+        """The scores of a view by lag, each weighing as much as the view does for its query."""
+        counted = (scores > -math.inf) & (weight > 0)
+        most = scores.masked_fill(~counted, -math.inf).amax((1, 2)).double()
+        self.max_logit[layer] = torch.maximum(self.max_logit[layer], most)
+        known = (weight * scores.masked_fill(~counted, 0)).flatten(1).double()
+        # A key that is not seen weighs nothing, and its lag may be none.
+        bucket = bucket.clamp(min=0).flatten()
+        self.lag_sum[layer].index_add_(1, bucket, known)
+        self.lag_count[layer].index_add_(1, bucket, (weight * counted).flatten(1).double())
+
+    def _add_share(self, layer: int, share: Tensor, far: Tensor, bucket: Tensor) -> None:
+        """The share of the near view, and that by how far the far view looks at the same query."""
+        self.near_sum[layer] += share.sum((1, 2))
+        self.near_rows[layer] += share.shape[1]
+        bucket = bucket.clamp(min=0).flatten()
+        self.near_lag[layer].index_add_(1, bucket, (share * far).flatten(1).double())
+        self.far_lag[layer].index_add_(1, bucket, far.flatten(1).double())
+
+    def _shares(
+        self, scores: Float[Tensor, "heads rows keys"], sinks: Float[Tensor, " heads"] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what each key gets of its query's attention, which goes to keys of all ranks, and
+        what the sink gets [heads, rows, 1]: with keys on several ranks, this one's part of it."""
+        if sinks is None:
+            if self.keys.size == 1:
+                return scores.softmax(dim=-1), None
+            p = (scores - all_reduce(scores.amax(-1, keepdim=True), self.keys, "max")).exp()
+            return p / all_reduce(p.sum(-1, keepdim=True), self.keys), None
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:2], 1)
         if self.keys.size == 1:
-            return scores.softmax(dim=-1)
-        p = (scores - all_reduce(scores.amax(-1, keepdim=True), self.keys, "max")).exp()
-        return p / all_reduce(p.sum(-1, keepdim=True), self.keys)
+            p = torch.cat((scores, column), dim=-1).softmax(dim=-1)
+            return p[..., :-1], p[..., -1:]
+        most = all_reduce(scores.amax(-1, keepdim=True), self.keys, "max").maximum(column)
+        p, sunk = (scores - most).exp(), (column - most).exp()
+        whole = all_reduce(p.sum(-1, keepdim=True), self.keys) + sunk
+        # The first rank has it: what all ranks have is added up in the end.
+        return p / whole, sunk / whole if self.keys.rank == 0 else torch.zeros_like(sunk)
 
     def result(self) -> AttentionStatistics:
         """Means over the end rows, of all heads, once. Every rank of both axes calls it."""
         all_reduce(self.max_logit, self.keys, "max")
         for part in (self.mass, self.entropy, self.distance, self.sink, self.retrieval):
             all_reduce(part, self.keys)
+        if self.sunk is not None:
+            all_reduce(self.sunk, self.keys)
+            self.mass = torch.cat((self.mass, self.sunk[..., None]), dim=-1)
         for part in (self.by_bin, self.lag_sum, self.lag_count):
             all_reduce(part, self.keys)
         length = len(self.example.tokens)
@@ -181,6 +240,8 @@ class Tally:
             "retrieval": self.retrieval / answers,
             "by_position": self.by_bin[..., 1:-1] / (rows * widths),
             "logit_by_lag": (self.lag_sum / self.lag_count)[..., :-1],
+            "near_share": self.near_sum / self.near_rows,
+            "near_by_lag": (self.near_lag / self.far_lag)[..., :-1],
         }
         return AttentionStatistics(
             **{name: self._all_heads(value).cpu() for name, value in parts.items()},
@@ -190,6 +251,14 @@ class Tally:
 
     def _all_heads(self, value: Tensor) -> Tensor:
         return all_gather(value.movedim(1, 0), self.tensor).movedim(0, 1)
+
+
+def _scores(view: SeenKeys) -> Float[Tensor, "heads rows keys"]:
+    """The scaled scores of a view, -inf where a query does not see a key."""
+    compute = torch.float64 if view.q.dtype == torch.float64 else torch.float32
+    grouped = view.q.to(compute).unflatten(1, (len(view.keys), -1))
+    scores = torch.einsum("nhgd,hkd->hgnk", grouped, view.keys.to(compute)).flatten(0, 1)
+    return (scores * view.scale).masked_fill(~view.allowed, -math.inf)
 
 
 def position_edges(length: int, bins: int, begin: int = BEGIN_TOKENS) -> tuple[int, ...]:
@@ -257,7 +326,7 @@ def to_json(
         for index, kind in enumerate(kinds)
     ]
     return {
-        "segments": list(SEGMENTS),
+        "segments": list(attention.segments),
         "all": _summary(attention, list(range(len(kinds)))),
         "by_kind": {
             kind: {"layers": kinds.count(kind)}
@@ -277,7 +346,7 @@ def _summary(attention: AttentionStatistics, layers: list[int]) -> dict[str, Any
     entropy = float(attention.entropy[layers].mean())
     mass = attention.mass[layers].mean((0, 1)).tolist()
     return {
-        "mass": dict(zip(SEGMENTS, mass, strict=True)),
+        "mass": dict(zip(attention.segments, mass, strict=True)),
         "entropy_nats": entropy,
         "entropy_bits": entropy / math.log(2),
         "max_logit": float(attention.max_logit[layers].max()),
@@ -286,7 +355,16 @@ def _summary(attention: AttentionStatistics, layers: list[int]) -> dict[str, Any
         "retrieval": float(attention.retrieval[layers].mean()),
         "by_position": attention.by_position[layers].mean((0, 1)).tolist(),
         "logit_by_lag": _known(attention.logit_by_lag[layers].nanmean((0, 1))),
+        **_near(attention.near_share[layers], attention.near_by_lag[layers]),
     }
+
+
+def _near(share: Tensor, by_lag: Tensor) -> dict[str, Any]:
+    """The mean share of the near view, where some of these heads have two."""
+    if share.isnan().all():
+        return {}
+    mean = by_lag.flatten(0, -2).nanmean(0)
+    return {"near_share": float(share.nanmean()), "near_by_lag": _known(mean)}
 
 
 def _heads(attention: AttentionStatistics, layer: int) -> list[dict[str, Any]]:
@@ -294,7 +372,9 @@ def _heads(attention: AttentionStatistics, layer: int) -> list[dict[str, Any]]:
     return [
         {
             "head": head,
-            "mass": dict(zip(SEGMENTS, attention.mass[layer, head].tolist(), strict=True)),
+            "mass": dict(
+                zip(attention.segments, attention.mass[layer, head].tolist(), strict=True)
+            ),
             "entropy_nats": float(entropy[head]),
             "entropy_bits": float(entropy[head]) / math.log(2),
             "max_logit": float(attention.max_logit[layer, head]),
@@ -303,6 +383,7 @@ def _heads(attention: AttentionStatistics, layer: int) -> list[dict[str, Any]]:
             "retrieval": float(attention.retrieval[layer, head]),
             "by_position": attention.by_position[layer, head].tolist(),
             "logit_by_lag": _known(attention.logit_by_lag[layer, head]),
+            **_near(attention.near_share[layer, head], attention.near_by_lag[layer, head][None]),
         }
         for head in range(len(entropy))
     ]

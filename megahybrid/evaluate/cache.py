@@ -4,30 +4,44 @@ Rows of a batch end together: shorter ones stand to the right, and what fills th
 document of its own that nothing sees. A column is a place in the row, counted from the first one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.model.attention import Attention
-from megahybrid.model.context import SequenceContext
+from megahybrid.model.context import SequenceContext, View
 from megahybrid.model.core_attention import core_attention
 from megahybrid.model.kernels import AttentionSpec, Documents
+from megahybrid.model.rotary import RotaryTable, rotate
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.collectives import gather_sequence, local_slice
 from megahybrid.parallel.mesh import Axis
 
-# (layer, queries [seq batch heads head_dim] as they meet keys, keys [batch kv_heads keys head_dim],
-#  columns of the queries, of the keys, which keys each query sees [batch queries keys], scale)
-Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
+
+class SeenKeys(NamedTuple):
+    """What the queries of a layer meet: its one view of the keys, or one of two."""
+
+    q: Tensor  # [seq batch heads head_dim], as they meet keys
+    keys: Tensor  # [batch kv_heads keys head_dim]
+    allowed: Tensor  # [batch queries keys]: which keys each query sees
+    scale: float
+    sinks: Tensor | None = None  # [heads]: a logit beside the scores
+
+
+# (layer, the one view of its keys or near and far, columns of the queries, of the keys, where there
+#  are two the share of near [seq batch heads 1])
+Observer = Callable[[int, tuple[SeenKeys, ...], Tensor, Tensor, Tensor | None], None]
 
 
 class LayerCache:
-    """The rotated keys and the values of one layer, for at most `capacity` columns.
+    """The rotated keys and the values of one layer, for at most `capacity` columns. Of a layer with
+    two views of its keys the far view's are kept, not rotated: each view does so as it reads them.
 
     A layer with a window or chunks keeps as many columns as these count: column c lies in slot
     c mod slots.
@@ -137,7 +151,17 @@ class Cache:
             q, k, v = q[:columns], k[:columns], v[:columns]
             return filled(self._attend(next(layers), q, k, v, first, spec), self.tensor)
 
-        return SequenceContext(length, documents, hidden.device, hidden.dtype, attention=attention)
+        def views(
+            asked: Sequence[View], k: Tensor, v: Tensor, share: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            asked = [view._replace(q=view.q[:columns]) for view in asked]
+            share = share.expand(length, *asked[0].q.shape[1:3], 1)[:columns]
+            parts = (k[:columns], v[:columns], share)
+            near, far = self._attend_views(next(layers), asked, *parts, first)
+            return filled(near, self.tensor), filled(far, self.tensor)
+
+        where = (length, documents, hidden.device, hidden.dtype)
+        return SequenceContext(*where, attention=attention, two_views=views)
 
     def _attend(
         self, index: int, q: Tensor, k: Tensor, v: Tensor, first: int, spec: AttentionSpec
@@ -147,18 +171,54 @@ class Cache:
         layer = self.layers[index]
         keys, values, columns = layer.extend(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), first)
         queries = torch.arange(first, first + len(q), device=q.device)
-        window, chunk = layer.scheme.window, layer.scheme.chunk
-        key = (window, chunk, len(columns))
-        if key not in self.masks:
-            starts = self.starts if chunk is None else Documents(self.starts).cut(chunk).starts
-            self.masks[key] = seen(starts, queries, columns, window)
-        allowed = self.masks[key]
+        allowed = self._allowed(layer.scheme, queries, columns)
         if self.observe is not None:
-            self.observe(index, q, keys, queries, columns, allowed, spec.scale)
+            met = SeenKeys(q, keys, allowed, spec.scale, spec.sinks)
+            self.observe(index, (met,), queries, columns, None)
         keys, values = (x.permute(2, 0, 1, 3) for x in (keys, values))
         spec = replace(spec, window=None, documents=None, visible=allowed)
         # The layer's own kernel is for whole batches.
         return core_attention(q, keys, values, spec, "auto")
+
+    def _attend_views(
+        self, index: int, views: Sequence[View], k: Tensor, v: Tensor, share: Tensor, first: int
+    ) -> tuple[Tensor, ...]:
+        """Core attention of the new columns in each view of a layer, which rotates keys as it reads
+        them: they are kept once."""
+        layer, new = self.layers[index], len(k)
+        keys, values, columns = layer.extend(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), first)
+        queries = torch.arange(first, first + new, device=k.device)
+        keys, values = (x.permute(2, 0, 1, 3) for x in (keys, values))
+        outs, met = [], []
+        for view in views:
+            window, some = view.scheme.window, slice(None)
+            if window is not None and layer.scheme.window is None and self.observe is None:
+                some = slice(max(0, first - window + 1), None)  # no query sees those before
+            turned = self._rotated(keys[some], columns[some], view)
+            allowed = self._allowed(view.scheme, queries, columns[some])
+            spec = AttentionSpec(scale=view.scale, visible=allowed)
+            outs.append(core_attention(view.q, turned, values[some], spec, "auto"))
+            met.append(SeenKeys(view.q, turned.permute(1, 2, 0, 3), allowed, view.scale))
+        if self.observe is not None:
+            self.observe(index, tuple(met), queries, columns, share)
+        return tuple(outs)
+
+    def _rotated(self, keys: Tensor, columns: Tensor, view: View) -> Tensor:
+        """Keys [keys batch kv_heads head_dim] at their positions, as a view rotates them."""
+        rope = rotation_of(view.scheme.position)
+        if rope is None:
+            return keys
+        positions = (columns - self.starts[:, columns]).T
+        return rotate(keys, RotaryTable.at(rope, keys.shape[-1], positions, keys.dtype))
+
+    def _allowed(self, scheme: AttentionScheme, queries: Tensor, columns: Tensor) -> Tensor:
+        """Return which of these columns the queries see, [batch queries keys]."""
+        window, chunk = scheme.window, scheme.chunk
+        key = (window, chunk, len(columns))
+        if key not in self.masks:
+            starts = self.starts if chunk is None else Documents(self.starts).cut(chunk).starts
+            self.masks[key] = seen(starts, queries, columns, window)
+        return self.masks[key]
 
 
 def filled(x: Float[Tensor, "seq *rest"], tensor: Axis) -> Float[Tensor, "seq_filled *rest"]:
@@ -168,8 +228,11 @@ def filled(x: Float[Tensor, "seq *rest"], tensor: Axis) -> Float[Tensor, "seq_fi
 
 def schemes_of(model: Transformer) -> list[AttentionScheme]:
     """The scheme of each layer, as the model computes it."""
-    found = [module.scheme for module in model.modules() if isinstance(module, Attention)]
-    assert len(found) == len(model.blocks)
+    found = []
+    for block in model.blocks:
+        attention = block.get_submodule("attention")
+        assert isinstance(attention, Attention)
+        found.append(attention.scheme)
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from megahybrid.errors import ConfigError
 
 SEGMENTS = ("begin", "needle", "context", "end")
+LEARNED_SINK = "learned_sink"  # where layers have one; a column of masses, and no token's
 BEGIN_TOKENS = 10  # arXiv 2501.18795: "begin" is the first ten tokens
 
 

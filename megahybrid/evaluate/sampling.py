@@ -4,7 +4,7 @@ Where the text outgrows what the model is to see, its beginning is dropped with 
 rest is computed anew: kept values would still know what was dropped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -40,9 +40,11 @@ def sample_tokens(
     context_tokens: int,
     vocab_size: int,
     eod_id: int,
+    ends: Collection[int] = (),
     cropped: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Up to `tokens` ids that follow `prompt`, without it; the document's end ends them.
+    """Up to `tokens` ids that follow `prompt`, without it; the document's end, or one of the ids in
+    `ends`, ends them.
 
     temperature 0 takes the likeliest id (of equals the lowest). Otherwise token n is drawn by a
     number keyed by (seed, n), so that a longer sample begins like a shorter one. Only ids below
@@ -72,7 +74,7 @@ def sample_tokens(
                 "broken. Use an earlier checkpoint."
             )
         chosen = _choose(logits, temperature, seed, number)
-        if chosen == eod_id:
+        if chosen == eod_id or chosen in ends:
             break
         known.append(chosen)
     return known[len(prompt) :]

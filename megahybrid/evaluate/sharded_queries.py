@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from megahybrid.evaluate.cache import Observer, seen
+from megahybrid.evaluate.cache import Observer, SeenKeys, seen
 from megahybrid.model.kernels import AttentionSpec
 from megahybrid.model.row_shards import RowShards
 
@@ -43,5 +43,6 @@ class ShardedQueries:
         for queries in self._chunks:
             allowed = seen(starts, queries, self._positions, spec.window)
             rows = self._shards.pick(q, queries)
-            self._observe(self._layer, rows, keys, queries, self._columns, allowed, spec.scale)
+            met = SeenKeys(rows, keys, allowed, spec.scale, spec.sinks)
+            self._observe(self._layer, (met,), queries, self._columns, None)
         self._layer += 1

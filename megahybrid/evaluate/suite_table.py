@@ -57,8 +57,10 @@ def attention_tables(figures: dict[str, Any]) -> Iterator[tuple[str, Table]]:
 def _attention(parts: dict[str, dict[str, Any]], first: str) -> Table:
     table = _table(first)
     table.columns[0].no_wrap = True
-    names = ("begin", "needle", "context", "end", "bits", "max logit", "distance", "sink")
-    for column in (*names, "retrieval"):
+    segments = [name.replace("_", " ") for name in next(iter(parts.values()))["mass"]]
+    names = (*segments, "bits", "max logit", "distance", "sink")
+    shares = any("near_share" in part for part in parts.values())
+    for column in (*names, "retrieval", *(["near"] if shares else [])):
         table.add_column(column, justify="right")
     for name, part in parts.items():
         table.add_row(
@@ -69,6 +71,7 @@ def _attention(parts: dict[str, dict[str, Any]], first: str) -> Table:
             f"{part['distance']:,.1f}",
             f"{part['sink']:.4f}",
             f"{part['retrieval']:.4f}",
+            *([f"{part['near_share']:.3f}" if "near_share" in part else NOTHING] * shares),
         )
     return table
 

@@ -1,7 +1,7 @@
 """`megahybrid export`: a checkpoint as a folder for transformers, run before it counts."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -24,12 +24,19 @@ from megahybrid.interop.architectures.table import (
     by_name,
     huggingface_fits,
 )
+from megahybrid.interop.chat_template import write_template
 from megahybrid.interop.logit_proof import Row, proof_in_words, prove
 from megahybrid.interop.model_card import evaluations_of, model_card
 from megahybrid.interop.publish import published
 from megahybrid.interop.read_back import check_dtype, check_fields_as_read, check_files
 from megahybrid.interop.rotation_bits import frequencies, their_frequencies
-from megahybrid.interop.shards import DTYPES, SHARD_BYTES, out_tensors, write_shards
+from megahybrid.interop.shards import (
+    DTYPES,
+    SHARD_BYTES,
+    exact_dtype,
+    out_tensors,
+    write_shards,
+)
 from megahybrid.interop.tokenizer import write_tokenizer
 from megahybrid.train.restore import checkpoint_of, plan_of, run_of
 
@@ -65,29 +72,39 @@ def export(
     path: Path,
     out: Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     architecture: str | None = None,
     tokenizer: str | None = None,
+    chat_template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     table: Table = ARCHITECTURES,
 ) -> int:
     """Write `out` from a checkpoint, load it with transformers, compare, and only then name it.
 
-    `tokenizer` is a file, or "none"; the run's own when left out. Raises MegahybridError, one
-    line, and leaves nothing behind, where no class supports the plan or the logits differ.
+    `dtype` is fp32 or bf16; left out, the one that rounds no weight. `tokenizer` is a file, or
+    "none"; the run's own when left out. `chat_template` is a shipped one or a file, for a model
+    that answers. Raises MegahybridError, one line, and leaves nothing
+    behind, where no class supports the plan or the logits differ.
     """
     require_transformers()
     source = open_source(path)
     chosen = choose(source.run.model, source.plan, architecture, table)
+    dtype = dtype or _exact_dtype(source, chosen)
     print(f"{source.folder} as {chosen.name}ForCausalLM, {dtype}")
     with published(out, _bytes(source, dtype)) as folder:
         ids = write_tokenizer(folder, source.run, tokenizer)
-        files = _config_files(source, chosen, dtype, ids.eod_id)
+        ends: int | list[int] | None = ids.eod_id
+        if chat_template is not None:
+            chat = write_template(folder, chat_template, tokenizer or source.run.data.tokenizer)
+            ids = replace(ids, words=(*ids.words, *chat.words))
+            # The end of a turn ends an answer as well as the end of a document does.
+            ends = list(dict.fromkeys([chat.end_id, chat.eod_id]))
+        files = _config_files(source, chosen, dtype, ends)
         for name, text in files.items():
             _write(folder / name, text)
         rows = _write_weights(folder, source, chosen, dtype, shard_bytes)
         check_files(folder, files)
-        meant = {"max_position_embeddings": source.max_length, "eos_token_id": ids.eod_id}
+        meant = {"max_position_embeddings": source.max_length, "eos_token_id": ends}
         check_fields_as_read(folder, meant, trust_code=bool(chosen.code_files))
         card = model_card(
             source.run,
@@ -99,6 +116,7 @@ def export(
             ids,
             counting.parameters(source.run.model),
             evaluations_of(source.folder, source.manifest.step),
+            chats=chat_template is not None,
         )
         _write(folder / "README.md", card)
     print("\n".join([*proof_in_words(rows), *ids.words, f"published {out}"]))
@@ -171,12 +189,31 @@ def inexact_rotations(plan: LayerPlan, head_dim: int) -> list[str]:
     reasons = []
     for name, scheme in plan.schemes.items():
         position = scheme.position
-        if isinstance(position, Rope) and position.rotary_fraction < 1 and not position.scaling:
+        if not isinstance(position, Rope) or position.rotary_fraction == 1:
+            continue
+        if position.scaling is None or position.spectrum == "head":
             ours = frequencies(position, head_dim)
-            theta = rope_parameters(position, head_dim)["rope_theta"]
-            if not torch.equal(ours, their_frequencies(theta, len(ours), head_dim)):
+            try:
+                fields = rope_parameters(position, head_dim)
+            except InteropError:  # a scaling that no class has there, which each says itself
+                continue
+            theirs = their_frequencies(
+                fields["rope_theta"], len(ours), head_dim, fields.get("factor", 1.0)
+            )
+            if not torch.equal(ours, theirs):
                 reasons.append(f"the frequencies of its partial rotations are not {name}'s bits")
     return reasons
+
+
+def _exact_dtype(source: Source, architecture: Architecture) -> str:
+    # A constant of the class, such as its sinks at -1e9, is no weight that could be rounded.
+    names = [
+        name
+        for name in architecture.tensor_names(source.run.model, source.plan)
+        if name.ours is not None
+    ]
+    with Reader(source.folder) as reader:
+        return exact_dtype(out_tensors(reader, names, source.run.model.head_dim))
 
 
 def _bytes(source: Source, dtype: str) -> int:
@@ -188,7 +225,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _config_files(
-    source: Source, architecture: Architecture, dtype: str, eod_id: int | None
+    source: Source,
+    architecture: Architecture,
+    dtype: str,
+    ends: int | list[int] | None,
 ) -> dict[str, str]:
     """Return the text of each JSON file, and of the code where it goes along."""
     import transformers
@@ -196,13 +236,13 @@ def _config_files(
     fields = architecture.to_config(source.run.model, source.plan, source.max_length)
     fields |= {
         "bos_token_id": None,
-        "eos_token_id": eod_id,
+        "eos_token_id": ends,
         "pad_token_id": None,
         "dtype": str(DTYPES[dtype][1]).removeprefix("torch."),
         "transformers_version": transformers.__version__,
         "megahybrid_version": __version__,
     }
-    generation = {"transformers_version": transformers.__version__, "eos_token_id": eod_id}
+    generation = {"transformers_version": transformers.__version__, "eos_token_id": ends}
     files = {
         "config.json": json.dumps(fields, indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",

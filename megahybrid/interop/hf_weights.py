@@ -72,6 +72,23 @@ class ForeignWeights:
             raise InteropError(f"{self.folder / file} has no {name}. Copy it again.") from None
 
 
+class LargestValues:
+    """The largest value of a tensor by its name, None where there is none. The folder is opened at
+    the first question, so that whoever asks nothing learns of no fault in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._weights: ForeignWeights | None = None
+
+    def __call__(self, name: str) -> float | None:
+        if self._weights is None:
+            self._weights = ForeignWeights(self.folder)
+        with self._weights as weights:
+            if name not in weights.names() or 0 in weights.shape(name):
+                return None
+            return float(weights.rows(name, 0, weights.shape(name)[0]).max())
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")

@@ -1,13 +1,14 @@
 """`megahybrid import`: a Hugging Face folder becomes a checkpoint that a run can start from."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.checkpoint.fingerprint import NO_FACTS, model_fingerprint
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.names import published_path
 from megahybrid.checkpoint.reader import Reader
@@ -27,7 +28,7 @@ from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.architectures.table import ARCHITECTURES, Table, of_model_type
 from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.export import require_transformers
-from megahybrid.interop.hf_weights import Band, ForeignWeights, check_tensors
+from megahybrid.interop.hf_weights import Band, ForeignWeights, LargestValues, check_tensors
 from megahybrid.interop.logit_proof import our_model, proof_in_words, prove, quiet
 from megahybrid.interop.model_card import scheme_in_words
 from megahybrid.interop.publish import published
@@ -36,6 +37,7 @@ from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.state import TrainState
 from megahybrid.train.validation import HeldOutSets, evaluation_loss
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 NEW_LENGTH = 4096  # of the rows of a run file that is written here, at most
 
 
@@ -59,20 +61,21 @@ def import_model(
     require_transformers()
     config = _config(folder)
     architecture, model = _from_hf_config(folder, config, table)
-    target = model
+    model = target = architecture.with_tensors(model, LargestValues(folder))
     if plan_file is not None:
         plan = surgery.read_plan(plan_file, model)
         changed = surgery.changes(model.layer_plan, plan)
         target = model.model_copy(update={"layer_plan": plan})
     is_new = not located(run_file).exists()
     out = out or _place(run_file)
-    run = _new_run(folder, target, config) if is_new else _known_run(run_file, model, target)
+    run = _new_run(folder, out, target, config) if is_new else _known_run(run_file, model, target)
     print(f"{folder}: {architecture.name}ForCausalLM, {counting.parameters(model):,} parameters")
     print("\n".join(_plan_in_words(model.layer_plan)))
     needed = counting.parameters(model) * 4
     with ForeignWeights(folder) as weights, published(out, needed) as place:
         names = check_tensors(weights, model, model.layer_plan, architecture)
         _save(place, weights, names, run, model)
+        _take_tokenizer(folder, place)
         checkpoint = published_path(place, 0)
         rows = prove(model, model.layer_plan, checkpoint, folder, architecture=architecture)
         print("\n".join(proof_in_words(rows)))
@@ -130,8 +133,8 @@ def _known_run(run_file: Path, model: ModelConfig, target: ModelConfig) -> RunCo
     lines = [
         f"model.{name}={show(getattr(run.model, name))} is not the source's "
         f"({show(getattr(model, name))}). Set it to that."
-        for name in FACTS
-        if getattr(run.model, name) != getattr(model, name)
+        for name in ModelConfig.model_fields
+        if name not in NO_FACTS and getattr(run.model, name) != getattr(model, name)
     ]
     known = run.model.layer_plan.expand()
     for plan in (target.layer_plan, model.layer_plan):
@@ -158,14 +161,31 @@ def _plan_difference(known: tuple[Any, ...], plan: LayerPlan, run_file: Path) ->
     )
 
 
-def _new_run(folder: Path, model: ModelConfig, config: Any) -> RunConfig:
-    """Return a run that could train the model on, with places for the user's data."""
+def _tokenizer_of(folder: Path) -> str | None:
+    """Return the name of a folder's tokenizer that a run can read, None without one."""
+    return next((name for name in TOKENIZERS if (folder / name).is_file()), None)
+
+
+def _take_tokenizer(folder: Path, place: Path) -> None:
+    """Copy the tokenizer into an import, so that the run and its exports need the source no
+    more."""
+    name = _tokenizer_of(folder)
+    if name is None:
+        return
+    try:
+        shutil.copyfile(folder / name, place / name)
+    except OSError as error:
+        raise InteropError(f"{folder / name} cannot be copied ({error.strerror}).") from None
+
+
+def _new_run(folder: Path, out: Path, model: ModelConfig, config: Any) -> RunConfig:
+    """Return a run that could train the model on, with places for the user's data; its tokenizer is
+    the import's own."""
     length = min(NEW_LENGTH, config.max_position_embeddings)
     data: dict[str, Any] = {"sources": {"text": {"path": "data/text"}}, "block_tokens": 2**20}
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).exists():
-            data["tokenizer"] = str(folder / name)
-            break
+    tokenizer = _tokenizer_of(folder)
+    if tokenizer is not None:
+        data["tokenizer"] = str(out / tokenizer)
     stage = {
         "name": "continue",
         "tokens": 1_000_000_000,
@@ -180,13 +200,22 @@ def _new_run(folder: Path, model: ModelConfig, config: Any) -> RunConfig:
             "warmup_tokens": 10_000_000,
         },
     }
-    return parse(RunConfig, {"model": dump(model), "data": data, "stages": [stage]})
+    fields = {"model": dump(model), "data": data, "stages": [stage]}
+    return parse(RunConfig, fields | {"precision": _precision(folder)})
+
+
+def _precision(folder: Path) -> str:
+    """Return the precision of a run that goes on with a folder's weights: fp32 where all of them
+    are, else bf16, because weights of 16 bits were not trained in more."""
+    with ForeignWeights(folder) as weights:
+        kinds = {weights.dtype(name) for name in weights.names()}
+    return "fp32" if kinds <= {"F32", "F64"} else "bf16"
 
 
 def _write_run(path: Path, run: RunConfig) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_yaml(run), encoding="utf-8")
+        path.write_text(dump_yaml(run, defaults=False), encoding="utf-8")
     except OSError as error:
         raise InteropError(f"{path} cannot be written ({error.strerror}).") from None
 

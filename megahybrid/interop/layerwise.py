@@ -16,8 +16,9 @@ from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config.attention import LayerPlan
 from megahybrid.config.model import ModelConfig
+from megahybrid.interop.architectures.tensor_names import is_norm
 from megahybrid.interop.hf_weights import ForeignWeights
-from megahybrid.interop.shards import BAND_BYTES
+from megahybrid.interop.shards import BAND_BYTES, as_read
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
@@ -58,9 +59,15 @@ class StreamedOurs:
     `compare`. `reader` stays open while it is used."""
 
     def __init__(
-        self, model: ModelConfig, plan: LayerPlan, reader: Reader, dtype: torch.dtype
+        self,
+        model: ModelConfig,
+        plan: LayerPlan,
+        reader: Reader,
+        dtype: torch.dtype,
+        norm_offset: float = 0.0,
     ) -> None:
         self.config, self.reader, self.dtype = model, reader, dtype
+        self.norm_offset = norm_offset
         empty = Transformer(model, ParallelMesh.single("meta"), plan=plan).eval()
         self.blocks, self.final_norm = empty.blocks, empty.final_norm
         for block in self.blocks:
@@ -72,6 +79,7 @@ class StreamedOurs:
         """[batch, seq] -> [batch, seq, vocab]"""
         rows = [self._rows("embedding.weight", int(t), int(t) + 1) for t in tokens.T.flatten()]
         hidden = torch.cat(rows).unflatten(0, (tokens.shape[1], tokens.shape[0]))
+        hidden = hidden * self.config.embedding_scale
         context = SequenceContext(tokens.shape[1], None, tokens.device, hidden.dtype)
         for block in self.blocks:
             hidden = block(hidden, context)
@@ -81,13 +89,16 @@ class StreamedOurs:
             hidden @ self._rows(name, start, stop).T
             for start, stop in bands(self.config.vocab_size, self.config.hidden_size)
         ]
-        return torch.cat(parts, dim=-1).transpose(0, 1) * self.config.logit_scale
+        logits = torch.cat(parts, dim=-1).transpose(0, 1) * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _load(self, name: str, parameter: nn.Parameter) -> Tensor:
         spec = shard_spec(parameter)
         values = fill(self.reader, spec, "weight", 0, parameter.numel())
         self.reader.close()
-        return torch.from_numpy(values).to(self.dtype).float().view(parameter.shape)
+        offset = self.norm_offset if is_norm(spec.segments[0].name) else 0.0
+        return as_read(torch.from_numpy(values), self.dtype, offset).view(parameter.shape)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         box = ((start, stop), *whole((self.config.hidden_size,)))
@@ -96,8 +107,15 @@ class StreamedOurs:
         return torch.from_numpy(values).to(self.dtype).float()
 
 
-def streamed_theirs(folder: Path, config: Any, weights: ForeignWeights, own: bool) -> Any:
+def streamed_theirs(
+    folder: Path,
+    config: Any,
+    weights: ForeignWeights,
+    own: bool,
+    file_name: Callable[[str], str] = str,
+) -> Any:
     """Return the class of transformers that `folder` names, reading its weights as they are needed.
+    `file_name` gives the name in files of a tensor of its layers.
 
     Only its three readers of weights are replaced, so that its own forward and `generate` run.
     """
@@ -109,14 +127,16 @@ def streamed_theirs(folder: Path, config: Any, weights: ForeignWeights, own: boo
     _make_rotations(whole)
 
     def load(name: str, parameter: nn.Parameter) -> Tensor:
-        return _rows_of(weights, name, 0, parameter.shape[0])
+        return _rows_of(weights, file_name(name), 0, parameter.shape[0])
 
     for index, layer in enumerate(whole.model.layers):
         lend(layer, f"model.layers.{index}.", load)
     lend(whole.model.norm, "model.norm.", load)
     embedding = "model.embed_tokens.weight"
     head = embedding if config.tie_word_embeddings else "lm_head.weight"
-    whole.model.embed_tokens = _StreamedEmbedding(weights, embedding)
+    # A class may multiply in its own kind of embedding (Gemma3TextScaledWordEmbedding).
+    scale = getattr(whole.model.embed_tokens, "scalar_embed_scale", 1.0)
+    whole.model.embed_tokens = _StreamedEmbedding(weights, embedding, scale)
     whole.lm_head = _StreamedHead(weights, head)
     return whole.eval()
 
@@ -129,11 +149,11 @@ def _rows_of(weights: ForeignWeights, name: str, start: int, stop: int) -> Tenso
 
 
 class _StreamedEmbedding(nn.Module):
-    """An embedding that reads the rows it is asked for."""
+    """An embedding that reads the rows it is asked for, times `scale`."""
 
-    def __init__(self, weights: ForeignWeights, name: str) -> None:
+    def __init__(self, weights: ForeignWeights, name: str, scale: float) -> None:
         super().__init__()
-        self.weights, self.name = weights, name
+        self.weights, self.name, self.scale = weights, name, scale
         # `generate` asks the model's first parameter for the device of its inputs.
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
@@ -141,7 +161,7 @@ class _StreamedEmbedding(nn.Module):
         """[batch, seq] -> [batch, seq, hidden]"""
         ids, place = tokens.unique(return_inverse=True)
         rows = [_rows_of(self.weights, self.name, int(t), int(t) + 1) for t in ids]
-        return torch.cat(rows)[place]
+        return torch.cat(rows)[place] * self.scale
 
 
 class _StreamedHead(nn.Module):

@@ -19,10 +19,10 @@ from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
 from megahybrid.config.model import ModelConfig
-from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale
+from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale, ScoreScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import Architecture
-from megahybrid.interop.architectures.tensor_names import HEAD
+from megahybrid.interop.architectures.tensor_names import HEAD, is_norm
 from megahybrid.interop.generation import (
     CACHE_STEPS,
     FEW_NEW_TOKENS,
@@ -34,6 +34,7 @@ from megahybrid.interop.hf_weights import ForeignWeights, check_tensors
 from megahybrid.interop.layerwise import StreamedOurs, streamed_theirs
 from megahybrid.interop.read_back import check_bits
 from megahybrid.interop.rotation_bits import frequencies
+from megahybrid.interop.shards import as_read
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
@@ -71,40 +72,60 @@ class Row:
 def shrunk(plan: LayerPlan, parameters: int) -> LayerPlan:
     """Return the plan to compare with: windows of different lengths stay different."""
     limit = SMALL_WINDOW if parameters > LARGE else LARGE_WINDOW
-    windows = sorted({s.reach for s in plan.schemes.values() if s.reach is not None})
+    windows = sorted(set(_reaches(plan)))
     smaller = {window: min(window, limit + rank) for rank, window in enumerate(windows)}
     schemes = {}
     for name, scheme in plan.schemes.items():
         update: dict[str, Any] = {}
         if scheme.reach is not None:
             update["window" if scheme.chunk is None else "chunk"] = smaller[scheme.reach]
-        if isinstance(scheme.score_scale, Llama4Scale) and scheme.score_scale.floor > FLOOR:
-            update["score_scale"] = scheme.score_scale.model_copy(update={"floor": FLOOR})
-        if isinstance(scheme.score_scale, PowerScale | LogFromScale):
-            length = min(scheme.score_scale.length, FLOOR)
-            update["score_scale"] = scheme.score_scale.model_copy(update={"length": length})
+        update["score_scale"] = _shrunk_scale(scheme.score_scale)
+        if (near := scheme.near) is not None:
+            window = None if near.window is None else smaller[near.window]
+            of_near = {"window": window, "score_scale": _shrunk_scale(near.score_scale)}
+            update["near"] = near.model_copy(update=of_near)
         schemes[name] = scheme.model_copy(update=update)
     return plan.model_copy(update={"schemes": schemes})
 
 
+def _reaches(plan: LayerPlan) -> list[int]:
+    """Return the window or chunk of each view of each scheme that has one."""
+    views = (view for scheme in plan.schemes.values() for view in scheme.views())
+    return [view.reach for view in views if view.reach is not None]
+
+
+def _shrunk_scale(scale: ScoreScale) -> ScoreScale:
+    """Return a scale that changes within the lengths that are compared."""
+    if isinstance(scale, Llama4Scale) and scale.floor > FLOOR:
+        return scale.model_copy(update={"floor": FLOOR})
+    if isinstance(scale, PowerScale | LogFromScale):
+        return scale.model_copy(update={"length": min(scale.length, FLOOR)})
+    return scale
+
+
 def lengths(plan: LayerPlan) -> tuple[int, int]:
     """Return a length below the shortest window and one well above the longest."""
-    windows = [s.reach for s in plan.schemes.values() if s.reach is not None]
+    windows = _reaches(plan)
     if not windows:
         return 5, 96
     return max(2, min(windows) - 1), min(LONGEST, max(3 * max(windows) + 7, 96))
 
 
 def our_model(
-    model: ModelConfig, plan: LayerPlan, reader: Reader, dtype: torch.dtype = torch.float32
+    model: ModelConfig,
+    plan: LayerPlan,
+    reader: Reader,
+    dtype: torch.dtype = torch.float32,
+    norm_offset: float = 0.0,
 ) -> Transformer:
     """Return our model out of a checkpoint, fp32, its weights rounded to `dtype` as they were
-    written."""
+    written; those of norms less `norm_offset`."""
     ours = Transformer(model, ParallelMesh.single("cpu"), plan=plan).eval()
     with torch.no_grad():
         for parameter, spec in ours.sharded_parameters().values():
             values = torch.from_numpy(fill(reader, spec, "weight", 0, parameter.numel()))
-            parameter.view(-1).copy_(values.to(dtype))
+            offset = norm_offset if is_norm(spec.segments[0].name) else 0.0
+            parameter.view(-1).copy_(as_read(values, dtype, offset))
             reader.close()
     return ours
 
@@ -293,10 +314,13 @@ def prove(
                 names.append(replace(names[0], theirs=HEAD))
             check_bits(reader, weights, names, model.head_dim, dtype)
             if 8 * parameters <= whole_bytes:
-                ours = our_model(model, small, reader, dtype)
-                return compare(ours, their_model(folder, config, own), small)
-            few = StreamedOurs(model, small, reader, dtype)
-            theirs = streamed_theirs(folder, config, weights, own)
+                ours = our_model(model, small, reader, dtype, architecture.norm_offset)
+                theirs = their_model(folder, config, own)
+                architecture.shrink_built(theirs.config, plan, small)
+                return compare(ours, theirs, small)
+            few = StreamedOurs(model, small, reader, dtype, architecture.norm_offset)
+            theirs = streamed_theirs(folder, config, weights, own, architecture.file_name)
+            architecture.shrink_built(theirs.config, plan, small)
             return compare(few, theirs, small, few_passes=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]

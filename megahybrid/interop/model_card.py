@@ -7,12 +7,25 @@ from pathlib import Path
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
-from megahybrid.config.describe import position_in_words
+from megahybrid.config.describe import function_in_words, position_in_words, views_in_words
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
 from megahybrid.interop.tokenizer import WrittenTokenizer
 from megahybrid.ledger import EvaluateEvent, read_ledger
 from megahybrid.printable import printable
+
+CONTINUATION = (
+    'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
+    "print(tokenizer.decode(model.generate(ids, max_new_tokens=32)[0]))",
+)
+ANSWER = (
+    'messages = [{"role": "user", "content": "What do you know?"}]',
+    "inputs = tokenizer.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    ")",
+    "answer = model.generate(**inputs, max_new_tokens=64)[0, inputs['input_ids'].shape[1] :]",
+    "print(tokenizer.decode(answer, skip_special_tokens=True))",
+)
 
 
 def model_card(
@@ -25,9 +38,10 @@ def model_card(
     tokenizer: WrittenTokenizer,
     parameters: int,
     evaluations: Sequence[str] = (),
+    *,
+    chats: bool = False,
 ) -> str:
-    """Return the text of README.md."""
-    trust = ", trust_remote_code=True" if architecture.code_files else ""
+    """Return the text of README.md; chats: whether a chat template is among the files."""
     model = run.model
     lines = [
         "---",
@@ -39,15 +53,14 @@ def model_card(
         f"# {parameters:,} parameters, {plan.num_layers} layers, {architecture.name}ForCausalLM",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})',
+        *_snippet(bool(architecture.code_files), tokenizer, chats),
         "```",
         "",
         f"Hidden size {model.hidden_size}, {model.num_heads} query and {model.num_kv_heads} key "
         f"heads of {model.head_dim}, MLP {model.intermediate_size}, vocabulary {model.vocab_size}, "
         f"{model.block} blocks with {model.norm} norms (eps {model.eps:g}), "
         f"{'tied' if model.tie_embeddings else 'untied'} embeddings, logits times "
-        f"{model.logit_scale:g}. Weights in {dtype}.",
+        f"{', '.join([f'{model.logit_scale:g}', *function_in_words(model)])}. Weights in {dtype}.",
         "",
         "## Layers",
         "",
@@ -84,6 +97,26 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _snippet(trusted: bool, tokenizer: WrittenTokenizer, chats: bool) -> list[str]:
+    """Return the lines of a program that generates text with the export, or an answer."""
+    trust = ", trust_remote_code=True" if trusted else ""
+    loads = f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})'
+    if not tokenizer.shipped:
+        return [
+            "import torch",
+            "from transformers import AutoModelForCausalLM",
+            loads,
+            "ids = torch.tensor([[0, 1, 2]])  # of your tokenizer",
+            "print(model.generate(ids, max_new_tokens=32))",
+        ]
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        loads,
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        *(ANSWER if chats else CONTINUATION),
+    ]
 
 
 def evaluations_of(checkpoint: Path, step: int) -> list[str]:
@@ -139,7 +172,9 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
         words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
     if scheme.score_scale.kind != "sqrt_dim":
         words += f", scale {scheme.score_scale.kind}"
-    return words
+    if scheme.sink:
+        words += ", learned sinks"
+    return words if scheme.near is None else f"{words}; {views_in_words(scheme)}"
 
 
 def _scheme_cells(scheme: AttentionScheme) -> str:
@@ -149,7 +184,10 @@ def _scheme_cells(scheme: AttentionScheme) -> str:
     window = "all" if scheme.window is None else str(scheme.window)
     if scheme.chunk is not None:
         window = f"chunk {scheme.chunk}"
-    return " | ".join((position_in_words(scheme), theta, window, words, scheme.score_scale.kind))
+    position = position_in_words(scheme)
+    if scheme.near is not None:
+        position += f"; {views_in_words(scheme)}"
+    return " | ".join((position, theta, window, words, scheme.score_scale.kind))
 
 
 def _stage_rows(run: RunConfig) -> list[str]:

@@ -16,7 +16,7 @@ from megahybrid.checkpoint.reader import Reader
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.tensor_names import TensorName
 from megahybrid.interop.hf_weights import ForeignWeights
-from megahybrid.interop.shards import DTYPES, reordered, row_bands
+from megahybrid.interop.shards import DTYPES, as_read, reordered, row_bands
 
 
 def check_bits(
@@ -39,7 +39,7 @@ def check_bits(
             theirs = reordered(weights.rows(name.theirs, start, stop), name, head_dim, inverse=True)
             weights.close()
             box = ((start, stop), *((0, size) for size in name.shape[1:]))
-            ours = _rounded(reader.read(name.ours, "weight", box), dtype)
+            ours = _rounded(reader.read(name.ours, "weight", box), dtype, name.offset)
             reader.close()
             wrong = np.flatnonzero((_bits(theirs) != _bits(ours)).reshape(stop - start, -1).any(1))
             if len(wrong):
@@ -57,8 +57,8 @@ def check_bits(
                 )
 
 
-def _rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).float().numpy()
+def _rounded(values: np.ndarray, dtype: torch.dtype, offset: float) -> np.ndarray:
+    return as_read(torch.from_numpy(np.ascontiguousarray(values)), dtype, offset).numpy()
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

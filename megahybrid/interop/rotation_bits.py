@@ -15,10 +15,11 @@ def frequencies(position: Rope, head_dim: int) -> Tensor:
     return found
 
 
-def their_frequencies(theta: float, pairs: int, head_dim: int) -> Tensor:
-    """Return the first `pairs` frequencies of a whole head, in transformers' order of
-    operations."""
-    return 1.0 / (theta ** (torch.arange(0, 2 * pairs, 2, dtype=torch.float) / head_dim))
+def their_frequencies(theta: float, pairs: int, head_dim: int, factor: float = 1.0) -> Tensor:
+    """Return the first `pairs` frequencies of a whole head, over `factor`, in transformers' order
+    of operations."""
+    powers = theta ** (torch.arange(0, 2 * pairs, 2, dtype=torch.float) / head_dim)
+    return 1.0 / powers / factor
 
 
 def partial_rope(theta: float, pairs: int, head_dim: int) -> Rope | None:

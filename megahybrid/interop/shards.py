@@ -80,12 +80,26 @@ def _chunks(tensors: Sequence[OutTensor], dtype: str) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
-        band = max(tensor.step, BAND_BYTES // row_bytes // tensor.step * tensor.step)
-        for start in range(0, tensor.shape[0], band):
-            rows = np.ascontiguousarray(tensor.rows(start, min(start + band, tensor.shape[0])))
-            data = torch.from_numpy(rows).to(torch_dtype)
-            yield data.view(torch.uint8).numpy().reshape(-1).data
+        for rows in _bands(tensor):
+            yield rows.to(torch_dtype).view(torch.uint8).numpy().reshape(-1).data
+
+
+def exact_dtype(tensors: Sequence[OutTensor]) -> str:
+    """Return bf16 where every number is one of bf16's, as after an import of such weights, and
+    else fp32: the dtype of fewest bytes that rounds nothing. Stops at the first band that bf16
+    would round."""
+    bands = (rows for tensor in tensors for rows in _bands(tensor))
+    exact = all(torch.equal(rows, rows.to(torch.bfloat16).float()) for rows in bands)
+    return "bf16" if exact else "fp32"
+
+
+def _bands(tensor: OutTensor) -> Iterator[torch.Tensor]:
+    """Yield the rows of a tensor in fp32, at most BAND_BYTES of them at a time."""
+    row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)
+    band = max(tensor.step, BAND_BYTES // row_bytes // tensor.step * tensor.step)
+    for start in range(0, tensor.shape[0], band):
+        rows = tensor.rows(start, min(start + band, tensor.shape[0]))
+        yield torch.from_numpy(np.ascontiguousarray(rows))
 
 
 def row_bands(name: TensorName, head_dim: int) -> Iterator[tuple[int, int]]:
@@ -105,7 +119,14 @@ def _step(name: TensorName, head_dim: int) -> int:
 def reordered(
     rows: np.ndarray, name: TensorName, head_dim: int, inverse: bool = False
 ) -> np.ndarray:
-    """Return whole heads of a tensor with their rows in their order (`inverse`: back in ours)."""
+    """Return whole heads of a tensor as they keep them (`inverse`: as we do): rows in their order,
+    less what they add to each number.
+
+    In fp32 a weight w >= 1/2 of theirs (1 + v) loses nothing: w - 1 is exact, and 1 + v is what
+    their class computes in fp32 itself. Below, 1 + (w - 1) is w within 2^-25.
+    """
+    if name.offset:
+        rows = rows + np.float32(name.offset if inverse else -name.offset)
     if name.order is None:
         return rows
     order = np.array(name.order)
@@ -115,6 +136,14 @@ def reordered(
         return rows[:, order]
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     return heads[:, order].reshape(rows.shape)
+
+
+def as_read(values: torch.Tensor, dtype: torch.dtype, offset: float = 0.0) -> torch.Tensor:
+    """Return numbers of ours in fp32 as a folder in `dtype` gives them back: rounded in the form in
+    which it keeps them, less `offset`."""
+    if not offset:
+        return values.to(dtype).float()
+    return (values - offset).to(dtype).float() + offset
 
 
 def out_tensors(reader: Reader, names: Sequence[TensorName], head_dim: int) -> list[OutTensor]:

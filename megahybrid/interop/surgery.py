@@ -78,6 +78,8 @@ def _change(layer: int, old: AttentionScheme, new: AttentionScheme) -> Change:
             reasons.append("other angles")
     if old.score_scale != new.score_scale:
         reasons.append("another sharpness of attention")
+    if (old.near, old.fuse, old.split) != (new.near, new.fuse, new.split):
+        reasons.append("another share of a second view of its keys")
     if (old.window, old.chunk) != (new.window, new.chunk):
         # Up to the shorter one's length windows and chunks see all that there is.
         edge = min(r for r in (old.reach, new.reach) if r is not None)

@@ -32,6 +32,7 @@ class WrittenTokenizer:
 
     eod_id: int | None
     words: tuple[str, ...]
+    shipped: bool = True
 
 
 def write_tokenizer(folder: Path, run: RunConfig, named: str | None) -> WrittenTokenizer:
@@ -44,7 +45,7 @@ def write_tokenizer(folder: Path, run: RunConfig, named: str | None) -> WrittenT
     eod_id = None if known is None else known[0].eod_id
     file = named or run.data.tokenizer
     if file is None or file == NONE:
-        return WrittenTokenizer(eod_id, ("no tokenizer: ship it beside",))
+        return WrittenTokenizer(eod_id, ("no tokenizer: ship it beside",), shipped=False)
     ours = load_tokenizer(file)
     if ours.info.vocab_size > run.model.vocab_size:
         raise DataError(

@@ -14,11 +14,13 @@ from megahybrid.config.attention import (
     biased_projections,
     gate_features,
 )
+from megahybrid.config.fusion import has_product
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
+from megahybrid.model.learned_sinks import LearnedSinks
 from megahybrid.model.norm import QKNormModule
 from megahybrid.model.output_gate import gated_output
 from megahybrid.model.projection_bias import ProjectionBiases
@@ -44,9 +46,10 @@ class BranchInputs(NamedTuple):
     """
 
     output_gate: Tensor | None = None  # of the attention output, before the sigmoid
+    fuse_gate: Tensor | None = None  # of two views of the keys, before bias and sigmoid
     gate: Tensor | None = None
     up: Tensor | None = None
-    gated: Tensor | None = None  # silu(gate) * up
+    gated: Tensor | None = None  # activation(gate) * up
     mlp: Tensor | None = None  # this rank's part of the MLP's sum
 
 
@@ -95,6 +98,8 @@ def attention_outputs(
     gate = gate_features(scheme.gate, config.num_heads, config.head_dim)
     if gate is not None:
         outputs["output_gate"] = Output(f"{name}.output_gate.weight", gate)
+    if scheme.fuse is not None and has_product(scheme.fuse.gate):
+        outputs["fuse_gate"] = Output(f"{name}.fuse_gate.weight", config.num_heads)
     return outputs
 
 
@@ -126,6 +131,7 @@ class Attention(nn.Module):
             if biased_projections(scheme.bias)
             else None
         )
+        self.sinks = LearnedSinks(config.num_heads, name, mesh) if scheme.sink else None
         self.query_scale = QueryScale.of(scheme, config.num_heads, name, mesh)
         self.output = RowParallelLinear(
             config.num_heads * config.head_dim, config.hidden_size, f"{name}.output.weight", mesh
@@ -163,10 +169,11 @@ class Attention(nn.Module):
         k: Float[Tensor, "seq batch kv_heads_local head_dim"],
         v: Float[Tensor, "seq batch kv_heads_local head_dim"],
         context: SequenceContext,
+        fuse_gate: Tensor | None = None,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
         """The attention output of heads that are normalised but not yet prepared."""
         q, k = self.prepared(q, k, self.positions(context))
-        return self.attended(q, k, v, context)
+        return self.attended(q, k, v, context, fuse_gate)
 
     def positions(self, context: SequenceContext) -> Positions:
         """Return what `prepared` rotates and scales this batch's heads by."""
@@ -199,9 +206,14 @@ class Attention(nn.Module):
         return prepare_queries_keys(q, k, table, factor)
 
     def attended(
-        self, q: Tensor, k: Tensor, v: Tensor, context: SequenceContext
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: SequenceContext,
+        fuse_gate: Tensor | None = None,
     ) -> Float[Tensor, "seq batch heads_local head_dim"]:
-        """The attention output of heads that are prepared."""
+        """The attention output of heads that are prepared; `fuse_gate` is for `TwoViews`."""
         spec = self.spec(context, batch=q.shape[1])
         if context.watch is not None:
             context.watch(q, k, spec)
@@ -242,4 +254,5 @@ class Attention(nn.Module):
             window=self.scheme.reach,
             documents=context.documents_of(self.scheme.chunk, batch),
             scale=score_scale(self.scheme, self.head_dim),
+            sinks=None if self.sinks is None else self.sinks(),
         )

@@ -29,7 +29,7 @@ from megahybrid.model.compiled import PassThrough, rows_first, traced_whole
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.layer_parts import LayerParts
-from megahybrid.model.mlp import GatedProduct, swiglu
+from megahybrid.model.mlp import GatedProduct, gated_product
 from megahybrid.model.recompute import keeping_products, recomputation, rederived
 from megahybrid.parallel.collectives import scatter_sequence
 from megahybrid.parallel.mesh import ParallelMesh
@@ -57,6 +57,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute, self.again, self.tensor = recomputation(policy), False, mesh.tensor
+        self.residual_scale, self.gated = config.residual_scale, gated_product(config.activation)
         self._regions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.add_parts(LayerParts(index, config, scheme, mesh, kernel, policy, norm))
 
@@ -77,14 +78,22 @@ class Block(nn.Module):
         regions = None if self._chunks(hidden) else self._regions
         if regions is None or not torch.is_grad_enabled():
             (q, k, v), inputs = self.enter(hidden)
-            return self.leave(hidden, self.attention(q, k, v, context), inputs)
+            out = self.attention(q, k, v, context, inputs.fuse_gate)
+            return self.leave(hidden, out, inputs)
         enter, leave = regions
         # Made out here, once per batch: a compiled region sees tensors alone.
         positions = self.attention.positions(context).rows_first()
         heads, inputs, hidden = enter(rows_first(hidden), positions)
         q, k, v = (x.transpose(0, 1) for x in heads)
-        attention_output = self.attention.attended(q, k, v, context)
+        gate = None if inputs.fuse_gate is None else inputs.fuse_gate.transpose(0, 1)
+        attention_output = self.attention.attended(q, k, v, context, gate)
         return leave(hidden, rows_first(attention_output), inputs).transpose(0, 1)
+
+    def added(self, hidden: Tensor, branch: Tensor) -> Tensor:
+        """Return the residual stream with what a function gives added to it, scaled."""
+        if self.residual_scale == 1:
+            return hidden + branch
+        return torch.add(hidden, branch, alpha=self.residual_scale)
 
     def compile_pieces(self, backend: str) -> None:
         """Have what is local and holds no weight compiled when gradients are wanted: the rotation
@@ -92,7 +101,7 @@ class Block(nn.Module):
         self.attention.compiled_prepare = traced_whole(prepare_queries_keys, backend)
         for module in self.modules():
             if isinstance(module, GatedProduct):
-                module.swiglu = traced_whole(swiglu, backend)
+                module.compiled = traced_whole(module.gated, backend)
             elif isinstance(module, ChunkedMLP):
                 module.compile_pieces(backend)
 
@@ -124,7 +133,7 @@ class Block(nn.Module):
             return inputs
         # Made anew, not by _replace: torch 2.11 cannot trace that.
         others = {name: getattr(inputs, name) for name in inputs._fields if name not in _GATED}
-        return BranchInputs(gated=swiglu(inputs.gate, inputs.up), **others)
+        return BranchInputs(gated=self.gated(inputs.gate, inputs.up), **others)
 
     def entered(
         self, names: tuple[str, ...], outputs: tuple[Tensor, ...]
@@ -183,12 +192,12 @@ class PreNormBlock(Block):
 
     def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
         """Adds attention, then the MLP of the normed sum."""
-        hidden = hidden + self.attention.to_hidden(attention_output, inputs)
+        hidden = self.added(hidden, self.attention.to_hidden(attention_output, inputs))
         if self._chunks(hidden):
             (part,) = self._normed(self.mlp_norm, self._chunked, hidden)
-            return hidden + scatter_sequence(part, self.tensor)
+            return self.added(hidden, scatter_sequence(part, self.tensor))
         gate, up = self._normed(self.mlp_norm, self.gate_up, hidden)
-        return hidden + self.mlp(gate, up)
+        return self.added(hidden, self.mlp(gate, up))
 
 
 class PostNormBlock(Block):
@@ -210,12 +219,12 @@ class PostNormBlock(Block):
     def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
         """Adds the normed attention, then the normed MLP."""
         branch = self.attention.to_hidden(attention_output, inputs)
-        hidden = hidden + self.attention_norm(branch)
+        hidden = self.added(hidden, self.attention_norm(branch))
         if self._chunks(hidden):
             assert self.chunked is not None
             (part,) = self.chunked(hidden)  # the norm reads it in backward as well
-            return hidden + self.mlp_norm(scatter_sequence(part, self.tensor))
-        return hidden + self.mlp_norm(self.mlp(hidden))
+            return self.added(hidden, self.mlp_norm(scatter_sequence(part, self.tensor)))
+        return self.added(hidden, self.mlp_norm(self.mlp(hidden)))
 
 
 class SandwichBlock(Block):
@@ -241,14 +250,14 @@ class SandwichBlock(Block):
     def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
         """Adds the normed attention, then the normed MLP of the normed sum."""
         branch = self.attention.to_hidden(attention_output, inputs)
-        hidden = hidden + self.attention_output_norm(branch)
+        hidden = self.added(hidden, self.attention_output_norm(branch))
         if self._chunks(hidden):
             assert self.chunked is not None
             # The norm behind it reads it in backward as well.
             (part,) = self._normed(self.mlp_norm, self.chunked, hidden)
-            return hidden + self.mlp_output_norm(scatter_sequence(part, self.tensor))
+            return self.added(hidden, self.mlp_output_norm(scatter_sequence(part, self.tensor)))
         gate, up = self._normed(self.mlp_norm, self.gate_up, hidden)
-        return hidden + self.mlp_output_norm(self.mlp(gate, up))
+        return self.added(hidden, self.mlp_output_norm(self.mlp(gate, up)))
 
 
 class ParallelBlock(Block):
@@ -273,7 +282,7 @@ class ParallelBlock(Block):
     def leave(self, hidden: Tensor, attention_output: Tensor, inputs: BranchInputs) -> Tensor:
         """Adds attention and MLP, scattered together."""
         branch = self.attention.to_hidden(attention_output, inputs, reduce=False)
-        return hidden + scatter_sequence(branch + self._mlp_part(inputs), self.tensor)
+        return self.added(hidden, scatter_sequence(branch + self._mlp_part(inputs), self.tensor))
 
     def _mlp_part(self, inputs: BranchInputs) -> Tensor:
         """This rank's part of the MLP's sum, from as far as `enter` got with it."""

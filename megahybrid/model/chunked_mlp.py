@@ -3,7 +3,7 @@ for one chunk at a time, and backward computes them again."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from megahybrid.config import chunk_sizes
+from megahybrid.config.model import Activation
 from megahybrid.model.compiled import traced_whole
+from megahybrid.model.geglu import gelu_gated, gelu_gated_gradients
 from megahybrid.model.input_projection import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
@@ -55,6 +57,17 @@ class Between:
     gradients: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_gradients
 
 
+def between(activation: Activation) -> Between:
+    """Return the functions of an activation."""
+    match activation:
+        case "silu":
+            return Between()
+        case "gelu_tanh":
+            return Between(gelu_gated, gelu_gated_gradients)
+        case never:
+            assert_never(never)
+
+
 class ChunkedMLP(nn.Module):
     """An input projection that ends in gate and up, and all that the MLP makes of these two.
 
@@ -63,7 +76,9 @@ class ChunkedMLP(nn.Module):
     module's own parameters when that module runs.
     """
 
-    def __init__(self, input: InputProjection, down: RowParallelLinear) -> None:
+    def __init__(
+        self, input: InputProjection, down: RowParallelLinear, activation: Activation = "silu"
+    ) -> None:
         super().__init__()
         assert input.names[-2:] == ("gate", "up")
         assert all(output.sharded for output in input.outputs[-2:])
@@ -71,13 +86,15 @@ class ChunkedMLP(nn.Module):
         self.outputs, self.sizes = input.outputs[:-2], input.sizes[:-2]
         self.kept = tuple(output.kept for output in self.outputs if not output.sharded)
         self.axis, self.weight, self.down = input.axis, input.weight, down.weight
-        self.between = Between()
+        self.between = self.plain = between(activation)
         for index, parameter in enumerate(input.replicated):
             setattr(self, f"replicated_{index}", parameter)
 
     def compile_pieces(self, backend: str) -> None:
         """Have what lies between a chunk's products compiled when gradients are wanted."""
-        self.between = Between(traced_whole(gated, backend), traced_whole(gated_gradients, backend))
+        self.between = Between(
+            traced_whole(self.plain.gated, backend), traced_whole(self.plain.gradients, backend)
+        )
 
     def forward(
         self, x: Float[Tensor, "seq_local batch hidden"], needed: bool = True
@@ -88,7 +105,7 @@ class ChunkedMLP(nn.Module):
         it nowhere.
         """
         replicated = [getattr(self, f"replicated_{index}") for index in range(len(self.kept))]
-        between = self.between if torch.is_grad_enabled() else Between()
+        between = self.between if torch.is_grad_enabled() else self.plain
         setup = _Setup(
             self.axis, sum(self.sizes), self.kept, chunk_sizes.CHUNK_TOKENS, needed, between
         )

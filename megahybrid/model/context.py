@@ -1,13 +1,14 @@
 """What all layers share while one batch passes through: document boundaries and rotation tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from megahybrid.config.attention import Rope
+from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.model.activation_offload import OffloadedTensor
 from megahybrid.model.core_attention import CoreAttention, core_attention
 from megahybrid.model.kernels import AttentionSpec
@@ -15,6 +16,18 @@ from megahybrid.model.kernels.documents import Documents, chunks_of_rows
 from megahybrid.model.rotary import RotaryTable, plain_table
 from megahybrid.model.row_shards import RowShards
 
+
+class View(NamedTuple):
+    """One of a layer's two views: its prepared queries, the scale of q·k, and its scheme."""
+
+    q: Tensor  # [seq batch heads head_dim]
+    scale: float
+    scheme: AttentionScheme
+
+
+# (near and far, keys and values [seq batch kv_heads head_dim], the share of near): the attention
+# output of each. Keys are those of the tokens that are here, as no view prepares them.
+AttentionOfViews = Callable[[Sequence[View], Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (queries, keys [seq_local batch heads head_dim] as they meet, what is asked of a kernel)
 Watch = Callable[[Tensor, Tensor, AttentionSpec], None]
 
@@ -28,7 +41,8 @@ class SequenceContext:
     tokens, or watches, stands there around `core_attention`. Training leaves it as it is.
     `length` and `documents` are those of whole rows; `shards` says which of their tokens are here,
     None where all are. `watch` is told of every layer's queries and keys of these tokens, before
-    they meet those of other ranks.
+    they meet those of other ranks. `two_views` stands in place of `attention` where a layer has two
+    views of its keys and these are kept.
     `offloaded` has the inputs of layers that wait in host memory, the lowest first.
     """
 
@@ -41,6 +55,7 @@ class SequenceContext:
     offloaded: list[OffloadedTensor] = field(default_factory=list)
     shards: RowShards | None = None
     watch: Watch | None = None
+    two_views: AttentionOfViews | None = None
 
     def rotary_table(self, rope: Rope, head_dim: int) -> RotaryTable:
         """cos and sin for this batch's positions, which restart at each document."""

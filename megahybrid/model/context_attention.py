@@ -46,19 +46,30 @@ class ShardedCall:
     kernel: str
     attention: CoreAttention = core_attention
 
-    def spec(self, first: int, last: int, queries: int) -> AttentionSpec:
+    def spec(
+        self, first: int, last: int, queries: int, heads: slice = slice(None)
+    ) -> AttentionSpec:
         """Return what the last `queries` of positions first … last - 1 ask of a kernel, with the
-        keys of all of these."""
-        documents = self.whole.documents
+        keys of all of these; `heads` are those of this rank's queries that are computed."""
+        documents, sinks = self.whole.documents, self.whole.sinks
         return replace(
             self.whole,
             documents=None if documents is None else documents.stretch(first, last),
             before=(last - first - queries) or None,
+            sinks=None if sinks is None else sinks[heads],
         )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, first: int, last: int) -> Tensor:
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: int,
+        last: int,
+        heads: slice = slice(None),
+    ) -> Tensor:
         """Return the attention output of q, the last of positions first … last - 1."""
-        return self.attention(q, k, v, self.spec(first, last, len(q)), self.kernel)
+        return self.attention(q, k, v, self.spec(first, last, len(q), heads), self.kernel)
 
 
 def attend_sharded(q: Queries, k: Keys, v: Keys, call: ShardedCall) -> Queries:
@@ -117,7 +128,8 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, call: ShardedCall) -> Tensor:
     heads = q.shape[2] // ranks
     kv_heads = (whole.shape[2] - heads) // 2
     whole_q, whole_k, whole_v = whole.split((heads, kv_heads, kv_heads), dim=2)
-    out = call.run(whole_q, whole_k, whole_v, 0, shards.length)
+    these = slice(axis.rank * heads, (axis.rank + 1) * heads)
+    out = call.run(whole_q, whole_k, whole_v, 0, shards.length, these)
     back = all_to_all(shards.part(out), even, even, axis).unflatten(0, (ranks, here))
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
@@ -136,13 +148,14 @@ def _for_ranks(x: Tensor, ranks: int) -> Tensor:
 def _by_keys(q: Tensor, k: Tensor, v: Tensor, call: ShardedCall) -> Tensor:
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if gradients:
-        return _AttendGathered.apply(q, k, v, call)
+        return _AttendGathered.apply(q, k, v, call.whole.sinks, call)
     group = q.shape[2] // k.shape[2]
     outs = []
     for head, keys, values in _gathered(k, v, call):
-        queries = q[:, :, head * group : (head + 1) * group]
+        of_head = slice(head * group, (head + 1) * group)
+        queries = q[:, :, of_head]
         parts = [
-            call.run(queries[some], keys[first:last], values[first:last], first, last)
+            call.run(queries[some], keys[first:last], values[first:last], first, last, of_head)
             for some, first, last in _segments(call)
         ]
         outs.append(torch.cat(parts))
@@ -174,7 +187,9 @@ def _gathered(k: Tensor, v: Tensor, call: ShardedCall) -> Iterator[tuple[int, Te
 
 class _AttendGathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: ShardedCall) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: ShardedCall
+    ) -> Tensor:
         group = q.shape[2] // k.shape[2]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
@@ -183,7 +198,7 @@ class _AttendGathered(torch.autograd.Function):
             of_head = slice(head * group, (head + 1) * group)
             for some, first, last in _segments(call):
                 queries, seen = q[some, :, of_head], slice(first, last)
-                spec = call.spec(first, last, len(queries))
+                spec = call.spec(first, last, len(queries), of_head)
                 part, needed = attention_forward(
                     queries, keys[seen], values[seen], spec, call.kernel
                 )
@@ -195,20 +210,22 @@ class _AttendGathered(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call, counts, (q, k, v, out, *kept) = ctx.call, iter(ctx.counts), ctx.saved_tensors
         grad, group = grads[0], q.shape[2] // k.shape[2]
         by_q, by_k, by_v = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
         )
+        sinks = call.whole.sinks
+        by_sinks = None if sinks is None else torch.zeros_like(sinks)
         for head, keys, values in _gathered(k, v, call):
             of_head = slice(head * group, (head + 1) * group)
             both = keys.new_zeros(len(keys), keys.shape[1], 2, keys.shape[3])
             for some, first, last in _segments(call):
                 count, seen = next(counts), slice(first, last)
                 needed, kept = tuple(kept[:count]), kept[count:]
-                spec = call.spec(first, last, some.stop - some.start)
-                by_queries, by_keys, by_values = attention_backward(
+                spec = call.spec(first, last, some.stop - some.start, of_head)
+                by_queries, by_keys, by_values, of_sinks = attention_backward(
                     grad[some, :, of_head],
                     q[some, :, of_head],
                     keys[seen],
@@ -221,7 +238,9 @@ class _AttendGathered(torch.autograd.Function):
                 by_q[some, :, of_head] = by_queries
                 both[seen, :, :1] += by_keys
                 both[seen, :, 1:] += by_values
+                if by_sinks is not None and of_sinks is not None:
+                    by_sinks[of_head] += of_sinks
             by_k[:, :, head : head + 1], by_v[:, :, head : head + 1] = return_gradients(
                 call.shards.part(both), call.shards.axis
             )
-        return by_q, by_k, by_v, None
+        return by_q, by_k, by_v, by_sinks, None

@@ -6,12 +6,14 @@ and keys, scales them, or calls a kernel.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from megahybrid.model.kernels import AttentionSpec, attend, halves
+from megahybrid.model.kernels.sinks import gradient_of_sinks
 from megahybrid.model.rotary import RotaryTable, rotate_both
 
 Queries = Float[Tensor, "seq batch heads head_dim"]
@@ -65,14 +67,19 @@ def attention_backward(
     kept: tuple[Tensor, ...],
     spec: AttentionSpec,
     kernel: str,
-) -> tuple[Queries, Keys, Keys]:
-    """Return the gradients of q, k and v. Where a kernel has no backward of its own, its forward
-    runs a second time."""
+) -> tuple[Queries, Keys, Keys, Tensor | None]:
+    """Return the gradients of q, k and v, and of the sinks of `spec` where it has some. Where a
+    kernel has no backward of its own, its forward runs a second time."""
     if (apart := halves(q, k, spec, kernel)) is not None:
         (_, backward), asked = apart
-        return backward(grad_output, q, k, v, out, kept, asked)
+        by_q, by_k, by_v = backward(grad_output, q, k, v, out, kept, asked)
+        if spec.sinks is None:
+            return by_q, by_k, by_v, None
+        return by_q, by_k, by_v, gradient_of_sinks(grad_output, out, kept[0], spec.sinks)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    sinks = None if spec.sinks is None else spec.sinks.detach().requires_grad_()
     with torch.enable_grad():
-        again = core_attention(q, k, v, spec, kernel)
-    by_q, by_k, by_v = torch.autograd.grad(again, (q, k, v), grad_output)
-    return by_q, by_k, by_v
+        again = core_attention(q, k, v, replace(spec, sinks=sinks), kernel)
+    leaves = (q, k, v) if sinks is None else (q, k, v, sinks)
+    by_q, by_k, by_v, *by_sinks = torch.autograd.grad(again, leaves, grad_output)
+    return by_q, by_k, by_v, by_sinks[0] if by_sinks else None

@@ -16,6 +16,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
+from megahybrid.config.fusion import first_bias
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -55,7 +56,13 @@ def parameter_rule(name: str, model: ModelConfig, optimizer: OptimizerConfig) ->
     if name.endswith(".logit_scale"):
         scheme = model.layer_plan.expand()[int(name.split(".")[1])]
         return ParameterRule("attention", None, _initial(scheme.score_scale), 0.0, 1.0)
-    if name.endswith(".bias"):
+    if name.endswith(".fuse_gate.bias"):
+        fuse = model.layer_plan.expand()[int(name.split(".")[1])].fuse
+        assert fuse is not None
+        return ParameterRule("attention", None, first_bias(fuse), 0.0, 1.0)
+    if name.endswith(".fuse_gate.weight"):  # a share that is the same at every token, at first
+        return ParameterRule("attention", 0.0, 0.0, width_ratio, 1 / width_ratio)
+    if name.endswith((".bias", ".sinks")):
         return ParameterRule("attention", None, 0.0, 0.0, 1.0)
     if name.startswith("embedding."):
         return ParameterRule("embedding", model.embedding_std or model.initial_std, 0.0, 1.0, 1.0)

@@ -9,6 +9,7 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
 from megahybrid.model.attention import Attention, attention_outputs
 from megahybrid.model.chunked_mlp import ChunkedMLP
+from megahybrid.model.fusion import TwoViews
 from megahybrid.model.input_projection import InputProjection
 from megahybrid.model.mlp import MLP, GatedProduct, mlp_outputs
 from megahybrid.model.norm import make_norm
@@ -50,8 +51,8 @@ class LayerParts:
 
     def attention(self) -> Attention:
         """Return attention between its projections, and its way back."""
-        name = self.name("attention")
-        return Attention(name, self.config, self.scheme, self.mesh, self.kernel)
+        kind = Attention if self.scheme.near is None else TwoViews
+        return kind(self.name("attention"), self.config, self.scheme, self.mesh, self.kernel)
 
     def gated_product(self) -> GatedProduct:
         """Return an MLP without its input projection."""
@@ -65,4 +66,6 @@ class LayerParts:
     def chunked(self, input: InputProjection, down: RowParallelLinear) -> ChunkedMLP | None:
         """Return an MLP in chunks beside the plain one, with the same parameters; None where no
         sequence is cut."""
-        return None if recomputation(self.policy).chunks == "never" else ChunkedMLP(input, down)
+        if recomputation(self.policy).chunks == "never":
+            return None
+        return ChunkedMLP(input, down, self.config.activation)

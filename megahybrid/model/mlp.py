@@ -1,14 +1,15 @@
-"""The gated feed-forward half of a layer: down(silu(gate(u)) * up(u)), arXiv 2002.05202."""
+"""The gated feed-forward half of a layer: down(activation(gate(u)) * up(u)), arXiv 2002.05202."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.model import ModelConfig
+from megahybrid.config.model import Activation, ModelConfig
+from megahybrid.model.geglu import geglu
 from megahybrid.model.input_projection import InputProjection
 from megahybrid.model.recompute import rederived
 from megahybrid.parallel.linear import Output, RowParallelLinear
@@ -40,6 +41,17 @@ def swiglu(
     return _SwiGLU.apply(gate, up)
 
 
+def gated_product(activation: Activation) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return activation(gate) * up as a function of gate and up, with its gradient."""
+    match activation:
+        case "silu":
+            return swiglu
+        case "gelu_tanh":
+            return geglu
+        case never:
+            assert_never(never)
+
+
 def mlp_outputs(name: str, config: ModelConfig) -> dict[str, Output]:
     """Return the two input projections, for a matrix that may hold others as well."""
     return {
@@ -53,7 +65,8 @@ class GatedProduct(nn.Module):
     def __init__(self, name: str, config: ModelConfig, mesh: ParallelMesh, selective: bool) -> None:
         super().__init__()
         self.selective = selective
-        self.swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+        self.gated = gated_product(config.activation)
+        self.compiled = self.gated  # until a compiler is given it
         self.down = RowParallelLinear(
             config.intermediate_size, config.hidden_size, f"{name}.down.weight", mesh
         )
@@ -66,8 +79,8 @@ class GatedProduct(nn.Module):
     ) -> Float[Tensor, "seq_out batch hidden"]:
         """The shard of the result, or with reduce=False this rank's part of the sum."""
         if torch.compiler.is_compiling():
-            return self.down(swiglu(gate, up), reduce=reduce)
-        function = self.swiglu if torch.is_grad_enabled() else swiglu
+            return self.down(self.gated(gate, up), reduce=reduce)
+        function = self.compiled if torch.is_grad_enabled() else self.gated
         product = function(gate, up)
         if not (self.selective and torch.is_grad_enabled()):
             return self.down(product, reduce=reduce)
@@ -85,6 +98,6 @@ class MLP(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "seq_local batch hidden"]
     ) -> Float[Tensor, "seq_local batch hidden"]:
-        """down(silu(gate(hidden)) * up(hidden)), gathered on entry and scattered on exit."""
+        """down(activation(gate(hidden)) * up(hidden)), gathered on entry and scattered on exit."""
         gate, up = self.input(hidden)
         return self.product(gate, up)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from megahybrid.config.attention import Rope
@@ -49,7 +49,14 @@ class RotaryTable:
             positions = documents.positions().T
         if segments is not None:
             positions = torch.cat([positions[start:stop] for start, stop in segments])
-        frequencies = _frequencies(rope, head_dim, device)
+        return cls.at(rope, head_dim, positions, dtype)
+
+    @classmethod
+    def at(
+        cls, rope: Rope, head_dim: int, positions: Int[Tensor, "seq batch"], dtype: torch.dtype
+    ) -> "RotaryTable":
+        """The table of tokens at these positions of their documents."""
+        frequencies = _frequencies(rope, head_dim, positions.device)
         angles = positions[..., None, None].float() * frequencies
         factor = rope.attention_factor()
         cos, sin = angles.cos() * factor, angles.sin() * factor

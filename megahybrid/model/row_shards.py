@@ -12,6 +12,7 @@ from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import Exchange, Layout, plan_context, segments
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
+from megahybrid.errors import ConfigError
 from megahybrid.parallel.collectives import all_gather, all_reduce
 from megahybrid.parallel.exchange import HaloPlan, Range
 from megahybrid.parallel.mesh import Axis, ParallelMesh
@@ -126,6 +127,11 @@ class ContextRanks:
         crossing = plan_context(self.model, self.parallel, plan, length)
         if crossing.degree == 1:
             return None
+        if any(scheme.near is not None for scheme in plan.schemes.values()):
+            raise ConfigError(
+                f"{crossing.degree} context ranks (--context or parallel.context) exchange the "
+                "keys of one view, and near is a second one. Use tensor ranks."
+            )
         by_window = {
             plan.schemes[name].reach: exchange
             for name, exchange in crossing.exchanges

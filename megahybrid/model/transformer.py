@@ -57,7 +57,11 @@ class Transformer(nn.Module):
         nothing: list[Recompute] = ["none"] * len(schemes)
         self.recompute = tuple(recompute or nothing)
         self.embedding = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, "embedding.weight", mesh
+            config.vocab_size,
+            config.hidden_size,
+            "embedding.weight",
+            mesh,
+            scale=config.embedding_scale,
         )
         block = block_class(config.block)
         self.blocks = nn.ModuleList(
@@ -72,6 +76,7 @@ class Transformer(nn.Module):
             if config.tie_embeddings
             else VocabParallelHead(config.vocab_size, config.hidden_size, "head.weight", mesh)
         )
+        self.head.softcap = config.logit_softcap
         if compiler is not None:
             self.compile_blocks(compiler, keeps_weights)
 

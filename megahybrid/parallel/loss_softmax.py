@@ -36,18 +36,31 @@ def statistics(
     column: Int[Tensor, "tokens 1"],
     mine: Bool[Tensor, " tokens"],
     scale: float,
+    softcap: float | None = None,
 ) -> Statistics:
     """Return the largest scaled logit, the sum of exponentials relative to it, the target's logit.
 
     The target's logit is the one in `column` (0 where it is not `mine`). Leaves the exponentials in
-    the place of `logits`.
+    the place of `logits`. With `softcap` c, a scaled logit z is c tanh(z / c), and that tanh is
+    left: the derivative is made of it.
     """
+    if softcap is not None:
+        logits.mul_(scale / softcap).tanh_()
+        target_logit = torch.where(mine, logits.gather(1, column).squeeze(1) * softcap, 0)
+        peak = logits.amax(dim=1) * softcap
+        total = _exponentials(logits, softcap, peak).sum(dim=1)
+        return torch.stack([peak, total, target_logit])
     if scale != 1.0:
         logits.mul_(scale)
     target_logit = torch.where(mine, logits.gather(1, column).squeeze(1), 0)
     peak = logits.amax(dim=1)
     logits.sub_(peak.unsqueeze(1)).exp_()
     return torch.stack([peak, logits.sum(dim=1), target_logit])
+
+
+def _exponentials(tanh: Tensor, softcap: float, peak: Tensor) -> Tensor:
+    """Those of capped logits, relative to the largest."""
+    return (tanh * softcap).sub_(peak.unsqueeze(1)).exp_()
 
 
 def combine(
@@ -75,23 +88,38 @@ def grad_logits(
     mine: Bool[Tensor, " tokens"],
     scale: float,
     out: Float[Tensor, "tokens words"],
+    softcap: float | None = None,
 ) -> None:
     """Write exponentials * factor, less `scale` in the column that is `mine`, into `out`.
 
-    `out` may be the exponentials.
+    `out` may be the exponentials. With a soft-cap these are a tanh t still, and the gradient of a
+    capped logit is multiplied by 1 - t².
     """
+    if softcap is not None:
+        tanh, exponentials = exponentials, _exponentials(exponentials, softcap, peak)
+        grad_logits(exponentials, peak, factor, column, mine, scale, exponentials)
+        torch.mul(exponentials, tanh.square_().neg_().add_(1), out=out)
+        return
     # In full precision: near a certain prediction probability - 1 would lose its digits.
     at_target = exponentials.gather(1, column).squeeze(1) * factor - mine.to(factor.dtype) * scale
     torch.mul(exponentials, factor.unsqueeze(1), out=out)
     out.scatter_(1, column, at_target.to(out.dtype).unsqueeze(1))
 
 
-def fused_statistics(logits: Tensor, column: Tensor, mine: Tensor, scale: float) -> Statistics:
+def _scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    if softcap is not None:
+        return softcap * torch.tanh(logits * (scale / softcap))
+    return logits if scale == 1.0 else logits * scale
+
+
+def fused_statistics(
+    logits: Tensor, column: Tensor, mine: Tensor, scale: float, softcap: float | None = None
+) -> Statistics:
     """Return `statistics` and leave the logits as they are.
 
     Written as compilers know a softmax: they find the largest and the sum in one reading.
     """
-    scaled = logits if scale == 1.0 else logits * scale
+    scaled = _scaled(logits, scale, softcap)
     target_logit = torch.where(mine, scaled.gather(1, column).squeeze(1), 0)
     parts = ROW_PARTS if logits.shape[1] % ROW_PARTS == 0 else 1
     of_part = scaled.unflatten(1, (parts, -1))  # [tokens, pieces, words / pieces]
@@ -110,13 +138,15 @@ def fused_grad_logits(
     mine: Tensor,
     scale: float,
     out: Tensor,
+    softcap: float | None = None,
 ) -> None:
     """Compute `grad_logits` from the logits themselves; `out` is another tensor."""
-    scaled = logits if scale == 1.0 else logits * scale
+    scaled = _scaled(logits, scale, softcap)
     exponentials = (scaled - peak.unsqueeze(1)).exp() * factor.unsqueeze(1)
     index = torch.arange(logits.shape[1], device=logits.device)
     target = (index == column) & mine.unsqueeze(1)
-    out.copy_(torch.where(target, exponentials - scale, exponentials))
+    found = torch.where(target, exponentials - scale, exponentials)
+    out.copy_(found if softcap is None else found * (1 - (scaled / softcap).square()))
 
 
 WRITTEN_OUT = Softmax(statistics, combine, grad_logits)

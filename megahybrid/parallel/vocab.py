@@ -58,15 +58,21 @@ class VocabParallelEmbedding(nn.Module):
         pad_multiple: int = 8,
         *,
         dtype: torch.dtype | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.axis, self.vocab_size = mesh.tensor, vocab_size
+        self.axis, self.vocab_size, self.scale = mesh.tensor, vocab_size, scale
         self.weight = _vocab_parameter(name, vocab_size, hidden_size, mesh, pad_multiple, dtype)
         spec = shard_spec(self.weight)
         self.rows = spec.box(spec.segments[0])[0]
 
     def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "seq_local batch hidden"]:
-        """Vectors of the tokens. Tokens outside the vocabulary must be refused before."""
+        """Vectors of the tokens, times `scale`. Tokens outside the vocabulary must be refused
+        before."""
+        found = self._found(tokens)
+        return found if self.scale == 1 else found * self.scale
+
+    def _found(self, tokens: Tensor) -> Tensor:
         tokens = tokens.t()
         if self.axis.size == 1:
             return F.embedding(tokens, self.weight)
@@ -81,8 +87,11 @@ class VocabParallelHead(nn.Module):
     """Cross-entropy and logits over the cut vocabulary.
 
     Tied: `VocabParallelHead.tied(embedding)` registers the embedding's own Parameter, so that it
-    is gathered for this module too under ZeRO-3. Untied: a parameter of its own.
+    is gathered for this module too under ZeRO-3. Untied: a parameter of its own. With `softcap` c,
+    every logit z, already scaled, is c tanh(z / c).
     """
+
+    softcap: float | None = None
 
     def __init__(
         self,
@@ -143,6 +152,7 @@ class VocabParallelHead(nn.Module):
             self.axis,
             self.rows,
             float(logit_scale),
+            self.softcap,
             chunk,
             self.softmax,
             torch.is_grad_enabled(),
@@ -163,6 +173,8 @@ class VocabParallelHead(nn.Module):
     def _logits(self, hidden: Tensor, logit_scale: float) -> Tensor:
         whole = gather_sequence(hidden, self.axis)
         local = F.linear(whole, self.weight.to(whole.dtype)) * logit_scale
+        if self.softcap is not None:
+            local = self.softcap * torch.tanh(local / self.softcap)
         joined = all_gather(local.movedim(-1, 0), self.axis)  # [padded vocab, seq, batch]
         return joined[: self.vocab_size].movedim(0, -1)
 
@@ -186,6 +198,7 @@ class _ChunkedLoss(torch.autograd.Function):
         axis: Axis,
         rows: tuple[int, int],
         scale: float,
+        softcap: float | None,
         chunk: int,
         softmax: Softmax,
         grad_enabled: bool,
@@ -222,6 +235,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     axis,
                     rows[1] - rows[0],
                     scale,
+                    softcap,
                     softmax if needs_grad else WRITTEN_OUT,
                     needs_grad,
                     out,
@@ -256,7 +270,7 @@ class _ChunkedLoss(torch.autograd.Function):
             same = grad_weight.dtype == ctx.weight_dtype
             out = grad_weight if same else torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grads[0], out=out)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *(None for _ in range(8))
 
 
 def _loss_and_grad(
@@ -266,6 +280,7 @@ def _loss_and_grad(
     axis: Axis,
     vocab_local: int,
     scale: float,
+    softcap: float | None,
     softmax: Softmax,
     needs_grad: bool,
     out: Tensor | None,
@@ -282,7 +297,7 @@ def _loss_and_grad(
     counts, mine, column = targets
     logits = product_exact(inputs, weight.t(), torch.promote_types(inputs.dtype, torch.float32))
     if vocab_local:
-        statistics = softmax.statistics(logits[:, :vocab_local], column, mine, scale)
+        statistics = softmax.statistics(logits[:, :vocab_local], column, mine, scale, softcap)
     else:
         statistics = logits.new_zeros(3, len(counts))
         statistics[0] = -torch.inf
@@ -301,5 +316,6 @@ def _loss_and_grad(
             mine,
             scale,
             grad_logits[:, :vocab_local],
+            softcap,
         )
     return losses, grad_logits

@@ -13,7 +13,13 @@ from megahybrid.report.rendering import identifier
 from megahybrid.report.style import DPI, LINE_COLOURS, MARKERS, WIDTH_INCHES, house_style, save
 
 # Begin, needle, context, end: the needle stands out, the rest recedes.
-SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#d9d9d9", "end": "#009E73"}
+SEGMENT_COLOURS = {
+    "begin": "#56B4E9",
+    "needle": "#D55E00",
+    "context": "#d9d9d9",
+    "end": "#009E73",
+    "learned_sink": "#CC79A7",
+}
 
 
 def draw_answers(directory: Path, folder: Path) -> list[Picture]:
@@ -157,7 +163,8 @@ def _of_attention(file: EvaluationFile) -> list[tuple[str, str, Figure]]:
 
 
 def mass_bars(figures: dict[str, Any]) -> Figure:
-    """Draw a bar for each layer, cut into begin, needle, context, end; names coloured by kind."""
+    """Draw a bar for each layer, cut into begin, needle, context, end and learned sink; names
+    coloured by kind."""
     layers = figures["layers"]
     figure = Figure(figsize=(WIDTH_INCHES, 1.8 + 0.34 * len(layers)), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
@@ -165,7 +172,13 @@ def mass_bars(figures: dict[str, Any]) -> Figure:
     done = np.zeros(len(layers))
     for segment in figures["segments"]:
         share = np.array([layer["mass"][segment] for layer in layers])
-        left.barh(places, share, left=done, color=SEGMENT_COLOURS[segment], label=segment)
+        left.barh(
+            places,
+            share,
+            left=done,
+            color=SEGMENT_COLOURS[segment],
+            label=segment.replace("_", " "),
+        )
         done += share
     colours = _kind_colours(figures)
     left.set_yticks(places, [f"{layer['layer']} {layer['kind']}" for layer in layers])

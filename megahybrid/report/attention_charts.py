@@ -17,14 +17,17 @@ from megahybrid.report.figures import (
     line,
     log_axis,
 )
+from megahybrid.report.near_charts import near_charts
 from megahybrid.report.parts import Chart, Missing, Part, Table, listed, rounded
 
 
 def attention_parts(found: Found) -> list[Part]:
     """All attention charts of every run, or the command that would measure them."""
     drawn: list[list[Chart]] = []
+    near: list[Chart] = []
     rows: list[list[Any]] = []
     missing: list[Missing] = []
+    segments = _segments(found)
     for record, files in found:
         mine = [one for one in files if one.kind == "attention"]
         for one in mine:
@@ -32,9 +35,13 @@ def attention_parts(found: Found) -> list[Part]:
             for told in tasks:
                 names = [record.name] * (len(found) > 1) + [told["task"]] * (len(tasks) > 1)
                 place = f"{record.slug}-{one.name}-{told['task']}"
-                drawn.append(_charts("".join(f"{name}: " for name in names), one, told, place))
+                title = "".join(f"{name}: " for name in names)
+                drawn.append(_charts(title, one, told, place))
+                figures = told["attention"]
+                colours = kind_colours(_kinds(figures))
+                near += near_charts(figures, colours, title, _where(one, told), place)
             if len(results) > len(tasks):
-                rows += _every(record.name, results)
+                rows += _every(record.name, results, segments)
         if not mine:
             missing.append(
                 Missing(
@@ -45,15 +52,29 @@ def attention_parts(found: Found) -> list[Part]:
             )
     # Charts of a kind together, so that runs and tasks stand beside one another.
     parts: list[Part] = [chart for kind in zip(*drawn, strict=True) for chart in kind]
+    parts += near
     if rows:
-        head = ("run", "task", "tokens", "depths", "layers", *SEGMENT_COLOURS, "entropy, bits",
+        head = ("run", "task", "tokens", "depths", "layers", *segments, "entropy, bits",
                 "distance", "sink", "retrieval")  # fmt: skip
         caption = "Attention by length of the text (means over depths and over layers of a kind)"
         parts.append(Table(head, rows, caption))
     return parts + missing
 
 
-def _every(run: str, results: Sequence[dict[str, Any]]) -> list[list[Any]]:
+def _segments(found: Found) -> list[str]:
+    """The segments that some result has: a learned sink is only where layers have one."""
+    results = [
+        told
+        for _, files in found
+        for one in files
+        if one.kind == "attention"
+        for told in one.result["results"]
+    ]
+    held = {name for told in results for name in told["attention"]["segments"]}
+    return [name for name in SEGMENT_COLOURS if name in held]
+
+
+def _every(run: str, results: Sequence[dict[str, Any]], segments: Sequence[str]) -> list[list[Any]]:
     """A row for each task, length and kind of layer: the charts show one length and depth."""
     rows: list[list[Any]] = []
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -64,7 +85,7 @@ def _every(run: str, results: Sequence[dict[str, Any]]) -> list[list[Any]]:
         where = f"{depths[0]:.0%}–{depths[-1]:.0%}" if depths else None
         for kind in group[0]["attention"]["by_kind"]:
             parts = [told["attention"]["by_kind"][kind] for told in group]
-            masses = [fmean(part["mass"][segment] for part in parts) for segment in SEGMENT_COLOURS]
+            masses = [fmean(part["mass"].get(name, 0.0) for part in parts) for name in segments]
             names = ("entropy_bits", "distance", "sink", "retrieval")
             others = [fmean(part[name] for part in parts) for name in names]
             rows.append([run, task, length, where, kind, *masses, *others])
@@ -79,13 +100,16 @@ def kind_colours(kinds: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _charts(title: str, file: EvaluationFile, told: dict[str, Any], place: str) -> list[Chart]:
-    figures = told["attention"]
+def _where(file: EvaluationFile, told: dict[str, Any]) -> str:
     depth = f", the sentence at {told['depth']:.0%} depth" if "depth" in told else ""
-    where = (
+    return (
         f"Task {told['task']}, {told['length']:,} tokens{depth}; {told['trials']} examples, "
         f"{told['exact']:.0%} of them answered, step {file.step:,}."
     )
+
+
+def _charts(title: str, file: EvaluationFile, told: dict[str, Any], place: str) -> list[Chart]:
+    figures, where = told["attention"], _where(file, told)
     return [
         _mass(figures, f"mass-{place}", f"{title}Attention mass by layer", where),
         _entropy(figures, f"entropy-{place}", f"{title}Entropy by layer", where),
@@ -146,9 +170,10 @@ def _mass(figures: dict[str, Any], name: str, title: str, where: str) -> Chart:
         axis("share of attention", range=[-0.03, 1], tickvals=[0, 0.25, 0.5, 0.75, 1]),
         _by_layer(figures), barmode="stack", hovermode="closest", height=_height(figures),
     )  # fmt: skip
+    sunk = ", or nowhere (learned_sink)" if "learned_sink" in figures["segments"] else ""
     says = (
         "Where the words of question and answer look: the first ten tokens (begin), the hidden "
-        f"sentence (needle), the question itself (end), or the rest (context). {where}"
+        f"sentence (needle), the question itself (end), or the rest (context){sunk}. {where}"
     )
     rows: list[list[Any]] = [
         [

@@ -16,7 +16,13 @@ from megahybrid.report.record import RunRecord, StageRecord
 
 # Kinds of layers, in colours that no segment of the attention has.
 KIND_COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#7A5195", "#8C8C8C")
-SEGMENT_COLOURS = {"begin": "#56B4E9", "needle": "#D55E00", "context": "#A6A6A6", "end": "#009E73"}
+SEGMENT_COLOURS = {
+    "begin": "#56B4E9",
+    "needle": "#D55E00",
+    "context": "#A6A6A6",
+    "end": "#009E73",
+    "learned_sink": "#CC79A7",
+}
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 FAINT = "rgba(128,128,128,0.65)"

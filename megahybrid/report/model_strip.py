@@ -2,7 +2,7 @@
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, LayerPlan
-from megahybrid.config.describe import position_in_words
+from megahybrid.config.describe import position_in_words, views_in_words
 from megahybrid.report.attention_charts import kind_colours
 from megahybrid.report.parts import Cell, Missing, Part, Strip, StripLayer, Table, short_number
 from megahybrid.report.record import RunRecord
@@ -30,6 +30,10 @@ def strip_part(record: RunRecord, several: bool) -> list[Part]:
 
 def scheme_in_words(scheme: AttentionScheme) -> str:
     """ "sees the last 64 tokens, with rotary positions (theta 10k)" and the like."""
+    if scheme.near is not None:
+        near, far = (scheme_in_words(view) for view in scheme.views())
+        how = "a head" if scheme.fuse is None else "every head"
+        return f"{how} {near}; {'others' if scheme.fuse is None else 'and'} {far}"
     span = "sees every earlier token"
     if scheme.window is not None:
         span = f"sees the last {scheme.window:,} tokens"
@@ -39,6 +43,11 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
     if theta is None:
         return f"{span}, without positions (NoPE)"
     return f"{span}, with rotary positions (RoPE, theta {short_number(theta)})"
+
+
+def _position(scheme: AttentionScheme) -> str:
+    words = position_in_words(scheme)
+    return words if scheme.near is None else f"{words}; {views_in_words(scheme)}"
 
 
 def _span(scheme: AttentionScheme) -> int | str:
@@ -54,7 +63,7 @@ def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
             scheme = schemes[name]
             theta = getattr(scheme.position, "theta", None)
             row = (
-                name, names.count(name), position_in_words(scheme), theta, _span(scheme),
+                name, names.count(name), _position(scheme), theta, _span(scheme),
                 scheme.qk_norm.kind, scheme.score_scale.kind,
             )  # fmt: skip
             found.setdefault(row, []).append(stage.name)

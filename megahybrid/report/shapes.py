@@ -18,7 +18,7 @@ from megahybrid.config.shape import (
 from megahybrid.printable import printable
 
 Number = float | None  # None, NaN and infinities are gaps
-Segment = Literal["begin", "needle", "context", "end"]
+Segment = Literal["begin", "needle", "context", "end", "learned_sink"]
 
 
 class NeedleRow(TypedDict):
@@ -94,6 +94,7 @@ class Mass(TypedDict):
     needle: float
     context: float
     end: float
+    learned_sink: NotRequired[float]
 
 
 class Head(TypedDict):
@@ -102,6 +103,7 @@ class Head(TypedDict):
     distance: float
     sink: float
     retrieval: float
+    near_share: NotRequired[Share]
 
 
 class HeadSummary(TypedDict):
@@ -114,11 +116,13 @@ class HeadSummary(TypedDict):
     distance: float
     sink: float
     retrieval: float
+    near_share: NotRequired[Share]
 
 
 class Mean(HeadSummary):
     by_position: list[Number]
     logit_by_lag: list[Number]
+    near_by_lag: NotRequired[list[Number]]
 
 
 class Layer(HeadSummary):
@@ -195,6 +199,12 @@ def _disagreement(figures: Any) -> str | None:
         return "layers: not all have as many heads"
     if any(head["layer"] >= len(layers) for head in figures["retrieval_heads"]):
         return "retrieval_heads: a layer that is not there"
+    for layer in layers:
+        if any(("near_share" in layer) != ("near_share" in head) for head in layer["heads"]):
+            return "layers: a near_share that not all heads of a layer have"
+    lags = len(figures["lag_edges"]) - 1
+    if any(len(p.get("near_by_lag", ())) not in (0, lags) for p in figures["by_kind"].values()):
+        return "by_kind: not one near_by_lag between two of lag_edges"
     for name in ("position", "lag"):
         edges = figures[f"{name}_edges"]
         field = "by_position" if name == "position" else "logit_by_lag"

@@ -126,12 +126,10 @@ def _masses(rows: Sequence[Row], names: Sequence[str]) -> Figure | None:
     for part, (task, length) in zip(axes, panels, strict=True):
         left = np.zeros(len(bars))
         for segment, colour in SEGMENT_COLOURS.items():
-            width = np.array(
-                [
-                    row["figures"][f"{task}.{length}.{kind}.{segment}"]["median"]
-                    for row, kind in bars
-                ]
-            )
+            told = [row["figures"].get(f"{task}.{length}.{kind}.{segment}") for row, kind in bars]
+            if not any(told):
+                continue  # learned sinks, of which no variant has any
+            width = np.array([0.0 if one is None else one["median"] for one in told])
             part.barh(range(len(bars)), width, left=left, color=colour, label=segment, height=0.75)
             left += width
         part.set_title(f"{int(length):,} tokens")

@@ -1,7 +1,8 @@
 """The figures of a study's runs by name, their averages by variant, and whether its rules hold.
 
 Names: task.length (answer tokens right), task.length.exact, task.length.KIND.needle (or begin,
-context, end, bits; KIND is a kind of layer, or all), loss.SET.first-last (positions, nats).
+context, end, bits, and near, the share of a near view; KIND is a kind of layer, or all),
+loss.SET.first-last (positions, nats).
 """
 
 import operator
@@ -36,6 +37,8 @@ def figures_of(result: Result) -> dict[str, float]:
             name = f"{group['task']}.{group['length']}.{kind}"
             found |= {f"{name}.{segment}": mass for segment, mass in part["mass"].items()}
             found[f"{name}.bits"] = part["entropy_bits"]
+            if "near_share" in part:
+                found[f"{name}.near"] = part["near_share"]
     for score in result.get("held_out", {}).get("scores", ()):
         for bucket in score["by_position"] if score["rows"] == "documents" else ():
             if bucket["loss"] is not None:

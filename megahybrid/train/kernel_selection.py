@@ -25,6 +25,7 @@ from megahybrid.model.kernels.choice import (
     candidates,
     demand_agreement,
     fastest,
+    kinds_with_sinks,
     least_seconds,
     measure,
     why_it_failed,
@@ -72,7 +73,11 @@ def _measured(
     run: RunConfig, index: int, length: int, mesh: ParallelMesh, before: ChosenKernels
 ) -> dict[str, Any]:
     work = workload(run, index, length, mesh)
-    schemes = run.plan_at(index).schemes
+    schemes = {
+        f"{name} ({'near' if number == 0 else 'far'})" if scheme.near is not None else name: view
+        for name, scheme in run.plan_at(index).schemes.items()
+        for number, view in enumerate(scheme.views())
+    }
     chosen: dict[str, str] = {}
     seconds: dict[str, Any] = {}
     for kind in KINDS:
@@ -80,7 +85,8 @@ def _measured(
         if not these or getattr(run.kernels, kind) != "auto":
             continue
         fewer = kind in fewer_queries_in(run, index)
-        names = candidates(kind, work.device, work.dtype, work.head_dim, 1 if fewer else None)
+        where = (work.device, work.dtype, work.head_dim, 1 if fewer else None)
+        names = candidates(kind, *where, bool(kinds_with_sinks(these.values())))
         if len(names) > 1:
             times = measure_tested(names, these, work, run.parallel.context_degree(length), fewer)
             seconds[kind] = _told(times)

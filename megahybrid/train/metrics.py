@@ -12,12 +12,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from megahybrid.config.counting import matrix_parameters
+from megahybrid.config.attention import LayerPlan
+from megahybrid.config.counting import kv_heads_of_views, matrix_parameters
 from megahybrid.config.model import ModelConfig
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the first name that occurs in the
@@ -83,6 +84,22 @@ class StepFlops:
             windows=tuple(windows),
             chunks=tuple(chunks),
         )
+
+    @classmethod
+    def of_plan(cls, model: ModelConfig, plan: LayerPlan) -> "StepFlops":
+        """Return those of a plan's layers, each view of a layer with the heads that have it."""
+        split = any(scheme.split is not None for scheme in plan.schemes.values())
+        parts = model.num_kv_heads if split else 1
+        views = [
+            view
+            for scheme in plan.expand()
+            for view, heads in kv_heads_of_views(scheme, parts)
+            for _ in range(heads)
+        ]
+        windows = [view.window for view in views if view.chunk is None]
+        chunks = [view.chunk for view in views if view.chunk is not None]
+        whole = cls.from_model(model, windows, chunks)
+        return replace(whole, per_pair=whole.per_pair // parts)
 
     def of(self, starts: Any) -> int:
         """FLOPs of a batch with these document starts [batch, seq]."""

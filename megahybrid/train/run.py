@@ -14,7 +14,7 @@ from megahybrid.data.mixture import open_mixture
 from megahybrid.errors import MegahybridError, first_line, raise_in_training
 from megahybrid.heartbeat import Heartbeat, write_whole
 from megahybrid.ledger import WarningEvent
-from megahybrid.model.kernels.choice import resolve_kernels
+from megahybrid.model.kernels.choice import kinds_with_sinks, resolve_kernels
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
@@ -128,5 +128,11 @@ def _first_kernels(run: RunConfig, mesh: ParallelMesh, start: ResumePoint) -> Ch
     dtype = DTYPES[run.precision]
     fewer = set().union(*(fewer_queries_in(run, index) for index in range(len(run.stages))))
     return resolve_kernels(
-        run.kernels, mesh.device, dtype, run.model.head_dim, start.kernels, fewer
+        run.kernels,
+        mesh.device,
+        dtype,
+        run.model.head_dim,
+        start.kernels,
+        fewer,
+        kinds_with_sinks(run.model.layer_plan.schemes.values()),
     )

@@ -120,9 +120,7 @@ class StageModel:
         self._tested += new.values()
         self.self_test_seconds = round(sum(seconds for *_, seconds in tested), 3)
         self.plan = plan
-        windows = [scheme.window for scheme in plan.expand() if scheme.chunk is None]
-        chunks = [scheme.chunk for scheme in plan.expand() if scheme.chunk is not None]
-        self.flops = StepFlops.from_model(self._run.model, windows, chunks)
+        self.flops = StepFlops.of_plan(self._run.model, plan)
 
     def _adopt_across(
         self, plan: LayerPlan, shape: HeadShape, kernels: dict[str, str]

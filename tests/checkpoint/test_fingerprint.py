@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
-from megahybrid.checkpoint.fingerprint import FACTS, model_fingerprint
+from megahybrid.checkpoint.fingerprint import FACTS, NO_FACTS, model_fingerprint
 from megahybrid.config.attention import AttentionScheme, LayerPlan, LearnedParameters, QKNorm
 from megahybrid.config.base import dump
 from megahybrid.config.model import ModelConfig
@@ -81,9 +81,17 @@ def test_the_sizes_can_be_read() -> None:
 
 
 def test_every_field_of_a_model_is_decided_upon() -> None:
-    assert set(FACTS) | {"layer_plan", "initial_std", "embedding_std"} == set(
-        ModelConfig.model_fields
-    )
+    later = {
+        "activation": "gelu_tanh",
+        "embedding_scale": 2.0,
+        "residual_scale": 0.5,
+        "logit_softcap": 30.0,
+    }
+    plain = changed("eps", 1e-6)
+    told = {model_fingerprint(plain.model_copy(update={name: later[name]})) for name in later}
+    assert len(told | {model_fingerprint(plain)}) == len(later) + 1
+    assert set(FACTS) | set(later) | set(NO_FACTS) == set(ModelConfig.model_fields)
+    assert set(NO_FACTS) == {"layer_plan", "initial_std", "embedding_std"}
 
 
 def test_other_words_for_what_is_learned_leave_the_fingerprint(

@@ -45,6 +45,7 @@ PUBLISHED = {
     "command_a": 111_057_580_032,
     "tiny_aya": 3_349_227_520,
     "llama31_8b": 8_030_261_248,
+    "gemma3_1b": 999_885_952,
 }
 OWN = {
     "rnope_swa_tiny": 2_099_328,

@@ -31,7 +31,7 @@ def test_its_name_as_a_kind_is_answered_with_the_reason(name: str) -> None:
         (
             f"{LOCAL}.position.scaling={{kind: dynamic, factor: 2}}",
             f"{LOCAL}.position.scaling.kind=dynamic",
-            "Use linear or ntk or yarn or llama3.",
+            "Use linear or ntk or yarn or llama3 or longrope.",
         ),
         (f"{LOCAL}.score_scale={{kind: soft_cap}}", f"{LOCAL}.score_scale.kind=soft_cap", "ssmax."),
         (f"{LOCAL}.qk_norm.kind=softcap", f"{LOCAL}.qk_norm.kind=softcap", "layernorm."),

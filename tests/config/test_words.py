@@ -57,10 +57,37 @@ READING = [
         "model.tie_embeddings=no is not true or false (it is text). Write true or false.",
     ),
     ("directory=2024", "directory=2024 is not text. Put it in quotes."),
-    ("data=4", "data=4 is not a mapping. Write a mapping (key: value)."),
+    (
+        "data=4",
+        "data=4 is not a mapping. Write a mapping: "
+        "{sources: {web: {path: data/web/train}}, block_tokens: 262144}.",
+    ),
+    (
+        "stages.0.weights=books",
+        "stages.0.weights=books is not a mapping. Write a mapping: {web: 3, code: 1}.",
+    ),
+    (
+        f"{LOCAL}.position=rope",
+        f"{LOCAL}.position=rope is not a mapping. Write a mapping: {{kind: rope, theta: 10000}}.",
+    ),
+    (
+        "model.num_layers=8",
+        "model.num_layers is not a field. It is model.layer_plan.num_layers.",
+    ),
+    (f"{LOCAL}.theta=5", f"{LOCAL}.theta is not a field. It is {LOCAL}.position.theta."),
+    ("lr=0.1", "lr is not a field. It is stages.N.learning_rate."),
+    (
+        "stages.0.clip_norm=1",
+        "stages.0.clip_norm is not a field. It is optimizer.clip_norm.",
+    ),
+    (
+        "data.path=x",
+        "data.path is not a field. It is data.sources.NAME.path or data.held_out.NAME.path.",
+    ),
     (
         "model.layer_plan.pattern=local",
-        "model.layer_plan.pattern=local is not a list. Write a list.",
+        "model.layer_plan.pattern=local is not a list. Write a list: "
+        "[local, local, local, global].",
     ),
     ("model.block=pre", "model.block=pre is not one of pre_norm, post_norm, sandwich, parallel."),
     ("log.wandb=of", "log.wandb=of is not one of off, offline, online. Did you mean 'off'?"),
@@ -156,6 +183,17 @@ READING = [
         "scaling: {kind: ntk, factor: 2}}",
         f"{LOCAL}.position.scaling.kind=ntk needs more than one rotated pair "
         "(rotary dimensions=2, model.head_dim=16). Use kind: linear.",
+    ),
+    (
+        f"{LOCAL}.position.scaling={{kind: longrope, factors: [1, 2, 3], factor: 4, "
+        "original_length: 64}",
+        f"{LOCAL}.position.scaling.factors has 3 entries, not the 8 of half the 16 dimensions that "
+        "its frequencies are of (model.head_dim=16). Give 8.",
+    ),
+    (
+        f"{LOCAL}.position.scaling={{kind: longrope, factors: [1, 0], factor: 4, "
+        "original_length: 64}",
+        f"{LOCAL}.position.scaling.factors.1=0 is not above 0. Raise it.",
     ),
     (
         "stages.0.lengths={a: 1}",
@@ -339,12 +377,12 @@ CHECKING = [
     (
         ["stages.1.schemes={local: {qk_norm: {kind: rms}}}"],
         "stages.1.schemes.local changes which parameters exist (none to qk_norm over head, weight "
-        "shared). Keep qk_norm, ssmax, gate and bias as the model has them.",
+        "shared). Keep qk_norm, ssmax, gate, bias, sink and fuse as the model has them.",
     ),
     (
         ["stages.1.schemes={global: {score_scale: {kind: ssmax}}}"],
         "stages.1.schemes.global changes which parameters exist (none to ssmax scale). "
-        "Keep qk_norm, ssmax, gate and bias as the model has them.",
+        "Keep qk_norm, ssmax, gate, bias, sink and fuse as the model has them.",
     ),
     (
         ["stages.1.schemes={local: {position: {rotary_fraction: 0.01}}}"],

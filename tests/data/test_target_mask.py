@@ -11,7 +11,7 @@ from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.mixture import RowPlan
 from megahybrid.data.token_writer import TokenWriter
 from megahybrid.data.verify import verify_dataset
-from megahybrid.data_prep.rewrite import merge_datasets
+from megahybrid.data_prep.rewrite import export_dataset
 from megahybrid.errors import DataError
 
 INFO = TokenizerInfo(kind="test", sha256="0" * 64, vocab_size=50, eod_id=1)
@@ -67,8 +67,8 @@ def test_damaged_and_foreign_masks_are_refused(
 ) -> None:
     dataset, _ = drawn
     verify_dataset(dataset.path)
-    with pytest.raises(DataError, match="which a copy would lose"):
-        merge_datasets([dataset.path], tmp_path / "out")
+    with pytest.raises(DataError, match=r"\.mask\), which Megatron's files would lose"):
+        export_dataset(dataset.path, tmp_path / "out")
     path = dataset.masks[0].path
     kept = path.read_bytes()
     path.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])

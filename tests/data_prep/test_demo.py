@@ -71,8 +71,10 @@ def test_data_that_are_there_stay_when_the_text_is_gone(empty: Path) -> None:
 def test_check_and_train_name_the_command_that_makes_missing_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["check", DEMO]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    assert main(["check", DEMO, "--no-files"]) == 0
+    assert "not here" not in "".join(capsys.readouterr())
+    assert main(["check", DEMO]) == 2
+    line = capsys.readouterr().err.splitlines()[0].removeprefix("megahybrid: ")
     assert line.startswith("data not here: build/demo/data/train, build/demo/data/held_out, ")
     assert line.endswith("build/demo/tokenizer.model. Make them with: megahybrid data demo")
     assert main(["train", DEMO, "--processes", "2"]) == 2
@@ -83,8 +85,8 @@ def test_check_and_train_name_the_command_that_makes_missing_data(
     make()
     assert main(["check", DEMO]) == 0
     assert "not here" not in capsys.readouterr().out
-    assert main(["check", DEMO, "data.sources.stdlib.path=data/mine"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "data not here: data/mine. Prepare the data with `megahybrid data tokenize`, or correct "
-        "the path."
+    assert main(["check", DEMO, "data.sources.stdlib.path=data/mine"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "megahybrid: data not here: data/mine. Prepare the data with `megahybrid data tokenize`, "
+        "or correct the path."
     )

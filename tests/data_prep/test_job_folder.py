@@ -138,7 +138,7 @@ def test_units_are_used_again_for_other_parts(
                 run(rows, model, tmp_path / "out", held_out=0.3, longest=3)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "megahybrid.data_prep.encode_unit.RunWriter.add", None
+            "megahybrid.data_prep.unit_files.RunWriter.add", None
         )  # nothing is encoded again
         run(rows, model, tmp_path / "out", shard_tokens=99, deduplicate=True)
     run(rows, model, tmp_path / "fresh", shard_tokens=99, deduplicate=True)

@@ -11,7 +11,7 @@ import pytest
 
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.verify import verify_dataset
-from megahybrid.data_prep import encode_unit, rewrite
+from megahybrid.data_prep import rewrite, unit_files
 from megahybrid.data_prep.merge import Split
 from megahybrid.data_prep.pack import pack
 from megahybrid.data_prep.rewrite import (
@@ -49,7 +49,7 @@ def test_shuffled_documents_are_the_same_in_another_order(
 ) -> None:
     write_corpus(tmp_path / "a", [4 + n % 50 for n in range(400)])
     shuffle_datasets([tmp_path / "a"], tmp_path / "one", seed=1)
-    monkeypatch.setattr(encode_unit, "RUN_BYTES", 10_000)
+    monkeypatch.setattr(unit_files, "RUN_BYTES", 10_000)
     shuffle_datasets([tmp_path / "a"], tmp_path / "two", seed=1, memory_bytes=20_000)
     shuffle_datasets([tmp_path / "a"], tmp_path / "other", seed=2)
     before = documents(tmp_path / "a")

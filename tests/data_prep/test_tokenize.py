@@ -16,10 +16,9 @@ import pytest
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.verify import verify_dataset
-from megahybrid.data_prep import encode_unit as encode_module
+from megahybrid.data_prep import document_encoder, plain_text, unit_files
 from megahybrid.data_prep import long_text as long_module
 from megahybrid.data_prep import merge as merge_module
-from megahybrid.data_prep import plain_text
 from megahybrid.data_prep import tokenize as tokenize_module
 from megahybrid.data_prep.inputs import UNIT_BYTES, cut_units
 from megahybrid.data_prep.tokenize import TokenizeReport, tokenize
@@ -240,8 +239,8 @@ def test_documents_beyond_the_memory_are_copied_in_pieces(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(corpus, model, tmp_path / "whole", shard_tokens=20_000)
-    monkeypatch.setattr(encode_module, "LONG_CHARACTERS", 2000)
-    monkeypatch.setattr(encode_module, "RUN_BYTES", 20_000)
+    monkeypatch.setattr(document_encoder, "LONG_CHARACTERS", 2000)
+    monkeypatch.setattr(unit_files, "RUN_BYTES", 20_000)
     monkeypatch.setattr(long_module, "PIECE_CHARACTERS", 1000)
     monkeypatch.setattr(merge_module, "COPY_TOKENS", 700)
     run(corpus, model, tmp_path / "pieces", shard_tokens=20_000, memory_bytes=9_000)

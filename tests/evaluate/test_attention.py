@@ -2,7 +2,8 @@
 
 import json
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -29,25 +30,55 @@ NEEDLES = ((20, 24), (30, 33))
 
 
 class Watched(PlainModel):
-    """The plain model, which keeps every layer's scores [heads, seq, seq]; -inf where unseen."""
+    """The plain model, which keeps every layer's scores [heads, seq, seq], -inf where unseen; of
+    layers with two views those of the far one, then those of the near one in a list beside them."""
 
     def _attention(self, u: Tensor, name: str, scheme: AttentionScheme, starts: Tensor) -> Tensor:
+        for kept in ("scores", "near_scores", "shares"):
+            self.__dict__.setdefault(kept, []).append(None)
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         q = self._heads(u, f"{name}.attention", "query", heads, scheme.qk_norm)
         k = self._heads(u, f"{name}.attention", "key", kv_heads, scheme.qk_norm)
-        positions = torch.arange(u.shape[1])[None] - starts
-        if isinstance(scheme.position, Rope):
-            q, k = (rotate(part, positions, scheme.position) for part in (q, k))
-        k = k[:, [head // (heads // kv_heads) for head in range(heads)]]
-        mask = visible(starts, scheme.window, scheme.chunk)
-        factor = query_factor(scheme, positions, mask.sum(-1), self.config.head_dim, u.dtype)
-        scores = (q @ k.mT) * factor[:, None, :, None]
-        if scheme.score_scale.kind == "ssmax":
-            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
-        self.__dict__.setdefault("scores", []).append(
-            scores.masked_fill(~mask[:, None], -math.inf)[0].detach()
-        )
+        owner = [head // (heads // kv_heads) for head in range(heads)]
+        self.scores[-1] = self._scores(q, k[:, owner], name, scheme, scheme, starts)
+        if scheme.near is not None:
+            near = self._scores(q, k[:, owner], name, scheme, scheme.near, starts)
+            share = self._near_share(u, name, scheme, owner).detach()[0]
+            self.near_scores[-1] = near
+            self.shares[-1] = share.expand(heads, u.shape[1], 1)
         return super()._attention(u, name, scheme, starts)
+
+    def _scores(
+        self, q: Tensor, k: Tensor, name: str, scheme: AttentionScheme, view: Any, starts: Tensor
+    ) -> Tensor:
+        positions = torch.arange(q.shape[2])[None] - starts
+        if isinstance(view.position, Rope):
+            q, k = (rotate(part, positions, view.position) for part in (q, k))
+        mask = visible(starts, view.window, scheme.chunk)
+        factor = query_factor(view, positions, mask.sum(-1), self.config.head_dim, q.dtype)
+        scores = (q @ k.mT) * factor[:, None, :, None]
+        if view.score_scale.kind == "ssmax":
+            scores = scores * self.tensors[f"{name}.attention.logit_scale"][None, :, None, None]
+        return scores.masked_fill(~mask[:, None], -math.inf)[0].detach()
+
+    def mixed(self, layer: int) -> Tensor:
+        """The attention of a layer, of both views where it has two, [heads, seq, seq]."""
+        (far, _), near = self._far(layer), self.near_scores[layer]
+        if near is None:
+            return far
+        return self.shares[layer] * near.softmax(-1) + (1 - self.shares[layer]) * far
+
+    def sunk(self, layer: int) -> Tensor:
+        """What the sinks of a layer get, [heads, seq, 1]; [heads, seq, 0] where it has none."""
+        return self._far(layer)[1]
+
+    def _far(self, layer: int) -> tuple[Tensor, Tensor]:
+        scores, sinks = self.scores[layer], self.tensors.get(f"blocks.{layer}.attention.sinks")
+        if sinks is None:
+            return scores.softmax(-1), scores[..., :0]
+        column = sinks.detach()[:, None, None].expand(*scores.shape[:-1], 1)
+        p = torch.cat((scores, column), -1).softmax(-1)
+        return p[..., :-1], p[..., -1:]
 
 
 def example(length: int = LENGTH) -> Example:
@@ -64,7 +95,7 @@ def pair(family: str, block: str) -> tuple[Transformer, Watched]:
     return model, Watched(config, tensors)
 
 
-FAMILY_BLOCKS = list(zip(cases.FAMILIES, cases.BLOCKS * 5, strict=False))
+FAMILY_BLOCKS = list(zip(cases.FAMILIES, cycle(cases.BLOCKS), strict=False))
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "documents"])
@@ -89,18 +120,35 @@ def test_every_figure_is_that_of_the_explicit_softmax_of_each_head(
     rows = torch.arange(QUESTION, LENGTH)
     lag = rows[:, None] - key
     for layer, scores in enumerate(plain.scores):
-        p = scores.softmax(-1)[:, QUESTION:]  # [heads, end, keys]
-        scores = scores[:, QUESTION:]
+        sunk = plain.sunk(layer)[:, QUESTION:]  # [heads, end, 0 or 1]: what sinks get
+        p = plain.mixed(layer)[:, QUESTION:]  # [heads, end, keys]
+        ones = torch.ones(4, len(rows), 1).double()
+        views = [(scores[:, QUESTION:], ones)]
+        if (near := plain.near_scores[layer]) is not None:
+            share = plain.shares[layer][:, QUESTION:]
+            far = scores.softmax(-1)[:, QUESTION:]
+            views = [(near[:, QUESTION:], share), (views[0][0], 1 - share)]
+            torch.testing.assert_close(found.near_share[layer], share.mean((1, 2)))
+        else:
+            assert found.near_share[layer].isnan().all()
         wanted = {
-            "mass": torch.stack([p[..., segment[name]].sum(-1).mean(1) for name in SEGMENTS], -1),
-            "entropy": -torch.xlogy(p, p).sum(-1).mean(1),
-            "max_logit": scores.amax((1, 2)),
+            "mass": torch.stack(
+                [
+                    *(p[..., segment[name]].sum(-1).mean(1) for name in SEGMENTS),
+                    *sunk.mean(1).unbind(-1),
+                ],
+                -1,
+            ),
+            "entropy": -(torch.xlogy(p, p).sum(-1) + torch.xlogy(sunk, sunk).sum(-1)).mean(1),
+            "max_logit": torch.stack(
+                [s.masked_fill(weight == 0, -math.inf).amax((1, 2)) for s, weight in views]
+            ).amax(0),
             "distance": (p * lag).sum(-1).mean(1),
             "sink": p[:, torch.arange(len(rows)), starts[0, rows]].mean(1),
             # Those whose next token is answer: the last of the question to the last but one.
             "retrieval": scores.new_tensor(0),
         }
-        every = plain.scores[layer].softmax(-1)
+        every = plain.mixed(layer)
         wanted["retrieval"] = every[:, ANSWER - 1 : LENGTH - 1][..., needle].sum(-1).mean(1)
         for name, value in wanted.items():
             told = getattr(found, name)[layer]
@@ -112,12 +160,19 @@ def test_every_figure_is_that_of_the_explicit_softmax_of_each_head(
             value = p[..., start:stop].mean((1, 2))
             torch.testing.assert_close(found.by_position[layer, :, n], value)
         for n, (start, stop) in enumerate(pairwise(found.lag_edges)):
-            seen = (lag >= start) & (lag < stop) & scores[0].isfinite()
-            told = found.logit_by_lag[layer, :, n]
-            if seen.any():
-                torch.testing.assert_close(told, scores[:, seen].mean(1))
-            else:
-                assert told.isnan().all()
+            within, told = (lag >= start) & (lag < stop), found.logit_by_lag[layer, :, n]
+            weights = [weight * (within & s.isfinite()) for s, weight in views]
+            total = sum(
+                (w * s.nan_to_num(neginf=0)).sum((1, 2))
+                for w, (s, _) in zip(weights, views, strict=True)
+            )
+            count = sum(weight.sum((1, 2)) for weight in weights)
+            torch.testing.assert_close(told, total / count, equal_nan=True)
+            if near is not None:
+                looks = (far * within).sum((1, 2))
+                wanted_share = (share * far * within).sum((1, 2)) / looks
+                told = found.near_by_lag[layer, :, n]
+                torch.testing.assert_close(told, wanted_share, equal_nan=True)
 
 
 def test_retrieval_counts_queries_before_the_end_if_the_answer_follows_at_once() -> None:

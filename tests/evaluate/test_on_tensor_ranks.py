@@ -16,7 +16,7 @@ from tests.plain_model import random_tensors
 
 VOCAB = 50
 # A ring of keys, a learnt factor per head, and a norm over the heads of all ranks.
-FAMILIES = ("rnope_swa", "ssmax", "projection")
+FAMILIES = ("rnope_swa", "ssmax", "projection", "fused", "split")
 
 
 def rows(*lengths: int) -> list[list[int]]:

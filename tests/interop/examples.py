@@ -99,3 +99,12 @@ def checkpoint_of_model(
     )
     assert result.path is not None, result.error
     return directory
+
+
+def output_of_card(folder: Path) -> Any:
+    """What the program in an export's card prints, run as it stands but for the folder's name."""
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    printed: list[Any] = []
+    exec(program.replace("FOLDER", str(folder)), {"print": printed.append})
+    (output,) = printed
+    return output

@@ -151,7 +151,8 @@ def test_a_member_that_a_class_does_not_name_is_refused(
     plain = model_with(PLAIN)
     assert not any(words in r for r in architecture.fit(plain, plain.layer_plan).reasons) or (
         member == "qk_norm"
-        and architecture.name in ("Qwen3", "ExaoneMoe", "Mellum", "Exaone4", "Olmo3", "Afmoe")
+        and architecture.name
+        in ("Qwen3", "ExaoneMoe", "Mellum", "Exaone4", "Olmo3", "Afmoe", "Flint", "Gemma3")
     )
 
 
@@ -203,7 +204,9 @@ def test_our_own_class_serves_every_scale_of_the_scores() -> None:
         model = model_with(PLAIN.model_copy(update={"score_scale": scale}))
         assert by_name("Megahybrid").fit(model, model.layer_plan).can
         others = (
-            {"SmolLM3", "Llama", "Mistral", "GraniteSWA"} if scale.kind == "sqrt_dim" else set()
+            {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"}
+            if scale.kind == "sqrt_dim"
+            else set()
         )
         assert {fit.architecture for fit in huggingface_fits(model) if fit.can} == others
 

@@ -27,7 +27,9 @@ from tests.interop.examples import (
     WHOLE,
     checkpoint_of_model,
     model_of,
+    output_of_card,
 )
+from tests.interop.stock_models import no_word_of_transformers
 from tests.plain_model import PlainModel, random_tensors
 
 BIASED = {"bias": "qkv"}
@@ -39,6 +41,12 @@ def rope(theta: float = 1e4, scaling: Any = None, **more: Any) -> dict[str, Any]
     return {"position": {"kind": "rope", "theta": theta, "scaling": scaling, **more}}
 
 
+WEIGHTLESS = {"qk_norm": {"kind": "rms", "weight": "none"}}
+TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 8, "coefficient": 0.3}}
+FROM_0 = rope(1e4, YARN) | {
+    "score_scale": {"kind": "llama4", "floor": 64, "coefficient": 0.3, "offset": 0}
+}
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "rnope_swa, parallel": (
         "Cohere2",
@@ -91,6 +99,28 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [LOCAL | {"gate": "head"}, NOPE | {"gate": "element"}],
         {"block": "sandwich", "norm": "layernorm"},
     ),
+    "sandwich, QK-norm, GeGLU": (
+        "Gemma3",
+        [LOCAL | HEAD, rope(1e6, {"kind": "linear", "factor": 8.0}) | HEAD],
+        {
+            "block": "sandwich",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "logit_softcap": 0.5,
+            "tie_embeddings": False,
+        },
+    ),
+    "multipliers": (
+        "Megahybrid",
+        [LOCAL, NOPE],
+        {
+            "embedding_scale": 3.0,
+            "residual_scale": 0.4,
+            "logit_softcap": 0.5,
+            "activation": "gelu_tanh",
+            "logit_scale": 0.5,
+        },
+    ),
     "theta per kind, parallel": ("CohereCompass", [LOCAL, rope(1e6)], PARALLEL),
     "windowed nope, parallel, head_dim of its own": (
         "CohereCompass",
@@ -109,8 +139,22 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [NOPE | HEAD | {"window": 6}, ROPE | HEAD],
         {"head_dim": 12, "tie_embeddings": False},
     ),
+    "chunks, weightless QK-norm, temperature": (
+        "Llama4",
+        [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | WEIGHTLESS, TEMPERED],
+        {"tie_embeddings": False},
+    ),
+    "chunks without rotation, part of a head": (
+        "Llama4",
+        [NOPE | {"chunk": 6}, rope(1e4, rotary_fraction=0.5)],
+        {},
+    ),
+    "temperature from 0 beside yarn": ("Ministral3", [FROM_0 | {"window": 6}] * 2, {}),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
+    "learned sinks": ("GraniteSWA", [LOCAL | SINK, rope(1e6) | SINK, NOPE], {}),
+    "learned sinks, QK-norm": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
+    "learned sinks in a parallel block": ("Megahybrid", [LOCAL | SINK, NOPE | SINK], PARALLEL),
     "fixed scale": (
         "GraniteSWA",
         [LOCAL | {"score_scale": {"kind": "fixed", "scale": 0.3}}] * 2,
@@ -351,10 +395,14 @@ def test_a_name_in_the_card_ends_no_cell_and_is_no_html(tmp_path: Path) -> None:
     )
 
 
-def test_the_card_tells_the_plan_and_the_proof(tmp_path: Path) -> None:
+def test_the_card_tells_the_plan_and_the_proof(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint_of_model(tmp_path / "run", model_of([LOCAL, LOCAL, LOCAL, NOPE]))
     export(tmp_path / "run", tmp_path / "out", tokenizer="none")
     card = (tmp_path / "out/README.md").read_text()
+    with no_word_of_transformers(caplog):
+        assert len(output_of_card(tmp_path / "out")[0]) == 3 + 32  # the card's program generates
     assert "| 3 | layer3 | nope | - | all |" in card
     assert "| short | 802,816 | 256 (1) |" in card
     assert "| whole | 96 |" in card

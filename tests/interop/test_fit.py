@@ -21,8 +21,18 @@ def biases(local: str, full: str) -> list[str]:
     return [f"{LOCAL}.bias={local}", f"{GLOBAL}.bias={full}"]
 
 
+def temperatures(value: str) -> list[str]:
+    return [f"{LOCAL}.score_scale={value}", f"{GLOBAL}.score_scale={value}"]
+
+
+WEIGHTLESS = "{kind: rms, weight: none}"
+YARN = "{kind: yarn, factor: 4, original_length: 64}"
+BESIDE_YARN = [
+    f"{name}.position={{kind: rope, theta: 10000, scaling: {YARN}}}" for name in (LOCAL, GLOBAL)
+]
 ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
 FULL = [f"{LOCAL}.window=null"]
+SINKS = [f"{LOCAL}.sink=true", f"{GLOBAL}.sink=true"]
 NOPE_EVERYWHERE = [f"{LOCAL}.position={{kind: nope}}", *FULL]
 THETAS = [f"{GLOBAL}.position={{kind: rope, theta: 500000}}"]
 
@@ -37,22 +47,32 @@ PLANS = {
         ["model.block=post_norm", *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum"}),
-    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum"}),
+    "rnope_swa, pre-norm, QK-norm": (norms(HEAD), {"ExaoneMoe", "Mellum", "Flint"}),
+    "rnope_swa, pre-norm, QK-norm, sinks": (norms(HEAD) + SINKS, {"Flint"}),
+    "rnope_swa, pre-norm, sinks": (SINKS, {"GraniteSWA"}),
+    "sinks in some layers": (SINKS[:1], {"GraniteSWA"}),
+    "rnope_swa, parallel, sinks": (PARALLEL + SINKS, set()),
+    "rnope full, pre-norm, QK-norm": (FULL + norms(HEAD), {"ExaoneMoe", "Mellum", "Flint"}),
     "theta per kind, pre-norm, QK-norm": (THETAS + norms(HEAD), {"Mellum"}),
     "theta per kind, parallel": (THETAS + PARALLEL, {"CohereCompass"}),
-    "alternating full, pre-norm": (FULL, {"SmolLM3", "GraniteSWA"}),
+    "alternating full, pre-norm": (FULL, {"SmolLM3", "GraniteSWA", "Llama4"}),
     "alternating full, parallel": (FULL + PARALLEL, {"Cohere2", "CohereCompass"}),
     "alternating full, post-norm": (
         ["model.block=post_norm", *FULL, *norms(PROJECTION)],
         {"Olmo3"},
     ),
-    "nope everywhere, pre-norm": (NOPE_EVERYWHERE, {"SmolLM3", "Llama", "Mistral", "GraniteSWA"}),
+    "nope everywhere, pre-norm": (
+        NOPE_EVERYWHERE,
+        {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},
+    ),
     "nope everywhere, parallel": (NOPE_EVERYWHERE + PARALLEL, {"Cohere2", "CohereCompass"}),
-    "nope everywhere, QK-norm": (NOPE_EVERYWHERE + norms(HEAD), {"Qwen3", "ExaoneMoe", "Mellum"}),
+    "nope everywhere, QK-norm": (
+        NOPE_EVERYWHERE + norms(HEAD),
+        {"Qwen3", "ExaoneMoe", "Mellum", "Flint"},
+    ),
     "rope everywhere, full": (
         ROPE_EVERYWHERE + FULL,
-        {"SmolLM3", "Llama", "Mistral", "GraniteSWA"},
+        {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},
     ),
     "rope everywhere, full, parallel": (
         ROPE_EVERYWHERE + FULL + PARALLEL,
@@ -76,6 +96,47 @@ PLANS = {
     "windowed nope, parallel": ([f"{GLOBAL}.window=64", *PARALLEL], set()),
     "two windows": ([f"{GLOBAL}.window=65"], set()),
     "window of one key": ([f"{LOCAL}.window=1"], set()),
+    "chunks": ([*FULL, f"{LOCAL}.chunk=64"], {"Llama4"}),
+    "chunks, temperature, weightless QK-norm": (
+        [
+            *FULL,
+            f"{LOCAL}.chunk=64",
+            f"{LOCAL}.qk_norm={{kind: rms, weight: none}}",
+            f"{GLOBAL}.score_scale={{kind: llama4}}",
+        ],
+        {"Llama4"},
+    ),
+    "two chunks": ([*FULL, f"{LOCAL}.chunk=64", f"{GLOBAL}.chunk=32"], set()),
+    "chunks and windows": ([f"{GLOBAL}.chunk=64"], set()),
+    "weightless QK-norm without rotation": (FULL + norms(WEIGHTLESS), set()),
+    "weightless QK-norm and an attention factor": (
+        [*FULL, f"{LOCAL}.qk_norm={WEIGHTLESS}", f"{LOCAL}.position.scaling={YARN}"],
+        set(),
+    ),
+    "temperature from 1, full": (
+        [*FULL, f"{GLOBAL}.score_scale={{kind: llama4}}"],
+        {"Llama4"},
+    ),
+    "temperature from 0": (
+        [*FULL, f"{GLOBAL}.score_scale={{kind: llama4, offset: 0}}"],
+        set(),
+    ),
+    "temperature of rotated layers": (
+        ROPE_EVERYWHERE + FULL + temperatures("{kind: llama4, floor: 64}"),
+        set(),
+    ),
+    "temperature from 0 beside yarn": (
+        BESIDE_YARN + FULL + temperatures("{kind: llama4, floor: 64, offset: 0}"),
+        {"Ministral3"},
+    ),
+    "temperature from 1 beside yarn": (
+        BESIDE_YARN + FULL + temperatures("{kind: llama4, floor: 64}"),
+        set(),
+    ),
+    "temperature of another length than yarn's": (
+        BESIDE_YARN + FULL + temperatures("{kind: llama4, floor: 65, offset: 0}"),
+        set(),
+    ),
     "position-dependent logits": ([f"{GLOBAL}.score_scale={{kind: llama4}}"], set()),
     "logits times 0.25, parallel": (
         ["model.logit_scale=0.25", *PARALLEL],
@@ -92,6 +153,26 @@ PLANS = {
         {"SmolLM3"},
     ),
     "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3"}),
+    "partial rotation, head's": (
+        [f"{LOCAL}.position.rotary_fraction=0.5", f"{LOCAL}.position.spectrum=head"],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: linear, factor: 4}}",
+        ],
+        {"SmolLM3"},
+    ),
+    "partial rotation, head's, scaled by ntk": (
+        [
+            f"{LOCAL}.position.rotary_fraction=0.5",
+            f"{LOCAL}.position.spectrum=head",
+            f"{LOCAL}.position.scaling={{kind: ntk, factor: 4}}",
+        ],
+        set(),
+    ),
     "partial rotation, scaled": (
         [
             f"{LOCAL}.position.rotary_fraction=0.5",
@@ -123,3 +204,4 @@ def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
     ]
     assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
     assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]
+    assert [f.architecture for f in huggingface_fits(shipped("gemma3_1b")) if f.can] == ["Gemma3"]

@@ -25,12 +25,23 @@ from tests.interop.examples import (
     checkpoint_of_model,
     model_of,
 )
-from tests.interop.test_export import exported, loaded
+from tests.interop.test_export import exported, loaded, rope
 from tests.plain_model import PlainModel
 
 NEW = 24
 BIASED = {"bias": "qkv"}
 GATED = {"gate": "element"}
+WEIGHTLESS = {"qk_norm": {"kind": "rms", "weight": "none"}}
+TEMPERED = NOPE | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}}
+TEMPERED_ROPE = {
+    "position": {
+        "kind": "rope",
+        "theta": 1e4,
+        "scaling": {"kind": "llama3", "factor": 8.0, "original_length": 4},
+    },
+    "score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3, "offset": 0},
+}
+SINK = {"sink": True}
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Cohere2": ("Cohere2", [LOCAL, LOCAL, LOCAL, NOPE], PARALLEL),
     "SmolLM3": ("SmolLM3", [LOCAL, LOCAL, LOCAL, NOPE], {}),
@@ -45,7 +56,25 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
+    "Gemma3": (
+        "Gemma3",
+        [LOCAL | HEAD, rope(1e6, {"kind": "linear", "factor": 8.0}) | HEAD],
+        {
+            "block": "sandwich",
+            "activation": "gelu_tanh",
+            "embedding_scale": 32**0.5,
+            "logit_softcap": 8.0,
+        },
+    ),
+    "Llama4": (
+        "Llama4",
+        [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | {"chunk": 5} | WEIGHTLESS, TEMPERED],
+        {},
+    ),
+    "Ministral3": ("Ministral3", [TEMPERED_ROPE | {"window": 5}] * 2, {}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
+    "GraniteSWA, sinks": ("GraniteSWA", [LOCAL | SINK, NOPE | SINK], {}),
+    "Flint": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
     "Megahybrid": (
         "Megahybrid",
         [
@@ -53,9 +82,19 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
             ROPE | HEAD | {"window": 9},
             NOPE | HEAD | {"score_scale": {"kind": "log", "base": 3.0}},
             NOPE | HEAD | {"score_scale": {"kind": "llama4", "floor": 4, "coefficient": 0.3}},
-            LOCAL | {"gate": "head", "bias": "qkv"},
+            LOCAL | {"gate": "head", "bias": "qkv", "sink": True},
+            ROPE | WEIGHTLESS | {"chunk": 5},
         ],
         {"tie_embeddings": False},
+    ),
+    "two-views": (
+        "Megahybrid",
+        [
+            NOPE | {"near": LOCAL, "fuse": {"gate": "token"}},
+            ROPE | HEAD | {"window": 9, "near": LOCAL, "fuse": {"gate": "head"}},
+            NOPE | {"near": LOCAL, "split": {"near": 1, "of": 2}, "gate": "head"},
+        ],
+        {},
     ),
 }
 
@@ -84,8 +123,14 @@ def test_generation_is_ours_token_for_token_past_the_window(case: str, tmp_path:
 
 
 @torch.no_grad()
-def test_the_cache_of_a_windowed_layer_is_bounded_by_its_window(tmp_path: Path) -> None:
-    _, schemes, fields = CASES["Megahybrid"]
+@pytest.mark.parametrize(
+    ("case", "keys"), [("Megahybrid", [4, 8, 40, 40, 4, 4]), ("two-views", [40, 8, 40])]
+)
+def test_the_cache_of_a_layer_is_bounded_by_its_window(
+    case: str, keys: list[int], tmp_path: Path
+) -> None:
+    """Of one with two views by the far one's: keys are held once."""
+    _, schemes, fields = CASES[case]
     model = model_of(schemes, **fields)
     theirs, tensors = exported(tmp_path, model)
     tokens = torch.randint(61, (1, 40), generator=torch.Generator().manual_seed(4))
@@ -97,12 +142,13 @@ def test_the_cache_of_a_windowed_layer_is_bounded_by_its_window(tmp_path: Path) 
         found.append(out.logits)
     assert (torch.cat(found, dim=1) - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
     held = [layer.keys.shape[-2] for layer in cache.layers]
-    assert held == [4, 8, 40, 40, 4]
+    assert held == keys
 
 
 @torch.no_grad()
-def test_padding_on_the_left_changes_nothing(tmp_path: Path) -> None:
-    _, schemes, fields = CASES["Megahybrid"]
+@pytest.mark.parametrize("case", ["Megahybrid", "two-views"])
+def test_padding_on_the_left_changes_nothing(case: str, tmp_path: Path) -> None:
+    _, schemes, fields = CASES[case]
     theirs, _ = exported(tmp_path, model_of(schemes, **fields))
     generator = torch.Generator().manual_seed(4)
     short, long = (torch.randint(61, (1, n), generator=generator) for n in (4, 11))

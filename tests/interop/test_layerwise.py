@@ -24,6 +24,9 @@ SOME = (
     "post-norm",
     "post-norm, projection",
     "theta per layer",
+    "learned sinks, QK-norm",
+    "sandwich, QK-norm, GeGLU",
+    "multipliers",
     "llama4, theta per layer, parallel",
 )
 

@@ -1,6 +1,7 @@
 """A tokenizer leaves with its ids."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ from megahybrid.config import RunConfig
 from megahybrid.data.tokenizer import load_tokenizer, train_sentencepiece
 from megahybrid.errors import DataError, InteropError
 from megahybrid.interop import tokenizer as written
+from megahybrid.interop.export import export
+from megahybrid.interop.import_model import import_model
 from megahybrid.interop.logit_proof import quiet
 from megahybrid.interop.tokenizer import probe_texts, write_tokenizer
-from tests.interop.examples import ROPE, model_of, run_of_model
+from tests.interop.examples import ROPE, model_of, output_of_card, run_of_model
+from tests.interop.stock_models import LLAMA, no_word_of_transformers
+from tests.interop.stock_models import written as stock_model
 
 TEXTS = [
     "def f(x):\n    return x + 12\n",
@@ -99,6 +104,20 @@ def test_a_tokenizer_json_adds_and_reads_no_special_token(tmp_path: Path) -> Non
     texts = ["<s>hello<|endoftext|> there, more than five tokens", "", *TEXTS]
     assert theirs(texts)["input_ids"] == ours.encode(texts)
     assert theirs.eos_token_id == ours.info.eod_id == 1
+
+
+def test_a_model_brings_its_tokenizer_and_leaves_with_a_program_that_writes_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The source is gone by then: an import stands alone, and so does an export."""
+    folder = stock_model(tmp_path / "theirs", "Llama", LLAMA | {"vocab_size": 600})
+    huggingface(folder / "tokenizer.json")
+    import_model(folder, tmp_path / "run.yaml", tmp_path / "ours")
+    shutil.rmtree(folder)
+    export(tmp_path / "ours", tmp_path / "out")
+    with no_word_of_transformers(caplog):
+        said = output_of_card(tmp_path / "out")
+    assert said.startswith("Once upon a time") and len(said) > len("Once upon a time")
 
 
 def test_one_other_id_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,7 +321,7 @@ def test_check_on_a_site_says_what_the_dry_run_says(capsys) -> None:
 
     run_file = str(ROOT / "configs/runs/paper_rnope_swa_8b.yaml")
     site = str(ROOT / "configs/sites/example.yaml")
-    assert main(["check", run_file, "--site", site, "--nodes", "2"]) == 0
+    assert main(["check", run_file, "--site", site, "--nodes", "2", "--no-files"]) == 0
     said = capsys.readouterr().out
     assert "2 nodes × 8 GPUs = 16 ranks" in said and "GiB per GPU by plan" in said
     assert main(["check", run_file, "--site", site]) == 2

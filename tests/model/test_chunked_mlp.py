@@ -1,6 +1,6 @@
 """The MLP in chunks: the same function at every tensor degree, and never a whole gate or up."""
 
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megahybrid.config import chunk_sizes
+from megahybrid.config.model import Activation
 from megahybrid.model import chunked_mlp
-from megahybrid.model.mlp import swiglu
+from megahybrid.model.mlp import gated_product
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 from tests import distributed
@@ -93,15 +94,19 @@ def test_in_bf16_chunks_lose_no_more_than_the_whole(
         assert (chunked[name] - true).norm() <= 1.5 * (plain[name] - true).norm(), name
 
 
+@pytest.mark.parametrize("activation", get_args(Activation))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_chunks_slopes_take_the_place_of_gate_and_up(dtype: torch.dtype) -> None:
+def test_a_chunks_slopes_take_the_place_of_gate_and_up(
+    dtype: torch.dtype, activation: Activation
+) -> None:
+    whole, chunk = gated_product(activation), chunked_mlp.between(activation)
     generator = torch.Generator().manual_seed(1)
     both, grad = (torch.randn(7, width, generator=generator).to(dtype) for width in (128, 64))
     gate, up = (half.clone().requires_grad_() for half in both.chunk(2, dim=-1))
-    made = swiglu(gate.unsqueeze(1), up.unsqueeze(1)).squeeze(1)
+    made = whole(gate.unsqueeze(1), up.unsqueeze(1)).squeeze(1)
     made.backward(grad)
-    assert torch.equal(chunked_mlp.gated(gate.detach(), up.detach()), made)
-    assert torch.equal(chunked_mlp.gated_gradients(*both.chunk(2, dim=-1), grad), made)
+    assert torch.equal(chunk.gated(gate.detach(), up.detach()), made)
+    assert torch.equal(chunk.gradients(*both.chunk(2, dim=-1), grad), made)
     assert gate.grad is not None and up.grad is not None
     assert torch.equal(both, torch.cat((gate.grad, up.grad), dim=-1))
 

@@ -59,6 +59,7 @@ def canonical(model: Transformer) -> dict[str, torch.Tensor]:
         ("final_norm.weight", "norm", None, 0, 1),
         ("blocks.1.attention.logit_scale", "attention", None, 0, 1),
         ("blocks.1.attention.key.bias", "attention", None, 0, 1),
+        ("blocks.1.attention.sinks", "attention", None, 0, 1),
     ],
 )
 def test_the_standard_table_says_this(name, kind, std, decay, rate):

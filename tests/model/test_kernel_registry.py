@@ -17,7 +17,6 @@ HOST = Place(torch.device("cpu"), torch.float32, 16)
 PLAIN = AttentionSpec(scale=0.25)
 # A spec with each feature that no kernel serves yet.
 UNSERVED: dict[str, Any] = {
-    "sinks": torch.zeros(2),
     "bias": torch.zeros(8, 8),
 }
 
@@ -76,16 +75,16 @@ def test_keys_that_are_given_one_by_one_have_a_kernel_of_their_own() -> None:
 
 
 def test_a_kernel_is_added_by_its_line_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = Kernel("added", lambda q, k, v, spec: q, frozenset({"sinks"}), rank=lambda spec: 9)
+    added = Kernel("added", lambda q, k, v, spec: q, frozenset({"bias"}), rank=lambda spec: 9)
     monkeypatch.setattr(table, "TABLE", (*TABLE, added))
     monkeypatch.setitem(table.REGISTRY, "added", added)
     q, k, v = heads()
-    sunk = replace(PLAIN, sinks=torch.zeros(2))
-    assert torch.equal(attend(q, k, v, sunk), q)
-    with pytest.raises(ConfigError, match=r"kernels=sdpa has no learned sinks. Use added\."):
-        attend(q, k, v, sunk, "sdpa")
+    biased = replace(PLAIN, bias=torch.zeros(2))
+    assert torch.equal(attend(q, k, v, biased), q)
+    with pytest.raises(ConfigError, match=r"kernels=sdpa has no bias of the scores. Use added\."):
+        attend(q, k, v, biased, "sdpa")
     with pytest.raises(ConfigError, match="kernels=added has no window"):
-        attend(q, k, v, replace(sunk, window=2), "added")
+        attend(q, k, v, replace(biased, window=2), "added")
 
 
 def test_the_run_file_names_kernels_of_the_table() -> None:

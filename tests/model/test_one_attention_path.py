@@ -132,9 +132,9 @@ def test_what_no_kernel_serves_is_refused_on_every_path(
     monkeypatch.setattr(
         attention.Attention,
         "spec",
-        lambda self, context, batch: replace(right(self, context, batch), sinks=torch.zeros(4)),
+        lambda self, context, batch: replace(right(self, context, batch), bias=torch.zeros(4)),
     )
-    with pytest.raises(ConfigError, match="learned sinks"):
+    with pytest.raises(ConfigError, match="bias of the scores"):
         PATHS[path]()
 
 

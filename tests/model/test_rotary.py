@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megahybrid.config.attention import Rope
-from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
+from megahybrid.config.scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NtkScaling,
+    YarnScaling,
+)
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.rotary import RotaryTable, rotate
 
@@ -69,6 +75,8 @@ SCALINGS: dict[str, tuple[dict[str, Any], Any]] = {
         ),
     ),
 }
+# A number for each of the pairs of a head of so many dimensions.
+NUMBERS = {d: [1.0 + 0.37 * i * i / d for i in range(d // 2)] for d in (16, 64, 96, 128)}
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -95,6 +103,50 @@ def test_frequencies_are_those_of_transformers_to_the_bit(
     ours = rope(theta, scaling=scaling)
     assert torch.equal(ours.frequencies(head_dim, torch, torch.float32), theirs)
     assert ours.attention_factor() == factor
+
+
+@pytest.mark.parametrize("grown", [1.0, 32.0])
+@pytest.mark.parametrize("head_dim", NUMBERS)
+def test_longrope_is_that_of_transformers_to_the_bit(head_dim: int, grown: float) -> None:
+    transformers = pytest.importorskip("transformers.modeling_rope_utils")
+    numbers = NUMBERS[head_dim]
+    fields = {"rope_theta": 1e4, "factor": grown, "original_max_position_embeddings": 4096}
+    config = SimpleNamespace(
+        rope_parameters=fields | {"short_factor": numbers, "long_factor": numbers[::-1]},
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        standardize_rope_params=lambda: None,
+    )
+    function = transformers.ROPE_INIT_FUNCTIONS["longrope"]
+    for length, factors in ((4096, numbers), (4097, numbers[::-1])):
+        theirs, factor = function(config, seq_len=length)
+        scaling = LongRopeScaling(
+            kind="longrope", factors=factors, factor=grown, original_length=4096
+        )
+        ours = rope(scaling=scaling)
+        assert torch.equal(ours.frequencies(head_dim, torch, torch.float32), theirs)
+        assert ours.attention_factor() == factor
+
+
+@given(st.sampled_from([8, 64, 96, 128]), st.floats(2, 1e7), st.floats(0.02, 1))
+def test_the_heads_spectrum_is_proportional_to_the_bit(
+    head_dim: int, theta: float, fraction: float
+) -> None:
+    transformers = pytest.importorskip("transformers.modeling_rope_utils")
+    config = SimpleNamespace(
+        rope_parameters={"rope_theta": theta, "partial_rotary_factor": fraction},
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        standardize_rope_params=lambda: None,
+    )
+    theirs, _ = transformers.ROPE_INIT_FUNCTIONS["proportional"](config)
+    ours = rope(theta, rotary_fraction=fraction, spectrum="head")
+    found = ours.frequencies(head_dim, torch, torch.float32)
+    assert torch.equal(theirs[: len(found)], found) and not theirs[len(found) :].any()
+    part = rope(theta, rotary_fraction=0.5).frequencies(head_dim, torch, torch.float32)
+    assert not torch.equal(part, theirs[: len(part)])
 
 
 @pytest.mark.parametrize("kind", SCALINGS)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
-from megahybrid.config.scaling import LinearScaling, Llama3Scaling, NtkScaling, YarnScaling
+from megahybrid.config.scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NtkScaling,
+    YarnScaling,
+)
 from megahybrid.config.score_scale import FixedScale, Llama4Scale, LogScale, SsmaxScale
 from megahybrid.model import selftest
 from megahybrid.model.kernels.blocked import block_and_reach
@@ -40,6 +46,7 @@ SCHEMES = {
     ),
     "nope": AttentionScheme(position=NOPE),
     "rope-partial": AttentionScheme(position=rope(rotary_fraction=0.5)),
+    "rope-head-spectrum": AttentionScheme(position=rope(rotary_fraction=0.5, spectrum="head")),
     "rope-linear": AttentionScheme(position=rope(scaling=LinearScaling(kind="linear", factor=16))),
     "rope-ntk": AttentionScheme(position=rope(scaling=NtkScaling(kind="ntk", factor=4))),
     "rope-llama3": AttentionScheme(
@@ -88,6 +95,16 @@ for family, layers in FAMILIES.items():
     }
 
 
+def with_as_many_factors(scheme: AttentionScheme, head_dim: int) -> AttentionScheme:
+    """The scheme with a number for each pair of such a head where its rotation has any."""
+    scaling = getattr(scheme.position, "scaling", None)
+    if not isinstance(scaling, LongRopeScaling):
+        return scheme
+    factors = tuple(1 + 0.7 * pair for pair in range(head_dim // 2))
+    position = {"scaling": scaling.model_copy(update={"factors": factors})}
+    return scheme.model_copy(update={"position": scheme.position.model_copy(update=position)})
+
+
 def check(
     *names: str,
     dtype: str = "fp32",
@@ -97,7 +114,7 @@ def check(
 ) -> list[tuple[str, str, float]]:
     """The self-test of some schemes as those of one plan; `heads`: of queries, of keys, their
     dimensions."""
-    schemes = {name: SCHEMES[name] for name in names}
+    schemes = {name: with_as_many_factors(SCHEMES[name], heads[-1]) for name in names}
     shape = HeadShape(*heads, DTYPES[dtype], CPU)
     return run_self_test(schemes, shape, dict.fromkeys(schemes, kernel), rank=3, **more)
 

@@ -54,6 +54,7 @@ def loss_errors(
     chunk_tokens: int | None,
     spread: float,
     fused: bool,
+    softcap: float | None,
 ) -> tuple[float, dict[str, float]]:
     """The loss itself, and errors of everything the two layers compute."""
     mesh = ranks.mesh(tensor)
@@ -66,10 +67,13 @@ def loss_errors(
     plain_hidden = F.embedding(tokens.t(), full["embedding.weight"])
     plain_hidden.retain_grad()
     plain_logits = plain_hidden.tanh() @ head_weight.t() * scale
+    if softcap is not None:
+        plain_logits = softcap * (plain_logits / softcap).tanh()
     plain = F.cross_entropy(plain_logits.permute(1, 2, 0), targets, reduction="none")
     (plain.sum() * UPSTREAM).backward()
 
     embedding, head = build(mesh, tied)
+    head.softcap = softcap
     if fused:
         head.fuse(lambda function: function)
     layers = torch.nn.ModuleList([embedding, head])
@@ -103,9 +107,23 @@ def loss_errors(
 
 @pytest.mark.parametrize("spread", [1.0, 300.0], ids=["usual", "huge_logits"])
 @pytest.mark.parametrize(
-    ("scale", "chunk_tokens", "fused"),
-    [(1.0, None, False), (0.3, 5, False), (1.0, 1, False), (0.3, 5, True)],
-    ids=["whole", "scaled-chunks_of_5", "chunks_of_1", "scaled-chunks_of_5-fused"],
+    ("scale", "chunk_tokens", "fused", "softcap"),
+    [
+        (1.0, None, False, None),
+        (0.3, 5, False, None),
+        (1.0, 1, False, None),
+        (0.3, 5, True, None),
+        (0.3, 5, False, 2.5),
+        (0.3, 5, True, 2.5),
+    ],
+    ids=[
+        "whole",
+        "scaled-chunks_of_5",
+        "chunks_of_1",
+        "scaled-chunks_of_5-fused",
+        "capped-chunks_of_5",
+        "capped-chunks_of_5-fused",
+    ],
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("processes", "tensor"), [(1, 1), (2, 2), (4, 4), (4, 2)])
@@ -116,9 +134,13 @@ def test_chunked_loss_and_all_gradients_equal_plain_cross_entropy(
     scale: float,
     chunk_tokens: int | None,
     fused: bool,
+    softcap: float | None,
     spread: float,
 ) -> None:
-    found = run(processes, loss_errors, tensor, tied, scale, chunk_tokens, spread, fused)
+    if softcap is not None:
+        softcap *= spread  # far above it 1 - tanh² has no digits, here as in the truth
+    case = (tensor, tied, scale, chunk_tokens, spread, fused, softcap)
+    found = run(processes, loss_errors, *case)
     for loss, errors in found:
         assert max(errors.values()) < EXACT, errors
         assert loss == found[0][0]  # to the bit on every rank
@@ -189,7 +211,7 @@ def test_only_the_gradients_that_are_wanted_are_computed() -> None:
         loss.backward()
 
 
-def bf16_errors(ranks: Ranks, fused: bool) -> dict[str, tuple[float, float]]:
+def bf16_errors(ranks: Ranks, fused: bool, softcap: float | None) -> dict[str, tuple[float, float]]:
     """(ours, plain bf16) against float64, of loss and gradients, from the same bf16 values."""
     mesh = ranks.mesh()
     targets = torch.randint(0, VOCAB, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -201,6 +223,8 @@ def bf16_errors(ranks: Ranks, fused: bool) -> dict[str, tuple[float, float]]:
             value.to(dtype, copy=True).requires_grad_() for value in (hidden_values, weight_values)
         )
         logits = (hidden @ weight.t()).to(torch.promote_types(dtype, torch.float32))
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
         loss = F.cross_entropy(logits.permute(1, 2, 0), targets, reduction="sum")
         loss.backward()
         assert hidden.grad is not None and weight.grad is not None
@@ -209,6 +233,7 @@ def bf16_errors(ranks: Ranks, fused: bool) -> dict[str, tuple[float, float]]:
     truth, usual = plain(torch.float64), plain(torch.bfloat16)
     head = VocabParallelHead(VOCAB, 64, "w", mesh, dtype=torch.bfloat16)
     load(head, {"w": weight_values})
+    head.softcap = softcap
     if fused:
         head.fuse(lambda function: function)
     shard = local_slice(hidden_values, mesh.tensor).clone().requires_grad_()
@@ -238,11 +263,12 @@ def test_the_pieces_of_a_row_have_its_sum_and_its_largest_logit(words: int) -> N
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["written_out", "fused"])
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "capped"])
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_bf16_loss_is_at_most_twice_as_far_from_the_truth_as_plain_bf16(
-    tensor: int, fused: bool
+    tensor: int, fused: bool, softcap: float | None
 ) -> None:
-    for errors in run(tensor, bf16_errors, fused):
+    for errors in run(tensor, bf16_errors, fused, softcap):
         for name, (ours, plain) in errors.items():
             assert ours < max(2 * plain, 1e-4), (name, errors)
 

@@ -27,6 +27,11 @@ def score_scale(**fields: Any) -> dict[str, Any]:
     return {"score_scale": fields}
 
 
+def near(window: int | None, **fields: Any) -> dict[str, Any]:
+    """The part of a scheme that is a rotated view of near keys."""
+    return {"near": ROPE | {"window": window} | fields}
+
+
 # Each family is a period of layers; two layers tell as much as eight.
 FAMILIES: dict[str, list[dict[str, Any]]] = {
     "rope": [ROPE],
@@ -88,6 +93,44 @@ FAMILIES: dict[str, list[dict[str, Any]]] = {
         ROPE | {"bias": "qkv", "window": WINDOW},
         NOPE | {"bias": "qkv"} | qk_norm("rms", over="projection"),
     ],
+    "sink": [
+        ROPE | {"sink": True, "window": WINDOW},
+        NOPE | {"sink": True, "gate": "head"} | qk_norm("rms"),
+    ],
+    "longrope-multipliers": [
+        rope(
+            scaling={
+                "kind": "longrope",
+                "factors": [1.0, 1.5, 3.0, 7.0],
+                "factor": 4.0,
+                "original_length": 64,
+            }
+        )
+        | qk_norm("rms"),
+        rope(rotary_fraction=0.5, spectrum="head", scaling={"kind": "linear", "factor": 2.0})
+        | {"window": WINDOW},
+    ],
+    # By token over a rotated far view with a window, and by head over all keys.
+    "fused": [
+        rope(theta=500.0)
+        | qk_norm("rms")
+        | {"window": 9, "fuse": {"gate": "token"}}
+        | near(WINDOW, score_scale={"kind": "log", "base": 2.5}),
+        NOPE | {"gate": "head", "fuse": {"gate": "head", "initial": 0.3}} | near(WINDOW),
+    ],
+    "split": [
+        NOPE | {"split": {"near": 1, "of": 2}, "bias": "qkv"} | near(WINDOW),
+        NOPE | score_scale(kind="ssmax") | {"fuse": {"gate": "fixed", "initial": 0.3}} | near(None),
+    ],
+}
+# Fields of the model that a family has beside its layers.
+FIELDS: dict[str, dict[str, Any]] = {
+    "longrope-multipliers": {
+        "embedding_scale": 5.5,
+        "residual_scale": 0.3,
+        "logit_softcap": 0.7,
+        "activation": "gelu_tanh",
+    },
 }
 BLOCKS = ("pre_norm", "post_norm", "sandwich", "parallel")
 NORMS = ("rms", "layernorm")
@@ -118,6 +161,7 @@ def model(
         norm=norm,
         tie_embeddings=tied,
         logit_scale=logit_scale,
+        **FIELDS.get(family, {}),
         layer_plan=LayerPlan.model_validate(
             {
                 "num_layers": 2,
@@ -140,6 +184,11 @@ TURNS: dict[str, tuple[Any, ...]] = {
     "documents": (True, True, True, True, True, False, False),
     "kernel": ("auto", "auto", "auto", "auto", "reference", "reference", "auto"),
 }
+
+
+def one_view(config: ModelConfig) -> bool:
+    """Whether context ranks serve the model: its layers have one view of their keys."""
+    return all(scheme.near is None for scheme in config.layer_plan.schemes.values())
 
 
 def every_layer_case() -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.counting import (
     attended_pairs_of,
     kv_cache_bytes,
@@ -16,6 +17,7 @@ from megahybrid.config.counting import (
     parameters,
     training_flops,
 )
+from megahybrid.config.model import ModelConfig
 from tests.parity.cases import BLOCKS, FAMILIES, NORMS, every_layer_case, model
 from tests.plain_model import PlainModel, canonical_shapes, random_tensors, visible
 
@@ -42,6 +44,15 @@ def test_shapes_are_those_of_the_plain_model(case: str) -> None:
     )
 
 
+def heads_of(scheme: AttentionScheme, view: Any, config: ModelConfig) -> int:
+    """How many query heads have a view of their keys."""
+    if scheme.split is None:
+        return config.num_heads
+    group = config.num_heads // config.num_kv_heads
+    near = [head // group % scheme.split.of < scheme.split.near for head in range(config.num_heads)]
+    return near.count(view is scheme.near)
+
+
 @settings(max_examples=25)
 @given(fields, st.integers(1, 20))
 def test_training_flops_are_three_forwards_of_counted_products(
@@ -52,12 +63,15 @@ def test_training_flops_are_three_forwards_of_counted_products(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         PlainModel(config, tensors).logits(torch.zeros(1, length, dtype=torch.int64))
     forward = counter.get_total_flops()
-    # the plain model multiplies every pair and then masks: two products of each pair and dimension
-    per_pair = 4 * config.num_heads * config.head_dim
-    forward -= per_pair * length**2 * config.layer_plan.num_layers
+    # the plain model multiplies every pair and then masks: a product of each pair and dimension for
+    # the scores of each view, and one for values
+    each, starts = 2 * config.num_heads * config.head_dim, torch.zeros(1, length, dtype=torch.int64)
     for scheme in config.layer_plan.expand():
-        mask = visible(torch.zeros(1, length, dtype=torch.int64), scheme.window, scheme.chunk)
-        forward += per_pair * int(mask.sum())
+        views = [scheme] if scheme.near is None else [scheme.near, scheme]
+        forward -= each * length**2 * (len(views) + 1)
+        for view in views:
+            pairs = int(visible(starts, view.window, scheme.chunk).sum())
+            forward += 2 * each * pairs * heads_of(scheme, view, config) // config.num_heads
     assert training_flops(config, [length]) == 3 * forward
 
 

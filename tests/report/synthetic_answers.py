@@ -28,9 +28,12 @@ def figures() -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
     mass = torch.rand(8, 4, 4, generator=draw)
     heads = torch.rand(8, 4, generator=draw)
+    near = torch.full((8, 4), torch.nan)  # the global layers have a second view of their keys
+    near[3::4] = heads[3::4]
     attention = AttentionStatistics(
         mass / mass.sum(-1, keepdim=True), 4 * heads, heads, heads, heads, heads / 4,
         torch.rand(8, 4, 3), (10, 20, 30, 40), torch.rand(8, 4, 2), (0, 1, 2),
+        near, near[..., None].expand(-1, -1, 2),
     )  # fmt: skip
     return to_json(attention, ["local", "local", "local", "global"] * 2, 0.1)
 

@@ -27,6 +27,7 @@ CHARTS = {
     "suite-demo-long", "data-sources", "data-lengths",
     *(f"telemetry-demo-{name}" for name in ("entropy_bits", "distance", "sink", "max_logit")),
     *(f"{name}-demo-needle-needle" for name in ("mass", "entropy", "heads", "keys", "lags")),
+    *(f"{name}-demo-needle-needle" for name in ("near", "near-lags")),
 }  # fmt: skip
 
 

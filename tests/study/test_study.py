@@ -56,7 +56,7 @@ def test_what_is_published_of_a_study_is_what_its_results_say(folder: Path) -> N
         assert table == json.loads(json.dumps({k: v for k, v in told.items() if v is not None}))
 
 
-PRE_REGISTERED = ("ratio", "window", "qk_norm_kinds")
+PRE_REGISTERED = ("ratio", "window", "qk_norm_kinds", "fusion")
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,25 @@ def with_scheme(**update: Any) -> ModelConfig:
     return config.model_copy(update={"layer_plan": plan.model_copy(update={"schemes": schemes})})
 
 
+def with_rope(**update: Any) -> ModelConfig:
+    """A rotated model whose rotations have something that was never checked."""
+    rope = next(iter(EXAMPLES["position.rope"].model().layer_plan.schemes.values())).position
+    return with_scheme(position=rope.model_copy(update=update))
+
+
 def with_scaling(scaling: Frozen) -> ModelConfig:
     """A rotated model with a scaling that was never checked."""
-    rope = next(iter(EXAMPLES["position.rope"].model().layer_plan.schemes.values())).position
-    return with_scheme(position=rope.model_copy(update={"scaling": scaling}))
+    return with_rope(scaling=scaling)
+
+
+def with_fuse(gate: str) -> ModelConfig:
+    """A model of two views with a gate that was never checked."""
+    config = EXAMPLES["fuse.gate.head"].model()
+    plan, schemes = config.layer_plan, {}
+    for name, scheme in plan.schemes.items():
+        fuse = scheme.fuse.model_copy(update={"gate": gate})
+        schemes[name] = scheme.model_copy(update={"fuse": fuse})
+    return config.model_copy(update={"layer_plan": plan.model_copy(update={"schemes": schemes})})
 
 
 def with_norm(**update: str) -> ModelConfig:
@@ -92,14 +107,17 @@ def with_field(**update: str) -> ModelConfig:
 DUMMIES: dict[str, ModelConfig] = {
     "position": with_scheme(position=Alibi()),
     "scaling": with_scaling(Stretched()),
+    "spectrum": with_rope(rotary_fraction=0.5, spectrum="other"),
     "score_scale": with_scheme(score_scale=Squared()),
     "qk_norm.kind": with_norm(kind="other"),
     "qk_norm.over": with_norm(over="other"),
     "qk_norm.weight": with_norm(weight="other"),
     "gate": with_scheme(gate="other"),
     "bias": with_scheme(bias="other"),
+    "fuse.gate": with_fuse("other"),
     "block": with_field(block="other"),
     "norm": with_field(norm="other"),
+    "activation": with_field(activation="other"),
 }
 
 

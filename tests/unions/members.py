@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megahybrid.config import attention, model, scaling, score_scale
+from megahybrid.config import attention, fusion, model, scaling, score_scale
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from tests.interop.examples import model_of
@@ -15,18 +15,22 @@ from tests.interop.examples import model_of
 Fields = dict[str, Any]
 ROPE: Fields = {"position": {"kind": "rope", "theta": 500.0}}
 NOPE: Fields = {"position": {"kind": "nope"}}
+NEAR: Fields = {"position": ROPE["position"], "window": 5}
 
 UNIONS: dict[str, Any] = {
     "position": attention.Position,
     "scaling": scaling.Scaling,
+    "spectrum": attention.Spectrum,
     "score_scale": score_scale.ScoreScale,
     "qk_norm.kind": attention.QKNormKind,
     "qk_norm.over": attention.QKNormOver,
     "qk_norm.weight": attention.QKNormWeight,
     "gate": attention.Gate,
     "bias": attention.Bias,
+    "fuse.gate": fusion.FuseGate,
     "block": model.Block,
     "norm": model.NormKind,
+    "activation": model.Activation,
     "pattern": attention.Pattern,
 }
 
@@ -50,12 +54,33 @@ class Example:
         return ModelConfig.model_validate({**config.__dict__, "layer_plan": plan})
 
 
+GEMMA: tuple[Fields, ...] = (
+    ROPE | {"window": 5, "qk_norm": {"kind": "rms"}},
+    {
+        "position": {"kind": "rope", "theta": 1e6, "scaling": {"kind": "linear", "factor": 8.0}},
+        "qk_norm": {"kind": "rms"},
+    },
+)
+SANDWICH = (("block", "sandwich"),)
+
+
 def _scaled(**fields: Any) -> Example:
     return Example(({"position": ROPE["position"] | {"scaling": fields}},))
 
 
+def _part(spectrum: str) -> Example:
+    part = {"rotary_fraction": 0.5, "spectrum": spectrum}
+    return Example((ROPE | {"window": 5}, {"position": ROPE["position"] | part}))
+
+
 def _with(**scheme: Any) -> Example:
     return Example((ROPE | scheme | {"window": 5}, NOPE | scheme))
+
+
+def _fused(gate: str, scale: Fields | None = None) -> Example:
+    near = NEAR | ({} if scale is None else {"score_scale": scale})
+    fused = {"fuse": {"gate": gate, "initial": 0.3}}
+    return Example((ROPE | {"window": 9, "near": near} | fused, NOPE | {"near": NEAR} | fused))
 
 
 EXAMPLES: dict[str, Example] = {
@@ -65,6 +90,11 @@ EXAMPLES: dict[str, Example] = {
     "scaling.ntk": _scaled(kind="ntk", factor=4.0),
     "scaling.yarn": _scaled(kind="yarn", factor=4.0, original_length=64),
     "scaling.llama3": _scaled(kind="llama3", factor=8.0, original_length=64),
+    "scaling.longrope": _scaled(
+        kind="longrope", factors=[1.0, 1.5, 3.0, 7.0], factor=4.0, original_length=64
+    ),
+    "spectrum.rotated": _part("rotated"),
+    "spectrum.head": _part("head"),
     "score_scale.sqrt_dim": _with(score_scale={"kind": "sqrt_dim"}),
     "score_scale.fixed": _with(score_scale={"kind": "fixed", "scale": 0.3}),
     "score_scale.llama4": _with(score_scale={"kind": "llama4", "floor": 3, "coefficient": 0.4}),
@@ -101,7 +131,34 @@ EXAMPLES: dict[str, Example] = {
         (ROPE | {"window": 5}, NOPE), (("norm", "layernorm"), ("block", "parallel"))
     ),
     "field.window": _with(),
+    "field.near": _fused("token", scale={"kind": "llama4", "floor": 3, "coefficient": 0.4}),
+    "field.fuse": _fused("head"),
+    "field.split": Example(
+        (
+            NOPE | {"near": NEAR, "split": {"near": 1, "of": 2}},
+            ROPE | {"near": {"position": NOPE["position"]}, "split": {"near": 1, "of": 3}},
+        )
+    ),
+    "fuse.gate.fixed": _fused("fixed"),
+    "fuse.gate.head": _fused("head"),
+    "fuse.gate.token": _fused("token"),
     "field.chunk": Example((ROPE | {"chunk": 5}, NOPE | {"chunk": 4})),
+    "field.sink": _with(sink=True),
+    "activation.silu": Example((ROPE, NOPE), (("activation", "silu"),)),
+    "activation.gelu_tanh": Example((ROPE, NOPE), (("activation", "gelu_tanh"),)),
+    # Gemma 3's layers, whose class carries some of these.
+    "model.logit_scale": Example((ROPE, NOPE), (("logit_scale", 0.5),)),
+    "model.embedding_scale": Example(GEMMA, (*SANDWICH, ("embedding_scale", 32**0.5))),
+    "model.residual_scale": Example((ROPE, NOPE), (("residual_scale", 0.3),)),
+    "model.logit_softcap": Example(
+        GEMMA,
+        (
+            *SANDWICH,
+            ("embedding_scale", 32**0.5),
+            ("logit_softcap", 0.5),
+            ("activation", "gelu_tanh"),
+        ),
+    ),
     "pattern.list": Example((ROPE, NOPE)),
     "pattern.periodic": Example((ROPE, NOPE), rule=True),
 }
@@ -128,6 +185,13 @@ MEMBERS += [
     f"field.{name}"
     for name in AttentionScheme.model_fields
     if name not in ("position", "qk_norm") and name not in UNIONS
+]
+# The numbers of the function that a model says beside its layers.
+MEMBERS += [
+    f"model.{name}"
+    for name, field in ModelConfig.model_fields.items()
+    if field.annotation in (float, float | None)
+    and name not in ("eps", "initial_std", "embedding_std")
 ]
 
 

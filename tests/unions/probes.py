@@ -40,6 +40,10 @@ from tests.plain_model import PlainModel, canonical_shapes, random_tensors, rela
 
 LENGTH = 21  # of rows: beyond every example's window
 OWN = "Megahybrid"
+# Fields whose words the reference page lists.
+WORDS = (
+    "kind", "over", "weight", "gate", "bias", "block", "norm", "spectrum", "activation",
+)  # fmt: skip
 Place = Callable[[ModelConfig], None]
 _compares = True  # with the independent model; not where a place must refuse by itself
 
@@ -117,7 +121,7 @@ def described(config: ModelConfig) -> None:
     told = describe(_run(config))
     for layer, scheme in zip(told["layers"], config.layer_plan.expand(), strict=True):
         scaling = getattr(scheme.position, "scaling", None)
-        assert layer["position"].split(",")[0] == scheme.position.kind
+        assert layer["position"].replace(",", " ").split()[0] == scheme.position.kind
         assert scaling is None or scaling.kind in layer["position"]
         assert layer["score_scale"] == scheme.score_scale.kind
         assert layer["qk_norm"] == scheme.qk_norm.kind
@@ -294,6 +298,8 @@ def _their_model(config: ModelConfig, architecture: str, tensors: dict[str, Tens
         else:
             rows = reordered(tensors[name.ours].detach().numpy(), name, config.head_dim)
             state[name.theirs] = torch.from_numpy(np.ascontiguousarray(rows))
+    in_module = {by_name(architecture).file_name(key): key for key in theirs.state_dict()}
+    state = {in_module.get(name, name): tensor for name, tensor in state.items()}
     found = theirs.load_state_dict(state, strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
     missing = [key for key in found.missing_keys if "inv_freq" not in key]
@@ -318,7 +324,17 @@ def reference_page(config: ModelConfig) -> None:
             item = getattr(value, name)
             rows = [line for line in section.splitlines() if line.startswith(f"| `{name}` |")]
             assert rows, name
-            if name in ("kind", "over", "weight", "gate", "bias", "block", "norm"):
+            if name in (
+                "kind",
+                "over",
+                "weight",
+                "gate",
+                "bias",
+                "block",
+                "norm",
+                "spectrum",
+                "activation",
+            ):
                 assert f"`{item}`" in rows[0], item
             inner = item.values() if isinstance(item, dict) else [item]
             for one in inner:

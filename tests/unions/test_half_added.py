@@ -25,8 +25,12 @@ NOTHING_TO_DECIDE = {
     ("scaling", "fingerprint"): "a stage may change it",
     ("scaling", "counts"): "frequencies are no parameters",
     ("scaling", "memory"): "frequencies are no parameters",
+    ("spectrum", "fingerprint"): "a stage may change it",
+    ("spectrum", "counts"): "frequencies are no parameters",
+    ("spectrum", "memory"): "frequencies are no parameters",
     ("block", "self_test"): "it asks attention alone",
     ("norm", "self_test"): "it asks attention alone",
+    ("activation", "self_test"): "it asks attention alone",
 }
 
 

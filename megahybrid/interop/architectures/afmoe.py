@@ -9,13 +9,14 @@ from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures import layers
-from megahybrid.interop.architectures.base import Serves
+from megahybrid.interop.architectures.base import MODEL_FIELDS, Serves
 from megahybrid.interop.architectures.rope import ROPE_TYPES, Fields
 from megahybrid.interop.architectures.stock import StockArchitecture
 
 
 class Afmoe(StockArchitecture):
-    """num_dense_layers is the number of layers: none has experts."""
+    """num_dense_layers is the number of layers: none has experts. mup_enabled multiplies the
+    embeddings by the square root of their width, in fp32 by our number for it."""
 
     name = "Afmoe"
     model_type = "afmoe"
@@ -28,6 +29,13 @@ class Afmoe(StockArchitecture):
         score_scales=(SqrtDimScale,),
         gates=("element",),
     )
+    model_fields = MODEL_FIELDS | {"embedding_scale"}
+
+    def shape_reasons(self, model: ModelConfig) -> Iterator[str]:
+        """Yield also a factor of the embeddings that is no square root of their width."""
+        yield from super().shape_reasons(model)
+        if model.embedding_scale != 1:
+            yield from layers.width_scale_reasons(model)
 
     def layer_reasons(self, schemes: Sequence[AttentionScheme]) -> Iterator[str]:
         """Yield the reasons where rotation and window do not go together."""
@@ -45,7 +53,7 @@ class Afmoe(StockArchitecture):
         """Return which layers rotate, which is which are windowed."""
         return layers.sliding_rotates_fields(schemes, model.head_dim) | {
             "num_dense_layers": len(schemes),
-            "mup_enabled": False,
+            "mup_enabled": model.embedding_scale != 1,
         }
 
     def gate(self, config: Any) -> Gate:
@@ -53,16 +61,15 @@ class Afmoe(StockArchitecture):
         return "element"
 
     def layers_of(self, config: Any) -> list[layers.Layer]:
-        """Return each layer. Raises InteropError where some have experts, or embeddings a scale."""
+        """Return each layer. Raises InteropError where some have experts."""
         if config.num_dense_layers < config.num_hidden_layers:
             raise InteropError(
                 f"config.json: num_dense_layers={config.num_dense_layers} of "
                 f"{config.num_hidden_layers} layers: the others have experts, which our model has "
                 "not."
             )
-        if config.mup_enabled:
-            raise InteropError(
-                "config.json: mup_enabled=true multiplies the embeddings by sqrt(hidden_size), "
-                "which our model does not (only false)."
-            )
         return layers.sliding_rotates(config)
+
+    def function_of(self, config: Any) -> Fields:
+        """Return the factor of the embeddings."""
+        return {"embedding_scale": float(config.hidden_size**0.5)} if config.mup_enabled else {}

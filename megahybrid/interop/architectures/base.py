@@ -6,8 +6,8 @@ no class until that class's file tells how. Nothing here imports torch or transf
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, assert_never
 
 from megahybrid.config.architecture_fit import Fit
@@ -33,7 +33,7 @@ MODEL_FIELDS = frozenset(
     (
         "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
         "block", "norm", "eps", "tie_embeddings", "logit_scale", "initial_std", "embedding_std",
-        "layer_plan",
+        "layer_plan", "activation",
     )
 )  # fmt: skip
 
@@ -50,6 +50,7 @@ class Serves:
     score_scales: tuple[type, ...]
     gates: tuple[str, ...] = ("none",)
     biases: tuple[str, ...] = ("none",)
+    activations: tuple[str, ...] = ("silu",)
     logit_scale: bool = False  # a factor on the logits
     per_layer: bool = False  # QK-norm, scale of the scores and window may differ between layers
     no_position: str = "it has no position of kind {kind}"
@@ -67,6 +68,8 @@ class Architecture(ABC):
     code_files: ClassVar[tuple[str, ...]] = ()
     scheme_fields: ClassVar[frozenset[str]] = SCHEME_FIELDS
     model_fields: ClassVar[frozenset[str]] = MODEL_FIELDS
+    # What the class adds to the weight of every norm: (1 + w) x / rms(x).
+    norm_offset: ClassVar[float] = 0.0
 
     def fit(self, model: ModelConfig, plan: LayerPlan) -> Fit:
         """Return the reasons against this class for a model, or how its config carries it."""
@@ -121,6 +124,8 @@ class Architecture(ABC):
             yield f"its block is {' or '.join(serves.blocks)}, not {model.block}"
         if model.norm not in serves.norms:
             yield f"its norm is {' or '.join(serves.norms)}, not {model.norm}"
+        if model.activation not in serves.activations:
+            yield f"its activation is {' or '.join(serves.activations)}, not {model.activation}"
         if model.logit_scale != 1 and not serves.logit_scale:
             yield f"it has no factor on the logits (logit_scale={model.logit_scale})"
         yield from _new_fields(model, self.model_fields)
@@ -204,6 +209,11 @@ class Architecture(ABC):
         same_or_refused("sliding_window", config.sliding_window, next(iter(windows)))
         config.sliding_window = windows[config.sliding_window]
 
+    def shrink_built(self, config: Any, plan: LayerPlan, small: LayerPlan) -> None:
+        """Change in the config of a built model what `shrink` must not: a field that is read in
+        every forward, and from which something else was made once."""
+        return None
+
     def norm_names(self, model: ModelConfig) -> Mapping[str, str]:
         """Return the class's name of each norm of a block, by ours."""
         return tensor_names.norm_names(model)
@@ -223,7 +233,21 @@ class Architecture(ABC):
         """Return `row_order` of a rotated head: it follows from which rows the class pairs."""
         return tensor_names.half_pairs(head_dim, rotary_dim)
 
-    def extra_tensors(self, model: ModelConfig, theirs: str) -> Iterator[TensorName]:
+    def file_name(self, name: str) -> str:
+        """Return the name in files of a tensor of transformers' module: `tensor_names` has that of
+        files, and where they differ transformers translates when it reads and writes."""
+        return name
+
+    def with_tensors(
+        self, model: ModelConfig, largest: Callable[[str], float | None]
+    ) -> ModelConfig:
+        """Return the model of an imported config with what its tensors alone tell; `largest` gives
+        the largest value of one by its name, None where there is none."""
+        return model
+
+    def extra_tensors(
+        self, model: ModelConfig, scheme: AttentionScheme, theirs: str
+    ) -> Iterator[TensorName]:
         """Yield the tensors of one layer's attention that only the class has."""
         return iter(())
 
@@ -234,6 +258,11 @@ class Architecture(ABC):
 
     def tensor_names(self, model: ModelConfig, plan: LayerPlan) -> Iterator[TensorName]:
         """Yield every tensor of the model under both names, in the order of the layers."""
+        for name in self._tensors(model, plan):
+            normed = name.ours is not None and tensor_names.is_norm(name.ours)
+            yield replace(name, offset=self.norm_offset) if normed else name
+
+    def _tensors(self, model: ModelConfig, plan: LayerPlan) -> Iterator[TensorName]:
         hidden = model.hidden_size
         yield TensorName(
             "embedding.weight", "model.embed_tokens.weight", (model.vocab_size, hidden)
@@ -245,7 +274,7 @@ class Architecture(ABC):
             order = self.row_order(scheme, model.head_dim)
             attention = f"{theirs}.self_attn"
             yield from tensor_names.attention_tensors(model, scheme, ours, attention, order)
-            yield from self.extra_tensors(model, attention)
+            yield from self.extra_tensors(model, scheme, attention)
             yield from tensor_names.mlp_tensors(model, ours, theirs)
         yield TensorName("final_norm.weight", "model.norm.weight", (hidden,))
         if not model.tie_embeddings:

@@ -1,4 +1,4 @@
-"""GraniteSWA: theta per layer, 0 for none; attention sinks, which are switched off."""
+"""GraniteSWA: theta per layer, 0 for none; sinks, learned or switched off."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
@@ -25,13 +25,10 @@ from megahybrid.interop.architectures.rope import (
     head_dim_of,
     rope_parameters,
 )
-from megahybrid.interop.architectures.stock import StockArchitecture
-from megahybrid.interop.architectures.tensor_names import TensorName
-
-NO_SINK = -1e9  # as an extra logit beside the scores it takes no weight
+from megahybrid.interop.architectures.sinks import SinksEverywhere
 
 
-class GraniteSWA(StockArchitecture):
+class GraniteSWA(SinksEverywhere):
     """Its scale of the scores is a field (by default 1), and the logits are divided by one."""
 
     name = "GraniteSWA"
@@ -53,11 +50,12 @@ class GraniteSWA(StockArchitecture):
             yield "its theta per layer takes no partial rotation"
 
     def how(self, schemes: Sequence[AttentionScheme]) -> str:
-        """Return the fields, which are the same for every model."""
-        return "layer_rope_theta with 0 for none, sinks at -1e9, attention_multiplier"
+        """Return the fields, which are the same for every model, and what its sinks are."""
+        sinks = self.sinks_in_words(schemes)
+        return f"layer_rope_theta with 0 for none, {sinks}, attention_multiplier"
 
     def export_rank(self, schemes: Sequence[AttentionScheme]) -> int:
-        """Return the last place: its sinks must be switched off."""
+        """Return a place behind the classes without sinks, which more programs read."""
         return 90
 
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
@@ -102,19 +100,6 @@ class GraniteSWA(StockArchitecture):
     def logit_scale(self, config: Any) -> float:
         """Return the inverse of the field logits_scaling."""
         return 1.0 / config.logits_scaling
-
-    def extra_tensors(self, model: ModelConfig, theirs: str) -> Iterator[TensorName]:
-        """Yield a sink for each head that takes no weight."""
-        yield TensorName(None, f"{theirs}.sinks", (model.num_heads,), constant=NO_SINK)
-
-    def extra_refusal(self, name: TensorName, largest: float) -> str:
-        """Return a refusal of sinks that take weight."""
-        if largest <= NO_SINK / 10:
-            return ""
-        return (
-            f"{name.theirs} is {largest:.3g}: our model has no attention sinks (only those of "
-            "-1e9, which take nothing)."
-        )
 
 
 def _theta(scheme: AttentionScheme, head_dim: int) -> float:

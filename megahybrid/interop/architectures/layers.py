@@ -1,6 +1,7 @@
 """The parts that classes share for a model's layers: reasons against a plan, fields of a config,
 and back."""
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, assert_never
 
@@ -15,8 +16,9 @@ from megahybrid.config.attention import (
     Rope,
 )
 from megahybrid.config.base import dump
+from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import parse
-from megahybrid.config.scaling import YarnScaling
+from megahybrid.config.scaling import LinearScaling, YarnScaling
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.rope import (
     NOPE,
@@ -62,9 +64,20 @@ def one_rotation_reasons(schemes: Schemes) -> Iterator[str]:
 
 
 def partial_reasons(schemes: Schemes) -> Iterator[str]:
-    """Yield a reason against scaled partial rotations: `proportional` takes no scaling."""
-    if any(r.rotary_fraction < 1 and r.scaling is not None for r in rotations(schemes)):
-        yield "it cannot scale a partial rotation"
+    """Yield a reason against scaled partial rotations: `proportional` takes a factor of all
+    frequencies and no other scaling, and that only of a whole head's."""
+    for rope in rotations(schemes):
+        if rope.rotary_fraction == 1:
+            continue
+        match rope.spectrum:
+            case "rotated":
+                if rope.scaling is not None:
+                    yield "it cannot scale a partial rotation"
+            case "head":
+                if not isinstance(rope.scaling, LinearScaling | None):
+                    yield "it scales a partial rotation by one factor alone (kind: linear)"
+            case _:
+                assert_never(rope.spectrum)
 
 
 def sliding_rotates_reasons(schemes: Schemes) -> Iterator[str]:
@@ -92,6 +105,16 @@ def sliding_rotates_fields(schemes: Schemes, head_dim: int) -> Fields:
         "sliding_window": one_window(schemes) or ENDLESS,
         "rope_parameters": switched_rope_parameters(one_position(schemes), head_dim),
     }
+
+
+def width_scale_reasons(model: ModelConfig) -> Iterator[str]:
+    """Yield the reason against a factor of the embeddings that is not the square root of their
+    width, to the fp32 bit."""
+    root = model.hidden_size**0.5
+    if struct.pack("f", model.embedding_scale) != struct.pack("f", root):
+        yield (
+            f"its embedding_scale is sqrt(hidden_size)={root:.9g}, not {model.embedding_scale:.9g}"
+        )
 
 
 def rotates_everywhere_reasons(schemes: Schemes) -> Iterator[str]:
@@ -220,17 +243,19 @@ def plan_of(
     *,
     gate: Gate = "none",
     bias: Bias = "none",
+    own: Sequence[Fields] = (),
 ) -> Fields:
-    """Return a plan with a name for every different layer, its pattern as short as it tiles."""
+    """Return a plan with a name for every different layer, its pattern as short as it tiles.
+    `own` holds, for each layer, fields that differ from those of all."""
     same: Fields = {"qk_norm": dump(qk_norm), "score_scale": score_scale}
     same |= {"gate": gate, "bias": bias}
     schemes: dict[str, Fields] = {}
     names = []
-    for position, window in layers:
-        scheme = {"position": position, "window": window, **same}
+    for (position, window), fields in zip(layers, own or [{}] * len(layers), strict=True):
+        scheme = {"position": position, "window": window, **same, **fields}
         name = next((known for known, held in schemes.items() if held == scheme), None)
         if name is None:
-            name = _name(position, window, schemes)
+            name = _name(scheme, schemes)
             schemes[name] = scheme
         names.append(name)
     period = next(
@@ -242,8 +267,9 @@ def plan_of(
     return dump(parse(LayerPlan, plan, where="model.layer_plan"))
 
 
-def _name(position: Fields, window: int | None, taken: dict[str, Fields]) -> str:
-    plain = position["kind"] + ("_window" if window is not None else "")
+def _name(scheme: Fields, taken: dict[str, Fields]) -> str:
+    reach = [f"_{field}" for field in ("window", "chunk") if scheme.get(field) is not None]
+    plain = scheme["position"]["kind"] + "".join(reach)
     name, number = plain, 2
     while name in taken:
         name, number = f"{plain}_{number}", number + 1

@@ -8,6 +8,8 @@ from typing import Any, assert_never
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
+from megahybrid.config.first_fields import first_fields
+from megahybrid.config.fusion import Fuse
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -21,6 +23,7 @@ from megahybrid.config.score_scale import (
 )
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import (
+    MODEL_FIELDS,
     SCHEME_FIELDS,
     Architecture,
     Serves,
@@ -39,8 +42,10 @@ class Megahybrid(Architecture):
         "cache_megahybrid.py",
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
+        "views_megahybrid.py",
     )
-    scheme_fields = SCHEME_FIELDS | {"chunk"}
+    scheme_fields = SCHEME_FIELDS | {"chunk", "sink", "near", "fuse", "split"}
+    model_fields = MODEL_FIELDS | {"embedding_scale", "residual_scale", "logit_softcap"}
     serves = Serves(
         blocks=("pre_norm", "post_norm", "sandwich", "parallel"),
         norms=("rms", "layernorm"),
@@ -74,6 +79,7 @@ class Megahybrid(Architecture):
         ),
         gates=("none", "head", "element"),
         biases=("none", "qkv"),
+        activations=("silu", "gelu_tanh"),
         logit_scale=True,
         per_layer=True,
     )
@@ -103,6 +109,7 @@ class Megahybrid(Architecture):
             "logit_scale": model.logit_scale,
             "schemes": {name: _scheme(s, model.head_dim) for name, s in plan.schemes.items()},
             "layer_schemes": list(plan.names()),
+            **_later_fields(model),
         }
 
     def from_config(self, config: Any) -> ModelConfig:
@@ -118,10 +125,28 @@ class Megahybrid(Architecture):
                 same_or_refused("chunk", scheme["chunk"], plan.schemes[name].chunk)
                 scheme["chunk"] = small.schemes[name].chunk
             scheme["logit_scale"] = _scale(small.schemes[name].score_scale)
+            near, smaller = plan.schemes[name].near, small.schemes[name].near
+            if near is not None and smaller is not None:
+                same_or_refused("near.window", scheme["near"]["window"], near.window)
+                scheme["near"]["window"] = smaller.window
+                scheme["near"]["logit_scale"] = _scale(smaller.score_scale)
 
     def pair_order(self, head_dim: int, rotary_dim: int) -> Order | None:
         """Return None: it keeps our order."""
         return None
+
+
+def _later_fields(model: ModelConfig) -> Fields:
+    """Return the fields of a model that came later, where they are not at their defaults: an export
+    without them stays as it was."""
+    later: Fields = {
+        "activation": model.activation,
+        "embedding_scale": model.embedding_scale,
+        "residual_scale": model.residual_scale,
+        "logit_softcap": model.logit_softcap,
+    }
+    defaults = {name: ModelConfig.model_fields[name].default for name in later}
+    return {name: value for name, value in later.items() if value != defaults[name]}
 
 
 def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
@@ -133,14 +158,34 @@ def _scheme(scheme: AttentionScheme, head_dim: int) -> Fields:
         if value != "none"
     }
     later |= {} if scheme.chunk is None else {"chunk": scheme.chunk}
+    later |= {"sink": True} if scheme.sink else {}
+    if scheme.near is not None:
+        later["near"] = {
+            "rotation": _rotation(scheme.near.position, head_dim),
+            "position": dump(scheme.near.position),
+            "window": scheme.near.window,
+            "logit_scale": _scale(scheme.near.score_scale),
+        }
+    if scheme.fuse is not None:
+        later["fuse"] = _fuse(scheme.fuse)
+    if scheme.split is not None:
+        later["split"] = dump(scheme.split)
     return {
         "rotation": _rotation(scheme.position, head_dim),
-        "position": dump(scheme.position),
+        "position": first_fields(scheme.position, dump(scheme.position)),
         "window": scheme.window,
         "qk_norm": dump(scheme.qk_norm),
         "logit_scale": _scale(scheme.score_scale),
         **later,
     }
+
+
+def _fuse(fuse: Fuse) -> Fields:
+    match fuse.gate:
+        case "fixed" | "head" | "token":
+            return {"gate": fuse.gate, "initial": fuse.initial}
+        case _:
+            assert_never(fuse.gate)
 
 
 def _scale(scale: ScoreScale) -> Fields:

@@ -51,9 +51,22 @@ class StockArchitecture(Architecture):
         """Return the biases of the projections of a config."""
         return "none"
 
+    def layer_extras(self, config: Any) -> Sequence[Fields]:
+        """Return, for each layer of a config, the fields of its scheme that not every layer has;
+        nothing where there are none."""
+        return ()
+
+    def intermediate_size(self, config: Any) -> int:
+        """Return the width of the MLP of a config."""
+        return int(config.intermediate_size)
+
     def logit_scale(self, config: Any) -> float:
         """Return the factor on the logits of a config."""
         return 1.0
+
+    def function_of(self, config: Any) -> Fields:
+        """Return the fields of our model beside its sizes and layers that a config sets."""
+        return {}
 
     def own_fields(self, model: ModelConfig, plan: LayerPlan) -> Fields:
         """Return the fields that every class of transformers has, then those of the layers."""
@@ -82,7 +95,7 @@ class StockArchitecture(Architecture):
         model: Fields = {
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": self.intermediate_size(config),
             "num_heads": heads,
             "num_kv_heads": config.num_key_value_heads or heads,
             "head_dim": head_dim,
@@ -97,8 +110,10 @@ class StockArchitecture(Architecture):
                 self.score_scale(config),
                 gate=self.gate(config),
                 bias=self.bias(config),
+                own=self.layer_extras(config),
             ),
             "logit_scale": self.logit_scale(config),
+            **self.function_of(config),
         }
         return parse(ModelConfig, model, where="model")
 

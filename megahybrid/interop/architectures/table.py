@@ -13,10 +13,14 @@ from megahybrid.interop.architectures.cohere2 import Cohere2
 from megahybrid.interop.architectures.cohere_compass import CohereCompass
 from megahybrid.interop.architectures.exaone4 import Exaone4
 from megahybrid.interop.architectures.exaone_moe import ExaoneMoe
+from megahybrid.interop.architectures.flint import Flint
+from megahybrid.interop.architectures.gemma3 import Gemma3
 from megahybrid.interop.architectures.granite_swa import GraniteSWA
 from megahybrid.interop.architectures.llama import Llama
+from megahybrid.interop.architectures.llama4 import Llama4
 from megahybrid.interop.architectures.megahybrid import Megahybrid
 from megahybrid.interop.architectures.mellum import Mellum
+from megahybrid.interop.architectures.ministral3 import Ministral3
 from megahybrid.interop.architectures.mistral import Mistral
 from megahybrid.interop.architectures.olmo3 import Olmo3
 from megahybrid.interop.architectures.qwen2 import Qwen2
@@ -32,14 +36,18 @@ ARCHITECTURES: Table = (
     SmolLM3(),
     Llama(),
     Mistral(),
+    Ministral3(),
     Qwen2(),
     Qwen3(),
     ExaoneMoe(),
     Mellum(),
     GraniteSWA(),
+    Flint(),
     Exaone4(),
     Olmo3(),
     Afmoe(),
+    Gemma3(),
+    Llama4(),
     Megahybrid(),
 )
 

@@ -16,6 +16,7 @@ from megahybrid.config.attention import (
     biased_projections,
     gate_features,
 )
+from megahybrid.config.fusion import fuse_shapes
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -34,18 +35,25 @@ Order = tuple[int, ...]
 @dataclass(frozen=True)
 class TensorName:
     """One tensor under both names; `order` is None, or for each of their rows of a head the one of
-    ours. `ours` is None for a tensor that only they have, filled with `constant`."""
+    ours. `ours` is None for a tensor that only they have, filled with `constant`. `offset` is what
+    they add to each number before they use it."""
 
     ours: str | None
     theirs: str
     shape: tuple[int, ...]
     order: Order | None = None
     constant: float = 0.0
+    offset: float = 0.0
 
     @property
     def in_last_dimension(self) -> bool:
         """True where `order` is of the last dimension: a QK-norm's weight of one row per head."""
         return self.ours is not None and self.ours.endswith("_norm.weight") and len(self.shape) > 1
+
+
+def is_norm(ours: str) -> bool:
+    """True for the weight of a norm, of the residual stream or of queries and keys."""
+    return ours.endswith("norm.weight")
 
 
 def norm_names(model: ModelConfig) -> Mapping[str, str]:
@@ -93,8 +101,8 @@ def interleaved_pairs(head_dim: int, rotary_dim: int) -> Order | None:
 def attention_tensors(
     model: ModelConfig, scheme: AttentionScheme, ours: str, theirs: str, order: Order | None
 ) -> Iterator[TensorName]:
-    """Yield the projections and their biases, the QK-norm, the gate and the learned scale of one
-    layer."""
+    """Yield the projections and their biases, the sinks, the QK-norm, the gate and the learned
+    scale of one layer."""
     hidden, head_dim = model.hidden_size, model.head_dim
     heads = {"query": model.num_heads, "key": model.num_kv_heads, "value": model.num_kv_heads}
     for name, count in heads.items():
@@ -111,6 +119,8 @@ def attention_tensors(
             (heads[name] * head_dim,),
             None if name == "value" else order,
         )
+    if scheme.sink:
+        yield TensorName(f"{ours}.attention.sinks", f"{theirs}.sinks", (model.num_heads,))
     yield TensorName(
         f"{ours}.attention.output.weight",
         f"{theirs}.o_proj.weight",
@@ -130,6 +140,11 @@ def attention_tensors(
         yield TensorName(
             f"{ours}.attention.output_gate.weight", f"{theirs}.gate_proj.weight", (gate, hidden)
         )
+    if scheme.fuse is not None:
+        for name, shape in fuse_shapes(scheme.fuse.gate, model.num_heads, hidden).items():
+            yield TensorName(
+                f"{ours}.attention.fuse_gate.{name}", f"{theirs}.fuse_gate.{name}", shape
+            )
     match scheme.score_scale:
         case SsmaxScale():
             yield TensorName(
@@ -171,7 +186,7 @@ def _qk_norm_shape(norm: QKNorm, heads: int, head_dim: int) -> tuple[int, ...] |
 
 
 def mlp_tensors(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorName]:
-    """Yield the three matrices of a SwiGLU MLP."""
+    """Yield the three matrices of a gated MLP."""
     for name in ("gate", "up", "down"):
         wide = (model.intermediate_size, model.hidden_size)
         yield TensorName(

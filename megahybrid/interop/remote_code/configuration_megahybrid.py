@@ -13,7 +13,8 @@ class MegahybridConfig(PreTrainedConfig):
     logit_scale: {kind, ...}}, and where it has them gate: head or element, chunk: tokens of the
     pieces of a text, which do not see each other; `layer_schemes` names one per layer.
     `frequencies` are radians per token, the fp32 values the model was trained with, of pairs
-    (i, i + len(frequencies)).
+    (i, i + len(frequencies)). `activation` is silu or gelu_tanh, and logits z, times logit_scale,
+    become c tanh(z / c) where there is a logit_softcap c.
     """
 
     model_type = "megahybrid"
@@ -32,6 +33,10 @@ class MegahybridConfig(PreTrainedConfig):
         norm: str = "rms",
         norm_eps: float = 1e-5,
         logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        embedding_scale: float = 1.0,
+        residual_scale: float = 1.0,
+        activation: str = "silu",
         schemes: dict[str, Any] | None = None,
         layer_schemes: list[str] | None = None,
         max_position_embeddings: int = 2048,
@@ -51,6 +56,10 @@ class MegahybridConfig(PreTrainedConfig):
         self.norm = norm
         self.norm_eps = norm_eps
         self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.embedding_scale = embedding_scale
+        self.residual_scale = residual_scale
+        self.activation = activation
         self.schemes = schemes or {}
         self.layer_schemes = layer_schemes or []
         self.max_position_embeddings = max_position_embeddings

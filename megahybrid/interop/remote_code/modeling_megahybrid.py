@@ -17,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_megahybrid import CACHE_NAME, CACHE_NAMES, check_mask, given_cache, windowed
 from .configuration_megahybrid import MegahybridConfig
+from .views_megahybrid import MegahybridFuseGate, fused, split_share
 
 QUERY_BLOCK = 1024
 
@@ -60,15 +61,17 @@ class Places:
     ) -> tuple[Tensor, Tensor]:
         """Return cos and sin [batch, 1, seq, pairs] of a scheme's rotation; angles in fp32."""
         if name not in self._rotations:
-            device = self.position.device
-            frequencies = torch.tensor(rotation["frequencies"], dtype=torch.float32, device=device)
-            angles = self.position[:, None, :, None].float() * frequencies
-            factor = rotation["attention_factor"]
-            self._rotations[name] = (
-                (angles.cos() * factor).to(dtype),
-                (angles.sin() * factor).to(dtype),
-            )
+            self._rotations[name] = turns(self.position, rotation, dtype)
         return self._rotations[name]
+
+
+def turns(position: Tensor, rotation: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [batch, 1, seq, pairs] of a rotation at these positions [batch, seq]."""
+    device = position.device
+    frequencies = torch.tensor(rotation["frequencies"], dtype=torch.float32, device=device)
+    angles = position[:, None, :, None].float() * frequencies
+    factor = rotation["attention_factor"]
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,10 +100,15 @@ class MegahybridAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        if self.scheme.get("sink", False):
+            self.sinks = nn.Parameter(torch.zeros(heads))
         self.gate = self.scheme.get("gate", "none")
         if self.gate != "none":
             features = heads if self.gate == "head" else heads * self.head_dim
             self.gate_proj = nn.Linear(hidden, features, bias=False)
+        self.near = self.scheme.get("near")
+        if "fuse" in self.scheme:
+            self.fuse_gate = MegahybridFuseGate(self.scheme["fuse"], hidden, heads)
         self.qk_norm = self.scheme["qk_norm"]
         if self.qk_norm["kind"] != "none":
             self.q_norm = self._norm(heads, config.norm_eps)
@@ -131,13 +139,21 @@ class MegahybridAttention(nn.Module):
             q, k = self.q_norm(q.unflatten(-1, split)), self.k_norm(k.unflatten(-1, split))
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # [batch, heads, seq, head_dim]
         v = v.unflatten(-1, split).transpose(1, 2)
-        if self.scheme["rotation"] is not None:
-            cos, sin = places.cos_and_sin(self.name, self.scheme["rotation"], q.dtype)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, scale = self._scaled(q, places)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        out = self._attend(q, k, v, scale, places).transpose(1, 2)  # [batch, seq, heads, head_dim]
+        if self.near is None:
+            if self.scheme["rotation"] is not None:
+                cos, sin = places.cos_and_sin(self.name, self.scheme["rotation"], q.dtype)
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, scale = self._scaled(q, places, self.scheme)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer)
+            out = self._attend(q, k, v, scale, places, self.scheme)
+        else:
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer)
+            near = self._seen_in(self.near, f"{self.name}.near", q, k, v, places)
+            far = self._seen_in(self.scheme, self.name, q, k, v, places)
+            out = fused(near, far, self._near_share(hidden, q, k))
+        out = out.transpose(1, 2)  # [batch, seq, heads, head_dim]
         if self.gate != "none":
             # One value a head, or one for each of its elements.
             gate = self.gate_proj(hidden).unflatten(-1, (out.shape[2], -1))
@@ -145,9 +161,27 @@ class MegahybridAttention(nn.Module):
             out = out * exact.sigmoid().to(out.dtype)
         return self.o_proj(out.flatten(2))
 
-    def _scaled(self, q: Tensor, places: Places) -> tuple[Tensor, float]:
+    def _seen_in(
+        self, view: dict[str, Any], name: str, q: Tensor, k: Tensor, v: Tensor, places: Places
+    ) -> Tensor:
+        """Return the output of one of two views; k holds all cached keys, not rotated."""
+        if view["rotation"] is not None:
+            q = rotate(q, *places.cos_and_sin(name, view["rotation"], q.dtype))
+            columns = places.columns(k.device)[:, -k.shape[2] :]
+            k = rotate(k, *turns(columns, view["rotation"], k.dtype))
+        q, scale = self._scaled(q, places, view)
+        return self._attend(q, k, v, scale, places, view)
+
+    def _near_share(self, hidden: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Return the share of the near view, [batch or 1, heads or 1, seq or 1, 1]."""
+        if "fuse" in self.scheme:
+            share: Tensor = self.fuse_gate(hidden)
+            return share
+        return split_share(self.scheme["split"], q.shape[1], k.shape[1], q)
+
+    def _scaled(self, q: Tensor, places: Places, view: dict[str, Any]) -> tuple[Tensor, float]:
         """Return q times the factor that depends on its position, and the scale of every score."""
-        scale = self.scheme["logit_scale"]
+        scale = view["logit_scale"]
         kind = scale["kind"]
         if kind == "fixed":
             return q, scale["scale"]
@@ -161,10 +195,10 @@ class MegahybridAttention(nn.Module):
         elif kind == "power":
             factor = (1 + (position + 1).float() / scale["length"]) ** scale["exponent"]
         else:
-            chunk = self.scheme.get("chunk")
+            chunk = view.get("chunk")
             keys = position + 1 if chunk is None else position % chunk + 1
-            if self.scheme["window"] is not None:
-                keys = keys.clamp(max=self.scheme["window"])
+            if view["window"] is not None:
+                keys = keys.clamp(max=view["window"])
             if kind == "log":
                 base = torch.tensor(float(scale["base"]), device=q.device)
                 factor = torch.log(scale["base"] + keys.float()) / torch.log(base)
@@ -175,11 +209,19 @@ class MegahybridAttention(nn.Module):
                 factor = torch.log(keys.float()) * self.logit_scale.float()[:, None, None]
         return q * factor.to(q.dtype), plain
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, places: Places) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        places: Places,
+        view: dict[str, Any],
+    ) -> Tensor:
         """Return the softmax average over the visible keys, a block of queries at a time."""
         k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        chunk = self.scheme.get("chunk")
-        window = self.scheme["window"] if chunk is None else chunk
+        chunk = view.get("chunk")
+        window = view["window"] if chunk is None else chunk
         total = places.seen + places.seq
         first = total - k.shape[2]  # the place of the oldest key that is held
         parts = []
@@ -201,30 +243,49 @@ class MegahybridAttention(nn.Module):
             if places.valid is not None:
                 # A padded query sees itself: a row of softmax must have something in it.
                 mask = mask & places.valid[:, None, None, low:high] | (key == query)
+            held = slice(low - first, high - first)
+            attend: Any = F.scaled_dot_product_attention
+            if self.scheme.get("sink", False):
+                attend = self._attend_with_sinks
             parts.append(
-                F.scaled_dot_product_attention(
+                attend(
                     q[:, :, start:stop],
-                    k[:, :, low - first : high - first],
-                    v[:, :, low - first : high - first],
+                    k[:, :, held],
+                    v[:, :, held],
                     attn_mask=mask,
                     scale=scale,
                 )
             )
         return torch.cat(parts, dim=2)
 
+    def _attend_with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float
+    ) -> Tensor:
+        """Return the average where a learned score of each head takes weight and has no value."""
+        exact = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(exact) * scale) @ k.to(exact).mT
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+        sinks = self.sinks.to(exact)[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        return (weights @ v.to(exact)).to(v.dtype)
+
 
 class MegahybridMLP(nn.Module):
-    """down(silu(gate) * up)."""
+    """down(activation(gate) * up)."""
 
     def __init__(self, config: MegahybridConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, seq, hidden] -> the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        tanh = self.activation == "gelu_tanh"
+        active = F.gelu(gate, approximate="tanh") if tanh else F.silu(gate)
+        return self.down_proj(active * self.up_proj(x))
 
 
 class MegahybridDecoderLayer(nn.Module):
@@ -239,7 +300,7 @@ class MegahybridDecoderLayer(nn.Module):
 
     def __init__(self, config: MegahybridConfig, layer: int) -> None:
         super().__init__()
-        self.block = config.block
+        self.block, self.scale = config.block, config.residual_scale
         self.self_attn = MegahybridAttention(config, layer)
         self.mlp = MegahybridMLP(config)
         names = {
@@ -261,17 +322,24 @@ class MegahybridDecoderLayer(nn.Module):
         """[batch, seq, hidden] -> the same."""
         if self.block == "parallel":
             normed = self.input_layernorm(hidden)
-            return hidden + self.self_attn(normed, places, cache) + self.mlp(normed)
+            if self.scale == 1:
+                return hidden + self.self_attn(normed, places, cache) + self.mlp(normed)
+            return self._added(hidden, self.self_attn(normed, places, cache) + self.mlp(normed))
         if self.block == "pre_norm":
-            hidden = hidden + self.self_attn(self.input_layernorm(hidden), places, cache)
-            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+            branch = self.self_attn(self.input_layernorm(hidden), places, cache)
+            hidden = self._added(hidden, branch)
+            return self._added(hidden, self.mlp(self.post_attention_layernorm(hidden)))
         if self.block == "sandwich":
             branch = self.self_attn(self.input_layernorm(hidden), places, cache)
-            hidden = hidden + self.post_attention_layernorm(branch)
-            return hidden + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(hidden)))
-        attention_output = self.self_attn(hidden, places, cache)
-        hidden = hidden + self.post_attention_layernorm(attention_output)
-        return hidden + self.post_feedforward_layernorm(self.mlp(hidden))
+            hidden = self._added(hidden, self.post_attention_layernorm(branch))
+            branch = self.mlp(self.pre_mlp_layernorm(hidden))
+            return self._added(hidden, self.post_mlp_layernorm(branch))
+        branch = self.self_attn(hidden, places, cache)
+        hidden = self._added(hidden, self.post_attention_layernorm(branch))
+        return self._added(hidden, self.post_feedforward_layernorm(self.mlp(hidden)))
+
+    def _added(self, hidden: Tensor, branch: Tensor) -> Tensor:
+        return hidden + (branch if self.scale == 1 else branch * self.scale)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
@@ -327,6 +395,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+            if self.config.embedding_scale != 1:
+                inputs_embeds = inputs_embeds * self.config.embedding_scale
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache or cache is not None:
@@ -405,6 +475,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep]) * self.config.logit_scale
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -16,7 +16,8 @@ from megahybrid.model.kernels.documents import Documents, additive, visible
 from megahybrid.model.kernels.kernel import Kernel, Measured
 from megahybrid.model.kernels.last_queries import attend_last
 from megahybrid.model.kernels.sdpa import attend_heads, attend_sdpa
-from megahybrid.model.kernels.spec import AttentionSpec
+from megahybrid.model.kernels.sinks import heads_with_sinks
+from megahybrid.model.kernels.spec import AttentionSpec, Place
 
 # Small blocks waste least: a query block reads window + block keys. Below 64 rows SDPA's own tiles
 # go unfilled, above 512 nothing is gained.
@@ -36,29 +37,30 @@ def attend_blocked(
     ones in fp32 on a CPU are smaller blocks of their own products instead (`tiles`). Blocks are
     counted from the first key, so keys before the first query shorten the head.
     """
-    window, documents, scale = spec.window, spec.documents, spec.scale
+    window, documents, scale, sinks = spec.window, spec.documents, spec.scale, spec.sinks
     if window is None:
         return attend_sdpa(q, k, v, spec)  # one block: no bands
     unseen = max(len(k) - len(q) - (window - 1), 0)
     if unseen:
         k, v = k[unseen:], v[unseen:]
         documents = documents and documents.stretch(documents.seq - len(k), documents.seq)
-    if tiles.serves(q, k, window):
+    if sinks is None and tiles.serves(q, k, window):
         return tiles.attend_tiles(q, k, v, window=window, documents=documents, scale=scale)
     seq, batch, heads, head_dim = q.shape
     if documents is None:
         # One mask serves all rows, so rows can pass for heads: [seq, 1, batch * heads, head_dim].
         # Query head h of row b is b * heads + h, its group's KV head b * kv_heads + h // group.
         q, k, v = (x.reshape(len(x), 1, -1, head_dim) for x in (q, k, v))
+        sinks = sinks.repeat(batch) if sinks is not None else None
     block, reach = block_and_reach(window)
     before = len(k) - seq
     head = min(max(block * reach - before, 0), seq)
     parts = []
     if head:
         of_head = slice(0, before + head)
-        parts.append(_head(q[:head], k[of_head], v[of_head], window, documents, scale))
+        parts.append(_head(q[:head], k[of_head], v[of_head], window, documents, scale, sinks))
     if head < seq:
-        parts.append(_tail(q[head:], k, v, window, documents, scale))
+        parts.append(_tail(q[head:], k, v, window, documents, scale, sinks))
     return torch.cat(parts).reshape(seq, batch, heads, head_dim)
 
 
@@ -69,7 +71,13 @@ def block_and_reach(window: int) -> tuple[int, int]:
 
 
 def _head(
-    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    documents: Documents | None,
+    scale: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     length, before = len(k), len(k) - len(q)
     mask = None
@@ -81,13 +89,21 @@ def _head(
     elif length > window:
         mask = _plain_mask(before, len(q), length, window, q.dtype, q.device)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [rows, heads, length, head_dim]
+    if sinks is not None:
+        return heads_with_sinks(q, k, v, mask, scale, sinks).permute(2, 0, 1, 3)
     if mask is None and before:
         return attend_last(q, k, v, scale).permute(2, 0, 1, 3)
     return attend_heads(q, k, v, mask, scale).permute(2, 0, 1, 3)
 
 
 def _tail(
-    q: Tensor, k: Tensor, v: Tensor, window: int, documents: Documents | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    documents: Documents | None,
+    scale: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     block, reach = block_and_reach(window)
     length, rows = q.shape[:2]
@@ -102,7 +118,11 @@ def _tail(
         mask = documents.keep(
             ("blocked tail", window, q.dtype), lambda: _tail_masks(documents, window, q.dtype)
         )
-    out = attend_heads(q, k, v, mask, scale)
+    if sinks is None:
+        out = attend_heads(q, k, v, mask, scale)
+    else:
+        # Each query's softmax lies in one block, and with it the sink.
+        out = heads_with_sinks(q, k, v, mask, scale, sinks)
     out = out.unflatten(0, (rows, blocks)).permute(1, 3, 0, 2, 4).flatten(0, 1)
     return out[:length]
 
@@ -159,12 +179,22 @@ class _OverlappingBlocks(torch.autograd.Function):
         return total.flatten(0, 1)[: ctx.seq], None, None, None
 
 
+def _unavailable(spec: AttentionSpec, place: Place) -> str | None:
+    """Without a window it is SDPA, which has sums to put sinks beside in half precision alone, on
+    CUDA."""
+    if spec.sinks is None or spec.window or sdpa.sums(place) is not None:
+        return None
+    return f"has no learned sinks without a window, there (dtype={place.dtype})"
+
+
 # On a GPU its masks cost more than its products: it serves windows where nothing else does.
 KERNEL = Kernel(
     "blocked",
     attend_blocked,
-    serves=frozenset({"window", "documents", "before"}),
+    serves=frozenset({"window", "documents", "before", "sinks"}),
+    unavailable=lambda spec, place: _unavailable(spec, place),
     rank=lambda spec: 4,
     measured=Measured.LAST,
     halves=lambda spec, place: None if spec.window else sdpa.halves(place),
+    sums=lambda spec, place: None if spec.window else sdpa.sums(place),
 )

@@ -2,13 +2,14 @@
 measure."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.training import KernelConfig
 from megahybrid.errors import first_line
 from megahybrid.model.core_attention import core_attention
@@ -51,13 +52,15 @@ def resolve_kernels(
     head_dim: int,
     pinned: ChosenKernels | None = None,
     last_queries: Collection[str] = (),
+    sinks: Collection[str] = (),
 ) -> ChosenKernels:
     """Return what the run file names, else what the checkpoint had on the same kind of device (so
     that a resume repeats its bits), else a choice without a measurement. `length` is there where
     the checkpoint's choice was measured at that length.
 
     `last_queries` names the kinds of layers whose queries are the last of more keys: a checkpoint's
-    kernel that cannot do that is not taken."""
+    kernel that cannot do that is not taken. `sinks` names the kinds of which some layers have
+    learned sinks."""
     kept = pinned if pinned is not None and pinned.device == device.type else None
     measured_length = None if kept is None else kept.length
     # A window shorter than the row: it serves every batch.
@@ -70,7 +73,9 @@ def resolve_kernels(
             before = 1 if kind in last_queries else None
             if known and before and "before" not in REGISTRY[known].serves:
                 known = measured_length = None  # measured anew, if that is worth it
-            name = known or choose(window, 2, several, device, dtype, head_dim, before)
+            name = known or choose(
+                window, 2, several, device, dtype, head_dim, before, kind in sinks
+            )
         kinds[kind] = name
     products: str | None = None
     if device.type == "cpu":
@@ -88,11 +93,21 @@ def resolve_kernels(
 
 
 def candidates(
-    kind: str, device: torch.device, dtype: torch.dtype, head_dim: int, before: int | None = None
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    before: int | None = None,
+    sinks: bool = False,
 ) -> list[str]:
     """Return the exact kernels with a backward that are measured for a kind of layer there, the
-    usual one first; `before` as in a spec."""
-    return measured(WINDOWS[kind], device, dtype, head_dim, before)
+    usual one first; `before` as in a spec, `sinks` where some of these layers have them."""
+    return measured(WINDOWS[kind], device, dtype, head_dim, before, sinks)
+
+
+def kinds_with_sinks(schemes: Iterable[AttentionScheme]) -> set[str]:
+    """Return the kinds of layers of which some have learned sinks."""
+    return {"full" if scheme.reach is None else "windowed" for scheme in schemes if scheme.sink}
 
 
 def measure(

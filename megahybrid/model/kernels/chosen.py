@@ -21,8 +21,10 @@ class ChosenKernels:
     exchange: str | None = None  # what context ranks send one another, where they share rows
 
     def of(self, scheme: AttentionScheme) -> str:
-        """Return the attention kernel of a layer with this scheme."""
-        return self.full if scheme.reach is None else self.windowed
+        """Return the attention kernel of a layer with this scheme; of one with two views both,
+        as `kernels_of_views` reads them."""
+        names = [self.full if v.reach is None else self.windowed for v in scheme.views()]
+        return "+".join(dict.fromkeys(names))
 
     @property
     def compiler(self) -> str | None:
@@ -44,6 +46,13 @@ class ChosenKernels:
         length = known.pop("length", None)
         measured = int(length) if length is not None and str(length).isdecimal() else None
         return cls(**known, length=measured)
+
+
+def kernels_of_views(kernel: str) -> tuple[str, str]:
+    """Return the kernels of the near and the far view that `blocked+sdpa` names, or the one of both
+    that a single name is."""
+    near, _, far = kernel.partition("+")
+    return near, far or near
 
 
 _NAMES = frozenset(field.name for field in fields(ChosenKernels))

@@ -55,7 +55,10 @@ class Kernel:
     itself. `unavailable` says why it cannot run at a place, or None. `needs` names fields without
     which it is no kernel at all. `rank` orders the choice without a measurement, the lowest first;
     None: it is not chosen so. `unchosen` has the dtypes in which it runs only where it is named.
-    `halves` gives its forward and backward apart, for what it serves, where it has them.
+    `halves` gives its forward and backward apart, for what it serves, where it has them. `sums`
+    gives two that keep the logarithm of each query's sum, [batch, heads, seq], and nothing else, in
+    a tensor of their own as is the output: learned sinks are put around them, whether `serves`
+    names these or not.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Kernel:
     measured: Measured = Measured.NEVER
     unchosen: frozenset[torch.dtype] = frozenset()
     halves: Callable[[AttentionSpec, Place], Halves | None] = _no_halves
+    sums: Callable[[AttentionSpec, Place], Halves | None] = _no_halves
     quadratic: bool = False  # holds all scores at once: for tests, never a way out of a refusal
 
     def refusal(self, spec: AttentionSpec, place: Place) -> str | None:
@@ -74,8 +78,11 @@ class Kernel:
         if it can."""
         asked = spec.features()
         for name, words in asked.items():
-            if name not in self.serves:
+            if name not in self.serves and name != "sinks":
                 return f"has no {words}"
         if not self.needs <= asked.keys():
             return f"serves nothing without {' and '.join(sorted(self.needs))}"
-        return self.unavailable(spec, place)
+        why_not = self.unavailable(spec, place)
+        if why_not is not None or "sinks" not in asked.keys() - self.serves:
+            return why_not
+        return f"has no {asked['sinks']}" if self.sums(spec, place) is None else None

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.kernel import Kernel
+from megahybrid.model.kernels.sinks import softmax_with_sinks
 from megahybrid.model.kernels.spec import AttentionSpec
 
 
@@ -15,7 +16,8 @@ def attend_reference(
     v: Float[Tensor, "keys batch kv_heads head_dim"],
     spec: AttentionSpec,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
-    """softmax(scale * q kᵀ + mask) v with a dense mask, in fp32 (fp64 for fp64 inputs).
+    """softmax(scale * q kᵀ + mask) v with a dense mask, in fp32 (fp64 for fp64 inputs); a sink is
+    one more column of the softmax, which no value belongs to.
 
     Memory is heads × keys × keys: for tests and short sequences.
     """
@@ -30,13 +32,18 @@ def attend_reference(
         2, (k.shape[2], -1)
     )  # [seq, batch, kv_heads, group, head_dim]
     scores = torch.einsum("ibhgd,jbhd->bhgij", grouped, k.to(compute)) * spec.scale
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if spec.sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        weights = softmax_with_sinks(scores.flatten(1, 2), spec.sinks)[..., :-1]
+        weights = weights.unflatten(1, (k.shape[2], -1))
     return torch.einsum("bhgij,jbhd->ibhgd", weights, v.to(compute)).flatten(2, 3).to(q.dtype)
 
 
 KERNEL = Kernel(
     "reference",
     attend_reference,
-    serves=frozenset({"window", "documents", "before"}),
+    serves=frozenset({"window", "documents", "before", "sinks"}),
     quadratic=True,
 )

@@ -1,5 +1,7 @@
 """The table of kernels: adding one is its file and its line here."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +20,7 @@ from megahybrid.model.kernels import (
 )
 from megahybrid.model.kernels.documents import Documents
 from megahybrid.model.kernels.kernel import Halves, Kernel, Measured
+from megahybrid.model.kernels.sinks import attend_with_sinks, with_sinks
 from megahybrid.model.kernels.spec import AttentionSpec, Place
 
 # In the order in which measurements name them: the usual one first.
@@ -56,7 +59,10 @@ def attend(
     spec = spec.within(len(k))
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     place = Place(q.device, q.dtype, q.shape[-1], gradients)
-    return _able(kernel, spec, place).attend(q, k, v, spec)
+    able = _able(kernel, spec, place)
+    if spec.sinks is not None and (apart := able.sums(spec, place)) is not None:
+        return attend_with_sinks(apart, q, k, v, spec)
+    return able.attend(q, k, v, spec)
 
 
 def halves(
@@ -70,7 +76,11 @@ def halves(
     _check(q, k, spec)
     spec = spec.within(len(k))
     place = Place(q.device, q.dtype, q.shape[-1])
-    apart = _able(kernel, spec, place).halves(spec, place)
+    able = _able(kernel, spec, place)
+    if spec.sinks is not None:
+        sums = able.sums(spec, place)
+        return sums and (with_sinks(sums), spec)
+    apart = able.halves(spec, place)
     return apart and (apart, spec)
 
 
@@ -82,10 +92,12 @@ def choose(
     dtype: torch.dtype,
     head_dim: int,
     before: int | None = None,
+    sinks: bool = False,
 ) -> str:
     """Return the name of the fastest exact kernel with a backward for a layer, by rule: for rows of
     `seq` keys, `before` of which come before the first query."""
     spec = AttentionSpec(scale=1.0, window=window, documents=documents, before=before)
+    spec = _with(spec, sinks)
     return _preferred(spec.within(seq), Place(device, dtype, head_dim))
 
 
@@ -95,11 +107,13 @@ def measured(
     dtype: torch.dtype,
     head_dim: int,
     before: int | None = None,
+    sinks: bool = False,
 ) -> list[str]:
     """Return the names of the kernels with a backward that are measured for layers with this
     window, and with keys before the first query if `before` has their number; the usual one
     first."""
     spec = AttentionSpec(scale=1.0, window=window, before=before or None)
+    spec = _with(spec, sinks)
     place = Place(device, dtype, head_dim)
     found: dict[Measured, list[str]] = {kind: [] for kind in Measured}
     for kernel in TABLE:
@@ -107,6 +121,11 @@ def measured(
             found[kernel.measured].append(kernel.name)
     names = found[Measured.ALWAYS] + (found[Measured.FUSED] or found[Measured.COMPILED])
     return names or found[Measured.LAST]
+
+
+def _with(spec: AttentionSpec, sinks: bool) -> AttentionSpec:
+    """Return a spec that asks for sinks as well: of some, since none is computed with."""
+    return replace(spec, sinks=torch.zeros(1)) if sinks else spec
 
 
 def _able(kernel: str, spec: AttentionSpec, place: Place) -> Kernel:
@@ -135,7 +154,11 @@ def _preferred(spec: AttentionSpec, place: Place) -> str:
     }
     if not ranks:
         asked = " and ".join(spec.features().values())
-        raise ConfigError(f"kernels=auto: no kernel has {asked} on {place.device.type}.")
+        dtype = str(place.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"kernels=auto: no kernel has {asked} in {dtype} on {place.device.type}. "
+            f"{_way_out(spec, place)}"
+        )
     return min(ranks, key=lambda name: ranks[name])
 
 

@@ -142,6 +142,11 @@ def halves(place: Place) -> Halves | None:
     return varlen.halves(place)
 
 
+def sums(place: Place) -> Halves | None:
+    """Return halves that keep each query's sum alone."""
+    return halves(place) if place.device.type == "cpu" else varlen.sums(place)
+
+
 def _forward_on_cpu(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -205,4 +210,5 @@ KERNEL = Kernel(
     rank=lambda spec: 0 if spec.documents is None else 2,
     measured=Measured.ALWAYS,
     halves=lambda spec, place: halves(place),
+    sums=lambda spec, place: sums(place),
 )

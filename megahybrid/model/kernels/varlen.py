@@ -54,6 +54,7 @@ KERNEL = Kernel(
     rank=lambda spec: 1,
     measured=Measured.FUSED,
     halves=lambda spec, place: halves(place),
+    sums=lambda spec, place: sums(place),
 )
 
 
@@ -166,6 +167,32 @@ def halves(place: Place) -> Halves | None:
     if refusal(*place[:3]) is not None or not _shares_heads(place.device, place.dtype):
         return None
     return Halves(_forward, _backward)
+
+
+def sums(place: Place) -> Halves | None:
+    """Return halves whose sums are [batch, heads, seq]; packed they are [heads, tokens]."""
+    if halves(place) is None:
+        return None
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, (packed,) = _forward(q, k, v, spec)
+        return out, (packed.unflatten(-1, (q.shape[1], -1)).transpose(0, 1),)
+
+    def backward(
+        grad_output: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: tuple[Tensor, ...],
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed = kept[0].transpose(0, 1).flatten(1)
+        return _backward(grad_output, q, k, v, out, (packed,), spec)
+
+    return Halves(forward, backward)
 
 
 def _forward(

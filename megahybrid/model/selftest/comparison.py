@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme, Nope, Rope, gate_features
+from megahybrid.config.fusion import has_product
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.selftest.expected import (
     expected_output,
@@ -26,6 +27,7 @@ USUAL = 0.3  # of the root of the mean square
 LEAST = 0.05  # of a vector of normal numbers: under a window of one key two gradients are 0
 # In the order of queries, keys and values.
 BIASES = ("biases.query", "biases.key", "biases.value")
+FUSE_BIAS = "fuse_gate.bias"
 SCORE = 1.0  # standard deviation of the scores: all keys count, none alone
 
 
@@ -46,7 +48,7 @@ def fill_learned(
         around = 0.3 * normal(generator, *parameter.shape)
         if name == "biases.value":
             around /= 3  # all values have it: bf16 rounds it away from a mean of a thousand
-        if name not in BIASES:
+        if name not in (*BIASES, FUSE_BIAS):
             around += 1
         of_queries = name == "biases.query" and block.attention.qk_norm is None
         if of_queries or name == "qk_norm.query_weight":
@@ -65,6 +67,10 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 def _gain(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
     """Return the factor of queries before anything else is done to them: in bf16 scores of
     several times SCORE are rounded by as much as would hide what is wrong."""
+    return min(_gain_of_view(view, shape, length) for view in scheme.views())
+
+
+def _gain_of_view(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
     match scheme.position:
         case Rope() as rope:
             rotation = rope.attention_factor()
@@ -88,10 +94,12 @@ def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch
     """Queries' gradients weigh as many as the keys that they see, so that each of a thousand keys
     gets a gradient as large as one of three does."""
     gate = gate_features(scheme.gate, shape.heads, shape.head_dim) or 0
+    gate += shape.heads if scheme.fuse is not None and has_product(scheme.fuse.gate) else 0
     wide = normal(generator, rows.length, len(rows.documents), shape.features + gate)
     if scheme.qk_norm.kind == "none":
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
-    queries = queries_of(rows, scheme.reach)
+    of_views = [queries_of(rows, view.reach) for view in scheme.views()]
+    queries = torch.cat(of_views).unique()
     seen = visible_keys(rows.starts, queries, scheme.window, scheme.chunk).sum(-1).T
     grad_output = torch.zeros(rows.length, len(rows.documents), shape.heads, shape.head_dim)
     drawn = normal(generator, len(queries), *grad_output.shape[1:]) * seen[..., None, None]
@@ -141,7 +149,13 @@ def compare(
             part = right[1 + BIASES.index(name)] if name in BIASES else None
             _demand_whole(what, ours, theirs, shape, part)
             continue
-        weight = {"output": root, "queries": 1 / root, "output_gate": 1 / root}.get(name)
+        weights = {
+            "output": root,
+            "queries": 1 / root,
+            "output_gate": 1 / root,
+            "fuse_gate": 1 / root,
+        }
+        weight = weights.get(name)
         places = torch.arange(rows.length) if name in ("keys", "values") else drawn.queries
         _demand_each(what, ours, theirs, weight, places, rows, shape)
 
@@ -175,9 +189,11 @@ def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> li
     }
     queries = drawn.queries.to(shape.device)
     q, k, v, *gate = leaves
+    named = dict(zip(block.names[3:], (each[queries] for each in gate), strict=True))
     scheme, starts = block.attention.scheme, rows.starts.to(shape.device)
-    out = expected_output(scheme, (q, k, v), learned, starts, queries)
-    out = gated(scheme.gate, out, *(each[queries] for each in gate))
+    product = named.pop("fuse_gate", None)
+    out = expected_output(scheme, (q, k, v), learned, starts, queries, product)
+    out = gated(scheme.gate, out, *named.values())
     grad_output = drawn.grad_output[queries].double()
     of_q, of_k, of_v, *others = torch.autograd.grad(
         (out * grad_output).sum(), (*leaves, *learned.values())

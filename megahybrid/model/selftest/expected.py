@@ -30,8 +30,13 @@ def expected_output(
     learned: Mapping[str, Tensor],
     starts: Tensor,  # [rows, seq]
     queries: Tensor,  # indices
+    product: Tensor | None = None,  # of a fuse gate at these queries, [queries, rows, heads, 1]
 ) -> Tensor:
     """The attention output of these queries, [queries, rows, heads, head_dim]."""
+    if scheme.near is not None:
+        outs = [expected_output(v, heads, learned, starts, queries) for v in scheme.views()]
+        share = near_share(scheme, heads, learned, product)
+        return share * outs[0] + (1 - share) * outs[1]
     q, k, v = biased(scheme.bias, heads, learned)
     q = normed(q, scheme.qk_norm, learned.get("qk_norm.query_weight"))
     k = normed(k, scheme.qk_norm, learned.get("qk_norm.key_weight"))
@@ -54,8 +59,41 @@ def expected_output(
     group = q.shape[2] // k.shape[2]
     owner = torch.tensor([head // group for head in range(q.shape[2])], device=q.device)
     scores = torch.einsum("ibhd,jbhd->bhij", q[queries] * scale[..., None], k[:, :, owner])
-    weights = scores.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    if scheme.sink:
+        # As much as a key of this score takes, of value 0: its share goes nowhere.
+        most = scores.amax(-1, keepdim=True).detach()
+        sink = (learned["sinks.logits"][:, None, None] - most).exp()
+        weights = (scores - most).exp()
+        weights = weights / (weights.sum(-1, keepdim=True) + sink)
+    else:
+        weights = scores.softmax(-1)
     return torch.einsum("bhij,jbhd->ibhd", weights, v[:, :, owner])
+
+
+def near_share(
+    scheme: AttentionScheme,
+    heads: tuple[Tensor, Tensor, Tensor],
+    learned: Mapping[str, Tensor],
+    product: Tensor | None,
+) -> Tensor:
+    """The share of the near view by head, [..., heads, 1]: 1 or 0 where heads are split."""
+    q, k, _ = heads
+    if scheme.split is not None:
+        group = q.shape[2] // k.shape[2]
+        owners = torch.arange(q.shape[2], device=q.device) // group
+        return (owners % scheme.split.of < scheme.split.near).double()[:, None]
+    assert scheme.fuse is not None
+    match scheme.fuse.gate:
+        case "fixed":
+            return torch.full((1, 1), scheme.fuse.initial, dtype=torch.float64, device=q.device)
+        case "head":
+            return 1 / (1 + (-learned["fuse_gate.bias"]).exp())[:, None]
+        case "token":
+            assert product is not None
+            return 1 / (1 + (-product - learned["fuse_gate.bias"][:, None]).exp())
+        case other:
+            assert_never(other)
 
 
 def biased(

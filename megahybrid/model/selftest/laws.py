@@ -43,14 +43,16 @@ SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.0
 
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
-    """Return the scheme without norm, rotation, scale, gate and biases, of which `compare`
-    judges."""
+    """Return the scheme without norm, rotation, scale, gate, biases and sinks, of which
+    `compare` judges."""
     plain = {
         "position": Nope(kind="nope"),
         "qk_norm": QKNorm(),
         "score_scale": SqrtDimScale(),
         "gate": "none",
         "bias": "none",
+        "sink": False,
+        **dict.fromkeys(("near", "fuse", "split")),
     }
     return scheme.model_copy(update=plain)
 

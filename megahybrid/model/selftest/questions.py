@@ -1,6 +1,6 @@
 """The questions to one scheme on its kernel, and the rows on which they are asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.model.kernels import choose, flex, sdpa
 from megahybrid.model.kernels.blocked import block_and_reach
+from megahybrid.model.kernels.chosen import kernels_of_views
 from megahybrid.model.selftest import laws
 from megahybrid.model.selftest.comparison import compare, draw, fill_learned, queries_of
 from megahybrid.model.selftest.subject import Contexts, HeadShape, HeadsOnly, Rows
@@ -40,31 +41,49 @@ class OneScheme:
         """Laws, then numbers, at a length of the scheme's own: its window and some blocks, or more
         than any kernel treats as a special case."""
         scheme, shape = self.scheme, self.shape
+        for one in self.views():
+            one.obeys_laws()
+        scheme, rows, fewer = reduced(scheme, self.kernel, shape)
+        for each in (rows.joined(), rows):
+            self.numbers(scheme, fewer, each)
+
+    def views(self) -> "list[OneScheme]":
+        """Return the questions to each view of the keys by itself: this one where it has one."""
+        views = self.scheme.views()
+        kernels = kernels_of_views(self.kernel)[-len(views) :]
+        pairs = zip(views, kernels, strict=True)
+        return [replace(self, scheme=view, kernel=kernel) for view, kernel in pairs]
+
+    def obeys_laws(self) -> None:
+        """Which keys are seen, by what they are rotated, and how scores are scaled."""
+        scheme, shape = self.scheme, self.shape
         rows = own_rows(scheme.reach, self.kernel)
-        both = (rows.joined(), rows)
         fewer = affordable(shape, rows, scheme.reach, forward_only=True)
         seeing = HeadsOnly(fewer, laws.bare(scheme), self.kernel)
-        for each in both:
+        for each in (rows.joined(), rows):
             self.rotates(shape, each)
             with torch.no_grad():
                 laws.sees_its_keys(seeing, fewer, self.contexts.of(each), each)
         laws.scales_its_scores(scheme, shape, self.kernel)
         laws.scales_its_queries(scheme, shape, rows.length)
-        scheme, rows, fewer = reduced(scheme, self.kernel, shape)
-        for each in (rows.joined(), rows):
-            self.numbers(scheme, fewer, each)
 
     def beside_others(self) -> None:
         """With all heads and in a context shared with the other schemes: numbers once more, as
         written and as compiled."""
-        bare = HeadsOnly(self.shape, laws.bare(self.scheme), self.kernel)
         compilers = [None] if self.compiler is None else [None, self.compiler]
         for rows in (TOGETHER.joined(), TOGETHER):
             context = self.contexts.of(rows)
-            laws.stays_finite(bare, self.shape, context, rows)
-            self.rotates(self.shape, rows)
+            for one in self.views():
+                bare = HeadsOnly(self.shape, laws.bare(one.scheme), one.kernel)
+                laws.stays_finite(bare, self.shape, context, rows)
+                one.rotates(self.shape, rows)
             for compiler in compilers:
                 self.numbers(self.scheme, self.shape, rows, compiler)
+        for one in self.views():
+            one.is_blind()
+
+    def is_blind(self) -> None:
+        """A layer without a rotation knows no positions."""
         match self.scheme.position:
             case Rope():
                 pass
@@ -107,7 +126,8 @@ class OneScheme:
             return self.kernel
         window, shape = self.scheme.reach, self.shape
         length = own_rows(window, self.kernel).length
-        return choose(window, length, None, shape.device, shape.dtype, shape.head_dim)
+        where = (shape.device, shape.dtype, shape.head_dim)
+        return choose(window, length, None, *where, sinks=self.scheme.sink)
 
 
 def own_rows(window: int | None, kernel: str) -> Rows:
@@ -116,7 +136,7 @@ def own_rows(window: int | None, kernel: str) -> Rows:
     if window is None:
         block, long, length = 128, sdpa.SHARED_TOKENS + 88, FULL_LENGTH
     else:
-        block = max(block_and_reach(window)[0], flex.BLOCK if kernel == "flex" else 0)
+        block = max(block_and_reach(window)[0], flex.BLOCK if "flex" in kernel else 0)
         long, length = window + block + block // 2, window + BLOCKS * block + block // 3 + 1
     end = [5, 1, 3]
     first = [long, *_short(length - long - sum(end), block), *end]
@@ -145,8 +165,16 @@ def reduced(
         fewer = affordable(shape, rows, scheme.reach)
         fits = _fits(fewer, rows, scheme.reach, share=share)
         if fits or scheme.reach is None or scheme.reach <= 256:
-            return scheme, rows, fewer
+            return _ending_within(scheme, rows), rows, fewer
         scheme = scheme.with_reach(scheme.reach // 2 + 1)
+
+
+def _ending_within(scheme: AttentionScheme, rows: Rows) -> AttentionScheme:
+    """The scheme with a near view whose window ends within rows that a far view without one has."""
+    near = scheme.near
+    if near is None or near.window is None or near.window <= rows.length // 4:
+        return scheme
+    return scheme.model_copy(update={"near": near.model_copy(update={"window": rows.length // 4})})
 
 
 def affordable(

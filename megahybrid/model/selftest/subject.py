@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid.config.attention import AttentionScheme, LayerPlan, gate_features
+from megahybrid.config.fusion import has_product
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import BranchInputs, Heads
 from megahybrid.model.block import Block
@@ -144,6 +145,8 @@ class HeadsOnly(Block):
         gate = gate_features(scheme.gate, shape.heads, shape.head_dim)
         self.names = (*Heads._fields, *(() if gate is None else ("output_gate",)))
         self.sizes += [] if gate is None else [gate]
+        if scheme.fuse is not None and has_product(scheme.fuse.gate):
+            self.names, self.sizes = (*self.names, "fuse_gate"), [*self.sizes, shape.heads]
         self.to(shape.dtype)
 
     def add_parts(self, parts: LayerParts) -> None:

@@ -1,0 +1,1 @@
+"""Chats: conversations as a template renders them, and which of the tokens the assistant wrote."""

@@ -1,0 +1,1 @@
+"""The first hour: init, schema, and the package as a library."""
