@@ -95,12 +95,20 @@ def attention_outputs(
         "key": Output(f"{name}.key.weight", kv_features, sharded=keep is None, keep=keep),
         "value": Output(f"{name}.value.weight", kv_features, sharded=keep is None, keep=keep),
     }
+    # One value a head leaves the fused product, and all that lies behind, a width that is no
+    # multiple of eight: on CPUs products then take an eighth longer, tensor cores want it as well.
+    filler = -(config.num_heads // mesh.tensor.size) % PRODUCT_MULTIPLE
     gate = gate_features(scheme.gate, config.num_heads, config.head_dim)
     if gate is not None:
-        outputs["output_gate"] = Output(f"{name}.output_gate.weight", gate)
+        of_gate = filler if gate == config.num_heads else 0
+        outputs["output_gate"] = Output(f"{name}.output_gate.weight", gate, filler=of_gate)
     if scheme.fuse is not None and has_product(scheme.fuse.gate):
-        outputs["fuse_gate"] = Output(f"{name}.fuse_gate.weight", config.num_heads)
+        fuse = f"{name}.fuse_gate.weight"
+        outputs["fuse_gate"] = Output(fuse, config.num_heads, filler=filler)
     return outputs
+
+
+PRODUCT_MULTIPLE = 8
 
 
 class Attention(nn.Module):

@@ -18,6 +18,7 @@ from megahybrid.model.input_projection import InputProjection
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
     RowParallelLinear,
+    by_output,
     rows_of,
     weight_gradient,
 )
@@ -110,9 +111,7 @@ class ChunkedMLP(nn.Module):
             self.axis, sum(self.sizes), self.kept, chunk_sizes.CHUNK_TOKENS, needed, between
         )
         *heads, branch = _ChunkedMLP.apply(x, setup, self.weight, self.down, *replicated)
-        pieces = iter(heads.pop(0).split(self.sizes, dim=-1) if self.sizes else ())
-        alone = iter(heads)
-        return (*(next(pieces) if o.sharded else next(alone) for o in self.outputs), branch)
+        return (*by_output(self.outputs, self.sizes, heads), branch)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ class Output:
     """One canonical weight [features, in_features] that a column-parallel layer computes with.
 
     Not `sharded`: every rank holds the whole weight and uses its rows `keep` (all when None), as
-    for key and value heads fewer than tensor ranks.
+    for key and value heads fewer than tensor ranks. Sharded, each rank has `filler` rows of zeros
+    behind its own, whose products nobody is given.
     """
 
     name: str
     features: int
     sharded: bool = True
     keep: tuple[int, int] | None = None
+    filler: int = 0
 
     def __post_init__(self) -> None:
         start, stop = self.kept
@@ -65,9 +67,12 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.outputs, self.axis = in_features, outputs, mesh.tensor
-        cut = tuple(Segment(o.name, (o.features, in_features), 0) for o in outputs if o.sharded)
+        cut = tuple(
+            Segment(o.name, (o.features, in_features), 0, o.filler) for o in outputs if o.sharded
+        )
         whole = [Segment(o.name, (o.features, in_features), None) for o in outputs if not o.sharded]
-        self.sizes = [segment.shape[0] // self.axis.size for segment in cut]
+        # Rows of each in `weight`, its filler with them.
+        self.sizes = [segment.shape[0] // self.axis.size + segment.filler for segment in cut]
         self.weight = sharded_parameter(cut, mesh, dtype) if cut else None
         # Direct attributes, not a ParameterList: ZeRO-3 gathers a module's own parameters when that
         # module runs, and a list never runs.
@@ -96,13 +101,29 @@ class ColumnParallelLinear(nn.Module):
             computed = [_product(x, w, rows) for w, rows in zip(weights, kept, strict=True)]
         else:
             computed = list(_ColumnLinear.apply(x, self.axis, gather, kept, *weights))
-        pieces = iter(computed.pop(0).split(self.sizes, dim=-1) if self.sizes else ())
-        alone = iter(computed)
-        return tuple(next(pieces) if output.sharded else next(alone) for output in self.outputs)
+        return by_output(self.outputs, self.sizes, computed)
 
     def extra_repr(self) -> str:
         """Sizes and the canonical names computed."""
         return f"{self.in_features} -> {', '.join(o.name for o in self.outputs)}"
+
+
+def by_output(
+    outputs: tuple[Output, ...], sizes: list[int], computed: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return what was `computed` for each output, in order: the fused ones together, first, with
+    as many rows each as `sizes` says, then those alone."""
+    alone = iter(computed)
+    pieces = iter(next(alone).split(sizes, dim=-1) if sizes else ())
+    return tuple(
+        next(alone) if not output.sharded else without_filler(next(pieces), output)
+        for output in outputs
+    )
+
+
+def without_filler(piece: Tensor, output: Output) -> Tensor:
+    """Return the products with an output's own rows."""
+    return piece[..., : -output.filler] if output.filler else piece
 
 
 class RowParallelLinear(nn.Module):

@@ -17,15 +17,22 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Segment:
-    """A canonical tensor in a parameter: `dim` is cut over the tensor axis, None: replicated."""
+    """A canonical tensor in a parameter: `dim` is cut over the tensor axis, None: replicated.
+
+    `filler` rows of zeros, which belong to no tensor, lie behind each rank's shard: products whose
+    width is no multiple of eight are slower.
+    """
 
     name: str
     shape: tuple[int, ...]
     dim: int | None
+    filler: int = 0
 
     def __post_init__(self) -> None:
         if self.dim is not None and not 0 <= self.dim < len(self.shape):
             raise ValueError(f"{self.name}: dimension {self.dim} is not one of shape {self.shape}")
+        if self.filler and self.dim != 0:
+            raise ValueError(f"{self.name}: only what is cut by rows can have {self.filler} more")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class ShardSpec:
         """Shape of this rank's shard in memory, padding included."""
         if segment.dim is None:
             return segment.shape
-        local = self._global_size(segment) // self.degree
+        local = self._global_size(segment) // self.degree + segment.filler
         return (*segment.shape[: segment.dim], local, *segment.shape[segment.dim + 1 :])
 
     def box(self, segment: Segment) -> Box:
