@@ -86,6 +86,16 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "checkpoint show": ("{trained}",),
     "checkpoint verify": ("{trained}",),
     "checkpoint diff": ("{trained} trained", "trained {trained}"),
+    "checkpoint fuse": (
+        "{trained} --plan run.yaml --out fresh",
+        "trained --plan {run} --out fresh",
+        "trained --plan run.yaml --out {out}",
+    ),
+    "checkpoint collapse": (
+        "{trained} --out fresh",
+        "trained --analysis {examples} --out fresh",
+        "trained --out {out}",
+    ),
     "checkpoint resize-vocab": (
         "{trained} --tokenizer words.model --out fresh --old-tokenizer words.model",
         "trained --tokenizer {tokenizer} --out fresh --old-tokenizer words.model",

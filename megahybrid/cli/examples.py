@@ -57,6 +57,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megahybrid checkpoint average runs/a/checkpoints/step-00000100 "
         "runs/a/checkpoints/step-00000200 --out averaged",
     ),
+    "checkpoint fuse": ("megahybrid checkpoint fuse runs/a --plan fused.yaml --out fused",),
+    "checkpoint collapse": ("megahybrid checkpoint collapse runs/fused --out collapsed",),
+    "checkpoint resize-vocab": (
+        "megahybrid checkpoint resize-vocab runs/a --tokenizer chat.model --out resized",
+    ),
     "data": (
         "megahybrid data tokenizer corpus/ --output bpe.model --vocab-size 32000",
         "megahybrid data tokenize corpus/ --tokenizer bpe.model --output data/web --longest 2",
