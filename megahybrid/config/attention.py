@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name, did_you_mean, dump, few
-from megahybrid.config.fusion import Fuse, HeadSplit, learned_fuse
+from megahybrid.config.fusion import Fuse, HeadSplit, has_product, learned_fuse
 from megahybrid.config.old_words import current_scheme
 from megahybrid.config.parsing import parse
 from megahybrid.config.scaling import Array, FrequencyScaling, Scaling, plain_frequencies
@@ -268,6 +268,15 @@ class AttentionScheme(Frozen):
         one = {"near": None, "fuse": None, "split": None}
         of_near = {name: getattr(self.near, name) for name in NearView.model_fields}
         return self.model_copy(update=of_near | one), self.model_copy(update=one)
+
+    def token_gates(self, heads: int, head_dim: int) -> dict[str, int]:
+        """The gates that a layer makes of each token beside its query, key and value, by their
+        names in the model, with the values of each over all heads."""
+        gate = gate_features(self.gate, heads, head_dim)
+        gates = {} if gate is None else {"output_gate": gate}
+        if self.fuse is not None and has_product(self.fuse.gate):
+            gates["fuse_gate"] = heads
+        return gates
 
     @property
     def reach(self) -> int | None:

@@ -14,9 +14,8 @@ from megahybrid.config.attention import (
     Nope,
     Rope,
     biased_projections,
-    gate_features,
 )
-from megahybrid.config.fusion import fuse_shapes
+from megahybrid.config.fusion import learned_fuse
 from megahybrid.config.model import Activation, Block, ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,
@@ -80,12 +79,10 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         weight = scheme.qk_norm.weight_shape(heads, model.head_dim)
         if weight is not None:
             shapes[f"attention.{name}_norm.weight"] = weight
-    gate = gate_features(scheme.gate, model.num_heads, model.head_dim)
-    if gate is not None:
-        shapes["attention.output_gate.weight"] = (gate, hidden)
-    if scheme.fuse is not None:
-        for name, shape in fuse_shapes(scheme.fuse.gate, model.num_heads, hidden).items():
-            shapes[f"attention.fuse_gate.{name}"] = shape
+    for name, values in scheme.token_gates(model.num_heads, model.head_dim).items():
+        shapes[f"attention.{name}.weight"] = (values, hidden)
+    if scheme.fuse is not None and learned_fuse(scheme.fuse.gate):
+        shapes["attention.fuse_gate.bias"] = (model.num_heads,)
     match scheme.position:
         case Rope() | Nope():
             pass

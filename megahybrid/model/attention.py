@@ -12,9 +12,7 @@ from megahybrid.config.attention import (
     Nope,
     Rope,
     biased_projections,
-    gate_features,
 )
-from megahybrid.config.fusion import has_product
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
@@ -98,13 +96,9 @@ def attention_outputs(
     # One value a head leaves the fused product, and all that lies behind, a width that is no
     # multiple of eight: on CPUs products then take an eighth longer, tensor cores want it as well.
     filler = -(config.num_heads // mesh.tensor.size) % PRODUCT_MULTIPLE
-    gate = gate_features(scheme.gate, config.num_heads, config.head_dim)
-    if gate is not None:
-        of_gate = filler if gate == config.num_heads else 0
-        outputs["output_gate"] = Output(f"{name}.output_gate.weight", gate, filler=of_gate)
-    if scheme.fuse is not None and has_product(scheme.fuse.gate):
-        fuse = f"{name}.fuse_gate.weight"
-        outputs["fuse_gate"] = Output(fuse, config.num_heads, filler=filler)
+    for gate, values in scheme.token_gates(config.num_heads, config.head_dim).items():
+        more = filler if values == config.num_heads else 0
+        outputs[gate] = Output(f"{name}.{gate}.weight", values, filler=more)
     return outputs
 
 

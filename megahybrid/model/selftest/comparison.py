@@ -8,12 +8,10 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, Nope, Rope, gate_features
-from megahybrid.config.fusion import has_product
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.model.context import SequenceContext
 from megahybrid.model.selftest.expected import (
     expected_output,
-    gated,
     score_factor,
     visible_keys,
 )
@@ -93,9 +91,8 @@ def _most_keys(scheme: AttentionScheme, length: int) -> int:
 def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
     """Queries' gradients weigh as many as the keys that they see, so that each of a thousand keys
     gets a gradient as large as one of three does."""
-    gate = gate_features(scheme.gate, shape.heads, shape.head_dim) or 0
-    gate += shape.heads if scheme.fuse is not None and has_product(scheme.fuse.gate) else 0
-    wide = normal(generator, rows.length, len(rows.documents), shape.features + gate)
+    gates = sum(scheme.token_gates(shape.heads, shape.head_dim).values())
+    wide = normal(generator, rows.length, len(rows.documents), shape.features + gates)
     if scheme.qk_norm.kind == "none":
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
     of_views = [queries_of(rows, view.reach) for view in scheme.views()]
@@ -149,14 +146,10 @@ def compare(
             part = right[1 + BIASES.index(name)] if name in BIASES else None
             _demand_whole(what, ours, theirs, shape, part)
             continue
-        weights = {
-            "output": root,
-            "queries": 1 / root,
-            "output_gate": 1 / root,
-            "fuse_gate": 1 / root,
-        }
-        weight = weights.get(name)
-        places = torch.arange(rows.length) if name in ("keys", "values") else drawn.queries
+        if name in ("keys", "values"):
+            places, weight = torch.arange(rows.length), None
+        else:
+            places, weight = drawn.queries, root if name == "output" else 1 / root
         _demand_each(what, ours, theirs, weight, places, rows, shape)
 
 
@@ -189,11 +182,9 @@ def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> li
     }
     queries = drawn.queries.to(shape.device)
     q, k, v, *gate = leaves
-    named = dict(zip(block.names[3:], (each[queries] for each in gate), strict=True))
+    gates = dict(zip(block.names[3:], (each[queries] for each in gate), strict=True))
     scheme, starts = block.attention.scheme, rows.starts.to(shape.device)
-    product = named.pop("fuse_gate", None)
-    out = expected_output(scheme, (q, k, v), learned, starts, queries, product)
-    out = gated(scheme.gate, out, *named.values())
+    out = expected_output(scheme, (q, k, v), learned, gates, starts, queries)
     grad_output = drawn.grad_output[queries].double()
     of_q, of_k, of_v, *others = torch.autograd.grad(
         (out * grad_output).sum(), (*leaves, *learned.values())

@@ -28,15 +28,27 @@ def expected_output(
     scheme: AttentionScheme,
     heads: tuple[Tensor, Tensor, Tensor],  # q, k, v [seq, rows, heads, head_dim], neither normed
     learned: Mapping[str, Tensor],
+    gates: Mapping[str, Tensor],  # at these queries, [queries, rows, heads, 1 or head_dim]
     starts: Tensor,  # [rows, seq]
     queries: Tensor,  # indices
-    product: Tensor | None = None,  # of a fuse gate at these queries, [queries, rows, heads, 1]
 ) -> Tensor:
     """The attention output of these queries, [queries, rows, heads, head_dim]."""
-    if scheme.near is not None:
-        outs = [expected_output(v, heads, learned, starts, queries) for v in scheme.views()]
-        share = near_share(scheme, heads, learned, product)
-        return share * outs[0] + (1 - share) * outs[1]
+    outs = [_of_view(view, heads, learned, starts, queries) for view in scheme.views()]
+    if scheme.near is None:
+        (out,) = outs
+    else:
+        share = near_share(scheme, heads, learned, gates.get("fuse_gate"))
+        out = share * outs[0] + (1 - share) * outs[1]
+    return gated(scheme.gate, out, gates.get("output_gate"))
+
+
+def _of_view(
+    scheme: AttentionScheme,
+    heads: tuple[Tensor, Tensor, Tensor],
+    learned: Mapping[str, Tensor],
+    starts: Tensor,
+    queries: Tensor,
+) -> Tensor:
     q, k, v = biased(scheme.bias, heads, learned)
     q = normed(q, scheme.qk_norm, learned.get("qk_norm.query_weight"))
     k = normed(k, scheme.qk_norm, learned.get("qk_norm.key_weight"))
@@ -115,13 +127,13 @@ def biased(
             assert_never(other)
 
 
-def gated(gate: Gate, out: Tensor, *values: Tensor) -> Tensor:
-    """The output of heads under a gate of these values, [..., heads, 1 or head_dim]."""
+def gated(gate: Gate, out: Tensor, value: Tensor | None) -> Tensor:
+    """The output of heads under a gate of this value, [..., heads, 1 or head_dim]."""
     match gate:
         case "none":
             return out
         case "head" | "element":
-            (value,) = values
+            assert value is not None
             return out / (1 + (-value).exp())
         case other:
             assert_never(other)

@@ -6,14 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.config.score_scale import (
     Llama4Scale,
     LogFromScale,
     LogScale,
     PowerScale,
     ScoreScale,
-    SqrtDimScale,
     SsmaxScale,
 )
 from megahybrid.config.ssmax_start import start_of
@@ -43,18 +42,8 @@ SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.0
 
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
-    """Return the scheme without norm, rotation, scale, gate, biases and sinks, of which
-    `compare` judges."""
-    plain = {
-        "position": Nope(kind="nope"),
-        "qk_norm": QKNorm(),
-        "score_scale": SqrtDimScale(),
-        "gate": "none",
-        "bias": "none",
-        "sink": False,
-        **dict.fromkeys(("near", "fuse", "split")),
-    }
-    return scheme.model_copy(update=plain)
+    """Return a scheme that sees the same keys, without all else, of which `compare` judges."""
+    return AttentionScheme(position=Nope(kind="nope"), window=scheme.window, chunk=scheme.chunk)
 
 
 def sees_its_keys(block: HeadsOnly, shape: HeadShape, context: SequenceContext, rows: Rows) -> None:

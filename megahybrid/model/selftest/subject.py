@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, gate_features
-from megahybrid.config.fusion import has_product
+from megahybrid.config.attention import AttentionScheme, LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import BranchInputs, Heads
 from megahybrid.model.block import Block
@@ -142,11 +141,8 @@ class HeadsOnly(Block):
         )
         super().__init__(0, config, scheme, ParallelMesh.single(shape.device), kernel, "none")
         self.sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
-        gate = gate_features(scheme.gate, shape.heads, shape.head_dim)
-        self.names = (*Heads._fields, *(() if gate is None else ("output_gate",)))
-        self.sizes += [] if gate is None else [gate]
-        if scheme.fuse is not None and has_product(scheme.fuse.gate):
-            self.names, self.sizes = (*self.names, "fuse_gate"), [*self.sizes, shape.heads]
+        gates = scheme.token_gates(shape.heads, shape.head_dim)
+        self.names, self.sizes = (*Heads._fields, *gates), [*self.sizes, *gates.values()]
         self.to(shape.dtype)
 
     def add_parts(self, parts: LayerParts) -> None:
