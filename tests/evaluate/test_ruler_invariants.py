@@ -18,12 +18,12 @@ from megahybrid.evaluate.example import Example
 from megahybrid.evaluate.haystack import COMMON_WORDS, Material, draw_strings, word
 from megahybrid.evaluate.ruler import RulerMaker, generated_tokens, matches
 from megahybrid.evaluate.suite import example_draw
-from tests.evaluate.characters import VOCAB, Characters
+from tests.evaluate.characters import VOCAB, Characters, TextAlone
 
 EOD = 1
 
 
-class Nibbles:
+class Nibbles(TextAlone):
     """Two ids of sixteen for each byte: the smallest vocabulary that writes every text."""
 
     info = TokenizerInfo(kind="nibbles", sha256="0" * 64, vocab_size=18, eod_id=EOD)
@@ -40,7 +40,7 @@ class Nibbles:
         return bytes(whole).decode(errors="replace")
 
 
-class Pieces:
+class Pieces(TextAlone):
     """A few hundred ids: words of up to four letters, then single characters."""
 
     def __init__(self) -> None:

@@ -77,9 +77,11 @@ def upper_left(patch: Patch) -> None:
     """Queries stand at the first keys, as SDPA's causal mask has them."""
     right = ShardedCall.run
 
-    def run(self: ShardedCall, q: Tensor, k: Tensor, v: Tensor, first: int, last: int) -> Tensor:
+    def run(
+        self: ShardedCall, q: Tensor, k: Tensor, v: Tensor, first: int, last: int, *heads: slice
+    ) -> Tensor:
         own = len(q)
-        return right(self, q, k[:own], v[:own], last - own, last)
+        return right(self, q, k[:own], v[:own], last - own, last, *heads)
 
     patch.setattr(ShardedCall, "run", run)
 

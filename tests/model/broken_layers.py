@@ -53,8 +53,8 @@ def forward_with(change: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callab
     """`Attention.forward` does something to q, k and v first."""
     right = attention.Attention.forward
 
-    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
-        return right(self, *change(self, q, k, v, batch), batch)
+    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, batch: Any, *more: Any) -> Tensor:
+        return right(self, *change(self, q, k, v, batch), batch, *more)
 
     return lambda patch: patch.setattr(attention.Attention, "forward", forward)
 

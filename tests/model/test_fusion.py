@@ -205,7 +205,7 @@ def test_a_learned_share_makes_another_model_and_what_a_stage_may_change_does_no
          "Use one between 0 and 1, or gate: fixed."),
         ({"fuse": {"gate": "fixed"}}, " changes which parameters exist (qk_norm over head, weight "
          "shared and fuse per token to qk_norm over head, weight shared). Keep qk_norm, ssmax, "
-         "gate, bias and fuse as the model has them."),
+         "gate, bias, sink and fuse as the model has them."),
     ],
 )  # fmt: skip
 def test_what_two_views_cannot_be_is_refused_in_one_line(

@@ -140,7 +140,8 @@ def test_what_no_kernel_serves_is_refused_on_every_path(
 
 # What does the work, and the only functions that may call it, by file.
 CALLERS = {
-    "rotate": {"model/rotary.py rotate_both"},
+    # A cache keeps the keys of two views once, not rotated, and turns them for each as it reads.
+    "rotate": {"model/rotary.py rotate_both", "evaluate/cache.py _rotated"},
     "rotate_both": {"model/core_attention.py prepare_queries_keys"},
     "attend": {"model/core_attention.py core_attention"},
     "prepare_queries_keys": {
@@ -149,6 +150,7 @@ CALLERS = {
     },
     "core_attention": {
         "evaluate/cache.py _attend",
+        "evaluate/cache.py _attend_views",
         "model/kernels/choice.py run",
         # Its two halves, for keys that are gathered again in backward.
         "model/core_attention.py attention_forward",

@@ -26,6 +26,7 @@ LEAST = 0.05  # of a vector of normal numbers: under a window of one key two gra
 # In the order of queries, keys and values.
 BIASES = ("biases.query", "biases.key", "biases.value")
 FUSE_BIAS = "fuse_gate.bias"
+MOST_SLACK = 4.0
 SCORE = 1.0  # standard deviation of the scores: all keys count, none alone
 
 
@@ -84,6 +85,15 @@ def _gain_of_view(scheme: AttentionScheme, shape: HeadShape, length: int) -> flo
     return SCORE / (max(largest, 1e-3 / shape.head_dim) * math.sqrt(shape.head_dim) * rotation**2)
 
 
+def _tolerance(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
+    """What is rounded of a score grows with it, and no weight of a norm without one brings scores
+    down to SCORE."""
+    tolerance = TOLERANCE[shape.dtype]
+    if scheme.qk_norm.kind == "none" or scheme.qk_norm.weight != "none":
+        return tolerance
+    return tolerance * min(MOST_SLACK, max(1.0, 1 / _gain(scheme, shape, length)))
+
+
 def _most_keys(scheme: AttentionScheme, length: int) -> int:
     return min(scheme.reach or length, length)
 
@@ -140,17 +150,18 @@ def compare(
     scheme = block.attention.scheme
     seen = visible_keys(rows.starts, drawn.queries, scheme.window, scheme.chunk).sum(-1).T
     root = seen.double().sqrt().to(shape.device)[..., None]
+    tolerance = _tolerance(scheme, shape, rows.length)
     for name, ours, theirs in zip(names, got, right, strict=False):
         what = "output" if name == "output" else f"gradient of {name}"
         if name in block.learned():
             part = right[1 + BIASES.index(name)] if name in BIASES else None
-            _demand_whole(what, ours, theirs, shape, part)
+            _demand_whole(what, ours, theirs, tolerance, part)
             continue
         if name in ("keys", "values"):
             places, weight = torch.arange(rows.length), None
         else:
             places, weight = drawn.queries, root if name == "output" else 1 / root
-        _demand_each(what, ours, theirs, weight, places, rows, shape)
+        _demand_each(what, ours, theirs, weight, places, rows, shape, tolerance)
 
 
 def _numbers(
@@ -214,6 +225,7 @@ def _demand_each(
     places: Tensor,
     rows: Rows,
     shape: HeadShape,
+    tolerance: float,
 ) -> None:
     """Each [token, row, head] for itself; `weight` [tokens, rows, 1] makes them alike in size."""
     wrong, size = ((x.detach().double()).norm(dim=-1) for x in (got.double() - right, right))
@@ -222,7 +234,7 @@ def _demand_each(
     usual = USUAL * size.square().mean().sqrt()
     least = LEAST * math.sqrt(shape.head_dim)
     relative = wrong / torch.maximum(size, usual).clamp(min=least)
-    if (relative <= TOLERANCE[shape.dtype]).all():
+    if (relative <= tolerance).all():
         return
     relative = relative.nan_to_num(nan=math.inf)
     token, row, head = (int(n) for n in (relative == relative.max()).nonzero()[0])
@@ -237,7 +249,7 @@ def _demand_each(
 
 
 def _demand_whole(
-    what: str, got: Tensor, right: Tensor, shape: HeadShape, summed: Tensor | None
+    what: str, got: Tensor, right: Tensor, tolerance: float, summed: Tensor | None
 ) -> None:
     """A parameter's gradient, relative to itself and not below what a few queries give, nor below
     what is `summed` up to it: without a rotation all keys' gradients together are 0."""
@@ -245,5 +257,5 @@ def _demand_whole(
     if summed is not None:
         least = max(least, float(summed.norm()))
     wrong = float((got.double() - right).norm() / right.norm().clamp(min=least))
-    if not wrong <= TOLERANCE[shape.dtype]:
+    if not wrong <= tolerance:
         raise Violation(f"computes another {what} than it says: off by {wrong:.2g} (relative)")
