@@ -168,7 +168,7 @@ def test_killed_anywhere_the_same_command_ends_the_same(tmp_path: Path, name: st
     calls = most - int(call(most).split()[-1])
     expected = content(tmp_path / "out")
     assert len(expected) > 1 and outside() == before
-    for part in (0.5, 0.95):
+    for part in (0.5, 0.9):  # the very last calls come after the folder has been published
         shutil.rmtree(tmp_path / "out")
         assert not call(int(part * calls)) and content(tmp_path / "out") != expected
         call(most)

@@ -253,6 +253,11 @@ def errors(case: Case, runs: list[RankRun], truth: PlainRun) -> dict[str, float]
             size = whole.norm().item()
             if size < 1e-9 * truth.norms[0]:  # a query that sees one key has no gradient at all
                 size = truth.norms[0]
+            if name.endswith("key.bias"):
+                # What a softmax gives all keys together is zero: this is a small rest of large
+                # terms, which those of the weight are a measure of.
+                of_weight = truth.first_gradients[name.removesuffix("bias") + "weight"]
+                size = max(size, of_weight.norm().item())
             note(f"gradient of {name}", (gradient - part).norm().item() / size)
             seen.add(name)
         assert seen == truth.first_gradients.keys()
