@@ -52,12 +52,21 @@ def chunked(config: ModelConfig) -> ModelConfig:
     return with_scheme(config, "local", window=None, chunk=local.window)
 
 
+def fused(config: ModelConfig, gate: str) -> ModelConfig:
+    """Return the model whose full layers have a second, rotated view of the last 512 keys."""
+    near = {"position": {"kind": "rope", "theta": 10000.0}, "window": 512}
+    return with_scheme(config, "global", near=near, fuse={"gate": gate})
+
+
 # By name: what is compared with what, and the most that it may cost; None where no limit was set,
 # "flops" for one and a half times its share of the step's products.
 CASES: dict[str, tuple[Change, Change, float | str | None]] = {
     "gate: head": (as_it_is, lambda config: with_scheme(config, "all", gate="head"), 1.02),
     "gate: element": (as_it_is, lambda config: with_scheme(config, "all", gate="element"), "flops"),
     "chunk": (as_it_is, chunked, 1.0),
+    "sink": (as_it_is, lambda config: with_scheme(config, "all", sink=True), None),
+    "fuse: head": (as_it_is, lambda config: fused(config, "head"), 1.10),
+    "fuse: token": (as_it_is, lambda config: fused(config, "token"), 1.10),
 }
 
 
