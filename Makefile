@@ -10,7 +10,7 @@ WHEELHOUSE ?= wheelhouse
 EXTRAS ?= dev,data,oracle,tensorboard
 ARGS ?=
 # Processes that run the tests.
-WORKERS ?= 3
+WORKERS ?= 2
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -92,7 +92,7 @@ demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, 5 to 
 	@echo "  $(MEGAHYBRID) describe configs/runs/command_a.yaml"
 	@echo "      what a large one would cost"
 
-# Three processes, as tests also wait, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
+# Two processes, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
 # what they share is made once.
 SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
