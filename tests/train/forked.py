@@ -193,7 +193,7 @@ def _serve_orders(passed: Path) -> None:
         else:
             answer = [_fork(rank, order, passed) for rank in range(len(order["outputs"]))]
             for pid in answer:
-                ended.pop(pid, None)  # numbers come round again within one session
+                ended.pop(pid, None)  # numbers come round again within one run of the suite
         print(json.dumps(answer), flush=True)
 
 
