@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megahybrid.commands.trained_model import TrainedModel, load_trained_model
@@ -30,24 +31,19 @@ def sample(
     the longest rows of its stage); where the text grows beyond, stderr says so. Raises
     MegahybridError, one line, for whatever the user can mend. Returns the exit code.
     """
-    check_sampling(tokens, temperature, context)
+    check_sampling(tokens, temperature, context)  # before a model is read for nothing
     trained = load_trained_model(path, mesh)
-    seen = context or trained.length
-    words, eod_id = tokenizer_of(trained.run, tokenizer)
-    ids = _encode(words, prompt)
-
-    ids += sample_tokens(
-        trained.model,
-        ids,
+    text = continued(
+        trained,
+        prompt,
         tokens=tokens,
         temperature=temperature,
         seed=seed,
-        context_tokens=seen,
-        vocab_size=words.info.vocab_size,
-        eod_id=eod_id,
+        tokenizer=tokenizer,
+        context=context,
         cropped=lambda: tell_cropped(trained, context),
     )
-    print(words.decode(ids))
+    print(text)
     return EXIT_DONE
 
 
@@ -98,8 +94,10 @@ def continued(
     seed: int,
     tokenizer: Path | None,
     context: int | None,
+    cropped: Callable[[], None] = lambda: None,
 ) -> str:
-    """Return what `sample` prints, of a model that is loaded; nothing is printed."""
+    """Return what `sample` prints, of a model that is loaded; nothing is printed. `cropped` is
+    called once, where the model does not see the whole text any more."""
     check_sampling(tokens, temperature, context)
     words, eod_id = tokenizer_of(trained.run, tokenizer)
     ids = _encode(words, prompt)
@@ -112,5 +110,6 @@ def continued(
         context_tokens=context or trained.length,
         vocab_size=words.info.vocab_size,
         eod_id=eod_id,
+        cropped=cropped,
     )
     return words.decode(ids)
