@@ -19,8 +19,9 @@ from megahybrid.model.attention import Attention, Positions, kv_rows
 from megahybrid.model.context import SequenceContext, View
 from megahybrid.model.kernels.chosen import kernels_of_views
 from megahybrid.model.score_scale import QueryScale
+from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
+from megahybrid.parallel.sharding import Segment
 
 Output = Float[Tensor, "seq batch heads_local head_dim"]
 
@@ -62,9 +63,7 @@ class FuseGate(nn.Module):
         self.fuse, self.bias = fuse, None
         if learned_fuse(fuse.gate):
             segment = Segment(f"{name}.fuse_gate.bias", (num_heads,), 0)
-            spec = ShardSpec((segment,), mesh.tensor.size, mesh.tensor.rank)
-            empty = torch.zeros(spec.parameter_shape, device=mesh.device)
-            self.bias = attach_shard_spec(nn.Parameter(empty), spec)
+            self.bias = sharded_parameter((segment,), mesh)
 
     def forward(self, like: Tensor, product: Tensor | None) -> Tensor:
         """g [..., heads or 1, 1], in fp32 or better, on the device of `like`; `product` is w u

@@ -5,8 +5,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
+from megahybrid.parallel.sharding import Segment
 
 
 class LearnedSinks(nn.Module):
@@ -16,9 +17,7 @@ class LearnedSinks(nn.Module):
     def __init__(self, num_heads: int, name: str, mesh: ParallelMesh) -> None:
         super().__init__()
         segment = Segment(f"{name}.sinks", (num_heads,), 0)
-        spec = ShardSpec((segment,), mesh.tensor.size, mesh.tensor.rank)
-        zeros = torch.zeros(spec.parameter_shape, device=mesh.device)
-        self.logits = attach_shard_spec(nn.Parameter(zeros), spec)
+        self.logits = sharded_parameter((segment,), mesh)
 
     def forward(self) -> Float[Tensor, " heads_local"]:
         """The logits in fp32 or better, as kernels have their sums: a copy, because ZeRO 3 takes

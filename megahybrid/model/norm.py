@@ -17,8 +17,9 @@ from megahybrid.config.attention import QKNorm
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import ConfigError
 from megahybrid.parallel.collectives import copy_to_tensor, reduce_both
+from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
+from megahybrid.parallel.sharding import Segment
 
 RmsFunction = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -222,10 +223,7 @@ class QKNormModule(nn.Module):
 
 
 def _weight(name: str, shape: tuple[int, ...], dim: int | None, mesh: ParallelMesh) -> nn.Parameter:
-    spec = ShardSpec((Segment(name, shape, dim),), mesh.tensor.size, mesh.tensor.rank)
-    return attach_shard_spec(
-        nn.Parameter(torch.ones(spec.parameter_shape, device=mesh.device)), spec
-    )
+    return sharded_parameter((Segment(name, shape, dim),), mesh, value=1.0)
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

@@ -4,13 +4,13 @@ They are added where heads are made, behind whatever product made them: the matr
 with others, the one of a chunked MLP, in a compiled region or not.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from megahybrid.parallel.collectives import copy_to_tensor
+from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
+from megahybrid.parallel.sharding import Segment
 
 
 class ProjectionBiases(nn.Module):
@@ -60,6 +60,4 @@ class ProjectionBiases(nn.Module):
 
 def _bias(name: str, features: int, cut: bool, mesh: ParallelMesh) -> nn.Parameter:
     segment = Segment(name, (features,), 0 if cut else None)
-    spec = ShardSpec((segment,), mesh.tensor.size, mesh.tensor.rank)
-    empty = torch.zeros(spec.parameter_shape, device=mesh.device)
-    return attach_shard_spec(nn.Parameter(empty), spec)
+    return sharded_parameter((segment,), mesh)

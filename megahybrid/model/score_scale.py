@@ -20,8 +20,9 @@ from megahybrid.config.score_scale import (
 )
 from megahybrid.config.ssmax_start import start_of
 from megahybrid.model.kernels.documents import Documents
+from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.parallel.sharding import Segment, ShardSpec, attach_shard_spec
+from megahybrid.parallel.sharding import Segment
 
 PositionScale = Llama4Scale | PowerScale | LogScale | LogFromScale | SsmaxScale
 
@@ -107,9 +108,7 @@ class QueryScale(nn.Module):
         self.logit_scale: nn.Parameter | None = None
         if isinstance(scale, SsmaxScale):
             segment = Segment(f"{name}.logit_scale", (num_heads,), 0)
-            spec = ShardSpec((segment,), mesh.tensor.size, mesh.tensor.rank)
-            initial = torch.full(spec.parameter_shape, start_of(scale), device=mesh.device)
-            self.logit_scale = attach_shard_spec(nn.Parameter(initial), spec)
+            self.logit_scale = sharded_parameter((segment,), mesh, value=start_of(scale))
 
     @classmethod
     def of(

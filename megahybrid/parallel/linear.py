@@ -163,14 +163,15 @@ def sharded_parameter(
     mesh: ParallelMesh,
     dtype: torch.dtype | None = None,
     padded: int | None = None,
+    value: float = 0.0,
 ) -> nn.Parameter:
-    """Return a zero parameter of this rank's shape with its spec.
+    """Return a parameter of this rank's shape with its spec, everywhere `value`.
 
-    `random.fill_normal` draws its values.
+    `random.fill_normal` draws the values of matrices.
     """
     spec = ShardSpec(segments, mesh.tensor.size, mesh.tensor.rank, padded)
-    empty = torch.zeros(spec.parameter_shape, dtype=dtype, device=mesh.device)
-    return attach_shard_spec(nn.Parameter(empty), spec)
+    filled = torch.full(spec.parameter_shape, value, dtype=dtype, device=mesh.device)
+    return attach_shard_spec(nn.Parameter(filled), spec)
 
 
 def _product(x: Tensor, weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
