@@ -23,6 +23,12 @@ _METHODS = {
     "all_gather": ("_allgather_base", "all_gather_single"),
     "reduce_scatter": ("_reduce_scatter_base", "reduce_scatter_single"),
 }
+# What leaves the same on every rank: how often each byte comes from others at least.
+_ALIKE = {
+    "allreduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "reduce": lambda ranks: 1.0,
+    "broadcast": lambda ranks: 1.0,
+}
 
 
 @dataclass
@@ -31,6 +37,7 @@ class GroupCalls:
     thread which called spent in calls and in waiting for them: by the clock and of its CPU."""
 
     received: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    alike: float = 0.0  # bytes of all groups, of sums and copies that every rank is given
     wall: float = 0.0
     cpu: float = 0.0
 
@@ -41,7 +48,7 @@ class GroupCalls:
     def clear(self) -> None:
         """Forget all that was counted."""
         self.received.clear()
-        self.wall = self.cpu = 0.0
+        self.alike = self.wall = self.cpu = 0.0
 
 
 @contextmanager
@@ -54,9 +61,11 @@ def counted() -> Iterator[GroupCalls]:
                 if hasattr(dist.ProcessGroup, name):
                     wrapped = _counting(getattr(dist.ProcessGroup, name), collective, calls)
                     stack.enter_context(mock.patch.object(dist.ProcessGroup, name, wrapped))
-        for name in ("allreduce", "broadcast", "allgather"):
-            wrapped = _timing(getattr(dist.ProcessGroup, name), calls)
+        for name, times in _ALIKE.items():
+            wrapped = _counting_alike(getattr(dist.ProcessGroup, name), times, calls)
             stack.enter_context(mock.patch.object(dist.ProcessGroup, name, wrapped))
+        timed = _timing(dist.ProcessGroup.allgather, calls)
+        stack.enter_context(mock.patch.object(dist.ProcessGroup, "allgather", timed))
         stack.enter_context(mock.patch.object(dist.Work, "wait", _timing(dist.Work.wait, calls)))
         yield calls
 
@@ -68,6 +77,19 @@ def _counting(method: Callable[..., Any], collective: str, calls: GroupCalls) ->
         key = (group.group_name, collective)
         calls.received[key] += _from_others(collective, group, output, source, args)
         return timed(group, output, source, *args)
+
+    return call
+
+
+def _counting_alike(
+    method: Callable[..., Any], times: Callable[[int], float], calls: GroupCalls
+) -> Callable[..., Any]:
+    timed = _timing(method, calls)
+
+    def call(group: Any, given: Any, *args: Any, **options: Any) -> Any:
+        tensors = given if isinstance(given, list | tuple) else [given]
+        calls.alike += times(group.size()) * sum(tensor.nbytes for tensor in tensors)
+        return timed(group, given, *args, **options)
 
     return call
 
