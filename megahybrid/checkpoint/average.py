@@ -14,13 +14,11 @@ import numpy as np
 
 from megahybrid.checkpoint.diff import CHUNK_ELEMENTS, row_boxes
 from megahybrid.checkpoint.directory import RunLock, check_model
-from megahybrid.checkpoint.folders import candidates
+from megahybrid.checkpoint.folders import refuse_occupied
 from megahybrid.checkpoint.fragments import Array, Box, Fragment, volume, whole
-from megahybrid.checkpoint.manifest import MANIFEST_NAME
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
 from megahybrid.errors import CheckpointError
-from megahybrid.run_folder import refuse_foreign_run_folder
 
 
 def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = None) -> SaveResult:
@@ -31,12 +29,7 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float] | None = N
     input is verified first. Raises CheckpointError where they are of different models, or where
     `out` holds a checkpoint already: a run that found a mean in its place could not go on.
     """
-    if candidates(out) or (out / MANIFEST_NAME).exists():
-        raise CheckpointError(
-            f"--out={out} holds checkpoints already, and the mean would stand among them or in the "
-            "place of one. Name another folder."
-        )
-    refuse_foreign_run_folder(out, "--out")
+    refuse_occupied(out, "the mean would stand among them or in the place of one")
     shares = [1.0] * len(paths) if shares is None else list(shares)
     if len(shares) != len(paths) or not (
         all(share > 0 for share in shares) and math.isfinite(sum(shares))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megahybrid.checkpoint import durable
-from megahybrid.checkpoint.manifest import Misnamed
+from megahybrid.checkpoint.manifest import MANIFEST_NAME, Misnamed
 from megahybrid.checkpoint.names import (
     PUBLISHED,
     TEMPORARY,
@@ -18,6 +18,7 @@ from megahybrid.checkpoint.names import (
 )
 from megahybrid.checkpoint.reader import check_sizes, quick_check, verify
 from megahybrid.errors import CheckpointError
+from megahybrid.run_folder import refuse_foreign_run_folder
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ def candidates(run_directory: Path) -> list[Path]:
         if match and bool(match[1]) == bool(match[3]) and path.is_dir():
             found.append((int(match[2]), not match[3], path))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def refuse_occupied(out: Path, why: str) -> None:
+    """Raise CheckpointError where a checkpoint that a command makes would stand in `out` beside
+    others, and `why` it must not; ConfigError where `out` holds something that is no run's."""
+    if candidates(out) or (out / MANIFEST_NAME).exists():
+        raise CheckpointError(
+            f"--out={out} holds checkpoints already, and {why}. Name another folder."
+        )
+    refuse_foreign_run_folder(out, "--out")
 
 
 def remove_leftovers(run_directory: Path) -> list[str]:

@@ -8,6 +8,7 @@ here can run what a file holds.
 import math
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from megahybrid.checkpoint.fragments import (
     Array,
     Box,
     Flat,
+    State,
     coverage_fault,
     inside,
     intersect,
@@ -136,6 +138,19 @@ class Reader:
         if name not in self._open:
             self._open[name] = FragmentFile(self.path / name)
         return self._open[name]
+
+
+class FlatValues:
+    """Flat float32 values of a box of a tensor, which are read when they are written."""
+
+    def __init__(self, reader: Reader, name: str, state: State, box: Box) -> None:
+        self.reader, self.name, self.state, self.box = reader, name, state, box
+
+    def __len__(self) -> int:
+        return volume(self.box)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self.reader.read(self.name, self.state, self.box).reshape(-1)
 
 
 def verify(path: Path | str, ranks: Ranks | None = None) -> Manifest:

@@ -16,16 +16,15 @@ import numpy as np
 from megahybrid.checkpoint.diff import CHUNK_ELEMENTS, row_boxes
 from megahybrid.checkpoint.directory import RunLock, check_model
 from megahybrid.checkpoint.fingerprint import model_fingerprint
-from megahybrid.checkpoint.folders import candidates
+from megahybrid.checkpoint.folders import refuse_occupied
 from megahybrid.checkpoint.fragments import Array, Box, Fragment, State, volume, whole
-from megahybrid.checkpoint.manifest import MANIFEST_NAME
-from megahybrid.checkpoint.reader import Reader, verify
+from megahybrid.checkpoint.reader import FlatValues, Reader, verify
 from megahybrid.checkpoint.writer import SaveResult, Snapshot, save
 from megahybrid.config import RunConfig
 from megahybrid.config.parsing import parse_json
 from megahybrid.errors import CheckpointError
-from megahybrid.run_folder import refuse_foreign_run_folder
 
+OTHER_MODEL = "this one is of another model"  # why it stands in no folder of others
 OF_TOKENS = ("embedding.weight", "head.weight")  # canonical tensors with a row for each token
 
 
@@ -50,7 +49,7 @@ def resize_vocabulary(path: Path, out: Path, growth: Growth) -> SaveResult:
     and `train_state.resized` says what it was made of. Raises CheckpointError where `out` holds a
     checkpoint already, or rows would be taken away.
     """
-    refuse_occupied(out)
+    refuse_occupied(out, OTHER_MODEL)
     manifest = verify(path)
     config = json.loads(json.dumps(manifest.config))
     before = config["model"]["vocab_size"]
@@ -96,40 +95,23 @@ def resize_vocabulary(path: Path, out: Path, growth: Growth) -> SaveResult:
             ) from None
 
 
-def refuse_occupied(out: Path) -> None:
-    """Raise CheckpointError where `out` holds a checkpoint, or something that is not a run's."""
-    if candidates(out) or (out / MANIFEST_NAME).exists():
-        raise CheckpointError(
-            f"--out={out} holds checkpoints already, and this one is of another model. Name "
-            "another folder."
-        )
-    refuse_foreign_run_folder(out, "--out")
+class _GrownRows(FlatValues):
+    """Values of rows of which those from the first new one on are made."""
 
-
-class _Rows:
-    """Flat float32 values that are read, or made, when they are written."""
-
-    def __init__(
-        self, reader: Reader, name: str, state: State, box: Box, growth: Growth | None
-    ) -> None:
-        self._reader, self._growth = reader, growth
-        self._name, self._state, self._box = name, state, box
-
-    def __len__(self) -> int:
-        return volume(self._box)
+    def __init__(self, reader: Reader, name: str, state: State, box: Box, first_new: int) -> None:
+        super().__init__(reader, name, state, box)
+        self.first_new = first_new
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        if self._growth is None:
-            return self._reader.read(self._name, self._state, self._box).reshape(-1)
-        rows, columns = self._box
-        first = min(max(self._growth.first, rows[0]), rows[1])
+        rows, columns = self.box
+        first = min(max(self.first_new, rows[0]), rows[1])
         parts = []
         if rows[0] < first:
-            parts.append(self._reader.read(self._name, self._state, ((rows[0], first), columns)))
+            parts.append(self.reader.read(self.name, self.state, ((rows[0], first), columns)))
         if first < rows[1]:
             row = np.zeros(columns[1], np.float32)
-            if self._state == "weight":
-                row = _mean_row(self._reader, self._name, self._growth.first)
+            if self.state == "weight":
+                row = _mean_row(self.reader, self.name, self.first_new)
             parts.append(np.tile(row, (rows[1] - first, 1)))
         return np.concatenate(parts).reshape(-1)
 
@@ -147,11 +129,12 @@ def _fragments(
     reader: Reader, shapes: dict[str, tuple[int, ...]], growth: Growth
 ) -> Iterator[Fragment]:
     for name, shape in shapes.items():
-        grown = growth if name in OF_TOKENS else None
         for state in reader.manifest.tensors[name].states:
             at = 0
             for box in row_boxes(shape, CHUNK_ELEMENTS):
                 stop = at + volume(box)
-                data = _Rows(reader, name, state, box, grown)
-                yield Fragment(name, state, whole(shape), (at, stop), data)
+                values = FlatValues(reader, name, state, box)
+                if name in OF_TOKENS:
+                    values = _GrownRows(reader, name, state, box, growth.first)
+                yield Fragment(name, state, whole(shape), (at, stop), values)
                 at = stop

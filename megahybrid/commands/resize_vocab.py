@@ -12,13 +12,14 @@ def resize_vocab(checkpoint: Path, tokenizer: Path, out: Path, old: Path | None 
     old: the tokenizer that the model was trained with; the run's own where None. Raises
     MegahybridError, and has written nothing, where one of its ids means another token now.
     """
+    from megahybrid.checkpoint.folders import refuse_occupied
     from megahybrid.checkpoint.reader import Reader
-    from megahybrid.checkpoint.resize import Growth, refuse_occupied, resize_vocabulary
+    from megahybrid.checkpoint.resize import OTHER_MODEL, Growth, resize_vocabulary
     from megahybrid.commands.checkpoint import chosen
     from megahybrid.data.tokenizer import load_tokenizer
     from megahybrid.train.restore import run_of
 
-    refuse_occupied(out)
+    refuse_occupied(out, OTHER_MODEL)
     path = chosen(checkpoint)
     with Reader(path) as reader:
         run = run_of(reader)

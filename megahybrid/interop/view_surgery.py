@@ -21,10 +21,9 @@ import numpy as np
 from megahybrid.checkpoint.diff import CHUNK_ELEMENTS, row_boxes
 from megahybrid.checkpoint.directory import RunLock
 from megahybrid.checkpoint.fingerprint import model_fingerprint
-from megahybrid.checkpoint.folders import candidates
-from megahybrid.checkpoint.fragments import Array, Box, Fragment, volume, whole
-from megahybrid.checkpoint.manifest import MANIFEST_NAME
-from megahybrid.checkpoint.reader import Reader, verify
+from megahybrid.checkpoint.folders import refuse_occupied
+from megahybrid.checkpoint.fragments import Array, Fragment, volume, whole
+from megahybrid.checkpoint.reader import FlatValues, Reader, verify
 from megahybrid.checkpoint.writer import Snapshot, save
 from megahybrid.config import RunConfig, counting, parse
 from megahybrid.config.attention import AttentionScheme, LayerPlan
@@ -34,7 +33,6 @@ from megahybrid.errors import CheckpointError, ConfigError, DataError
 from megahybrid.interop.model_card import scheme_in_words
 from megahybrid.interop.surgery import read_plan
 from megahybrid.plain_file import read_plain_file
-from megahybrid.run_folder import refuse_foreign_run_folder
 from megahybrid.train.restore import plan_of, run_of
 
 SHUT = 40.0  # of the bias of a share: one view alone
@@ -249,12 +247,7 @@ def _settled(
 
 def _operate(path: Path, out: Path, change: Any) -> tuple[Path, tuple[str, ...]]:
     """Write a checkpoint's weights to `out` as `change`(run, its plan, its reader) says."""
-    if candidates(out) or (out / MANIFEST_NAME).exists():
-        raise CheckpointError(
-            f"--out={out} holds checkpoints already, and the result would stand among them. Name "
-            "another folder."
-        )
-    refuse_foreign_run_folder(out, "--out")
+    refuse_occupied(out, "the result would stand among them")
     verify(path)
     with ExitStack() as stack:
         reader = stack.enter_context(Reader(path))
@@ -303,19 +296,6 @@ def _with_plan(run: RunConfig, plan: LayerPlan) -> RunConfig:
     return parse(RunConfig, fields)
 
 
-class _Copied:
-    """Flat float32 values of a source that are read when they are written."""
-
-    def __init__(self, reader: Reader, name: str, box: Box) -> None:
-        self._reader, self._name, self._box = reader, name, box
-
-    def __len__(self) -> int:
-        return volume(self._box)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return self._reader.read(self._name, "weight", self._box).reshape(-1)
-
-
 def _fragments(
     reader: Reader, shapes: Mapping[str, tuple[int, ...]], written: Mapping[str, Array]
 ) -> Iterator[Fragment]:
@@ -327,5 +307,6 @@ def _fragments(
         at = 0
         for box in row_boxes(shape, CHUNK_ELEMENTS):
             stop = at + volume(box)
-            yield Fragment(name, "weight", whole(shape), (at, stop), _Copied(reader, name, box))
+            values = FlatValues(reader, name, "weight", box)
+            yield Fragment(name, "weight", whole(shape), (at, stop), values)
             at = stop
