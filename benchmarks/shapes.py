@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
 from megahybrid.config.counting import full_attention
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 
 SHAPES: dict[str, dict[str, Any]] = {

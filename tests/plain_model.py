@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, NearView, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, NearView, QKNorm, Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 
 IGNORED = -100  # a target that does not count

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from tests.plain_model import IGNORED, PlainModel
 

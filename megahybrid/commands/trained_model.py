@@ -10,7 +10,7 @@ import torch
 from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig, either
 from megahybrid.config.old_words import SCHEMES, current_tree, silent, tell_once
 from megahybrid.config.parallel import ParallelConfig, legal_tensor_degrees

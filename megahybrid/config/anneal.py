@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, rotation_of
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.base import Frozen, Name, did_you_mean
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.errors import ConfigError
 
 # Windows on the way are multiples of the block that kernels cut masks into; every other value is a

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig, divisors, either
 from megahybrid.config.parallel import ParallelConfig
 from megahybrid.errors import ConfigError

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import (
     ContextPlan,
     HeadShape,
@@ -11,6 +10,7 @@ from megahybrid.config.context import (
     plan_context,
     segments_per_rank,
 )
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import either, nearest_multiples
 from megahybrid.config.run import RunConfig
 from megahybrid.errors import ConfigError

@@ -13,8 +13,8 @@ while it runs (per row of N tokens over c ranks, in values, S segments on a rank
 from dataclasses import dataclass
 from typing import assert_never
 
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import ContextPlan, HeadShape, plan_context, segments_per_rank
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
 from megahybrid.config.run import RunConfig

@@ -8,7 +8,6 @@ two more under full recomputation.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import (
     Exchange,
     HeadShape,
@@ -21,6 +20,7 @@ from megahybrid.config.context import (
     segments_per_rank,
 )
 from megahybrid.config.counting import branches_together
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig, is_legal_tensor_degree
 

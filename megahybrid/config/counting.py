@@ -8,14 +8,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import assert_never
 
-from megahybrid.config.attention import (
-    AttentionScheme,
-    LayerPlan,
-    Nope,
-    Rope,
-    biased_projections,
-)
+from megahybrid.config.attention import AttentionScheme, Nope, Rope, biased_projections
 from megahybrid.config.fusion import learned_fuse
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import Activation, Block, ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,

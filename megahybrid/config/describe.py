@@ -6,17 +6,11 @@ from typing import Any, assert_never
 
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
-from megahybrid.config.attention import (
-    AttentionScheme,
-    LayerPlan,
-    Nope,
-    Rope,
-    Spectrum,
-    rotation_of,
-)
+from megahybrid.config.attention import AttentionScheme, Nope, Rope, Spectrum, rotation_of
 from megahybrid.config.context_memory import context_memory
 from megahybrid.config.describe_context import context_tables, describe_context, legal_in_words
 from megahybrid.config.explain import show
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import legal_tensor_degrees

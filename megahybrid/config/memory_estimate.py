@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from megahybrid.config import chunk_sizes
-from megahybrid.config.attention import LayerPlan, gate_features
+from megahybrid.config.attention import gate_features
 from megahybrid.config.context_memory import ALONE, ContextMemory, context_memory
 from megahybrid.config.counting import (
     Shape,
@@ -33,6 +33,7 @@ from megahybrid.config.counting import (
     norms_read_by_products,
     outside_shapes,
 )
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import Recompute, RecomputeBudget, Stage

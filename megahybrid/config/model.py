@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megahybrid.config import limits
-from megahybrid.config.attention import AttentionScheme, LayerPlan, rotation_of
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.base import Frozen
+from megahybrid.config.layer_plan import LayerPlan
 
 Block = Literal["pre_norm", "post_norm", "sandwich", "parallel"]
 NormKind = Literal["rms", "layernorm"]

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 
 from megahybrid.config import limits
 from megahybrid.config.anneal import PlanStretch, stretches
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import Frozen
 from megahybrid.config.data import DataConfig
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
 from megahybrid.config.ssmax_start import with_starts

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.score_scale import SsmaxScale
 
 WITHOUT_A_RUN = 0.168  # at 1,024 tokens: a model alone knows no length

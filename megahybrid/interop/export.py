@@ -12,8 +12,9 @@ from megahybrid.checkpoint import durable
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, counting
-from megahybrid.config.attention import LayerPlan, Rope
+from megahybrid.config.attention import Rope
 from megahybrid.config.base import did_you_mean
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import EXIT_DONE, ConfigError, InteropError
 from megahybrid.interop.architectures.base import Architecture

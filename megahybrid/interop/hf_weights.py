@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.base import Architecture

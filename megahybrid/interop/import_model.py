@@ -14,9 +14,9 @@ from megahybrid.checkpoint.names import published_path
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.checkpoint.writer import Snapshot, save
 from megahybrid.config import RunConfig, counting, load, parse
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import dump, dump_yaml
 from megahybrid.config.explain import show
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.packaged import located
 from megahybrid.data.dataset import TokenDataset

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megahybrid.checkpoint.fragments import whole
 from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.interop.architectures.tensor_names import is_norm
 from megahybrid.interop.hf_weights import ForeignWeights

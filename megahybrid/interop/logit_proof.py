@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale, ScoreScale
 from megahybrid.errors import InteropError

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.config.describe import function_in_words, position_in_words, views_in_words
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
 from megahybrid.interop.tokenizer import WrittenTokenizer

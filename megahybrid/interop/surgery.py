@@ -7,7 +7,8 @@ module knows is which layers still compute what they did, and which have somethi
 from dataclasses import dataclass
 from pathlib import Path
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope
+from megahybrid.config.attention import AttentionScheme, Nope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig, rotation_problems
 from megahybrid.config.old_words import tell_once
 from megahybrid.config.parsing import parse

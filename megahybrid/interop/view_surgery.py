@@ -26,9 +26,10 @@ from megahybrid.checkpoint.fragments import Array, Fragment, volume, whole
 from megahybrid.checkpoint.reader import FlatValues, Reader, verify
 from megahybrid.checkpoint.writer import Snapshot, save
 from megahybrid.config import RunConfig, counting, parse
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.base import dump, dump_yaml
 from megahybrid.config.fusion import HeadSplit
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.errors import CheckpointError, ConfigError, DataError
 from megahybrid.interop.model_card import scheme_in_words
 from megahybrid.interop.surgery import read_plan

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.context import Exchange, Layout, plan_context, segments
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
 from megahybrid.errors import ConfigError

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute
 from megahybrid.model.attention import Attention

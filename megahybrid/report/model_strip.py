@@ -1,8 +1,9 @@
 """The plan of a model as a coloured strip of layers, and what each kind of layer sees."""
 
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.describe import position_in_words, views_in_words
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.report.attention_charts import kind_colours
 from megahybrid.report.parts import Cell, Missing, Part, Strip, StripLayer, Table, short_number
 from megahybrid.report.record import RunRecord

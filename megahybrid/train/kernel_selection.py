@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.context import fewer_queries, plan_context
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.stages import Recompute

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.counting import kv_heads_of_views, matrix_parameters
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 
 # Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets; the first name that occurs in the

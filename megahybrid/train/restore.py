@@ -17,10 +17,11 @@ from megahybrid.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifes
 from megahybrid.checkpoint.names import checkpoints_of
 from megahybrid.checkpoint.reader import Reader, verify
 from megahybrid.config import RunConfig, parse_json
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.base import did_you_mean, dump
 from megahybrid.config.counting import parameters
 from megahybrid.config.explain import show
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import first_fault
 from megahybrid.data.dataset import TokenDataset

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.config.context import Exchange, Layout
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import Recompute, RecomputeBudget
 from megahybrid.ledger import AnnealEvent, EventSink, RecomputeEvent

@@ -5,8 +5,9 @@ from typing import Any, Literal
 import pytest
 
 from megahybrid.checkpoint.fingerprint import FACTS, NO_FACTS, model_fingerprint
-from megahybrid.config.attention import AttentionScheme, LayerPlan, LearnedParameters, QKNorm
+from megahybrid.config.attention import AttentionScheme, LearnedParameters, QKNorm
 from megahybrid.config.base import dump
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 
 BASE: dict[str, Any] = {

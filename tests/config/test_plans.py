@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megahybrid.config import parse
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.scaling import Llama3Scaling, YarnScaling
 from megahybrid.errors import ConfigError
 from tests.config.example import example

@@ -11,8 +11,8 @@ from megahybrid.checkpoint.fingerprint import model_fingerprint
 from megahybrid.checkpoint.fragments import Fragment, whole
 from megahybrid.checkpoint.writer import Snapshot, save
 from megahybrid.config import RunConfig, parse
-from megahybrid.config.attention import LayerPlan
 from megahybrid.config.base import dump
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from tests.config.example import example
 from tests.plain_model import random_tensors

@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megahybrid.config.attention import LayerPlan, Rope
+from megahybrid.config.attention import Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.model import rotary, score_scale
 from megahybrid.model.kernels import blocked, flex, sdpa, varlen
 from megahybrid.model.kernels.documents import Documents

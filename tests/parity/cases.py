@@ -4,7 +4,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 
 ROPE: dict[str, Any] = {"position": {"kind": "rope", "theta": 10000.0}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.parallel import ExchangeConfig, ParallelConfig
 from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer

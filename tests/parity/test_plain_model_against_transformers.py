@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from tests.plain_model import PlainModel, canonical_shapes, query_factor, relative_error
 from tests.plain_training import random_batch

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope
+from megahybrid.config.attention import AttentionScheme, Nope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.train.metrics import (
     StepClock,

@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from megahybrid.config import attention, fusion, model, scaling, score_scale
+from megahybrid.config import attention, fusion, layer_plan, model, scaling, score_scale
 from megahybrid.config.attention import AttentionScheme
 from megahybrid.config.model import ModelConfig
 from tests.interop.examples import model_of
@@ -31,7 +31,7 @@ UNIONS: dict[str, Any] = {
     "block": model.Block,
     "norm": model.NormKind,
     "activation": model.Activation,
-    "pattern": attention.Pattern,
+    "pattern": layer_plan.Pattern,
 }
 
 

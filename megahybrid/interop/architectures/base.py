@@ -11,14 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, assert_never
 
 from megahybrid.config.architecture_fit import Fit
-from megahybrid.config.attention import (
-    AttentionScheme,
-    LayerPlan,
-    Nope,
-    QKNorm,
-    Rope,
-)
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
 from megahybrid.config.base import Frozen
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures import tensor_names

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import SqrtDimScale
 from megahybrid.errors import InteropError

@@ -11,7 +11,8 @@ compute within bf16's rounding of each other and not the same bits.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import FixedScale, SqrtDimScale
 from megahybrid.errors import InteropError

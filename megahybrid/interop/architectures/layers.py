@@ -5,17 +5,9 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, assert_never
 
-from megahybrid.config.attention import (
-    AttentionScheme,
-    Bias,
-    Gate,
-    LayerPlan,
-    Nope,
-    Position,
-    QKNorm,
-    Rope,
-)
+from megahybrid.config.attention import AttentionScheme, Bias, Gate, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import parse
 from megahybrid.config.scaling import LinearScaling, YarnScaling

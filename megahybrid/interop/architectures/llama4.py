@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, QKNorm, Rope, rotation_of
+from megahybrid.config.attention import AttentionScheme, Nope, QKNorm, Rope, rotation_of
 from megahybrid.config.base import dump
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import Llama4Scale, SqrtDimScale
 from megahybrid.errors import InteropError

@@ -6,10 +6,11 @@ It keeps our order of the rows, and a rotation is its fp32 frequencies, which JS
 from collections.abc import Iterator, Sequence
 from typing import Any, assert_never
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Nope, Position, QKNorm, Rope
+from megahybrid.config.attention import AttentionScheme, Nope, Position, QKNorm, Rope
 from megahybrid.config.base import dump
 from megahybrid.config.first_fields import first_fields
 from megahybrid.config.fusion import Fuse
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import (
     FixedScale,

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan, Rope
+from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.scaling import Llama3Scaling, YarnScaling
 from megahybrid.config.score_scale import Llama4Scale

@@ -4,7 +4,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from megahybrid.config.attention import AttentionScheme, Bias, Gate, LayerPlan, QKNorm
+from megahybrid.config.attention import AttentionScheme, Bias, Gate, QKNorm
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import parse
 from megahybrid.errors import InteropError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megahybrid.config.architecture_fit import Fit
-from megahybrid.config.attention import LayerPlan
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.errors import InteropError
 from megahybrid.interop.architectures.afmoe import Afmoe

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, LayerPlan
+from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import BranchInputs, Heads
 from megahybrid.model.block import Block
