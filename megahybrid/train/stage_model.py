@@ -10,6 +10,7 @@ import torch
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, Rope
 from megahybrid.config.context import Exchange, Layout
+from megahybrid.config.context_plan import parts_of
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import Recompute, RecomputeBudget
@@ -32,7 +33,7 @@ class _Crossed(NamedTuple):
     scheme: AttentionScheme
     axis: Axis
     layout: Layout
-    exchange: Exchange
+    exchanges: tuple[Exchange, ...]
 
 
 class StageModel:
@@ -168,7 +169,9 @@ class StageModel:
                 yield (
                     shards,
                     {
-                        name: _Crossed(scheme, *where, shards.exchange(scheme.reach))
+                        name: _Crossed(
+                            scheme, *where, tuple(map(shards.exchange, parts_of(scheme)))
+                        )
                         for name, scheme in plan.schemes.items()
                     },
                 )

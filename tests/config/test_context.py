@@ -11,11 +11,11 @@ from megahybrid.config.context import (
     Layout,
     exchange_bytes,
     legal_exchanges,
-    plan_context,
     segments,
     work_max_over_mean,
 )
 from megahybrid.config.context_memory import ContextMemory, context_memory
+from megahybrid.config.context_plan import plan_context
 from megahybrid.config.memory_estimate import memory_per_rank, policies_of
 from megahybrid.errors import ConfigError
 from tests.config.example import example
