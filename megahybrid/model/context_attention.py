@@ -132,11 +132,11 @@ def _by_halo(q: Tensor, k: Tensor, v: Tensor, call: ShardedCall) -> Tensor:
 def _views_by_halo(
     queries: Sequence[Tensor], k: Tensor, v: Tensor, calls: Sequence[ShardedCall]
 ) -> list[Tensor]:
-    shards = calls[-1].shards
-    halo = Halo(k, v, shards.halo(calls[-1].whole.window or 1), shards.axis)
+    shards, came = calls[-1].shards, (calls[-1].whole.window or 0) - 1
+    halo = Halo(k, v, shards.halo(came + 1), shards.axis)
     lengths = [stop - start for start, stop in shards.segments]
     own = list(zip(halo.key.split(lengths), halo.value.split(lengths), strict=True))
-    views = [_Edges.of(q, call) for q, call in zip(queries, calls, strict=True)]
+    views = [_Edges.of(q, call, came) for q, call in zip(queries, calls, strict=True)]
     inner = [view.inner(own) for view in views]
     outer = [view.outer(own, halo) for view in views]
     halo.finish()
@@ -151,15 +151,16 @@ class _Edges(NamedTuple):
 
     call: ShardedCall
     reach: int
+    came: int  # keys before a segment, at most
     queries: Sequence[Tensor]  # of each segment both
 
     @classmethod
-    def of(cls, q: Tensor, call: ShardedCall) -> "_Edges":
+    def of(cls, q: Tensor, call: ShardedCall, came: int) -> "_Edges":
         reach, sizes = (call.whole.window or 0) - 1, []
         for start, stop in call.shards.segments:
             edge = min(reach, stop - start) if start else 0
             sizes += [edge, stop - start - edge]
-        return cls(call, reach, q.split(sizes))
+        return cls(call, reach, came, q.split(sizes))
 
     def inner(self, own: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The output of queries that see keys of their own segment alone."""
@@ -179,8 +180,9 @@ class _Edges(NamedTuple):
             start, (k, v) = call.shards.segments[index][0], own[index]
             before_k, before_v = halo.before(index)
             first, last = max(0, start - self.reach), start + edge
-            keys = torch.cat((*before_k, k[:edge]))[first - last :]
-            values = torch.cat((*before_v, v[:edge]))[first - last :]
+            more = min(start, self.came) - min(start, self.reach)  # for a view that sees farther
+            keys = torch.cat((*before_k, k[:edge]))[more:]
+            values = torch.cat((*before_v, v[:edge]))[more:]
             found.append(call.run(q, call.rotated(keys, first, last), values, first, last))
         return found
 
