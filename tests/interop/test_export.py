@@ -151,6 +151,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "temperature from 0 beside yarn": ("Ministral3", [FROM_0 | {"window": 6}] * 2, {}),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
+    "theta per layer, one scaling, multipliers": (
+        "GraniteSWA",
+        [rope(1e4, YARN) | {"window": 5}, rope(1e6, YARN), NOPE],
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5},
+    ),
+    "theta per layer, parts of heads": (
+        "GraniteSWA",
+        [rope(theta, rotary_fraction=0.5, spectrum="head") for theta in (1e4, 1e6)],
+        {"residual_scale": 0.22},
+    ),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "learned sinks": ("GraniteSWA", [LOCAL | SINK, rope(1e6) | SINK, NOPE], {}),
     "learned sinks, QK-norm": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
