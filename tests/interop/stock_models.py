@@ -55,6 +55,14 @@ def ropes(draw: st.DrawFn) -> dict[str, Any]:
                     "high_freq_factor": 4.0,
                     **original,
                 },
+                # Llama 4 Scout's: a step without a blend.
+                {
+                    "rope_type": "llama3",
+                    "factor": 16.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 1.0,
+                    **original,
+                },
             )
         )
     )

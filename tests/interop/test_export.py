@@ -35,6 +35,7 @@ from tests.plain_model import PlainModel, random_tensors
 BIASED = {"bias": "qkv"}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 64}
+STEP = LLAMA3 | {"high_frequency_factor": 1.0}
 
 
 def rope(theta: float = 1e4, scaling: Any = None, **more: Any) -> dict[str, Any]:
@@ -142,6 +143,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "chunks, weightless QK-norm, temperature": (
         "Llama4",
         [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | WEIGHTLESS, TEMPERED],
+        {"tie_embeddings": False},
+    ),
+    "chunks, a step of llama3 scaling": (
+        "Llama4",
+        [rope(1e4, STEP) | {"chunk": 5} | WEIGHTLESS, NOPE],
         {"tie_embeddings": False},
     ),
     "chunks without rotation, part of a head": (
