@@ -212,3 +212,6 @@ def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
     assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
     assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]
     assert [f.architecture for f in huggingface_fits(shipped("gemma3_1b")) if f.can] == ["Gemma3"]
+    assert [f.architecture for f in huggingface_fits(shipped("rnope_swa_sinks_1b")) if f.can] == [
+        "GraniteSWA"
+    ]
