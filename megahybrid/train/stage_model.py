@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.context import Exchange, Layout
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import policies_of
@@ -201,6 +201,7 @@ def _changes(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
         old = before.schemes[name]
         if scheme.window != old.window:
             found[f"{name}.window"] = scheme.window
-        if isinstance(scheme.position, Rope) and scheme.position != old.position:
-            found[f"{name}.position.theta"] = scheme.position.theta
+        rope = rotation_of(scheme.position)
+        if rope is not None and rope != old.position:
+            found[f"{name}.position.theta"] = rope.theta
     return found
