@@ -1,5 +1,5 @@
-"""`StageModel`: the model of a stage, with windows and thetas as its layers have them
-after so many tokens. Its schemes are self-tested before they train; where the stage anneals, it follows."""
+"""`StageModel`: the model of a stage, with the windows and thetas of its layers after so many
+tokens. Its schemes are self-tested before they train; where the stage anneals, it follows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
