@@ -55,6 +55,14 @@ def ropes(draw: st.DrawFn) -> dict[str, Any]:
                     "high_freq_factor": 4.0,
                     **original,
                 },
+                # Llama 4 Scout's: a step without a blend.
+                {
+                    "rope_type": "llama3",
+                    "factor": 16.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 1.0,
+                    **original,
+                },
             )
         )
     )
@@ -126,11 +134,12 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
         scaled["llama_4_scaling_beta"] = draw(st.sampled_from((0.0, 0.1, 0.4)))
         config["rope_parameters"] = scaled
     if name == "GraniteSWA":
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
         thetas = st.sampled_from((0, 1e4, 1e6))
         config["layer_rope_theta"] = draw(st.lists(thetas, min_size=layers, max_size=layers))
         config |= {"attention_multiplier": draw(st.sampled_from((0.3, config["head_dim"] ** -0.5)))}
         config["logits_scaling"] = draw(st.sampled_from((1.0, 4.0)))
+        config["embedding_multiplier"] = draw(st.sampled_from((1.0, 12.0)))
+        config["residual_multiplier"] = draw(st.sampled_from((1, 0.22)))
     return config
 
 

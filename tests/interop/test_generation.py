@@ -74,7 +74,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "Ministral3": ("Ministral3", [TEMPERED_ROPE | {"window": 5}] * 2, {}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
-    "GraniteSWA, sinks": ("GraniteSWA", [LOCAL | SINK, NOPE | SINK], {}),
+    "GraniteSWA, sinks": (
+        "GraniteSWA",
+        [one | SINK | {"score_scale": {"kind": "fixed", "scale": 0.3}} for one in (LOCAL, NOPE)],
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.25},
+    ),
     "Flint": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
     "Megahybrid": (
         "Megahybrid",
