@@ -53,8 +53,9 @@ class BranchInputs(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What a batch's positions are to a layer, made on the way in: a compiled region can make no
-    table. Leading axes are [seq, batch], or [batch, seq] after `rows_first`."""
+    """The rotation and the temperatures of a batch's positions for one layer. They are made before
+    the layer runs, because a compiled region can make no table. Leading axes are [seq, batch], or
+    [batch, seq] after `rows_first`."""
 
     table: RotaryTable | None  # of the rotation
     factor: Tensor | None  # [seq, batch or 1]: each query's temperature, without what is learned

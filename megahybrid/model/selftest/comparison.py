@@ -86,8 +86,8 @@ def _gain_of_view(scheme: AttentionScheme, shape: HeadShape, length: int) -> flo
 
 
 def _tolerance(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
-    """What is rounded of a score grows with it, and no weight of a norm without one brings scores
-    down to SCORE."""
+    """The bound of an error for a scheme. Rounding of a score grows with the score, and a QK-norm
+    without a weight leaves scores larger than SCORE."""
     tolerance = TOLERANCE[shape.dtype]
     if scheme.qk_norm.kind == "none" or scheme.qk_norm.weight != "none":
         return tolerance
