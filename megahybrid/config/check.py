@@ -62,6 +62,7 @@ def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
             )
     yield from _scheme_overrides(run)
     yield from _splits(run)
+    yield from _kernels_with_sinks(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
         yield (
             f"checkpoint.keep_best names '{shortened(best)}', which data.held_out does not define."
@@ -82,6 +83,21 @@ def _splits(run: RunConfig) -> Iterator[str]:
                 f"(model.num_kv_heads={run.model.num_kv_heads}). Use fewer than "
                 f"{run.model.num_kv_heads} near ones."
             )
+
+
+def _kernels_with_sinks(run: RunConfig) -> Iterator[str]:
+    """A kernel that gives no sums serves no sinks, whatever it runs on."""
+    for name, scheme in run.model.layer_plan.schemes.items():
+        kind = "full" if scheme.reach is None else "windowed"
+        kernel = getattr(run.kernels, kind)
+        if scheme.sink and kernel in WITHOUT_SINKS:
+            yield (
+                f"kernels.{kind}={kernel} has no learned sinks "
+                f"(model.layer_plan.schemes.{name}.sink=true). Use auto."
+            )
+
+
+WITHOUT_SINKS = ("cudnn", "cudnn_frontend", "flex", "fa3", "fa4")
 
 
 def _precision(run: RunConfig) -> Iterator[str]:
