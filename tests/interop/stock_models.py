@@ -18,7 +18,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
     "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
-    "Llama4", "Ministral3", "Flint", "Afmoe", "Gemma3",
+    "Llama4", "Ministral3", "Flint", "Afmoe", "Gemma3", "Olmo2",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
 CONFIGS = {
@@ -93,7 +93,7 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     config["layer_norm_eps" if name.startswith("Cohere") else "rms_norm_eps"] = eps
     types = draw(st.lists(st.sampled_from((SLIDING, FULL)), min_size=layers, max_size=layers))
     window = draw(st.sampled_from((2, 5, 200)))
-    if name not in ("Llama", "Cohere"):
+    if name not in ("Llama", "Cohere", "Olmo2"):
         config |= {"layer_types": types, "sliding_window": window}
     if name in ("Mistral", "Ministral3"):
         del config["layer_types"]

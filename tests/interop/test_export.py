@@ -85,6 +85,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [LOCAL | WHOLE, rope(1e6, YARN) | WHOLE],
         {"block": "post_norm"},
     ),
+    "post-norm, projection, rope": (
+        "Olmo2",
+        [rope(5e5, YARN) | WHOLE] * 2,
+        {"block": "post_norm", "tie_embeddings": False, "head_dim": 12},
+    ),
     "post-norm, projection, nope": (
         "Olmo3",
         [ROPE | WHOLE, NOPE | WHOLE],

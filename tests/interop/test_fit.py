@@ -62,6 +62,14 @@ PLANS = {
         ["model.block=post_norm", *FULL, *norms(PROJECTION)],
         {"Olmo3"},
     ),
+    "rope everywhere, full, post-norm": (
+        ["model.block=post_norm", *ROPE_EVERYWHERE, *FULL, *norms(PROJECTION)],
+        {"Olmo2", "Olmo3"},
+    ),
+    "nope everywhere, post-norm": (
+        ["model.block=post_norm", *NOPE_EVERYWHERE, *norms(PROJECTION)],
+        {"Olmo2", "Olmo3"},
+    ),
     "nope everywhere, pre-norm": (
         NOPE_EVERYWHERE,
         {"SmolLM3", "Llama", "Mistral", "GraniteSWA", "Llama4"},

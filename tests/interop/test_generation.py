@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "ExaoneMoe": ("ExaoneMoe", [LOCAL | HEAD, LOCAL | HEAD, NOPE | HEAD], {}),
     "Mellum": ("Mellum", [LOCAL | HEAD, NOPE | HEAD], {}),
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
+    "Olmo2": ("Olmo2", [ROPE | WHOLE] * 2, {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
     "Gemma3": (
