@@ -6,7 +6,7 @@ from typing import Any, assert_never
 
 from megahybrid.config import counting
 from megahybrid.config.architecture_fit import Fits
-from megahybrid.config.attention import AttentionScheme, Nope, Rope, Spectrum, rotation_of
+from megahybrid.config.attention import rotation_of
 from megahybrid.config.context_memory import context_memory
 from megahybrid.config.describe_context import context_tables, describe_context, legal_in_words
 from megahybrid.config.explain import show
@@ -15,6 +15,11 @@ from megahybrid.config.memory_estimate import memory_per_rank
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import legal_tensor_degrees
 from megahybrid.config.run import RunConfig
+from megahybrid.config.scheme_words import (
+    norm_scale_and_beside,
+    position_in_words,
+    views_in_words,
+)
 
 
 def describe(
@@ -89,6 +94,7 @@ def _layers(run: RunConfig, plan: LayerPlan, length: int) -> list[dict[str, Any]
             "chunk": scheme.chunk,
             "qk_norm": scheme.qk_norm.kind,
             "score_scale": scheme.score_scale.kind,
+            "with": norm_scale_and_beside(scheme),
             **({} if scheme.near is None else {"views": views_in_words(scheme)}),
             "parameters": counting.layer_parameters(run.model, scheme),
             "kv_cache_bytes": counting.layer_kv_cache_bytes(run.model, scheme, length),
@@ -102,50 +108,6 @@ def _span(window: int | None, chunk: int | None) -> str:
     if chunk is not None:
         return f"chunk {chunk:,}"
     return f"{window:,}" if window else "all"
-
-
-def position_in_words(scheme: AttentionScheme) -> str:
-    """ "nope", "rope" or "rope, yarn x8", with the fraction of a partial rotation."""
-    match scheme.position:
-        case Nope():
-            return scheme.position.kind
-        case Rope() as rope:
-            words: str = rope.kind
-            if rope.rotary_fraction < 1:
-                words += f" on {rope.rotary_fraction:g}"
-                words += _of_spectrum(rope.spectrum)
-            scaling = rope.frequency_scaling()
-            return words if scaling is None else f"{words}, {scaling.words()}"
-        case never:
-            assert_never(never)
-
-
-def _of_spectrum(spectrum: Spectrum) -> str:
-    match spectrum:
-        case "rotated":
-            return ""
-        case "head":
-            return " of the head's spectrum"
-
-
-def views_in_words(scheme: AttentionScheme) -> str:
-    """ "near rope theta 10000, window 512; fused per token, at first 0.5"."""
-    near, _ = scheme.views()
-    words = f"near {position_in_words(near)}"
-    words += f" theta {rope.theta:g}" if (rope := rotation_of(near.position)) else ""
-    words += f", window {near.window}" if near.window else ", all keys"
-    if near.score_scale.kind != "sqrt_dim":
-        words += f", scale {near.score_scale.kind}"
-    if scheme.split is not None:
-        return f"{words}; in {scheme.split.near} of {scheme.split.of} key heads"
-    assert scheme.fuse is not None
-    match scheme.fuse.gate:
-        case "fixed":
-            return f"{words}; fused, share {scheme.fuse.initial:g}"
-        case "head" | "token":
-            return f"{words}; fused per {scheme.fuse.gate}, at first {scheme.fuse.initial:g}"
-        case never:
-            assert_never(never)
 
 
 def _stage(run: RunConfig, index: int, world_size: int) -> dict[str, Any]:
@@ -252,6 +214,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
     for line in legal_in_words(description["context"]):
         console.print(line)
     console.print(_layer_table(description))
+    for line in _with_lines(description["layers"]):
+        console.print(line)
     console.print(_stage_table(description))
     for changes in filter(None, map(_changes, description["stages"])):
         console.print(changes)
@@ -296,6 +260,16 @@ def _layer_table(description: dict[str, Any]) -> Any:
             f"{layer['flops_per_token'] / 1e6:,.2f}",
         )
     return table
+
+
+def _with_lines(layers: list[dict[str, Any]]) -> list[str]:
+    """ "  global layers have QK-norm rms over head, gate per head", where any are."""
+    lines = [
+        f"  {layer['scheme']} layers have {', '.join(layer['with'])}"
+        for layer in layers
+        if layer["with"]
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def _equal_runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:

@@ -18,16 +18,22 @@ SINK_TOKENS = (
     "tokens that every query sees need a mask of their own; learned sinks (sink: true) and a gate "
     "(gate: head, arXiv 2505.06708) do what they are for"
 )
+SEVERAL_AXES = "positions of several axes are for images and video, and a text has one"
 # Names without case, dashes and underscores.
 REASONS = {
-    **dict.fromkeys(("t5", "t5bias", "fire", "kerple", "cope", "path"), PAIR_BIAS),
-    **dict.fromkeys(("alibi", "fox", "forgetting"), KEY_BIAS),
+    **dict.fromkeys(
+        ("t5", "t5bias", "t5relative", "relativebias", "fire", "kerple", "cope"), PAIR_BIAS
+    ),
+    **dict.fromkeys(("path", "pathattention"), PAIR_BIAS),
+    **dict.fromkeys(("alibi", "alibibias", "fox", "forgetting", "forgetgate"), KEY_BIAS),
     **dict.fromkeys(("softcap", "softcapping", "attnlogitsoftcapping"), SOFT_CAP),
-    **dict.fromkeys(("dsa", "nsa"), DATA_MASK),
-    **dict.fromkeys(("router", "hardrouter"), ROUTER),
-    **dict.fromkeys(("dynamic", "dynamicntk"), DYNAMIC),
-    **dict.fromkeys(("streamingllm", "sinktokens"), SINK_TOKENS),
-    "mrope": "positions of several axes are for images and video, and a text has one",
+    **dict.fromkeys(("scoresoftcap", "attentionsoftcap", "attnsoftcap"), SOFT_CAP),
+    **dict.fromkeys(("dsa", "nsa", "sparse", "sparseattention"), DATA_MASK),
+    **dict.fromkeys(("router", "hardrouter", "routing"), ROUTER),
+    **dict.fromkeys(("dynamic", "dynamicntk", "ntkdynamic"), DYNAMIC),
+    **dict.fromkeys(("streamingllm", "sinktokens", "numsinktokens"), SINK_TOKENS),
+    **dict.fromkeys(("attentionsink", "attentionsinks"), SINK_TOKENS),
+    **dict.fromkeys(("mrope", "mropesection"), SEVERAL_AXES),
 }
 # Where such a name is a scheme's: wandb and datasets have names of their own.
 OF_A_SCHEME = ("schemes", "position", "scaling", "score_scale", "qk_norm", "gate")

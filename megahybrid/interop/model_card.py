@@ -7,8 +7,15 @@ from pathlib import Path
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme, rotation_of
-from megahybrid.config.describe import function_in_words, position_in_words, views_in_words
+from megahybrid.config.describe import function_in_words
 from megahybrid.config.layer_plan import LayerPlan
+from megahybrid.config.scheme_words import (
+    beside_in_words,
+    norm_scale_and_beside,
+    position_in_words,
+    qk_norm_in_words,
+    views_in_words,
+)
 from megahybrid.interop.architectures.base import Architecture
 from megahybrid.interop.logit_proof import Row
 from megahybrid.interop.tokenizer import WrittenTokenizer
@@ -65,9 +72,7 @@ def model_card(
         "",
         "## Layers",
         "",
-        "| layers | scheme | position | theta | window (keys, own included) | QK-norm | scale |",
-        "|---|---|---|---|---|---|---|",
-        *_layer_rows(plan),
+        *_layer_table(plan),
         "",
         "## Training",
         "",
@@ -148,6 +153,22 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*<>|&~$]|\[|\])", r"\\\1", printable(text))
 
 
+def _layer_table(plan: LayerPlan) -> list[str]:
+    """Return a table of the layers; its last column only where some layer has a gate, a bias or
+    sinks."""
+    head = ["layers", "scheme", "position", "theta", "window (keys, own included)", "QK-norm"]
+    head += ["scale"] + ["with"] * _beside(plan)
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *_layer_rows(plan),
+    ]
+
+
+def _beside(plan: LayerPlan) -> bool:
+    return any(beside_in_words(scheme) for scheme in plan.schemes.values())
+
+
 def _layer_rows(plan: LayerPlan) -> list[str]:
     """Return one row for each stretch of layers of one scheme."""
     names, rows, start = plan.names(), [], 0
@@ -155,7 +176,9 @@ def _layer_rows(plan: LayerPlan) -> list[str]:
         if index == len(names) or names[index] != names[start]:
             layers = f"{start}" if index == start + 1 else f"{start}-{index - 1}"
             scheme = plan.schemes[names[start]]
-            rows.append(f"| {layers} | {names[start]} | {_scheme_cells(scheme)} |")
+            cells = [layers, names[start], *_scheme_cells(scheme)]
+            cells += [", ".join(beside_in_words(scheme)) or "-"] * _beside(plan)
+            rows.append(f"| {' | '.join(cells)} |")
             start = index
     return rows
 
@@ -169,27 +192,21 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
         words += f", chunks of {scheme.chunk}"
     else:
         words += ", all keys" if scheme.window is None else f", window {scheme.window}"
-    if scheme.qk_norm.kind != "none":
-        words += f", QK-norm {scheme.qk_norm.kind} over {scheme.qk_norm.over}"
-    if scheme.score_scale.kind != "sqrt_dim":
-        words += f", scale {scheme.score_scale.kind}"
-    if scheme.sink:
-        words += ", learned sinks"
+    words = ", ".join([words, *norm_scale_and_beside(scheme)])
     return words if scheme.near is None else f"{words}; {views_in_words(scheme)}"
 
 
-def _scheme_cells(scheme: AttentionScheme) -> str:
+def _scheme_cells(scheme: AttentionScheme) -> list[str]:
     rope = rotation_of(scheme.position)
     theta = "-" if rope is None else f"{rope.theta:g}"
-    norm = scheme.qk_norm
-    words = "-" if norm.kind == "none" else f"{norm.kind} over {norm.over}"
+    words = qk_norm_in_words(scheme.qk_norm) or "-"
     window = "all" if scheme.window is None else str(scheme.window)
     if scheme.chunk is not None:
         window = f"chunk {scheme.chunk}"
     position = position_in_words(scheme)
     if scheme.near is not None:
         position += f"; {views_in_words(scheme)}"
-    return " | ".join((position, theta, window, words, scheme.score_scale.kind))
+    return [position, theta, window, words, scheme.score_scale.kind]
 
 
 def _stage_rows(run: RunConfig) -> list[str]:

@@ -2,8 +2,13 @@
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme
-from megahybrid.config.describe import position_in_words, views_in_words
 from megahybrid.config.layer_plan import LayerPlan
+from megahybrid.config.scheme_words import (
+    beside_in_words,
+    position_in_words,
+    qk_norm_in_words,
+    views_in_words,
+)
 from megahybrid.report.attention_charts import kind_colours
 from megahybrid.report.parts import Cell, Missing, Part, Strip, StripLayer, Table, short_number
 from megahybrid.report.record import RunRecord
@@ -57,20 +62,23 @@ def _span(scheme: AttentionScheme) -> int | str:
 
 def _kinds_table(run: RunConfig, plan: LayerPlan) -> Table:
     names = plan.names()
+    some = any(beside_in_words(scheme) for scheme in plan.schemes.values())
     found: dict[tuple[Cell, ...], list[str]] = {}  # the stages in which a kind is so
     for index, stage in enumerate(run.stages):
         schemes = run.plan_at(index).schemes
         for name in dict.fromkeys(names):
             scheme = schemes[name]
             theta = getattr(scheme.position, "theta", None)
-            row = (
+            row: tuple[Cell, ...] = (
                 name, names.count(name), _position(scheme), theta, _span(scheme),
-                scheme.qk_norm.kind, scheme.score_scale.kind,
+                qk_norm_in_words(scheme.qk_norm) or "none", scheme.score_scale.kind,
             )  # fmt: skip
+            if some:
+                row += (", ".join(beside_in_words(scheme)) or "none",)
             found.setdefault(row, []).append(stage.name)
     rows: list[list[Cell]] = [
         [*row, "all" if len(stages) == len(run.stages) else ", ".join(stages)]
         for row, stages in sorted(found.items(), key=lambda one: str(one[0][0]))
     ]
-    head = ("kind", "layers", "position", "theta", "window", "QK-norm", "score scale", "in stages")
-    return Table(head, rows, "Kinds of layers")
+    head = ("kind", "layers", "position", "theta", "window", "QK-norm", "score scale")
+    return Table((*head, *(("with",) if some else ()), "in stages"), rows, "Kinds of layers")

@@ -199,6 +199,8 @@ CUT = {
     "data2-zero3-full": Case(
         model("rnope_swa", "post_norm", "rms"), 1, 2, 3, recompute="full", compiler=TRACED
     ),
+    # Vectors that ZeRO 3 cuts by themselves, beside the fused input product.
+    "data2-zero3-bias": Case(model("bias", "pre_norm", "rms"), 1, 2, 3, compiler=TRACED),
 }
 
 

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from megahybrid.config import check_run
+from megahybrid.config.check import WITHOUT_SINKS
 from megahybrid.errors import AuditError, ConfigError
 from megahybrid.model import core_attention
 from megahybrid.model.core_attention import attention_backward, attention_forward
 from megahybrid.model.kernels import AttentionSpec, Documents, Place, attend
 from megahybrid.model.kernels.choice import candidates, kinds_with_sinks, resolve_kernels
+from megahybrid.model.kernels.kernel import Kernel
 from megahybrid.model.kernels.last_queries import forward_on_cpu
 from megahybrid.model.kernels.registry import REGISTRY
 from megahybrid.model.kernels.sinks import gradient_of_sinks, written_out
 from megahybrid.model.selftest import HeadShape, run_self_test
+from tests.config.example import example
 from tests.parity import cases
 from tests.plain_model import relative_error
 
@@ -85,6 +89,20 @@ def test_output_and_every_gradient_are_those_of_the_explicit_softmax(
         found = computed(kernel, dtype, spec)
         for name, ours, right in zip(NAMES, found, wanted, strict=True):
             assert relative_error(ours, right) < bound, (dtype, name)
+
+
+def test_check_refuses_by_config_alone_the_kernels_that_never_have_sums_for_sinks() -> None:
+    never = [
+        name
+        for name, kernel in REGISTRY.items()
+        if "sinks" not in kernel.serves and kernel.sums is Kernel.sums
+    ]
+    assert sorted(never) == sorted(WITHOUT_SINKS)
+    sink = "model.layer_plan.schemes.global.sink=true"
+    for run in (example("kernels.full=cudnn"), example(sink, "kernels.windowed=fa3")):
+        check_run(run)
+    with pytest.raises(ConfigError, match=r"^kernels.full=cudnn has no learned sinks .*Use auto"):
+        check_run(example(sink, "kernels.full=cudnn"))
 
 
 def test_autograd_through_a_fused_kernels_sums_would_train_wrong_queries_and_keys() -> None:

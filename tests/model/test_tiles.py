@@ -46,6 +46,32 @@ def test_outputs_and_gradients_are_the_reference_s(
         assert (mine - theirs).norm() <= BOUND * theirs.norm() + 1e-12
 
 
+@pytest.mark.parametrize("window", [1, 17, 49, 199])
+@pytest.mark.parametrize("before, lengths", [(0, None), (41, None), (41, (7, 90, 103))])
+def test_learned_sinks_and_their_gradients_are_the_reference_s(
+    window: int, before: int, lengths: tuple[int, ...] | None
+) -> None:
+    """Sinks from a hundredth of a query's mass to nearly all; the reference's are held to the
+    explicit softmax in test_sinks."""
+    documents = None if lengths is None else Documents.from_lengths([list(lengths), [200]])
+    q, k, v = heads(200, 2, (4, 2), 8)
+    sinks = torch.tensor([-1.0, 1.0, 3.0, 9.0], dtype=torch.float64, requires_grad=True)
+    inputs = [q[before:], k, v, sinks]
+    where = {"window": window, "documents": documents, "scale": 0.3}
+    ours = tiles.attend_tiles(*inputs[:3], sinks=sinks, **where)  # type: ignore[arg-type]
+    spec = AttentionSpec(sinks=sinks, before=before or None, **where)  # type: ignore[arg-type]
+    exact = attend(*inputs[:3], spec, "reference")  # type: ignore[arg-type]
+    grad = torch.randn(ours.shape, dtype=torch.float64)
+    pairs = zip(
+        (ours, *torch.autograd.grad(ours, inputs, grad)),
+        (exact, *torch.autograd.grad(exact, inputs, grad)),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= 1e-12 * theirs.norm()
+
+
 def test_a_key_one_beyond_the_window_changes_nothing() -> None:
     q, k, v = (x.detach() for x in heads(300, 1, (2, 1), 8))
     with torch.no_grad():
@@ -73,16 +99,21 @@ def test_large_windows_in_fp32_on_a_cpu_go_by_tiles(monkeypatch: pytest.MonkeyPa
         tiles, "attend_tiles", lambda *a, **b: called.append(b["window"]) or plain(*a, **b)
     )
 
-    def run(window: int, dtype: torch.dtype) -> torch.Tensor:
+    def run(window: int, dtype: torch.dtype, sinks: float | None = None) -> torch.Tensor:
         torch.manual_seed(1)
         q, k, v = (torch.randn(700, 1, n, 64, dtype=dtype) for n in (3, 1, 1))
-        return attend(q, k, v, AttentionSpec(window=window, scale=0.1), "blocked")
+        learned = None if sinks is None else torch.full((3,), sinks)
+        return attend(q, k, v, AttentionSpec(window=window, scale=0.1, sinks=learned), "blocked")
 
     run(32, torch.float32), run(512, torch.float64), run(512, torch.bfloat16)
     assert called == []
-    fast = run(512, torch.float32)
-    assert called == [512]
+    fast = run(512, torch.float32), run(512, torch.float32, 4.0)
+    assert called == [512, 512]
     monkeypatch.setattr(tiles, "SMALLEST", 2**40)
-    slow = run(512, torch.float32)
-    assert called == [512]
-    assert (fast - slow).norm() <= 2e-6 * slow.norm()
+    slow = run(512, torch.float32), run(512, torch.float32, 4.0)
+    assert called == [512, 512]
+    for mine, other in zip(fast, slow, strict=True):
+        assert (mine - other).norm() <= 2e-6 * other.norm()
+    # A sink far below the scores takes nothing: -1e9 is how released models switch them off.
+    off = run(512, torch.float32, -1e9)
+    assert (off - slow[0]).norm() <= 2e-6 * slow[0].norm()

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from megahybrid.config.describe import position_in_words
 from megahybrid.config.model import ModelConfig, rotation_problems
+from megahybrid.config.scheme_words import position_in_words
 from megahybrid.config.training import OptimizerConfig
 from megahybrid.model.init import parameter_rule
 from megahybrid.model.transformer import Transformer

@@ -44,8 +44,10 @@ def attend_blocked(
     if unseen:
         k, v = k[unseen:], v[unseen:]
         documents = documents and documents.stretch(documents.seq - len(k), documents.seq)
-    if sinks is None and tiles.serves(q, k, window):
-        return tiles.attend_tiles(q, k, v, window=window, documents=documents, scale=scale)
+    if tiles.serves(q, k, window):
+        return tiles.attend_tiles(
+            q, k, v, window=window, documents=documents, scale=scale, sinks=sinks
+        )
     seq, batch, heads, head_dim = q.shape
     if documents is None:
         # One mask serves all rows, so rows can pass for heads: [seq, 1, batch * heads, head_dim].

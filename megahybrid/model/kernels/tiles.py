@@ -3,6 +3,9 @@
 A tile is few queries of all heads that share a key head, so the products have many rows while few
 keys outside of the windows are read; its scores stay in the processor's cache. Nothing is kept for
 backward but the heads themselves: a tile's probabilities are computed again there.
+
+A learned sink is one more column of a tile's scores, whose key has no value: the softmax, and its
+own gradient, give it its share, and the gradient of its score is the sink's.
 """
 
 from collections.abc import Iterator
@@ -42,80 +45,111 @@ def attend_tiles(
     window: int,
     documents: Documents | None,
     scale: float,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "seq batch heads head_dim"]:
     """Attention to the last `window` keys, tile by tile; the queries are the last of the tokens of
-    the keys."""
+    the keys. Sinks are learned, one for each query head."""
     firsts = None
     if documents is not None:
         firsts = documents.keep(("tiles",), lambda: documents.starts.cpu())
-    return _Tiles.apply(q, k, v, window, firsts, scale)
+    return _Tiles.apply(q, k, v, sinks, window, firsts, scale)
 
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        window: int,
+        starts: Tensor | None,
+        scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, *(() if sinks is None else (sinks,)))
         ctx.window, ctx.starts, ctx.scale = window, starts, scale
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         queries, attention_output = _of_one_key_head(q, k), _of_one_key_head(q, k)
-        scores = _Scores(q, k, window)
+        scores = _Scores(q, k, window, sinks)
         for row, head, heads in _each_key_head(q, k):
             torch.mul(q[:, row, heads], scale, out=queries)
+            scores.take_sinks(heads)
             keys, values = k[:, row, head].contiguous(), v[:, row, head].contiguous()
             for tile, seen, masks in _tiles(q, k, window, starts, row):
                 some = queries[tile].flatten(0, 1)
                 weights = scores.softmax(some, keys[seen], masks)
+                weights = weights[:, : seen.stop - seen.start]
                 torch.mm(weights, values[seen], out=attention_output[tile].flatten(0, 1))
             out[:, row, heads] = attention_output
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        (q, k, v), (sinks,) = ctx.saved_tensors[:3], ctx.saved_tensors[3:] or (None,)
+        by_sinks = None if sinks is None else torch.zeros_like(sinks)
         by_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         queries, grad, of_queries = (_of_one_key_head(q, k) for _ in range(3))
-        scores, grad_scores = _Scores(q, k, ctx.window), _Scores(q, k, ctx.window)
+        scores, grad_scores = (_Scores(q, k, ctx.window, sinks) for _ in range(2))
         for row, head, heads in _each_key_head(q, k):
             torch.mul(q[:, row, heads], ctx.scale, out=queries)
+            scores.take_sinks(heads)
             grad.copy_(grads[0][:, row, heads])
             keys, values = k[:, row, head].contiguous(), v[:, row, head].contiguous()
             of_keys, of_values = by_k[:, row, head], by_v[:, row, head]
             for tile, seen, masks in _tiles(q, k, ctx.window, ctx.starts, row):
                 some, incoming = queries[tile].flatten(0, 1), grad[tile].flatten(0, 1)
-                seen_keys = keys[seen]
+                seen_keys, count = keys[seen], seen.stop - seen.start
                 weights = scores.softmax(some, seen_keys, masks)
-                of_values[seen].addmm_(weights.t(), incoming)
-                grad_score = torch.mm(incoming, values[seen].t(), out=grad_scores.like(weights))
+                of_values[seen].addmm_(weights[:, :count].t(), incoming)
+                of_weights = grad_scores.like(weights)
+                grad_score = torch.mm(incoming, values[seen].t(), out=of_weights[:, :count])
+                of_weights[:, count:] = 0  # a sink has no value
                 torch._softmax_backward_data(
-                    grad_score, weights, -1, grad_score.dtype, grad_input=grad_score
+                    of_weights, weights, -1, of_weights.dtype, grad_input=of_weights
                 )
+                if by_sinks is not None:
+                    of_sinks = of_weights[:, count].view(tile.stop - tile.start, -1)
+                    by_sinks[heads] += of_sinks.sum(0)
                 of_keys[seen].addmm_(grad_score.t(), some)
                 torch.mm(grad_score, seen_keys, out=of_queries[tile].flatten(0, 1))
             torch.mul(of_queries, ctx.scale, out=by_q[:, row, heads])
-        return by_q, by_k, by_v, None, None, None
+        return by_q, by_k, by_v, by_sinks, None, None, None
 
 
 class _Scores:
-    """Memory for the scores of one tile [tile * group, keys], used by all tiles in turn."""
+    """Memory for the scores of one tile [tile * group, keys], used by all tiles in turn; behind the
+    keys of each row, where there are sinks, the row's own and what fills a vector."""
 
-    def __init__(self, q: Tensor, k: Tensor, window: int) -> None:
+    def __init__(self, q: Tensor, k: Tensor, window: int, sinks: Tensor | None) -> None:
         rows = TILE * (q.shape[2] // k.shape[2])
-        self._memory = q.new_empty(rows * (window + TILE + ALIGNED))
+        self._columns = 0 if sinks is None else ALIGNED
+        self._of_heads = q.new_full((q.shape[2], self._columns), -torch.inf)
+        if sinks is not None:
+            self._of_heads[:, 0] = sinks
+        self._sinks = self._of_heads
+        self._memory = q.new_empty(rows * (window + TILE + ALIGNED + self._columns))
+
+    def take_sinks(self, heads: slice) -> None:
+        """Use the sinks of these query heads, if there are any, for the tiles that follow."""
+        self._sinks = self._of_heads[heads]
 
     def like(self, scores: Tensor) -> Tensor:
         """Memory of the shape of `scores`."""
         return self._memory[: scores.numel()].view(scores.shape)
 
     def softmax(self, queries: Tensor, keys: Tensor, masks: Masks) -> Tensor:
-        """The probabilities of the keys."""
+        """The probabilities of the keys, then, in columns of their own, of the sinks."""
         rows, count = len(queries), len(keys)
-        scores = torch.mm(queries, keys.t(), out=self._memory[: rows * count].view(rows, count))
+        wide = count + self._columns
+        scores = self._memory[: rows * wide].view(rows, wide)
+        torch.mm(queries, keys.t(), out=scores[:, :count])
         for columns, hidden in masks:
-            by_query = scores.view(len(hidden), -1, count)[..., columns]
+            by_query = scores.view(len(hidden), -1, wide)[..., columns]
             by_query.add_(hidden.unsqueeze(1))
+        if self._columns:
+            scores.view(-1, len(self._sinks), wide)[..., count:] = self._sinks
         return torch._softmax(scores, -1, False, out=scores)
 
 
@@ -158,7 +192,7 @@ def _tiles(q: Tensor, k: Tensor, window: int, starts: Tensor | None, row: int) -
             )
         else:
             seen = visible(of_row[None], first, last, begin, last, window)[0]
-            masks = [(slice(None), additive(seen, torch.float32))]
+            masks = [(slice(0, last - begin), additive(seen, torch.float32))]
             yield queries, slice(begin, last), masks
 
 
@@ -173,5 +207,6 @@ def _edges(queries: int, before: int, window: int) -> Masks:
         lost = torch.arange(leaving) <= query + before - window
         masks.append((slice(0, leaving), torch.zeros(lost.shape).masked_fill(lost, -torch.inf)))
     later = torch.arange(queries) > query
-    masks.append((slice(before, None), torch.zeros(later.shape).masked_fill(later, -torch.inf)))
+    own = slice(before, before + queries)
+    masks.append((own, torch.zeros(later.shape).masked_fill(later, -torch.inf)))
     return masks
