@@ -9,13 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megahybrid.data.batches import Batch, make_batch
+from megahybrid.data.counted import counted_targets
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.mixture import RowPlan
+from megahybrid.data.mixture import Mixture, RowPlan
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep.batch_picture import batch_picture
 from megahybrid.data_prep.coloured_targets import coloured
 from megahybrid.data_prep.inspect_dataset import shown_metadata, visible
-from megahybrid.data_prep.trace import find_step, load_run, open_mixture
+from megahybrid.data_prep.trace import Step, epochs_in_words, find_step, load_run, open_mixture
 
 WIDTH = 64
 SHADES = "█▓"  # neighbours differ, so that each change is a boundary
@@ -51,11 +52,12 @@ def show_batch(
         f"{point.rows} rows of {point.length:,} tokens"
     )
     console.print(f"{title}, learning rate {point.learning_rate:.3g}")
-    _print_mix(console, found.plans, point.length, mixture.epochs(found.state))
+    _print_mix(console, mixture, found)
     chosen = found.plans[:rows]
     batch = make_batch(mixture.datasets, chosen, point.length, run.data.documents)
     for number, plan in enumerate(chosen):
-        _print_row(console, number, plan, batch, mixture.datasets[plan.source], text)
+        at = _place(mixture, plan.source, point.length)
+        _print_row(console, number, plan, batch, (mixture.datasets[plan.source], at), text)
     if picture is not None:
         drawn = found.plans[:PICTURE_ROWS]
         starts = make_batch(mixture.datasets, drawn, point.length, run.data.documents).starts
@@ -63,16 +65,30 @@ def show_batch(
         console.print(f"\n{visible(picture)} written")
 
 
-def _print_mix(
-    console: Console, plans: list[RowPlan], length: int, epochs: dict[str, float]
-) -> None:
-    table = Table("source", "rows", "share", "epochs so far", "")
-    for name, count in sorted(Counter(plan.source for plan in plans).items()):
-        share = count / len(plans)
+def _print_mix(console: Console, mixture: Mixture, step: Step) -> None:
+    """The sources of a step; of those with a mask, how many targets count."""
+    plans, epochs = step.plans, mixture.epochs(step.state)
+    rows = Counter(plan.source for plan in plans)
+    masked = any(mixture.datasets[name].masked for name in rows)
+    table = Table("source", "rows", "share", *(["targets"] if masked else []), "epochs so far", "")
+    for name, count in sorted(rows.items()):
+        share, dataset = count / len(plans), mixture.datasets[name]
+        spans = [plan.spans for plan in plans if plan.source == name]
+        counted = "all"
+        if dataset.masked:
+            counted = f"{counted_targets(dataset, spans, step.point.length):,} count"
         table.add_row(
-            name, f"{count}", f"{share:.1%}", f"{epochs[name]:.4f}", "█" * round(30 * share)
-        )
+            name, f"{count}", f"{share:.1%}", *([counted] if masked else []),
+            epochs_in_words(epochs, name), "█" * round(30 * share),
+        )  # fmt: skip
     console.print(table)
+
+
+def _place(mixture: Mixture, name: str, length: int) -> Path:
+    """The folder that says which rows a source has for a length."""
+    if name in mixture.plans:
+        return mixture.plans[name][length].folder
+    return mixture.datasets[name].path
 
 
 def _print_row(
@@ -80,17 +96,17 @@ def _print_row(
     number: int,
     plan: RowPlan,
     batch: Batch,
-    dataset: TokenDataset,
+    source: tuple[TokenDataset, Path],
     text: Tokenizer | None,
 ) -> None:
-    starts, targets = batch.starts[number], batch.targets[number]
+    (dataset, place), starts, targets = source, batch.starts[number], batch.targets[number]
     length, filled = len(starts), sum(size for _, size in plan.spans)
     first = np.unique(starts[:filled])
     spans = ", ".join(f"{start:,} + {size:,}" for start, size in plan.spans[:4])
     more = f" and {len(plan.spans) - 4} more" if len(plan.spans) > 4 else ""
     filling = f", {length - filled:,} filling" if filled < length else ""
     console.print(
-        f"\nrow {number}: {plan.source} ({visible(str(dataset.path))}), tokens {spans}{more}; "
+        f"\nrow {number}: {plan.source} ({visible(str(place))}), tokens {spans}{more}; "
         f"{len(first)} documents{filling}, {int((targets >= 0).sum()):,} of {length:,} targets "
         "count"
     )

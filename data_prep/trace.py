@@ -15,8 +15,16 @@ from typing import Any
 from megahybrid.config import RunConfig, load
 from megahybrid.config.stages import StagePoint
 from megahybrid.data.mixture import Mixture, RowPlan, State, cursor_crc, open_mixture
+from megahybrid.data.read_files import refuse_other_files
 from megahybrid.errors import DataError
-from megahybrid.ledger import LEDGER_NAME, Ledger, RewindEvent, RunFacts, read_ledger
+from megahybrid.ledger import (
+    LEDGER_NAME,
+    Ledger,
+    RewindEvent,
+    RunFacts,
+    StepLine,
+    read_ledger,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Audit:
     steps: int
     first_step: int
     tokens: dict[str, int]
+    targets: dict[str, int]
     epochs: dict[str, float]
     fingerprints: dict[str, str]
     seen: dict[str, str]
@@ -197,6 +206,7 @@ def audit(directory: str | Path) -> Audit:
             ("cursor_crc", line.cursor_crc, crc),
             ("source_tokens", line.source_tokens, mixture.source_tokens(state)),
             ("length", line.length, step.point.length),
+            ("source_targets", line.source_targets, _told(mixture.source_targets(state), line)),
         ):
             if found != expected:
                 raise DataError(
@@ -219,12 +229,20 @@ def audit(directory: str | Path) -> Audit:
         steps=len(by_step),
         first_step=place.step + 1,
         tokens=mixture.source_tokens(state) if by_step else {},
+        targets=mixture.source_targets(state) if by_step else {},
         epochs=mixture.epochs(state) if by_step else {},
+        # Of a source with plans, those of its dataset: spans are tokens of that, whatever the plan.
         fingerprints={name: data.fingerprint for name, data in mixture.datasets.items()},
         seen={name: digest.hexdigest() for name, digest in seen.items()},
         rows=rows.hexdigest(),
         by_step=by_step,
     )
+
+
+def _told(targets: dict[str, int], line: StepLine) -> dict[str, int]:
+    """The counts of the sources that a ledger's line has: an attempt that goes on from a checkpoint
+    of an older version tells none of what that had begun to read."""
+    return {name: found for name, found in targets.items() if name in line.source_targets}
 
 
 def _check_files(directory: Path, mixture: Mixture) -> None:
@@ -237,12 +255,10 @@ def _check_files(directory: Path, mixture: Mixture) -> None:
             continue  # a checkpoint without a mixture's state, or none at all, proves nothing here
         for name, fingerprint in kept.items():
             dataset = mixture.datasets.get(name)
-            if dataset is not None and dataset.fingerprint != fingerprint:
-                raise DataError(
-                    f"data.sources.{name} at {dataset.path} has manifest "
-                    f"{dataset.fingerprint[:12]}, not {fingerprint[:12]} as {path.parent} says. "
-                    "Name the files that the run has read."
-                )
+            if dataset is not None:
+                found = mixture.fingerprint(name)
+                says = (f"as {path.parent} says", "Name the files that the run has read")
+                refuse_other_files(name, dataset.path, fingerprint, found, says)
 
 
 def first_difference(first: Audit, second: Audit) -> int | None:
@@ -253,3 +269,12 @@ def first_difference(first: Audit, second: Audit) -> int | None:
     }:
         return common[0]
     return next((n for n in common if first.by_step[n] != second.by_step[n]), None)
+
+
+def epochs_in_words(epochs: Mapping[str, float], name: str) -> str:
+    """ "0.1234", or "8192: 0.1234, 65536: 0.0412" of a source with plans by length."""
+    if name in epochs:
+        return f"{epochs[name]:.4f}"
+    start = f"{name}.plans."
+    found = {key.removeprefix(start): n for key, n in epochs.items() if key.startswith(start)}
+    return ", ".join(f"{length}: {n:.4f}" for length, n in found.items()) or "0.0000"

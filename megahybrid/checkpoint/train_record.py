@@ -49,7 +49,8 @@ class SourceRecord(Frozen, extra="allow"):
 
     cursor: Any = None
     tokens: Count = 0
-    fingerprint: str = ""
+    fingerprint: str | dict[str, str] = ""  # by length, of a source with plans
+    targets: Count = 0
 
 
 class DataRecord(Frozen, extra="allow"):

@@ -253,7 +253,7 @@ def inspect(
 
 def audit_run(*, run_directory: str, other: str | None) -> None:
     """Prove from a run's ledger which tokens it has read."""
-    from megahybrid.data_prep.trace import audit, first_difference
+    from megahybrid.data_prep.trace import audit, epochs_in_words, first_difference
 
     audits = [audit(path) for path in (run_directory, other) if path]
     for found in audits:
@@ -263,9 +263,11 @@ def audit_run(*, run_directory: str, other: str | None) -> None:
             + f" are what config and files give. Rows read: sha256 {found.rows[:16]}"
         )
         for name, tokens in found.tokens.items():
+            counted = f"{found.targets[name]:,} targets counted, " if name in found.targets else ""
             print(
-                f"  {name}: {tokens:,} tokens, {found.epochs[name]:.4f} epochs, manifest "
-                f"{found.fingerprints[name][:12]}, spans sha256 {found.seen[name][:16]}"
+                f"  {name}: {tokens:,} tokens, {counted}{epochs_in_words(found.epochs, name)} "
+                f"epochs, manifest {found.fingerprints[name][:12]}, spans sha256 "
+                f"{found.seen[name][:16]}"
             )
     if len(audits) == 2:
         first, second = audits

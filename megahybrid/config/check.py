@@ -213,6 +213,14 @@ def _sources(run: RunConfig, stage: Stage, where: str) -> Iterator[str]:
                 f"{where}.weights names '{name}', which data.sources does not define "
                 f"({few(known)}).{did_you_mean(name, known) or ' Define it, or remove it.'}"
             )
+    for name in (name for name, weight in stage.weights.items() if weight > 0 and name in known):
+        plans = known[name].plans
+        for length in (length for length in stage.lengths if plans and length not in plans):
+            yield (
+                f"data.sources.{name}.plans has none for {length} ({where}.lengths; it has "
+                f"{few(map(str, sorted(plans)))}). Make one with `megahybrid data pack … --length "
+                f"{length}`, or take the length or the source out of the stage."
+            )
 
 
 def _scheme_overrides(run: RunConfig) -> list[str]:

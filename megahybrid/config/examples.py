@@ -26,6 +26,8 @@ EXAMPLES = {
     "DataConfig.sources": "{web: {path: data/web/train}}",
     "DataConfig.held_out": "{unseen: {path: data/web/held_out}}",
     "Source": "{path: data/web/train}",
+    "TrainingSource": "{path: data/web/train}",
+    "TrainingSource.plans": "{8192: data/chats-8k, 65536: data/chats-64k}",
     "OptimizerConfig": "{weight_decay: 0.1, clip_norm: 1.0}",
     "OptimizerConfig.betas": "[0.9, 0.95]",
     "SpikeConfig": "{action: skip, sigmas: 6.0}",

@@ -72,13 +72,19 @@ def beside(run: RunConfig, run_file: Path, tell: Tell) -> RunConfig:
         tell(f"{field}={shortened(path, 200)} is not here, but beside the run file: {there}.")
         return there
 
-    def moved(part: str) -> dict[str, object]:
-        return {
-            name: source.model_copy(update={"path": found(f"data.{part}.{name}.path", source.path)})
-            for name, source in getattr(run.data, part).items()
-        }
-
-    changed: dict[str, object] = {part: moved(part) for part in ("sources", "held_out")}
+    paths = {field: found(field, path) for field, path in run.data.datasets()}
+    changed: dict[str, object] = {
+        "sources": {
+            name: source.moved(
+                {field: paths[f"data.sources.{name}.{field}"] for field, _ in source.fields()}
+            )
+            for name, source in run.data.sources.items()
+        },
+        "held_out": {
+            name: source.model_copy(update={"path": paths[f"data.held_out.{name}.path"]})
+            for name, source in run.data.held_out.items()
+        },
+    }
     if run.data.tokenizer is not None:
         changed["tokenizer"] = found("data.tokenizer", run.data.tokenizer)
     data = run.data.model_copy(update=changed)

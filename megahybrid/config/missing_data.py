@@ -15,7 +15,7 @@ MADE_BY = (
 
 def missing_data(run: RunConfig) -> list[tuple[str, str]]:
     """Return field and path of every dataset and tokenizer that is not where the run names it."""
-    named = [(f"{field}.path", path) for field, path in run.data.datasets()]
+    named = run.data.datasets()
     if run.data.tokenizer is not None:
         named.append(("data.tokenizer", run.data.tokenizer))
     return [(field, path) for field, path in named if not dataset_exists(path)]

@@ -64,7 +64,8 @@ class TokenDataset:
                 )
             self.vocab_size, self.eod_id = vocab_size, eod_id
         if self.plan is not None:
-            self._check_plan(self.plan)
+            self.plan.check_dataset(self.path, self.fingerprint)
+            self.fingerprint = self.plan.fingerprint
         self.shards = [shard for shard in shards if shard.tokens]
         if sum(20 * shard.sequences for shard in self.shards) <= CHECKED_INDEX_BYTES:
             for shard in self.shards:
@@ -96,15 +97,6 @@ class TokenDataset:
         self._files = ShardFiles(self.shards)
         self._checks = BlockChecks(self.shards, self.manifest, self._files.read)
         self._checks.check_random_blocks()
-
-    def _check_plan(self, plan: PackPlan) -> None:
-        if plan.info.dataset_fingerprint != self.fingerprint:
-            raise DataError(
-                f"{plan.folder} was packed for a dataset with fingerprint "
-                f"{plan.info.dataset_fingerprint[:12]}, but {self.path} has "
-                f"{self.fingerprint[:12]}. Run `megahybrid data pack` again."
-            )
-        self.fingerprint = plan.fingerprint
 
     def _listed_shards(self, manifest: Manifest) -> list[ShardIndex]:
         present = {entry.name for entry in self.path.iterdir()}

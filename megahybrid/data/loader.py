@@ -35,8 +35,9 @@ class StepData:
     """The data of one step for one rank.
 
     plans: every row of the step, all ranks. state: the mixture's state AFTER this step, to be saved
-    with it. source_tokens, epochs: served up to and including this step. exhausted: epochs of the
-    sources that ended one in this step. wait_seconds: how long the step was waited for.
+    with it. source_tokens, epochs: served up to and including this step; source_targets: those
+    that counted. exhausted: epochs of the sources that ended one in this step. wait_seconds: how
+    long the step was waited for.
     """
 
     shape: StepShape
@@ -48,6 +49,7 @@ class StepData:
     cursor_crc: int
     exhausted: dict[str, float] = field(default_factory=dict)
     wait_seconds: float = 0.0
+    source_targets: dict[str, int] = field(default_factory=dict)
 
 
 def read_step(
@@ -76,6 +78,7 @@ def read_step(
         epochs=mixture.epochs(after),
         exhausted=mixture.exhaustions(state, after),
         cursor_crc=cursor_crc(after),
+        source_targets=mixture.source_targets(after),
     )
 
 

@@ -5,15 +5,19 @@ from fractions import Fraction
 from math import lcm
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from megahybrid.data.counted import counted_targets
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.order import Cursor, SourceOrder, Span, checksum
+from megahybrid.data.length_plans import LengthPlansOrder, Plans, open_plans
+from megahybrid.data.order import SourceOrder, Span, checksum
 from megahybrid.data.packing import PackedOrder
+from megahybrid.data.read_files import Fingerprint, refuse_other_files, same_files
 from megahybrid.errors import DataError, ExhaustedError
 
 if TYPE_CHECKING:
     from megahybrid.config import RunConfig
 
 State = dict[str, Any]
+Order = SourceOrder | PackedOrder | LengthPlansOrder
 Exhausted = Literal["repeat", "stop", "renormalise"]
 STATE_VERSION = 1
 
@@ -36,6 +40,8 @@ class Mixture:
     a function of (seed, datasets, block_tokens, lanes) and of the state, a JSON value:
     {version, seed, block_tokens, lanes, weights {name: w}, since {name: tokens since the last
     reweighting}, longest: longest row since then, sources {name: {cursor, tokens, fingerprint}}}.
+    A source with `plans` has cursor and fingerprint by length; one with a mask has `targets`, those
+    that counted, where it had them from its first row on.
     Sources that were dropped stay in it, so that they continue when they are named again.
 
     exhausted: what happens when a source has been served once. repeat: it begins again in another
@@ -52,12 +58,13 @@ class Mixture:
         block_tokens: int,
         lanes: int,
         exhausted: Exhausted = "repeat",
+        plans: Mapping[str, Plans] | None = None,
     ) -> None:
-        self.datasets = dict(datasets)
+        self.datasets, self.plans = dict(datasets), dict(plans or {})
         self.exhausted = exhausted
         self.weights = self._checked(weights)
         self.seed, self.block_tokens, self.lanes = seed, block_tokens, lanes
-        self._orders: dict[str, SourceOrder | PackedOrder] = {}
+        self._orders: dict[str, Order] = {}
 
     def _checked(self, weights: Mapping[str, float]) -> dict[str, float]:
         for name, weight in weights.items():
@@ -72,11 +79,15 @@ class Mixture:
             raise DataError("weights gives no source more than 0. Give one a positive weight.")
         return {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
 
-    def order(self, name: str) -> SourceOrder | PackedOrder:
+    def order(self, name: str) -> Order:
         """The order of one source."""
         if name not in self._orders:
             dataset = self.datasets[name]
-            if dataset.plan is not None:
+            if name in self.plans:
+                self._orders[name] = LengthPlansOrder(
+                    self.plans[name], dataset.tokens, seed=self.seed, name=name
+                )
+            elif dataset.plan is not None:
                 self._orders[name] = PackedOrder(
                     dataset.plan, dataset.tokens, seed=self.seed, name=name
                 )
@@ -89,6 +100,13 @@ class Mixture:
                     lanes=self.lanes,
                 )
         return self._orders[name]
+
+    def fingerprint(self, name: str) -> Fingerprint:
+        """Of the files of a source: its dataset's or plan's, or by length those of its plans."""
+        order = self.order(name) if name in self.plans else None
+        if isinstance(order, LengthPlansOrder):
+            return order.fingerprints
+        return self.datasets[name].fingerprint
 
     def start(self) -> State:
         """The state before the first row."""
@@ -119,8 +137,8 @@ class Mixture:
                 sources[name] = {
                     "cursor": self.order(name).start(),
                     "tokens": 0,
-                    "fingerprint": self.datasets[name].fingerprint,
-                }
+                    "fingerprint": {} if name in self.plans else self.datasets[name].fingerprint,
+                } | ({"targets": 0} if self.datasets[name].masked else {})
         since = dict.fromkeys(weights, 0)
         fresh = {"weights": weights, "since": since, "longest": 0, "gone": []}
         return state | fresh | {"sources": sources}
@@ -150,20 +168,15 @@ class Mixture:
                     )
                 sources[name] = source
                 continue
-            dataset = self.datasets[name]
-            if source["fingerprint"] != dataset.fingerprint:
-                raise DataError(
-                    f"data.sources.{name} at {dataset.path} has manifest {dataset.fingerprint[:12]}"
-                    f", not {source['fingerprint'][:12]} as when the run began. "
-                    "Restore the files, or start a new run."
-                )
+            found, path = self.fingerprint(name), self.datasets[name].path
+            refuse_other_files(name, path, source["fingerprint"], found)
             sources[name] = source | {"cursor": self.order(name).check(source["cursor"])}
         return state | {"sources": sources}
 
     def carried(self, state: State) -> State:
         """The state to go on with from one that another plan saved (`carried_state`)."""
         numbers = {"seed": self.seed, "block_tokens": self.block_tokens, "lanes": self.lanes}
-        files = {name: dataset.fingerprint for name, dataset in self.datasets.items()}
+        files = {name: self.fingerprint(name) for name in self.datasets}
         kept = carried_state(state, numbers, files)
         return self.restore(kept) if kept else self.start()
 
@@ -210,19 +223,25 @@ class Mixture:
             source, order = sources[name], self.order(name)
             take = order.take if self.exhausted == "repeat" else order.take_once
             taken[name], cursor = take(source["cursor"], length, count)
+            after: dict[str, Any] = {"cursor": cursor, "tokens": source["tokens"] + count * length}
+            if isinstance(order, LengthPlansOrder):
+                after["fingerprint"] = order.read_from(after["cursor"])
+            if "targets" in source:
+                counted = counted_targets(self.datasets[name], taken[name], length)
+                after["targets"] = source["targets"] + counted
             taken[name].reverse()
-            sources[name] = source | {
-                "cursor": cursor,
-                "tokens": source["tokens"] + count * length,
-            }
+            sources[name] = source | after
         return [RowPlan(name, taken[name].pop()) for name in chosen], sources
 
     def _rows_before_exhaustion(
         self, state: State, chosen: Sequence[str], length: int
     ) -> tuple[int, str | None]:
         """Return how many of the chosen rows there are, and the source that lacks the next one."""
+        sources = state["sources"]
         left = {
-            name: (self.order(name).tokens - state["sources"][name]["tokens"]) // length
+            name: self.order(name).rows_left(
+                sources[name]["cursor"], sources[name]["tokens"], length
+            )
             for name in set(chosen)
         }
         for index, name in enumerate(chosen):
@@ -234,17 +253,16 @@ class Mixture:
     def _without(self, state: State, name: str, length: int) -> State:
         """The state in which the others share what `name` can no longer give."""
         gone = sorted([*state.get("gone", ()), name])
-        served, tokens = state["sources"][name]["tokens"], self.order(name).tokens
+        served = self.order(name).served_in_words(state["sources"][name]["tokens"], length)
         if self.exhausted == "stop":
             raise ExhaustedError(
-                f"data.sources.{name} is exhausted ({served:,} of its {tokens:,} tokens served, no "
-                f"further row of {length}; data.exhausted=stop). Add data, change the stage's "
-                "weights, or allow data.exhausted=repeat in a new run."
+                f"data.sources.{name} is exhausted ({served}; data.exhausted=stop). Add data, "
+                "change the stage's weights, or allow data.exhausted=repeat in a new run."
             )
         if set(gone) >= set(state["weights"]):
             raise ExhaustedError(
-                f"every source of the stage is exhausted (last data.sources.{name}, {served:,} of "
-                f"{tokens:,} tokens; data.exhausted=renormalise). Add data or shorten the stage."
+                f"every source of the stage is exhausted (last data.sources.{name}, {served}; "
+                "data.exhausted=renormalise). Add data or shorten the stage."
             )
         since = {other: 0 for other in state["weights"] if other not in gone}
         return state | {"gone": gone, "since": since, "longest": 0}
@@ -256,28 +274,31 @@ class Mixture:
         return {
             name: epochs
             for name, epochs in epochs_after.items()
-            if name in dropped or int(epochs) > int(epochs_before.get(name, 0))
+            if name.partition(".")[0] in dropped or int(epochs) > int(epochs_before.get(name, 0))
         }
 
     def source_tokens(self, state: State) -> dict[str, int]:
         """Tokens served of each source since the run began."""
         return {name: source["tokens"] for name, source in state["sources"].items()}
 
+    def source_targets(self, state: State) -> dict[str, int]:
+        """Targets that counted since the run began, of each source whose mask was counted."""
+        sources = state["sources"].items()
+        return {name: source["targets"] for name, source in sources if "targets" in source}
+
     def epochs(self, state: State) -> dict[str, float]:
-        """Return how many times over each source has been served."""
-        return {
-            name: source["tokens"] / self.order(name).tokens
-            for name, source in state["sources"].items()
-            if name in self.datasets
-        }
+        """Return how many times over each source has been served; where it has plans by length,
+        each plan of which a row was taken, as `NAME.plans.LENGTH`."""
+        found: dict[str, float] = {}
+        for name, source in state["sources"].items():
+            if name in self.datasets:
+                found |= self.order(name).epochs(source["cursor"], source["tokens"])
+        return found
 
 
 def cursor_crc(state: State) -> int:
     """CRC-32 of every source's cursor: equal exactly when two runs stand at the same place."""
-    cursors: dict[str, Cursor] = {
-        name: source["cursor"] for name, source in state["sources"].items()
-    }
-    return checksum(cursors)
+    return checksum({name: source["cursor"] for name, source in state["sources"].items()})
 
 
 def choose_sources(
@@ -327,10 +348,14 @@ def _whole_shares(weights: Mapping[str, float]) -> list[int]:
 
 def open_mixture(run: "RunConfig") -> Mixture:
     """The sources of a run, weighted as its first stage weights them."""
-    datasets = {
-        name: TokenDataset(source.path, vocab_size=run.model.vocab_size)
-        for name, source in run.data.sources.items()
-    }
+    datasets: dict[str, TokenDataset] = {}
+    plans: dict[str, Plans] = {}
+    for name, source in run.data.sources.items():
+        if source.path is None:
+            opened = open_plans(name, source.plans, run.model.vocab_size)
+            datasets[name], plans[name] = opened
+        else:
+            datasets[name] = TokenDataset(source.path, vocab_size=run.model.vocab_size)
     return Mixture(
         datasets,
         run.stages[0].weights,
@@ -338,23 +363,29 @@ def open_mixture(run: "RunConfig") -> Mixture:
         block_tokens=run.data.block_tokens,
         lanes=run.data.lanes,
         exhausted=run.data.exhausted,
+        plans=plans,
     )
 
 
-def carried_state(state: State, numbers: Mapping[str, int], files: Mapping[str, str]) -> State:
+def carried_state(
+    state: State, numbers: Mapping[str, int], files: Mapping[str, Fingerprint]
+) -> State:
     """Return the part of a mixture's `state` that another plan can go on from.
 
     All of it where the order is made from the same `numbers` (seed, block_tokens, lanes), source by
-    source where the fingerprints in `files` are the same; the rest begins anew. {} where nothing is
-    left.
+    source, and of one with plans length by length, where the fingerprints in `files` are the same;
+    the rest begins anew. {} where nothing is left.
     """
     if not state or any(state[name] != value for name, value in numbers.items()):
         return {}
-    sources = {
-        name: source
-        for name, source in state["sources"].items()
-        if files.get(name) == source["fingerprint"]
-    }
-    if len(sources) == len(state["sources"]):
+    sources = {}
+    for name, source in state["sources"].items():
+        kept = same_files(source["fingerprint"], files.get(name))
+        if isinstance(kept, dict):
+            cursors = {length: source["cursor"][length] for length in kept}
+            sources[name] = source | {"cursor": cursors, "fingerprint": kept}
+        elif kept is not None:
+            sources[name] = source
+    if sources == state["sources"]:
         return state
     return state | {"sources": sources, "weights": {}, "since": {}}

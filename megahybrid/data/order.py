@@ -204,6 +204,18 @@ class SourceOrder:
         """Tokens of the first epoch that are left to the lane that stands at block n."""
         return sum(self._block_span(m)[1] for m in range(n, self.blocks, self.lanes)) - offset
 
+    def rows_left(self, cursor: Cursor, served: int, length: int) -> int:
+        """Return how many rows of `length` the first epoch still has after `served` tokens."""
+        return (self.tokens - served) // length
+
+    def epochs(self, cursor: Cursor, served: int) -> dict[str, float]:
+        """Return by the source's name how many times over it has been served."""
+        return {self.name: served / self.tokens}
+
+    def served_in_words(self, served: int, length: int) -> str:
+        """What was served, where no row of `length` is left."""
+        return f"{served:,} of its {self.tokens:,} tokens served, no further row of {length}"
+
     def check(self, cursor: Any) -> Cursor:
         """The cursor, if it can be one of this order; else DataError."""
         valid = isinstance(cursor, list) and len(cursor) == self.lanes

@@ -101,6 +101,20 @@ class PackPlan:
             raise _damaged(path, f"has {found} bytes, not {expected} (plan.json)")
         return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)
 
+    @property
+    def cuts(self) -> int:
+        """Places inside documents where a row ends and another goes on."""
+        return self.info.entries - self.info.documents
+
+    def check_dataset(self, path: Path, fingerprint: str) -> None:
+        """Raises DataError unless the dataset at `path` is the one that was packed."""
+        if self.info.dataset_fingerprint != fingerprint:
+            raise DataError(
+                f"{self.folder} was packed for a dataset with fingerprint "
+                f"{self.info.dataset_fingerprint[:12]}, but {path} has {fingerprint[:12]}. Run "
+                "`megahybrid data pack` again."
+            )
+
     def check_contents(self, dataset_tokens: int) -> None:
         """Compares every byte with the checksums, and every entry with the dataset's size."""
         for name in FILES:
@@ -174,6 +188,18 @@ class PackedOrder:
         return taken, [[n, 0]]
 
     take_once = take
+
+    def rows_left(self, cursor: Cursor, served: int, length: int) -> int:
+        """Return how many rows of `length` the first epoch still has after `served` tokens."""
+        return (self.tokens - served) // length
+
+    def epochs(self, cursor: Cursor, served: int) -> dict[str, float]:
+        """Return by the source's name how many times over it has been served."""
+        return {self.name: served / self.tokens}
+
+    def served_in_words(self, served: int, length: int) -> str:
+        """What was served, where no row of `length` is left."""
+        return f"{served:,} of its {self.tokens:,} tokens served, no further row of {length}"
 
     def check(self, cursor: Any) -> Cursor:
         """The cursor, if it can be one of this order; else DataError."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megahybrid.config import RunConfig
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
+from megahybrid.data.packing import PLAN_NAME, PackPlan
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.errors import ConfigError, DataError
 
@@ -41,6 +42,9 @@ def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
     None where no data with a manifest is on this machine.
     """
     for _, path in run.data.datasets():
-        if (Path(path) / MANIFEST_NAME).exists():
-            return read_manifest(Path(path))[0].tokenizer, path
+        folder = Path(path)
+        if (folder / PLAN_NAME).exists():
+            folder = PackPlan(folder).dataset
+        if (folder / MANIFEST_NAME).exists():
+            return read_manifest(folder)[0].tokenizer, path
     return None

@@ -48,6 +48,8 @@ class StepLine:
     mfu: Finite | None = None  # share of the device's peak, 0 to 1; None where no peak is known
     memory_gib: Finite | None = None
     seconds: dict[str, Seconds] = field(default_factory=dict)
+    # Targets that counted so far, of sources with a mask; not written where there is none.
+    source_targets: dict[str, Count] = field(default_factory=dict)
     attempt: Count = 0  # the writer puts its own
     time_unix: Seconds = field(default_factory=time.time)
 
@@ -98,8 +100,11 @@ def encode(line: Line) -> bytes:
     """A line of the file, its newline included. Numbers that are not finite are written as null."""
     kind = "step" if isinstance(line, StepLine) else "event"
     record = {"kind": kind, **asdict(line)}
-    if isinstance(line, StepLine) and line.z_loss is None:
-        del record["z_loss"]
+    if isinstance(line, StepLine):  # no word of what a run has not
+        if line.z_loss is None:
+            del record["z_loss"]
+        if not line.source_targets:
+            del record["source_targets"]
     return (json.dumps(_finite(record), allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 

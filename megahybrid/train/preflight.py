@@ -6,6 +6,7 @@ from pathlib import Path
 from megahybrid.config import RunConfig
 from megahybrid.config.missing_data import making_command, missing_data
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.length_plans import open_plans
 from megahybrid.data.tokenizer import load_tokenizer
 from megahybrid.errors import DataError
 from megahybrid.parallel.mesh import choose_device
@@ -25,12 +26,16 @@ def check_inputs(run: RunConfig, directory: Path, allow: Sequence[str] = ()) -> 
     first: tuple[str, str] | None = None  # the field and hash of the first tokenizer met
     if tokenizer is not None:
         first = ("data.tokenizer", tokenizer.info.sha256)
+    for name, given in run.data.sources.items():
+        if given.plans:
+            open_plans(name, given.plans, run.model.vocab_size)
     for field, path in run.data.datasets():
         dataset = TokenDataset(path, vocab_size=run.model.vocab_size)
         if first is not None:
             dataset.check_tokenizer(first[1], first[0])
         elif dataset.manifest is not None:
-            first = (f"the tokenizer of {field}", dataset.manifest.tokenizer.sha256)
+            source = ".".join(field.split(".")[:3])
+            first = (f"the tokenizer of {source}", dataset.manifest.tokenizer.sha256)
     check_suites(run)
     check_resume_point(run, directory, allow)
 

@@ -27,6 +27,7 @@ from megahybrid.config import RunConfig, dump
 from megahybrid.config.first_fields import first_fields
 from megahybrid.config.old_words import first_words
 from megahybrid.data.mixture import STATE_VERSION
+from megahybrid.data.read_files import Fingerprint
 from megahybrid.errors import RepeatError
 from megahybrid.ledger import LEDGER_NAME, EventLine, Line, StageEvent, StepLine, read_every_line
 from megahybrid.parallel.collectives import gather_objects, on_first
@@ -130,11 +131,12 @@ def repeatable(
     mesh: ParallelMesh,
     kernels: Mapping[str, str],
     parent: Mapping[str, Any] | None,
-    files: Mapping[str, str],
+    files: Mapping[str, Fingerprint],
     anew: bool = False,
 ) -> Repeatable:
     """Return what decides the steps of stage `index`: later stages, and sources that none has read
-    yet, may still change and have no part. `files`: the fingerprint of each source. Collective."""
+    yet, may still change and have no part. `files`: the fingerprint of each source, by length where
+    it has plans. Collective."""
     whole = first_words(first_fields(run, dump(run)))  # the digests of ledgers there are
     stages = [dict(stage) for stage in whole.pop("stages")[: index + 1]]
     rounding: dict[str, Any] = {name: whole.pop(name) for name in ROUNDING}
@@ -148,9 +150,17 @@ def repeatable(
         config["data"].pop(name)
     # Which files, not where they lie: folders move, and data not yet read may be made anew.
     read = {name for stage in stages for name in stage["weights"]}
-    config["data"]["sources"] = {name: files.get(name) for name in read}
+    lengths = {str(length) for stage in stages for length in stage["lengths"]}
+    config["data"]["sources"] = {name: _of_lengths(files.get(name), lengths) for name in read}
     layout = [rounding, kernels, mesh.device.type, _machines(mesh), torch.__version__]
     return Repeatable(_digest([STATE_VERSION, config, stages, parent]), _digest(layout), anew)
+
+
+def _of_lengths(fingerprint: Fingerprint | None, lengths: set[str]) -> Fingerprint | None:
+    """The part of a fingerprint that rows of these lengths come from."""
+    if not isinstance(fingerprint, dict):
+        return fingerprint
+    return {length: found for length, found in fingerprint.items() if length in lengths}
 
 
 def _machines(mesh: ParallelMesh) -> list[tuple[int, str, int | None]]:
@@ -277,7 +287,7 @@ class RepeatedSteps:
         self,
         run: RunConfig,
         mesh: ParallelMesh,
-        files: Mapping[str, str],
+        files: Mapping[str, Fingerprint],
         allow: Sequence[str] = (),
     ) -> None:
         self._run, self._mesh, self._files = run, mesh, files

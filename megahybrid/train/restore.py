@@ -24,8 +24,7 @@ from megahybrid.config.explain import show
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parsing import first_fault
-from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.mixture import Mixture, carried_state
+from megahybrid.data.mixture import Mixture, carried_state, open_mixture
 from megahybrid.errors import CheckpointError, ConfigError, first_line
 from megahybrid.model.kernels.chosen import ChosenKernels
 from megahybrid.printable import shortened
@@ -158,7 +157,8 @@ def _no_position(error: Exception) -> CheckpointError:
 
 def _carried(run: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     numbers = {"seed": run.seed, "block_tokens": run.data.block_tokens, "lanes": run.data.lanes}
-    files = {name: TokenDataset(it.path).fingerprint for name, it in run.data.sources.items()}
+    mixture = open_mixture(run)
+    files = {name: mixture.fingerprint(name) for name in mixture.datasets}
     try:
         return carried_state(data, numbers, files)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

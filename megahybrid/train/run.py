@@ -93,7 +93,7 @@ def build_parts(
 ) -> RunParts:
     """Build what the stages of an attempt share, each part given what it needs."""
     mixture = open_mixture(run)
-    files = {name: dataset.fingerprint for name, dataset in mixture.datasets.items()}
+    files = {name: mixture.fingerprint(name) for name in mixture.datasets}
     held = None
     if start.resumes and start.checkpoint is not None:
         held = (start.state.step, start.checkpoint)

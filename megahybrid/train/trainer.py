@@ -207,6 +207,7 @@ class Trainer:
             tokens=state.tokens,
             length=point.length,
             source_tokens=data.source_tokens,
+            source_targets=data.source_targets,
             cursor_crc=data.cursor_crc,
             learning_rate=point.learning_rate,
             loss=result.loss,

@@ -16,6 +16,7 @@ def step_scalars(line: StepLine) -> dict[str, float]:
         ("gradient_norm", line.gradient_norm_by_kind),
         ("seconds", line.seconds),
         ("source_tokens", line.source_tokens),
+        ("source_targets", line.source_targets),
     ):
         scalars.update({f"{group}/{name}": value for name, value in values.items()})
     return {name: value for name, value in scalars.items() if value is not None}
