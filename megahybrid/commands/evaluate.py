@@ -49,7 +49,7 @@ def evaluate(
                 "Leave one of them out."
             )
         length = TIMES[-1] * trained.length
-    sets = _sets(trained.run, data)
+    sets = held_out_sets(trained.run, data)
     scored = HeldOutSets(
         trained.run,
         trained.mesh,
@@ -93,7 +93,7 @@ def scores(
     scored = HeldOutSets(
         trained.run,
         trained.mesh,
-        sets=_sets(trained.run, data),
+        sets=held_out_sets(trained.run, data),
         longest=length,
         max_tokens=max_tokens,
         context=trained.model.context,
@@ -161,7 +161,9 @@ def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None
     return Reach(rows, sliding)
 
 
-def _sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
+def held_out_sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
+    """The run's held-out sets by name, or the dataset `data` alone. Raises MegahybridError where
+    there is none, or where it is not the model's."""
     if data is not None:
         dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
         _check_vocabulary(run, data, dataset)
@@ -188,14 +190,8 @@ def _check_vocabulary(run: RunConfig, data: Path, dataset: TokenDataset) -> None
         )
 
 
-def _print(
-    trained: TrainedModel,
-    stream: dict[str, HeldOutLoss],
-    far: dict[str, HeldOutLoss],
-    reach: Reach | None,
-    kept: Path | None,
-) -> None:
-    console = Console(highlight=False)
+def print_model(console: Console, trained: TrainedModel) -> None:
+    """Print which model is scored, and on what."""
     place = f"{trained.mesh.device.type}, {trained.precision}"
     console.print(str(trained.checkpoint), markup=False, soft_wrap=True)
     console.print(
@@ -204,6 +200,17 @@ def _print(
     )
     if trained.changes:
         console.print(f"changed: {', '.join(trained.changes)}", markup=False)
+
+
+def _print(
+    trained: TrainedModel,
+    stream: dict[str, HeldOutLoss],
+    far: dict[str, HeldOutLoss],
+    reach: Reach | None,
+    kept: Path | None,
+) -> None:
+    console = Console(highlight=False)
+    print_model(console, trained)
     rows = next(iter(stream.values())).length
     console.print(f"\nHeld-out loss, rows of {rows:,} tokens")
     console.print(loss_table(stream))

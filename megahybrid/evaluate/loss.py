@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from megahybrid.ledger import PositionBucket
+from megahybrid.ledger.records import to_json
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
 
@@ -32,6 +33,10 @@ class HeldOutLoss:
     tokens: int
     length: int
     by_position: tuple[PositionBucket, ...]
+    # Of text that the targets stand for; None where the tokenizer is not known.
+    bytes: int | None = None
+    # The same documents at every position; None where rows are no documents.
+    same_documents: tuple[PositionBucket, ...] | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -44,14 +49,41 @@ class HeldOutLoss:
         """The loss in bits."""
         return None if self.loss is None else self.loss / math.log(2)
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits per byte of text: it can be compared with another tokenizer's."""
+        return bits_per_byte(self.loss, self.tokens, self.bytes)
+
     def to_json(self) -> dict[str, Any]:
         """Return the score as the ledger keeps it."""
-        return {
+        known = {
             "loss": self.loss,
             "tokens": self.tokens,
             "length": self.length,
-            "by_position": [vars(bucket) for bucket in self.by_position],
+            "by_position": to_json(self.by_position),
         }
+        if self.bytes is not None:
+            known["bytes"] = self.bytes
+        if self.same_documents is not None:
+            known["same_documents"] = to_json(self.same_documents)
+        return known
+
+
+def bits_per_byte(nats: float | None, tokens: int, text_bytes: int | None) -> float | None:
+    """Nats per token as bits per byte of the text that the tokens stand for."""
+    if nats is None or not text_bytes:
+        return None
+    return nats * tokens / math.log(2) / text_bytes
+
+
+def target_bytes(
+    targets: Int[Tensor, "batch seq"], token_bytes: Int[Tensor, "n"] | None
+) -> Float[Tensor, "batch seq"]:
+    """The bytes of text that each target stands for; 0 where it does not count or none is known."""
+    if token_bytes is None:
+        return torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+    found = token_bytes[targets.clamp(min=0)].double()
+    return found.masked_fill(targets == -100, 0)
 
 
 def position_edges(longest: int) -> list[int]:
@@ -71,16 +103,18 @@ def held_out_loss(
     replicas: Axis,
     device: torch.device,
     adds: Callable[[int], bool] = lambda tokens: True,
+    token_bytes: Int[Tensor, "n"] | None = None,
 ) -> HeldOutLoss:
     """Score this replica's `rows` and sum over all. Every rank must call it with the same number of
     batches (a batch may have no valid target). `adds` says whether this rank adds rows of so many
-    tokens to the sum, which ranks that share a row do once.
+    tokens to the sum, which ranks that share a row do once. `token_bytes` holds the bytes of text
+    that each id stands for.
 
     Buckets reach to `longest`, so that curves of several lengths share one axis; a position counts
     from the document's start, because a token sees its own document only.
     """
     edges = torch.tensor(position_edges(longest), device=device)
-    sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=device)
     for tokens, targets, starts in rows:
         tokens, targets, starts = tokens.to(device), targets.to(device), starts.to(device)
         losses = token_loss(tokens, targets, starts)
@@ -92,7 +126,8 @@ def held_out_loss(
         bucket.clamp_(max=len(edges) - 2)
         sums[0].index_add_(0, bucket, losses.flatten()[valid].double())
         sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
-    losses_by_bucket, counts = all_reduce(sums, replicas).cpu().tolist()
+        sums[2].index_add_(0, bucket, target_bytes(targets, token_bytes).flatten()[valid])
+    losses_by_bucket, counts, text = all_reduce(sums, replicas).cpu().tolist()
     bounds = edges.cpu().tolist()
     buckets = tuple(
         PositionBucket(start, stop, int(count), total / count if count else None)
@@ -102,7 +137,8 @@ def held_out_loss(
     )
     tokens_scored = int(sum(counts))
     mean = sum(losses_by_bucket) / tokens_scored if tokens_scored else None
-    return HeldOutLoss(mean, tokens_scored, length, buckets)
+    known = None if token_bytes is None else int(sum(text))
+    return HeldOutLoss(mean, tokens_scored, length, buckets, known)
 
 
 def sliding(token_loss: TokenLoss, window: int, stride: int) -> TokenLoss:

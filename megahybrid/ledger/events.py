@@ -160,6 +160,22 @@ class PositionBucket:
     stop: Positive
     tokens: Count
     loss: Number  # nats per token; None where no token fell into the bucket
+    documents: Count | None = None  # that have a target there
+    low: Number = None  # 95 % interval of the loss, over documents
+    high: Number = None
+
+
+@dataclass(frozen=True)
+class GainBucket:
+    """Context gain of the targets whose input token stands at document positions [start, stop)."""
+
+    start: Count
+    stop: Positive
+    tokens: Count
+    documents: Count
+    gain: Number  # nats per token; None where no token fell into the bucket
+    low: Number = None  # 95 % interval, over documents; None for fewer than two
+    high: Number = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +194,33 @@ class EvaluateEvent(Record):
     tokens: Count
     length: Positive
     by_position: tuple[PositionBucket, ...] = ()
+    bytes: Count | None = None  # of text that the targets stand for, where the tokenizer is known
+    # The buckets of the documents that reach the last of them: the same ones in each.
+    same_documents: tuple[PositionBucket, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextGainEvent(Record):
+    """How many nats the tokens further back than the last `context` are worth on one held-out set;
+    over tokens with more context than that (see evaluate/context_gain.py)."""
+
+    name = "context_gain"
+    drawn = True
+    decides = ("set", "context")
+    set: str
+    stage: str | None = None
+    step: Any = None
+    context: Positive
+    stride: Positive  # what is cut off a token's context leaves it context to context + stride - 1
+    length: Positive
+    tokens: Count
+    documents: Count
+    loss: Number  # nats per token, with all of the context
+    gain: Number  # nats per token
+    low: Number = None  # 95 % interval of the gain, over documents
+    high: Number = None
+    bytes: Count | None = None  # of text that the targets stand for, where the tokenizer is known
+    by_position: tuple[GainBucket, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,9 +393,9 @@ class DamagedEvent:
 
 KnownEvent = (
     StartEvent | ResumeEvent | ConfigChangeEvent | StageEvent | KernelsEvent | RecomputeEvent
-    | AnnealEvent | EvaluateEvent | SuiteEvent | AttentionEvent | GateEvent | SaveEvent | SkipEvent
-    | RewindEvent | ExhaustedEvent | RepeatDiffersEvent | WarningEvent | ListenerFailedEvent
-    | EndEvent
+    | AnnealEvent | EvaluateEvent | ContextGainEvent | SuiteEvent | AttentionEvent | GateEvent
+    | SaveEvent | SkipEvent | RewindEvent | ExhaustedEvent | RepeatDiffersEvent | WarningEvent
+    | ListenerFailedEvent | EndEvent
 )  # fmt: skip
 Event = KnownEvent | OtherEvent | DamagedEvent
 EventSink = Callable[[KnownEvent], object]

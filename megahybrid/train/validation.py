@@ -1,29 +1,31 @@
 """Validation on held-out sets: during training, at the end of its stages, and of a checkpoint."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid.config import RunConfig
+from megahybrid.data.batches import Tensors
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.held_out import Rows, evaluation_batches
+from megahybrid.data.held_out import Rows, evaluation_plans, numbered_batches
+from megahybrid.evaluate.context_gain import ContextGain, Windows, context_gains, default_stride
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
 from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
 from megahybrid.parallel.mesh import ParallelMesh
 
-FAR = 4  # loss by position is measured up to this many times the longest trained length
-
 # Told the set, its score and what the rows were.
 ScoreSink = Callable[[str, HeldOutLoss, Rows], None]
+GainSink = Callable[[str, ContextGain], None]
 
 
 class HeldOutSets:
     """Sets open for scoring: those that data.held_out names, or `sets`. Collective over the mesh.
 
-    `longest` is how far loss by position reaches (default: FAR times the run's longest length);
+    `longest` is how far loss by position reaches (default: four times the run's longest length);
     `max_tokens` of each set are used (default: evaluate.max_tokens). `poll` is called before each
     batch, on every rank; what it raises ends the scoring. `context` is the model's: ranks that
     share a row are all given it, and it counts once.
@@ -45,7 +47,7 @@ class HeldOutSets:
         self.mesh = mesh
         self.sets = open_held_out(run) if sets is None else sets
         lengths = [length for stage in run.stages for length in stage.lengths]
-        self.longest = longest or FAR * max(lengths)
+        self.longest = longest or run.far_length
         self.max_tokens = max_tokens or run.evaluate.max_tokens
         # A document that ends before the shortest length says nothing about far positions.
         self.min_tokens = min(self.longest, *lengths)
@@ -71,6 +73,61 @@ class HeldOutSets:
             tell(
                 name, self._score(by_window, name, length, "stream", min(window, length)), "stream"
             )
+
+    def score_gain(
+        self,
+        token_loss: TokenLoss,
+        contexts: Sequence[int],
+        tell: GainSink,
+        stride: int | None = None,
+    ) -> None:
+        """Context gain beyond each of `contexts`, by position within single documents, to
+        `longest` tokens. `stride`: default_stride of each."""
+        windows = [self._windows(one, stride or default_stride(one)) for one in contexts]
+        fewest = min(contexts) + 2  # a document's last token has no target
+        for name, dataset in self.sets.items():
+            plans = evaluation_plans(dataset, self.longest, "documents", fewest, self.max_tokens)
+            for gain in context_gains(
+                self._polled(token_loss),
+                self._documents(name, windows, fewest),
+                windows,
+                sum(1 for _ in plans),
+                self.longest,
+                self.mesh.replica,
+                self.mesh.device,
+                lambda tokens: self.mesh.replica.rank % self._meeting(tokens, windows) == 0,
+            ):
+                tell(name, gain)
+
+    def _polled(self, token_loss: TokenLoss) -> TokenLoss:
+        def polled(*rows: Tensor) -> Tensor:
+            self.poll()
+            return token_loss(*rows)
+
+        return polled
+
+    def _windows(self, context: int, stride: int) -> Windows:
+        """Return the windows of a context; as many are computed together as tokens of training."""
+        tokens = context + stride
+        together = self._micro_batch * self._ranks_of(tokens) // self.mesh.context.size
+        return Windows(context, stride, max(1, together // tokens))
+
+    def _meeting(self, tokens: int, windows: Sequence[Windows]) -> int:
+        """Return how many ranks need the same rows of `tokens`: those that share one, and those
+        that share a window of one, which several groups of ranks then compute alike."""
+        shown = (min(each.tokens, tokens) for each in windows)
+        return math.lcm(self._ranks_of(tokens), *map(self._ranks_of, shown))
+
+    def _documents(
+        self, name: str, windows: Sequence[Windows], fewest: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield rows of one document each, and the number of each one's document."""
+
+        def sharing(tokens: int) -> int:
+            return self._meeting(tokens, windows)
+
+        for numbers, batch in self._batches(name, self.longest, "documents", sharing, fewest):
+            yield torch.tensor(numbers), *batch
 
     def _score(
         self,
@@ -105,13 +162,24 @@ class HeldOutSets:
     def _rows(
         self, name: str, length: int, rows: Rows, sharing: Callable[[int], int]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        micro_batch = max(stage.micro_batch_tokens for stage in self.run.stages)
-        for batch in evaluation_batches(
+        fewest = 1 if rows == "stream" else self.min_tokens
+        for _, batch in self._batches(name, length, rows, sharing, fewest):
+            self.poll()
+            yield batch
+
+    @property
+    def _micro_batch(self) -> int:
+        return max(stage.micro_batch_tokens for stage in self.run.stages)
+
+    def _batches(
+        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int], fewest: int
+    ) -> Iterator[tuple[list[int], Tensors]]:
+        for numbers, batch in numbered_batches(
             self.sets[name],
             length,
-            max(1, micro_batch // length),
+            max(1, self._micro_batch // length),
             rows=rows,
-            min_tokens=1 if rows == "stream" else self.min_tokens,
+            min_tokens=fewest,
             max_tokens=self.max_tokens,
             rank=self.mesh.replica.rank,
             world_size=self.mesh.replica.size,
@@ -120,9 +188,7 @@ class HeldOutSets:
             sharing=sharing,
             most_sharing=self.mesh.context.size,
         ):
-            self.poll()
-            moved = batch.tensors(self.mesh.device)
-            yield moved.tokens, moved.targets, moved.starts
+            yield numbers, batch.tensors(self.mesh.device)
 
 
 def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:

@@ -12,6 +12,7 @@ from megahybrid.ledger import (
     AnnealEvent,
     AttentionEvent,
     ConfigChangeEvent,
+    ContextGainEvent,
     DamagedEvent,
     EndEvent,
     EvaluateEvent,
@@ -160,6 +161,8 @@ def describe_event(line: EventLine) -> str | None:
                 f"held-out {score.set}: loss {loss} {rows} length {score.length} "
                 f"(step {line.step}, {tokens_text(score.tokens)} tokens)"
             )
+        case ContextGainEvent() as gain:
+            return f"held-out {gain.set}: {_gain(gain)} {place}"
         case SaveEvent(ok=True) as save:
             size = (save.bytes or 0) / 1e6
             return f"saved {save.path} ({size:,.1f} MB, {save.seconds or 0:.1f} s)"
@@ -180,6 +183,16 @@ def describe_event(line: EventLine) -> str | None:
             return f"{line.event.replace('_', ' ')}{_details(line.detail)} {place}"
         case other:
             assert_never(other)
+
+
+def _gain(told: ContextGainEvent) -> str:
+    """Write the gain with its interval, and of how many documents it is a mean."""
+    beyond = f"beyond {told.context:,} tokens"
+    if told.gain is None:
+        return f"no document has a token {beyond}"
+    of = f"{told.documents:,} document{'s' if told.documents != 1 else ''}"
+    sure = "" if told.low is None else f", 95 %: {told.low:+.4f} to {told.high:+.4f}"
+    return f"context {beyond} is worth {told.gain:+.4f} nats ({of}{sure})"
 
 
 def _scores(asked: SuiteEvent) -> list[str]:
