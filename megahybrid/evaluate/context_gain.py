@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from megahybrid.evaluate.by_document import DocumentSums, ratio_interval
-from megahybrid.evaluate.loss import TokenLoss, bits_per_byte, position_edges, target_bytes
-from megahybrid.ledger import GainBucket
+from megahybrid.evaluate.loss import TokenLoss, position_edges, target_bytes
+from megahybrid.ledger import GainBucket, bits_per_byte
 from megahybrid.ledger.records import to_json
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis

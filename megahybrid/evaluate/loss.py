@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megahybrid.ledger import PositionBucket
+from megahybrid.ledger import PositionBucket, bits_per_byte
 from megahybrid.ledger.records import to_json
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
@@ -67,13 +67,6 @@ class HeldOutLoss:
         if self.same_documents is not None:
             known["same_documents"] = to_json(self.same_documents)
         return known
-
-
-def bits_per_byte(nats: float | None, tokens: int, text_bytes: int | None) -> float | None:
-    """Nats per token as bits per byte of the text that the tokens stand for."""
-    if nats is None or not text_bytes:
-        return None
-    return nats * tokens / math.log(2) / text_bytes
 
 
 def target_bytes(

@@ -3,7 +3,9 @@
 Knows no torch, so that the launcher and the report read it on a login node.
 """
 
+from megahybrid.ledger.bits import bits_per_byte
 from megahybrid.ledger.events import (
+    LEAST_DOCUMENTS,
     AnnealEvent,
     AttentionEvent,
     AttentionFigures,
@@ -46,6 +48,7 @@ from megahybrid.ledger.file import (
 from megahybrid.ledger.lines import EventLine, Line, StepLine, damage, encode, parse
 
 __all__ = [
+    "LEAST_DOCUMENTS",
     "LEDGER_NAME",
     "AnnealEvent",
     "AttentionEvent",
@@ -82,6 +85,7 @@ __all__ = [
     "SuiteEvent",
     "TaskScores",
     "WarningEvent",
+    "bits_per_byte",
     "damage",
     "encode",
     "newest_lines",

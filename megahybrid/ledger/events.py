@@ -13,6 +13,7 @@ from megahybrid.config.shape import Count, Positive
 from megahybrid.ledger.records import from_json, to_json, wrong_fields
 
 Number = float | None  # None, NaN and infinities are gaps
+LEAST_DOCUMENTS = 8  # a mean over fewer is drawn hollow, and never said in words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from megahybrid.ledger import (
     WarningEvent,
 )
 from megahybrid.report.evaluation_files import EvaluationFile
+from megahybrid.report.gain_charts import gain_in_words, newest_gains
 from megahybrid.report.model_strip import scheme_in_words
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
@@ -152,6 +153,9 @@ def _outcome(record: RunRecord, results: Sequence[EvaluationFile]) -> str:
                 f"“{one.held_out}” {change} than within that length ({far:.2f} against "
                 f"{near:.2f} nats per token)."
             )
+    gain = gain_in_words(newest_gains(record, results))
+    if gain is not None:
+        told.append(gain)
     rate = needle_rate(results)
     if rate is not None:
         beyond = "" if rate.beyond is None else f"; beyond that length {rate.beyond:.0%}"
