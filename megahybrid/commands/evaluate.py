@@ -14,7 +14,7 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.run_tokenizer import known_tokenizer
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.loss import HeldOutLoss
-from megahybrid.evaluate.table import loss_table, position_table, reach_table
+from megahybrid.evaluate.table import loss_table, position_table, reach_table, same_documents_table
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.validation import HeldOutSets, evaluation_loss, open_held_out
 
@@ -135,7 +135,12 @@ class Reach:
 
 
 def _brief(score: HeldOutLoss) -> dict[str, Any]:
-    return {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+    }
 
 
 def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None]) -> Reach:
@@ -219,6 +224,9 @@ def _print(
         beyond = f" (below the line: beyond the stage's {trained.length:,} tokens)"
     console.print(f"\nLoss by position in the document{beyond}")
     console.print(position_table(far, trained.length))
+    console.print("\nThe same, of those documents alone that reach the last position")
+    for name, score in far.items():
+        console.print(same_documents_table(name, score, trained.length))
     if reach is not None:
         console.print("\nRows of multiples of the stage's length, and through a sliding window")
         console.print(reach_table(reach.rows, reach.sliding, trained.length))
@@ -238,6 +246,7 @@ def _json(
             **score.to_json(),
             "perplexity": score.perplexity,
             "bits_per_token": score.bits_per_token,
+            "bits_per_byte": score.bits_per_byte,
         }
         for rows, by_set in (("stream", stream), ("documents", far))
         for name, score in by_set.items()

@@ -73,11 +73,12 @@ class Point:
     high: float | None
     documents: int | None
     place: str
+    same: bool = True  # False: of other documents than the points before it
 
     @property
     def is_sure(self) -> bool:
-        """False for a mean over too few documents."""
-        return self.documents is None or self.documents >= LEAST_DOCUMENTS
+        """False for a mean over too few documents, or over others."""
+        return self.same and (self.documents is None or self.documents >= LEAST_DOCUMENTS)
 
 
 def line_of_points(

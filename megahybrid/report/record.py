@@ -21,6 +21,7 @@ from megahybrid.ledger import (
     Line,
     PositionBucket,
     StepLine,
+    bits_per_byte,
     damage,
     read_every_line,
     read_ledger,
@@ -64,6 +65,14 @@ class Evaluation:
     loss: float | None
     tokens: int
     by_position: tuple[PositionBucket, ...]
+    # Of the documents that reach the last of them; None in ledgers of before.
+    same_documents: tuple[PositionBucket, ...] | None = None
+    bytes: int | None = None  # of text that the targets stand for
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits per byte of text; None where the bytes are not known."""
+        return bits_per_byte(self.loss, self.tokens, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -192,9 +201,11 @@ def _evaluation(line: EventLine, score: EvaluateEvent) -> Evaluation:
         length=score.length,
         loss=score.loss,
         tokens=score.tokens,
-        by_position=tuple(
-            # Nothing was counted: no mean of it is known.
-            bucket if bucket.tokens else replace(bucket, loss=None)
-            for bucket in score.by_position
-        ),
+        by_position=_counted(score.by_position),
+        same_documents=None if score.same_documents is None else _counted(score.same_documents),
     )
+
+
+def _counted(buckets: Iterable[PositionBucket]) -> tuple[PositionBucket, ...]:
+    """The buckets; of one in which nothing was counted no mean is known."""
+    return tuple(bucket if bucket.tokens else replace(bucket, loss=None) for bucket in buckets)

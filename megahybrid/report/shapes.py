@@ -78,6 +78,7 @@ class Suite(TypedDict):
 class Score(TypedDict):
     loss: Number
     perplexity: Number
+    bits_per_byte: NotRequired[Number]
     tokens: Count
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from megahybrid.config import RunConfig
 from megahybrid.data.batches import Tensors
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.held_out import Rows, evaluation_plans, numbered_batches
+from megahybrid.data.run_tokenizer import bytes_of_ids
 from megahybrid.evaluate.context_gain import ContextGain, Windows, context_gains, default_stride
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
+from megahybrid.evaluate.loss_by_document import loss_by_document
 from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
 
 # Told the set, its score and what the rows were.
@@ -55,12 +59,21 @@ class HeldOutSets:
     def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
         """The file of each set, cut every `length` tokens."""
         for name in self.sets:
-            tell(name, self._score(token_loss, name, length, "stream", length), "stream")
+            tell(name, self._score(token_loss, name, length, length), "stream")
 
     def score_far(self, token_loss: TokenLoss, tell: ScoreSink) -> None:
         """Loss by position within single documents, to `longest` tokens."""
         for name in self.sets:
-            score = self._score(token_loss, name, self.longest, "documents")
+            score = loss_by_document(
+                self._polled(token_loss),
+                self._documents(name, self._ranks_of, self.min_tokens),
+                self._sizes(name, self.min_tokens),
+                self.longest,
+                self.mesh.replica,
+                self.mesh.device,
+                lambda tokens: self.mesh.replica.rank % self._ranks_of(tokens) == 0,
+                self._token_bytes,
+            )
             tell(name, score, "documents")
 
     def score_sliding(
@@ -70,9 +83,7 @@ class HeldOutSets:
         by half of that."""
         by_window = sliding(token_loss, window, max(1, window // 2))
         for name in self.sets:
-            tell(
-                name, self._score(by_window, name, length, "stream", min(window, length)), "stream"
-            )
+            tell(name, self._score(by_window, name, length, min(window, length)), "stream")
 
     def score_gain(
         self,
@@ -85,19 +96,38 @@ class HeldOutSets:
         `longest` tokens. `stride`: default_stride of each."""
         windows = [self._windows(one, stride or default_stride(one)) for one in contexts]
         fewest = min(contexts) + 2  # a document's last token has no target
-        for name, dataset in self.sets.items():
-            plans = evaluation_plans(dataset, self.longest, "documents", fewest, self.max_tokens)
+
+        def sharing(tokens: int) -> int:
+            return self._meeting(tokens, windows)
+
+        for name in self.sets:
             for gain in context_gains(
                 self._polled(token_loss),
-                self._documents(name, windows, fewest),
+                self._documents(name, sharing, fewest),
                 windows,
-                sum(1 for _ in plans),
+                len(self._sizes(name, fewest)),
                 self.longest,
                 self.mesh.replica,
                 self.mesh.device,
-                lambda tokens: self.mesh.replica.rank % self._meeting(tokens, windows) == 0,
+                lambda tokens: self.mesh.replica.rank % sharing(tokens) == 0,
+                self._token_bytes,
             ):
                 tell(name, gain)
+
+    @cached_property
+    def _token_bytes(self) -> Tensor | None:
+        """Bytes of text of each id, where the run's tokenizer is here. Collective."""
+        if self.run.data.tokenizer is None:
+            return None
+        sizes = on_first(self.mesh.world, lambda: bytes_of_ids(self.run))
+        return None if sizes is None else torch.from_numpy(sizes).to(self.mesh.device)
+
+    def _sizes(self, name: str, fewest: int) -> list[int]:
+        """The tokens of each document that is scored, in the order of `_documents`' numbers."""
+        plans = evaluation_plans(
+            self.sets[name], self.longest, "documents", fewest, self.max_tokens
+        )
+        return [plan.spans[0][1] for plan in plans]
 
     def _polled(self, token_loss: TokenLoss) -> TokenLoss:
         def polled(*rows: Tensor) -> Tensor:
@@ -119,38 +149,31 @@ class HeldOutSets:
         return math.lcm(self._ranks_of(tokens), *map(self._ranks_of, shown))
 
     def _documents(
-        self, name: str, windows: Sequence[Windows], fewest: int
+        self, name: str, sharing: Callable[[int], int], fewest: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield rows of one document each, and the number of each one's document."""
-
-        def sharing(tokens: int) -> int:
-            return self._meeting(tokens, windows)
-
         for numbers, batch in self._batches(name, self.longest, "documents", sharing, fewest):
             yield torch.tensor(numbers), *batch
 
-    def _score(
-        self,
-        token_loss: TokenLoss,
-        name: str,
-        length: int,
-        rows: Rows,
-        shown: int | None = None,
-    ) -> HeldOutLoss:
-        """The score of a set in rows of `length`, of which the model is shown `shown` tokens at a
-        time (None: each row as it is)."""
+    def _score(self, token_loss: TokenLoss, name: str, length: int, shown: int) -> HeldOutLoss:
+        """The score of a set's file in rows of `length`, of which the model is shown `shown` tokens
+        at a time."""
+        together = self._ranks_of(shown)
 
-        def sharing(tokens: int) -> int:
-            return self._ranks_of(tokens if shown is None else shown)
+        def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for _, batch in self._batches(name, length, "stream", lambda tokens: together, 1):
+                self.poll()
+                yield batch
 
         return held_out_loss(
             token_loss,
-            self._rows(name, length, rows, sharing),
+            rows(),
             length,
             self.longest,
             self.mesh.replica,
             self.mesh.device,
-            lambda tokens: self.mesh.replica.rank % sharing(tokens) == 0,
+            lambda tokens: self.mesh.replica.rank % together == 0,
+            self._token_bytes,
         )
 
     def _ranks_of(self, tokens: int) -> int:
@@ -158,14 +181,6 @@ class HeldOutSets:
         if self.context is None:
             return 1
         return self.context.parallel.context_degree(self.context.filled(tokens))
-
-    def _rows(
-        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        fewest = 1 if rows == "stream" else self.min_tokens
-        for _, batch in self._batches(name, length, rows, sharing, fewest):
-            self.poll()
-            yield batch
 
     @property
     def _micro_batch(self) -> int:

@@ -1,18 +1,20 @@
 """Context gain on the page: from the ledger and from the command, with what is unsure hollow."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megahybrid.ledger import ContextGainEvent, EventLine
+from megahybrid.ledger import ContextGainEvent, EventLine, PositionBucket
 from megahybrid.ledger.records import from_json
 from megahybrid.report.evaluation_files import EvaluationFile, newest_evaluations
 from megahybrid.report.gain_charts import gain_in_words, gain_parts, newest_gains
 from megahybrid.report.page import content, read_runs
 from megahybrid.report.parts import Chart, Missing
-from megahybrid.report.record import RunRecord, read_record
+from megahybrid.report.position_charts import _buckets_table, _curve, _line, loss_at
+from megahybrid.report.record import Evaluation, RunRecord, read_record
 from megahybrid.train.ledger import LedgerWriter
 from tests.report.synthetic_answers import gain, write_answers
 from tests.report.synthetic_run import BATCH, write_run
@@ -91,3 +93,22 @@ def test_a_damaged_result_is_one_line(plain: Path) -> None:
     path.write_text(json.dumps({"context_gain": [gain(1024) | {"stride": 0}]}))
     with pytest.raises(Exception, match=r"damaged \(context_gain.stride"):
         newest_evaluations(run)
+
+
+def bucket(start: int, stop: int, documents: int, loss: float) -> PositionBucket:
+    return PositionBucket(start, stop, 9 * documents, loss, documents, loss - 0.1, loss + 0.1)
+
+
+def test_a_curve_is_of_the_same_documents_and_what_few_reach_is_hollow_and_unsaid() -> None:
+    same = (bucket(0, 512, 9, 3.0), bucket(512, 1024, 9, 2.5))
+    every = (bucket(0, 512, 40, 4.0), bucket(512, 1024, 20, 3.5), bucket(1024, 2048, 3, 5.0))
+    one = Evaluation("a", "documents", "s", 1, 1, 2048, 4.0, 1, every, same)
+    line, hollow = _line(_curve(one), "after s", "#000000", "circle")
+    assert line["y"] == [3.0, 2.5, None] and hollow["y"] == [None, None, 5.0]
+    assert line["error_y"]["array"][:2] == pytest.approx([0.1, 0.1])
+    assert (loss_at(one, 1024), loss_at(one, 2048)) == (2.5, None)
+    few = tuple(replace(each, documents=7) for each in same)
+    assert loss_at(replace(one, same_documents=few), 1024) is None
+    line, hollow = _line(_curve(replace(one, same_documents=few)), "after s", "#000000", "circle")
+    assert line["y"] == [None] * 3 and hollow["y"] == [3.0, 2.5, 5.0]
+    assert [row[3] for row in _buckets_table(one).rows] == [9, 9, 3]

@@ -33,6 +33,7 @@ from megahybrid.ledger import (
     StepLine,
     SuiteEvent,
     WarningEvent,
+    bits_per_byte,
 )
 from megahybrid.train.listeners.base import RunInfo
 from megahybrid.train.metrics import TimeLeft
@@ -157,8 +158,10 @@ def describe_event(line: EventLine) -> str | None:
         case EvaluateEvent() as score:
             loss = "–" if score.loss is None else format(score.loss, ".4f")
             rows = "documents up to" if score.rows == "documents" else "at"
+            bits = bits_per_byte(score.loss, score.tokens, score.bytes)
+            by_byte = "" if bits is None else f" ({bits:.4f} bits per byte)"
             return (
-                f"held-out {score.set}: loss {loss} {rows} length {score.length} "
+                f"held-out {score.set}: loss {loss}{by_byte} {rows} length {score.length} "
                 f"(step {line.step}, {tokens_text(score.tokens)} tokens)"
             )
         case ContextGainEvent() as gain:

@@ -7,6 +7,7 @@ from megahybrid.ledger import (
     EventLine,
     StepLine,
     SuiteEvent,
+    bits_per_byte,
 )
 
 _PLAIN = (
@@ -78,11 +79,12 @@ def _attention(sample: AttentionEvent) -> dict[str, float | None]:
 
 
 def _evaluation(score: EvaluateEvent) -> dict[str, float | None]:
-    """`held_out/SET/loss` and `held_out/SET/loss_at_START_STOP`. SET ends in `_documents` where the
-    rows are single documents."""
+    """`held_out/SET/loss`, `…/bits_per_byte` and `…/loss_at_START_STOP`. SET ends in `_documents`
+    where the rows are single documents."""
     rows = score.rows or "stream"
     prefix = f"held_out/{score.set}" + ("" if rows == "stream" else f"_{rows}")
-    return {f"{prefix}/loss": score.loss} | {
+    by_byte = bits_per_byte(score.loss, score.tokens, score.bytes)
+    return {f"{prefix}/loss": score.loss, f"{prefix}/bits_per_byte": by_byte} | {
         f"{prefix}/loss_at_{bucket.start}_{bucket.stop}": bucket.loss
         for bucket in score.by_position
     }
