@@ -95,6 +95,10 @@ LONG = {
     "tests/model/test_kernels_before.py": (
         "test_flex_on_cpu_gives_the_last_rows",  # 20
     ),
+    "tests/model/test_fusion_over_ranks.py": (
+        "test_a_share_of_1_or_0_is_the_near_or_the_far_scheme_bit_for_bit[contiguous-keys-keys]",
+        "test_a_share_of_1_or_0_is_the_near_or_the_far_scheme_bit_for_bit[zigzag-heads-heads]",
+    ),
     "tests/model/test_selftest.py": (
         "test_a_plan_passes_compiled[bf16-whole]",  # 8
         "test_a_plan_passes_compiled[bf16-no_whole]",  # 4
@@ -122,6 +126,10 @@ LONG = {
         "test_bf16_is_no_further_from_the_truth_than_twice_a_single_process",  # 10
         "test_five_steps_equal_the_plain_training_loop[ranks4]",  # 9
         "test_compiled_layers_are_the_plain_ones[heads]",  # 6
+        "test_compiled_layers_are_the_plain_ones[fused-heads]",  # 8
+        "test_compiled_layers_are_the_plain_ones[fused-keys_zigzag]",  # 6
+        "test_five_steps_with_two_views_equal_the_plain_training_loop[ranks2]",  # 12
+        "test_five_steps_with_two_views_equal_the_plain_training_loop[ranks4]",  # 8
     ),
     "tests/parity/test_context_layers.py": (
         "test_loss_and_every_gradient_equal_the_plain_model[tensor2-context4]",  # 50
@@ -157,6 +165,7 @@ LONG = {
     ),
     "tests/study/test_study.py": (
         "test_study_trains_scores_and_goes_on_after_a_kill",  # 13
+        "test_branches_wait_for_their_trunk_and_go_on_with_it",
     ),
     "tests/test_bad_input.py": (
         "test_no_space_for_a_checkpoint_keeps_the_older_ones",  # 16

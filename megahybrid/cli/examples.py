@@ -44,6 +44,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megahybrid evaluate runs/demo --beyond",
         "megahybrid evaluate runs/demo --context-gain 256 1024",
         "megahybrid evaluate runs/demo configs/suites/needles.yaml",
+        "megahybrid evaluate runs/demo_chat chat",
     ),
     "analyse": ("megahybrid analyse runs/demo --length 1024",),
     "sample": ('megahybrid sample runs/demo --prompt "def " --tokens 50',),
@@ -67,8 +68,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megahybrid data tokenizer corpus/ --output bpe.model --vocab-size 32000",
         "megahybrid data tokenize corpus/ --tokenizer bpe.model --output data/web --longest 2",
     ),
-    "data demo": ("megahybrid data demo",),
+    "data demo": ("megahybrid data demo", "megahybrid data demo --chats"),
     "data gather-stdlib": ("megahybrid data gather-stdlib stdlib.jsonl",),
+    "data make-chats": ("megahybrid data make-chats chats.jsonl --count 200",),
     "data tokenizer": (
         "megahybrid data tokenizer corpus/ --output bpe.model --vocab-size 32000",
         "megahybrid data tokenizer report bpe.model corpus/ --against other.model",

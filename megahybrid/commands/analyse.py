@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from megahybrid.commands.trained_model import TrainedModel, header, keep, load_trained_model
-from megahybrid.config.suite import NeedleTask, RulerTask, Suite, load_suite
+from megahybrid.config.suite import ChatTask, NeedleTask, RulerTask, Suite, load_suite
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.attention import AttentionStatistics, attention_of, to_json
 from megahybrid.evaluate.example import Example
@@ -61,7 +61,7 @@ def analyse(
         material = material_of(trained.run, suite, tokenizer)
         groups = {}
         for task_name, task in suite.tasks.items():
-            if isinstance(task, RulerTask):
+            if isinstance(task, RulerTask | ChatTask):
                 continue  # its answers are generated, so there is no given text to look at
             for example in examples_of(task_name, task, suite.seed, material):
                 labels = {"task": task_name, **example.labels}

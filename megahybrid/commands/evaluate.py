@@ -14,7 +14,13 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.run_tokenizer import known_tokenizer
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.loss import HeldOutLoss
-from megahybrid.evaluate.table import loss_table, position_table, reach_table, same_documents_table
+from megahybrid.evaluate.table import (
+    loss_table,
+    position_table,
+    reach_table,
+    same_documents_table,
+    turn_table,
+)
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.validation import HeldOutSets, evaluation_loss, open_held_out
 
@@ -227,6 +233,9 @@ def _print(
     console.print("\nThe same, of those documents alone that reach the last position")
     for name, score in far.items():
         console.print(same_documents_table(name, score, trained.length))
+    if any(score.by_turn for score in far.values()):
+        console.print("\nLoss of the assistant's tokens by its turn in the conversation")
+        console.print(turn_table(far))
     if reach is not None:
         console.print("\nRows of multiples of the stage's length, and through a sliding window")
         console.print(reach_table(reach.rows, reach.sliding, trained.length))

@@ -64,7 +64,7 @@ class OptimizerConfig(Frozen):
         return self
 
     def width_ratio(self, hidden_size: int) -> float:
-        """How many times wider a model is than the one its learning rate was tuned for; 1 where
+        """The ratio of a model's width to that which its learning rate was tuned for; 1 where
         nothing depends on width."""
         match self.parametrisation:
             case "standard":
@@ -161,9 +161,10 @@ class StartConfig(Frozen):
     """A run that branches off another one's checkpoint."""
 
     checkpoint: str = Field(description="checkpoint folder of the parent run")
-    take: Literal["weights", "all"] = Field(
+    take: Literal["weights", "state", "all"] = Field(
         default="weights",
-        description="weights: step and tokens begin at 0; all: optimizer, step and cursors too",
+        description="weights: step and tokens begin at 0; state: the optimizer's moments too; all: "
+        "step, tokens and cursors as well",
     )
 
 

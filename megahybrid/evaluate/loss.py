@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megahybrid.ledger import PositionBucket, bits_per_byte
+from megahybrid.ledger import PositionBucket, TurnLoss, bits_per_byte
 from megahybrid.ledger.records import to_json
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
@@ -23,6 +23,7 @@ TokenLoss = Callable[
     Float[Tensor, "batch seq"],
 ]
 Rows = Iterable[tuple[Tensor, Tensor, Tensor]]
+TURNS = 16  # of a conversation are told apart; later ones count with the last
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class HeldOutLoss:
     tokens: int
     length: int
     by_position: tuple[PositionBucket, ...]
+    by_turn: tuple[TurnLoss, ...] | None = None  # of rows that are a conversation each
     # Of text that the targets stand for; None where the tokenizer is not known.
     bytes: int | None = None
     # The same documents at every position; None where rows are no documents.
@@ -56,17 +58,19 @@ class HeldOutLoss:
 
     def to_json(self) -> dict[str, Any]:
         """Return the score as the ledger keeps it."""
-        known = {
+        found: dict[str, Any] = {
             "loss": self.loss,
             "tokens": self.tokens,
             "length": self.length,
             "by_position": to_json(self.by_position),
         }
+        if self.by_turn is not None:
+            found["by_turn"] = [vars(one) for one in self.by_turn]
         if self.bytes is not None:
-            known["bytes"] = self.bytes
+            found["bytes"] = self.bytes
         if self.same_documents is not None:
-            known["same_documents"] = to_json(self.same_documents)
-        return known
+            found["same_documents"] = to_json(self.same_documents)
+        return found
 
 
 def target_bytes(
@@ -96,6 +100,7 @@ def held_out_loss(
     replicas: Axis,
     device: torch.device,
     adds: Callable[[int], bool] = lambda tokens: True,
+    turns: bool = False,
     token_bytes: Int[Tensor, "n"] | None = None,
 ) -> HeldOutLoss:
     """Score this replica's `rows` and sum over all. Every rank must call it with the same number of
@@ -104,10 +109,12 @@ def held_out_loss(
     that each id stands for.
 
     Buckets reach to `longest`, so that curves of several lengths share one axis; a position counts
-    from the document's start, because a token sees its own document only.
+    from the document's start, because a token sees its own document only. `turns`: each row is one
+    conversation, whose targets are the assistant's turns, and the loss is told by turn as well.
     """
     edges = torch.tensor(position_edges(longest), device=device)
-    sums = torch.zeros(3, len(edges) - 1, dtype=torch.float64, device=device)
+    places = len(edges) - 1
+    sums = torch.zeros(3, places + TURNS * turns, dtype=torch.float64, device=device)
     for tokens, targets, starts in rows:
         tokens, targets, starts = tokens.to(device), targets.to(device), starts.to(device)
         losses = token_loss(tokens, targets, starts)
@@ -117,10 +124,17 @@ def held_out_loss(
         position = torch.arange(tokens.shape[1], device=device) - starts
         bucket = torch.bucketize(position.flatten()[valid], edges, right=True) - 1
         bucket.clamp_(max=len(edges) - 2)
-        sums[0].index_add_(0, bucket, losses.flatten()[valid].double())
-        sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
+        counted = losses.flatten()[valid].double()
+        ones = torch.ones_like(bucket, dtype=torch.float64)
+        sums[0].index_add_(0, bucket, counted)
+        sums[1].index_add_(0, bucket, ones)
         sums[2].index_add_(0, bucket, target_bytes(targets, token_bytes).flatten()[valid])
-    losses_by_bucket, counts, text = all_reduce(sums, replicas).cpu().tolist()
+        if turns:
+            turn = places + turn_of(targets).flatten()[valid]
+            sums[0].index_add_(0, turn, counted)
+            sums[1].index_add_(0, turn, ones)
+    whole = all_reduce(sums, replicas).cpu()
+    losses_by_bucket, counts, text = whole[:, :places].tolist()
     bounds = edges.cpu().tolist()
     buckets = tuple(
         PositionBucket(start, stop, int(count), total / count if count else None)
@@ -130,8 +144,25 @@ def held_out_loss(
     )
     tokens_scored = int(sum(counts))
     mean = sum(losses_by_bucket) / tokens_scored if tokens_scored else None
+    by_turn = losses_by_turn(*whole[:2, places:].tolist()) if turns else None
     known = None if token_bytes is None else int(sum(text))
-    return HeldOutLoss(mean, tokens_scored, length, buckets, known)
+    return HeldOutLoss(mean, tokens_scored, length, buckets, by_turn, known)
+
+
+def turn_of(targets: Tensor) -> Tensor:
+    """The turn of each target, from 0 on: a turn is a run of targets that count."""
+    valid = targets != -100
+    before = torch.nn.functional.pad(valid[:, :-1], (1, 0))
+    return ((valid & ~before).cumsum(dim=1) - 1).clamp(0, TURNS - 1)
+
+
+def losses_by_turn(losses: list[float], counts: list[float]) -> tuple[TurnLoss, ...]:
+    """The mean loss of each turn that has a target, of sums and counts."""
+    return tuple(
+        TurnLoss(number, int(count), total / count)
+        for number, (total, count) in enumerate(zip(losses, counts, strict=True), 1)
+        if count
+    )
 
 
 def sliding(token_loss: TokenLoss, window: int, stride: int) -> TokenLoss:

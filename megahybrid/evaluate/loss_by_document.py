@@ -14,8 +14,17 @@ from torch import Tensor
 
 from megahybrid.evaluate.by_document import DocumentSums, ratio_interval
 from megahybrid.evaluate.context_gain import NumberedRows
-from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, position_edges, target_bytes
+from megahybrid.evaluate.loss import (
+    TURNS,
+    HeldOutLoss,
+    TokenLoss,
+    losses_by_turn,
+    position_edges,
+    target_bytes,
+    turn_of,
+)
 from megahybrid.ledger import LEAST_DOCUMENTS, PositionBucket
+from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
 
 LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that are looked for
@@ -31,12 +40,15 @@ def loss_by_document(
     device: torch.device,
     adds: Callable[[int], bool] = lambda tokens: True,
     token_bytes: Int[Tensor, "n"] | None = None,
+    turns: bool = False,
 ) -> HeldOutLoss:
-    """Score rows of one document each and sum over all replicas, as `held_out_loss` does.
+    """Score rows of one document each and sum over all replicas, as `held_out_loss` does, whose
+    `turns` this has.
 
     Row n of a batch is document `numbers[n]`, of `sizes[numbers[n]]` tokens at most `longest`.
     """
     sums = DocumentSums(2, len(sizes), position_edges(longest), device)
+    by_turn = torch.zeros(2, TURNS, dtype=torch.float64, device=device)
     for document, tokens, targets, starts in rows:
         document, tokens = document.to(device), tokens.to(device)
         targets, starts = targets.to(device), starts.to(device)
@@ -45,13 +57,19 @@ def loss_by_document(
             position = torch.arange(tokens.shape[1], device=device) - starts
             text = target_bytes(targets, token_bytes)
             sums.add(document, position, targets != -100, losses, text)
+            if turns:
+                turn = turn_of(targets)[targets != -100]
+                by_turn[0].index_add_(0, turn, losses[targets != -100].double())
+                by_turn[1].index_add_(0, turn, torch.ones_like(turn, dtype=torch.float64))
     losses_by, text_by, counts = sums.total(replicas)  # each [documents, buckets]
     tokens_scored = int(counts.sum())
+    told = losses_by_turn(*all_reduce(by_turn, replicas).cpu().tolist()) if turns else None
     return HeldOutLoss(
         loss=float(losses_by.sum()) / tokens_scored if tokens_scored else None,
         tokens=tokens_scored,
         length=longest,
         by_position=_buckets(losses_by, counts, sums.edges, sure=False),
+        by_turn=told,
         bytes=None if token_bytes is None else int(text_by.sum()),
         same_documents=_of_the_same(losses_by, counts, sums.edges, np.asarray(sizes)),
     )

@@ -4,8 +4,8 @@ Knows no torch, so that the launcher and the report read it on a login node.
 """
 
 from megahybrid.ledger.bits import bits_per_byte
+from megahybrid.ledger.buckets import LEAST_DOCUMENTS, GainBucket, PositionBucket, TurnLoss
 from megahybrid.ledger.events import (
-    LEAST_DOCUMENTS,
     AnnealEvent,
     AttentionEvent,
     AttentionFigures,
@@ -17,14 +17,12 @@ from megahybrid.ledger.events import (
     Event,
     EventSink,
     ExhaustedEvent,
-    GainBucket,
     GateEvent,
     KernelsEvent,
     KnownEvent,
     ListenerFailedEvent,
     OtherEvent,
     Parent,
-    PositionBucket,
     RecomputeEvent,
     RepeatDiffersEvent,
     ResumeEvent,
@@ -84,6 +82,7 @@ __all__ = [
     "StepLine",
     "SuiteEvent",
     "TaskScores",
+    "TurnLoss",
     "WarningEvent",
     "bits_per_byte",
     "damage",

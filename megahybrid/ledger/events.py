@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from megahybrid.config.shape import Count, Positive
+from megahybrid.ledger.buckets import GainBucket, Number, PositionBucket, TurnLoss
 from megahybrid.ledger.records import from_json, to_json, wrong_fields
-
-Number = float | None  # None, NaN and infinities are gaps
-LEAST_DOCUMENTS = 8  # a mean over fewer is drawn hollow, and never said in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,32 +151,6 @@ class AnnealEvent(Record):
         return {"changes": changes, "self_test_seconds": seconds}
 
 
-@dataclass(frozen=True)
-class PositionBucket:
-    """Targets whose input token stands at document positions [start, stop)."""
-
-    start: Count
-    stop: Positive
-    tokens: Count
-    loss: Number  # nats per token; None where no token fell into the bucket
-    documents: Count | None = None  # that have a target there
-    low: Number = None  # 95 % interval of the loss, over documents
-    high: Number = None
-
-
-@dataclass(frozen=True)
-class GainBucket:
-    """Context gain of the targets whose input token stands at document positions [start, stop)."""
-
-    start: Count
-    stop: Positive
-    tokens: Count
-    documents: Count
-    gain: Number  # nats per token; None where no token fell into the bucket
-    low: Number = None  # 95 % interval, over documents; None for fewer than two
-    high: Number = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateEvent(Record):
     """The loss on one held-out set."""
@@ -198,6 +170,7 @@ class EvaluateEvent(Record):
     bytes: Count | None = None  # of text that the targets stand for, where the tokenizer is known
     # The buckets of the documents that reach the last of them: the same ones in each.
     same_documents: tuple[PositionBucket, ...] | None = None
+    by_turn: tuple[TurnLoss, ...] | None = None  # of documents of conversations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +199,8 @@ class ContextGainEvent(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """The scores of one task of a suite: figures by length, or by RULER's task and length."""
+    """The scores of one task of a suite: figures by length, or by RULER's task, or a
+    chat's turn, and length."""
 
     kind: str
     exact: dict[str, Number] | None = None

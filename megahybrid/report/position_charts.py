@@ -43,6 +43,9 @@ def position_parts(
                     "data.held_out: {NAME: {path: …}} in the run file",
                 )
             )
+    if turns := [row for record in records for row in _turn_rows(record)]:
+        head = ("run", "set", "stage", "turn of the assistant", "targets", "loss")
+        parts.append(Table(head, turns, "Held-out conversations, by turn"))
     if any(record.evaluations for record in records):
         parts.append(_multiples(records))
     rows: list[list[Any]] = []
@@ -60,9 +63,9 @@ def position_parts(
                 )
             )
     if rows:
-        head = ("run", "held-out set", "shown at once", "tokens", "loss", "perplexity",
-                "bits per byte")  # fmt: skip
-        parts.append(Table(head, rows, "Loss by how much is shown at once"))
+        columns = ("run", "held-out set", "shown at once", "tokens", "loss", "perplexity",
+                   "bits per byte")  # fmt: skip
+        parts.append(Table(columns, rows, "Loss by how much is shown at once"))
     return parts
 
 
@@ -131,6 +134,16 @@ def _documents(one: Evaluation) -> str:
         f" (the {last.documents or 0:,} documents that reach position {last.stop - 1:,}, the same "
         f"at every one;{hollow} bars are 95 % intervals)"
     )
+
+
+def _turn_rows(record: RunRecord) -> list[list[Any]]:
+    """The loss of each turn at the end of each stage, of the sets that are conversations."""
+    return [
+        [record.name, held_out, one.stage, turn.turn, turn.tokens, turn.loss]
+        for held_out in record.held_out_sets()
+        for one in record.at_stage_ends(held_out)
+        for turn in one.by_turn
+    ]
 
 
 def _compared(records: Sequence[RunRecord]) -> list[Part]:

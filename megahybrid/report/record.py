@@ -21,6 +21,7 @@ from megahybrid.ledger import (
     Line,
     PositionBucket,
     StepLine,
+    TurnLoss,
     bits_per_byte,
     damage,
     read_every_line,
@@ -68,6 +69,7 @@ class Evaluation:
     # Of the documents that reach the last of them; None in ledgers of before.
     same_documents: tuple[PositionBucket, ...] | None = None
     bytes: int | None = None  # of text that the targets stand for
+    by_turn: tuple[TurnLoss, ...] = ()  # of conversations
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -203,6 +205,7 @@ def _evaluation(line: EventLine, score: EvaluateEvent) -> Evaluation:
         tokens=score.tokens,
         by_position=_counted(score.by_position),
         same_documents=None if score.same_documents is None else _counted(score.same_documents),
+        by_turn=score.by_turn or (),
     )
 
 

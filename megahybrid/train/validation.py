@@ -53,7 +53,8 @@ class HeldOutSets:
         lengths = [length for stage in run.stages for length in stage.lengths]
         self.longest = longest or run.far_length
         self.max_tokens = max_tokens or run.evaluate.max_tokens
-        # A document that ends before the shortest length says nothing about far positions.
+        # A document that ends before the shortest length says nothing about far positions; of
+        # conversations, which are short, each is asked for its turns.
         self.min_tokens = min(self.longest, *lengths)
 
     def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
@@ -63,16 +64,18 @@ class HeldOutSets:
 
     def score_far(self, token_loss: TokenLoss, tell: ScoreSink) -> None:
         """Loss by position within single documents, to `longest` tokens."""
-        for name in self.sets:
+        for name, dataset in self.sets.items():
+            fewest = 1 if dataset.masked else self.min_tokens
             score = loss_by_document(
                 self._polled(token_loss),
-                self._documents(name, self._ranks_of, self.min_tokens),
-                self._sizes(name, self.min_tokens),
+                self._documents(name, self._ranks_of, fewest),
+                self._sizes(name, fewest),
                 self.longest,
                 self.mesh.replica,
                 self.mesh.device,
                 lambda tokens: self.mesh.replica.rank % self._ranks_of(tokens) == 0,
                 self._token_bytes,
+                turns=dataset.masked,
             )
             tell(name, score, "documents")
 
@@ -173,7 +176,7 @@ class HeldOutSets:
             self.mesh.replica,
             self.mesh.device,
             lambda tokens: self.mesh.replica.rank % together == 0,
-            self._token_bytes,
+            token_bytes=self._token_bytes,
         )
 
     def _ranks_of(self, tokens: int) -> int:

@@ -38,6 +38,7 @@ from megahybrid.ledger import (
     StepLine,
     SuiteEvent,
     TaskScores,
+    TurnLoss,
     WarningEvent,
     damage,
     encode,
@@ -125,6 +126,13 @@ EXAMPLES: list[tuple[KnownEvent, str]] = [
         '"documents":3,"loss":2.5,"gain":0.25,"low":-0.5,"high":0.75,"by_position":['
         '{"start":32,"stop":64,"tokens":9,"documents":3,"gain":0.25,"low":-0.5,"high":0.75},'
         '{"start":64,"stop":65,"tokens":0,"documents":0,"gain":null}]}',
+    ),
+    (
+        EvaluateEvent(
+            set="chats", loss=0.5, tokens=9, length=64, by_turn=(TurnLoss(1, 6, 0.25),)
+        ),
+        '{"set":"chats","loss":0.5,"tokens":9,"length":64,"by_position":[],'
+        '"by_turn":[{"turn":1,"tokens":6,"loss":0.25}]}',
     ),
     (
         SuiteEvent(

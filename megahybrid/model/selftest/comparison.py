@@ -86,8 +86,8 @@ def _gain_of_view(scheme: AttentionScheme, shape: HeadShape, length: int) -> flo
 
 
 def _tolerance(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
-    """What is rounded of a score grows with it, and no weight of a norm without one brings scores
-    down to SCORE."""
+    """The bound of an error for a scheme. Rounding of a score grows with the score, and a QK-norm
+    without a weight leaves scores larger than SCORE."""
     tolerance = TOLERANCE[shape.dtype]
     if scheme.qk_norm.kind == "none" or scheme.qk_norm.weight != "none":
         return tolerance
@@ -101,8 +101,9 @@ def _most_keys(scheme: AttentionScheme, length: int) -> int:
 def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
     """Queries' gradients weigh as many as the keys that they see, so that each of a thousand keys
     gets a gradient as large as one of three does."""
-    gates = sum(scheme.token_gates(shape.heads, shape.head_dim).values())
-    wide = normal(generator, rows.length, len(rows.documents), shape.features + gates)
+    gates = scheme.token_gates(shape.heads, shape.kv_heads, shape.head_dim).values()
+    features = shape.features + sum(gate.values for gate in gates)
+    wide = normal(generator, rows.length, len(rows.documents), features)
     if scheme.qk_norm.kind == "none":
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
     of_views = [queries_of(rows, view.reach) for view in scheme.views()]
@@ -155,6 +156,9 @@ def compare(
         what = "output" if name == "output" else f"gradient of {name}"
         if name in block.learned():
             part = right[1 + BIASES.index(name)] if name in BIASES else None
+            if name == "fuse_gate.bias":
+                # One number for each head, of terms that may cancel: as large as these, at most.
+                part = drawn.grad_output[drawn.queries].double() * right[0] / 4
             _demand_whole(what, ours, theirs, tolerance, part)
             continue
         if name in ("keys", "values"):
@@ -205,11 +209,11 @@ def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> li
 
 
 def _split(wide: Tensor, block: HeadsOnly, shape: HeadShape) -> list[Tensor]:
-    """q, k and v [..., heads, head_dim], and a gate [..., heads, 1 or head_dim]."""
-    q, k, v, *gate = wide.split(block.sizes, dim=-1)
+    """q, k and v [..., heads, head_dim], and each gate [..., its heads, values of each]."""
+    q, k, v, *gates = wide.split(block.sizes, dim=-1)
     return [
         *(_heads(part, shape) for part in (q, k, v)),
-        *(g.unflatten(-1, (shape.heads, -1)) for g in gate),
+        *(g.unflatten(-1, made) for g, made in zip(gates, block.gates.values(), strict=True)),
     ]
 
 
