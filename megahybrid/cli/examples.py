@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "study": ("megahybrid study experiments/length_extrapolation --jobs 2",),
     "evaluate": (
         "megahybrid evaluate runs/demo --beyond",
+        "megahybrid evaluate runs/demo --context-gain 256 1024",
         "megahybrid evaluate runs/demo configs/suites/needles.yaml",
         "megahybrid evaluate runs/demo_chat chat",
     ),

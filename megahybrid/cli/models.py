@@ -37,6 +37,17 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="also rows of 2, 4 and 8 times the trained length, and a sliding window",
     )
+    evaluate.add_argument(
+        "--context-gain",
+        nargs="*",
+        type=int,
+        metavar="C",
+        help="instead: nats that tokens further back than the last C are worth (default: the "
+        "trained length)",
+    )
+    evaluate.add_argument(
+        "--stride", type=int, metavar="S", help="its windows begin every S tokens (default: C / 2)"
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     changes(evaluate)
     analyse = command(commands, "analyse", _analyse, "what the heads look at while they answer")
@@ -145,6 +156,20 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
             changes=arguments.change,
             as_json=arguments.json,
         )
+    if arguments.context_gain is not None:
+        from megahybrid.commands.context_gain import context_gain
+
+        return context_gain(
+            arguments.checkpoint,
+            mesh,
+            arguments.context_gain,
+            stride=arguments.stride,
+            data=arguments.data,
+            length=arguments.length,
+            max_tokens=arguments.max_tokens,
+            changes=arguments.change,
+            as_json=arguments.json,
+        )
     from megahybrid.commands.evaluate import evaluate
 
     return evaluate(
@@ -160,7 +185,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
 
 
 def _refuse_mixtures(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for an option that belongs to another of evaluate's three kinds."""
+    """Raises ConfigError for an option that belongs to another of evaluate's four kinds."""
     given = {
         "--data": arguments.data,
         "--length": arguments.length,
@@ -171,6 +196,8 @@ def _refuse_mixtures(arguments: argparse.Namespace) -> None:
         "--tokenizer": arguments.tokenizer,
         "--json": arguments.json or None,
         "--change": arguments.change or None,
+        "--context-gain": arguments.context_gain,
+        "--stride": arguments.stride,
     }
     known: tuple[str, ...]
     if arguments.lm_eval:
@@ -180,11 +207,20 @@ def _refuse_mixtures(arguments: argparse.Namespace) -> None:
     elif arguments.suite is not None:
         kind, asked = "a suite", str(arguments.suite)
         known = ("--tokenizer", "--json", "--change")
+    elif arguments.context_gain is not None:
+        kind, asked = (
+            "context gain",
+            " ".join(["--context-gain", *map(str, arguments.context_gain)]),
+        )
+        options = ("--data", "--length", "--max-tokens", "--json", "--change")
+        known = ("--context-gain", "--stride", *options)
     else:
         kind, asked = "held-out loss", "no suite and no --lm-eval"
         known = ("--data", "--length", "--max-tokens", "--beyond", "--json", "--change")
     for name, value in given.items():
         if value is not None and name not in known:
+            if isinstance(value, list) and name == "--context-gain":
+                value = " ".join(map(str, value)) or True
             said = name if value is True else f"{name}={value}"
             raise ConfigError(f"{said} says nothing to {kind} ({asked} given). Leave it out.")
 

@@ -14,7 +14,13 @@ from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.run_tokenizer import known_tokenizer
 from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.loss import HeldOutLoss
-from megahybrid.evaluate.table import loss_table, position_table, reach_table, turn_table
+from megahybrid.evaluate.table import (
+    loss_table,
+    position_table,
+    reach_table,
+    same_documents_table,
+    turn_table,
+)
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.validation import HeldOutSets, evaluation_loss, open_held_out
 
@@ -49,7 +55,7 @@ def evaluate(
                 "Leave one of them out."
             )
         length = TIMES[-1] * trained.length
-    sets = _sets(trained.run, data)
+    sets = held_out_sets(trained.run, data)
     scored = HeldOutSets(
         trained.run,
         trained.mesh,
@@ -93,7 +99,7 @@ def scores(
     scored = HeldOutSets(
         trained.run,
         trained.mesh,
-        sets=_sets(trained.run, data),
+        sets=held_out_sets(trained.run, data),
         longest=length,
         max_tokens=max_tokens,
         context=trained.model.context,
@@ -135,7 +141,12 @@ class Reach:
 
 
 def _brief(score: HeldOutLoss) -> dict[str, Any]:
-    return {"loss": score.loss, "perplexity": score.perplexity, "tokens": score.tokens}
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+    }
 
 
 def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None]) -> Reach:
@@ -161,7 +172,9 @@ def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None
     return Reach(rows, sliding)
 
 
-def _sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
+def held_out_sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
+    """The run's held-out sets by name, or the dataset `data` alone. Raises MegahybridError where
+    there is none, or where it is not the model's."""
     if data is not None:
         dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
         _check_vocabulary(run, data, dataset)
@@ -188,14 +201,8 @@ def _check_vocabulary(run: RunConfig, data: Path, dataset: TokenDataset) -> None
         )
 
 
-def _print(
-    trained: TrainedModel,
-    stream: dict[str, HeldOutLoss],
-    far: dict[str, HeldOutLoss],
-    reach: Reach | None,
-    kept: Path | None,
-) -> None:
-    console = Console(highlight=False)
+def print_model(console: Console, trained: TrainedModel) -> None:
+    """Print which model is scored, and on what."""
     place = f"{trained.mesh.device.type}, {trained.precision}"
     console.print(str(trained.checkpoint), markup=False, soft_wrap=True)
     console.print(
@@ -204,6 +211,17 @@ def _print(
     )
     if trained.changes:
         console.print(f"changed: {', '.join(trained.changes)}", markup=False)
+
+
+def _print(
+    trained: TrainedModel,
+    stream: dict[str, HeldOutLoss],
+    far: dict[str, HeldOutLoss],
+    reach: Reach | None,
+    kept: Path | None,
+) -> None:
+    console = Console(highlight=False)
+    print_model(console, trained)
     rows = next(iter(stream.values())).length
     console.print(f"\nHeld-out loss, rows of {rows:,} tokens")
     console.print(loss_table(stream))
@@ -212,6 +230,9 @@ def _print(
         beyond = f" (below the line: beyond the stage's {trained.length:,} tokens)"
     console.print(f"\nLoss by position in the document{beyond}")
     console.print(position_table(far, trained.length))
+    console.print("\nThe same, of those documents alone that reach the last position")
+    for name, score in far.items():
+        console.print(same_documents_table(name, score, trained.length))
     if any(score.by_turn for score in far.values()):
         console.print("\nLoss of the assistant's tokens by its turn in the conversation")
         console.print(turn_table(far))
@@ -234,6 +255,7 @@ def _json(
             **score.to_json(),
             "perplexity": score.perplexity,
             "bits_per_token": score.bits_per_token,
+            "bits_per_byte": score.bits_per_byte,
         }
         for rows, by_set in (("stream", stream), ("documents", far))
         for name, score in by_set.items()

@@ -15,6 +15,7 @@ from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import nearest_multiples, rotation_problems
 from megahybrid.config.run import RunConfig
 from megahybrid.config.stages import BatchRamp, RecomputeBudget, Stage
+from megahybrid.config.training import FAR
 from megahybrid.errors import ConfigError
 from megahybrid.printable import shortened
 
@@ -62,12 +63,27 @@ def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
             )
     yield from _scheme_overrides(run)
     yield from _splits(run)
+    yield from _context_gain(run)
     yield from _sinks(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
         yield (
             f"checkpoint.keep_best names '{shortened(best)}', which data.held_out does not define."
             f"{did_you_mean(best, run.data.held_out)}"
         )
+
+
+def _context_gain(run: RunConfig) -> Iterator[str]:
+    """Contexts that no held-out document outgrows as far as it is read."""
+    reach, asked = run.far_length, run.evaluate.context_gain
+    for context in dict.fromkeys(asked):
+        if asked.count(context) > 1:
+            yield f"evaluate.context_gain names {context} twice. Name each context once."
+        if isinstance(context, int) and context + 2 > reach:
+            yield (
+                f"evaluate.context_gain names {context}, beyond which there is no token: held-out "
+                f"documents are read to {reach} tokens ({FAR} times the longest of stages.lengths)."
+                f" Use at most {reach - 2}."
+            )
 
 
 def _splits(run: RunConfig) -> Iterator[str]:

@@ -63,6 +63,12 @@ FEATURES: tuple[Feature, ...] = (
         "rows are filled up to what the ranks divide",
     ),
     Feature(
+        "context gain",
+        ("evaluate.context_gain=[12]",),
+        "windows are shared as rows of their length are; a group that shares the whole row "
+        "computes a smaller one's alike",
+    ),
+    Feature(
         "needles and puzzles",
         ("evaluate.suites={puzzles: {path: puzzles.yaml, every_steps: 4}}",),
         "the states of answers come from the ranks that hold them",

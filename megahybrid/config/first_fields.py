@@ -13,6 +13,7 @@ from megahybrid.config.parallel import ParallelConfig
 from megahybrid.config.run import RunConfig
 from megahybrid.config.score_scale import Llama4Scale, LogScale, SsmaxScale
 from megahybrid.config.stages import BatchRamp
+from megahybrid.config.training import EvaluateConfig
 
 # In today's words; classes that are not here have got no field since.
 FIRST: dict[type[Frozen], frozenset[str]] = {
@@ -62,6 +63,7 @@ FIRST: dict[type[Frozen], frozenset[str]] = {
     Llama4Scale: frozenset(("kind", "floor", "coefficient")),
     LogScale: frozenset(("kind", "base")),
     SsmaxScale: frozenset(("kind", "initial")),
+    EvaluateConfig: frozenset(("every_steps", "max_tokens", "suites", "attention_every_steps")),
 }
 
 

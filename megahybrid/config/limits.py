@@ -65,6 +65,7 @@ LANES = AtMost(10**6, "checkpoints hold a cursor for each")
 BUDGET_LAYERS = 1_000
 
 # Suites and studies.
+CONTEXTS = AtMost(20, "each costs as much as three losses")
 TASKS = AtMost(1_000, "each is asked one after the other")
 TRIALS = AtMost(10**6, "each is a question that is drawn and answered")
 NEEDLES = AtMost(10**5, "each is a sentence that is drawn")

@@ -17,6 +17,7 @@ from megahybrid.config.parallel import ParallelConfig
 from megahybrid.config.ssmax_start import with_starts
 from megahybrid.config.stages import Stage, StagePlan
 from megahybrid.config.training import (
+    FAR,
     CheckpointConfig,
     EvaluateConfig,
     KernelConfig,
@@ -92,6 +93,11 @@ class RunConfig(Frozen):
         if plan is self.model.layer_plan:
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"layer_plan": plan})})
+
+    @property
+    def far_length(self) -> int:
+        """How far, in tokens, held-out documents are read for loss by position."""
+        return FAR * max(length for stage in self.stages for length in stage.lengths)
 
     @cached_property
     def stage_plan(self) -> StagePlan:

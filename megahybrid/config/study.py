@@ -74,6 +74,23 @@ class HeldOut(Frozen):
         ge=1, description="tokens of a row; positions reach as far"
     )
     max_tokens: int | None = Field(default=None, ge=1, description="of each set at most")
+    context_gain: Annotated[list[Annotated[int, Field(ge=1)]], limits.CONTEXTS] = Field(
+        default=[],
+        description="contexts in tokens: how many nats what stands further back is worth, as "
+        "`evaluate --context-gain` gives it",
+    )
+
+    @model_validator(mode="after")
+    def _check_contexts(self) -> "HeldOut":
+        for context in self.context_gain:
+            if context + 2 > self.length:
+                raise ValueError(
+                    f"context_gain names {context}, beyond which there is no token "
+                    f"(length={self.length}). Use at most {self.length - 2}."
+                )
+            if self.context_gain.count(context) > 1:
+                raise ValueError(f"context_gain names {context} twice. Name each context once.")
+        return self
 
 
 class Study(Frozen):

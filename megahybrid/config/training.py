@@ -4,7 +4,10 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, model_validator
 
+from megahybrid.config import limits
 from megahybrid.config.base import Frozen, Name
+
+FAR = 4  # loss by position is measured up to this many times the longest trained length
 
 
 class SpikeConfig(Frozen):
@@ -117,6 +120,13 @@ class EvaluateConfig(Frozen):
         default=None,
         gt=0,
         description="steps between two samples of what the heads look at; null: none",
+    )
+    context_gain: Annotated[
+        list[Annotated[int, Field(ge=1)] | Literal["trained"]], limits.CONTEXTS
+    ] = Field(
+        default=[],
+        description="contexts in tokens: at stage ends, how many nats what stands further back is "
+        "worth; trained: the stage's longest length",
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from heapq import nlargest
 from itertools import groupby, islice
-from typing import Literal
+from typing import Any, Literal
 
 from megahybrid.data.batches import Batch, Documents, make_batch
 from megahybrid.data.dataset import TokenDataset
@@ -38,6 +38,13 @@ def evaluation_plans(
 
 
 def evaluation_batches(
+    dataset: TokenDataset, length: int, micro_rows: int, **options: Any
+) -> Iterator[Batch]:
+    """The batches of `numbered_batches`, which takes the same arguments."""
+    return (batch for _, batch in numbered_batches(dataset, length, micro_rows, **options))
+
+
+def numbered_batches(
     dataset: TokenDataset,
     length: int,
     micro_rows: int,
@@ -51,8 +58,9 @@ def evaluation_batches(
     multiple: int = 1,
     sharing: Callable[[int], int] = lambda tokens: 1,
     most_sharing: int = 1,
-) -> Iterator[Batch]:
-    """Batches of at most micro_rows x length tokens; rank r of D has rows r, r + D, …
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of at most micro_rows x length tokens; rank r of D has rows r, r + D, … Each comes
+    with the place of its rows among `evaluation_plans`, 0 for a row that only fills it up.
 
     `sharing` says how many neighbouring ranks get the same rows of so many tokens, of which each
     computes a part. Batches are of that size where `most_sharing` do, and smaller where fewer do.
@@ -62,25 +70,26 @@ def evaluation_batches(
     Every rank gets batches of the same shapes, filled up with rows whose targets do not count:
     ranks must meet in their collectives.
     """
-    plans = evaluation_plans(dataset, length, rows, min_tokens, max_tokens)
+    plans = enumerate(evaluation_plans(dataset, length, rows, min_tokens, max_tokens))
 
-    def row_tokens(plan: RowPlan) -> int:
-        return length if rows == "stream" else _row_tokens(plan.spans[0][1], length, multiple)
+    def row_tokens(numbered: tuple[int, RowPlan]) -> int:
+        size = numbered[1].spans[0][1]
+        return length if rows == "stream" else _row_tokens(size, length, multiple)
 
     for tokens, alike in groupby(plans, row_tokens):
         together = sharing(tokens)
         group, groups = rank // together, world_size // together
         micro = max(1, micro_rows * length * together // most_sharing // tokens)
         while step := list(islice(alike, micro * groups)):
-            step += [RowPlan("", ())] * (-len(step) % groups)
-            mine = step[group::groups]
+            step += [(0, RowPlan("", ()))] * (-len(step) % groups)
+            numbers, mine = (list(part) for part in zip(*step[group::groups], strict=True))
             dataset.check_unchanged(span for plan in mine for span in plan.spans)
             batch = make_batch({"": dataset}, mine, tokens, documents)
             if rows == "documents":
                 # One document a row: what fills it up comes later and is seen by no counted token,
                 # and attention without boundaries is faster.
                 batch = batch.without_cuts()
-            yield batch
+            yield numbers, batch
 
 
 def _row_tokens(size: int, length: int, multiple: int) -> int:

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from megahybrid.config import RunConfig
 from megahybrid.data.manifest import MANIFEST_NAME, TokenizerInfo, read_manifest
 from megahybrid.data.packing import PLAN_NAME, PackPlan
+from megahybrid.data.token_bytes import token_bytes
+from megahybrid.data.token_file import Array
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
-from megahybrid.errors import ConfigError, DataError
+from megahybrid.errors import ConfigError, DataError, MegahybridError
 
 
 def tokenizer_of(run: RunConfig, path: Path | None) -> tuple[Tokenizer, int]:
@@ -48,3 +52,19 @@ def known_tokenizer(run: RunConfig) -> tuple[TokenizerInfo, str] | None:
         if (folder / MANIFEST_NAME).exists():
             return read_manifest(folder)[0].tokenizer, path
     return None
+
+
+def bytes_of_ids(run: RunConfig) -> Array | None:
+    """The bytes of text that each id of the model stands for, int64; None where the run's tokenizer
+    is not here, is not the one that made the data, or does not tell."""
+    try:
+        tokenizer, eod = tokenizer_of(run, None)
+    except MegahybridError:
+        return None
+    sizes = token_bytes(tokenizer)
+    if sizes is None:
+        return None
+    found = np.zeros(run.model.vocab_size, np.int64)
+    found[: len(sizes)] = sizes
+    found[eod] = 0
+    return found

@@ -228,6 +228,12 @@ class HuggingFaceTokenizer(_Arrays):
         """The token of each id as the file writes it; "" for an id that it has not."""
         return [self._backend.id_to_token(token) or "" for token in range(self.info.vocab_size)]
 
+    def decoders(self) -> set[str]:
+        """The kinds of the steps by which tokens become text, as the file names them."""
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        steps = decoder.get("decoders", [decoder])
+        return {str(step.get("type")) for step in steps}
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         encoded = self._backend.encode_batch_fast(several(texts), add_special_tokens=False)

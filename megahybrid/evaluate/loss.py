@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megahybrid.ledger import PositionBucket, TurnLoss
+from megahybrid.ledger import PositionBucket, TurnLoss, bits_per_byte
+from megahybrid.ledger.records import to_json
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
 
@@ -34,6 +35,10 @@ class HeldOutLoss:
     length: int
     by_position: tuple[PositionBucket, ...]
     by_turn: tuple[TurnLoss, ...] | None = None  # of rows that are a conversation each
+    # Of text that the targets stand for; None where the tokenizer is not known.
+    bytes: int | None = None
+    # The same documents at every position; None where rows are no documents.
+    same_documents: tuple[PositionBucket, ...] | None = None
 
     @property
     def perplexity(self) -> float | None:
@@ -46,17 +51,36 @@ class HeldOutLoss:
         """The loss in bits."""
         return None if self.loss is None else self.loss / math.log(2)
 
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits per byte of text: it can be compared with another tokenizer's."""
+        return bits_per_byte(self.loss, self.tokens, self.bytes)
+
     def to_json(self) -> dict[str, Any]:
         """Return the score as the ledger keeps it."""
         found: dict[str, Any] = {
             "loss": self.loss,
             "tokens": self.tokens,
             "length": self.length,
-            "by_position": [vars(bucket) for bucket in self.by_position],
+            "by_position": to_json(self.by_position),
         }
         if self.by_turn is not None:
             found["by_turn"] = [vars(one) for one in self.by_turn]
+        if self.bytes is not None:
+            found["bytes"] = self.bytes
+        if self.same_documents is not None:
+            found["same_documents"] = to_json(self.same_documents)
         return found
+
+
+def target_bytes(
+    targets: Int[Tensor, "batch seq"], token_bytes: Int[Tensor, "n"] | None
+) -> Float[Tensor, "batch seq"]:
+    """The bytes of text that each target stands for; 0 where it does not count or none is known."""
+    if token_bytes is None:
+        return torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+    found = token_bytes[targets.clamp(min=0)].double()
+    return found.masked_fill(targets == -100, 0)
 
 
 def position_edges(longest: int) -> list[int]:
@@ -77,10 +101,12 @@ def held_out_loss(
     device: torch.device,
     adds: Callable[[int], bool] = lambda tokens: True,
     turns: bool = False,
+    token_bytes: Int[Tensor, "n"] | None = None,
 ) -> HeldOutLoss:
     """Score this replica's `rows` and sum over all. Every rank must call it with the same number of
     batches (a batch may have no valid target). `adds` says whether this rank adds rows of so many
-    tokens to the sum, which ranks that share a row do once.
+    tokens to the sum, which ranks that share a row do once. `token_bytes` holds the bytes of text
+    that each id stands for.
 
     Buckets reach to `longest`, so that curves of several lengths share one axis; a position counts
     from the document's start, because a token sees its own document only. `turns`: each row is one
@@ -88,7 +114,7 @@ def held_out_loss(
     """
     edges = torch.tensor(position_edges(longest), device=device)
     places = len(edges) - 1
-    sums = torch.zeros(2, places + TURNS * turns, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, places + TURNS * turns, dtype=torch.float64, device=device)
     for tokens, targets, starts in rows:
         tokens, targets, starts = tokens.to(device), targets.to(device), starts.to(device)
         losses = token_loss(tokens, targets, starts)
@@ -102,12 +128,13 @@ def held_out_loss(
         ones = torch.ones_like(bucket, dtype=torch.float64)
         sums[0].index_add_(0, bucket, counted)
         sums[1].index_add_(0, bucket, ones)
+        sums[2].index_add_(0, bucket, target_bytes(targets, token_bytes).flatten()[valid])
         if turns:
-            turn = places + _turn(targets).flatten()[valid]
+            turn = places + turn_of(targets).flatten()[valid]
             sums[0].index_add_(0, turn, counted)
             sums[1].index_add_(0, turn, ones)
     whole = all_reduce(sums, replicas).cpu()
-    losses_by_bucket, counts = whole[:, :places].tolist()
+    losses_by_bucket, counts, text = whole[:, :places].tolist()
     bounds = edges.cpu().tolist()
     buckets = tuple(
         PositionBucket(start, stop, int(count), total / count if count else None)
@@ -117,18 +144,20 @@ def held_out_loss(
     )
     tokens_scored = int(sum(counts))
     mean = sum(losses_by_bucket) / tokens_scored if tokens_scored else None
-    by_turn = _by_turn(*whole[:, places:].tolist()) if turns else None
-    return HeldOutLoss(mean, tokens_scored, length, buckets, by_turn)
+    by_turn = losses_by_turn(*whole[:2, places:].tolist()) if turns else None
+    known = None if token_bytes is None else int(sum(text))
+    return HeldOutLoss(mean, tokens_scored, length, buckets, by_turn, known)
 
 
-def _turn(targets: Tensor) -> Tensor:
+def turn_of(targets: Tensor) -> Tensor:
     """The turn of each target, from 0 on: a turn is a run of targets that count."""
     valid = targets != -100
     before = torch.nn.functional.pad(valid[:, :-1], (1, 0))
     return ((valid & ~before).cumsum(dim=1) - 1).clamp(0, TURNS - 1)
 
 
-def _by_turn(losses: list[float], counts: list[float]) -> tuple[TurnLoss, ...]:
+def losses_by_turn(losses: list[float], counts: list[float]) -> tuple[TurnLoss, ...]:
+    """The mean loss of each turn that has a target, of sums and counts."""
     return tuple(
         TurnLoss(number, int(count), total / count)
         for number, (total, count) in enumerate(zip(losses, counts, strict=True), 1)

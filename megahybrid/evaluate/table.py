@@ -13,7 +13,10 @@ NOTHING = "–"
 def loss_table(scores: Mapping[str, HeldOutLoss]) -> Table:
     """A row for each set: loss in nats, perplexity, bits and how many tokens were scored."""
     table = _table("set")
-    for column in ("loss", "perplexity", "bits/token", "tokens"):
+    # Bytes are known where the tokenizer is here.
+    by_byte = any(score.bits_per_byte is not None for score in scores.values())
+    bytes_too = ("bits/byte",) if by_byte else ()
+    for column in ("loss", "perplexity", "bits/token", *bytes_too, "tokens"):
         table.add_column(column, justify="right")
     for name, score in scores.items():
         table.add_row(
@@ -21,6 +24,7 @@ def loss_table(scores: Mapping[str, HeldOutLoss]) -> Table:
             _number(score.loss, ".4f"),
             _number(score.perplexity, ",.2f"),
             _number(score.bits_per_token, ".4f"),
+            *(_number(score.bits_per_byte, ".4f") for _ in bytes_too),
             f"{score.tokens:,}",
         )
     return table
@@ -71,6 +75,25 @@ def position_table(scores: Mapping[str, HeldOutLoss], trained_length: int) -> Ta
         first = buckets[0]
         ends = first.start < trained_length <= first.stop
         table.add_row(_range(first), *cells, end_section=ends)
+    return table
+
+
+def same_documents_table(name: str, score: HeldOutLoss, trained_length: int) -> Table:
+    """Loss by position of the documents that reach the last position, with their 95 % interval."""
+    table = _table(name)
+    table.columns[0].justify = "right"
+    for column in ("loss", "95 %", "tokens", "documents"):
+        table.add_column(column, justify="right")
+    for bucket in score.same_documents or ():
+        sure = bucket.low is not None and bucket.high is not None
+        table.add_row(
+            _range(bucket),
+            _number(bucket.loss, ".4f"),
+            f"{bucket.low:.4f} … {bucket.high:.4f}" if sure else NOTHING,
+            f"{bucket.tokens:,}",
+            f"{bucket.documents or 0:,}",
+            end_section=bucket.start < trained_length <= bucket.stop,
+        )
     return table
 
 

@@ -3,11 +3,14 @@
 Knows no torch, so that the launcher and the report read it on a login node.
 """
 
+from megahybrid.ledger.bits import bits_per_byte
+from megahybrid.ledger.buckets import LEAST_DOCUMENTS, GainBucket, PositionBucket, TurnLoss
 from megahybrid.ledger.events import (
     AnnealEvent,
     AttentionEvent,
     AttentionFigures,
     ConfigChangeEvent,
+    ContextGainEvent,
     DamagedEvent,
     EndEvent,
     EvaluateEvent,
@@ -20,7 +23,6 @@ from megahybrid.ledger.events import (
     ListenerFailedEvent,
     OtherEvent,
     Parent,
-    PositionBucket,
     RecomputeEvent,
     RepeatDiffersEvent,
     ResumeEvent,
@@ -32,7 +34,6 @@ from megahybrid.ledger.events import (
     StartEvent,
     SuiteEvent,
     TaskScores,
-    TurnLoss,
     WarningEvent,
 )
 from megahybrid.ledger.file import (
@@ -45,11 +46,13 @@ from megahybrid.ledger.file import (
 from megahybrid.ledger.lines import EventLine, Line, StepLine, damage, encode, parse
 
 __all__ = [
+    "LEAST_DOCUMENTS",
     "LEDGER_NAME",
     "AnnealEvent",
     "AttentionEvent",
     "AttentionFigures",
     "ConfigChangeEvent",
+    "ContextGainEvent",
     "DamagedEvent",
     "EndEvent",
     "EvaluateEvent",
@@ -57,6 +60,7 @@ __all__ = [
     "EventLine",
     "EventSink",
     "ExhaustedEvent",
+    "GainBucket",
     "GateEvent",
     "KernelsEvent",
     "KnownEvent",
@@ -80,6 +84,7 @@ __all__ = [
     "TaskScores",
     "TurnLoss",
     "WarningEvent",
+    "bits_per_byte",
     "damage",
     "encode",
     "newest_lines",

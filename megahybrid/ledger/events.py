@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
 from megahybrid.config.shape import Count, Positive
+from megahybrid.ledger.buckets import GainBucket, Number, PositionBucket, TurnLoss
 from megahybrid.ledger.records import from_json, to_json, wrong_fields
-
-Number = float | None  # None, NaN and infinities are gaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,25 +151,6 @@ class AnnealEvent(Record):
         return {"changes": changes, "self_test_seconds": seconds}
 
 
-@dataclass(frozen=True)
-class PositionBucket:
-    """Targets whose input token stands at document positions [start, stop)."""
-
-    start: Count
-    stop: Positive
-    tokens: Count
-    loss: Number  # nats per token; None where no token fell into the bucket
-
-
-@dataclass(frozen=True)
-class TurnLoss:
-    """Targets in one of the assistant's turns, from 1 on; the last stands for all later ones."""
-
-    turn: Positive
-    tokens: Count
-    loss: Number  # nats per token
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateEvent(Record):
     """The loss on one held-out set."""
@@ -187,7 +167,34 @@ class EvaluateEvent(Record):
     tokens: Count
     length: Positive
     by_position: tuple[PositionBucket, ...] = ()
+    bytes: Count | None = None  # of text that the targets stand for, where the tokenizer is known
+    # The buckets of the documents that reach the last of them: the same ones in each.
+    same_documents: tuple[PositionBucket, ...] | None = None
     by_turn: tuple[TurnLoss, ...] | None = None  # of documents of conversations
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextGainEvent(Record):
+    """How many nats the tokens further back than the last `context` are worth on one held-out set;
+    over tokens with more context than that (see evaluate/context_gain.py)."""
+
+    name = "context_gain"
+    drawn = True
+    decides = ("set", "context")
+    set: str
+    stage: str | None = None
+    step: Any = None
+    context: Positive
+    stride: Positive  # what is cut off a token's context leaves it context to context + stride - 1
+    length: Positive
+    tokens: Count
+    documents: Count
+    loss: Number  # nats per token, with all of the context
+    gain: Number  # nats per token
+    low: Number = None  # 95 % interval of the gain, over documents
+    high: Number = None
+    bytes: Count | None = None  # of text that the targets stand for, where the tokenizer is known
+    by_position: tuple[GainBucket, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,9 +368,9 @@ class DamagedEvent:
 
 KnownEvent = (
     StartEvent | ResumeEvent | ConfigChangeEvent | StageEvent | KernelsEvent | RecomputeEvent
-    | AnnealEvent | EvaluateEvent | SuiteEvent | AttentionEvent | GateEvent | SaveEvent | SkipEvent
-    | RewindEvent | ExhaustedEvent | RepeatDiffersEvent | WarningEvent | ListenerFailedEvent
-    | EndEvent
+    | AnnealEvent | EvaluateEvent | ContextGainEvent | SuiteEvent | AttentionEvent | GateEvent
+    | SaveEvent | SkipEvent | RewindEvent | ExhaustedEvent | RepeatDiffersEvent | WarningEvent
+    | ListenerFailedEvent | EndEvent
 )  # fmt: skip
 Event = KnownEvent | OtherEvent | DamagedEvent
 EventSink = Callable[[KnownEvent], object]

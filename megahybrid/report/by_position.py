@@ -5,9 +5,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from megahybrid.ledger import LEAST_DOCUMENTS, PositionBucket
 from megahybrid.report.parts import short_tokens
 from megahybrid.report.record import Evaluation, RunRecord
-from megahybrid.report.statistics import joined_buckets
+from megahybrid.report.statistics import curve_buckets
 from megahybrid.report.style import MARKERS, new_figure, ordered_colours
 
 
@@ -32,12 +33,19 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
     evaluations = record.at_stage_ends(held_out)
     order = [stage.name for stage in record.stages]
     colours = dict(zip(order, ordered_colours(len(order)), strict=True))
+    hollow = False
     for one in evaluations:
         index = order.index(one.stage) if one.stage in order else 0
-        centres, losses = _curve(one)
-        axes.plot(centres, losses, color=colours.get(one.stage, "#000000"), label=one.stage,
-                  marker=MARKERS[index % len(MARKERS)], markersize=5.5,
+        ink, marker = colours.get(one.stage, "#000000"), MARKERS[index % len(MARKERS)]
+        same, beyond = curve_buckets(one)
+        sure = [bucket for bucket in same if not _is_few(bucket)]
+        few = [bucket for bucket in same if _is_few(bucket)] + beyond
+        axes.plot(*_curve(sure), color=ink, label=one.stage, marker=marker, markersize=5.5,
                   markeredgecolor="white", markeredgewidth=0.6, zorder=3)  # fmt: skip
+        _intervals(axes, sure, ink)
+        axes.plot(*_curve(few), linestyle="none", marker=marker, markersize=5.5,
+                  markerfacecolor="none", markeredgecolor=ink, alpha=0.7, zorder=3)  # fmt: skip
+        hollow = hollow or bool(few)
     _hatch_empty(axes, evaluations)
     axes.set_xscale("log", base=2)
     last = max(bucket.stop for one in evaluations for bucket in one.by_position)
@@ -52,6 +60,9 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
             axes.axvline(stage.longest, ymax=0.06, color=colours[stage.name], linewidth=3, zorder=2)
     axes.plot([], [], "|", color="#555555", markersize=12, markeredgewidth=3,
               label="length trained to")  # fmt: skip
+    if hollow:
+        axes.plot([], [], "o", markerfacecolor="none", markeredgecolor="#555555",
+                  label=f"fewer than {LEAST_DOCUMENTS} documents, or others")  # fmt: skip
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("held-out loss (nats per token)")
     # Room above the curves, because no corner is free of them in every run.
@@ -61,12 +72,25 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
     legend.get_title().set_fontweight("bold")
 
 
-def _curve(one: Evaluation) -> tuple[list[float], list[float]]:
+def _curve(buckets: list[PositionBucket]) -> tuple[list[float], list[float]]:
     """Geometric middle of each bucket's contexts, and its loss; nan breaks the line."""
-    buckets = joined_buckets(one.by_position)
     centres = [((b.start + 1) * b.stop) ** 0.5 for b in buckets]
     losses = [float("nan") if b.loss is None else b.loss for b in buckets]
     return centres, losses
+
+
+def _intervals(axes: Axes, buckets: list[PositionBucket], ink: str) -> None:
+    """A band of the 95 % intervals over documents, where they are known."""
+    known = [b for b in buckets if b.loss is not None and b.low is not None and b.high is not None]
+    if known:
+        centres, _ = _curve(known)
+        low = np.array([b.low for b in known], dtype=float)
+        high = np.array([b.high for b in known], dtype=float)
+        axes.fill_between(centres, low, high, color=ink, alpha=0.15, linewidth=0, zorder=2)
+
+
+def _is_few(bucket: PositionBucket) -> bool:
+    return bucket.documents is not None and bucket.documents < LEAST_DOCUMENTS
 
 
 def _hatch_empty(axes: Axes, evaluations: list[Evaluation]) -> None:

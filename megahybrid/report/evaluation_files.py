@@ -11,7 +11,7 @@ from megahybrid.errors import MegahybridError, first_line, from_os_error
 from megahybrid.report.shapes import wrong_result
 from megahybrid.run_folder import EVALUATIONS
 
-KINDS = ("attention", "lm_eval", "loss", "suite")
+KINDS = ("attention", "context_gain", "lm_eval", "loss", "suite")
 
 
 @dataclass(frozen=True)

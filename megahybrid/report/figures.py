@@ -6,10 +6,12 @@ colours from the page's stylesheet, so that one figure serves light, dark and pr
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megahybrid.ledger import LEAST_DOCUMENTS
 from megahybrid.report.colours import PALETTE
 from megahybrid.report.parts import rounded, short_tokens
 from megahybrid.report.record import RunRecord, StageRecord
@@ -59,6 +61,71 @@ def line(
         "marker": {"color": colour, "size": 7, "symbol": markers or "circle"},
         **more,
     }
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean with its 95 % interval, over so many documents (None: not known), and its place."""
+
+    x: float
+    y: float | None
+    low: float | None
+    high: float | None
+    documents: int | None
+    place: str
+    same: bool = True  # False: of other documents than the points before it
+
+    @property
+    def is_sure(self) -> bool:
+        """False for a mean over too few documents, or over others."""
+        return self.same and (self.documents is None or self.documents >= LEAST_DOCUMENTS)
+
+
+def line_of_points(
+    points: Sequence[Point], name: str, *, ink: str, dash: str, symbol: str
+) -> list[Figure]:
+    """A line of the points that are sure, and hollow marks without a line for the others."""
+    drawn = [_of_points(points, True, name, ink, dash, symbol)]
+    if any(not point.is_sure and point.y is not None for point in points):
+        hollow = _of_points(points, False, f"{name}, few documents", ink, dash, f"{symbol}-open")
+        drawn.append(hollow | {"mode": "markers", "showlegend": False})
+    return drawn
+
+
+def _of_points(
+    points: Sequence[Point], sure: bool, name: str, ink: str, dash: str, symbol: str
+) -> Figure:
+    kept = [point.is_sure is sure for point in points]
+    y = [point.y if keep else None for point, keep in zip(points, kept, strict=True)]
+    found = line(
+        [point.x for point in points], y, name, colour=ink, dash=dash, markers=symbol,
+        text=[f"{point.place}, {_documents(point)}" for point in points],
+        hovertemplate="%{y:.4f} (%{text})",
+    )  # fmt: skip
+    spans = [
+        _span(point) if keep else (None, None) for point, keep in zip(points, kept, strict=True)
+    ]
+    if any(above is not None for above, _ in spans):
+        found["error_y"] = {
+            "type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": ink,
+            "array": rounded(above for above, _ in spans),
+            "arrayminus": rounded(below for _, below in spans),
+        }  # fmt: skip
+    return found
+
+
+def _span(point: Point) -> tuple[float | None, float | None]:
+    """How far the interval reaches above the mean, and below."""
+    y, low, high = point.y, point.low, point.high
+    if y is None or low is None or high is None or not all(map(math.isfinite, (y, low, high))):
+        return None, None
+    return high - y, y - low
+
+
+def _documents(point: Point) -> str:
+    if point.documents is None:
+        return "documents not counted"
+    return f"{point.documents:,} document{'s' if point.documents != 1 else ''}"
 
 
 def layout(x: Figure, y: Figure, **more: Any) -> Figure:

@@ -4,21 +4,23 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from megahybrid.ledger import LEAST_DOCUMENTS, PositionBucket
 from megahybrid.report.evaluation_files import EvaluationFile
 from megahybrid.report.figures import (
     FAINT,
     SYMBOLS,
     Figure,
+    Point,
     axis,
     colour,
     context_axis,
     layout,
-    line,
+    line_of_points,
     short_tokens,
 )
 from megahybrid.report.parts import Chart, Missing, Part, Table
 from megahybrid.report.record import Evaluation, RunRecord
-from megahybrid.report.statistics import joined_buckets
+from megahybrid.report.statistics import curve_buckets
 
 TIMES = (1, 2, 4, 8)
 
@@ -61,8 +63,9 @@ def position_parts(
                 )
             )
     if rows:
-        head = ("run", "held-out set", "shown at once", "tokens", "loss", "perplexity")
-        parts.append(Table(head, rows, "Loss by how much is shown at once"))
+        columns = ("run", "held-out set", "shown at once", "tokens", "loss", "perplexity",
+                   "bits per byte")  # fmt: skip
+        parts.append(Table(columns, rows, "Loss by how much is shown at once"))
     return parts
 
 
@@ -74,29 +77,30 @@ def _reach_rows(record: RunRecord, file: EvaluationFile) -> list[list[Any]]:
     }
     shown[f"a sliding window of {trained:,}"] = file.result["sliding"]
     return [
-        [record.name, name, words, score["tokens"], score["loss"], score["perplexity"]]
+        [record.name, name, words, score["tokens"], score["loss"], score["perplexity"],
+         score.get("bits_per_byte")]
         for words, scores in shown.items()
         for name, score in scores.items()
-    ]
+    ]  # fmt: skip
 
 
 def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
     """A small chart for each stage; all share their axes, so that eyes can go from one to next."""
     evaluations = record.at_stage_ends(held_out)
     curves = [_curve(one) for one in evaluations]
-    known = [loss for curve in curves for loss in curve[1] if loss is not None]
+    known = [point.y for curve in curves for point in curve if point.y is not None]
     longest = max(bucket.stop for one in evaluations for bucket in one.by_position)
     low, high = min(known, default=0.0), max(known, default=1.0)
     margin = 0.06 * (high - low or 1)
     chance = math.log(record.config.model.vocab_size) if record.config else None
     parts: list[Part] = []
     for number, (one, curve) in enumerate(zip(evaluations, curves, strict=True)):
-        data = []
+        data: list[Figure] = []
         if number:
             before = curves[number - 1]
-            data.append(_line(before, f"before: after {evaluations[number - 1].stage}", FAINT,
-                              "dash", SYMBOLS[1]))  # fmt: skip
-        data.append(_line(curve, f"after {one.stage}", colour(number), "solid", SYMBOLS[0]))
+            name = f"before: after {evaluations[number - 1].stage}"
+            data += _line(before, name, FAINT, SYMBOLS[1], "dash")
+        data += _line(curve, f"after {one.stage}", colour(number), SYMBOLS[0])
         x_axis = context_axis(longest) | {"range": [0, math.log10(longest)]}
         y_axis = axis("loss, nats per token", range=[low - margin, high + margin])
         plan = layout(x_axis, y_axis, height=320)
@@ -108,8 +112,8 @@ def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
             if chance else "")  # fmt: skip
         says = (
             f"Held-out text “{held_out}” after stage {one.stage}: loss of a token by how many "
-            f"tokens came before it in its document. {before_words} Right of the mark the model "
-            "never saw so much context in training."
+            f"tokens came before it in its document{_documents(one)}. {before_words} Right of the "
+            "mark the model never saw so much context in training."
         )
         name = f"position-{record.slug}-{held_out}-{number}"
         parts.append(
@@ -117,6 +121,19 @@ def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
                   _buckets_table(one))
         )  # fmt: skip
     return parts
+
+
+def _documents(one: Evaluation) -> str:
+    """Say of which documents a curve is."""
+    if not one.same_documents:
+        return ""
+    last = one.same_documents[-1]
+    unsure = any(not point.is_sure for point in _curve(one))
+    hollow = f" hollow: fewer than {LEAST_DOCUMENTS}, or others;" if unsure else ""
+    return (
+        f" (the {last.documents or 0:,} documents that reach position {last.stop - 1:,}, the same "
+        f"at every one;{hollow} bars are 95 % intervals)"
+    )
 
 
 def _turn_rows(record: RunRecord) -> list[list[Any]]:
@@ -136,8 +153,9 @@ def _compared(records: Sequence[RunRecord]) -> list[Part]:
     for held_out in dict.fromkeys(names):
         last = [(r, r.at_stage_ends(held_out)[-1]) for r in records if r.at_stage_ends(held_out)]
         data = [
-            _line(_curve(one), record.name, colour(number), "solid", SYMBOLS[number % 6])
+            part
             for number, (record, one) in enumerate(last)
+            for part in _line(_curve(one), record.name, colour(number), SYMBOLS[number % 6])
         ]
         longest = max(bucket.stop for _, one in last for bucket in one.by_position)
         plan = layout(context_axis(longest), axis("loss, nats per token"), height=380)
@@ -155,8 +173,9 @@ def _stages(record: RunRecord, held_out: str) -> Chart:
     """Draw the curves of a run after each of its stages."""
     evaluations = record.at_stage_ends(held_out)
     data = [
-        _line(_curve(one), f"after {one.stage}", colour(number), "solid", SYMBOLS[number % 6])
+        part
         for number, one in enumerate(evaluations)
+        for part in _line(_curve(one), f"after {one.stage}", colour(number), SYMBOLS[number % 6])
     ]
     longest = max(bucket.stop for one in evaluations for bucket in one.by_position)
     plan = layout(context_axis(longest), axis("loss, nats per token"), height=320)
@@ -188,16 +207,19 @@ def _multiples(records: Sequence[RunRecord]) -> Part:
     return Table(
         head, rows,
         "Loss at 1, 2, 4 and 8 times the trained length (the farther half of the positions up to "
-        "it; a dash: not measured, or no document is so long)",
+        "it; a dash: not measured, or too few documents are so long)",
     )  # fmt: skip
 
 
 def loss_at(one: Evaluation, length: int) -> float | None:
-    """Return the mean loss of positions [length/2, length), where a whole bucket is so far."""
+    """Return the mean loss of positions [length/2, length), where a whole bucket is so far and
+    enough documents reach it."""
+    buckets = one.by_position if one.same_documents is None else one.same_documents
     inside = [
         (bucket, bucket.loss)
-        for bucket in one.by_position
+        for bucket in buckets
         if bucket.loss is not None
+        and (bucket.documents is None or bucket.documents >= LEAST_DOCUMENTS)
         and bucket.start >= length // 2
         and bucket.stop <= length
         and bucket.stop > length // 2
@@ -208,26 +230,22 @@ def loss_at(one: Evaluation, length: int) -> float | None:
     return sum(loss * bucket.tokens for bucket, loss in inside) / tokens
 
 
-def _curve(one: Evaluation) -> tuple[list[float], list[float | None], list[str]]:
+def _curve(one: Evaluation) -> list[Point]:
     """Geometric middle of each bucket's contexts, its loss, and the bucket in words."""
-    buckets = joined_buckets(one.by_position)
-    return (
-        [((b.start + 1) * b.stop) ** 0.5 for b in buckets],
-        [b.loss for b in buckets],
-        [f"{b.start:,}–{b.stop - 1:,}, {b.tokens:,} targets" for b in buckets],
-    )
+    same, beyond = curve_buckets(one)
+    return [_point(bucket, True) for bucket in same] + [_point(bucket, False) for bucket in beyond]
+
+
+def _point(bucket: PositionBucket, same: bool) -> Point:
+    place = f"{bucket.start:,}–{bucket.stop - 1:,}, {bucket.tokens:,} targets"
+    middle = ((bucket.start + 1) * bucket.stop) ** 0.5
+    return Point(middle, bucket.loss, bucket.low, bucket.high, bucket.documents, place, same)
 
 
 def _line(
-    curve: tuple[list[float], list[float | None], list[str]],
-    name: str,
-    ink: str,
-    dash: str,
-    symbol: str,
-) -> Figure:
-    x, y, words = curve
-    return line(x, y, name, colour=ink, dash=dash, markers=symbol, text=words,
-                hovertemplate="%{y:.4f} (%{text})")  # fmt: skip
+    points: list[Point], name: str, ink: str, symbol: str, dash: str = "solid"
+) -> list[Figure]:
+    return line_of_points(points, name, ink=ink, dash=dash, symbol=symbol)
 
 
 def _mark(length: int, words: str) -> Figure:
@@ -246,7 +264,10 @@ def _mark(length: int, words: str) -> Figure:
 
 
 def _buckets_table(one: Evaluation) -> Table:
+    same, beyond = curve_buckets(one) if one.same_documents else (list(one.by_position), [])
     rows: list[list[Any]] = [
-        [bucket.start, bucket.stop - 1, bucket.tokens, bucket.loss] for bucket in one.by_position
+        [b.start, b.stop - 1, b.tokens, b.documents, b.loss, b.low, b.high]
+        for b in (*same, *beyond)
     ]
-    return Table(("from position", "to position", "targets", "loss"), rows)
+    head = ("from position", "to position", "targets", "documents", "loss", "low", "high")
+    return Table(head, rows)

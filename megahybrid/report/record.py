@@ -22,6 +22,7 @@ from megahybrid.ledger import (
     PositionBucket,
     StepLine,
     TurnLoss,
+    bits_per_byte,
     damage,
     read_every_line,
     read_ledger,
@@ -65,7 +66,15 @@ class Evaluation:
     loss: float | None
     tokens: int
     by_position: tuple[PositionBucket, ...]
-    by_turn: tuple[TurnLoss, ...]  # of conversations
+    # Of the documents that reach the last of them; None in ledgers of before.
+    same_documents: tuple[PositionBucket, ...] | None = None
+    bytes: int | None = None  # of text that the targets stand for
+    by_turn: tuple[TurnLoss, ...] = ()  # of conversations
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The loss in bits per byte of text; None where the bytes are not known."""
+        return bits_per_byte(self.loss, self.tokens, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -194,10 +203,12 @@ def _evaluation(line: EventLine, score: EvaluateEvent) -> Evaluation:
         length=score.length,
         loss=score.loss,
         tokens=score.tokens,
-        by_position=tuple(
-            # Nothing was counted: no mean of it is known.
-            bucket if bucket.tokens else replace(bucket, loss=None)
-            for bucket in score.by_position
-        ),
+        by_position=_counted(score.by_position),
+        same_documents=None if score.same_documents is None else _counted(score.same_documents),
         by_turn=score.by_turn or (),
     )
+
+
+def _counted(buckets: Iterable[PositionBucket]) -> tuple[PositionBucket, ...]:
+    """The buckets; of one in which nothing was counted no mean is known."""
+    return tuple(bucket if bucket.tokens else replace(bucket, loss=None) for bucket in buckets)

@@ -9,6 +9,7 @@ from megahybrid.report.answer_charts import by_length_parts, harness_parts, need
 from megahybrid.report.attention_charts import attention_parts
 from megahybrid.report.data_charts import data_parts
 from megahybrid.report.evaluation_files import EvaluationFile
+from megahybrid.report.gain_charts import gain_parts
 from megahybrid.report.model_strip import strip_part
 from megahybrid.report.over_time import suite_curves, telemetry_charts
 from megahybrid.report.parts import Cell, Heading, Listing, Missing, Note, Part, Section, Table
@@ -45,7 +46,7 @@ def sections(
             "position", "How far it sees",
             "If a model uses what stands far back, tokens deep in a document are easier to "
             "predict. A curve that turns up shows where its view ends.",
-            position_parts(records, results),
+            [*gain_parts(records, results), *position_parts(records, results)],
         ),
         Section(
             "retrieval", "What it finds",

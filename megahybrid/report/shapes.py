@@ -15,6 +15,8 @@ from megahybrid.config.shape import (
     checker,
     too_deep,
 )
+from megahybrid.ledger import ContextGainEvent
+from megahybrid.ledger.records import wrong_fields
 from megahybrid.printable import printable
 
 Number = float | None  # None, NaN and infinities are gaps
@@ -76,6 +78,7 @@ class Suite(TypedDict):
 class Score(TypedDict):
     loss: Number
     perplexity: Number
+    bits_per_byte: NotRequired[Number]
     tokens: Count
 
 
@@ -161,8 +164,13 @@ class Attention(TypedDict):
     results: list[Analysis]
 
 
+class ContextGains(TypedDict):
+    context_gain: list[dict[str, Any]]
+
+
 RESULTS: dict[str, Any] = {
     "suite": Suite, "loss": Reach, "lm_eval": Harness, "attention": Attention,
+    "context_gain": ContextGains,
 }  # fmt: skip
 
 
@@ -175,6 +183,9 @@ def wrong_result(kind: str, result: Any) -> str | None:
         return wrong
     if kind == "suite":
         return _wrong_task(result["tasks"])
+    if kind == "context_gain":
+        gains = (wrong_fields(ContextGainEvent, one) for one in result["context_gain"])
+        return next((f"context_gain.{wrong}" for wrong in gains if wrong), None)
     if kind == "attention":
         found = (_disagreement(one["attention"]) for one in result["results"])
         return next((wrong for wrong in found if wrong), None)

@@ -6,8 +6,22 @@ from dataclasses import dataclass
 
 from megahybrid.ledger import PositionBucket
 from megahybrid.report.evaluation_files import EvaluationFile
+from megahybrid.report.record import Evaluation
 
 LEAST_TOKENS = 256  # a mean of fewer is off by more than the differences that the plot is about
+
+
+def curve_buckets(one: Evaluation) -> tuple[list[PositionBucket], list[PositionBucket]]:
+    """The buckets of a curve of loss by position, and those beyond it that few documents reach.
+
+    A curve is of the same documents at every position, where the ledger has them; else of all, with
+    buckets of few targets joined.
+    """
+    same = one.same_documents
+    if not same:
+        return joined_buckets(one.by_position), []
+    beyond = [b for b in one.by_position if b.start >= same[-1].stop and b.loss is not None]
+    return list(same), beyond
 
 
 def joined_buckets(

@@ -22,6 +22,7 @@ from megahybrid.ledger import (
     WarningEvent,
 )
 from megahybrid.report.evaluation_files import EvaluationFile
+from megahybrid.report.gain_charts import gain_in_words, newest_gains
 from megahybrid.report.model_strip import scheme_in_words
 from megahybrid.report.parts import Cell, Table, short_number
 from megahybrid.report.position_charts import loss_at
@@ -152,6 +153,9 @@ def _outcome(record: RunRecord, results: Sequence[EvaluationFile]) -> str:
                 f"“{one.held_out}” {change} than within that length ({far:.2f} against "
                 f"{near:.2f} nats per token)."
             )
+    gain = gain_in_words(newest_gains(record, results))
+    if gain is not None:
+        told.append(gain)
     rate = needle_rate(results)
     if rate is not None:
         beyond = "" if rate.beyond is None else f"; beyond that length {rate.beyond:.0%}"
@@ -173,8 +177,10 @@ def key_figures(record: RunRecord, results: Sequence[EvaluationFile]) -> list[Fi
         known = [one for one in record.scores(held_out, "stream") if one.loss is not None]
         if known:
             one = known[-1]
+            bits = one.bits_per_byte
+            by_byte = "" if bits is None else f"; {bits:.3f} bits per byte"
             found.append(Figure(f"{one.loss:.3f}", f"held-out loss, {held_out}",
-                                f"nats per token in rows of {one.length:,}"))  # fmt: skip
+                                f"nats per token in rows of {one.length:,}{by_byte}"))  # fmt: skip
     rate = needle_rate(results)
     if rate is not None:
         note = f"{rate.trials} trials up to {rate.trained:,} tokens"
@@ -196,15 +202,19 @@ def comparison(records: Sequence[RunRecord], results: Sequence[Sequence[Evaluati
     """Return a row for each run, with what one would compare first."""
     sets = list(dict.fromkeys(name for record in records for name in record.held_out_sets()))
     head = ("run", "parameters", "layers", "tokens", "longest row",
-            *(f"loss, {name}" for name in sets), "needles found", "found beyond", "tokens/s",
+            *(f"loss, {name}" for name in sets), *(f"bits per byte, {name}" for name in sets),
+            "needles found", "found beyond", "tokens/s",
             "attempts")  # fmt: skip
     rows: list[list[Cell]] = []
     for record, mine in zip(records, results, strict=True):
         run, rate = record.config, needle_rate(mine)
-        losses: list[Any] = []
-        for name in sets:
-            known = [one.loss for one in record.scores(name, "stream") if one.loss is not None]
-            losses.append(known[-1] if known else None)
+        last = [
+            next((one for one in reversed(record.scores(name, "stream")) if one.loss is not None),
+                 None)
+            for name in sets
+        ]  # fmt: skip
+        losses: list[Any] = [None if one is None else one.loss for one in last]
+        losses += [None if one is None else one.bits_per_byte for one in last]
         speeds = sorted(one.tokens_per_second for one in record.steps if one.tokens_per_second)
         rows.append([
             record.name, parameters(run.model) if run else None,

@@ -3,7 +3,7 @@
 Names: task.length (answer tokens right; of a chat task, answers that end), task.length.exact,
 task.length.KIND.needle (or begin, context, end, bits, and near, the share of a near view; KIND is a
 kind of layer, or all),
-loss.SET.first-last (positions, nats).
+loss.SET.first-last (positions, nats), gain.SET.CONTEXT and gain.SET.CONTEXT.first-last (nats).
 """
 
 import operator
@@ -47,6 +47,14 @@ def figures_of(result: Result) -> dict[str, float]:
             if bucket["loss"] is not None:
                 place = f"{bucket['start']}-{bucket['stop'] - 1}"
                 found[f"loss.{score['set']}.{place}"] = bucket["loss"]
+    for gain in result.get("context_gain", {}).get("context_gain", ()):
+        name = f"gain.{gain['set']}.{gain['context']}"
+        places = {
+            f"{name}.{bucket['start']}-{bucket['stop'] - 1}": bucket["gain"]
+            for bucket in gain["by_position"]
+        }
+        told = {name: gain["gain"], **places}
+        found |= {place: value for place, value in told.items() if value is not None}
     return found
 
 

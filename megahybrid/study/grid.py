@@ -150,9 +150,20 @@ def _check(plan: Study, grid: Sequence[StudyRun]) -> None:
             for name, task in load_suite(grid[0].file(file)).tasks.items():
                 heads = task.tasks if isinstance(task, RulerTask) else [name]
                 known |= {f"{head}.{length}" for head in heads for length in task.lengths}
+    gains = [] if plan.held_out is None else plan.held_out.context_gain
+    if gains:
+        known.add("gain")
     for figure in plan.figures():
         head = ".".join(figure.split(".")[:2])
-        if head not in known and not ("loss" in known and figure.startswith("loss.")):
+        kind, _, rest = figure.partition(".")
+        if kind == "gain" and gains:
+            # A set's name may have a point in it, so the context is looked for anywhere.
+            if not {str(context) for context in gains} & set(rest.split(".")):
+                raise ConfigError(
+                    f"rules or columns name {figure}, but held_out.context_gain has no such "
+                    f"context (there are {', '.join(map(str, gains))}). Correct it."
+                )
+        elif head not in known and not (kind == "loss" and "loss" in known):
             raise ConfigError(
                 f"rules or columns name {figure}, but no task is {head} (there are "
                 f"{', '.join(sorted(known))}). Correct it."

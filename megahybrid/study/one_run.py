@@ -110,6 +110,7 @@ class StudyRun:
     def work(self) -> int:
         """Train where that is not done, score, and keep the result. Returns the exit code."""
         from megahybrid.commands.analyse import analyse
+        from megahybrid.commands.context_gain import context_gain
         from megahybrid.commands.evaluate import evaluate
         from megahybrid.commands.suite import evaluate_suite
         from megahybrid.commands.train import train
@@ -136,6 +137,12 @@ class StudyRun:
             result["held_out"] = _json_output(
                 lambda: evaluate(run, mesh, length=length, max_tokens=most, as_json=True)
             )
+            if contexts := plan.held_out.context_gain:
+                result["context_gain"] = _json_output(
+                    lambda: context_gain(
+                        run, mesh, contexts, length=length, max_tokens=most, as_json=True
+                    )
+                )
         spent = os.times()
         result["seconds"] = {
             "train": round(trained - began, 2),

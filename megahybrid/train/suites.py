@@ -29,13 +29,15 @@ from megahybrid.data.held_out import Rows
 from megahybrid.data.run_tokenizer import tokenizer_of
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import ConfigError, GateError
+from megahybrid.evaluate.context_gain import ContextGain
 from megahybrid.evaluate.haystack import Material
-from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss
 from megahybrid.evaluate.suite import examples_of, run_suite
 from megahybrid.evaluate.telemetry import attention_sample
 from megahybrid.ledger import (
     LEDGER_NAME,
     AttentionEvent,
+    ContextGainEvent,
     EvaluateEvent,
     EventSink,
     GateEvent,
@@ -93,13 +95,13 @@ class Evaluations:
                 if line.step == state.step and score.rows == owed
             }
             owed = None if scored.issuperset(self.run.data.held_out) else owed
-        if at_an_end and self.missing(state.step):
+        if at_an_end and (self.missing(state.step) or self.gains_missing(state)):
             owed = "documents"
         return broadcast_object(owed, self.mesh.world)
 
     def score(self, model: Transformer, state: TrainState, *, far: bool) -> None:
         """Score every held-out set at the stage's longest length; `far`: by position as well, and
-        then the suites without a result."""
+        then the context gain and the suites without a result."""
         stage = self._stage_of(state)
 
         def tell(name: str, score: HeldOutLoss, rows: Rows) -> None:
@@ -112,7 +114,28 @@ class Evaluations:
         self.held_out.score(token_loss, max(stage.lengths), tell)
         if far:
             self.held_out.score_far(token_loss, tell)
+            if self.gains_missing(state):
+                self._measure_gain(token_loss, state)
             self.ask(model, state, self.missing(state.step))
+
+    def _measure_gain(self, token_loss: TokenLoss, state: TrainState) -> None:
+        stage = self._stage_of(state)
+
+        def tell(name: str, gain: ContextGain) -> None:
+            told = {"set": name, "stage": stage.name, "step": state.step, **vars(gain)}
+            self.tell(ContextGainEvent(**told))
+
+        self.held_out.score_gain(token_loss, contexts_of(self.run, stage), tell)
+
+    def gains_missing(self, state: TrainState) -> bool:
+        """Return whether a context gain that is asked for has not been told at this step."""
+        asked = contexts_of(self.run, self._stage_of(state))
+        wanted = {(name, context) for name in self.held_out.sets for context in asked}
+        path = self.directory / LEDGER_NAME
+        if wanted and self.mesh.rank == 0 and path.exists():
+            events = read_ledger(path).of(ContextGainEvent)
+            wanted -= {(gain.set, gain.context) for line, gain in events if line.step == state.step}
+        return bool(broadcast_object(bool(wanted), self.mesh.world))
 
     def _stage_of(self, state: TrainState) -> Stage:
         """Return the stage of the step that was made last."""
@@ -213,6 +236,13 @@ class Evaluations:
             return None
         result = json.loads(path.read_text(encoding="utf-8"))["tasks"].get(gate.task)
         return None if result is None else _mean(result, gate)
+
+
+def contexts_of(run: RunConfig, stage: Stage) -> list[int]:
+    """Return the contexts beyond which gain is measured at the end of a stage, each once."""
+    length = max(stage.lengths)
+    asked = {length if one == "trained" else one for one in run.evaluate.context_gain}
+    return sorted(asked)
 
 
 def _verdict(gate: LossGate | SuiteGate, value: float | None) -> tuple[str, str, bool]:

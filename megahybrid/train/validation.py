@@ -1,29 +1,35 @@
 """Validation on held-out sets: during training, at the end of its stages, and of a checkpoint."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid.config import RunConfig
+from megahybrid.data.batches import Tensors
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.held_out import Rows, evaluation_batches
+from megahybrid.data.held_out import Rows, evaluation_plans, numbered_batches
+from megahybrid.data.run_tokenizer import bytes_of_ids
+from megahybrid.evaluate.context_gain import ContextGain, Windows, context_gains, default_stride
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
+from megahybrid.evaluate.loss_by_document import loss_by_document
 from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
+from megahybrid.parallel.collectives import on_first
 from megahybrid.parallel.mesh import ParallelMesh
-
-FAR = 4  # loss by position is measured up to this many times the longest trained length
 
 # Told the set, its score and what the rows were.
 ScoreSink = Callable[[str, HeldOutLoss, Rows], None]
+GainSink = Callable[[str, ContextGain], None]
 
 
 class HeldOutSets:
     """Sets open for scoring: those that data.held_out names, or `sets`. Collective over the mesh.
 
-    `longest` is how far loss by position reaches (default: FAR times the run's longest length);
+    `longest` is how far loss by position reaches (default: four times the run's longest length);
     `max_tokens` of each set are used (default: evaluate.max_tokens). `poll` is called before each
     batch, on every rank; what it raises ends the scoring. `context` is the model's: ranks that
     share a row are all given it, and it counts once.
@@ -45,7 +51,7 @@ class HeldOutSets:
         self.mesh = mesh
         self.sets = open_held_out(run) if sets is None else sets
         lengths = [length for stage in run.stages for length in stage.lengths]
-        self.longest = longest or FAR * max(lengths)
+        self.longest = longest or run.far_length
         self.max_tokens = max_tokens or run.evaluate.max_tokens
         # A document that ends before the shortest length says nothing about far positions; of
         # conversations, which are short, each is asked for its turns.
@@ -54,12 +60,23 @@ class HeldOutSets:
     def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
         """The file of each set, cut every `length` tokens."""
         for name in self.sets:
-            tell(name, self._score(token_loss, name, length, "stream", length), "stream")
+            tell(name, self._score(token_loss, name, length, length), "stream")
 
     def score_far(self, token_loss: TokenLoss, tell: ScoreSink) -> None:
         """Loss by position within single documents, to `longest` tokens."""
-        for name in self.sets:
-            score = self._score(token_loss, name, self.longest, "documents")
+        for name, dataset in self.sets.items():
+            fewest = 1 if dataset.masked else self.min_tokens
+            score = loss_by_document(
+                self._polled(token_loss),
+                self._documents(name, self._ranks_of, fewest),
+                self._sizes(name, fewest),
+                self.longest,
+                self.mesh.replica,
+                self.mesh.device,
+                lambda tokens: self.mesh.replica.rank % self._ranks_of(tokens) == 0,
+                self._token_bytes,
+                turns=dataset.masked,
+            )
             tell(name, score, "documents")
 
     def score_sliding(
@@ -69,33 +86,97 @@ class HeldOutSets:
         by half of that."""
         by_window = sliding(token_loss, window, max(1, window // 2))
         for name in self.sets:
-            tell(
-                name, self._score(by_window, name, length, "stream", min(window, length)), "stream"
-            )
+            tell(name, self._score(by_window, name, length, min(window, length)), "stream")
 
-    def _score(
+    def score_gain(
         self,
         token_loss: TokenLoss,
-        name: str,
-        length: int,
-        rows: Rows,
-        shown: int | None = None,
-    ) -> HeldOutLoss:
-        """The score of a set in rows of `length`, of which the model is shown `shown` tokens at a
-        time (None: each row as it is)."""
+        contexts: Sequence[int],
+        tell: GainSink,
+        stride: int | None = None,
+    ) -> None:
+        """Context gain beyond each of `contexts`, by position within single documents, to
+        `longest` tokens. `stride`: default_stride of each."""
+        windows = [self._windows(one, stride or default_stride(one)) for one in contexts]
+        fewest = min(contexts) + 2  # a document's last token has no target
 
         def sharing(tokens: int) -> int:
-            return self._ranks_of(tokens if shown is None else shown)
+            return self._meeting(tokens, windows)
+
+        for name in self.sets:
+            for gain in context_gains(
+                self._polled(token_loss),
+                self._documents(name, sharing, fewest),
+                windows,
+                len(self._sizes(name, fewest)),
+                self.longest,
+                self.mesh.replica,
+                self.mesh.device,
+                lambda tokens: self.mesh.replica.rank % sharing(tokens) == 0,
+                self._token_bytes,
+            ):
+                tell(name, gain)
+
+    @cached_property
+    def _token_bytes(self) -> Tensor | None:
+        """Bytes of text of each id, where the run's tokenizer is here. Collective."""
+        if self.run.data.tokenizer is None:
+            return None
+        sizes = on_first(self.mesh.world, lambda: bytes_of_ids(self.run))
+        return None if sizes is None else torch.from_numpy(sizes).to(self.mesh.device)
+
+    def _sizes(self, name: str, fewest: int) -> list[int]:
+        """The tokens of each document that is scored, in the order of `_documents`' numbers."""
+        plans = evaluation_plans(
+            self.sets[name], self.longest, "documents", fewest, self.max_tokens
+        )
+        return [plan.spans[0][1] for plan in plans]
+
+    def _polled(self, token_loss: TokenLoss) -> TokenLoss:
+        def polled(*rows: Tensor) -> Tensor:
+            self.poll()
+            return token_loss(*rows)
+
+        return polled
+
+    def _windows(self, context: int, stride: int) -> Windows:
+        """Return the windows of a context; as many are computed together as tokens of training."""
+        tokens = context + stride
+        together = self._micro_batch * self._ranks_of(tokens) // self.mesh.context.size
+        return Windows(context, stride, max(1, together // tokens))
+
+    def _meeting(self, tokens: int, windows: Sequence[Windows]) -> int:
+        """Return how many ranks need the same rows of `tokens`: those that share one, and those
+        that share a window of one, which several groups of ranks then compute alike."""
+        shown = (min(each.tokens, tokens) for each in windows)
+        return math.lcm(self._ranks_of(tokens), *map(self._ranks_of, shown))
+
+    def _documents(
+        self, name: str, sharing: Callable[[int], int], fewest: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield rows of one document each, and the number of each one's document."""
+        for numbers, batch in self._batches(name, self.longest, "documents", sharing, fewest):
+            yield torch.tensor(numbers), *batch
+
+    def _score(self, token_loss: TokenLoss, name: str, length: int, shown: int) -> HeldOutLoss:
+        """The score of a set's file in rows of `length`, of which the model is shown `shown` tokens
+        at a time."""
+        together = self._ranks_of(shown)
+
+        def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for _, batch in self._batches(name, length, "stream", lambda tokens: together, 1):
+                self.poll()
+                yield batch
 
         return held_out_loss(
             token_loss,
-            self._rows(name, length, rows, sharing),
+            rows(),
             length,
             self.longest,
             self.mesh.replica,
             self.mesh.device,
-            lambda tokens: self.mesh.replica.rank % sharing(tokens) == 0,
-            turns=rows == "documents" and self.sets[name].masked,
+            lambda tokens: self.mesh.replica.rank % together == 0,
+            token_bytes=self._token_bytes,
         )
 
     def _ranks_of(self, tokens: int) -> int:
@@ -104,16 +185,19 @@ class HeldOutSets:
             return 1
         return self.context.parallel.context_degree(self.context.filled(tokens))
 
-    def _rows(
-        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        micro_batch = max(stage.micro_batch_tokens for stage in self.run.stages)
-        for batch in evaluation_batches(
+    @property
+    def _micro_batch(self) -> int:
+        return max(stage.micro_batch_tokens for stage in self.run.stages)
+
+    def _batches(
+        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int], fewest: int
+    ) -> Iterator[tuple[list[int], Tensors]]:
+        for numbers, batch in numbered_batches(
             self.sets[name],
             length,
-            max(1, micro_batch // length),
+            max(1, self._micro_batch // length),
             rows=rows,
-            min_tokens=1 if rows == "stream" or self.sets[name].masked else self.min_tokens,
+            min_tokens=fewest,
             max_tokens=self.max_tokens,
             rank=self.mesh.replica.rank,
             world_size=self.mesh.replica.size,
@@ -122,9 +206,7 @@ class HeldOutSets:
             sharing=sharing,
             most_sharing=self.mesh.context.size,
         ):
-            self.poll()
-            moved = batch.tensors(self.mesh.device)
-            yield moved.tokens, moved.targets, moved.starts
+            yield numbers, batch.tensors(self.mesh.device)
 
 
 def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:

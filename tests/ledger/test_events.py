@@ -14,11 +14,13 @@ from megahybrid.ledger import (
     AttentionEvent,
     AttentionFigures,
     ConfigChangeEvent,
+    ContextGainEvent,
     DamagedEvent,
     EndEvent,
     EvaluateEvent,
     EventLine,
     ExhaustedEvent,
+    GainBucket,
     GateEvent,
     KernelsEvent,
     KnownEvent,
@@ -100,6 +102,30 @@ EXAMPLES: list[tuple[KnownEvent, str]] = [
         '{"set":"held","stage":"short","step":4,"rows":"stream","loss":null,"tokens":9,'
         '"length":64,"by_position":[{"start":0,"stop":1,"tokens":9,"loss":2.5},'
         '{"start":1,"stop":2,"tokens":0,"loss":null}]}',
+    ),
+    (
+        ContextGainEvent(
+            set="held",
+            stage="short",
+            step=4,
+            context=32,
+            stride=16,
+            length=64,
+            tokens=9,
+            documents=3,
+            loss=2.5,
+            gain=0.25,
+            low=-0.5,
+            high=0.75,
+            by_position=(
+                GainBucket(32, 64, 9, 3, 0.25, -0.5, 0.75),
+                GainBucket(64, 65, 0, 0, None),
+            ),
+        ),
+        '{"set":"held","stage":"short","step":4,"context":32,"stride":16,"length":64,"tokens":9,'
+        '"documents":3,"loss":2.5,"gain":0.25,"low":-0.5,"high":0.75,"by_position":['
+        '{"start":32,"stop":64,"tokens":9,"documents":3,"gain":0.25,"low":-0.5,"high":0.75},'
+        '{"start":64,"stop":65,"tokens":0,"documents":0,"gain":null}]}',
     ),
     (
         EvaluateEvent(
@@ -247,6 +273,7 @@ def test_what_this_version_does_not_know_is_kept_as_it_is(name: str, detail: Any
         ("attention", {"by_kind": {"local": 5}}, "by_kind.local: "),
         ("evaluate", {"set": "a", "loss": 1.0, "tokens": 1, "length": 8,
                       "by_position": [{"start": 0}]}, "by_position.0.stop: field required"),
+        ("context_gain", {"set": "a", "context": 8, "stride": 0}, "stride: "),
     ],
 )  # fmt: skip
 def test_an_event_that_a_page_draws_says_what_is_wrong_with_it(

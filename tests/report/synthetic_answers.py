@@ -1,5 +1,6 @@
 """Results that `evaluate SUITE` and `analyse` would have kept in a run."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,21 @@ def figures() -> dict[str, Any]:
     return to_json(attention, ["local", "local", "local", "global"] * 2, 0.1)
 
 
+def gain(context: int, documents: int = 20) -> dict[str, Any]:
+    """The gain of a set whose last bucket three documents reach."""
+    edges = [edge for edge in (1024, 2048, 4096, 8192, 16_384) if edge >= context]
+    buckets = [
+        {"start": start, "stop": stop, "tokens": stop, "gain": 0.1 * start / 8192,
+         "documents": documents if stop < 16_384 else min(documents, 3),
+         "low": 0.05 * start / 8192, "high": 0.15 * start / 8192}
+        for start, stop in itertools.pairwise(edges)
+    ]  # fmt: skip
+    return {"set": "longest", "context": context, "stride": context // 2, "length": 16_384,
+            "tokens": sum(bucket["tokens"] for bucket in buckets), "documents": documents,
+            "loss": 3.0, "gain": 0.08, "low": 0.06, "high": 0.1, "bytes": 90_000,
+            "by_position": buckets}  # fmt: skip
+
+
 def keep(run: Path, name: str, result: dict[str, Any]) -> None:
     (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations" / name).write_text(json.dumps(result))
@@ -65,6 +81,8 @@ def write_answers(run: Path) -> Path:
     brief = {"sample": {"loss": 3.0, "perplexity": 20.1, "tokens": 100}}
     reach = {"trained_length": 4096, "rows": {"4096": brief, "32768": brief}, "sliding": brief}
     keep(run, "step-00000196.loss.held_out.json", reach)
+    told = {"stage": "long", "context_gain": [gain(1024), gain(4096)]}
+    keep(run, "step-00000196.context_gain.held_out.json", told)
     figures_of_arc = {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.125}
     keep(run, "step-00000196.lm_eval.arc.json", {"results": {"arc": figures_of_arc}})
     told = {"task": "needle", "length": 4096, "depth": 0.5, "trials": 8, "exact": 0.25}

@@ -23,6 +23,7 @@ from tests.report.synthetic_run import write_run
 CHARTS = {
     "loss", "learning-rate", "throughput", "gradient-norm", "seconds", "progress",
     *(f"position-demo-{name}-{n}" for name in ("sample", "longest") for n in range(3)),
+    "gain-demo-longest",
     "needle-demo-long-single", "by-length-demo-long-ruler", "by-length-demo-long-puzzles",
     "suite-demo-long", "data-sources", "data-lengths",
     *(f"telemetry-demo-{name}" for name in ("entropy_bits", "distance", "sink", "max_logit")),

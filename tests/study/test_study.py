@@ -250,6 +250,13 @@ def test_study_keeps_each_result_once_and_judges_its_rules(
         ({"rules": ["nope:recall.16 is good"]}, {}, "which is none. Write"),
         ({"rules": ["nop:recall.16 > 1"]}, {}, "variant 'nop', which is not there. Did you mean"),
         ({"suite": None, "analyse": None}, {}, "names no suite, analyse or held_out"),
+        ({"held_out": {"length": 8, "context_gain": [7]}}, {}, "names 7, beyond which there is no"),
+        ({"held_out": {"length": 8, "context_gain": [2, 2]}}, {}, "names 2 twice"),
+        (
+            {"held_out": {"length": 8, "context_gain": [2]}, "columns": ["gain.books.3"]},
+            {},
+            r"no such context \(there are 2\)",
+        ),
         ({"seeds": [1, 1]}, {}, "names one twice"),
         ({"suite": "missing.yaml"}, {}, "missing.yaml"),
         ({"rules": ["nope:recal.16 > 0.5"]}, {}, "name recal.16, but no task is recal.16"),
@@ -382,3 +389,12 @@ def test_forked_runs_leave_no_process_behind() -> None:
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     names = [Path(f"/proc/{child}/cmdline").read_text() for child in children]
     assert not [name for name in names if "megahybrid\0study" in name]
+
+
+def test_context_gain_is_a_figure_of_each_set_context_and_position() -> None:
+    bucket = {"start": 64, "stop": 128, "gain": 0.25}
+    empty = {"start": 128, "stop": 256, "gain": None}
+    gain = {"set": "books", "context": 64, "gain": 0.5, "by_position": [bucket, empty]}
+    assert figures_of({"context_gain": {"context_gain": [gain]}}) == {
+        "gain.books.64": 0.5, "gain.books.64.64-127": 0.25,
+    }  # fmt: skip

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from megahybrid.config.context_features import FEATURES
-from megahybrid.ledger import LEDGER_NAME, AttentionEvent, RewindEvent, SuiteEvent, read_ledger
+from megahybrid.ledger import (
+    LEDGER_NAME,
+    AttentionEvent,
+    ContextGainEvent,
+    RewindEvent,
+    SuiteEvent,
+    read_ledger,
+)
 from tests.train.example import STEPS
 from tests.train.forked import Nursery, Ranks
 from tests.train.test_context_run import TWICE, assert_same_run, held_out
@@ -21,6 +28,7 @@ tasks:
 TOGETHER: dict[str, tuple[str, ...]] = {
     "looked-at": (
         "validation while training",
+        "context gain",
         "needles and puzzles",
         "attention samples while training",
         "ZeRO stages 1 and 2",
@@ -46,12 +54,13 @@ def test_all_that_is_served_is_run() -> None:
 
 
 def told(run: Path) -> dict[str, list[Any]]:
-    """What suites and samples of attention found, and how often the run went back."""
+    """What suites, gains and samples of attention found, and how often the run went back."""
     lines = read_ledger(run / LEDGER_NAME)
     suites = [(line.step, event.tasks) for line, event in lines.of(SuiteEvent)]
     looks = [(line.step, event.layers) for line, event in lines.of(AttentionEvent)]
     rewinds = [line.step for line, _ in lines.of(RewindEvent)]
-    return {"suites": suites, "looks": looks, "rewinds": rewinds}
+    gains = [(line.step, event) for line, event in lines.of(ContextGainEvent)]
+    return {"suites": suites, "looks": looks, "rewinds": rewinds, "gains": gains}
 
 
 def close(found: Any, expected: Any) -> None:
@@ -97,4 +106,6 @@ def test_what_is_served_gives_the_run_of_one_rank(
     close(found, told(one))
     assert bool(found["rewinds"]) == spike
     assert (len(found["suites"]) >= STEPS // 4) == ("needles and puzzles" in names)
+    assert bool(found["gains"]) == ("context gain" in names)
+    assert all(gain.tokens and gain.documents > 1 for _, gain in found["gains"])
     assert bool(found["looks"]) == ("attention samples while training" in names)

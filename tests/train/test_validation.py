@@ -150,5 +150,11 @@ def test_every_rank_of_every_degree_has_the_score_of_one(
             assert score.tokens == truth[name].tokens
             assert score.loss == pytest.approx(truth[name].loss, rel=1e-10)
             for ours, plain in zip(score.by_position, truth[name].by_position, strict=True):
-                assert ours.tokens == plain.tokens
+                assert ours.tokens == plain.tokens and ours.documents == plain.documents
                 assert ours.loss == (plain.loss and pytest.approx(plain.loss, rel=1e-10))
+            same = truth[name].same_documents
+            assert (same is None) == ("stream" in name)
+            for ours, plain in zip(score.same_documents or (), same or (), strict=True):
+                assert (ours.tokens, ours.documents) == (plain.tokens, plain.documents)
+                figures = (ours.loss, ours.low, ours.high)
+                assert figures == pytest.approx((plain.loss, plain.low, plain.high), rel=1e-10)

@@ -42,7 +42,7 @@ stages:
       micro_batch_tokens: 256, weights: {{text: 1}}, schemes: {{local: {{window: 24}}}},
       learning_rate: {{kind: linear, start: 5.0e-3, end: 1.0e-3}}}}
 checkpoint: {{every_steps: 100, keep_last: 3}}
-evaluate: {{every_steps: null, max_tokens: 3000}}
+evaluate: {{every_steps: null, max_tokens: 3000, context_gain: [trained, 100]}}
 """
 
 

@@ -12,6 +12,7 @@ from megahybrid.ledger import (
     AnnealEvent,
     AttentionEvent,
     ConfigChangeEvent,
+    ContextGainEvent,
     DamagedEvent,
     EndEvent,
     EvaluateEvent,
@@ -32,6 +33,7 @@ from megahybrid.ledger import (
     StepLine,
     SuiteEvent,
     WarningEvent,
+    bits_per_byte,
 )
 from megahybrid.train.listeners.base import RunInfo
 from megahybrid.train.metrics import TimeLeft
@@ -156,10 +158,14 @@ def describe_event(line: EventLine) -> str | None:
         case EvaluateEvent() as score:
             loss = "–" if score.loss is None else format(score.loss, ".4f")
             rows = "documents up to" if score.rows == "documents" else "at"
+            bits = bits_per_byte(score.loss, score.tokens, score.bytes)
+            by_byte = "" if bits is None else f" ({bits:.4f} bits per byte)"
             return (
-                f"held-out {score.set}: loss {loss} {rows} length {score.length} "
+                f"held-out {score.set}: loss {loss}{by_byte} {rows} length {score.length} "
                 f"(step {line.step}, {tokens_text(score.tokens)} tokens)"
             )
+        case ContextGainEvent() as gain:
+            return f"held-out {gain.set}: {_gain(gain)} {place}"
         case SaveEvent(ok=True) as save:
             size = (save.bytes or 0) / 1e6
             return f"saved {save.path} ({size:,.1f} MB, {save.seconds or 0:.1f} s)"
@@ -180,6 +186,16 @@ def describe_event(line: EventLine) -> str | None:
             return f"{line.event.replace('_', ' ')}{_details(line.detail)} {place}"
         case other:
             assert_never(other)
+
+
+def _gain(told: ContextGainEvent) -> str:
+    """Write the gain with its interval, and of how many documents it is a mean."""
+    beyond = f"beyond {told.context:,} tokens"
+    if told.gain is None:
+        return f"no document has a token {beyond}"
+    of = f"{told.documents:,} document{'s' if told.documents != 1 else ''}"
+    sure = "" if told.low is None else f", 95 %: {told.low:+.4f} to {told.high:+.4f}"
+    return f"context {beyond} is worth {told.gain:+.4f} nats ({of}{sure})"
 
 
 def _scores(asked: SuiteEvent) -> list[str]:

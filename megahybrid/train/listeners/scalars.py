@@ -1,6 +1,14 @@
 """Ledger lines as flat names and numbers, the same for every tracker."""
 
-from megahybrid.ledger import AttentionEvent, EvaluateEvent, EventLine, StepLine, SuiteEvent
+from megahybrid.ledger import (
+    AttentionEvent,
+    ContextGainEvent,
+    EvaluateEvent,
+    EventLine,
+    StepLine,
+    SuiteEvent,
+    bits_per_byte,
+)
 
 _PLAIN = (
     "loss", "z_loss", "learning_rate", "gradient_norm", "length", "tokens_per_second", "mfu",
@@ -23,10 +31,13 @@ def step_scalars(line: StepLine) -> dict[str, float]:
 
 
 def event_scalars(line: EventLine) -> dict[str, float]:
-    """Return the numbers of an evaluation, a suite or a sample of attention; else none."""
+    """Return the numbers of an evaluation, a context gain, a suite or a sample of attention, and
+    none of anything else."""
     match line.content:
         case EvaluateEvent() as score:
             found = _evaluation(score)
+        case ContextGainEvent() as gain:
+            found = _gain(gain)
         case SuiteEvent() as asked:
             found = _suite(asked)
         case AttentionEvent() as sample:
@@ -34,6 +45,14 @@ def event_scalars(line: EventLine) -> dict[str, float]:
         case _:  # facts and faults: a curve has no place for them
             return {}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _gain(gain: ContextGainEvent) -> dict[str, float | None]:
+    """`context_gain/SET/CONTEXT/gain`, `…/low`, `…/high` and `…/gain_at_START_STOP`, in nats."""
+    prefix = f"context_gain/{gain.set}/{gain.context}"
+    whole = {"gain": gain.gain, "low": gain.low, "high": gain.high}
+    by_position = {f"gain_at_{one.start}_{one.stop}": one.gain for one in gain.by_position}
+    return {f"{prefix}/{name}": value for name, value in (whole | by_position).items()}
 
 
 def _suite(asked: SuiteEvent) -> dict[str, float | None]:
@@ -62,11 +81,12 @@ def _attention(sample: AttentionEvent) -> dict[str, float | None]:
 
 
 def _evaluation(score: EvaluateEvent) -> dict[str, float | None]:
-    """`held_out/SET/loss` and `held_out/SET/loss_at_START_STOP`. SET ends in `_documents` where the
-    rows are single documents."""
+    """`held_out/SET/loss`, `…/bits_per_byte` and `…/loss_at_START_STOP`. SET ends in `_documents`
+    where the rows are single documents."""
     rows = score.rows or "stream"
     prefix = f"held_out/{score.set}" + ("" if rows == "stream" else f"_{rows}")
-    return {f"{prefix}/loss": score.loss} | {
+    by_byte = bits_per_byte(score.loss, score.tokens, score.bytes)
+    return {f"{prefix}/loss": score.loss, f"{prefix}/bits_per_byte": by_byte} | {
         f"{prefix}/loss_at_{bucket.start}_{bucket.stop}": bucket.loss
         for bucket in score.by_position
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megahybrid.ledger import EventLine, StageEvent, read_ledger
+from megahybrid.ledger import ContextGainEvent, EventLine, GainBucket, StageEvent, read_ledger
 from megahybrid.train.listeners import LedgerListener, Listeners, TensorBoardListener
 from megahybrid.train.listeners.scalars import event_scalars
 from tests.train.listeners.example import EVALUATION, Memory, run_info, step_line
@@ -101,6 +101,20 @@ def test_tensorboard_files_hold_the_numbers_over_tokens(tmp_path: Path) -> None:
     assert losses == [(100, pytest.approx(4.9)), (200, pytest.approx(4.8))]
     assert events.Scalars("held_out/stdlib/loss")[0].value == pytest.approx(4.25)
     assert "held_out/stdlib/loss_at_50_100" not in events.Tags()["scalars"]
+
+
+def test_context_gain_has_a_number_for_each_context_and_position() -> None:
+    event = ContextGainEvent(
+        set="stdlib", context=32, stride=16, length=128, tokens=900, documents=9, loss=4.0,
+        gain=0.5, low=0.25, high=0.75,
+        by_position=(GainBucket(32, 64, 600, 9, 0.25), GainBucket(64, 128, 0, 0, None)),
+    )  # fmt: skip
+    assert event_scalars(EventLine.of(event, step=1, stage="short", tokens=100)) == {
+        "context_gain/stdlib/32/gain": 0.5,
+        "context_gain/stdlib/32/low": 0.25,
+        "context_gain/stdlib/32/high": 0.75,
+        "context_gain/stdlib/32/gain_at_32_64": 0.25,
+    }
 
 
 def test_both_kinds_of_rows_of_a_held_out_set_keep_names_of_their_own() -> None:
