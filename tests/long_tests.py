@@ -155,6 +155,9 @@ LONG = {
         "test_results_of_a_broken_model_are_gaps",  # 7
         "test_several_runs_stand_side_by_side",  # 7
     ),
+    "tests/start/test_init_chats.py": (
+        "test_the_commands_make_what_the_last_stage_reads[plain]",  # 5
+    ),
     "tests/study/test_study.py": (
         "test_study_trains_scores_and_goes_on_after_a_kill",  # 13
     ),

@@ -201,7 +201,9 @@ class ChatTask(Frozen):
         default=None, description="a held-out set made of conversations; null: the run's first"
     )
     lengths: Lengths = Field(default=[64], description="tokens that an answer may have")
-    trials: Annotated[int, limits.TRIALS] = Field(default=100, ge=1, description="prompts")
+    trials: Annotated[int, limits.TRIALS] = Field(
+        default=100, ge=1, description="prompts; all of a set that has fewer"
+    )
 
     @property
     def questions(self) -> int:
