@@ -181,6 +181,9 @@ LONG = {
         "test_a_run_resumed_at_and_inside_a_change_is_the_run_that_was_not_interrupted[tensor2-zero3]",
         "test_a_run_resumed_at_and_inside_a_change_is_the_run_that_was_not_interrupted[single]",
     ),
+    "tests/train/test_chats.py": (
+        "test_killed_in_the_stage_of_chats_it_ends_with_the_same_bits",  # 9
+    ),
     "tests/train/test_checkpoint_commands.py": (
         "test_evaluate_repeats_what_the_run_told_at_the_end_of_each_stage",  # 6
     ),
