@@ -160,6 +160,7 @@ LONG = {
     ),
     "tests/study/test_study.py": (
         "test_study_trains_scores_and_goes_on_after_a_kill",  # 13
+        "test_branches_wait_for_their_trunk_and_go_on_with_it",
     ),
     "tests/test_bad_input.py": (
         "test_no_space_for_a_checkpoint_keeps_the_older_ones",  # 16
