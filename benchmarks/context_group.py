@@ -15,7 +15,7 @@ import torch
 from benchmarks.group_calls import GroupCalls, counted, threads_cpu
 from benchmarks.shapes import SHAPES, hybrid, random_batch
 from benchmarks.steps import Step, engine_step
-from megahybrid.config.context import HeadShape, plan_context
+from megahybrid.config.context_plan import plan_context
 from megahybrid.config.context_volume import received_bytes
 from megahybrid.config.loader import load
 from megahybrid.config.model import ModelConfig
@@ -77,16 +77,16 @@ def received_by_formula(config: ModelConfig, length: int, degree: int, rank: int
     """Return the bytes of a step of one row for the attention of one rank."""
     parallel = ParallelConfig(context=degree)
     crossing = plan_context(config, parallel, config.layer_plan, length)
-    total, shape = 0, HeadShape.of(config, 1)
+    total = 0
     for name in config.layer_plan.names():
-        exchange, window = crossing.exchange(name), config.layer_plan.schemes[name].window
-        if exchange is not None:
-            total += received_bytes(
-                *(exchange, window, length, degree, shape),
-                layout=crossing.layout,
-                rank=rank,
-                bytes_per_value=WIDTH,
-            ).total()
+        for one, exchange in crossing.of(name):
+            if exchange is not None:
+                total += received_bytes(
+                    *(exchange, one.window, length, degree, one.shapes[0]),
+                    layout=crossing.layout,
+                    rank=rank,
+                    bytes_per_value=WIDTH,
+                ).total()
     return total
 
 

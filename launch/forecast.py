@@ -38,7 +38,7 @@ def _degrees(job: Job, run: RunConfig) -> list[str]:
 
 
 def _context(ranks: int, run: RunConfig) -> str:
-    """Where the context groups of a node of so many ranks lie: neighbours in the order of ranks."""
+    """Say whether context groups, which are neighbouring ranks, stay inside nodes of `ranks`."""
     tensor, axis = run.parallel.tensor, run.parallel.context_axis
     group = tensor * axis
     if ranks % group == 0:

@@ -95,6 +95,10 @@ LONG = {
     "tests/model/test_kernels_before.py": (
         "test_flex_on_cpu_gives_the_last_rows",  # 20
     ),
+    "tests/model/test_fusion_over_ranks.py": (
+        "test_a_share_of_1_or_0_is_the_near_or_the_far_scheme_bit_for_bit[contiguous-keys-keys]",
+        "test_a_share_of_1_or_0_is_the_near_or_the_far_scheme_bit_for_bit[zigzag-heads-heads]",
+    ),
     "tests/model/test_selftest.py": (
         "test_a_plan_passes_compiled[bf16-whole]",  # 8
         "test_a_plan_passes_compiled[bf16-no_whole]",  # 4
@@ -122,6 +126,10 @@ LONG = {
         "test_bf16_is_no_further_from_the_truth_than_twice_a_single_process",  # 10
         "test_five_steps_equal_the_plain_training_loop[ranks4]",  # 9
         "test_compiled_layers_are_the_plain_ones[heads]",  # 6
+        "test_compiled_layers_are_the_plain_ones[fused-heads]",  # 8
+        "test_compiled_layers_are_the_plain_ones[fused-keys_zigzag]",  # 6
+        "test_five_steps_with_two_views_equal_the_plain_training_loop[ranks2]",  # 12
+        "test_five_steps_with_two_views_equal_the_plain_training_loop[ranks4]",  # 8
     ),
     "tests/parity/test_context_layers.py": (
         "test_loss_and_every_gradient_equal_the_plain_model[tensor2-context4]",  # 50

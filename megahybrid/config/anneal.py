@@ -99,7 +99,12 @@ def _problems(name: str, plan: LayerPlan, end: AnnealedScheme, where: str) -> li
     if end.window is None and end.position is None:
         lines.append(f"{where}={{}} changes nothing. Name window or position.theta.")
     if end.window is not None:
-        if scheme.window is None:
+        if scheme.chunk is not None:
+            lines.append(
+                f"{where}.window={end.window} has no window to begin from (chunk={scheme.chunk} "
+                "says which keys these layers see). Leave it out."
+            )
+        elif scheme.window is None:
             lines.append(
                 f"{where}.window={end.window} has no window to begin from (these layers see all "
                 "keys). Give the scheme a window, or leave it out."

@@ -62,6 +62,7 @@ def _problems(run: RunConfig, world_size: int | None) -> Iterator[str]:
             )
     yield from _scheme_overrides(run)
     yield from _splits(run)
+    yield from _sinks(run)
     if (best := run.checkpoint.keep_best) is not None and best not in run.data.held_out:
         yield (
             f"checkpoint.keep_best names '{shortened(best)}', which data.held_out does not define."
@@ -96,6 +97,19 @@ def _precision(run: RunConfig) -> Iterator[str]:
         yield (f"kernels.{name}={getattr(run.kernels, name)} needs CUDA (device=cpu). Use auto.")
 
 
+def _sinks(run: RunConfig) -> Iterator[str]:
+    """A kernel that gives no sums of its scores has nothing to put learned sinks around."""
+    for name, scheme in run.model.layer_plan.schemes.items():
+        field = "full" if scheme.reach is None else "windowed"
+        if scheme.sink and getattr(run.kernels, field) in WITHOUT_SINKS:
+            yield (
+                f"kernels.{field}={getattr(run.kernels, field)} has no learned sinks "
+                f"(model.layer_plan.schemes.{name}.sink). Use auto, or leave sink out."
+            )
+
+
+# The registry's kernels that have none: a test holds them together.
+WITHOUT_SINKS = ("cudnn", "cudnn_frontend", "flex", "fa3", "fa4")
 _CUDA = ("cudnn", "cudnn_frontend", "varlen", "flex", "fa3", "fa4")
 
 

@@ -13,12 +13,9 @@ Heads and KV heads are those of one tensor rank. Bytes are those that one rank r
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
-from megahybrid.config.layer_plan import LayerPlan
-from megahybrid.config.model import ModelConfig, divisors, either
-from megahybrid.config.parallel import ParallelConfig
-from megahybrid.errors import ConfigError
+from megahybrid.config.model import ModelConfig, divisors
 
 Exchange = Literal["halo", "heads", "keys"]
 Layout = Literal["contiguous", "zigzag"]
@@ -45,6 +42,8 @@ class HeadShape:
     heads: int
     kv_heads: int
     head_dim: int
+    # Values for each token beside the heads that go where its queries go: of a fused layer's gate.
+    gates: int = 0
 
     @classmethod
     def of(cls, model: ModelConfig, tensor: int) -> "HeadShape":
@@ -110,7 +109,8 @@ def exchange_bytes(
                 raise ValueError(f"{shape} does not split over {degree} context ranks")
             # Queries out and mixed values back; keys and values, a head at least.
             heads = 2 * (shape.heads // degree) + 2 * max(1, shape.kv_heads // degree)
-            return Traffic(whole * values * heads, whole * values * heads)
+            gates = shape.gates // degree * bytes_per_value
+            return Traffic(*(whole * (values * heads + gates),) * 2)
         case "keys":
             one_way = 2 * whole * shape.kv_heads * values
             return Traffic(one_way, 2 * one_way)  # gathered again, and the gradients
@@ -190,16 +190,27 @@ def segments_per_rank(layout: Layout) -> int:
 
 
 def work_max_over_mean(
-    layout: Layout, exchange: Exchange, window: int | None, length: int, degree: int
+    layout: Layout,
+    exchange: Exchange,
+    window: int | None,
+    length: int,
+    degree: int,
+    *,
+    near: tuple[int | None, ...] = (),
 ) -> float:
-    """Return the scores that the busiest rank computes over the mean, in rows of one document.
+    """Return the scores that the busiest rank computes over the mean, in rows of one document;
+    `near` has the windows of further views of the same keys.
 
     Exactly 1 for heads, where each rank has the whole row.
     """
     if exchange == "heads" or degree == 1:
         return 1.0
     work = [
-        sum(_scores_before(stop, window) - _scores_before(start, window) for start, stop in held)
+        sum(
+            _scores_before(stop, each) - _scores_before(start, each)
+            for start, stop in held
+            for each in (window, *near)
+        )
         for held in (segments(layout, length, degree, rank) for rank in range(degree))
     ]
     return max(work) * degree / sum(work)
@@ -209,107 +220,3 @@ def _scores_before(token: int, window: int | None) -> int:
     """Return the visible keys of all queries before `token`, summed."""
     growing = token if window is None else min(token, window)
     return growing * (growing + 1) // 2 + (token - growing) * (window or 0)
-
-
-@dataclass(frozen=True)
-class ContextPlan:
-    """The layout and the exchanges of rows of one length: a value, the same on every rank."""
-
-    length: int
-    degree: int
-    layout: Layout
-    exchanges: tuple[tuple[str, Exchange | None], ...]  # by the scheme's name
-
-    def exchange(self, scheme: str) -> Exchange | None:
-        """The exchange of a scheme's layers; None at degree 1, where nothing crosses."""
-        return dict(self.exchanges)[scheme]
-
-    @property
-    def tokens_per_rank(self) -> int:
-        """Tokens of a row that one rank holds."""
-        return self.length // self.degree
-
-    def segments(self, rank: int) -> tuple[Segment, ...]:
-        """Return the segments of a row on context rank `rank`, in the row's order."""
-        return segments(self.layout, self.length, self.degree, rank)
-
-    def record(self) -> dict[str, Any]:
-        """The plan for a checkpoint's record of kernels: plain values, ready for JSON."""
-        return {
-            "length": self.length,
-            "degree": self.degree,
-            "layout": self.layout,
-            "exchanges": dict(self.exchanges),
-        }
-
-    def in_words(self) -> str:
-        """ "65,536 tokens over 8 context ranks (contiguous): local halo, global heads"."""
-        chosen = ", ".join(f"{name} {exchange}" for name, exchange in self.exchanges)
-        ranks = "1 context rank" if self.degree == 1 else f"{self.degree} context ranks"
-        head = f"{self.length:,} tokens over {ranks}"
-        return head if self.degree == 1 else f"{head} ({self.layout}): {chosen}"
-
-
-def plan_context(
-    model: ModelConfig, parallel: ParallelConfig, plan: LayerPlan, length: int
-) -> ContextPlan:
-    """Return how rows of `length` tokens cross the context ranks under layer plan `plan`.
-
-    The full layers choose first: the layout follows from them, and the halo from the layout.
-    Raises ConfigError, one line per mistake, where an exchange set by hand cannot serve.
-    """
-    degree, shape = parallel.context_degree(length), HeadShape.of(model, parallel.tensor)
-    told = parallel.exchange
-    lines = exchange_problems(parallel, plan, length, shape)
-    if lines:
-        raise ConfigError(*lines)
-    full = {name: is_full(scheme.reach, length) for name, scheme in plan.schemes.items()}
-
-    def chosen(name: str, count: int) -> Exchange | None:
-        choice, window = told.full if full[name] else told.windowed, plan.schemes[name].reach
-        return choose_exchange(choice, window, length, degree, shape, segments=count)
-
-    layout = choose_layout(told.layout, [chosen(name, 1) for name in full if full[name]])
-    count = segments_per_rank(layout)
-    return ContextPlan(
-        length=length,
-        degree=degree,
-        layout=layout if degree > 1 else "contiguous",
-        exchanges=tuple((name, chosen(name, count)) for name in plan.schemes),
-    )
-
-
-def fewer_queries(
-    model: ModelConfig, parallel: ParallelConfig, plan: LayerPlan, length: int
-) -> set[str]:
-    """Return the kinds of layers, full or windowed, whose attention kernel meets fewer queries than
-    keys in rows of `length` tokens: a part of the row, after a halo or all earlier keys."""
-    found: set[str] = set()
-    for name, exchange in plan_context(model, parallel, plan, length).exchanges:
-        match exchange:
-            case "halo" | "keys":
-                found.add("full" if plan.schemes[name].reach is None else "windowed")
-            case "heads" | None:
-                pass
-            case never:
-                assert_never(never)
-    return found
-
-
-def exchange_problems(
-    parallel: ParallelConfig, plan: LayerPlan, length: int, shape: HeadShape
-) -> list[str]:
-    """Return a line for each exchange set by hand that cannot serve rows of `length` tokens."""
-    degree = parallel.context_degree(length)
-    if degree == 1 or shape.split_over(degree):
-        return []
-    kinds = {is_full(scheme.reach, length) for scheme in plan.schemes.values()}
-    set_by_hand = {"full": parallel.exchange.full, "windowed": parallel.exchange.windowed}
-    return [
-        f"parallel.exchange.{field}=heads cannot split a tensor rank's {shape.heads} heads (KV "
-        f"heads: {shape.kv_heads}) over {degree} context ranks (parallel.context at length "
-        f"{length}). Use {either(shape.legal_degrees())} context ranks, or "
-        f"{'keys' if field == 'full' else 'halo'}."
-        for field, full in (("full", True), ("windowed", False))
-        if set_by_hand[field] == "heads" and full in kinds
-    ]

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 
 from megahybrid.config.context import (
-    ContextPlan,
+    Exchange,
     HeadShape,
     Layout,
-    exchange_problems,
-    plan_context,
     segments_per_rank,
 )
+from megahybrid.config.context_plan import ContextPlan, exchange_problems, plan_context
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import either, nearest_multiples
 from megahybrid.config.run import RunConfig
@@ -37,17 +36,19 @@ def context_problems(run: RunConfig, index: int) -> Iterator[str]:
         yield from _micro_batch(run, index, length)
         if parallel.context_degree(length) == 1:
             continue
-        for windows, plan in plans.items():
-            if lines := exchange_problems(parallel, plan, length, shape):
+        for plan in plans.values():
+            if lines := exchange_problems(model, parallel, plan, length):
                 yield from lines
                 continue
             crossing = plan_context(model, parallel, plan, length)
             yield from _length(run, index, crossing)
-            yield from _kernels(run, crossing, dict(windows), shape, refused)
+            yield from _kernels(run, crossing, shape, refused)
 
 
 def _windows(plan: LayerPlan) -> tuple[tuple[str, int | None], ...]:
-    return tuple((name, scheme.reach) for name, scheme in plan.schemes.items())
+    return tuple(
+        (name, view.reach) for name, scheme in plan.schemes.items() for view in scheme.views()
+    )
 
 
 def row_multiple(layout: Layout, degree: int, tensor: int) -> int:
@@ -96,24 +97,29 @@ def _micro_batch(run: RunConfig, index: int, length: int) -> Iterator[str]:
 
 def _kernels(
     run: RunConfig,
-    crossing: ContextPlan,
-    windows: dict[str, int | None],
+    plan: ContextPlan,
     shape: HeadShape,
     refused: set[str],
 ) -> Iterator[str]:
     """A line for each field that is not in `refused`: one length of a stage tells it for all."""
     kernels = {"full": run.kernels.full, "windowed": run.kernels.windowed}
-    for name, exchange in crossing.exchanges:
-        field = "full" if windows[name] is None else "windowed"
+    for field, exchange in _met(plan):
         serves = exchange == "heads" or kernels[field] in FEWER_QUERIES[field]
         if serves or field in refused:
             continue
         refused.add(field)
         heads = ""
-        if shape.split_over(crossing.degree):
+        if shape.split_over(plan.degree):
             heads = f", or parallel.exchange.{field}: heads"
         yield (
             f"kernels.{field}={kernels[field]} does not serve fewer queries than keys, as "
-            f"{crossing.degree} context ranks have them (exchange {exchange} at length "
-            f"{crossing.length}). Use {either(FEWER_QUERIES[field])}{heads}."
+            f"{plan.degree} context ranks have them (exchange {exchange} at length "
+            f"{plan.length}). Use {either(FEWER_QUERIES[field])}{heads}."
         )
+
+
+def _met(plan: ContextPlan) -> Iterator[tuple[str, Exchange | None]]:
+    """Yield (full or windowed, exchange) of each view of each scheme."""
+    for crossing, exchange in plan.crossings:
+        for window in crossing.windows:
+            yield "full" if window is None else "windowed", exchange

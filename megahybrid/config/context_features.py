@@ -43,17 +43,6 @@ def _zero_0(run: RunConfig) -> str | None:
     )
 
 
-def _views(run: RunConfig) -> str | None:
-    schemes = run.model.layer_plan.schemes
-    name = next((name for name, scheme in schemes.items() if scheme.near is not None), None)
-    if name is None:
-        return None
-    return (
-        f"model.layer_plan.schemes.{name}.near is a second view of keys, and the {_ranks(run)} "
-        "exchange those of one. Leave near out, or use parallel.tensor."
-    )
-
-
 def _study(run: RunConfig) -> str:
     return (
         f"a study trains each of its runs in one process, not on {_ranks(run)}. "
@@ -164,8 +153,8 @@ FEATURES: tuple[Feature, ...] = (
             "model.layer_plan.schemes.local.near={position: {kind: nope}, window: 2}",
             "model.layer_plan.schemes.local.fuse={gate: token}",
         ),
-        "an exchange carries the keys of one view",
-        _views,
+        "keys and values are sent once, unrotated: each rank rotates what it receives, for both "
+        "views; of split heads each view has an exchange of its own",
     ),
     Feature("resume on other ranks", ("train",), "a checkpoint does not know of context ranks"),
     Feature(

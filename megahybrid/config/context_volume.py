@@ -15,10 +15,10 @@ from megahybrid.config.context import (
     Segment,
     Traffic,
     exchange_bytes,
-    plan_context,
     segments,
     segments_per_rank,
 )
+from megahybrid.config.context_plan import plan_context
 from megahybrid.config.counting import branches_together
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
@@ -59,22 +59,17 @@ def period_volume(
     degree, names = crossing.degree, period(plan)
     shape = HeadShape.of(model, parallel.tensor)
 
-    def bytes_of(name: str, exchange: Exchange | None) -> int:
-        if exchange is None:
-            return 0
-        count = segments_per_rank(crossing.layout)
-        window = plan.schemes[name].reach
-        return exchange_bytes(exchange, window, length, degree, shape, segments=count).total()
-
     def everywhere(exchange: Exchange) -> int:
-        return sum(bytes_of(name, exchange if degree > 1 else None) for name in names)
+        count = segments_per_rank(crossing.layout)
+        one = exchange_bytes(exchange, None, length, degree, shape, segments=count).total()
+        return len(names) * one if degree > 1 else 0
 
     others = 2 * (length - length // degree) * shape.kv_heads * shape.head_dim
     alone = parallel.tensor * degree
     return PeriodVolume(
         degree=degree,
         schemes=names,
-        ours=sum(bytes_of(name, crossing.exchange(name)) for name in names),
+        ours=sum(map(crossing.layer_bytes, names)),
         tensor=len(names) * tensor_bytes(model, parallel.tensor, length // degree),
         heads=everywhere("heads") if shape.split_over(degree) else None,
         keys=everywhere("keys"),

@@ -5,15 +5,11 @@ from dataclasses import asdict
 from typing import Any
 
 from megahybrid.config.context import (
-    ContextPlan,
-    Exchange,
     HeadShape,
-    exchange_bytes,
-    plan_context,
-    segments_per_rank,
     work_max_over_mean,
 )
 from megahybrid.config.context_check import row_multiple
+from megahybrid.config.context_plan import ContextPlan, plan_context
 from megahybrid.config.context_volume import period_volume, tensor_bytes
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.run import RunConfig
@@ -73,42 +69,43 @@ def _policies(run: RunConfig, index: int, data_degree: int) -> list[Recompute]:
 def _length(
     run: RunConfig, index: int, length: int, data_degree: int, policies: list[Recompute]
 ) -> dict[str, Any]:
-    crossing, plan = _plan(run, index, length), run.plan_at(index)
+    found, plan = _plan(run, index, length), run.plan_at(index)
+    width = 4 if run.precision == "fp32" else 2
 
     def tensor(policy: Recompute) -> int:
         again = policy in ("full", "offload")
-        tokens = crossing.tokens_per_rank
+        tokens = found.tokens_per_rank
         return tensor_bytes(run.model, run.parallel.tensor, tokens, forward_again=again)
 
-    rows = _rows_per_step(run, index, crossing, data_degree)
+    rows = _rows_per_step(run, index, found, data_degree)
     schemes = []
-    for name, exchange in crossing.exchanges:
-        window = plan.schemes[name].reach
+    for crossing, exchange in found.crossings:
         again = [
             policy in ("full", "offload")
             for policy, of in zip(policies, plan.names(), strict=True)
-            if of == name
+            if of == crossing.scheme
         ]
         schemes.append(
             {
-                "scheme": name,
+                "scheme": crossing.name,
                 "layers": len(again),
-                "window": window,
+                "window": crossing.window,
                 "exchange": exchange,
                 "bytes_per_step": sum(
-                    rows * _bytes(run, crossing, exchange, window, forward_again)
-                    for forward_again in again
+                    rows * found.crossing_bytes(crossing, exchange, width, forward_again=one)
+                    for one in again
                 ),
                 "work_max_over_mean": work_max_over_mean(
-                    crossing.layout, exchange, window, length, crossing.degree
+                    *(found.layout, exchange, crossing.window, length, found.degree),
+                    near=crossing.windows[1:],
                 )
                 if exchange is not None
                 else 1.0,
             }
         )
     return {
-        "degree": crossing.degree,
-        "layout": crossing.layout,
+        "degree": found.degree,
+        "layout": found.layout,
         "tensor_bytes_per_step": rows * sum(map(tensor, policies)),
         "rows_per_step": rows,
         "schemes": schemes,
@@ -118,26 +115,6 @@ def _length(
 
 def _plan(run: RunConfig, index: int, length: int) -> ContextPlan:
     return plan_context(run.model, run.parallel, run.plan_at(index), length)
-
-
-def _bytes(
-    run: RunConfig,
-    crossing: ContextPlan,
-    exchange: Exchange | None,
-    window: int | None,
-    forward_again: bool,
-) -> int:
-    if exchange is None:
-        return 0
-    return exchange_bytes(
-        exchange,
-        window,
-        crossing.length,
-        crossing.degree,
-        HeadShape.of(run.model, run.parallel.tensor),
-        segments=segments_per_rank(crossing.layout),
-        bytes_per_value=4 if run.precision == "fp32" else 2,
-    ).total(forward_again=forward_again)
 
 
 def _rows_per_step(run: RunConfig, index: int, crossing: ContextPlan, data_degree: int) -> int:

@@ -7,9 +7,9 @@ from pydantic import BaseModel, ValidationError
 
 from megahybrid.config import refused
 from megahybrid.config.base import JOB_NAME, LINE, NAME, TIME_LIMIT, did_you_mean
-from megahybrid.config.elsewhere import belongs
 from megahybrid.config.examples import example
 from megahybrid.config.limits import BEYOND
+from megahybrid.config.misplaced_fields import right_place
 from megahybrid.printable import printable, shortened
 
 # A file that is not ours, named by mistake, is not printed: so many lines tell of it, and so many
@@ -97,7 +97,7 @@ def _line(item: dict[str, Any], type_: type[BaseModel], plain: Any, where: str) 
             )
         if why := refused.reason([*where.split("."), *parts[:-1]], parts[-1]):
             return f"{path} is not supported: {why}. Remove it."
-        if place := belongs(type_, parts):
+        if place := right_place(type_, parts):
             return f"{path} is not a field. It is {_join(where, [place])}."
         near = did_you_mean(parts[-1], fields)
         return f"{path} is not a field.{near or ' The fields here are ' + _list(fields) + '.'}"

@@ -94,7 +94,7 @@ def current_scheme(fields: Any, *, whole: bool = False) -> Any:
 
 
 def as_first_meant(scale: Any) -> Any:
-    """What a scheme's `logit_scale` said, with the default that it had."""
+    """Return a scheme's old `logit_scale` with the default that it had then."""
     if isinstance(scale, dict) and scale.get("kind") == "ssmax":
         return {"initial": FIRST_SSMAX_START} | scale
     return scale

@@ -61,7 +61,7 @@ class OptimizerConfig(Frozen):
         return self
 
     def width_ratio(self, hidden_size: int) -> float:
-        """How many times wider a model is than the one its learning rate was tuned for; 1 where
+        """The ratio of a model's width to that which its learning rate was tuned for; 1 where
         nothing depends on width."""
         match self.parametrisation:
             case "standard":

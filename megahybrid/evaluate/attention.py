@@ -226,7 +226,7 @@ class Tally:
         if self.sunk is not None:
             all_reduce(self.sunk, self.keys)
             self.mass = torch.cat((self.mass, self.sunk[..., None]), dim=-1)
-        for part in (self.by_bin, self.lag_sum, self.lag_count):
+        for part in (self.by_bin, self.lag_sum, self.lag_count, self.near_lag, self.far_lag):
             all_reduce(part, self.keys)
         length = len(self.example.tokens)
         rows, answers = length - self.example.question, length - self.example.answer

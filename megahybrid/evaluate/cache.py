@@ -25,7 +25,7 @@ from megahybrid.parallel.mesh import Axis
 
 
 class SeenKeys(NamedTuple):
-    """What the queries of a layer meet: its one view of the keys, or one of two."""
+    """The queries of a layer with the keys that they see, in one of its views."""
 
     q: Tensor  # [seq batch heads head_dim], as they meet keys
     keys: Tensor  # [batch kv_heads keys head_dim]

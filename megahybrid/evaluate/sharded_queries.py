@@ -1,11 +1,13 @@
 """The queries of a row that an observer asks for, where a row's keys lie on several ranks."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from megahybrid.evaluate.cache import Observer, SeenKeys, seen
-from megahybrid.model.kernels import AttentionSpec
+from megahybrid.model.context import Met
 from megahybrid.model.row_shards import RowShards
 
 
@@ -35,14 +37,21 @@ class ShardedQueries:
         self._columns = self._positions.clamp(max=length - 1)
         self._layer = 0
 
-    def __call__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
-        """One layer's queries and keys [seq_local, 1, heads, head_dim]; collective."""
-        keys = k.permute(1, 2, 0, 3)
-        # Those of a layer with chunks are cut finer.
-        starts = self._starts if spec.documents is None else spec.documents.starts
+    def __call__(self, views: Sequence[Met], share: Tensor | None) -> None:
+        """One layer's queries and keys [seq_local, 1, heads, head_dim], in one view or two with the
+        share of near; collective."""
+        if share is not None:
+            share = share.expand(*views[0].q.shape[:3], 1)
         for queries in self._chunks:
-            allowed = seen(starts, queries, self._positions, spec.window)
-            rows = self._shards.pick(q, queries)
-            met = SeenKeys(rows, keys, allowed, spec.scale, spec.sinks)
-            self._observe(self._layer, (met,), queries, self._columns, None)
+            met = tuple(self._seen(view, queries) for view in views)
+            of_rows = None if share is None else self._shards.pick(share, queries)
+            self._observe(self._layer, met, queries, self._columns, of_rows)
         self._layer += 1
+
+    def _seen(self, view: Met, queries: Tensor) -> SeenKeys:
+        spec = view.spec
+        # Documents of a layer with chunks are cut finer.
+        starts = self._starts if spec.documents is None else spec.documents.starts
+        allowed = seen(starts, queries, self._positions, spec.window)
+        keys = view.k.permute(1, 2, 0, 3)
+        return SeenKeys(self._shards.pick(view.q, queries), keys, allowed, spec.scale, spec.sinks)

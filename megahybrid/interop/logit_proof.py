@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megahybrid.checkpoint.parameter_io import fill
 from megahybrid.checkpoint.reader import Reader
 from megahybrid.config import counting
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.score_scale import Llama4Scale, LogFromScale, PowerScale, ScoreScale
@@ -344,7 +344,7 @@ def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
     if not held:
         return  # our own class has its frequencies from the config
     for name, scheme in plan.schemes.items():
-        if isinstance(scheme.position, Rope):
+        if rotation_of(scheme.position) is not None:
             wanted = padded_frequencies(scheme, head_dim)
             if not any(torch.equal(wanted, other) for other in held):
                 raise InteropError(
@@ -355,8 +355,9 @@ def check_frequencies(theirs: Any, plan: LayerPlan, head_dim: int) -> None:
 
 def padded_frequencies(scheme: AttentionScheme, head_dim: int) -> Tensor:
     """Return the frequencies of a rotation [head_dim / 2], zero where the head does not rotate."""
-    assert isinstance(scheme.position, Rope)
-    found = frequencies(scheme.position, head_dim)
+    rope = rotation_of(scheme.position)
+    assert rope is not None
+    found = frequencies(rope, head_dim)
     return torch.cat((found, found.new_zeros(head_dim // 2 - len(found))))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megahybrid.checkpoint.manifest import Manifest
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.describe import function_in_words, position_in_words, views_in_words
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.interop.architectures.base import Architecture
@@ -163,8 +163,8 @@ def _layer_rows(plan: LayerPlan) -> list[str]:
 def scheme_in_words(scheme: AttentionScheme) -> str:
     """Return a scheme for a line of text: "rope theta 10000, window 4096"."""
     words = position_in_words(scheme)
-    if isinstance(scheme.position, Rope):
-        words += f" theta {scheme.position.theta:g}"
+    if (rope := rotation_of(scheme.position)) is not None:
+        words += f" theta {rope.theta:g}"
     if scheme.chunk is not None:
         words += f", chunks of {scheme.chunk}"
     else:
@@ -179,7 +179,8 @@ def scheme_in_words(scheme: AttentionScheme) -> str:
 
 
 def _scheme_cells(scheme: AttentionScheme) -> str:
-    theta = f"{scheme.position.theta:g}" if isinstance(scheme.position, Rope) else "-"
+    rope = rotation_of(scheme.position)
+    theta = "-" if rope is None else f"{rope.theta:g}"
     norm = scheme.qk_norm
     words = "-" if norm.kind == "none" else f"{norm.kind} over {norm.over}"
     window = "all" if scheme.window is None else str(scheme.window)

@@ -7,7 +7,7 @@ module knows is which layers still compute what they did, and which have somethi
 from dataclasses import dataclass
 from pathlib import Path
 
-from megahybrid.config.attention import AttentionScheme, Nope
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig, rotation_problems
 from megahybrid.config.old_words import tell_once
@@ -71,9 +71,9 @@ def _change(layer: int, old: AttentionScheme, new: AttentionScheme) -> Change:
     reasons = []
     exact = 0
     if old.position != new.position:
-        if isinstance(new.position, Nope):
+        if rotation_of(new.position) is None:
             reasons.append("order without rotation")
-        elif isinstance(old.position, Nope):
+        elif rotation_of(old.position) is None:
             reasons.append("a rotation where there was none")
         else:
             reasons.append("other angles")

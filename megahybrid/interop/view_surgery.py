@@ -205,7 +205,7 @@ def _measured_shares(analysis: Path, layers: int) -> list[list[float]]:
 def _one_view(
     scheme: AttentionScheme, sides: Sequence[int | None], reader: Reader
 ) -> tuple[str, AttentionScheme | None]:
-    """What a layer is when each of its heads has one view: near, far, or a split of them."""
+    """The scheme of a layer whose heads each have one view: near, far, or a split of them."""
     near, far = scheme.views()
     if set(sides) == {0}:
         return "far", far

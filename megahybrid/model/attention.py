@@ -13,8 +13,9 @@ from megahybrid.config.attention import (
     Rope,
     biased_projections,
 )
+from megahybrid.config.context_plan import SplitPart
 from megahybrid.config.model import ModelConfig
-from megahybrid.model.context import SequenceContext
+from megahybrid.model.context import Met, SequenceContext
 from megahybrid.model.context_attention import ShardedCall, attend_sharded
 from megahybrid.model.core_attention import prepare_queries_keys
 from megahybrid.model.kernels import AttentionSpec
@@ -52,8 +53,9 @@ class BranchInputs(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What a batch's positions are to a layer, made on the way in: a compiled region can make no
-    table. Leading axes are [seq, batch], or [batch, seq] after `rows_first`."""
+    """The rotation and the temperatures of a batch's positions for one layer. They are made before
+    the layer runs, because a compiled region can make no table. Leading axes are [seq, batch], or
+    [batch, seq] after `rows_first`."""
 
     table: RotaryTable | None  # of the rotation
     factor: Tensor | None  # [seq, batch or 1]: each query's temperature, without what is learned
@@ -193,11 +195,14 @@ class Attention(nn.Module):
             factor = context.local(whole)
         return Positions(table, factor)
 
-    def prepared(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Return q and k rotated to their positions and q times its temperature."""
+    def prepared(
+        self, q: Tensor, k: Tensor, positions: Positions, heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Return q and k rotated to their positions and q times its temperature; q are `heads` of
+        this rank's."""
         table, factor = positions
         if self.query_scale is not None and factor is not None:
-            factor = self.query_scale(factor)
+            factor = self.query_scale(factor, heads)
         # A temperature without a rotation is one product: a kernel as it is.
         if (
             self.compiled_prepare is not None
@@ -219,11 +224,16 @@ class Attention(nn.Module):
         """The attention output of heads that are prepared; `fuse_gate` is for `TwoViews`."""
         spec = self.spec(context, batch=q.shape[1])
         if context.watch is not None:
-            context.watch(q, k, spec)
+            context.watch((Met(q, k, spec),), None)
         if context.shards is None:
             return context.attention(q, k, v, spec, self.kernel)
-        shards, whole = context.shards, context.attention
-        return attend_sharded(q, k, v, ShardedCall(shards, spec, self.kernel, whole))
+        shards, whole, part = context.shards, context.attention, self.part
+        return attend_sharded(q, k, v, ShardedCall(shards, spec, self.kernel, whole, part))
+
+    @property
+    def part(self) -> SplitPart | None:
+        """The part of a layer's heads that these are, where they are split over two views."""
+        return None
 
     def to_hidden(
         self,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from megahybrid.config.model import Activation
 from megahybrid.model.compiled import traced_whole
 from megahybrid.model.geglu import gelu_gated, gelu_gated_gradients
 from megahybrid.model.input_projection import InputProjection
+from megahybrid.model.swiglu import silu_gated, silu_gated_gradients
 from megahybrid.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
 from megahybrid.parallel.linear import (
     RowParallelLinear,
@@ -26,45 +26,21 @@ from megahybrid.parallel.matmul import accumulate, linear, product
 from megahybrid.parallel.mesh import Axis
 
 
-def gated(
-    gate: Float[Tensor, "tokens inner"], up: Float[Tensor, "tokens inner"]
-) -> Float[Tensor, "tokens inner"]:
-    """silu(gate) * up."""
-    return F.silu(gate).mul_(up)
-
-
-def gated_gradients(
-    gate: Float[Tensor, "tokens inner"],
-    up: Float[Tensor, "tokens inner"],
-    grad: Float[Tensor, "tokens inner"],
-) -> Float[Tensor, "tokens inner"]:
-    """Return silu(gate) * up; its gradient `grad` becomes those of gate and up, which take their
-    place, and is spent. Compiled, it is one kernel: three tensors in, three out."""
-    active = F.silu(gate)
-    made = active * up
-    of_up = active.mul_(grad)
-    # A compiler that sees `grad` change would write it out for nothing.
-    of_active = grad * up if torch.compiler.is_compiling() else grad.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(of_active, gate, grad_input=gate)
-    up.copy_(of_up)
-    return made
-
-
 @dataclass(frozen=True)
-class Between:
+class ChunkFunctions:
     """The functions between the products of one chunk."""
 
-    gated: Callable[[Tensor, Tensor], Tensor] = gated
-    gradients: Callable[[Tensor, Tensor, Tensor], Tensor] = gated_gradients
+    gated: Callable[[Tensor, Tensor], Tensor]
+    gradients: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def between(activation: Activation) -> Between:
+def between(activation: Activation) -> ChunkFunctions:
     """Return the functions of an activation."""
     match activation:
         case "silu":
-            return Between()
+            return ChunkFunctions(silu_gated, silu_gated_gradients)
         case "gelu_tanh":
-            return Between(gelu_gated, gelu_gated_gradients)
+            return ChunkFunctions(gelu_gated, gelu_gated_gradients)
         case never:
             assert_never(never)
 
@@ -93,7 +69,7 @@ class ChunkedMLP(nn.Module):
 
     def compile_pieces(self, backend: str) -> None:
         """Have what lies between a chunk's products compiled when gradients are wanted."""
-        self.between = Between(
+        self.between = ChunkFunctions(
             traced_whole(self.plain.gated, backend), traced_whole(self.plain.gradients, backend)
         )
 
@@ -121,7 +97,7 @@ class _Setup:
     kept: tuple[tuple[int, int], ...]  # of each replicated weight
     chunk: int  # tokens
     needed: bool
-    between: Between
+    between: ChunkFunctions
 
     def chunks(self, tokens: int) -> Iterator[slice]:
         return (slice(at, at + self.chunk) for at in range(0, tokens, self.chunk))
@@ -160,21 +136,21 @@ class _ChunkedMLP(torch.autograd.Function):
         x, weight, down, *replicated = ctx.saved_tensors
         setup: _Setup = ctx.setup
         gathering = start_all_gather(x, setup.axis)
-        *of_heads, of_branch = (grad.flatten(0, 1) for grad in grads)
+        *grad_heads, grad_branch = (grad.flatten(0, 1) for grad in grads)
         whole = gathering.wait().flatten(0, 1)
-        grad_x, of_gate_up, of_down = _of_chunks(setup, whole, of_branch, weight, down)
+        grad_x, grad_gate_up, grad_down = _of_chunks(setup, whole, grad_branch, weight, down)
         parts = setup.parts(weight, replicated)
-        for grad, (part, rows) in zip(of_heads, parts, strict=True):
+        for grad, (part, rows) in zip(grad_heads, parts, strict=True):
             grad_x.add_(product(grad, rows_of(part, rows).to(grad.dtype)))
         scattering = start_reduce_scatter(grad_x.view(-1, *x.shape[1:]), setup.axis)
-        of_parts = [
+        grad_parts = [
             weight_gradient(product(grad.t(), whole).to(part.dtype), part, rows, setup.axis)
-            for grad, (part, rows) in zip(of_heads, parts, strict=True)
+            for grad, (part, rows) in zip(grad_heads, parts, strict=True)
         ]
-        of_weight = of_gate_up
+        grad_weight = grad_gate_up
         if setup.heads:
-            of_weight = torch.cat((of_parts.pop(0), of_gate_up))
-        return scattering.wait(), None, of_weight, of_down, *of_parts
+            grad_weight = torch.cat((grad_parts.pop(0), grad_gate_up))
+        return scattering.wait(), None, grad_weight, grad_down, *grad_parts
 
 
 def _of_chunks(
@@ -185,16 +161,16 @@ def _of_chunks(
     dtype, exact = inputs.dtype, torch.promote_types(inputs.dtype, torch.float32)
     gate_up, way_down = weight[setup.heads :].to(dtype), down.to(dtype)
     grad_inputs = torch.empty_like(inputs)
-    of_gate_up = torch.zeros_like(gate_up, dtype=exact)
-    of_down = torch.zeros_like(down, dtype=exact)
+    grad_gate_up = torch.zeros_like(gate_up, dtype=exact)
+    grad_down = torch.zeros_like(down, dtype=exact)
     for chunk in setup.chunks(inputs.shape[0]):
         both = linear(inputs[chunk], gate_up)
         grad = product(grads[chunk], way_down)
         gate, up = both.chunk(2, dim=-1)
         made = setup.between.gradients(gate, up, grad)  # `both` is their gradient now
         del grad
-        accumulate(of_down, grads[chunk], made)
+        accumulate(grad_down, grads[chunk], made)
         del made
         product(both, gate_up, out=grad_inputs[chunk])
-        accumulate(of_gate_up, both, inputs[chunk])
-    return grad_inputs, of_gate_up.to(weight.dtype), of_down.to(down.dtype)
+        accumulate(grad_gate_up, both, inputs[chunk])
+    return grad_inputs, grad_gate_up.to(weight.dtype), grad_down.to(down.dtype)

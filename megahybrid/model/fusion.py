@@ -6,18 +6,27 @@ and g = 0 the far one, bit for bit on every kernel. Because v is shared, o is at
 one distribution g * p_near + (1 - g) * p_far. Split, a head has one of the two.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from megahybrid.config.attention import AttentionScheme
+from megahybrid.config.attention import AttentionScheme, rotation_of
+from megahybrid.config.context_plan import SplitPart
 from megahybrid.config.fusion import Fuse, HeadSplit, learned_fuse
 from megahybrid.config.model import ModelConfig
 from megahybrid.model.attention import Attention, Positions, kv_rows
-from megahybrid.model.context import SequenceContext, View
+from megahybrid.model.context import Met, SequenceContext, View
+from megahybrid.model.context_attention import (
+    ShardedCall,
+    attend_sharded_views,
+    own_tokens,
+    whole_rows,
+)
 from megahybrid.model.kernels.chosen import kernels_of_views
+from megahybrid.model.rotary import RotaryTable
 from megahybrid.model.score_scale import QueryScale
 from megahybrid.parallel.linear import sharded_parameter
 from megahybrid.parallel.mesh import ParallelMesh
@@ -65,13 +74,13 @@ class FuseGate(nn.Module):
             segment = Segment(f"{name}.fuse_gate.bias", (num_heads,), 0)
             self.bias = sharded_parameter((segment,), mesh)
 
-    def forward(self, like: Tensor, product: Tensor | None) -> Tensor:
+    def forward(self, like: Tensor, product: Tensor | None, heads: slice = slice(None)) -> Tensor:
         """g [..., heads or 1, 1], in fp32 or better, on the device of `like`; `product` is w u
-        [seq, batch, heads], None where there is no w."""
+        [seq, batch, heads], None where there is no w. `heads` of this rank's are asked for."""
         exact = torch.promote_types(like.dtype, torch.float32)
         if self.bias is None:
             return torch.full((1, 1), self.fuse.initial, dtype=exact, device=like.device)
-        score = self.bias.to(exact)
+        score = self.bias[heads].to(exact)
         if product is not None:
             score = product.to(exact) + score
         return score.sigmoid()[..., None]
@@ -87,7 +96,15 @@ class NearView(Attention):
         self.scheme, self.head_dim, self.kernel = scheme, config.head_dim, "auto"
         self.compiled_prepare = None
         self.sinks = None  # two views go without: `views_problem` refuses them together
+        self.split: HeadSplit | None = None
         self.query_scale = QueryScale.of(scheme, config.num_heads, f"{name}.near", mesh)
+
+    @property
+    def part(self) -> SplitPart | None:
+        """The near heads of a layer whose heads are split."""
+        if self.split is None:
+            return None
+        return SplitPart(self.scheme.reach, self.split, True)
 
 
 class _Stretch(NamedTuple):
@@ -120,22 +137,31 @@ class TwoViews(Attention):
         local = max(1, config.num_kv_heads // mesh.tensor.size)
         first = mesh.tensor.rank * local if keep is None else keep[0] // config.head_dim
         self.kv_heads = range(first, first + local)  # of this rank, among those of the model
-        self._take_kernels(kernel)
+        self._take_views(kernel)
 
     def adopt(self, scheme: AttentionScheme, kernel: str) -> None:
         """See as `scheme` says from the next forward on, in both views."""
         super().adopt(scheme, kernel)
         self.near.adopt(scheme.views()[0], kernel)
-        self._take_kernels(kernel)
+        self._take_views(kernel)
 
-    def _take_kernels(self, kernel: str) -> None:
+    def _take_views(self, kernel: str) -> None:
         self.near.kernel, self.kernel = kernels_of_views(kernel)
+        self.near.split = self.scheme.split
+
+    @property
+    def part(self) -> SplitPart | None:
+        """The far heads where they are split."""
+        split = self.scheme.split
+        return None if split is None else SplitPart(self.scheme.reach, split, False)
 
     def positions(self, context: SequenceContext) -> Positions:
         """Return nothing: `attended` asks for those of each view."""
         return Positions(None, None)
 
-    def prepared(self, q: Tensor, k: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def prepared(
+        self, q: Tensor, k: Tensor, positions: Positions, heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Return q and k as they are: `attended` prepares them for each view."""
         return q, k
 
@@ -149,8 +175,11 @@ class TwoViews(Attention):
     ) -> Output:
         """The attention output of raw heads; `fuse_gate` [seq, batch, heads] where a share depends
         on the token."""
-        # Context ranks exchange the keys of one view: a run with both is refused before it starts.
-        assert context.shards is None
+        if context.watch is not None:
+            self._tell(q, k, context, fuse_gate)
+            context = replace(context, watch=None)
+        if context.shards is not None and self.scheme.split is None:
+            return self._over_ranks(q, k, v, context, fuse_gate)
         near_qk = self._prepared(self.near, q, k, context)
         far_qk = self._prepared(self, q, k, context)
         if context.two_views is not None:
@@ -173,15 +202,78 @@ class TwoViews(Attention):
         return self.near.attended(q, k, v, context)
 
     def _prepared(
-        self, view: Attention, q: Tensor, k: Tensor, context: SequenceContext
+        self,
+        view: Attention,
+        q: Tensor,
+        k: Tensor,
+        context: SequenceContext,
+        heads: slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         view.compiled_prepare = self.compiled_prepare
-        return Attention.prepared(view, q, k, Attention.positions(view, context))
+        return Attention.prepared(view, q, k, Attention.positions(view, context), heads)
 
-    def _share(self, q: Tensor, fuse_gate: Tensor | None) -> Tensor:
-        """The share of the near view; of split heads 1 or 0."""
+    def _over_ranks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: SequenceContext,
+        fuse_gate: Tensor | None,
+    ) -> Output:
+        """The attention output of fused views where rows lie on context ranks. Keys and values are
+        sent once, as they are: rotated keys beside them would be half as many bytes more, and the
+        rank that receives keys knows their positions."""
+        shards, views = context.shards, (self.near, self)
+        assert shards is not None
+        if shards.exchange(self.scheme.reach) == "heads":
+            some = whole_rows(q, k, v, shards, fuse_gate)
+            near, far = (
+                Attention.attended(
+                    view,
+                    *self._prepared(view, some.q, some.k, context.of_whole_rows(), some.heads),
+                    some.v,
+                    context.of_whole_rows(),
+                )
+                for view in views
+            )
+            share = self._share(some.q, some.gates, some.heads)
+            return own_tokens(fused_output(near, far, share), shards)
+        queries = [self._prepared(view, q, k, context)[0] for view in views]
+        calls = [self._call(view, context, q.shape[1]) for view in views]
+        near, far = attend_sharded_views(queries, k, v, calls)
+        return fused_output(near, far, self._share(q, fuse_gate))
+
+    def _call(self, view: Attention, context: SequenceContext, batch: int) -> ShardedCall:
+        """What a view asks of attention over ranks, for keys that come unrotated."""
+        assert context.shards is not None
+        spec, rope = view.spec(context, batch), rotation_of(view.scheme.position)
+        call = ShardedCall(context.shards, spec, view.kernel, context.attention)
+        if rope is None:
+            return call
+
+        def table(first: int, last: int) -> RotaryTable:
+            if spec.window is not None:
+                return context.rotary_table(rope, self.head_dim, (first, last))
+            whole = context.rotary_table(rope, self.head_dim, (0, context.length))
+            return whole.stretch(first, last)
+
+        return replace(call, rotation=table)
+
+    def _tell(
+        self, q: Tensor, k: Tensor, context: SequenceContext, fuse_gate: Tensor | None
+    ) -> None:
+        """Tell who watches how the queries meet the keys of each view."""
+        assert context.watch is not None
+        met = [
+            Met(*self._prepared(view, q, k, context), view.spec(context, q.shape[1]))
+            for view in (self.near, self)
+        ]
+        context.watch(met, self._share(q, fuse_gate))
+
+    def _share(self, q: Tensor, fuse_gate: Tensor | None, heads: slice = slice(None)) -> Tensor:
+        """The share of the near view; of split heads 1 or 0. q are `heads` of this rank's."""
         if self.fuse_gate is not None:
-            share: Tensor = self.fuse_gate(q, fuse_gate)
+            share: Tensor = self.fuse_gate(q, fuse_gate, heads)
             return share
         split, group = self.scheme.split, q.shape[2] // len(self.kv_heads)
         assert split is not None

@@ -1,8 +1,5 @@
 """gelu(gate) * up, GELU by its tanh formula (arXiv 1606.08415, 2002.05202): alone, as one operation
-with its gradient, and for an MLP that runs in chunks.
-
-What `_SwiGLU` and `chunked_mlp.gated` are for silu.
-"""
+with its gradient, and for an MLP that runs in chunks. `swiglu` has the same for SiLU."""
 
 from typing import Any
 
@@ -58,9 +55,9 @@ def gelu_gated_gradients(
     place, and is spent. Compiled, it is one kernel: three tensors in, three out."""
     active = _gelu(gate)
     made = active * up
-    of_up = active.mul_(grad)
+    grad_up = active.mul_(grad)
     # A compiler that sees `grad` change would write it out for nothing.
-    of_active = grad * up if torch.compiler.is_compiling() else grad.mul_(up)
-    torch.ops.aten.gelu_backward.grad_input(of_active, gate, approximate=TANH, grad_input=gate)
-    up.copy_(of_up)
+    grad_active = grad * up if torch.compiler.is_compiling() else grad.mul_(up)
+    torch.ops.aten.gelu_backward.grad_input(grad_active, gate, approximate=TANH, grad_input=gate)
+    up.copy_(grad_up)
     return made

@@ -1,10 +1,9 @@
 """The gated feed-forward half of a layer: down(activation(gate(u)) * up(u)), arXiv 2002.05202."""
 
 from collections.abc import Callable
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,33 +11,9 @@ from megahybrid.config.model import Activation, ModelConfig
 from megahybrid.model.geglu import geglu
 from megahybrid.model.input_projection import InputProjection
 from megahybrid.model.recompute import rederived
+from megahybrid.model.swiglu import swiglu
 from megahybrid.parallel.linear import Output, RowParallelLinear
 from megahybrid.parallel.mesh import ParallelMesh
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Keeps its two inputs only; autograd's own product keeps silu(gate) too."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        # autograd's own kernel for d silu: five passes over memory less than written out.
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
-
-
-def swiglu(
-    gate: Float[Tensor, "seq batch features_local"], up: Float[Tensor, "seq batch features_local"]
-) -> Float[Tensor, "seq batch features_local"]:
-    """silu(gate) * up, element by element."""
-    if torch.compiler.is_compiling():
-        return F.silu(gate) * up  # the compiler keeps the two inputs and makes one kernel of it
-    return _SwiGLU.apply(gate, up)
 
 
 def gated_product(activation: Activation) -> Callable[[Tensor, Tensor], Tensor]:

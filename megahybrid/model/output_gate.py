@@ -37,9 +37,9 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         out, gate = ctx.saved_tensors
         share = _share(gate)
-        slope = torch.sigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
-        slope = slope * (1 - slope)
-        of_share = grads[0] * out
+        sigmoid = torch.sigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
+        derivative = sigmoid * (1 - sigmoid)
+        grad_share = grads[0] * out
         if gate.shape[-1] == 1 and out.shape[-1] > 1:
-            of_share = of_share.sum(-1, keepdim=True, dtype=slope.dtype)
-        return grads[0] * share, (of_share * slope).to(gate.dtype)
+            grad_share = grad_share.sum(-1, keepdim=True, dtype=derivative.dtype)
+        return grads[0] * share, (grad_share * derivative).to(gate.dtype)

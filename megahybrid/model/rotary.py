@@ -63,6 +63,10 @@ class RotaryTable:
         still = cos.new_ones(*cos.shape[:-1], head_dim - 2 * cos.shape[-1])
         return cls(torch.cat((cos, cos, still), dim=-1).to(dtype), sin.to(dtype))
 
+    def stretch(self, first: int, last: int) -> "RotaryTable":
+        """Return the table of the tokens first … last - 1 of these."""
+        return RotaryTable(self.cos[first:last], self.sin[first:last])
+
     def rows_first(self) -> "RotaryTable":
         """Return the same table for heads that are [batch, seq, ...]."""
         return RotaryTable(self.cos.transpose(0, 1), self.sin.transpose(0, 1))
@@ -74,7 +78,7 @@ def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
     return rope.frequencies(head_dim, torch, torch.float32).to(device)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def plain_table(
     rope: Rope,
     head_dim: int,
@@ -99,6 +103,13 @@ def rotate(
     if torch.compiler.is_compiling():
         return _rotated(x, table.cos, table.sin)
     return _Rotation.apply(x, table.cos, table.sin)
+
+
+def rotate_back(
+    grad: Float[Tensor, "seq batch heads head_dim"], table: RotaryTable
+) -> Float[Tensor, "seq batch heads head_dim"]:
+    """Return the gradient of x from that of `rotate(x, table)`, without autograd."""
+    return _rotate(grad, table.cos, table.sin, -1)
 
 
 def rotate_both(q: Tensor, k: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:

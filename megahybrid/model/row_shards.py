@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from megahybrid.config.context import Exchange, Layout, plan_context, segments
+from megahybrid.config.context import Exchange, Layout, segments
+from megahybrid.config.context_plan import Part, plan_context
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
-from megahybrid.errors import ConfigError
 from megahybrid.parallel.collectives import all_gather, all_reduce
 from megahybrid.parallel.exchange import HaloPlan, Range
 from megahybrid.parallel.mesh import Axis, ParallelMesh
@@ -21,16 +21,18 @@ from megahybrid.parallel.mesh import Axis, ParallelMesh
 @dataclass(frozen=True)
 class RowShards:
     """Rows of `length` tokens on the ranks of a context axis: rank r holds its segments of each
-    row, one behind the other. `exchanges` has (window, exchange) of every window of the plan."""
+    row, one behind the other. `exchanges` has (window, exchange) of every window of the plan, and
+    of each part of heads that are split over two views."""
 
     axis: Axis
     layout: Layout
     length: int
-    exchanges: tuple[tuple[int | None, Exchange], ...]
+    exchanges: tuple[tuple[Part, Exchange], ...]
 
-    def exchange(self, window: int | None) -> Exchange:
-        """Return how queries of layers with this window meet their keys."""
-        return dict(self.exchanges)[window]
+    def exchange(self, part: Part) -> Exchange:
+        """Return how queries of layers with this window, or of a part of their heads, meet their
+        keys."""
+        return dict(self.exchanges)[part]
 
     @cached_property
     def of_ranks(self) -> tuple[tuple[Range, ...], ...]:
@@ -127,15 +129,6 @@ class ContextRanks:
         crossing = plan_context(self.model, self.parallel, plan, length)
         if crossing.degree == 1:
             return None
-        if any(scheme.near is not None for scheme in plan.schemes.values()):
-            raise ConfigError(
-                f"{crossing.degree} context ranks (--context or parallel.context) exchange the "
-                "keys of one view, and near is a second one. Use tensor ranks."
-            )
-        by_window = {
-            plan.schemes[name].reach: exchange
-            for name, exchange in crossing.exchanges
-            if exchange is not None
-        }
+        by_part = {each.part: found for each, found in crossing.crossings if found is not None}
         axis = self.mesh.context_of(crossing.degree)
-        return RowShards(axis, crossing.layout, length, tuple(by_window.items()))
+        return RowShards(axis, crossing.layout, length, tuple(by_part.items()))

@@ -141,8 +141,9 @@ class QueryScale(nn.Module):
         )
 
     def forward(
-        self, factor: Float[Tensor, "seq batch_or_1"]
+        self, factor: Float[Tensor, "seq batch_or_1"], heads: slice = slice(None)
     ) -> Float[Tensor, "seq batch_or_1 heads_or_1 1"]:
-        """The factor of each query and head: for ssmax times the learned s of the head."""
+        """The factor of each query and head: for ssmax times the learned s of the head; `heads` of
+        this rank's are asked for."""
         factor = factor[..., None, None]
-        return factor if self.logit_scale is None else factor * self.logit_scale[:, None]
+        return factor if self.logit_scale is None else factor * self.logit_scale[heads, None]

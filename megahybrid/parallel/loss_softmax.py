@@ -59,7 +59,7 @@ def statistics(
 
 
 def _exponentials(tanh: Tensor, softcap: float, peak: Tensor) -> Tensor:
-    """Those of capped logits, relative to the largest."""
+    """The exponentials of capped logits, relative to the largest."""
     return (tanh * softcap).sub_(peak.unsqueeze(1)).exp_()
 
 

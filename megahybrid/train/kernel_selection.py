@@ -9,7 +9,7 @@ import torch
 
 from megahybrid.config import RunConfig
 from megahybrid.config.attention import AttentionScheme
-from megahybrid.config.context import fewer_queries, plan_context
+from megahybrid.config.context_plan import fewer_queries, plan_context
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.model import ModelConfig

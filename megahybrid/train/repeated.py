@@ -1,14 +1,15 @@
-"""Steps that an earlier attempt did beyond the checkpoint, done again: they must come out alike.
+"""The check of repeated steps: what an earlier attempt did after its last checkpoint is done again,
+and must come out the same.
 
-A resume repeats them, and the ledger still holds their lines. Other cursors mean other data: a
-wrong position in the checkpoint, or an order that changed under the run, which nobody would see
+A resume repeats such steps, and the ledger still holds their lines. Other cursors mean other data:
+a wrong position in the checkpoint, or an order that changed under the run, which nobody would see
 later. The run ends before anything of it is saved. Another loss means a wrong moment, rate or
-weight, or a machine that computes differently: it is told, and the run goes on.
+weight, or a machine that computes differently: it is reported, and the run goes on.
 
-Only what is the same on purpose is compared. Each stage of an attempt tells what decides its data
+Only what is the same on purpose is compared. Each stage of an attempt records what decides its data
 and arithmetic (`Repeatable`). A step is compared where all steps before it were decided alike too:
 a change that was tried for a while and taken back has left its trace in cursors and weights. Lines
-of attempts that told nothing are passed over.
+of attempts that recorded nothing are passed over.
 """
 
 import hashlib
@@ -56,14 +57,14 @@ class Repeatable:
 
 
 @dataclass(frozen=True)
-class Course:
+class DecisionHistory:
     """The decisions behind all steps of a run up to one: each change, with the first step that it
-    held for; None for those of a version that told nothing."""
+    held for; None for those of a version that recorded nothing."""
 
     changes: tuple[tuple[int, Repeatable | None], ...] = ()
 
     @property
-    def told(self) -> Repeatable | None:
+    def latest(self) -> Repeatable | None:
         """Return what decided the last step."""
         return self.changes[-1][1] if self.changes else None
 
@@ -77,16 +78,17 @@ class Course:
                 found.append((step, config))
         return found
 
-    def until(self, step: int) -> "Course":
-        """The course of the steps up to `step`."""
-        return Course(tuple(change for change in self.changes if change[0] <= step))
+    def until(self, step: int) -> "DecisionHistory":
+        """The history of the steps up to `step`."""
+        return DecisionHistory(tuple(change for change in self.changes if change[0] <= step))
 
-    def then(self, step: int, told: Repeatable | None) -> "Course":
-        """The course through `step`, which `told` decided."""
-        told = told and replace(told, anew=False)  # whoever meant another order may mean it again
-        if self.changes and self.told == told:
+    def with_step(self, step: int, decided_by: Repeatable | None) -> "DecisionHistory":
+        """The history through `step`, which `decided_by` decided."""
+        if decided_by is not None:  # whoever meant another order may mean it again
+            decided_by = replace(decided_by, anew=False)
+        if self.changes and self.latest == decided_by:
             return self
-        return Course((*self.changes, (step, told)))
+        return DecisionHistory((*self.changes, (step, decided_by)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class EarlierStep:
     attempt: int
     cursor_crc: int
     loss: float | None
-    course: Course
+    history: DecisionHistory
     parted: int = 0
 
 
@@ -169,7 +171,9 @@ def _digest(plain: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def steps_beyond(lines: Iterable[Line], step: int) -> tuple[dict[int, EarlierStep], Course]:
+def steps_beyond(
+    lines: Iterable[Line], step: int
+) -> tuple[dict[int, EarlierStep], DecisionHistory]:
     """The steps beyond `step` that an attempt which begins there repeats, each as the newest
     attempt had it that came by the same data; and what decided the steps up to `step`.
 
@@ -179,35 +183,35 @@ def steps_beyond(lines: Iterable[Line], step: int) -> tuple[dict[int, EarlierSte
     """
     found: dict[tuple[int, ...], dict[int, EarlierStep]] = {}
     rewinds: list[tuple[int, int]] = []  # (step, number), those in force
-    course, told = Course(), None
+    history, told = DecisionHistory(), None
     begun: list[tuple[int, int]] = []  # (attempt, step) of each beginning
     for number, line in enumerate(lines):
         if isinstance(line, EventLine):
             if line.begins or line.goes_back:
                 rewinds = [each for each in rewinds if each[0] <= line.step]
-                course, told = course.until(line.step), None
+                history, told = history.until(line.step), None
             if line.begins:
                 begun.append((line.attempt, line.step))
             elif line.goes_back:
                 rewinds.append((line.step, number))
             elif line.event == StageEvent.name:
                 stage = line.content
-                told = _told(stage.repeatable) if isinstance(stage, StageEvent) else None
+                told = _recorded(stage.repeatable) if isinstance(stage, StageEvent) else None
                 if told is not None and told.anew:
                     _drop_before(found, line.attempt)
         else:
-            course = course.then(line.step, told)
+            history = history.with_step(line.step, told)
             if line.step > step:
                 here = found.setdefault(tuple(number for _, number in rewinds), {})
-                here[line.step] = EarlierStep(line.attempt, line.cursor_crc, line.loss, course)
-    course = course.until(step)
+                here[line.step] = EarlierStep(line.attempt, line.cursor_crc, line.loss, history)
+    history = history.until(step)
     steps = found.get(tuple(number for at, number in rewinds if at <= step), {})
     parted = _parted(begun, step)
     return {
         at: replace(earlier, parted=parted.get(earlier.attempt, step))
         for at, earlier in steps.items()
-        if earlier.course.told is not None
-    }, course
+        if earlier.history.latest is not None
+    }, history
 
 
 def _parted(begun: Sequence[tuple[int, int]], step: int) -> dict[int, int]:
@@ -226,25 +230,29 @@ def _drop_before(found: dict[tuple[int, ...], dict[int, EarlierStep]], attempt: 
             del steps[step]
 
 
-def _told(said: Any) -> Repeatable | None:
-    """Return what a stage told; None of a version that told nothing, or another."""
+def _recorded(said: Any) -> Repeatable | None:
+    """Return what a stage recorded; None of a version that recorded nothing, or another."""
     if isinstance(said, Mapping) and said.keys() == {"config", "layout", "anew"}:
         return Repeatable(str(said["config"]), str(said["layout"]), said["anew"] is True)
     return None
 
 
 def difference(
-    line: StepLine, earlier: EarlierStep, course: Course, precision: str, deterministic: bool
+    line: StepLine,
+    earlier: EarlierStep,
+    history: DecisionHistory,
+    precision: str,
+    deterministic: bool,
 ) -> Difference | None:
-    """Return how a step, which `course` leads to, differs from the same one of an earlier attempt;
+    """Return how a step, which `history` leads to, differs from the same one of an earlier attempt;
     None where it does not, or where they are not to be compared."""
-    if earlier.course.config != course.config:
+    if earlier.history.config != history.config:
         return None
     if line.cursor_crc != earlier.cursor_crc:
         return Difference(
             line.step, earlier.attempt, "cursor_crc", earlier.cursor_crc, line.cursor_crc
         )
-    exact = deterministic and earlier.course == course
+    exact = deterministic and earlier.history == history
     if not exact and line.step > earlier.parted + TOLERATED_STEPS:
         return None
     bound = 0.0 if exact else TOLERANCE[precision]
@@ -277,9 +285,9 @@ class RepeatedSteps:
         self._anew = any(_means_another_order(name) for name in allow)
         self._parent: Mapping[str, Any] | None = None
         self._earlier: dict[int, EarlierStep] = {}
-        self._course = Course()
+        self._history = DecisionHistory()
         self._compares_losses = True
-        self._told: Repeatable | None = None
+        self._decided_by: Repeatable | None = None
 
     def begin(self, directory: Path, step: int, parent: Mapping[str, Any] | None) -> None:
         """Look up what lies beyond `step`, before this attempt writes a line. Collective: rank 0
@@ -287,10 +295,10 @@ class RepeatedSteps:
         self._parent = parent
         path = directory / LEDGER_NAME
 
-        def read() -> tuple[dict[int, EarlierStep], Course]:
+        def read() -> tuple[dict[int, EarlierStep], DecisionHistory]:
             return steps_beyond(read_every_line(path) if path.exists() else (), step)
 
-        self._earlier, self._course = on_first(self._mesh.world, read)
+        self._earlier, self._history = on_first(self._mesh.world, read)
         if self._anew:
             self.forget()
 
@@ -300,19 +308,19 @@ class RepeatedSteps:
 
     def stage(self, index: int, kernels: Mapping[str, str]) -> dict[str, Any]:
         """The steps that follow are of stage `index`. Returns its `repeatable` for the ledger."""
-        self._told = repeatable(
+        self._decided_by = repeatable(
             self._run, index, self._mesh, kernels, self._parent, self._files, self._anew
         )
-        return asdict(self._told)
+        return asdict(self._decided_by)
 
     def check(self, line: StepLine) -> Difference | None:
         """The first loss that differs, alike on every rank, or None. Raises RepeatError on every
         rank where the cursors of any rank differ: other data have come."""
-        self._course = self._course.then(line.step, self._told)
+        self._history = self._history.with_step(line.step, self._decided_by)
         earlier = self._earlier.pop(line.step, None)
         if earlier is None:
             return None
-        mine = difference(line, earlier, self._course, self._run.precision, self._deterministic)
+        mine = difference(line, earlier, self._history, self._run.precision, self._deterministic)
         found = [each for each in gather_objects(mine, self._mesh.world) if each is not None]
         for each in found:
             if each.field == "cursor_crc":
@@ -323,7 +331,7 @@ class RepeatedSteps:
                 )
         if not found or not self._compares_losses:
             return None
-        self._compares_losses = False  # what differs now differs ever after: it is told once
+        self._compares_losses = False  # what differs now differs ever after: it is reported once
         return found[0]
 
 

@@ -1,4 +1,5 @@
-"""Back before a spike: the newest checkpoint again, at the data that follows the spike.
+"""Going back before a spike: training starts again from the newest checkpoint, at the data that
+follows the spike.
 
 What made a spike began before it showed, so PaLM (arXiv 2204.02311, sec. 5.1) went back to an
 earlier checkpoint and passed over the data in between. The checkpoint stays as it is; the new

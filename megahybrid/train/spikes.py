@@ -1,5 +1,5 @@
-"""Spikes: steps that would do harm, whose loss or gradient norm lies far outside of what the last
-steps had.
+"""The rule for spikes: steps that would do harm, because their loss or gradient norm is far above
+that of the last steps.
 
 The rule is OLMo's (SkipStepOptimizer): more than so many standard deviations above the mean of the
 last so many steps, once half of them are there. Every rank judges the same numbers alike.

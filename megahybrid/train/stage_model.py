@@ -1,5 +1,5 @@
-"""The layers of a stage as its tokens have them: self-tested before they train, and changed on the
-way where the stage anneals."""
+"""`StageModel`: the model of a stage, with the windows and thetas of its layers after so many
+tokens. Its schemes are self-tested before they train; where the stage anneals, it follows."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megahybrid.config import RunConfig
-from megahybrid.config.attention import AttentionScheme, Rope
+from megahybrid.config.attention import AttentionScheme, rotation_of
 from megahybrid.config.context import Exchange, Layout
+from megahybrid.config.context_plan import parts_of
 from megahybrid.config.layer_plan import LayerPlan
 from megahybrid.config.memory_estimate import policies_of
 from megahybrid.config.stages import Recompute, RecomputeBudget
@@ -32,14 +33,14 @@ class _Crossed(NamedTuple):
     scheme: AttentionScheme
     axis: Axis
     layout: Layout
-    exchange: Exchange
+    exchanges: tuple[Exchange, ...]
 
 
 class StageModel:
     """A model and the plan in force in it, which is a function of the tokens seen.
 
-    Every scheme is self-tested on its kernel before a step is made with it. `tell` hears of each
-    change on the way.
+    Every scheme is self-tested on its kernel before a step is made with it. `tell` is called with
+    the event of each change.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class StageModel:
         return self.model
 
     def _policies(self, index: int) -> list[Recompute]:
-        """The recompute policy of each layer; what a budget came to is told."""
+        """The recompute policy of each layer. Those that a budget leads to make an event."""
         policies = policies_of(self._run, index, self._mesh.data.size)
         if isinstance(self._run.stages[index].recompute, RecomputeBudget):
             tally = ", ".join(f"{name} {policies.count(name)}" for name in dict.fromkeys(policies))
@@ -168,7 +169,9 @@ class StageModel:
                 yield (
                     shards,
                     {
-                        name: _Crossed(scheme, *where, shards.exchange(scheme.reach))
+                        name: _Crossed(
+                            scheme, *where, tuple(map(shards.exchange, parts_of(scheme)))
+                        )
                         for name, scheme in plan.schemes.items()
                     },
                 )
@@ -201,6 +204,7 @@ def _changes(before: LayerPlan, after: LayerPlan) -> dict[str, Any]:
         old = before.schemes[name]
         if scheme.window != old.window:
             found[f"{name}.window"] = scheme.window
-        if isinstance(scheme.position, Rope) and scheme.position != old.position:
-            found[f"{name}.position.theta"] = scheme.position.theta
+        rope = rotation_of(scheme.position)
+        if rope is not None and rope != old.position:
+            found[f"{name}.position.theta"] = rope.theta
     return found

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.context_group import model_of
 from megahybrid.config.base import Frozen
-from megahybrid.config.context import plan_context
+from megahybrid.config.context_plan import plan_context
 from megahybrid.config.context_volume import period_volume
 from megahybrid.config.loader import load
 from megahybrid.config.model import ModelConfig

@@ -11,15 +11,17 @@ from megahybrid.config.context import (
     Layout,
     exchange_bytes,
     legal_exchanges,
-    plan_context,
     segments,
     work_max_over_mean,
 )
 from megahybrid.config.context_memory import ContextMemory, context_memory
+from megahybrid.config.context_plan import plan_context
 from megahybrid.config.memory_estimate import memory_per_rank, policies_of
+from megahybrid.config.parallel import ParallelConfig
 from megahybrid.errors import ConfigError
 from tests.config.example import example
 from tests.config.test_config_files import CONFIGS
+from tests.parity.cases import model as tiny
 
 LENGTHS = (12, 96, 240)
 
@@ -316,3 +318,28 @@ def test_the_kernels_named_here_are_those_that_say_so_themselves() -> None:
         named = set(FEWER_QUERIES[kind]) - {"auto"}
         # blocked without a window is sdpa: nobody names it for a full layer.
         assert named == serving - ({"blocked"} if kind == "full" else set())
+
+
+def test_views_have_the_exchange_of_one_and_split_heads_two() -> None:
+    """Of four heads on two KV heads, half are near: four ranks cannot share two heads."""
+    config = tiny("split")  # then a layer whose views are fused
+
+    def planned(context: int, full: str = "auto") -> str:
+        parallel = ParallelConfig.model_validate({"context": context, "exchange": {"full": full}})
+        return plan_context(config, parallel, config.layer_plan, 96).in_words()
+
+    assert planned(2) == (
+        "96 tokens over 2 context ranks (zigzag): layer0 (near) halo, layer0 (far) keys, "
+        "layer1 heads"
+    )
+    assert planned(2, "heads") == (
+        "96 tokens over 2 context ranks (contiguous): layer0 (near) halo, layer0 (far) heads, "
+        "layer1 heads"
+    )
+    with pytest.raises(ConfigError) as raised:
+        planned(4, "heads")
+    assert str(raised.value) == (
+        "parallel.exchange.full=heads cannot split a tensor rank's 2 heads of scheme layer0 (far) "
+        "(KV heads: 1) over 4 context ranks (parallel.context at length 96). Use 1 or 2 context "
+        "ranks, or keys."
+    )

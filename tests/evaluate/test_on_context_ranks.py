@@ -18,8 +18,9 @@ from tests.parity import cases
 from tests.plain_model import random_tensors
 
 VOCAB = 50
-# A window that crosses ranks; a learnt factor per head; a norm over the heads of all ranks; a sink.
-FAMILIES = ("rnope_swa", "ssmax", "projection", "sink")
+# A window that crosses ranks; a learnt factor per head; a norm over the heads of all ranks; a sink;
+# two views of the same keys, fused and split.
+FAMILIES = ("rnope_swa", "ssmax", "projection", "sink", "fused", "split")
 EXCHANGES = ({}, {"full": "keys", "windowed": "keys", "layout": "zigzag"})
 
 

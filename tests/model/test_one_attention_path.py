@@ -141,7 +141,13 @@ def test_what_no_kernel_serves_is_refused_on_every_path(
 # What does the work, and the only functions that may call it, by file.
 CALLERS = {
     # A cache keeps the keys of two views once, not rotated, and turns them for each as it reads.
-    "rotate": {"model/rotary.py rotate_both", "evaluate/cache.py _rotated"},
+    # So do context ranks with what they received of these.
+    "rotate": {
+        "model/rotary.py rotate_both",
+        "evaluate/cache.py _rotated",
+        "model/context_attention.py rotated",
+    },
+    "rotate_back": {"model/context_attention.py rotated_back"},
     "rotate_both": {"model/core_attention.py prepare_queries_keys"},
     "attend": {"model/core_attention.py core_attention"},
     "prepare_queries_keys": {
@@ -159,6 +165,7 @@ CALLERS = {
     "attention_forward": {"model/context_attention.py forward"},
     "attention_backward": {"model/context_attention.py backward"},
     "attend_sharded": {"model/attention.py attended"},
+    "attend_sharded_views": {"model/fusion.py _over_ranks"},
     "query_factor": {"model/score_scale.py _plain_factor", "model/score_scale.py factor"},
 }
 # A model that goes to Hugging Face brings its own code, held to ours by comparing logits.

@@ -1,6 +1,6 @@
 """What context ranks receive, counted at the process group, is what the formulas say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from megahybrid.config.context import HeadShape, exchange_bytes, segments_per_rank
+from megahybrid.config.context_plan import plan_context
 from megahybrid.config.context_volume import received_bytes
 from megahybrid.config.parallel import ParallelConfig
 from tests import distributed
-from tests.parity.cases import WINDOW, model
+from tests.parity.cases import HEADS, WINDOW, model
 
 ROWS, LENGTH, WIDTH = 2, 64, 4  # bytes of an fp32 value
 WINDOWS = (WINDOW, None)  # of the two layers of rnope_swa
@@ -30,20 +31,31 @@ class Case:
     kv_heads: int = 2
     recompute: str = "none"
     length: int = LENGTH
+    family: str = "rnope_swa"
 
     @property
-    def shape(self) -> HeadShape:
-        return HeadShape.of(model("rnope_swa", kv_heads=self.kv_heads), self.tensor)
+    def layers(self) -> list[tuple[int | None, HeadShape]]:
+        """The window of each exchange, and the heads of a tensor rank that it is for."""
+        g = max(1, self.kv_heads // self.tensor)
+        every = HeadShape(HEADS // self.tensor, g, 8)
+        match self.family:
+            case "fused":  # by token over a far view of 9 keys, and by head over all
+                return [(9, replace(every, gates=every.heads)), (None, every)]
+            case "split":  # half of the key heads see WINDOW keys; then fused by one number
+                half = HeadShape(every.heads // 2, g // 2, 8)
+                return [(WINDOW, half), (None, half), (None, every)]
+            case _:
+                return [(window, every) for window in WINDOWS]
 
     def received(self, rank: int) -> int:
         """The exact number of bytes for attention of one context rank."""
         forward_again = self.recompute in ("full", "offload")
         total = 0
-        for window in WINDOWS:
+        for window, shape in self.layers:
             exchange: Any = self.full if window is None else self.windowed
             layout: Any = self.layout
             total += received_bytes(
-                *(exchange, window, self.length, self.context, self.shape),
+                *(exchange, window, self.length, self.context, shape),
                 layout=layout,
                 rank=rank,
                 bytes_per_value=WIDTH,
@@ -55,10 +67,10 @@ class Case:
         forward_again = self.recompute in ("full", "offload")
         layout: Any = self.layout
         total = 0
-        for window in WINDOWS:
+        for window, shape in self.layers:
             exchange: Any = self.full if window is None else self.windowed
             total += exchange_bytes(
-                *(exchange, window, self.length, self.context, self.shape),
+                *(exchange, window, self.length, self.context, shape),
                 segments=segments_per_rank(layout),
                 bytes_per_value=WIDTH,
             ).total(forward_again=forward_again)
@@ -80,6 +92,13 @@ CASES = {
     "as-many-kv-heads": Case("heads", "halo", "zigzag", kv_heads=4),
     "tensor2": Case("heads", "halo", "contiguous", context=2, tensor=2),
     "tensor2-one-kv-head": Case("keys", "halo", "zigzag", context=2, tensor=2, kv_heads=1),
+    "fused-halo-keys": Case("keys", "halo", "zigzag", family="fused"),
+    "fused-halo-heads-full": Case("heads", "halo", "contiguous", family="fused", recompute="full"),
+    "fused-heads": Case("heads", "heads", "zigzag", family="fused", kv_heads=1),
+    "fused-keys-tensor2": Case("keys", "keys", "contiguous", context=2, tensor=2, family="fused"),
+    "split-halo-keys": Case("keys", "halo", "zigzag", family="split", kv_heads=4),
+    "split-halo-heads": Case("heads", "halo", "contiguous", family="split", context=2),
+    "split-heads": Case("heads", "heads", "contiguous", family="split", context=2),
     "window-over-three-ranks": Case("keys", "halo", "contiguous", length=8),
     "window-over-many-segments": Case("keys", "halo", "zigzag", length=8),
 }
@@ -95,7 +114,7 @@ def received(ranks: distributed.Ranks, cases: list[Case]) -> list[tuple[int, dic
     for case in cases:
         mesh = ranks.mesh(case.tensor, case.context)
         exchange = {"full": case.full, "windowed": case.windowed, "layout": case.layout}
-        config = model("rnope_swa", kv_heads=case.kv_heads)
+        config = model(case.family, kv_heads=case.kv_heads)
         parallel = ParallelConfig.model_validate(
             {"tensor": case.tensor, "context": case.context, "exchange": exchange}
         )
@@ -178,3 +197,28 @@ def test_what_a_rank_gets_another_gave(layout: Any, degree: int, window: int) ->
         before_last = length - length // degree
         share = min(window - 1, before_last) * 2 * 2 * 8 * 2
         assert traffic[-1].forward == share and traffic[-1].backward == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_foretells_the_bytes_of_its_layers(name: str) -> None:
+    """What `describe` multiplies with rows and layers, from the plan and not from the case."""
+    case = CASES[name]
+    config = model(case.family, kv_heads=case.kv_heads)
+    exchange = {"full": case.full, "windowed": case.windowed, "layout": case.layout}
+    parallel = ParallelConfig.model_validate(
+        {"tensor": case.tensor, "context": case.context, "exchange": exchange}
+    )
+    found = plan_context(config, parallel, config.layer_plan, case.length)
+    again = case.recompute in ("full", "offload")
+    of_layers = [
+        found.layer_bytes(layer, WIDTH, forward_again=again) for layer in config.layer_plan.names()
+    ]
+    assert ROWS * sum(of_layers) == case.nominal()
+
+
+def test_two_fused_views_cost_the_exchange_of_one() -> None:
+    """Keys go once; by token and by heads alone a value for each token and head comes on top."""
+    parallel = ParallelConfig.model_validate({"context": 4, "exchange": {"full": "keys"}})
+    plain, fused = model("nope").layer_plan, model("fused").layer_plan
+    of_fused = plan_context(model("fused"), parallel, fused, LENGTH).layer_bytes("layer1")
+    assert of_fused == plan_context(model("nope"), parallel, plain, LENGTH).layer_bytes("layer0")

@@ -186,11 +186,6 @@ TURNS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def one_view(config: ModelConfig) -> bool:
-    """Whether context ranks serve the model: its layers have one view of their keys."""
-    return all(scheme.near is None for scheme in config.layer_plan.schemes.values())
-
-
 def every_layer_case() -> dict[str, dict[str, Any]]:
     """Each family × block × norm by name, as arguments of a comparison."""
     draw, cases = Random(2), {}

@@ -38,6 +38,9 @@ CASES = {
     "context2-zero3": case(
         "ssmax", "parallel", context=2, zero_stage=3, recompute="selective", exchange=KEYS
     ),
+    "context2-zero2-fused": case(
+        "fused", "parallel", context=2, zero_stage=2, recompute="full", exchange=HEADS
+    ),
     "context4-zero1": case("partial", "parallel", context=4, exchange=ZIGZAG, recompute="offload"),
     "context4-zero3": case("rnope_swa", kv_heads=4, context=4, zero_stage=3, accumulation=2),
     "tensor2-context2-zero2": case(
@@ -52,12 +55,30 @@ CASES = {
     "tensor2-context4-zero1": case("rnope_swa", kv_heads=1, tensor=2, context=4, exchange=ZIGZAG),
 }
 
+TWO_VIEWS = {
+    "context2-zero3-fused": case("fused", context=2, zero_stage=3, exchange=ZIGZAG, accumulation=2),
+    "context2-zero1-split": case("split", context=2, recompute="offload", exchange=ZIGZAG),
+    "tensor2-context2-zero3-fused": case(
+        "fused", "post_norm", tensor=2, context=2, zero_stage=3, exchange=KEYS
+    ),
+}
+
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_five_steps_equal_the_plain_training_loop(world_size: int) -> None:
+    trained_alike(CASES, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_five_steps_with_two_views_equal_the_plain_training_loop(world_size: int) -> None:
+    trained_alike(TWO_VIEWS, world_size)
+
+
+def trained_alike(of: dict[str, Case], world_size: int) -> None:
+    """Hold the cases of so many ranks to the plain loop."""
     cases = {
         name: replace(case, seed=100 + seed)
-        for seed, (name, case) in enumerate(CASES.items())
+        for seed, (name, case) in enumerate(of.items())
         if case.world_size == world_size
     }
     runs = distributed.run(world_size, engine_runs, list(cases.values()), timeout_seconds=240)
@@ -91,8 +112,14 @@ def traced_runs(ranks: distributed.Ranks, case: Case) -> RankRun:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.parametrize("exchange", [HEADS, ZIGZAG], ids=["heads", "keys_zigzag"])
-def test_compiled_layers_are_the_plain_ones(exchange: tuple[tuple[str, str], ...]) -> None:
-    compiled = case("rnope_swa", context=2, exchange=exchange, compiler="aot_eager", seed=70)
+@pytest.mark.parametrize(
+    ("family", "exchange"),
+    [("rnope_swa", HEADS), ("rnope_swa", ZIGZAG), ("fused", HEADS), ("fused", ZIGZAG)],
+    ids=["heads", "keys_zigzag", "fused-heads", "fused-keys_zigzag"],
+)
+def test_compiled_layers_are_the_plain_ones(
+    family: str, exchange: tuple[tuple[str, str], ...]
+) -> None:
+    compiled = case(family, context=2, exchange=exchange, compiler="aot_eager", seed=70)
     found = errors(compiled, distributed.run(2, traced_runs, compiled), plain_run(compiled))
     assert not {what: error for what, error in found.items() if not error <= BOUND}

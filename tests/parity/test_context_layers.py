@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from megahybrid.config.context_plan import exchange_problems
+from megahybrid.config.parallel import ExchangeConfig, ParallelConfig
 from tests import distributed
-from tests.parity.cases import BLOCKS, every_layer_case, one_view
-from tests.parity.test_layers import Errors, case_errors, wrong
+from tests.parity.cases import BLOCKS, every_layer_case
+from tests.parity.test_layers import SEQ, Errors, case_errors, wrong
 
 # What full and windowed layers exchange, and how rows lie.
 EXCHANGES = [
@@ -24,23 +26,18 @@ def with_exchange(
     case: dict[str, Any], tensor: int, context: int, number: int
 ) -> tuple[str, dict[str, Any]]:
     """The case with one of the exchanges, in words too; keys where its heads do not allow heads."""
-    exchange = EXCHANGES[number % len(EXCHANGES)]
-    heads, kv = 4 // tensor, max(1, case["config"].num_kv_heads // tensor)
-    if heads % context or (kv % context and context % kv):
+    exchange, config = EXCHANGES[number % len(EXCHANGES)], case["config"]
+    told = ParallelConfig(tensor=tensor, context=context, exchange=ExchangeConfig(**exchange))
+    if exchange_problems(config, told, config.layer_plan, SEQ):
         exchange = {field: {"heads": "keys"}.get(word, word) for field, word in exchange.items()}
     return "-".join(exchange.values()), case | {"exchange": exchange}
-
-
-def served_cases() -> dict[str, dict[str, Any]]:
-    """Every case but those that are refused: context ranks exchange the keys of one view."""
-    return {name: case for name, case in every_layer_case().items() if one_view(case["config"])}
 
 
 def covering(tensor: int, context: int) -> dict[str, dict[str, Any]]:
     """A quarter of all cases, each with one exchange: over the meshes every case is met, and with
     every fourth of a family another exchange."""
     mesh, cases = MESHES.index((tensor, context)), {}
-    for number, (name, case) in enumerate(served_cases().items()):
+    for number, (name, case) in enumerate(every_layer_case().items()):
         if number % len(MESHES) == mesh:
             words, chosen = with_exchange(case, tensor, context, number // len(MESHES))
             cases[f"{name}-{words}"] = chosen
@@ -50,7 +47,7 @@ def covering(tensor: int, context: int) -> dict[str, dict[str, Any]]:
 def whole_grid(tensor: int, context: int) -> dict[str, dict[str, Any]]:
     """Every case with every exchange."""
     cases = {}
-    for name, case in served_cases().items():
+    for name, case in every_layer_case().items():
         for number in range(len(EXCHANGES)):
             words, chosen = with_exchange(case, tensor, context, number)
             cases[f"{name}-{words}"] = chosen
@@ -100,4 +97,4 @@ def test_the_cases_meet_every_exchange_and_recomputation() -> None:
         (r, tuple(e.values())) for r in ("none", "selective", "full") for e in EXCHANGES
     }
     names = {name.rsplit("-", 3)[0] for mesh in MESHES for name in covering(*mesh)}
-    assert names == set(served_cases())
+    assert names == set(every_layer_case())

@@ -27,6 +27,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
         "offload of optimizer moments",
         "recompute, activation offload",
         "fewer KV heads than ranks",
+        "fused views, split heads",
     ),
     "spike": (
         "ZeRO stage 3",

@@ -288,7 +288,7 @@ def test_of_a_layer_that_is_not_compiled_whole_the_pieces_are_timed_as_a_rank_ha
     assert found["chosen"]["blocks"] == "compiled"
     assert found["seconds"]["blocks"] == "plain 2000.000 ms, compiled 1000.000 ms"
     # 4 heads and 48 values between the MLP's matrices.
-    products = ("gated", "gated_gradients") if recompute == "chunked" else ("swiglu",)
+    products = ("silu_gated", "silu_gated_gradients") if recompute == "chunked" else ("swiglu",)
     local = dict.fromkeys(products, 48 // tensor) | {"prepare_queries_keys": 4 // tensor}
     assert widths == [{}, local]
 

@@ -15,7 +15,7 @@ from megahybrid.ledger import EventLine, Line, StepLine, read_every_line, read_l
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.repeated import (
     TOLERATED_STEPS,
-    Course,
+    DecisionHistory,
     EarlierStep,
     Repeatable,
     difference,
@@ -71,7 +71,7 @@ def test_lines_of_an_attempt_that_told_nothing_are_not_compared() -> None:
     assert crcs(lines, 0) == {3: 0}
     strange = {"repeatable": {"config": "c", "layout": "l", "more": 1}}
     unknown = [event("start", 0, 1), event("stage", 0, 1, **strange), step_line(1, attempt=1)]
-    assert steps_beyond(unknown, 0) == ({}, Course())
+    assert steps_beyond(unknown, 0) == ({}, DecisionHistory())
 
 
 def test_a_rewind_parts_the_lines_before_it_from_those_after() -> None:
@@ -102,7 +102,7 @@ def test_another_order_that_was_meant_voids_what_came_before_it() -> None:
 
 
 LOSS = 2.0
-ALIKE = Course().then(1, SAME)
+ALIKE = DecisionHistory().with_step(1, SAME)
 CASES: dict[str, tuple[dict[str, Any], Repeatable, str, bool, str | None]] = {
     "the same": ({}, SAME, "fp32", True, None),
     "one bit": ({"loss": LOSS * (1 + 2**-52)}, SAME, "fp32", True, "loss"),
@@ -129,7 +129,7 @@ CASES: dict[str, tuple[dict[str, Any], Repeatable, str, bool, str | None]] = {
 def test_what_counts_as_the_same(case: str) -> None:
     changes, told, precision, deterministic, expected = CASES[case]
     line = replace(step_line(7, loss=LOSS, cursor_crc=7), **changes)
-    now = Course().then(1, told)
+    now = DecisionHistory().with_step(1, told)
     found = difference(line, EarlierStep(3, 7, LOSS, ALIKE), now, precision, deterministic)
     assert (found and found.field) == expected
     if found is not None:
@@ -149,8 +149,8 @@ OTHER = {"config": Repeatable("d", "l"), "layout": Repeatable("c", "m"), "nothin
 def test_a_change_that_was_taken_back_parts_the_steps_after_it(change: str) -> None:
     """Attempt 3 goes on at step 8, which attempt 2 did otherwise; attempt 1 never came that way."""
     lines = attempt(1, 0, *range(1, 13)) + attempt(2, 6, 7, 8, told=OTHER[change])
-    earlier, course = steps_beyond(lines, 8)
-    now = course.then(9, SAME)
+    earlier, history = steps_beyond(lines, 8)
+    now = history.with_step(9, SAME)
     other_data = step_line(9, cursor_crc=1, loss=1.0)
     other_loss = step_line(9, cursor_crc=9, loss=1.0 + 2**-50)
     found = [difference(x, earlier[9], now, "fp32", True) for x in (other_data, other_loss)]
@@ -158,9 +158,9 @@ def test_a_change_that_was_taken_back_parts_the_steps_after_it(change: str) -> N
     expected = ["cursor_crc", None] if change == "layout" else [None, None]
     assert [each and each.field for each in found] == expected
     # From before the change it is the same again.
-    earlier, course = steps_beyond(lines, 6)
+    earlier, history = steps_beyond(lines, 6)
     found = [
-        difference(x, earlier[9], course.then(7, SAME), "fp32", True)
+        difference(x, earlier[9], history.with_step(7, SAME), "fp32", True)
         for x in (other_data, other_loss)
     ]
     assert [each and each.field for each in found] == ["cursor_crc", "loss"]
@@ -169,10 +169,10 @@ def test_a_change_that_was_taken_back_parts_the_steps_after_it(change: str) -> N
 def test_last_bits_may_grow_after_some_steps() -> None:
     """Attempts 1 and 3 parted at step 6, and not at step 60, where attempt 3 begins."""
     lines = attempt(1, 0, *range(1, 90)) + attempt(2, 6, *range(7, 62))
-    earlier, course = steps_beyond(lines, 60)
+    earlier, history = steps_beyond(lines, 60)
     assert [earlier[step].parted for step in (61, 62)] == [60, 6]
     differs = [
-        difference(step_line(s, cursor_crc=s, loss=1.1), earlier[s], course, "fp32", exact)
+        difference(step_line(s, cursor_crc=s, loss=1.1), earlier[s], history, "fp32", exact)
         for s, exact in ((61, False), (62, False), (62, True))
     ]
     assert [each is not None for each in differs] == [True, False, True]

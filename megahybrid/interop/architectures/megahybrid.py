@@ -43,6 +43,7 @@ class Megahybrid(Architecture):
         "cache_megahybrid.py",
         "configuration_megahybrid.py",
         "modeling_megahybrid.py",
+        "attention_megahybrid.py",
         "views_megahybrid.py",
     )
     scheme_fields = SCHEME_FIELDS | {"chunk", "sink", "near", "fuse", "split"}

@@ -65,7 +65,7 @@ def without_varlen(spec: AttentionSpec, place: Place) -> str | None:
 
 
 class Packing(NamedTuple):
-    """Where the documents of packed rows begin and end among queries and among keys, int32
+    """The borders of the documents of packed rows, among queries and among keys, int32
     [documents + 1] each. FlashAttention lays a document's last query against its last key, so
     fewer queries than keys are its last; a document without any would be none to it."""
 
@@ -117,8 +117,8 @@ def pack(q: Tensor, k: Tensor, spec: AttentionSpec) -> Packing:
 
 
 def _pack_last(documents: Documents, before: int, first: int) -> Packing:
-    """Of the documents that end behind token `before`, the queries from there on and the keys from
-    `first` on."""
+    """Pack the documents that end after token `before`: their queries from there on, and their keys
+    from `first` on."""
     spans = [span for span in documents.spans() if span.stop > before]
     queries = [span.stop - max(span.start, before) for span in spans]
     keys = [span.stop - max(span.start, first) for span in spans]

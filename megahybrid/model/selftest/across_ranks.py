@@ -16,7 +16,11 @@ import torch
 
 from megahybrid.config import context as exchanges
 from megahybrid.config.attention import AttentionScheme, Nope, Rope
+from megahybrid.config.context_plan import Part, parts_of
+from megahybrid.config.counting import kv_heads_of_views
+from megahybrid.config.fusion import Fuse
 from megahybrid.errors import AuditError
+from megahybrid.model.kernels.chosen import kernels_of_views
 from megahybrid.model.row_shards import RowShards
 from megahybrid.model.selftest import laws
 from megahybrid.model.selftest.questions import OneScheme, own_rows, reduced
@@ -76,12 +80,41 @@ def _contexts(
     schemes: Mapping[str, AttentionScheme], shape: HeadShape, shards: RowShards
 ) -> Contexts:
     """Contexts of all schemes, as layers share them, with an exchange for each window asked."""
-    exchange = {
-        window: shards.exchange(scheme.reach)
-        for scheme in schemes.values()
-        for window in (*short_windows(scheme.reach, shards), scheme.reach)
-    }
-    return Contexts(shape, replace(shards, exchanges=tuple(exchange.items())))
+    found: dict[Part, exchanges.Exchange] = {}
+    for scheme in schemes.values():
+        for asked in (*short_schemes(scheme, shards), scheme):
+            found |= _asked_by(scheme, asked, shards)
+    for scheme in schemes.values():
+        if scheme.split is not None:  # a view by itself goes by its heads' exchange, or another's
+            for asked in (*short_schemes(scheme, shards), scheme):
+                by_part = _asked_by(scheme, asked, shards)
+                for view, exchange in zip(asked.views(), by_part.values(), strict=True):
+                    found.setdefault(view.reach, exchange)
+    return Contexts(shape, replace(shards, exchanges=tuple(found.items())))
+
+
+def _asked_by(
+    scheme: AttentionScheme, asked: AttentionScheme, shards: RowShards
+) -> dict[Part, exchanges.Exchange]:
+    """The exchanges of a scheme's heads, for the windows that `asked` has in their place."""
+    pairs = zip(parts_of(scheme), parts_of(asked), strict=True)
+    return {part: shards.exchange(own) for own, part in pairs}
+
+
+def sides(
+    scheme: AttentionScheme, kernel: str
+) -> list[tuple[AttentionScheme, AttentionScheme, str]]:
+    """(what a layer does, the view that its output then is of, kernel) for each view. Fused layers
+    bring their keys together for both, so that each is seen there, with all of the share."""
+    views = scheme.views()
+    if scheme.fuse is None:
+        kernels = kernels_of_views(kernel)[-len(views) :]
+        return list(zip(views, views, kernels, strict=True))
+    whole = [Fuse(gate="fixed", initial=share) for share in (1.0, 0.0)]
+    return [
+        (scheme.model_copy(update={"fuse": fuse}), view, kernel)
+        for fuse, view in zip(whole, views, strict=True)
+    ]
 
 
 def short_rows(shards: RowShards) -> Rows:
@@ -108,6 +141,23 @@ def short_windows(window: int | None, shards: RowShards) -> tuple[int | None, ..
     if window is None or window <= 2 * size:
         return (window,)
     return (size // 2 + 1, size + size // 2)
+
+
+def short_schemes(scheme: AttentionScheme, shards: RowShards) -> list[AttentionScheme]:
+    """The scheme with each window for which short rows are asked, and the near view with its."""
+    found = [scheme.with_reach(window) for window in short_windows(scheme.reach, shards)]
+    if scheme.near is None:
+        return found
+    near = short_windows(scheme.near.window, shards)
+    asked = []
+    for number in range(max(len(found), len(near))):
+        far, window = found[number % len(found)], near[number % len(near)]
+        if far.window is not None:
+            window = far.window if window is None else min(window, far.window)
+        assert far.near is not None
+        view = far.near.model_copy(update={"window": window})
+        asked.append(far.model_copy(update={"near": view}))
+    return asked
 
 
 def cut_over(rows: Rows, shards: RowShards) -> Rows:
@@ -146,59 +196,77 @@ class _Crossing:
     contexts: Contexts
 
     @property
-    def exchange(self) -> exchanges.Exchange:
-        """Return what its layers exchange."""
-        return self.shards.exchange(self.scheme.reach)
+    def exchanges(self) -> tuple[exchanges.Exchange, ...]:
+        """Return what its layers exchange: one thing, or one for each view of split heads."""
+        return tuple(self.shards.exchange(part) for part in parts_of(self.scheme))
+
+    @property
+    def exchange(self) -> str:
+        """Return the same in words."""
+        return " and ".join(dict.fromkeys(self.exchanges))
 
     def questions(self, short: bool) -> Iterator[_Question]:
         """Each talks with other ranks first and judges then, so that the ranks stay together where
         one finds a violation and another does not."""
-        for window in short_windows(self.scheme.reach, self.shards):
-            yield from self._short(self.scheme.with_reach(window))
+        for scheme in short_schemes(self.scheme, self.shards):
+            yield from self._short(scheme)
         if not short:
             yield from self._at_own_length()
 
     def _short(self, scheme: AttentionScheme) -> Iterator[_Question]:
         """All heads, on rows whose documents end about the edges of shards."""
         rows, shape, window = short_rows(self.shards), self.shape, scheme.reach
-        bare, one = HeadsOnly(shape, laws.bare(scheme), self.kernel), self._whole(scheme)
+        views, context = sides(scheme, self.kernel), self.contexts.of(rows)
         for each in (rows.first(2).joined(), rows):
-            yield _Question(window, each, partial(one.rotates, shape, each))
-            yield _Question(window, each, partial(self._sees, bare, shape, each))
-            yield _Question(window, each, partial(one.numbers, scheme, shape, each))
-        context = self.contexts.of(rows)
-        yield _Question(window, rows, partial(laws.stays_finite, bare, shape, context, rows))
-        match scheme.position:
-            case Rope():
-                pass
-            case Nope():
-                block = one.block(scheme, shape, rows.length)
-                blind = partial(laws.is_blind_to_position, block, shape, self.contexts)
-                yield _Question(window, rows, partial(blind, rows.length))
-            case other:
-                assert_never(other)
+            for side in views:
+                yield from self._laws(side, shape, each)
+            whole = partial(self._whole(scheme).numbers, scheme, shape, each)
+            yield _Question(window, each, whole)
+        for layer, view, kernel in views:
+            bare = HeadsOnly(shape, laws.bare(layer), kernel)
+            finite = partial(laws.stays_finite, bare, shape, context, rows)
+            yield _Question(view.reach, rows, finite)
+            match view.position:
+                case Rope():
+                    pass
+                case Nope():
+                    block = self._whole(layer, kernel).block(layer, shape, rows.length)
+                    blind = partial(laws.is_blind_to_position, block, shape, self.contexts)
+                    yield _Question(view.reach, rows, partial(blind, rows.length, view))
+                case other:
+                    assert_never(other)
+
+    def _laws(
+        self, side: tuple[AttentionScheme, AttentionScheme, str], shape: HeadShape, rows: Rows
+    ) -> Iterator[_Question]:
+        """The table of a view's rotation, and which keys it sees."""
+        layer, view, kernel = side
+        bare, window = HeadsOnly(shape, laws.bare(layer), kernel), view.reach
+        yield _Question(window, rows, partial(self._whole(view, kernel).rotates, shape, rows))
+        yield _Question(window, rows, partial(self._sees, bare, shape, rows, view))
 
     def _at_own_length(self) -> Iterator[_Question]:
         """Few heads, with the scheme's own window, which may be far beyond a short row."""
-        scheme, shape, window = self.scheme, self.fewest_heads(), self.scheme.reach
-        rows = cut_over(own_rows(window, self.kernel), self.shards)
-        bare = HeadsOnly(shape, laws.bare(scheme), self.kernel)
-        for each in (rows.first(1).joined(), rows):
-            yield _Question(window, each, partial(self._whole(scheme).rotates, shape, each))
-            yield _Question(window, each, partial(self._sees, bare, shape, each))
-        scheme, rows, shape = reduced(scheme, self.kernel, shape, SHARE)
+        scheme, fewest = self.scheme, self.fewest_heads()
+        for side in sides(scheme, self.kernel):
+            rows = cut_over(own_rows(side[1].reach, self.kernel), self.shards)
+            for each in (rows.first(1).joined(), rows):
+                yield from self._laws(side, fewest, each)
+        scheme, rows, shape = reduced(scheme, self.kernel, fewest, SHARE)
+        shape = shape if self._serves(shape) else fewest
         rows, window = cut_over(rows, self.shards), scheme.reach
-        shards = replace(self.shards, exchanges=((window, self.exchange),))
+        found = _asked_by(self.scheme, scheme, self.shards)
+        shards = replace(self.shards, exchanges=tuple(found.items()))
         one = replace(self._whole(scheme), contexts=Contexts(shape, shards))
         for each in (rows.first(1).joined(), rows):
             yield _Question(window, each, partial(one.numbers, scheme, shape, each))
 
-    def _whole(self, scheme: AttentionScheme) -> OneScheme:
-        return OneScheme(scheme, self.kernel, self.shape, self.contexts, None, False)
+    def _whole(self, scheme: AttentionScheme, kernel: str | None = None) -> OneScheme:
+        return OneScheme(scheme, kernel or self.kernel, self.shape, self.contexts, None, False)
 
-    def _sees(self, bare: HeadsOnly, shape: HeadShape, rows: Rows) -> None:
+    def _sees(self, bare: HeadsOnly, shape: HeadShape, rows: Rows, view: AttentionScheme) -> None:
         with torch.no_grad():
-            laws.sees_its_keys(bare, shape, self.contexts.of(rows), rows)
+            laws.sees_its_keys(bare, shape, self.contexts.of(rows), rows, view)
 
     def fewest_heads(self) -> HeadShape:
         """Return the fewest heads that the exchange can serve: short rows ask all."""
@@ -208,8 +276,15 @@ class _Crossing:
         return shape
 
     def _serves(self, shape: HeadShape) -> bool:
-        heads = exchanges.HeadShape(shape.heads, shape.kv_heads, shape.head_dim)
-        return self.exchange != "heads" or heads.split_over(self.shards.axis.size)
+        group = shape.heads // shape.kv_heads
+        counts = [kv_heads for _, kv_heads in kv_heads_of_views(self.scheme, shape.kv_heads)]
+        counts = counts if self.scheme.split is not None else [shape.kv_heads]
+        return all(
+            exchange != "heads" or heads.split_over(self.shards.axis.size)
+            for exchange, count in zip(self.exchanges, counts, strict=True)
+            if count
+            for heads in (exchanges.HeadShape(group * count, count, shape.head_dim),)
+        )
 
     def in_words(self, name: str, violation: Violation, question: _Question, world: Axis) -> str:
         """Return the message of a violation, which names the rank that holds the token."""

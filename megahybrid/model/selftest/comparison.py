@@ -86,8 +86,8 @@ def _gain_of_view(scheme: AttentionScheme, shape: HeadShape, length: int) -> flo
 
 
 def _tolerance(scheme: AttentionScheme, shape: HeadShape, length: int) -> float:
-    """What is rounded of a score grows with it, and no weight of a norm without one brings scores
-    down to SCORE."""
+    """The bound of an error for a scheme. Rounding of a score grows with the score, and a QK-norm
+    without a weight leaves scores larger than SCORE."""
     tolerance = TOLERANCE[shape.dtype]
     if scheme.qk_norm.kind == "none" or scheme.qk_norm.weight != "none":
         return tolerance
@@ -156,6 +156,9 @@ def compare(
         what = "output" if name == "output" else f"gradient of {name}"
         if name in block.learned():
             part = right[1 + BIASES.index(name)] if name in BIASES else None
+            if name == "fuse_gate.bias":
+                # One number for each head, of terms that may cancel: as large as these, at most.
+                part = drawn.grad_output[drawn.queries].double() * right[0] / 4
             _demand_whole(what, ours, theirs, tolerance, part)
             continue
         if name in ("keys", "values"):

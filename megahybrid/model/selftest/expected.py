@@ -182,9 +182,9 @@ def angles(positions: Tensor, rope: Rope, head_dim: int) -> Tensor:
 def rotated(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     """Return x with dimensions i and i + pairs rotated as a pair, and those behind them as they
     are."""
-    turn = angles(positions, rope, x.shape[-1])[:, :, None]
-    factor, pairs = rope.attention_factor(), turn.shape[-1]
-    cos, sin = turn.cos().double() * factor, turn.sin().double() * factor
+    angle = angles(positions, rope, x.shape[-1])[:, :, None]
+    factor, pairs = rope.attention_factor(), angle.shape[-1]
+    cos, sin = angle.cos().double() * factor, angle.sin().double() * factor
     first, second, still = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     return torch.cat((first * cos - second * sin, first * sin + second * cos, still), dim=-1)
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from megahybrid.config.attention import AttentionScheme, Nope, Rope
+from megahybrid.config.attention import AttentionScheme, NearView, Nope, Rope
 from megahybrid.config.score_scale import (
     Llama4Scale,
     LogFromScale,
@@ -43,17 +43,30 @@ SCALE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.0
 
 def bare(scheme: AttentionScheme) -> AttentionScheme:
     """Return a scheme that sees the same keys, without all else, of which `compare` judges."""
-    return AttentionScheme(position=Nope(kind="nope"), window=scheme.window, chunk=scheme.chunk)
+    nope, near = Nope(kind="nope"), None
+    if scheme.near is not None:
+        near = NearView(position=nope, window=scheme.near.window)
+    return AttentionScheme(
+        position=nope, window=scheme.window, chunk=scheme.chunk, near=near, fuse=scheme.fuse
+    )
 
 
-def sees_its_keys(block: HeadsOnly, shape: HeadShape, context: SequenceContext, rows: Rows) -> None:
-    """Causality, exactly `window` keys, documents isolated, KV heads shared in groups.
+def sees_its_keys(
+    block: HeadsOnly,
+    shape: HeadShape,
+    context: SequenceContext,
+    rows: Rows,
+    view: AttentionScheme | None = None,
+) -> None:
+    """Causality, exactly `window` keys, documents isolated, KV heads shared in groups; `view` is
+    the one of two that has all of a fused output.
 
     Every query points at the probed keys alone, and each has a value channel of its own, so channel
     c of a query's output is 1 / (probes it sees) where it sees probe c, and else 0. The last
     channel holds the number of the KV head.
     """
-    scheme, window = block.attention.scheme, block.attention.scheme.reach
+    scheme = view or block.attention.scheme
+    window = scheme.reach
     probes = [_probes(rows, row, window, shape.head_dim) for row in range(len(rows.documents))]
     direction = normal(torch.Generator().manual_seed(1), shape.head_dim)
     pointed = direction * math.sqrt(PROBED_SCORE * math.sqrt(shape.head_dim)) / direction.norm()
@@ -140,11 +153,16 @@ def stays_finite(block: HeadsOnly, shape: HeadShape, context: SequenceContext, r
 
 
 def is_blind_to_position(
-    block: HeadsOnly, shape: HeadShape, contexts: Contexts, length: int = 192
+    block: HeadsOnly,
+    shape: HeadShape,
+    contexts: Contexts,
+    length: int = 192,
+    view: AttentionScheme | None = None,
 ) -> None:
-    """Keys in another order, or the same text further on, leave a NoPE query's output alone."""
+    """Keys in another order, or the same text further on, leave a NoPE query's output alone;
+    `view` is the one of two that has all of a fused output."""
     apart = 33
-    scheme = block.attention.scheme
+    scheme = view or block.attention.scheme
     reach = min(scheme.window or length, length)
     if scheme.chunk is not None:  # from the start of the last query's chunk
         reach = (length - 1) % scheme.chunk + 1

@@ -1,4 +1,5 @@
-"""Where in a file a field belongs that somebody wrote in another place, or by another's name."""
+"""The right place of a field that somebody wrote elsewhere in a file, or by the name that another
+trainer has for it."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,7 @@ OTHERS_NAMES = {
 }  # fmt: skip
 
 
-def belongs(type_: type[BaseModel], parts: Sequence[str]) -> str | None:
+def right_place(type_: type[BaseModel], parts: Sequence[str]) -> str | None:
     """Return "model.layer_plan.num_layers" for what was written as model.num_layers, two such
     places with "or", or None where a file of class `type_` has no field of that name."""
     known = places(type_)

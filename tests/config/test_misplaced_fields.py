@@ -6,8 +6,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel, TypeAdapter
 
-from megahybrid.config.elsewhere import OTHERS_NAMES, belongs, places
 from megahybrid.config.examples import EXAMPLES, example
+from megahybrid.config.misplaced_fields import OTHERS_NAMES, places, right_place
 from megahybrid.config.reference import _classes
 from megahybrid.config.run import RunConfig
 from megahybrid.config.suite import Suite
@@ -61,10 +61,10 @@ def test_what_others_call_it_is_a_field_of_ours() -> None:
     for name, place in OTHERS_NAMES.items():
         assert place in known[place.rpartition(".")[2]], place
         assert name not in known, name
-        assert belongs(RunConfig, [name]) == place
+        assert right_place(RunConfig, [name]) == place
 
 
 def test_a_name_that_many_have_is_not_guessed_and_another_file_has_other_fields() -> None:
-    assert belongs(RunConfig, ["kind"]) is None
-    assert belongs(RunConfig, ["nothing_like_it"]) is None
-    assert belongs(Suite, ["num_hidden_layers"]) is None
+    assert right_place(RunConfig, ["kind"]) is None
+    assert right_place(RunConfig, ["nothing_like_it"]) is None
+    assert right_place(Suite, ["num_hidden_layers"]) is None
