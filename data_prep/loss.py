@@ -1,5 +1,6 @@
 """The loss: how much of the inputs could not be used, in bytes on disk and rows of hub datasets."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,11 @@ from megahybrid.data_prep.items import EMPTY, BadDocument
 from megahybrid.errors import DataError
 
 NO_CHAT = ("list of messages", "list of conversations")  # in reasons of what is no conversation
+# Reasons of what is a conversation, of which nothing can be learnt.
+FAULTS = (
+    *("prompt only", "empty answer", "empty conversation", "unknown role", "unbalanced"),
+    *("content that is", "tools are", "message that is", "message without"),
+)
 ENOUGH_TO_JUDGE = 10_000  # rows of a hub dataset, whose number is not known, to judge it early
 
 
@@ -69,9 +75,7 @@ def refuse_nothing(documents: int, bad: Mapping[str, int], loss: Loss) -> None:
     """Raises Refused where there is no document at all."""
     if documents == 0:
         counted = dict(bad) | ({EMPTY: loss.empty} if loss.empty else {})
-        raise Refused(
-            f"the inputs hold no document ({_reasons(counted)}). Check {_field(bad)} and the files."
-        )
+        raise Refused(f"the inputs hold no document ({_reasons(counted)}). {_way_out(bad)}")
 
 
 def refuse_loss(
@@ -86,6 +90,16 @@ def refuse_loss(
             f"({_reasons(bad)}). "
             f"{field} {listing}, or raise the limit: the same command then goes on."
         )
+
+
+def _way_out(bad: Mapping[str, int]) -> str:
+    """What to do where nothing is left, by what is wrong with most."""
+    most = max(bad, key=lambda why: bad[why], default="")
+    if re.fullmatch(r"longer than [0-9,]+ tokens", most):
+        return "Raise --max-tokens, or keep their beginnings with --long-chats cut."
+    if most.startswith(FAULTS):
+        return "Correct the conversations: messages of user and assistant in turn, an answer last."
+    return f"Check {_field(bad)} and the files."
 
 
 def _field(bad: Mapping[str, int]) -> str:

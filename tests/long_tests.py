@@ -163,6 +163,9 @@ LONG = {
         "test_results_of_a_broken_model_are_gaps",  # 7
         "test_several_runs_stand_side_by_side",  # 7
     ),
+    "tests/start/test_init_chats.py": (
+        "test_the_commands_make_what_the_last_stage_reads[plain]",  # 5
+    ),
     "tests/study/test_study.py": (
         "test_study_trains_scores_and_goes_on_after_a_kill",  # 13
         "test_branches_wait_for_their_trunk_and_go_on_with_it",
@@ -186,6 +189,9 @@ LONG = {
     "tests/train/test_anneal.py": (
         "test_a_run_resumed_at_and_inside_a_change_is_the_run_that_was_not_interrupted[tensor2-zero3]",
         "test_a_run_resumed_at_and_inside_a_change_is_the_run_that_was_not_interrupted[single]",
+    ),
+    "tests/train/test_chats.py": (
+        "test_killed_in_the_stage_of_chats_it_ends_with_the_same_bits",  # 9
     ),
     "tests/train/test_checkpoint_commands.py": (
         "test_evaluate_repeats_what_the_run_told_at_the_end_of_each_stage",  # 6

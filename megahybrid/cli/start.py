@@ -31,6 +31,17 @@ def add_start_commands(commands: argparse._SubParsersAction) -> None:
         metavar="N,N,…",
         help="tokens of a row in each stage: 2k,8k,32k (default: by size and documents)",
     )
+    init.add_argument(
+        "--chat", metavar="FILE", help="conversations for a last stage: .jsonl with messages"
+    )
+    init.add_argument(
+        "--template",
+        metavar="NAME",
+        help="with --chat: chatml (default), llama3, cohere or plain",
+    )
+    init.add_argument(
+        "--chat-field", metavar="FIELD", help="with --chat: what holds the messages (messages)"
+    )
     schema = command(
         commands, "schema", _schema, "print the JSON schema by which editors check run files"
     )
@@ -56,6 +67,9 @@ def _init(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         plan=arguments.plan,
         lengths=arguments.lengths,
+        chat=arguments.chat,
+        template=arguments.template,
+        chat_field=arguments.chat_field,
     )
 
 

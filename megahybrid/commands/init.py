@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from megahybrid.commands.init_chats import look_at_chats
 from megahybrid.commands.init_file import SCHEMA_FILE, commands, findings, run_file
 from megahybrid.commands.init_machine import this_machine
 from megahybrid.commands.init_recipe import read_lengths, recipe
@@ -27,9 +28,13 @@ def init(
     size: str | None = None,
     plan: str = "rnope_swa",
     lengths: str | None = None,
+    chat: str | None = None,
+    template: str | None = None,
+    chat_field: str | None = None,
 ) -> int:
     """Look at the text in `data`, write `target`/run.yaml with its schema, and print what was found
-    and the three commands that follow.
+    and the commands that follow: tokenizer, tokens and training, and of the conversations in
+    `chat`, where they are given, their tokens, rows and what is asked of the model in the end.
 
     `size` and `lengths` are chosen by the text and this machine when left out. Raises
     MegahybridError, one line, before anything is written: for a folder that holds a run or one of
@@ -37,9 +42,18 @@ def init(
     memory cannot hold.
     """
     wanted = None if lengths is None else read_lengths(lengths)
+    for option, value in (("template", template), ("chat-field", chat_field)):
+        if chat is None and value is not None:
+            raise ConfigError(
+                f"--{option}={shortened(value, 60)} is for conversations. Name their file with "
+                "--chat, or leave it out."
+            )
     _refuse_target(target, data)
     texts, machine = look(data), this_machine()
-    found = recipe(data, target, texts, machine, size=size, plan=plan, lengths=wanted)
+    chats = None
+    if chat is not None:
+        chats = look_at_chats(chat, template or "chatml", chat_field or "messages")
+    found = recipe(data, target, texts, machine, chats, size=size, plan=plan, lengths=wanted)
     text = run_file(data, str(target), texts, machine, found)
     # What is promised of the file is tried on the file.
     run = parse(RunConfig, parse_yaml(text, RUN_FILE))
@@ -63,7 +77,7 @@ def _refuse_target(target: Path, data: str) -> None:
                 f"{shortened(str(place), 200)} holds a run. Name a new folder, or go on with that "
                 "run by `megahybrid train`."
             )
-    for name in (RUN_FILE, SCHEMA_FILE, "tokenizer.model", "data"):
+    for name in (RUN_FILE, SCHEMA_FILE, "tokenizer.model", "data", "chats"):
         if os.path.lexists(target / name):
             raise ConfigError(
                 f"{shortened(str(target / name), 200)} is there already, and nothing is "

@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from megahybrid import __version__
+from megahybrid.commands.init_chats import chat_commands, chat_findings
 from megahybrid.commands.init_machine import CORE_FLOPS, Machine
 from megahybrid.commands.init_recipe import TOKENS_PER_PARAMETER, Recipe
 from megahybrid.commands.init_texts import Texts
@@ -21,19 +22,25 @@ WORDS = ("null", "true", "false")
 
 
 def commands(folder: str, target: str, texts: Texts, found: Recipe) -> list[str]:
-    """The commands that follow: a tokenizer, tokens, training."""
+    """The commands that follow: a tokenizer, tokens, training; conversations between them."""
     model, data = f"{target}/tokenizer.model", f"{target}/data"
     held_out: list[str] = []
     if texts.held_out is not None:
         held_out = ["--held-out", f"{texts.held_out.fraction:g}"]
         held_out += ["--seed", str(texts.held_out.seed)] if texts.held_out.seed else []
     vocab = str(found.run.model.vocab_size)
-    words = (
+    words = [
         ["tokenizer", folder, "--output", model, "--vocab-size", vocab],
         ["tokenize", folder, "--tokenizer", model, "--output", data, *held_out],
-    )
-    lines = [shlex.join(["megahybrid", "data", *line]) for line in words]
-    return [*lines, shlex.join(["megahybrid", "train", f"{target}/run.yaml"])]
+    ]
+    behind: list[list[str]] = []
+    if found.chats is not None:
+        if found.chats.chats.template.tokens:
+            words[0] += ["--chat", found.chats.chats.template.name]
+        of_chats, behind = chat_commands(target, found.chats)
+        words += of_chats
+    lines = [["data", *line] for line in words] + [["train", f"{target}/run.yaml"], *behind]
+    return [shlex.join(["megahybrid", *line]) for line in lines]
 
 
 def findings(folder: str, texts: Texts, machine: Machine, found: Recipe) -> list[str]:
@@ -63,13 +70,16 @@ def findings(folder: str, texts: Texts, machine: Machine, found: Recipe) -> list
             f"speed: {machine.cores} cores x {CORE_FLOPS / 1e9:.0f} GFLOP/s / {flops / 1e6:.1f} "
             f"MFLOP a token = {speed:,.0f} tokens/s, a cautious guess; `train` measures"
         )
+    if found.chats is not None:
+        lines += chat_findings(found.chats, per_token)
     if found.left_out:
         names = ", ".join(f"{length:,}" for length in found.left_out)
         lines.append(f"rows of {names} are left out: no document is as long")
     for stage, size in zip(run.stages, found.memory, strict=True):
         steps, length = stage.tokens // int(str(stage.batch_tokens)), max(stage.lengths)
+        what = "conversations in rows" if stage.name == "chats" else "rows"
         lines.append(
-            f"rows of {length:,}: {stage.tokens:,} tokens / {stage.batch_tokens:,} a batch "
+            f"{what} of {length:,}: {stage.tokens:,} tokens / {stage.batch_tokens:,} a batch "
             f"({_many(int(str(stage.batch_tokens)) // length, 'row')}) = {steps:,} steps; "
             f"{size / 2**30:.2f} GiB a rank of {machine.words}"
         )

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megahybrid.commands.init_chats import Chats, ChatStage, chat_stage
 from megahybrid.commands.init_machine import CORE_FLOPS, Machine
 from megahybrid.commands.init_texts import Texts
 from megahybrid.config.base import did_you_mean
@@ -62,10 +63,11 @@ class Recipe:
     run: RunConfig
     parameters: int
     text_tokens: int  # an estimate
-    tokens: int  # to train on
+    tokens: int  # of text to train on
     limited_by: str  # which of the bounds `tokens` met
     left_out: tuple[int, ...]  # lengths that no document reaches
     memory: tuple[int, ...]  # bytes of a rank, by stage
+    chats: ChatStage | None = None  # the last stage, if there are conversations
 
     @property
     def lengths(self) -> list[int]:
@@ -105,6 +107,7 @@ def recipe(
     target: Path,
     texts: Texts,
     machine: Machine,
+    chats: Chats | None = None,
     *,
     size: str | None,
     plan: str,
@@ -122,7 +125,7 @@ def recipe(
     refused: ConfigError | None = None
     for name in tried:
         try:
-            return _of_size(name, plan, folder, target, texts, machine, lengths)
+            return _of_size(name, plan, folder, target, texts, machine, lengths, chats)
         except ConfigError as error:
             refused = error
     assert refused is not None
@@ -137,6 +140,7 @@ def _of_size(
     texts: Texts,
     machine: Machine,
     lengths: tuple[int, ...] | None,
+    chats: Chats | None,
 ) -> Recipe:
     vocab = vocabulary(size, texts)
     text_tokens = texts.tokens(vocab)
@@ -150,10 +154,15 @@ def _of_size(
     for zero_stage in (1, 3) if machine.ranks > 1 else (1,):
         for policy in POLICIES:
             tree |= _rest(size, target, texts, machine, used, tokens, zero_stage, policy)
+            stage = None
+            if chats is not None:
+                most = SIZES[size].batch_tokens
+                stage = chat_stage(tree, chats, target, texts, machine, most)
             run = parse(RunConfig, tree)
             memory = _memory(run, machine)
             if max(memory) <= machine.room:
-                told = (text_tokens, run.stage_plan.total_tokens, limited_by, left_out, memory)
+                learnt = run.stage_plan.total_tokens - (stage.tokens if stage else 0)
+                told = (text_tokens, learnt, limited_by, left_out, memory, stage)
                 return Recipe(size, plan, tree, run, count, *told)
             refused = _too_large(size, memory, run, machine)
     assert refused is not None

@@ -7,9 +7,11 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from megahybrid.config import limits
-from megahybrid.config.base import Frozen, Name
+from megahybrid.config.base import Frozen, Name, did_you_mean
 from megahybrid.config.loader import load
-from megahybrid.config.packaged import named, or_packaged
+from megahybrid.config.packaged import known_names, named, or_packaged
+from megahybrid.errors import ConfigError
+from megahybrid.printable import shortened
 
 SUITES = Path("configs/suites")
 
@@ -201,7 +203,9 @@ class ChatTask(Frozen):
         default=None, description="a held-out set made of conversations; null: the run's first"
     )
     lengths: Lengths = Field(default=[64], description="tokens that an answer may have")
-    trials: Annotated[int, limits.TRIALS] = Field(default=100, ge=1, description="prompts")
+    trials: Annotated[int, limits.TRIALS] = Field(
+        default=100, ge=1, description="prompts; all of a set that has fewer"
+    )
 
     @property
     def questions(self) -> int:
@@ -237,8 +241,14 @@ class Suite(Frozen):
 
 def load_suite(path: str | Path) -> Suite:
     """Return the suite of that file, or of that name: `needles` is configs/suites/needles.yaml in
-    the working directory, or else in megahybrid itself."""
+    the working directory, or else in megahybrid itself. Raises ConfigError for neither."""
     found = None
     if len(Path(path).parts) == 1 and not Path(path).suffix and not os.path.exists(path):
         found = named(str(path), SUITES)
+        if found is None:
+            known = known_names(SUITES)
+            raise ConfigError(
+                f"{shortened(str(path), 60)} does not exist, and is no known suite "
+                f"({', '.join(known)}).{did_you_mean(str(path), known)} Name one, or a file."
+            )
     return load(found or or_packaged(path), type=Suite)

@@ -59,8 +59,8 @@ class ChatMaker:
         return task.set, material.held_out[task.set]
 
     def make(self, trials: int, draw: np.random.Generator) -> Iterator[Example]:
-        """So many prompts, each with the answer that stands in the set. Raises ConfigError where
-        there are fewer conversations."""
+        """So many prompts, or all that there are, each with the answer that stands in the set.
+        Raises ConfigError where there is none."""
         found = 0
         for index in draw.permutation(self.dataset.documents):
             example = self._example(int(index), draw)
@@ -69,10 +69,12 @@ class ChatMaker:
                 yield example
             if found == trials:
                 return
-        raise ConfigError(
-            f"{self.where}.trials={trials} asks for more conversations than set {self.set} has "
-            f"with an answer that ends ({found}). Lower it, or hold more out."
-        )
+        if not found:
+            raise ConfigError(
+                f"{self.where} asks about the conversations of set {self.set} "
+                f"({self.dataset.documents:,} documents), in none of which an answer ends with a "
+                "special token or eod. Name another set."
+            )
 
     def _example(self, index: int, draw: np.random.Generator) -> Example | None:
         start, size = self.dataset.document_span(index)

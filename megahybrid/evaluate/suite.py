@@ -86,6 +86,7 @@ def run_suite(
         if isinstance(task, RulerTask):
             result["rows"] = _ruler(model, name, examples, suite, material, tell)
         elif isinstance(task, ChatTask):
+            result["trials"] = len(examples)
             result |= _chat(model, name, task, examples, suite, material, tell)
         else:
             labels = ("length", "depth") if isinstance(task, NeedleTask) else ("length",)

@@ -17,10 +17,8 @@ def suite_tables(result: dict[str, Any]) -> Iterator[tuple[str, Table]]:
             yield f"{name}: RULER, share of references found", _grid(rows, "task", "score")
             continue
         if task["kind"] == "chat":
-            yield (
-                f"{name}: answers that end their turn, by turn of the assistant",
-                _grid(rows, "task", "score"),
-            )
+            title = f"{name}: share of answers that end within so many tokens, by turn"
+            yield title, _grid(rows, "task", "score", "")
             yield f"{name}: of all answers", _ended(task["ended"])
             continue
         if task["kind"] == "needle":
@@ -83,9 +81,9 @@ def _attention(parts: dict[str, dict[str, Any]], first: str) -> Table:
     return table
 
 
-def _grid(rows: list[dict[str, Any]], down: str, value: str) -> Table:
+def _grid(rows: list[dict[str, Any]], down: str, value: str, heading: str | None = None) -> Table:
     lengths = sorted({row["length"] for row in rows})
-    table = _table(down)
+    table = _table(down if heading is None else heading)
     for length in lengths:
         table.add_column(f"{length:,}", justify="right")
     cells = {(row[down], row["length"]): row[value] for row in rows}

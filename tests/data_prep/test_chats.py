@@ -275,3 +275,15 @@ def test_targets_are_coloured_by_document_and_by_row() -> None:
     shown = coloured([5, 6, 7, 8], [False, True, True, False], None)
     found = [(shown.plain[span.start : span.end].split(), span.style) for span in shown.spans]
     assert found == [(["5"], OTHER), (["6", "7"], TARGET), (["8"], OTHER)]
+
+
+def test_where_nothing_is_left_the_way_out_is_that_of_the_conversations(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    for name, messages, more, told in (
+        ("prompt", [USER], {}, r"2 prompt only\)\. Correct the conversations"),
+        ("long", [USER, ANSWER], {"max_tokens": 2}, r"longer than 2 tokens\)\. Raise --max-tokens"),
+    ):
+        rows = write_rows(tmp_path / f"{name}.jsonl", [{"messages": messages}] * 2)
+        with pytest.raises(DataError, match=told):
+            run(rows, tokenizer, tmp_path / name, job("chatml", **more))

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megahybrid.config import load
-from megahybrid.config.suite import RULER_TASKS, RulerTask, Suite
+from megahybrid.config.suite import RULER_TASKS, RulerTask, Suite, load_suite
+from megahybrid.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "configs" / "suites"
 
@@ -14,6 +15,11 @@ FOLDER = Path(__file__).parents[2] / "configs" / "suites"
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_suite_can_be_read(file: Path) -> None:
     assert load(file, type=Suite).tasks
+
+
+def test_a_misspelt_suite_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"chta does not exist.*Did you mean 'chat'\?"):
+        load_suite("chta")
 
 
 def test_ruler_ships_all_thirteen_tasks_with_questions_that_their_passages_answer() -> None:
