@@ -43,8 +43,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "megahybrid evaluate runs/demo --beyond",
         "megahybrid evaluate runs/demo configs/suites/needles.yaml",
+        "megahybrid evaluate imported needles --data books=data/books/held_out",
     ),
-    "analyse": ("megahybrid analyse runs/demo --length 1024",),
+    "analyse": ("megahybrid analyse runs/demo --length 1024 --picture heads.png",),
     "sample": ('megahybrid sample runs/demo --prompt "def " --tokens 50',),
     "export": ("megahybrid export runs/demo exported --dtype bf16",),
     "import": ("megahybrid import Llama-3.2-1B imported.yaml runs/imported",),

@@ -62,19 +62,34 @@ def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Ex
     return found
 
 
+def suite_tokens(suite: Suite) -> int:
+    """Return the tokens of all examples of a suite, about as many as a model reads."""
+    tokens = 0
+    for task in suite.tasks.values():
+        per_length = task.trials
+        if isinstance(task, NeedleTask):
+            per_length *= len(task.depths)
+        elif isinstance(task, RulerTask):
+            per_length *= len(task.tasks)
+        tokens += per_length * sum(task.lengths)
+    return tokens
+
+
 def run_suite(
     model: Transformer,
     suite: Suite,
     material: Material,
     tell: ReportProgress = lambda name, done, of: None,
+    advance: Callable[[int], object] = bool,
 ) -> dict[str, Any]:
-    """Return the scores of every task, as JSON values; `tell` is called with a task's progress."""
+    """Return the scores of every task, as JSON values; `tell` is called with a task's progress,
+    `advance` with the tokens that were read since its last call, of `suite_tokens` in all."""
     results: dict[str, Any] = {}
     for name, task in suite.tasks.items():
         examples = examples_of(name, task, suite.seed, material)
         result: dict[str, Any] = {"kind": task.kind, "trials": task.trials}
         if isinstance(task, RulerTask):
-            result["rows"] = _ruler(model, name, examples, suite, material, tell)
+            result["rows"] = _ruler(model, name, examples, suite, material, tell, advance)
         else:
             labels = ("length", "depth") if isinstance(task, NeedleTask) else ("length",)
 
@@ -88,6 +103,7 @@ def run_suite(
                 vocab_size=vocab_size,
                 batch_tokens=suite.batch_tokens,
                 tell=report_task,
+                advance=advance,
             )
             result["rows"] = by_labels(examples, scores, labels)
             result["by_length"] = by_labels(examples, scores, ("length",))
@@ -105,6 +121,7 @@ def _ruler(
     suite: Suite,
     material: Material,
     tell: ReportProgress,
+    advance: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """A row for each of RULER's tasks and lengths: the mean share of references found."""
     assert material.tokenizer is not None  # needles were encoded with it
@@ -128,6 +145,7 @@ def _ruler(
                 shares.setdefault((which, example.labels["length"]), []).append(share)
             done += len(batch)
             tell(name, done, len(examples))
+            advance(sum(example.labels["length"] for example in batch))
     return [
         {
             "task": which,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.held_out import Rows, evaluation_batches
+from megahybrid.data.held_out import Rows, evaluation_batches, evaluation_tokens
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
 from megahybrid.model.row_shards import ContextRanks
 from megahybrid.model.transformer import Transformer
@@ -25,8 +25,9 @@ class HeldOutSets:
 
     `longest` is how far loss by position reaches (default: FAR times the run's longest length);
     `max_tokens` of each set are used (default: evaluate.max_tokens). `poll` is called before each
-    batch, on every rank; what it raises ends the scoring. `context` is the model's: ranks that
-    share a row are all given it, and it counts once.
+    batch, on every rank; what it raises ends the scoring. `advance` is told after each batch how
+    many tokens of rows all ranks have read meanwhile; `work` says beforehand how many it will be.
+    `context` is the model's: ranks that share a row are all given it, and it counts once.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class HeldOutSets:
         longest: int | None = None,
         max_tokens: int | None = None,
         poll: Callable[[], object] = bool,
+        advance: Callable[[int], object] = bool,
         context: ContextRanks | None = None,
     ) -> None:
         self.run, self.context = run, context
-        self.poll = poll
+        self.poll, self.advance = poll, advance
         self.mesh = mesh
         self.sets = open_held_out(run) if sets is None else sets
         lengths = [length for stage in run.stages for length in stage.lengths]
@@ -49,6 +51,22 @@ class HeldOutSets:
         self.max_tokens = max_tokens or run.evaluate.max_tokens
         # A document that ends before the shortest length says nothing about far positions.
         self.min_tokens = min(self.longest, *lengths)
+
+    def work(self, length: int, rows: Rows, window: int | None = None) -> int:
+        """Return the tokens that scoring every set in rows of `length` reads: as they are, or
+        through a window that slides over them."""
+        tokens = sum(
+            evaluation_tokens(
+                dataset,
+                length,
+                rows,
+                1 if rows == "stream" else self.min_tokens,
+                self.max_tokens,
+                self.mesh.tensor.size,
+            )
+            for dataset in self.sets.values()
+        )
+        return round(tokens * _times_read(length, window))
 
     def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
         """The file of each set, cut every `length` tokens."""
@@ -88,7 +106,7 @@ class HeldOutSets:
 
         return held_out_loss(
             token_loss,
-            self._rows(name, length, rows, sharing),
+            self._rows(name, length, rows, sharing, shown),
             length,
             self.longest,
             self.mesh.replica,
@@ -103,7 +121,12 @@ class HeldOutSets:
         return self.context.parallel.context_degree(self.context.filled(tokens))
 
     def _rows(
-        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int]
+        self,
+        name: str,
+        length: int,
+        rows: Rows,
+        sharing: Callable[[int], int],
+        shown: int | None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         micro_batch = max(stage.micro_batch_tokens for stage in self.run.stages)
         for batch in evaluation_batches(
@@ -123,6 +146,16 @@ class HeldOutSets:
             self.poll()
             moved = batch.tensors(self.mesh.device)
             yield moved.tokens, moved.targets, moved.starts
+            tokens = moved.tokens.shape[1]
+            groups = self.mesh.replica.size // sharing(tokens)
+            self.advance(round(moved.tokens.numel() * groups * _times_read(tokens, shown)))
+
+
+def _times_read(length: int, window: int | None) -> float:
+    """Return how often each token of a row is read, in the mean, where a window slides over it."""
+    if window is None or window >= length:
+        return 1.0
+    return window * (1 + -(-(length - window) // max(1, window // 2))) / length
 
 
 def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:
