@@ -65,6 +65,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "trained --examples {examples} --device cpu",
         "trained needle.yaml --tokenizer {tokenizer} --device cpu",
         "trained --data {data} --device cpu",
+        "trained needle.yaml --device cpu --picture {page}",
     ),
     "sample": (
         "{trained} --prompt a --device cpu",

@@ -120,10 +120,7 @@ def analysis(trained: TrainedModel, looked: Looked) -> dict[str, Any]:
 def _draw(result: dict[str, Any], path: Path) -> None:
     from megahybrid.report.head_picture import draw_heads
 
-    try:
-        path.write_bytes(draw_heads(result))
-    except OSError as error:
-        raise ConfigError(f"--picture={path} cannot be written ({error.strerror}).") from None
+    path.write_bytes(draw_heads(result))
 
 
 def _examples(trained: TrainedModel, looked: Looked) -> dict[str, list[Example]]:

@@ -64,9 +64,10 @@ def _masses(axes: Axes, figures: dict[str, Any]) -> None:
 def _needles(figure: Figure, axes: Axes, figures: dict[str, Any]) -> None:
     """The mass of each head on the needle while the answer is written."""
     cells = [[head["retrieval"] for head in layer["heads"]] for layer in figures["layers"]]
-    most = max(figures["retrieval_threshold"], *(value for row in cells for value in row))
+    # A head that only just reaches the threshold must not look like the strongest there is.
+    most = max(2 * figures["retrieval_threshold"], *(value for row in cells for value in row))
     image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, vmax=most)
-    axes.set_xlabel("head")
+    axes.set_xlabel("head (mass on the needle while answering)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(axis="y", left=False)
     axes.grid(visible=False)
@@ -77,4 +78,4 @@ def _needles(figure: Figure, axes: Axes, figures: dict[str, Any]) -> None:
             xytext=(4, 0), textcoords="offset points", fontsize=8.5,
         )  # fmt: skip
     bar = figure.colorbar(image, ax=axes, pad=0.14 if several else 0.03)
-    bar.set_label("needle mass while answering")
+    bar.set_label("needle mass")

@@ -101,7 +101,7 @@ def test_a_picture_of_the_heads_is_drawn(
     assert told.rstrip().endswith(f"drawn as {tmp_path / 'heads.png'}")
     assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
     told = refused(capsys, "analyse", trained.run, *options, tmp_path / "no" / "heads.png")
-    assert "heads.png cannot be written (No such file or directory)" in told
+    assert "heads.png cannot be used (No such file or directory)" in told
 
 
 def test_model_has_the_plan_of_the_stage_it_was_written_in(trained: Trained) -> None:
