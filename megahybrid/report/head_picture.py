@@ -67,7 +67,7 @@ def _needles(figure: Figure, axes: Axes, figures: dict[str, Any]) -> None:
     # A head that only just reaches the threshold must not look like the strongest there is.
     most = max(2 * figures["retrieval_threshold"], *(value for row in cells for value in row))
     image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0, vmax=most)
-    axes.set_xlabel("head (mass on the needle while answering)")
+    axes.set_xlabel("head")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(axis="y", left=False)
     axes.grid(visible=False)
