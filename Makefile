@@ -15,7 +15,7 @@ WORKERS ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-long test-faults test-latest check format bench bench-gpu \
+.PHONY: help install install-dev demo chat-demo test test-long test-faults test-latest check format bench bench-gpu \
 	gpu-call wheelhouse constraints docs clean distclean
 
 RUNTIME := $(VENV)/.installed
@@ -91,6 +91,15 @@ demo: $(RUNTIME) ## from raw text to a lengthened context on this machine, 5 to 
 	@echo "      the same run in a single process: compare the losses in runs/*/ledger.jsonl"
 	@echo "  $(MEGAHYBRID) describe configs/runs/command_a.yaml"
 	@echo "      what a large one would cost"
+
+chat-demo: demo ## the demo, then conversations until its answers end; some minutes more
+	$(MEGAHYBRID) data demo --chats
+	$(MEGAHYBRID) train configs/runs/demo_chat.yaml --processes 1
+	$(MEGAHYBRID) evaluate runs/demo_chat
+	$(MEGAHYBRID) evaluate runs/demo_chat chat
+	printf '%s\n' "Which module has deque?" "Count from 3 to 7." | $(MEGAHYBRID) sample runs/demo_chat --chat chatml --temperature 0
+	@echo
+	@echo "Talk to it: $(MEGAHYBRID) sample runs/demo_chat --chat chatml"
 
 # Two processes, each with pools of up to 8 ranks of its own; a file's tests stay together, so that
 # what they share is made once.

@@ -1,8 +1,8 @@
-"""What a scheme's parts cost in a training step: each against the same model without it, in turns.
+"""What parts of a recipe cost in a training step: each against the same model without, in turns.
 
-A gate, a chunk (against a window of as many tokens), learned sinks, fused views. The ratio is that
-of CPU-seconds of steps that follow each other, one of either: its median over
-pairs, with the 95 % interval of that median by resampling.
+A gate, a chunk (against a window of as many tokens), learned sinks, fused views, a z-loss. The
+ratio is that of CPU-seconds of steps that follow each other, one of either: its median over pairs,
+with the 95 % interval of that median by resampling.
 
     python -m benchmarks.scheme_cost [--shape 25m] [--length 2048] [--pairs 15] [--only gate]
 """
@@ -67,6 +67,7 @@ CASES: dict[str, tuple[Change, Change, float | str | None]] = {
     "sink": (as_it_is, lambda config: with_scheme(config, "all", sink=True), None),
     "fuse: head": (as_it_is, lambda config: fused(config, "head"), 1.10),
     "fuse: token": (as_it_is, lambda config: fused(config, "token"), 1.10),
+    "z_loss": (as_it_is, as_it_is, 1.02),  # of the loss alone: measure() sets it
 }
 
 
@@ -94,9 +95,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     configs = before(base), after(base)
     device = torch.device("cpu")
     tokens, targets = random_batch(base, 1, options.length, device)
-    steps = [
-        our_step(our_model(config, device, torch.float32), tokens, targets) for config in configs
-    ]
+    models = [our_model(config, device, torch.float32) for config in configs]
+    models[1].head.z_loss = 1e-5 if name == "z_loss" else 0.0
+    steps = [our_step(model, tokens, targets) for model in models]
     without, with_it = in_turns(steps, device, options.pairs)
     ratios = [b / a for a, b in zip(without.cpu, with_it.cpu, strict=True)]
     low, high = interval(ratios)

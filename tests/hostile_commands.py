@@ -108,6 +108,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "checkpoint average": ("{trained} trained --out fresh", "trained trained --out {out}"),
     "data demo": (),
     "data gather-stdlib": ("{new_file}",),
+    "data make-chats": ("{new_file}",),
     "data tokenizer": (
         "{text} --output fresh.model --vocab-size 290",
         "text.jsonl --output {new_file} --vocab-size 290",

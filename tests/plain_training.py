@@ -70,11 +70,13 @@ def plain_adamw_run(
     decay: Callable[[str], float],
     multiplier: Callable[[str], float] = lambda name: 1.0,
     plan: LayerPlan | Sequence[AttentionScheme] | None = None,
+    z_loss: float = 0.0,
 ) -> PlainRun:
     """Train a copy of `tensors`; `steps[n]` holds ALL micro batches of step n, of all data ranks.
 
     A step's loss is the sum of losses over the count of valid tokens of the whole step. By name,
-    `decay` multiplies weight_decay (0: none) and `multiplier` the learning rate.
+    `decay` multiplies weight_decay (0: none) and `multiplier` the learning rate. What `z_loss` adds
+    is in gradients and norms, not in losses.
     """
     leaves = {name: value.detach().clone().requires_grad_() for name, value in tensors.items()}
     groups = [
@@ -94,7 +96,11 @@ def plain_adamw_run(
         total = 0.0
         for micro in micro_batches:
             loss_sum, _ = model.loss(micro.tokens, micro.targets, micro.starts)
-            (loss_sum / valid).backward()
+            objective = loss_sum
+            if z_loss:
+                log_z = model.logits(micro.tokens, micro.starts).logsumexp(-1)
+                objective = loss_sum + z_loss * log_z[micro.targets != IGNORED].square().sum()
+            (objective / valid).backward()
             total += loss_sum.item()
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         losses.append(total / valid)

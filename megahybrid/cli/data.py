@@ -16,10 +16,20 @@ def add_data_commands(subparsers: Any) -> None:
     parser.set_defaults(run=_data)
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    commands.add_parser("demo", help="the data of pkg:runs/demo.yaml, in build/demo")
+    demo = commands.add_parser("demo", help="the data of pkg:runs/demo.yaml, in build/demo")
+    demo.add_argument(
+        "--chats", action="store_true", help="and of pkg:runs/demo_chat.yaml, in build/demo_chat"
+    )
 
     gather = commands.add_parser("gather-stdlib", help="Python's own library as a .jsonl")
     gather.add_argument("output", help=".jsonl to write")
+
+    chats = commands.add_parser("make-chats", help="small conversations to try things with")
+    chats.add_argument("output", help=".jsonl to write")
+    chats.add_argument(
+        "--count", type=_from(1, 20_000), default=2000, help="conversations (default: 2000)"
+    )
+    chats.add_argument("--seed", type=_from(0), default=1, help="of what they say (default: 1)")
 
     tokenizer = commands.add_parser(
         "tokenizer",
@@ -142,11 +152,11 @@ def _data(arguments: argparse.Namespace) -> int:
     from megahybrid.commands.data import data
 
     if arguments.data_command == "demo":
-        return _demo()
+        return _demo(arguments.chats)
     return data(arguments.data_command, **given(arguments))
 
 
-def _demo() -> int:
+def _demo(chats: bool) -> int:
     from megahybrid.data_prep.demo import make_demo
 
     parser = argparse.ArgumentParser()
@@ -154,6 +164,7 @@ def _demo() -> int:
     make_demo(
         lambda words: _data(parser.parse_args(["data", *words])),
         lambda line: print(line, flush=True),
+        chats=chats,
     )
     return EXIT_DONE
 

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "megahybrid evaluate runs/demo --beyond",
         "megahybrid evaluate runs/demo configs/suites/needles.yaml",
+        "megahybrid evaluate runs/demo_chat chat",
         "megahybrid evaluate imported needles --data books=data/books/held_out",
     ),
     "analyse": ("megahybrid analyse runs/demo --length 1024 --picture heads.png",),
@@ -67,8 +68,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "megahybrid data tokenizer corpus/ --output bpe.model --vocab-size 32000",
         "megahybrid data tokenize corpus/ --tokenizer bpe.model --output data/web --longest 2",
     ),
-    "data demo": ("megahybrid data demo",),
+    "data demo": ("megahybrid data demo", "megahybrid data demo --chats"),
     "data gather-stdlib": ("megahybrid data gather-stdlib stdlib.jsonl",),
+    "data make-chats": ("megahybrid data make-chats chats.jsonl --count 200",),
     "data tokenizer": (
         "megahybrid data tokenizer corpus/ --output bpe.model --vocab-size 32000",
         "megahybrid data tokenizer report bpe.model corpus/ --against other.model",

@@ -12,6 +12,7 @@ from rich.console import Console
 from megahybrid.commands.named_data import with_held_out
 from megahybrid.commands.trained_model import TrainedModel, header, keep, load_trained_model
 from megahybrid.config.suite import (
+    ChatTask,
     HeldOutHaystack,
     NeedleTask,
     NoiseHaystack,
@@ -131,7 +132,7 @@ def _examples(trained: TrainedModel, looked: Looked) -> dict[str, list[Example]]
     material = material_of(run, suite, looked.tokenizer)
     groups: dict[str, list[Example]] = {}
     for task_name, task in suite.tasks.items():
-        if isinstance(task, RulerTask):
+        if isinstance(task, RulerTask | ChatTask):
             continue  # its answers are generated, so there is no given text to look at
         for example in examples_of(task_name, task, suite.seed, material):
             labels = {"task": task_name, **example.labels}

@@ -64,6 +64,13 @@ def parent_of(directory: Path) -> Parent | None:
         raise MegahybridError(f"{path} is damaged ({error}). Restore the file.") from None
 
 
+_TAKEN = {
+    "weights": "weights alone",
+    "state": "weights and moments",
+    "all": "weights, moments and data order",
+}
+
+
 def _named_parent(run: RunConfig) -> Parent | None:
     """Return the parent that a run which has not begun names in its file."""
     if run.start is None:
@@ -84,7 +91,7 @@ def _in_words(side: _Side, other: _Side, parent: Parent) -> str:
     where = parent.checkpoint
     if _within(where, other.directory):
         where = f"{other.name} ({where})"
-    taken = "weights alone" if parent.take == "weights" else "weights, moments and data order"
+    taken = _TAKEN.get(parent.take, parent.take)
     since = ""
     if parent.step is not None and parent.tokens is not None:
         since = f"step {parent.step:,}, {parent.tokens:,} tokens; "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from megahybrid.commands.data_texts import gather, tokenize_texts, tokenizer
+from megahybrid.commands.data_texts import gather, make_chats, tokenize_texts, tokenizer
 from megahybrid.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -284,6 +284,7 @@ def audit_run(*, run_directory: str, other: str | None) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "gather-stdlib": gather,
+    "make-chats": make_chats,
     "tokenizer": tokenizer,
     "tokenize": tokenize_texts,
     "pack": pack_rows,

@@ -1,4 +1,5 @@
-"""The commands of `megahybrid data` that read texts: gather-stdlib, tokenizer, tokenize."""
+"""The commands of `megahybrid data` that read texts, or make some: gather-stdlib,
+make-chats, tokenizer, tokenize."""
 
 import os
 import sys
@@ -11,6 +12,14 @@ def gather(*, output: str) -> None:
 
     documents, size = gather_stdlib(output)
     print(f"{output}: {documents:,} documents, {size / 1e6:.1f} MB")
+
+
+def make_chats(*, output: str, count: int, seed: int) -> None:
+    """Write small conversations of our own making as a .jsonl."""
+    from megahybrid.data_prep.made_chats import make_chats
+
+    size = make_chats(output, count, seed)
+    print(f"{output}: {count:,} conversations, {size / 1e6:.1f} MB")
 
 
 def tokenizer(

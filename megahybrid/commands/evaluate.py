@@ -13,7 +13,7 @@ from megahybrid.commands.trained_model import TrainedModel, header, keep, load_t
 from megahybrid.errors import EXIT_DONE, ConfigError
 from megahybrid.evaluate.loss import HeldOutLoss
 from megahybrid.evaluate.progress import EvaluationProgress
-from megahybrid.evaluate.table import loss_table, position_table, reach_table
+from megahybrid.evaluate.table import loss_table, position_table, reach_table, turn_table
 from megahybrid.parallel.mesh import ParallelMesh
 from megahybrid.train.validation import HeldOutSets, evaluation_loss
 
@@ -206,6 +206,9 @@ def _print(
         beyond = f" (below the line: beyond the stage's {trained.length:,} tokens)"
     console.print(f"\nLoss by position in the document{beyond}")
     console.print(position_table(far, trained.length))
+    if any(score.by_turn for score in far.values()):
+        console.print("\nLoss of the assistant's tokens by its turn in the conversation")
+        console.print(turn_table(far))
     if reach is not None:
         console.print("\nRows of multiples of the stage's length, and through a sliding window")
         console.print(reach_table(reach.rows, reach.sliding, trained.length))

@@ -7,7 +7,7 @@ factor.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Any, Literal, assert_never
+from typing import Annotated, Any, Literal, NamedTuple, assert_never
 
 from pydantic import Field, model_validator
 
@@ -168,15 +168,27 @@ class QKNorm(Frozen):
 Gate = Literal["none", "head", "element"]
 
 
-def gate_features(gate: Gate, heads: int, head_dim: int) -> int | None:
-    """Values of a layer's gate for each token, over all heads; None without a gate."""
+class GateShape(NamedTuple):
+    """The values that a gate has for each token: so many for each of its heads."""
+
+    heads: int
+    values_per_head: int
+
+    @property
+    def values(self) -> int:
+        """Over all heads: rows of the projection that makes them."""
+        return self.heads * self.values_per_head
+
+
+def gate_shape(gate: Gate, heads: int, kv_heads: int, head_dim: int) -> GateShape | None:
+    """The values of a layer's gate for each token; None without a gate."""
     match gate:
         case "none":
             return None
         case "head":
-            return heads
+            return GateShape(heads, 1)
         case "element":
-            return heads * head_dim
+            return GateShape(heads, head_dim)
         case never:
             assert_never(never)
 
@@ -267,13 +279,13 @@ class AttentionScheme(Frozen):
         of_near = {name: getattr(self.near, name) for name in NearView.model_fields}
         return self.model_copy(update=of_near | one), self.model_copy(update=one)
 
-    def token_gates(self, heads: int, head_dim: int) -> dict[str, int]:
+    def token_gates(self, heads: int, kv_heads: int, head_dim: int) -> dict[str, GateShape]:
         """The gates that a layer makes of each token beside its query, key and value, by their
-        names in the model, with the values of each over all heads."""
-        gate = gate_features(self.gate, heads, head_dim)
+        names in the model."""
+        gate = gate_shape(self.gate, heads, kv_heads, head_dim)
         gates = {} if gate is None else {"output_gate": gate}
         if self.fuse is not None and has_product(self.fuse.gate):
-            gates["fuse_gate"] = heads
+            gates["fuse_gate"] = GateShape(heads, 1)
         return gates
 
     @property
@@ -326,7 +338,7 @@ class AttentionScheme(Frozen):
                 pass
             case never:
                 assert_never(never)
-        gate = None if gate_features(self.gate, 1, 1) is None else self.gate
+        gate = None if gate_shape(self.gate, 1, 1, 1) is None else self.gate
         bias = self.bias if biased_projections(self.bias) else None
         scale = learned_scale(self.score_scale)
         fuse = None if self.fuse is None or not learned_fuse(self.fuse.gate) else self.fuse.gate

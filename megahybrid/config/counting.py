@@ -74,8 +74,9 @@ def layer_shapes(model: ModelConfig, scheme: AttentionScheme) -> dict[str, Shape
         weight = scheme.qk_norm.weight_shape(heads, model.head_dim)
         if weight is not None:
             shapes[f"attention.{name}_norm.weight"] = weight
-    for name, values in scheme.token_gates(model.num_heads, model.head_dim).items():
-        shapes[f"attention.{name}.weight"] = (values, hidden)
+    gates = scheme.token_gates(model.num_heads, model.num_kv_heads, model.head_dim)
+    for name, gate in gates.items():
+        shapes[f"attention.{name}.weight"] = (gate.values, hidden)
     if scheme.fuse is not None and learned_fuse(scheme.fuse.gate):
         shapes["attention.fuse_gate.bias"] = (model.num_heads,)
     match scheme.position:

@@ -51,6 +51,7 @@ OTHERS_NAMES = {
     **dict.fromkeys(
         ("grad_clip", "clip_grad", "max_grad_norm", "gradient_clipping"), "optimizer.clip_norm"
     ),
+    **dict.fromkeys(("z_loss_multiplier", "z_loss_coeff", "zloss_coeff"), "z_loss"),
     **dict.fromkeys(("dtype", "torch_dtype", "bf16"), "precision"),
     **dict.fromkeys(("output_dir", "save_dir"), "directory"),
     **dict.fromkeys(("save_steps", "save_interval"), "checkpoint.every_steps"),

@@ -10,10 +10,33 @@ from megahybrid.config.attention import AttentionScheme, QKNorm, Rope
 from megahybrid.config.base import Frozen
 from megahybrid.config.model import ModelConfig
 from megahybrid.config.parallel import ParallelConfig
+from megahybrid.config.run import RunConfig
 from megahybrid.config.score_scale import Llama4Scale, LogScale, SsmaxScale
+from megahybrid.config.stages import BatchRamp
 
 # In today's words; classes that are not here have got no field since.
 FIRST: dict[type[Frozen], frozenset[str]] = {
+    RunConfig: frozenset(
+        (
+            "seed",
+            "model",
+            "parallel",
+            "data",
+            "optimizer",
+            "stages",
+            "checkpoint",
+            "evaluate",
+            "start",
+            "log",
+            "kernels",
+            "precision",
+            "device",
+            "deterministic",
+            "directory",
+            "max_skipped_in_a_row",
+        )
+    ),
+    BatchRamp: frozenset(("start", "end", "increment", "over_tokens")),
     ParallelConfig: frozenset(("tensor", "zero_stage", "offload")),
     ModelConfig: frozenset(
         (

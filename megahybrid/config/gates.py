@@ -26,7 +26,8 @@ class SuiteGate(Frozen):
     length: int | None = Field(default=None, ge=1, description="null: the mean of its lengths")
     figure: Literal["exact", "token_accuracy", "score"] = Field(
         default="exact",
-        description="exact: whole answers; token_accuracy: answer tokens; score: RULER's",
+        description="exact: whole answers; token_accuracy: answer tokens; score: RULER's, "
+        "and of a chat task the answers that end",
     )
     at_least: float = Field(ge=0, le=1, description="share")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from megahybrid.config import chunk_sizes
-from megahybrid.config.attention import gate_features
+from megahybrid.config.attention import gate_shape
 from megahybrid.config.context_memory import ALONE, ContextMemory, context_memory
 from megahybrid.config.counting import (
     Shape,
@@ -113,11 +113,11 @@ def activation_bytes_per_token(
     norms = len(block_norms(model.block))
     whole = 2 * norms * hidden + 4 * queries + 3 * keys + 3 * inner
     gates = [
-        (gate_features(scheme.gate, model.num_heads, model.head_dim), count)
+        (gate_shape(scheme.gate, model.num_heads, model.num_kv_heads, model.head_dim), count)
         for scheme, count in model.layer_plan.counts()
     ]
     # A gate, and the gated output beside the output.
-    gated = sum(count * (queries + size) for size, count in gates if size is not None)
+    gated = sum(count * (queries + gate.values) for gate, count in gates if gate is not None)
     whole += gated // model.layer_plan.num_layers
     # Two views: queries and keys of the second, and the outputs of both beside what joins them.
     twofold = sum(count for scheme, count in model.layer_plan.counts() if scheme.near is not None)

@@ -7,7 +7,10 @@ from megahybrid.config.run import RunConfig
 from megahybrid.printable import shortened
 
 # The folder that a command of ours fills, and the command.
-MADE_BY = (("build/demo/", "megahybrid data demo"),)
+MADE_BY = (
+    ("build/demo/", "megahybrid data demo"),
+    ("build/demo_chat/", "megahybrid data demo --chats"),
+)
 
 
 def missing_data(run: RunConfig) -> list[tuple[str, str]]:

@@ -34,6 +34,13 @@ class RunConfig(Frozen):
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="degrees of parallelism")
     data: DataConfig = Field(description="token files and how they are served")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW's numbers")
+    z_loss: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="z: each target's loss has z (log Z)² more in training, with Z the sum of its "
+        "logits' exponentials (1e-5 in Olmo 3); losses that are told are without it. null: none",
+    )
     stages: Annotated[list[Stage], limits.STAGES] = Field(
         min_length=1, description="stretches of training, in order"
     )

@@ -170,7 +170,8 @@ class YarnScaling(_ByFactor):
 
 
 class Llama3Scaling(_ByFactor):
-    """Llama 3.1's scaling: long wavelengths interpolated, short ones kept, a blend between."""
+    """Llama 3.1's scaling: long wavelengths interpolated, short ones kept, a blend between; with
+    equal factors, as Llama 4 Scout has them, a step."""
 
     kind: Literal["llama3"]
     factor: float = Field(ge=1, description="long wavelengths are stretched by it")
@@ -184,9 +185,9 @@ class Llama3Scaling(_ByFactor):
 
     @model_validator(mode="after")
     def _check_factors(self) -> "Llama3Scaling":
-        if self.high_frequency_factor <= self.low_frequency_factor:
+        if self.high_frequency_factor < self.low_frequency_factor:
             raise ValueError(
-                f"high_frequency_factor={self.high_frequency_factor} is not above "
+                f"high_frequency_factor={self.high_frequency_factor} is below "
                 f"low_frequency_factor={self.low_frequency_factor}. Raise high_frequency_factor."
             )
         return self
@@ -198,6 +199,8 @@ class Llama3Scaling(_ByFactor):
         inverse = plain_frequencies(theta, rotary_dim, xp, dtype)
         wavelength = 2 * math.pi / inverse
         scaled = xp.where(wavelength > low_wavelength, inverse / self.factor, inverse)
+        if self.high_frequency_factor == self.low_frequency_factor:
+            return scaled  # the blend would divide by zero, and nothing lies between
         smooth = (self.original_length / wavelength - self.low_frequency_factor) / (
             self.high_frequency_factor - self.low_frequency_factor
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -33,6 +33,11 @@ class BatchRamp(Frozen):
     end: BatchTokens = Field(description="tokens of every step after the ramp")
     increment: BatchTokens = Field(description="tokens added at a time")
     over_tokens: Tokens = Field(description="tokens of the stage that the ramp takes")
+    learning_rate: Literal["kept", "sqrt"] = Field(
+        default="kept",
+        description="kept: as the stage says; sqrt: times sqrt(batch / end), so that it grows with "
+        "the batch (arXiv 1404.5997)",
+    )
 
     @model_validator(mode="after")
     def _check_ramp(self) -> "BatchRamp":
@@ -49,6 +54,16 @@ class BatchRamp(Frozen):
                 f"levels, more than {limits.RAMP_LEVELS:,} (each is kept and searched). Raise it."
             )
         return self
+
+    def rate_factor(self, batch_tokens: int) -> float:
+        """What multiplies the stage's learning rate in a step of so many tokens."""
+        match self.learning_rate:
+            case "kept":
+                return 1.0
+            case "sqrt":
+                return math.sqrt(batch_tokens / self.end)
+            case _:
+                assert_never(self.learning_rate)
 
     def levels(self) -> list[tuple[int, int]]:
         """(tokens of the stage from which it holds, batch tokens) of every level, in order."""
@@ -143,6 +158,12 @@ class Stage(Frozen):
         if isinstance(self.batch_tokens, BatchRamp):
             return self.batch_tokens.levels()
         return [(0, self.batch_tokens)]
+
+    def rate(self, tokens: int, batch_tokens: int) -> float:
+        """The learning rate of the step of `batch_tokens` that ends with `tokens` of the stage."""
+        rate = self.learning_rate.rate(tokens, self.tokens)
+        ramp = self.batch_tokens
+        return rate * ramp.rate_factor(batch_tokens) if isinstance(ramp, BatchRamp) else rate
 
     def recompute_of_layer(self, layer: int) -> Recompute:
         """The recompute policy of one layer, where the stage names it: a budget is solved by
@@ -263,7 +284,7 @@ class StagePlan:
             tokens_in_stage=start,
             length=self._lengths[index].at(step),
             batch_tokens=run.batch_tokens,
-            learning_rate=stage.learning_rate.rate(start + run.batch_tokens, stage.tokens),
+            learning_rate=stage.rate(start + run.batch_tokens, run.batch_tokens),
         )
 
 

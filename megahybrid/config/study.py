@@ -79,7 +79,8 @@ class HeldOut(Frozen):
 class Study(Frozen):
     """A grid of runs. Files are relative to the study's folder, data to where it is run from.
 
-    In `prepare`, overrides and paths {out} stands for the study's own output folder.
+    In `prepare`, overrides and paths {out} stands for the study's own output folder, and in the
+    overrides of a branch {trunk} for the folder of the run that it begins with.
     """
 
     hypothesis: str = Field(description="written before the first run")
@@ -94,6 +95,11 @@ class Study(Frozen):
         min_length=1, description="overrides of the run file, key=value, by name"
     )
     common: list[str] = Field(default=[], description="overrides that all variants share")
+    branches: dict[Name, Name] = Field(
+        default={},
+        description="variants that begin with another's checkpoint, of the same seed: {branch: "
+        "trunk}; its newest and all of it, unless they set start.checkpoint and start.take",
+    )
     seeds: Annotated[list[int], Field(min_length=1)]
     prepare: list[str] = Field(
         default=[], description="megahybrid data commands, each given once before anything else"
@@ -129,6 +135,7 @@ class Study(Frozen):
                 f"seeds has {len(self.seeds):,} entries for {len(self.variants):,} variants: "
                 f"{runs:,} runs, more than {limits.RUNS:,} (each is trained). Name fewer."
             )
+        self._check_branches()
         if self.control is not None:
             self._check_control(self.control)
         for rule in self.rules:
@@ -137,6 +144,18 @@ class Study(Frozen):
                     hint = did_you_mean(variant, self.variants)
                     raise ValueError(f"rules names variant '{variant}', which is not there.{hint}")
         return self
+
+    def _check_branches(self) -> None:
+        for name in dict.fromkeys([*self.branches, *self.branches.values()]):
+            if name not in self.variants:
+                hint = did_you_mean(name, self.variants)
+                raise ValueError(f"branches names variant '{name}', which is not there.{hint}")
+        for branch, trunk in self.branches.items():
+            if trunk in self.branches:
+                raise ValueError(
+                    f"branches.{branch}={trunk} is a branch itself. Name the variant from which "
+                    f"{trunk} begins, or train {trunk} whole."
+                )
 
     def _check_control(self, control: Control) -> None:
         if control.variant not in self.variants:

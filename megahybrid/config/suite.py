@@ -188,7 +188,28 @@ class RulerTask(Frozen):
         return self
 
 
-Task = Annotated[NeedleTask | SyntheticTask | RulerTask, Field(discriminator="kind")]
+class ChatTask(Frozen):
+    """Prompts of held-out conversations: whether the model ends its turn, by greedy generation.
+
+    Each prompt is what a conversation of the set says up to a drawn turn of the assistant, each of
+    another conversation. The score is the share of answers that end their turn within `lengths`
+    tokens, its end included.
+    """
+
+    kind: Literal["chat"]
+    set: Name | None = Field(
+        default=None, description="a held-out set made of conversations; null: the run's first"
+    )
+    lengths: Lengths = Field(default=[64], description="tokens that an answer may have")
+    trials: Annotated[int, limits.TRIALS] = Field(default=100, ge=1, description="prompts")
+
+    @property
+    def questions(self) -> int:
+        """Examples of the task."""
+        return self.trials
+
+
+Task = Annotated[NeedleTask | SyntheticTask | RulerTask | ChatTask, Field(discriminator="kind")]
 
 
 class Suite(Frozen):

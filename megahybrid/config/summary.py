@@ -17,7 +17,8 @@ def summary(run: RunConfig, world_size: int | None = None) -> str:
     lines = [
         f"{parameters(run.model):,} parameters, {run.model.layer_plan.num_layers} layers",
         f"{degrees}, ZeRO {run.parallel.zero_stage}, {run.precision}"
-        + ", AdamW's moments in host memory" * (run.parallel.offload == "moments"),
+        + ", AdamW's moments in host memory" * (run.parallel.offload == "moments")
+        + (f", z-loss {run.z_loss:g}" if run.z_loss else ""),
     ]
     for index, stage in enumerate(run.stages):
         lines.append(

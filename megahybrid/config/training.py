@@ -151,9 +151,10 @@ class StartConfig(Frozen):
     """A run that branches off another one's checkpoint."""
 
     checkpoint: str = Field(description="checkpoint folder of the parent run")
-    take: Literal["weights", "all"] = Field(
+    take: Literal["weights", "state", "all"] = Field(
         default="weights",
-        description="weights: step and tokens begin at 0; all: optimizer, step and cursors too",
+        description="weights: step and tokens begin at 0; state: the optimizer's moments too; all: "
+        "step, tokens and cursors as well",
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from megahybrid.ledger import PositionBucket
+from megahybrid.ledger import PositionBucket, TurnLoss
 from megahybrid.parallel.collectives import all_reduce
 from megahybrid.parallel.mesh import Axis
 
@@ -22,6 +22,7 @@ TokenLoss = Callable[
     Float[Tensor, "batch seq"],
 ]
 Rows = Iterable[tuple[Tensor, Tensor, Tensor]]
+TURNS = 16  # of a conversation are told apart; later ones count with the last
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class HeldOutLoss:
     tokens: int
     length: int
     by_position: tuple[PositionBucket, ...]
+    by_turn: tuple[TurnLoss, ...] | None = None  # of rows that are a conversation each
 
     @property
     def perplexity(self) -> float | None:
@@ -46,12 +48,15 @@ class HeldOutLoss:
 
     def to_json(self) -> dict[str, Any]:
         """Return the score as the ledger keeps it."""
-        return {
+        found: dict[str, Any] = {
             "loss": self.loss,
             "tokens": self.tokens,
             "length": self.length,
             "by_position": [vars(bucket) for bucket in self.by_position],
         }
+        if self.by_turn is not None:
+            found["by_turn"] = [vars(one) for one in self.by_turn]
+        return found
 
 
 def position_edges(longest: int) -> list[int]:
@@ -71,16 +76,19 @@ def held_out_loss(
     replicas: Axis,
     device: torch.device,
     adds: Callable[[int], bool] = lambda tokens: True,
+    turns: bool = False,
 ) -> HeldOutLoss:
     """Score this replica's `rows` and sum over all. Every rank must call it with the same number of
     batches (a batch may have no valid target). `adds` says whether this rank adds rows of so many
     tokens to the sum, which ranks that share a row do once.
 
     Buckets reach to `longest`, so that curves of several lengths share one axis; a position counts
-    from the document's start, because a token sees its own document only.
+    from the document's start, because a token sees its own document only. `turns`: each row is one
+    conversation, whose targets are the assistant's turns, and the loss is told by turn as well.
     """
     edges = torch.tensor(position_edges(longest), device=device)
-    sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64, device=device)
+    places = len(edges) - 1
+    sums = torch.zeros(2, places + TURNS * turns, dtype=torch.float64, device=device)
     for tokens, targets, starts in rows:
         tokens, targets, starts = tokens.to(device), targets.to(device), starts.to(device)
         losses = token_loss(tokens, targets, starts)
@@ -90,9 +98,16 @@ def held_out_loss(
         position = torch.arange(tokens.shape[1], device=device) - starts
         bucket = torch.bucketize(position.flatten()[valid], edges, right=True) - 1
         bucket.clamp_(max=len(edges) - 2)
-        sums[0].index_add_(0, bucket, losses.flatten()[valid].double())
-        sums[1].index_add_(0, bucket, torch.ones_like(bucket, dtype=torch.float64))
-    losses_by_bucket, counts = all_reduce(sums, replicas).cpu().tolist()
+        counted = losses.flatten()[valid].double()
+        ones = torch.ones_like(bucket, dtype=torch.float64)
+        sums[0].index_add_(0, bucket, counted)
+        sums[1].index_add_(0, bucket, ones)
+        if turns:
+            turn = places + _turn(targets).flatten()[valid]
+            sums[0].index_add_(0, turn, counted)
+            sums[1].index_add_(0, turn, ones)
+    whole = all_reduce(sums, replicas).cpu()
+    losses_by_bucket, counts = whole[:, :places].tolist()
     bounds = edges.cpu().tolist()
     buckets = tuple(
         PositionBucket(start, stop, int(count), total / count if count else None)
@@ -102,7 +117,23 @@ def held_out_loss(
     )
     tokens_scored = int(sum(counts))
     mean = sum(losses_by_bucket) / tokens_scored if tokens_scored else None
-    return HeldOutLoss(mean, tokens_scored, length, buckets)
+    by_turn = _by_turn(*whole[:, places:].tolist()) if turns else None
+    return HeldOutLoss(mean, tokens_scored, length, buckets, by_turn)
+
+
+def _turn(targets: Tensor) -> Tensor:
+    """The turn of each target, from 0 on: a turn is a run of targets that count."""
+    valid = targets != -100
+    before = torch.nn.functional.pad(valid[:, :-1], (1, 0))
+    return ((valid & ~before).cumsum(dim=1) - 1).clamp(0, TURNS - 1)
+
+
+def _by_turn(losses: list[float], counts: list[float]) -> tuple[TurnLoss, ...]:
+    return tuple(
+        TurnLoss(number, int(count), total / count)
+        for number, (total, count) in enumerate(zip(losses, counts, strict=True), 1)
+        if count
+    )
 
 
 def sliding(token_loss: TokenLoss, window: int, stride: int) -> TokenLoss:

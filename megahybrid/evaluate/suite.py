@@ -5,9 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from megahybrid.config.suite import NeedleTask, RulerTask, Suite, SyntheticTask, Task
+from megahybrid.config.suite import (
+    ChatTask,
+    NeedleTask,
+    RulerTask,
+    Suite,
+    SyntheticTask,
+    Task,
+)
 from megahybrid.errors import ConfigError
 from megahybrid.evaluate.answers import by_labels, score_answers
+from megahybrid.evaluate.chat import ChatMaker, answer, scores_of
 from megahybrid.evaluate.example import Example, same_length
 from megahybrid.evaluate.generation import greedy
 from megahybrid.evaluate.haystack import Material
@@ -49,6 +57,8 @@ def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Ex
                 example = PUZZLES[task.kind](length, task.pairs, ids, draw)
                 example.labels.update(length=length)
                 found.append(example)
+    elif isinstance(task, ChatTask):
+        found += ChatMaker(name, task, material).make(task.trials, example_draw(seed, name))
     else:
         ruler = RulerMaker(task, material)
         for which in task.tasks:
@@ -66,6 +76,9 @@ def suite_tokens(suite: Suite) -> int:
     """Return the tokens of all examples of a suite, about as many as a model reads."""
     tokens = 0
     for task in suite.tasks.values():
+        if isinstance(task, ChatTask):
+            tokens += task.trials * max(task.lengths)  # its answers alone: prompts are drawn later
+            continue
         per_length = task.trials
         if isinstance(task, NeedleTask):
             per_length *= len(task.depths)
@@ -90,6 +103,8 @@ def run_suite(
         result: dict[str, Any] = {"kind": task.kind, "trials": task.trials}
         if isinstance(task, RulerTask):
             result["rows"] = _ruler(model, name, examples, suite, material, tell, advance)
+        elif isinstance(task, ChatTask):
+            result |= _chat(model, name, task, examples, suite, material, tell, advance)
         else:
             labels = ("length", "depth") if isinstance(task, NeedleTask) else ("length",)
 
@@ -112,6 +127,38 @@ def run_suite(
             result["haystack"] = task.haystack.kind
         results[name] = result
     return {"seed": suite.seed, "tasks": results}
+
+
+def _chat(
+    model: Transformer,
+    name: str,
+    task: ChatTask,
+    examples: list[Example],
+    suite: Suite,
+    material: Material,
+    tell: ReportProgress,
+    advance: Callable[[int], object],
+) -> dict[str, Any]:
+    """How many answers end their turn, by turn and of all."""
+    assert material.tokenizer is not None  # `ChatMaker` asked it for its special tokens
+    told, most = 0, max(task.lengths)
+
+    def report(done: int) -> None:
+        nonlocal told
+        tell(name, done, len(examples))
+        advance((done - told) * most)
+        told = done
+
+    answers = answer(
+        model,
+        examples,
+        most,
+        vocab_size=material.vocab_size,
+        eod_id=material.tokenizer.info.eod_id,
+        batch_tokens=suite.batch_tokens,
+        tell=report,
+    )
+    return scores_of(examples, answers, task.lengths)
 
 
 def _ruler(

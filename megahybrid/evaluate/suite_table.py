@@ -16,6 +16,13 @@ def suite_tables(result: dict[str, Any]) -> Iterator[tuple[str, Table]]:
         if task["kind"] == "ruler":
             yield f"{name}: RULER, share of references found", _grid(rows, "task", "score")
             continue
+        if task["kind"] == "chat":
+            yield (
+                f"{name}: answers that end their turn, by turn of the assistant",
+                _grid(rows, "task", "score"),
+            )
+            yield f"{name}: of all answers", _ended(task["ended"])
+            continue
         if task["kind"] == "needle":
             title = (
                 f"{name}: needle ({task['variant']}, hay: {task['haystack']}), exact match "
@@ -85,6 +92,21 @@ def _grid(rows: list[dict[str, Any]], down: str, value: str) -> Table:
     for name in dict.fromkeys(row[down] for row in rows):
         found = [cells.get((name, length)) for length in lengths]
         table.add_row(str(name), *(NOTHING if v is None else f"{v:.3f}" for v in found))
+    return table
+
+
+def _ended(rows: list[dict[str, Any]]) -> Table:
+    table = _table("within tokens")
+    for column in ("prompts", "ended", "95 %", "as in the set"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['length']:,}",
+            f"{row['trials']:,}",
+            f"{row['ended']:.3f}",
+            f"{row['ended_low']:.3f} – {row['ended_high']:.3f}",
+            f"{row['exact']:.3f}",
+        )
     return table
 
 

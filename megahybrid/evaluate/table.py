@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
-from megahybrid.evaluate.loss import HeldOutLoss, PositionBucket
+from megahybrid.evaluate.loss import TURNS, HeldOutLoss, PositionBucket
 
 NOTHING = "–"
 
@@ -71,6 +71,26 @@ def position_table(scores: Mapping[str, HeldOutLoss], trained_length: int) -> Ta
         first = buckets[0]
         ends = first.start < trained_length <= first.stop
         table.add_row(_range(first), *cells, end_section=ends)
+    return table
+
+
+def turn_table(scores: Mapping[str, HeldOutLoss]) -> Table:
+    """A row for each turn of the assistant, of the sets that have turns."""
+    told = {name: score.by_turn for name, score in scores.items() if score.by_turn}
+    table = _table("turn")
+    table.columns[0].justify = "right"
+    for name in told:
+        table.add_column(name, justify="right")
+        table.add_column("tokens", justify="right")
+    for number in range(1, 1 + max(turns[-1].turn for turns in told.values())):
+        cells = []
+        for turns in told.values():
+            found = next((one for one in turns if one.turn == number), None)
+            cells += [
+                _number(None if found is None else found.loss, ".4f"),
+                f"{found.tokens if found else 0:,}",
+            ]
+        table.add_row(f"{number} and later" if number == TURNS else str(number), *cells)
     return table
 
 

@@ -26,7 +26,7 @@ from megahybrid.interop.architectures.table import (
     huggingface_fits,
 )
 from megahybrid.interop.chat_template import write_template
-from megahybrid.interop.logit_proof import Row, proof_in_words, prove
+from megahybrid.interop.logit_proof import Row, proof_in_words, prove, quiet
 from megahybrid.interop.model_card import evaluations_of, model_card
 from megahybrid.interop.publish import published
 from megahybrid.interop.read_back import check_dtype, check_fields_as_read, check_files
@@ -106,7 +106,8 @@ def export(
         rows = _write_weights(folder, source, chosen, dtype, shard_bytes)
         check_files(folder, files)
         meant = {"max_position_embeddings": source.max_length, "eos_token_id": ends}
-        check_fields_as_read(folder, meant, trust_code=bool(chosen.code_files))
+        with quiet():
+            check_fields_as_read(folder, meant, trust_code=bool(chosen.code_files))
         card = model_card(
             source.run,
             source.plan,

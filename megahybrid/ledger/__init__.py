@@ -32,6 +32,7 @@ from megahybrid.ledger.events import (
     StartEvent,
     SuiteEvent,
     TaskScores,
+    TurnLoss,
     WarningEvent,
 )
 from megahybrid.ledger.file import (
@@ -77,6 +78,7 @@ __all__ = [
     "StepLine",
     "SuiteEvent",
     "TaskScores",
+    "TurnLoss",
     "WarningEvent",
     "damage",
     "encode",

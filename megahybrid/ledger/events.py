@@ -162,6 +162,15 @@ class PositionBucket:
     loss: Number  # nats per token; None where no token fell into the bucket
 
 
+@dataclass(frozen=True)
+class TurnLoss:
+    """Targets in one of the assistant's turns, from 1 on; the last stands for all later ones."""
+
+    turn: Positive
+    tokens: Count
+    loss: Number  # nats per token
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateEvent(Record):
     """The loss on one held-out set."""
@@ -178,11 +187,13 @@ class EvaluateEvent(Record):
     tokens: Count
     length: Positive
     by_position: tuple[PositionBucket, ...] = ()
+    by_turn: tuple[TurnLoss, ...] | None = None  # of documents of conversations
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """The scores of one task of a suite: figures by length, or by RULER's task and length."""
+    """The scores of one task of a suite: figures by length, or by RULER's task, or a
+    chat's turn, and length."""
 
     kind: str
     exact: dict[str, Number] | None = None

@@ -40,6 +40,7 @@ class StepLine:
     cursor_crc: Count
     learning_rate: Finite
     loss: Finite | None  # nats per valid target; None when it was not finite
+    z_loss: Finite | None = None  # what the z-loss adds to it in training
     gradient_norm: Finite | None  # before clipping
     gradient_norm_by_kind: dict[str, Finite | None] = field(default_factory=dict)
     skipped: bool = False
@@ -97,6 +98,8 @@ def encode(line: Line) -> bytes:
     """A line of the file, its newline included. Numbers that are not finite are written as null."""
     kind = "step" if isinstance(line, StepLine) else "event"
     record = {"kind": kind, **asdict(line)}
+    if isinstance(line, StepLine) and line.z_loss is None:
+        del record["z_loss"]
     return (json.dumps(_finite(record), allow_nan=False, separators=(",", ":")) + "\n").encode()
 
 

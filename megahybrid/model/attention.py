@@ -96,9 +96,10 @@ def attention_outputs(
     # One value a head leaves the fused product, and all that lies behind, a width that is no
     # multiple of eight: on CPUs products then take an eighth longer, tensor cores want it as well.
     filler = -(config.num_heads // mesh.tensor.size) % PRODUCT_MULTIPLE
-    for gate, values in scheme.token_gates(config.num_heads, config.head_dim).items():
-        more = filler if values == config.num_heads else 0
-        outputs[gate] = Output(f"{name}.{gate}.weight", values, filler=more)
+    gates = scheme.token_gates(config.num_heads, config.num_kv_heads, config.head_dim)
+    for gate, shape in gates.items():
+        more = filler if shape.values == config.num_heads else 0
+        outputs[gate] = Output(f"{name}.{gate}.weight", shape.values, filler=more)
     return outputs
 
 

@@ -27,7 +27,7 @@ class Softmax(NamedTuple):
     """
 
     statistics: Callable[..., Statistics]
-    combine: Callable[..., tuple[Tensor, Tensor]]
+    combine: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     grad_logits: Callable[..., object]
 
 
@@ -68,16 +68,24 @@ def combine(
     peak: Float[Tensor, " tokens"],
     counts: Bool[Tensor, " tokens"],
     scale: float,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
-    """Return each token's loss, 0 where it does not count, and the `factor` of its gradient.
+    z_loss: float = 0.0,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None]:
+    """Return each token's loss, 0 where it does not count, the `factor` of its gradient, and its
+    z-loss, `z_loss` times (log Z)² with Z the sum of exponentials of the scaled logits.
 
-    The factor is that of `grad_logits` on the rank whose largest logit is `peak`.
+    The factor is that of `grad_logits` on the rank whose largest logit is `peak`; the z-loss, None
+    where its coefficient is 0, multiplies it by 1 + 2 z_loss log Z.
     """
     peaks, totals, target_logits = of_ranks.unbind(1)
     top = peaks.amax(dim=0)
     denominator = (totals * (peaks - top).exp()).sum(dim=0)
     losses = torch.where(counts, denominator.log() + top - target_logits.sum(dim=0), 0)
-    return losses, (peak - top).exp() / denominator * counts * scale
+    factor = (peak - top).exp() / denominator * counts * scale
+    if not z_loss:
+        return losses, factor, None
+    log_z = denominator.log() + top
+    z_losses = torch.where(counts, log_z.square() * z_loss, 0)
+    return losses, factor * (1 + 2 * z_loss * log_z), z_losses
 
 
 def grad_logits(

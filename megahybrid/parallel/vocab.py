@@ -88,10 +88,15 @@ class VocabParallelHead(nn.Module):
 
     Tied: `VocabParallelHead.tied(embedding)` registers the embedding's own Parameter, so that it
     is gathered for this module too under ZeRO-3. Untied: a parameter of its own. With `softcap` c,
-    every logit z, already scaled, is c tanh(z / c).
+    every logit z, already scaled, is c tanh(z / c). With a `z_loss` z, a training step's sum of
+    losses has z (log Z)² more for each token that counts, Z the sum of the logits' exponentials
+    (arXiv 2204.02311, 5.1).
     """
 
     softcap: float | None = None
+    z_loss: float = 0.0
+    # Their sum in the last call with gradients on, in the losses' precision; None without z_loss.
+    z_terms: Float[Tensor, ""] | None = None
 
     def __init__(
         self,
@@ -139,13 +144,14 @@ class VocabParallelHead(nn.Module):
         A target of -100 does not count: its loss is 0. Only the sum is differentiable; with
         gradients enabled they are computed here, chunk by chunk of `chunk_tokens` tokens, so that
         neither logits nor a second product are needed in backward, which can then run only once.
-        Softmax and the weight's gradient are in fp32 (float64 for float64 input). Without targets
-        the result is that of `logits`.
+        Softmax and the weight's gradient are in fp32 (float64 for float64 input). With gradients
+        enabled the sum has the z-loss's terms too, which `z_terms` holds; the losses of tokens
+        never have them. Without targets the result is that of `logits`.
         """
         if targets is None:
             return self._logits(hidden, logit_scale)
         chunk = chunk_tokens or chunk_size(self.weight.shape[0], hidden)
-        loss, per_token = _ChunkedLoss.apply(
+        loss, per_token, self.z_terms = _ChunkedLoss.apply(
             hidden,
             self.weight,
             targets.t().contiguous(),
@@ -153,6 +159,7 @@ class VocabParallelHead(nn.Module):
             self.rows,
             float(logit_scale),
             self.softcap,
+            self.z_loss if torch.is_grad_enabled() else 0.0,
             chunk,
             self.softmax,
             torch.is_grad_enabled(),
@@ -199,10 +206,11 @@ class _ChunkedLoss(torch.autograd.Function):
         rows: tuple[int, int],
         scale: float,
         softcap: float | None,
+        z_loss: float,
         chunk: int,
         softmax: Softmax,
         grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         needs_hidden = grad_enabled and ctx.needs_input_grad[0]
         needs_weight = grad_enabled and ctx.needs_input_grad[1]
         needs_grad = needs_hidden or needs_weight
@@ -210,6 +218,7 @@ class _ChunkedLoss(torch.autograd.Function):
         flat, flat_targets = whole.flatten(0, 1), targets.flatten()  # [tokens, hidden], [tokens]
         exact = torch.promote_types(hidden.dtype, torch.float32)
         per_token = flat.new_empty(flat.shape[0], dtype=exact)
+        z_losses = torch.empty_like(per_token) if z_loss else None
         grad_whole = torch.empty_like(flat) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         used = weight.to(hidden.dtype)  # with its padding, for which products are faster
@@ -228,7 +237,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for first in range(start, stop, part):
                 some = slice(first, min(first + part, stop))
                 out = None if grad_chunk is None else grad_chunk[first - start : some.stop - start]
-                per_token[some], grad_logits = _loss_and_grad(
+                per_token[some], grad_logits, z_part = _loss_and_grad(
                     flat[some],
                     used,
                     (counts[some], mine[some], columns[some]),
@@ -236,10 +245,13 @@ class _ChunkedLoss(torch.autograd.Function):
                     rows[1] - rows[0],
                     scale,
                     softcap,
+                    z_loss,
                     softmax if needs_grad else WRITTEN_OUT,
                     needs_grad,
                     out,
                 )
+                if z_losses is not None and z_part is not None:
+                    z_losses[some] = z_part
             if grad_logits is not None:
                 grad_logits = grad_logits if grad_chunk is None else grad_chunk[: stop - start]
                 if grad_whole is not None:
@@ -254,23 +266,27 @@ class _ChunkedLoss(torch.autograd.Function):
         )
         ctx.spent = False
         per_token = per_token.view_as(targets)
-        ctx.mark_non_differentiable(per_token)
-        return per_token.sum(), per_token
+        if z_losses is None:
+            ctx.mark_non_differentiable(per_token)
+            return per_token.sum(), per_token, None
+        z_terms = z_losses.sum()
+        ctx.mark_non_differentiable(per_token, z_terms)
+        return per_token.sum() + z_terms, per_token, z_terms
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slope: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("the chunked loss was differentiated twice; run its forward again")
         ctx.spent = True
         grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
         ctx.grad_hidden = ctx.grad_weight = None
         if grad_hidden is not None:
-            grad_hidden.mul_(grads[0].to(grad_hidden.device))
+            grad_hidden.mul_(slope.to(grad_hidden.device))
         if grad_weight is not None:
             same = grad_weight.dtype == ctx.weight_dtype
             out = grad_weight if same else torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-            grad_weight = torch.mul(grad_weight, grads[0], out=out)
-        return grad_hidden, grad_weight, *(None for _ in range(8))
+            grad_weight = torch.mul(grad_weight, slope, out=out)
+        return grad_hidden, grad_weight, *(None for _ in range(9))
 
 
 def _loss_and_grad(
@@ -281,11 +297,13 @@ def _loss_and_grad(
     vocab_local: int,
     scale: float,
     softcap: float | None,
+    z_loss: float,
     softmax: Softmax,
     needs_grad: bool,
     out: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the losses [tokens], and their gradient by this rank's unscaled logits.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the losses [tokens], the gradient of all by this rank's unscaled logits, and the
+    z-losses.
 
     The gradient is in the inputs' dtype; it is `out` or takes the logits' place. `targets` say of
     each token whether it counts, whether its target is one of this rank's `vocab_local` ids (none
@@ -302,9 +320,9 @@ def _loss_and_grad(
         statistics = logits.new_zeros(3, len(counts))
         statistics[0] = -torch.inf
     of_ranks = all_gather(statistics.unsqueeze(0), axis)  # [tensor ranks, 3, tokens]
-    losses, factor = softmax.combine(of_ranks, statistics[0], counts, scale)
+    losses, factor, z_losses = softmax.combine(of_ranks, statistics[0], counts, scale, z_loss)
     if not needs_grad:
-        return losses, None
+        return losses, None, z_losses
     grad_logits = logits if out is None else out
     grad_logits[:, vocab_local:] = 0
     if vocab_local:
@@ -318,4 +336,4 @@ def _loss_and_grad(
             grad_logits[:, :vocab_local],
             softcap,
         )
-    return losses, grad_logits
+    return losses, grad_logits, z_losses

@@ -140,6 +140,9 @@ def by_length_parts(found: Found) -> list[Part]:
             ]  # fmt: skip
             one = puzzles[0][0]
             parts.append(_by_length(record, one, "puzzles", {"kind": "puzzles"}, rows, several))
+        for file in results:
+            for name, told in _tasks(file, ("chat",)):
+                parts.append(_by_length(record, file, name, told, told["rows"], several))
     return parts
 
 
@@ -151,7 +154,8 @@ def _by_length(
     rows: list[dict[str, Any]],
     several: bool,
 ) -> Chart:
-    trained = file.result.get("trained_length")
+    # An answer's length says nothing of the rows that were learnt.
+    trained = None if told["kind"] == "chat" else file.result.get("trained_length")
     data: list[Figure] = []
     for index, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
         mine = sorted((row for row in rows if row["task"] == task), key=lambda row: row["length"])
@@ -172,16 +176,10 @@ def _by_length(
             "type": "line", "xref": "x", "yref": "paper", "x0": trained, "x1": trained, "y0": 0,
             "y1": 1, "line": {"color": FAINT, "width": 1.5, "dash": "dot"},
         }]  # fmt: skip
-    ruler = told["kind"] == "ruler"
-    says = (
-        "RULER's tasks in our own words: the share of the right answers found in text the model "
-        f"wrote, over {told.get('trials')} trials, with the standard error."
-        if ruler
-        else "Small puzzles over tokens: the share of answer tokens that were the likeliest."
-    ) + f" Step {file.step:,}."
+    title, says = _told(told)
+    says += f" Step {file.step:,}."
     if trained:
         says += f" The model was trained at {short_tokens(trained)} tokens."
-    title = "RULER by length" if ruler else "Puzzles by length"
     table = Table(
         ("task", "length", "trials", "score", "standard error"),
         [[r["task"], r["length"], r.get("trials"), r["score"], r["standard_error"]] for r in rows],
@@ -191,6 +189,25 @@ def _by_length(
         f"{record.name}: {title}" if several else title,
         says, {"data": data, "layout": plan}, table,
     )  # fmt: skip
+
+
+def _told(told: dict[str, Any]) -> tuple[str, str]:
+    """The title of a chart by length, and what it shows."""
+    match told["kind"]:
+        case "ruler":
+            return "RULER by length", (
+                "RULER's tasks in our own words: the share of the right answers found in text the "
+                f"model wrote, over {told.get('trials')} trials, with the standard error."
+            )
+        case "chat":
+            return "Answers that end", (
+                "Prompts of held-out conversations: the share of answers that end their turn "
+                f"within so many tokens, by turn, over {told.get('trials')} prompts."
+            )
+        case _:
+            return "Puzzles by length", (
+                "Small puzzles over tokens: the share of answer tokens that were the likeliest."
+            )
 
 
 def harness_parts(found: Found) -> list[Part]:

@@ -62,6 +62,12 @@ def _of_suite(file: EvaluationFile) -> list[tuple[str, str, Figure]]:
                 f"{told['trials']} trials, with the standard error"
             )
             drawn.append((f"ruler_{name}", caption, by_length(told["rows"], task, trained)))
+        elif told["kind"] == "chat":
+            caption = (
+                f"Answers that end their turn at step {file.step:,}, by turn and tokens they may "
+                f"have, {told['trials']} prompts, with the standard error"
+            )
+            drawn.append((f"chat_{name}", caption, by_length(told["rows"], task, None)))
         else:
             rows = [
                 {

@@ -48,8 +48,9 @@ def _curve(record: RunRecord, name: str, runs: list[EvaluationFile], several: bo
             continue
         for task, told in one.result["tasks"].items():
             for row in told.get("by_length") or told["rows"]:
-                label = task if told["kind"] != "ruler" else f"{task} {row['task']}"
-                score = row["score"] if told["kind"] == "ruler" else row.get("token_accuracy")
+                scored = told["kind"] in ("ruler", "chat")
+                label = f"{task} {row['task']}" if scored else task
+                score = row["score"] if scored else row.get("token_accuracy")
                 points.setdefault((label, row["length"]), []).append((one.result["tokens"], score))
     lengths = sorted({length for _, length in points})
     tasks = list(dict.fromkeys(task for task, _ in points))

@@ -41,6 +41,9 @@ def position_parts(
                     "data.held_out: {NAME: {path: …}} in the run file",
                 )
             )
+    if turns := [row for record in records for row in _turn_rows(record)]:
+        head = ("run", "set", "stage", "turn of the assistant", "targets", "loss")
+        parts.append(Table(head, turns, "Held-out conversations, by turn"))
     if any(record.evaluations for record in records):
         parts.append(_multiples(records))
     rows: list[list[Any]] = []
@@ -114,6 +117,16 @@ def _before_and_after(record: RunRecord, held_out: str) -> list[Part]:
                   _buckets_table(one))
         )  # fmt: skip
     return parts
+
+
+def _turn_rows(record: RunRecord) -> list[list[Any]]:
+    """The loss of each turn at the end of each stage, of the sets that are conversations."""
+    return [
+        [record.name, held_out, one.stage, turn.turn, turn.tokens, turn.loss]
+        for held_out in record.held_out_sets()
+        for one in record.at_stage_ends(held_out)
+        for turn in one.by_turn
+    ]
 
 
 def _compared(records: Sequence[RunRecord]) -> list[Part]:

@@ -21,6 +21,7 @@ from megahybrid.ledger import (
     Line,
     PositionBucket,
     StepLine,
+    TurnLoss,
     damage,
     read_every_line,
     read_ledger,
@@ -64,6 +65,7 @@ class Evaluation:
     loss: float | None
     tokens: int
     by_position: tuple[PositionBucket, ...]
+    by_turn: tuple[TurnLoss, ...]  # of conversations
 
 
 @dataclass(frozen=True)
@@ -197,4 +199,5 @@ def _evaluation(line: EventLine, score: EvaluateEvent) -> Evaluation:
             bucket if bucket.tokens else replace(bucket, loss=None)
             for bucket in score.by_position
         ),
+        by_turn=score.by_turn or (),
     )

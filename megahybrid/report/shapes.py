@@ -182,7 +182,7 @@ def wrong_result(kind: str, result: Any) -> str | None:
 
 
 def _wrong_task(tasks: dict[str, Any]) -> str | None:
-    shapes = {"needle": NeedleTask, "ruler": RulerTask}
+    shapes = {"needle": NeedleTask, "ruler": RulerTask, "chat": RulerTask}
     for name, task in tasks.items():
         wrong = checker(shapes.get(task["kind"], PuzzleTask))(task)
         if wrong is not None:

@@ -1,7 +1,8 @@
 """The figures of a study's runs by name, their averages by variant, and whether its rules hold.
 
-Names: task.length (answer tokens right), task.length.exact, task.length.KIND.needle (or begin,
-context, end, bits, and near, the share of a near view; KIND is a kind of layer, or all),
+Names: task.length (answer tokens right; of a chat task, answers that end), task.length.exact,
+task.length.KIND.needle (or begin, context, end, bits, and near, the share of a near view; KIND is a
+kind of layer, or all),
 loss.SET.first-last (positions, nats).
 """
 
@@ -31,6 +32,8 @@ def figures_of(result: Result) -> dict[str, float]:
             found[f"{task}.{row['length']}.exact"] = row["exact"]
         if told["kind"] == "ruler":
             found |= {f"{row['task']}.{row['length']}": row["score"] for row in told["rows"]}
+        if told["kind"] == "chat":
+            found |= {f"{task}.{row['length']}": row["ended"] for row in told["ended"]}
     for group in result.get("attention", {}).get("results", ()):
         looked = group["attention"]
         for kind, part in {**looked["by_kind"], "all": looked["all"]}.items():

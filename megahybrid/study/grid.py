@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -59,6 +59,7 @@ def study(
         refuse_foreign_study_folder(out)
         with _only_study(out):
             missing = [run for run in grid if not run.result.exists()]
+            _check_trunks(missing)
             if missing:
                 prepare(plan, out)
                 fork = not _on_gpu(missing[0])
@@ -163,6 +164,26 @@ def _check(plan: Study, grid: Sequence[StudyRun]) -> None:
         check_run(config, 1)
 
 
+def _check_trunks(missing: Sequence[StudyRun]) -> None:
+    """Refuse a branch whose trunk has no result and is not asked for."""
+    for run in missing:
+        trunk = run.trunk
+        if trunk is not None and trunk not in missing and not trunk.result.exists():
+            raise ConfigError(
+                f"{run.name} begins with a checkpoint of {trunk.name}, which has not been trained. "
+                f"Name {trunk.variant} among --variants too."
+            )
+
+
+def _next(waiting: list[StudyRun], running: Collection[StudyRun]) -> StudyRun | None:
+    """Take the first run that waits for no trunk; None where each of them does."""
+    for run in waiting:
+        if run.trunk not in waiting and run.trunk not in running:
+            waiting.remove(run)
+            return run
+    return None
+
+
 def _on_gpu(run: StudyRun) -> bool:
     """Return whether runs will use a GPU.
 
@@ -217,7 +238,10 @@ def _run_all(missing: Sequence[StudyRun], jobs: int, fork: bool) -> int:
     try:
         while running or (waiting and not stopping and code != EXIT_USER_MISTAKE):
             while waiting and len(running) < jobs and not stopping and code != EXIT_USER_MISTAKE:
-                run = waiting.pop(0)
+                ready = _next(waiting, running.values())
+                if ready is None:  # each of them waits for one that is running
+                    break
+                run = ready
                 child = run.start(fork)
                 running[child], began[child] = run, time.monotonic()
             child, status = os.wait()

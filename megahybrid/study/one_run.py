@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,22 @@ class StudyRun:
         paths = [f"data.sources.{name}.path={self.out / 'data' / name}" for name in self.plan.data]
         said = [*self.plan.common, *self.plan.variants[self.variant]]
         own = [word.replace("{out}", str(self.out)) for word in said]
-        return [*paths, *own, f"seed={self.seed}", f"directory={self.out / 'runs' / self.name}"]
+        if self.trunk is not None:
+            trunk = str(self.trunk.directory)
+            own = [word.replace("{trunk}", trunk) for word in own]
+            own = [f"start.checkpoint={trunk}", "start.take=all", *own]
+        return [*paths, *own, f"seed={self.seed}", f"directory={self.directory}"]
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        return self.out / "runs" / self.name
+
+    @property
+    def trunk(self) -> "StudyRun | None":
+        """Return the run with whose checkpoint this one begins."""
+        trunk = self.plan.branches.get(self.variant)
+        return None if trunk is None else replace(self, variant=trunk)
 
     def start(self, fork: bool = True) -> int:
         """Start a process that does the work; returns its id.
@@ -100,7 +115,7 @@ class StudyRun:
         from megahybrid.commands.train import train
         from megahybrid.parallel.mesh import ParallelMesh, choose_device
 
-        plan, run = self.plan, self.out / "runs" / self.name
+        plan, run = self.plan, self.directory
         began = time.monotonic()
         code = train(self.file(plan.run), self.overrides(), processes=1)
         if code != EXIT_DONE:

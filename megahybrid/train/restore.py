@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, assert_never
 
 from megahybrid.checkpoint.collective import Ranks
 from megahybrid.checkpoint.directory import check_model
@@ -43,7 +43,8 @@ class ResumePoint:
 
     state: TrainState
     checkpoint: Path | None = None
-    take: str = "all"  # weights: moments and counters begin anew
+    # weights: moments and counters begin anew; state: counters alone
+    take: Literal["weights", "state", "all"] = "all"
     kernels: ChosenKernels | None = None
     # Where the run branched off another one: {checkpoint, step, tokens, take}, for ever.
     parent: dict[str, Any] | None = None
@@ -123,10 +124,13 @@ def find_resume_point(
         "tokens": manifest.tokens,
         "take": take,
     }
-    if take == "all":
-        state = replace(state, data=_carried(run, state.data))
-    else:
-        state = TrainState()
+    match take:
+        case "all":
+            state = replace(state, data=_carried(run, state.data))
+        case "state" | "weights":
+            state = TrainState()
+        case _:
+            assert_never(take)
     return ResumePoint(state, located, take, kernels, parent)
 
 

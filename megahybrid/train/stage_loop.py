@@ -149,7 +149,7 @@ class StageLoop:
         engine = Engine(model, run, mesh)
         if start.checkpoint is not None:
             with Reader(start.checkpoint) as reader:
-                step = reader.manifest.optimizer_step if start.take == "all" else None
+                step = None if start.take == "weights" else reader.manifest.optimizer_step
                 engine.load(reader.read_flat, step)
         return engine, stage_model
 

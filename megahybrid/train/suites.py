@@ -17,6 +17,7 @@ from megahybrid.config.base import did_you_mean
 from megahybrid.config.gates import LossGate, SuiteGate
 from megahybrid.config.stages import Stage
 from megahybrid.config.suite import (
+    ChatTask,
     HeldOutHaystack,
     NeedleTask,
     RulerTask,
@@ -234,7 +235,7 @@ def _mean(task: dict[str, Any], gate: SuiteGate) -> float | None:
 
 def _short(task: dict[str, Any]) -> TaskScores:
     """A task in the ledger: its scores by length; the file has the rest."""
-    if task["kind"] == "ruler":
+    if task["kind"] in ("ruler", "chat"):
         scores = {f"{row['task']}/{row['length']}": row["score"] for row in task["rows"]}
         return TaskScores(kind=task["kind"], score=scores)
     return TaskScores(
@@ -276,8 +277,8 @@ def _check_gate(gate: SuiteGate, suite: Suite, where: str) -> None:
             f"{where}.length={gate.length} is not asked by {gate.suite}.{gate.task} "
             f"(lengths: {lengths}). Use one of them."
         )
-    if (gate.figure == "score") != isinstance(task, RulerTask):
-        known = "score" if isinstance(task, RulerTask) else "exact or token_accuracy"
+    if (gate.figure == "score") != isinstance(task, RulerTask | ChatTask):
+        known = "score" if gate.figure != "score" else "exact or token_accuracy"
         raise ConfigError(
             f"{where}.figure={gate.figure} is no figure of a {task.kind} task. Use {known}."
         )
@@ -294,6 +295,8 @@ def material_of(run: RunConfig, suite: Suite, tokenizer: Path | None = None) -> 
     hays = [task.haystack for task in tasks if isinstance(task, NeedleTask)]
     hays += [task.essay for task in tasks if isinstance(task, RulerTask)]
     needs_sets = any(isinstance(hay, HeldOutHaystack) for hay in hays)
+    if any(isinstance(task, ChatTask) for task in tasks):
+        needs_sets, words = True, words or tokenizer_of(run, tokenizer)[0]
     return Material(
         vocab_size=run.model.vocab_size if words is None else words.info.vocab_size,
         tokenizer=words,

@@ -210,6 +210,7 @@ class Trainer:
             cursor_crc=data.cursor_crc,
             learning_rate=point.learning_rate,
             loss=result.loss,
+            z_loss=result.z_loss,
             gradient_norm=result.gradient_norm,
             gradient_norm_by_kind=dict(result.gradient_norm_by_kind),
             skipped=result.skipped,

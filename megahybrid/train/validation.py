@@ -49,7 +49,8 @@ class HeldOutSets:
         lengths = [length for stage in run.stages for length in stage.lengths]
         self.longest = longest or FAR * max(lengths)
         self.max_tokens = max_tokens or run.evaluate.max_tokens
-        # A document that ends before the shortest length says nothing about far positions.
+        # A document that ends before the shortest length says nothing about far positions; of
+        # conversations, which are short, each is asked for its turns.
         self.min_tokens = min(self.longest, *lengths)
 
     def work(self, length: int, rows: Rows, window: int | None = None) -> int:
@@ -60,7 +61,7 @@ class HeldOutSets:
                 dataset,
                 length,
                 rows,
-                1 if rows == "stream" else self.min_tokens,
+                1 if rows == "stream" or dataset.masked else self.min_tokens,
                 self.max_tokens,
                 self.mesh.tensor.size,
             )
@@ -112,6 +113,7 @@ class HeldOutSets:
             self.mesh.replica,
             self.mesh.device,
             lambda tokens: self.mesh.replica.rank % sharing(tokens) == 0,
+            turns=rows == "documents" and self.sets[name].masked,
         )
 
     def _ranks_of(self, tokens: int) -> int:
@@ -134,7 +136,7 @@ class HeldOutSets:
             length,
             max(1, micro_batch // length),
             rows=rows,
-            min_tokens=1 if rows == "stream" else self.min_tokens,
+            min_tokens=1 if rows == "stream" or self.sets[name].masked else self.min_tokens,
             max_tokens=self.max_tokens,
             rank=self.mesh.replica.rank,
             world_size=self.mesh.replica.size,

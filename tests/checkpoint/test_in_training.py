@@ -212,6 +212,33 @@ def test_branches_take_everything_or_the_weights_and_know_their_parent(place: Pl
         assert event["parent"] == told
 
 
+def test_a_branch_that_takes_the_state_goes_on_with_the_moments_and_begins_the_data_anew(
+    place: Place,
+) -> None:
+    """Its first update by hand: the gradient is what the first moment tells, and all else follows
+    from the parent's moments and count of updates."""
+    trunk = place.checkpoint("unbroken", 6)
+    one = [f"start.checkpoint={trunk}", "checkpoint.every_steps=1", "optimizer.clip_norm=null"]
+    place.train("state", *one, "start.take=state", "stages.0.tokens=512", "stages.1.tokens=512")
+    begun, first = place.steps("state")[0], place.steps("unbroken")[0]
+    assert (begun.step, begun.tokens, begun.cursor_crc) == (1, 512, first.cursor_crc)
+    assert begun.learning_rate == first.learning_rate and begun.loss != first.loss
+    rate, decay, (beta1, beta2), eps, updates = 1e-3, 0.1, (0.9, 0.95), 1e-5, 7
+    with Reader(trunk) as before, Reader(place.checkpoint("state", 1)) as after:
+        assert after.manifest.optimizer_step == updates
+        assert after.manifest.train_state["parent"]["take"] == "state"
+        for name, tensor in before.manifest.tensors.items():
+            w0, m0, v0 = (before.read(name, state, whole(tensor.shape)) for state in STATES)
+            w1, m1, v1 = (after.read(name, state, whole(tensor.shape)) for state in STATES)
+            gradient = (m1.astype(float) - beta1 * m0) / (1 - beta1)
+            squares = beta2 * v0 + (1 - beta2) * gradient**2
+            np.testing.assert_allclose(v1, squares, rtol=1e-4, atol=1e-10)
+            root = np.sqrt(squares / (1 - beta2**updates)) + eps
+            shrunk = w0 * (1 - rate * decay) if len(tensor.shape) > 1 else w0
+            update = rate * (m1 / (1 - beta1**updates)) / root
+            np.testing.assert_allclose(w1, shrunk - update, rtol=1e-4, atol=2e-7)
+
+
 def test_best_and_every_so_many_stay(place: Place) -> None:
     keep = [f"checkpoint.{word}" for word in ("keep_last=1", "keep_every_steps=4", "keep_best=x")]
     told = place.train("kept", *keep, code=2)

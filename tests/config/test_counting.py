@@ -53,6 +53,8 @@ OWN = {
     "rnope_swa_150m": 154_150_656,
     "rnope_swa_1b": 1_241_548_800,
     "qk_norm_1b": 1_241_548_800 + 16 * (16 + 4) * 128,
+    # Two norms a layer where a parallel block has one, and a sink for each head.
+    "rnope_swa_sinks_1b": 1_241_548_800 + 16 * 2048 + 16 * 16,
     "rnope_swa_8b": 8_028_033_024,
     "olmo3_7b": 7_298_011_136,
 }

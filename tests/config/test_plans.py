@@ -120,6 +120,16 @@ def test_the_llama3_scaling_follows_its_published_formula() -> None:
         assert value == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_llama3_scaling_is_a_step_where_its_factors_are_equal() -> None:
+    """Without a warning of numpy's of a division by zero, which here would be an error. Theta 4
+    and four dimensions: the second wavelength is 4 pi, and the length between."""
+    scaling = Llama3Scaling(
+        kind="llama3", factor=8, low_frequency_factor=2, high_frequency_factor=2, original_length=20
+    )
+    found = scaling.frequencies(4.0, 4, np, np.float64)
+    assert found.tolist() == [1.0, 0.5 / 8]
+
+
 @given(st.sampled_from([16, 64, 128]), st.floats(100, 1e6), st.floats(1, 40))
 def test_scaled_frequencies_lie_between_plain_and_interpolated(
     dim: int, theta: float, factor: float

@@ -38,7 +38,8 @@ def batches(draw: st.DrawFn) -> Any:
     start, increment = (16 * draw(st.integers(1, 5)) for _ in range(2))
     end = start + increment * draw(st.integers(1, 6))
     over = draw(st.integers(1, 3000))
-    return {"start": start, "end": end, "increment": increment, "over_tokens": over}
+    ramp = {"start": start, "end": end, "increment": increment, "over_tokens": over}
+    return ramp | {"learning_rate": draw(st.sampled_from(["kept", "sqrt"]))}
 
 
 @st.composite
@@ -75,7 +76,11 @@ def test_stepping_through_a_run_equals_asking_for_each_step(run: list[Stage]) ->
             assert (point.tokens_in_stage, point.batch_tokens) == (tokens, batch)
             assert point.length in current.lengths
             assert plan.at(seen + batch - 1) == point
-            assert point.learning_rate == current.learning_rate.rate(tokens + batch, current.tokens)
+            rate = current.learning_rate.rate(tokens + batch, current.tokens)
+            ramp = current.batch_tokens
+            if isinstance(ramp, BatchRamp) and ramp.learning_rate == "sqrt":
+                rate *= (batch / ramp.end) ** 0.5
+            assert point.learning_rate == pytest.approx(rate, rel=1e-12)
             tokens, seen, step, step_in_stage = (
                 tokens + batch,
                 seen + batch,

@@ -109,9 +109,9 @@ READING = [
     ),
     (
         f"{LOCAL}.position.scaling={{kind: llama3, factor: 8, original_length: 8, "
-        "low_frequency_factor: 4}",
-        f"{LOCAL}.position.scaling.high_frequency_factor=4.0 is not above "
-        "low_frequency_factor=4.0. Raise high_frequency_factor.",
+        "low_frequency_factor: 5}",
+        f"{LOCAL}.position.scaling.high_frequency_factor=4.0 is below "
+        "low_frequency_factor=5.0. Raise high_frequency_factor.",
     ),
     (
         f"{LOCAL}.position.scaling={{kind: yarn, factor: 8, original_length: 8, beta_slow: 40}}",

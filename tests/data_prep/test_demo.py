@@ -19,7 +19,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def make(killed_at: str | None = None) -> list[str]:
+def make(killed_at: str | None = None, *, chats: bool = False) -> list[str]:
     """The steps that were taken, none of which computes; one of them may end half-way."""
     taken = []
 
@@ -28,11 +28,15 @@ def make(killed_at: str | None = None) -> list[str]:
         output = Path(words[words.index("--output") + 1] if "--output" in words else words[1])
         if words[0] == "tokenize":
             (output / ".work").mkdir(parents=True, exist_ok=True)
-            for part in ("train", "held_out", "held_out_long"):
+            for part in ("train", "held_out", "held_out_long")[: 2 if "--chat" in words else 3]:
                 (output / part).mkdir(exist_ok=True)
                 (output / part / "manifest.json").touch()
             if words[0] != killed_at:
                 (output / ".work").rmdir()
+        elif words[0] == "pack":
+            output.mkdir(exist_ok=True)
+            if words[0] != killed_at:
+                (output / "plan.json").touch()
         elif words[0] != killed_at:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.touch()
@@ -40,7 +44,7 @@ def make(killed_at: str | None = None) -> list[str]:
             raise KeyboardInterrupt
 
     try:
-        make_demo(command, lambda line: None)
+        make_demo(command, lambda line: None, chats=chats)
     except KeyboardInterrupt:
         assert killed_at is not None
     return taken
@@ -52,6 +56,23 @@ def test_it_makes_all_that_the_demos_run_file_names() -> None:
     assert len(named) == 4 and {making_command(path) for path in named} == {"megahybrid data demo"}
     assert make() == ["gather-stdlib", "tokenizer", "tokenize"]
     assert missing_data(run) == []
+
+
+def test_with_chats_it_makes_all_that_their_run_file_names() -> None:
+    run = load("pkg:runs/demo_chat.yaml")
+    named = {making_command(path) for _, path in missing_data(run)}
+    assert named == {"megahybrid data demo", "megahybrid data demo --chats"}
+    steps = ["gather-stdlib", "tokenizer", "tokenize", "make-chats", "tokenize", "pack"]
+    assert make(chats=True) == steps
+    assert missing_data(run) == [] and make(chats=True) == []
+
+
+@pytest.mark.parametrize("killed_at", ["make-chats", "pack"])
+def test_chats_go_on_where_they_were_interrupted(killed_at: str) -> None:
+    make()
+    steps = ["make-chats", "tokenize", "pack"]
+    assert make(killed_at, chats=True) == steps[: steps.index(killed_at) + 1]
+    assert make(chats=True) == steps[steps.index(killed_at) :]
 
 
 @pytest.mark.parametrize("killed_at", ["gather-stdlib", "tokenizer", "tokenize"])

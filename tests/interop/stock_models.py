@@ -18,7 +18,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 NAMES = (
     "Llama", "Qwen3", "SmolLM3", "Cohere2", "Olmo3", "Cohere", "Exaone4", "GraniteSWA",
     "CohereCompass", "ExaoneMoe", "Mellum", "Mistral", "Qwen2",
-    "Llama4", "Ministral3", "Flint", "Afmoe", "Gemma3",
+    "Llama4", "Ministral3", "Flint", "Afmoe", "Gemma3", "Olmo2",
 )  # fmt: skip
 # Where a model of text is a part of another, whose config has the class's name.
 CONFIGS = {
@@ -55,6 +55,14 @@ def ropes(draw: st.DrawFn) -> dict[str, Any]:
                     "high_freq_factor": 4.0,
                     **original,
                 },
+                # Llama 4 Scout's: a step without a blend.
+                {
+                    "rope_type": "llama3",
+                    "factor": 16.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 1.0,
+                    **original,
+                },
             )
         )
     )
@@ -85,7 +93,7 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     config["layer_norm_eps" if name.startswith("Cohere") else "rms_norm_eps"] = eps
     types = draw(st.lists(st.sampled_from((SLIDING, FULL)), min_size=layers, max_size=layers))
     window = draw(st.sampled_from((2, 5, 200)))
-    if name not in ("Llama", "Cohere"):
+    if name not in ("Llama", "Cohere", "Olmo2"):
         config |= {"layer_types": types, "sliding_window": window}
     if name in ("Mistral", "Ministral3"):
         del config["layer_types"]
@@ -126,11 +134,12 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
         scaled["llama_4_scaling_beta"] = draw(st.sampled_from((0.0, 0.1, 0.4)))
         config["rope_parameters"] = scaled
     if name == "GraniteSWA":
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
         thetas = st.sampled_from((0, 1e4, 1e6))
         config["layer_rope_theta"] = draw(st.lists(thetas, min_size=layers, max_size=layers))
         config |= {"attention_multiplier": draw(st.sampled_from((0.3, config["head_dim"] ** -0.5)))}
         config["logits_scaling"] = draw(st.sampled_from((1.0, 4.0)))
+        config["embedding_multiplier"] = draw(st.sampled_from((1.0, 12.0)))
+        config["residual_multiplier"] = draw(st.sampled_from((1, 0.22)))
     return config
 
 

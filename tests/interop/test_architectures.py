@@ -150,9 +150,7 @@ def test_a_member_that_a_class_does_not_name_is_refused(
     assert any(words in reason for reason in fit.reasons)
     plain = model_with(PLAIN)
     assert not any(words in r for r in architecture.fit(plain, plain.layer_plan).reasons) or (
-        member == "qk_norm"
-        and architecture.name
-        in ("Qwen3", "ExaoneMoe", "Mellum", "Exaone4", "Olmo3", "Afmoe", "Flint", "Gemma3")
+        member == "qk_norm" and NO_QK_NORM not in architecture.serves.qk_norms
     )
 
 

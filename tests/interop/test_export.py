@@ -35,6 +35,7 @@ from tests.plain_model import PlainModel, random_tensors
 BIASED = {"bias": "qkv"}
 YARN = {"kind": "yarn", "factor": 4.0, "original_length": 64}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 64}
+STEP = LLAMA3 | {"high_frequency_factor": 1.0}
 
 
 def rope(theta: float = 1e4, scaling: Any = None, **more: Any) -> dict[str, Any]:
@@ -83,6 +84,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         "Olmo3",
         [LOCAL | WHOLE, rope(1e6, YARN) | WHOLE],
         {"block": "post_norm"},
+    ),
+    "post-norm, projection, rope": (
+        "Olmo2",
+        [rope(5e5, YARN) | WHOLE] * 2,
+        {"block": "post_norm", "tie_embeddings": False, "head_dim": 12},
     ),
     "post-norm, projection, nope": (
         "Olmo3",
@@ -144,6 +150,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [ROPE | {"chunk": 5} | WEIGHTLESS, ROPE | WEIGHTLESS, TEMPERED],
         {"tie_embeddings": False},
     ),
+    "chunks, a step of llama3 scaling": (
+        "Llama4",
+        [rope(1e4, STEP) | {"chunk": 5} | WEIGHTLESS, NOPE],
+        {"tie_embeddings": False},
+    ),
     "chunks without rotation, part of a head": (
         "Llama4",
         [NOPE | {"chunk": 6}, rope(1e4, rotary_fraction=0.5)],
@@ -151,6 +162,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "temperature from 0 beside yarn": ("Ministral3", [FROM_0 | {"window": 6}] * 2, {}),
     "theta per layer": ("GraniteSWA", [LOCAL, rope(1e6), NOPE], {"logit_scale": 0.5}),
+    "theta per layer, one scaling, multipliers": (
+        "GraniteSWA",
+        [rope(1e4, YARN) | {"window": 5}, rope(1e6, YARN), NOPE],
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.5},
+    ),
+    "theta per layer, parts of heads": (
+        "GraniteSWA",
+        [rope(theta, rotary_fraction=0.5, spectrum="head") for theta in (1e4, 1e6)],
+        {"residual_scale": 0.22},
+    ),
     "theta per layer, no window": ("GraniteSWA", [rope(1e4), rope(1e6), NOPE], {}),
     "learned sinks": ("GraniteSWA", [LOCAL | SINK, rope(1e6) | SINK, NOPE], {}),
     "learned sinks, QK-norm": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),

@@ -30,6 +30,7 @@ YARN = "{kind: yarn, factor: 4, original_length: 64}"
 BESIDE_YARN = [
     f"{name}.position={{kind: rope, theta: 10000, scaling: {YARN}}}" for name in (LOCAL, GLOBAL)
 ]
+THETAS_UNDER_YARN = [f"{GLOBAL}.position.theta=500000"]
 ROPE_EVERYWHERE = [f"{GLOBAL}.position={{kind: rope, theta: 10000}}"]
 FULL = [f"{LOCAL}.window=null"]
 SINKS = [f"{LOCAL}.sink=true", f"{GLOBAL}.sink=true"]
@@ -60,6 +61,14 @@ PLANS = {
     "alternating full, post-norm": (
         ["model.block=post_norm", *FULL, *norms(PROJECTION)],
         {"Olmo3"},
+    ),
+    "rope everywhere, full, post-norm": (
+        ["model.block=post_norm", *ROPE_EVERYWHERE, *FULL, *norms(PROJECTION)],
+        {"Olmo2", "Olmo3"},
+    ),
+    "nope everywhere, post-norm": (
+        ["model.block=post_norm", *NOPE_EVERYWHERE, *norms(PROJECTION)],
+        {"Olmo2", "Olmo3"},
     ),
     "nope everywhere, pre-norm": (
         NOPE_EVERYWHERE,
@@ -144,18 +153,24 @@ PLANS = {
     ),
     "logits times 0.25, pre-norm": (["model.logit_scale=0.25"], {"GraniteSWA"}),
     "head_dim of its own": (["model.head_dim=24"], {"SmolLM3", "GraniteSWA"}),
+    "embeddings and branches scaled, pre-norm": (
+        ["model.embedding_scale=12", "model.residual_scale=0.22"],
+        {"GraniteSWA"},
+    ),
+    "two thetas under one scaling": (BESIDE_YARN + THETAS_UNDER_YARN, {"GraniteSWA"}),
+    "two scalings": ([*BESIDE_YARN, f"{LOCAL}.position.scaling.factor=8"], set()),
     "odd head_dim": (
         ["model.head_dim=23", f"{LOCAL}.position.rotary_fraction=0.5"],
         set(),
     ),
     "scaling in a hybrid": (
         [f"{LOCAL}.position.scaling={{kind: yarn, factor: 4, original_length: 64}}"],
-        {"SmolLM3"},
+        {"SmolLM3", "GraniteSWA"},
     ),
-    "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3"}),
+    "partial rotation": ([f"{LOCAL}.position.rotary_fraction=0.5"], {"SmolLM3", "GraniteSWA"}),
     "partial rotation, head's": (
         [f"{LOCAL}.position.rotary_fraction=0.5", f"{LOCAL}.position.spectrum=head"],
-        {"SmolLM3"},
+        {"SmolLM3", "GraniteSWA"},
     ),
     "partial rotation, head's, scaled": (
         [
@@ -163,7 +178,7 @@ PLANS = {
             f"{LOCAL}.position.spectrum=head",
             f"{LOCAL}.position.scaling={{kind: linear, factor: 4}}",
         ],
-        {"SmolLM3"},
+        {"SmolLM3", "GraniteSWA"},
     ),
     "partial rotation, head's, scaled by ntk": (
         [
@@ -205,3 +220,6 @@ def test_the_studys_qk_norm_variant_is_the_old_cohere() -> None:
     assert "Llama" in [f.architecture for f in huggingface_fits(shipped("llama31_8b")) if f.can]
     assert [f.architecture for f in huggingface_fits(shipped("olmo3_7b")) if f.can] == ["Olmo3"]
     assert [f.architecture for f in huggingface_fits(shipped("gemma3_1b")) if f.can] == ["Gemma3"]
+    assert [f.architecture for f in huggingface_fits(shipped("rnope_swa_sinks_1b")) if f.can] == [
+        "GraniteSWA"
+    ]

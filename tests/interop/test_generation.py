@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "ExaoneMoe": ("ExaoneMoe", [LOCAL | HEAD, LOCAL | HEAD, NOPE | HEAD], {}),
     "Mellum": ("Mellum", [LOCAL | HEAD, NOPE | HEAD], {}),
     "Exaone4": ("Exaone4", [LOCAL | HEAD, NOPE | HEAD], {"block": "post_norm"}),
+    "Olmo2": ("Olmo2", [ROPE | WHOLE] * 2, {"block": "post_norm"}),
     "Olmo3": ("Olmo3", [LOCAL | WHOLE, NOPE | WHOLE], {"block": "post_norm"}),
     "Afmoe": ("Afmoe", [GATED | LOCAL | HEAD, GATED | NOPE | HEAD], {"block": "sandwich"}),
     "Gemma3": (
@@ -73,7 +74,11 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "Ministral3": ("Ministral3", [TEMPERED_ROPE | {"window": 5}] * 2, {}),
     "GraniteSWA": ("GraniteSWA", [LOCAL, NOPE], {"logit_scale": 0.5}),
-    "GraniteSWA, sinks": ("GraniteSWA", [LOCAL | SINK, NOPE | SINK], {}),
+    "GraniteSWA, sinks": (
+        "GraniteSWA",
+        [one | SINK | {"score_scale": {"kind": "fixed", "scale": 0.3}} for one in (LOCAL, NOPE)],
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 0.25},
+    ),
     "Flint": ("Flint", [LOCAL | HEAD | SINK, NOPE | HEAD | SINK], {}),
     "Megahybrid": (
         "Megahybrid",

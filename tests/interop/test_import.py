@@ -103,6 +103,24 @@ def test_a_temperature_enters_beside_a_rotation_without_a_scaling(tmp_path: Path
         export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture="Ministral3")
 
 
+def test_the_rope_of_llama_4_scout_comes_in_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers notes in its log that both factors should not be equal, and computes a step."""
+    told = {"low_freq_factor": 1.0, "high_freq_factor": 1.0, "factor": 16.0}
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 64}
+    fields = LLAMA | {"moe_layers": [], "rope_parameters": rope | told, "no_rope_layers": [1, 0]}
+    written(tmp_path / "theirs", "Llama4", fields)
+    with no_word_of_transformers(caplog):
+        import_model(tmp_path / "theirs", tmp_path / "run.yaml", tmp_path / "ours")
+    scaling = load(tmp_path / "run.yaml").model.layer_plan.expand()[0].position.scaling
+    assert (scaling.low_frequency_factor, scaling.high_frequency_factor) == (1.0, 1.0)
+    with no_word_of_transformers(caplog):
+        export(tmp_path / "ours", tmp_path / "back", tokenizer="none", architecture="Llama4")
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert rope | told == config["rope_parameters"]
+
+
 @pytest.mark.parametrize("name", ["Llama", "Cohere2", "Olmo3"])
 def test_a_partial_rotation_goes_in_and_out_again_to_the_bit(name: str, tmp_path: Path) -> None:
     part = {"rope_type": "proportional", "rope_theta": 1e8, "partial_rotary_factor": 0.5}

@@ -90,8 +90,10 @@ def test_a_renamed_pickle_is_refused(tmp_path: Path) -> None:
             {"num_experts": 4, "mlp_only_layers": [0]},
             r"mlp_only_layers=\[0\] makes layer 1 one of experts",
         ),
-        ("GraniteSWA", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not"),
-        ("GraniteSWA", {"residual_multiplier": 0.22}, "residual_multiplier=0.22 is not"),
+        ("GraniteSWA", {"embedding_multiplier": -12.0}, "embedding_multiplier=-12.0 is not"),
+        ("GraniteSWA", {"logits_scaling": 0}, "logits_scaling=0 is not supported"),
+        ("Llama", {"embedding_multiplier": 12.0}, "embedding_multiplier=12.0 is not"),
+        ("Llama", {"residual_multiplier": 0.22}, "residual_multiplier=0.22 is not"),
         ("Llama4", {"moe_layers": [1]}, r"moe_layers=\[1\]: these layers have experts"),
         (
             "Llama4",

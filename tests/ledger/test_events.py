@@ -36,6 +36,7 @@ from megahybrid.ledger import (
     StepLine,
     SuiteEvent,
     TaskScores,
+    TurnLoss,
     WarningEvent,
     damage,
     encode,
@@ -99,6 +100,13 @@ EXAMPLES: list[tuple[KnownEvent, str]] = [
         '{"set":"held","stage":"short","step":4,"rows":"stream","loss":null,"tokens":9,'
         '"length":64,"by_position":[{"start":0,"stop":1,"tokens":9,"loss":2.5},'
         '{"start":1,"stop":2,"tokens":0,"loss":null}]}',
+    ),
+    (
+        EvaluateEvent(
+            set="chats", loss=0.5, tokens=9, length=64, by_turn=(TurnLoss(1, 6, 0.25),)
+        ),
+        '{"set":"chats","loss":0.5,"tokens":9,"length":64,"by_position":[],'
+        '"by_turn":[{"turn":1,"tokens":6,"loss":0.25}]}',
     ),
     (
         SuiteEvent(

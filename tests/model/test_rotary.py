@@ -46,6 +46,16 @@ SCALINGS: dict[str, tuple[dict[str, Any], Any]] = {
         },
         Llama3Scaling(kind="llama3", factor=8.0, original_length=8192),
     ),
+    "llama3-step": (
+        {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        Llama3Scaling(kind="llama3", factor=16.0, high_frequency_factor=1.0, original_length=8192),
+    ),
     "yarn": (
         {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096},
         YarnScaling(kind="yarn", factor=8.0, original_length=4096),

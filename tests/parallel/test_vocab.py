@@ -55,6 +55,7 @@ def loss_errors(
     spread: float,
     fused: bool,
     softcap: float | None,
+    z_loss: float = 0.0,
 ) -> tuple[float, dict[str, float]]:
     """The loss itself, and errors of everything the two layers compute."""
     mesh = ranks.mesh(tensor)
@@ -70,10 +71,11 @@ def loss_errors(
     if softcap is not None:
         plain_logits = softcap * (plain_logits / softcap).tanh()
     plain = F.cross_entropy(plain_logits.permute(1, 2, 0), targets, reduction="none")
-    (plain.sum() * UPSTREAM).backward()
+    z_plain = (plain_logits.logsumexp(-1).t().square() * (targets != -100) * z_loss).sum()
+    ((plain.sum() + z_plain) * UPSTREAM).backward()
 
     embedding, head = build(mesh, tied)
-    head.softcap = softcap
+    head.softcap, head.z_loss = softcap, z_loss
     if fused:
         head.fuse(lambda function: function)
     layers = torch.nn.ModuleList([embedding, head])
@@ -84,6 +86,8 @@ def loss_errors(
     hidden.retain_grad()
     loss, per_token = head(hidden.tanh(), targets, scale, chunk_tokens)
     (loss * UPSTREAM).backward()
+    assert (head.z_terms is None) == (z_loss == 0)
+    z_terms = torch.zeros(()) if head.z_terms is None else head.z_terms
     assert hidden.grad is not None and plain_hidden.grad is not None
     assert not per_token.requires_grad and per_token.shape == targets.shape
     assert (
@@ -93,13 +97,14 @@ def loss_errors(
     errors = gradient_errors(layers, grads) | {
         "hidden": error(hidden, local_slice(plain_hidden, mesh.tensor)),
         "hidden_grad": error(hidden.grad, local_slice(plain_hidden.grad, mesh.tensor)),
-        "loss": error(loss, plain.sum()),
+        "loss": error(loss, plain.sum() + z_plain),
+        "z_loss": error(z_terms, z_plain),
         "per_token": error(per_token, plain),
         "logits": error(head.logits(hidden.tanh(), scale), plain_logits),
     }
     with torch.no_grad():
         evaluated, evaluated_per_token = head(hidden.tanh(), targets, scale, chunk_tokens)
-    assert evaluated.grad_fn is None and error(evaluated, loss) < EXACT
+    assert evaluated.grad_fn is None and error(evaluated, loss - z_terms) < EXACT
     if not fused:  # the sum of exponentials is the same sum
         assert torch.equal(evaluated_per_token, per_token)
     return loss.item(), errors
@@ -107,14 +112,16 @@ def loss_errors(
 
 @pytest.mark.parametrize("spread", [1.0, 300.0], ids=["usual", "huge_logits"])
 @pytest.mark.parametrize(
-    ("scale", "chunk_tokens", "fused", "softcap"),
+    ("scale", "chunk_tokens", "fused", "softcap", "z_loss"),
     [
-        (1.0, None, False, None),
-        (0.3, 5, False, None),
-        (1.0, 1, False, None),
-        (0.3, 5, True, None),
-        (0.3, 5, False, 2.5),
-        (0.3, 5, True, 2.5),
+        (1.0, None, False, None, 0.0),
+        (0.3, 5, False, None, 0.0),
+        (1.0, 1, False, None, 0.0),
+        (0.3, 5, True, None, 0.0),
+        (0.3, 5, False, 2.5, 0.0),
+        (0.3, 5, True, 2.5, 0.0),
+        (0.3, 5, False, None, 0.25),
+        (0.3, 5, True, 2.5, 0.25),
     ],
     ids=[
         "whole",
@@ -123,6 +130,8 @@ def loss_errors(
         "scaled-chunks_of_5-fused",
         "capped-chunks_of_5",
         "capped-chunks_of_5-fused",
+        "z_loss-chunks_of_5",
+        "z_loss-capped-chunks_of_5-fused",
     ],
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -135,11 +144,12 @@ def test_chunked_loss_and_all_gradients_equal_plain_cross_entropy(
     chunk_tokens: int | None,
     fused: bool,
     softcap: float | None,
+    z_loss: float,
     spread: float,
 ) -> None:
     if softcap is not None:
         softcap *= spread  # far above it 1 - tanh² has no digits, here as in the truth
-    case = (tensor, tied, scale, chunk_tokens, spread, fused, softcap)
+    case = (tensor, tied, scale, chunk_tokens, spread, fused, softcap, z_loss)
     found = run(processes, loss_errors, *case)
     for loss, errors in found:
         assert max(errors.values()) < EXACT, errors

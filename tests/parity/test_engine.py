@@ -52,6 +52,7 @@ class Case:
     device: str = "cpu"
     context: int = 1
     exchange: tuple[tuple[str, str], ...] = ()
+    z_loss: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -73,6 +74,7 @@ class Case:
                 },
                 "data": {"sources": {"text": {"path": "unused"}}, "block_tokens": 1024},
                 "optimizer": {"eps": EPS, "clip_norm": CLIP_NORM},
+                "z_loss": self.z_loss,
                 "stages": [
                     {
                         "name": "only",
@@ -213,6 +215,7 @@ def plain_run(case: Case) -> PlainRun:
         clip_norm=CLIP_NORM,
         decay=plain_decay,
         multiplier=plain_multiplier,
+        z_loss=case.z_loss or 0.0,
     )
 
 
@@ -313,7 +316,12 @@ def covering_cases() -> dict[str, Case]:
     return cases
 
 
-CASES = covering_cases()
+CASES = covering_cases() | {
+    # Far larger than anyone's, so that its part of the gradient is no rounding error.
+    "z_loss-tensor2-data2-zero2": Case(
+        model("rnope_swa", "pre_norm", "rms", tied=False), 2, 2, 2, 2, seed=90, z_loss=0.05
+    ),
+}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -3,6 +3,7 @@ where a kill left it, and tabulates what counts."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from megahybrid.config.study import Study
 from megahybrid.config.suite import Suite
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import ConfigError, DataError
+from megahybrid.ledger import read_ledger
 from megahybrid.study.figures import check_rules, figures_of, interval, tabulate, void
 from megahybrid.study.grid import study
 from megahybrid.study.one_run import StudyRun
@@ -133,6 +135,52 @@ def written(folder: Path, **changes: Any) -> Path:
 
 def command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "megahybrid", "study", *map(str, words)]
+
+
+def test_branches_wait_for_their_trunk_and_go_on_with_it(tmp_path: Path) -> None:
+    """Two decays of one trunk: one from its end, one from two steps before."""
+    longer = "stages.0.tokens=384"
+    folder = written(
+        tmp_path / "branched",
+        rules=[],
+        analyse=None,
+        variants={
+            "late": [longer, "stages.0.learning_rate.end=0.0"],
+            "early": [longer, "start.checkpoint={trunk}/checkpoints/step-00000002"],
+            "trunk": ["checkpoint.keep_every_steps=2"],
+        },
+        branches={"late": "trunk", "early": "trunk"},
+    )
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"late-seed1 begins with a checkpoint of trunk-seed1"):
+        study(folder, out=out, variants=["late"])
+    done = subprocess.run(
+        [*command(folder), "--out", out], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3: trunk-seed1" in done.stdout
+    for variant, first in (("trunk", 1), ("late", 5), ("early", 3)):
+        steps = read_ledger(out / "runs" / f"{variant}-seed1" / "ledger.jsonl").steps
+        assert (steps[0].step, steps[-1].step) == (first, 4 if variant == "trunk" else 6)
+    trunk = read_ledger(out / "runs" / "trunk-seed1" / "ledger.jsonl").steps
+    early = read_ledger(out / "runs" / "early-seed1" / "ledger.jsonl").steps
+    assert [line.loss for line in early[:2]] == [line.loss for line in trunk[2:]]
+
+
+@pytest.mark.parametrize(
+    ("branches", "words"),
+    [
+        ({"a": "nope"}, "branches names variant 'a', which is not there"),
+        ({"nope": "rop"}, "branches names variant 'rop', which is not there. Did you mean 'rope'"),
+        ({"nope": "rope", "rope": "nope"}, "branches.nope=rope is a branch itself"),
+    ],
+)
+def test_branches_that_cannot_be_meant_are_one_line(
+    tmp_path: Path, branches: dict[str, str], words: str
+) -> None:
+    folder = written(tmp_path / "wrong", branches=branches)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load(folder / "study.yaml", type=Study)
 
 
 def test_study_trains_scores_and_goes_on_after_a_kill(small: Path, tmp_path: Path) -> None:

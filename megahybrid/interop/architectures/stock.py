@@ -1,8 +1,8 @@
 """The base of the classes that transformers ships: what their configs have in common."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from megahybrid.config.attention import AttentionScheme, Bias, Gate, QKNorm
 from megahybrid.config.layer_plan import LayerPlan
@@ -25,6 +25,8 @@ PLAIN_FIELDS = {
 
 class StockArchitecture(Architecture):
     """A class of one block and one norm that transformers ships: it goes out and comes in."""
+
+    plain_fields: ClassVar[Mapping[str, Any]] = PLAIN_FIELDS
 
     @abstractmethod
     def layer_fields(self, model: ModelConfig, schemes: Sequence[AttentionScheme]) -> Fields:
@@ -81,7 +83,7 @@ class StockArchitecture(Architecture):
 
     def from_config(self, config: Any) -> ModelConfig:
         """Return the model of a config, or raise, as Architecture describes it."""
-        for field, value in PLAIN_FIELDS.items():
+        for field, value in self.plain_fields.items():
             found = getattr(config, field, value)
             if found != value:
                 raise InteropError(

@@ -22,6 +22,7 @@ from megahybrid.interop.architectures.megahybrid import Megahybrid
 from megahybrid.interop.architectures.mellum import Mellum
 from megahybrid.interop.architectures.ministral3 import Ministral3
 from megahybrid.interop.architectures.mistral import Mistral
+from megahybrid.interop.architectures.olmo2 import Olmo2
 from megahybrid.interop.architectures.olmo3 import Olmo3
 from megahybrid.interop.architectures.qwen2 import Qwen2
 from megahybrid.interop.architectures.qwen3 import Qwen3
@@ -44,6 +45,7 @@ ARCHITECTURES: Table = (
     GraniteSWA(),
     Flint(),
     Exaone4(),
+    Olmo2(),
     Olmo3(),
     Afmoe(),
     Gemma3(),

@@ -14,7 +14,7 @@ from megahybrid.config.attention import (
     AttentionScheme,
     QKNorm,
     biased_projections,
-    gate_features,
+    gate_shape,
 )
 from megahybrid.config.fusion import fuse_shapes
 from megahybrid.config.model import ModelConfig
@@ -135,10 +135,12 @@ def attention_tensors(
                 shape,
                 order,
             )
-    gate = gate_features(scheme.gate, model.num_heads, head_dim)
+    gate = gate_shape(scheme.gate, model.num_heads, model.num_kv_heads, head_dim)
     if gate is not None:
         yield TensorName(
-            f"{ours}.attention.output_gate.weight", f"{theirs}.gate_proj.weight", (gate, hidden)
+            f"{ours}.attention.output_gate.weight",
+            f"{theirs}.gate_proj.weight",
+            (gate.values, hidden),
         )
     if scheme.fuse is not None:
         for name, shape in fuse_shapes(scheme.fuse.gate, model.num_heads, hidden).items():

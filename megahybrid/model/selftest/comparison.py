@@ -101,8 +101,9 @@ def _most_keys(scheme: AttentionScheme, length: int) -> int:
 def draw(scheme: AttentionScheme, shape: HeadShape, rows: Rows, generator: torch.Generator) -> Draw:
     """Queries' gradients weigh as many as the keys that they see, so that each of a thousand keys
     gets a gradient as large as one of three does."""
-    gates = sum(scheme.token_gates(shape.heads, shape.head_dim).values())
-    wide = normal(generator, rows.length, len(rows.documents), shape.features + gates)
+    gates = scheme.token_gates(shape.heads, shape.kv_heads, shape.head_dim).values()
+    features = shape.features + sum(gate.values for gate in gates)
+    wide = normal(generator, rows.length, len(rows.documents), features)
     if scheme.qk_norm.kind == "none":
         wide[..., : shape.heads * shape.head_dim] *= _gain(scheme, shape, rows.length)
     of_views = [queries_of(rows, view.reach) for view in scheme.views()]
@@ -205,11 +206,11 @@ def _expected(block: HeadsOnly, shape: HeadShape, rows: Rows, drawn: Draw) -> li
 
 
 def _split(wide: Tensor, block: HeadsOnly, shape: HeadShape) -> list[Tensor]:
-    """q, k and v [..., heads, head_dim], and a gate [..., heads, 1 or head_dim]."""
-    q, k, v, *gate = wide.split(block.sizes, dim=-1)
+    """q, k and v [..., heads, head_dim], and each gate [..., its heads, values of each]."""
+    q, k, v, *gates = wide.split(block.sizes, dim=-1)
     return [
         *(_heads(part, shape) for part in (q, k, v)),
-        *(g.unflatten(-1, (shape.heads, -1)) for g in gate),
+        *(g.unflatten(-1, made) for g, made in zip(gates, block.gates.values(), strict=True)),
     ]
 
 

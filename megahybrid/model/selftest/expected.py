@@ -28,7 +28,7 @@ def expected_output(
     scheme: AttentionScheme,
     heads: tuple[Tensor, Tensor, Tensor],  # q, k, v [seq, rows, heads, head_dim], neither normed
     learned: Mapping[str, Tensor],
-    gates: Mapping[str, Tensor],  # at these queries, [queries, rows, heads, 1 or head_dim]
+    gates: Mapping[str, Tensor],  # at these queries, [queries, rows, its heads, values of each]
     starts: Tensor,  # [rows, seq]
     queries: Tensor,  # indices
 ) -> Tensor:

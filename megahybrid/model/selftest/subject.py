@@ -142,8 +142,9 @@ class HeadsOnly(Block):
         )
         super().__init__(0, config, scheme, ParallelMesh.single(shape.device), kernel, "none")
         self.sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
-        gates = scheme.token_gates(shape.heads, shape.head_dim)
-        self.names, self.sizes = (*Heads._fields, *gates), [*self.sizes, *gates.values()]
+        self.gates = scheme.token_gates(shape.heads, shape.kv_heads, shape.head_dim)
+        self.names = (*Heads._fields, *self.gates)
+        self.sizes += [gate.values for gate in self.gates.values()]
         self.to(shape.dtype)
 
     def add_parts(self, parts: LayerParts) -> None:

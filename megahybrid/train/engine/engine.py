@@ -63,6 +63,7 @@ class StepResult:
     seconds_forward_backward: float
     seconds_update: float
     refused: str | None = None  # why a finite gradient was not applied
+    z_loss: float | None = None  # what the z-loss adds to `loss`, which is without it
 
 
 class _Update(NamedTuple):
@@ -74,12 +75,13 @@ class _Update(NamedTuple):
     gradient_norm_by_kind: dict[str, float]
     skipped: bool
     refused: str | None
+    z_loss: float | None
 
     @classmethod
-    def skip(cls, loss: float, valid_tokens: float) -> "_Update":
+    def skip(cls, loss: float, valid_tokens: float, z_loss: float | None = None) -> "_Update":
         """Return the update that a gradient which was not finite makes: none."""
         by_kind = dict.fromkeys(KINDS, math.inf)
-        return cls(loss, int(valid_tokens), math.inf, by_kind, True, None)
+        return cls(loss, int(valid_tokens), math.inf, by_kind, True, None, z_loss)
 
 
 # Told loss and gradient norm, the same on every rank; says why not to apply the gradient, or None.
@@ -108,6 +110,7 @@ class Engine:
         self.mesh = mesh
         self.zero_stage = run.parallel.zero_stage
         self.clip_norm = run.optimizer.clip_norm
+        self.model.head.z_loss = run.z_loss or 0.0
         self.parameters = model.sharded_parameters()
         kind = OffloadedAdamW if run.parallel.offload == "moments" else ObservedAdamW
         self.optimizer = kind(
@@ -227,24 +230,33 @@ class Engine:
         # DeepSpeed averages over the replicas; multiplying by their number makes that a sum.
         scale = self.mesh.replica.size / valid.clamp(min=1)
         self.deepspeed.train()
+        # Of the losses, and of what the z-loss adds to them.
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        z_sum = torch.zeros_like(loss_sum) if self.model.head.z_loss else None
         whole_losses, targets = torch.zeros_like(loss_sum), torch.zeros_like(loss_sum)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss, per_token = self.deepspeed(batch.tokens, batch.targets, batch.starts)
             self.deepspeed.backward(loss * scale.to(loss.dtype), scale_wrt_gas=False)
             loss_sum += loss.detach()
+            if z_sum is not None:
+                z_terms = self.model.head.z_terms
+                assert z_terms is not None
+                loss_sum -= z_terms
+                z_sum += z_terms
             if audit_context:
                 whole_losses += per_token.sum(dtype=torch.float64) / shared
                 targets += own_targets(self.model, batch.targets)
             if between is not None and index < len(micro_batches) - 1:
                 between()
-        loss_mean = all_reduce(loss_sum, self.mesh.replica) / valid.clamp(min=1)
+        sums = loss_sum if z_sum is None else torch.stack([loss_sum, z_sum])
+        means = (all_reduce(sums, self.mesh.replica) / valid.clamp(min=1)).reshape(-1)
+        loss_mean = means[0]
         if audit_context:
             check_sums(loss_mean, valid, whole_losses, targets, self.mesh)
         timer.lap()
         found = audit_gradients(self.parameters, self.mesh) if audit else None
-        update = self._update(learning_rate, loss_mean, valid, gate)
+        update = self._update(learning_rate, means, valid, gate)
         if found is not None:
             if not update.skipped:
                 check_audit(found, update.gradient_norm, update.gradient_norm_by_kind)
@@ -257,22 +269,23 @@ class Engine:
         )
 
     def _update(
-        self, learning_rate: float, loss: Tensor, valid: Tensor, gate: UpdateGate | None
+        self, learning_rate: float, means: Tensor, valid: Tensor, gate: UpdateGate | None
     ) -> "_Update":
-        """The update, and the one reading of what the step computed."""
+        """The update, and the one reading of what the step computed. `means` are those of the loss
+        and, where there is one, of the z-loss."""
         self.optimizer.set_learning_rate(learning_rate)
         self._squares.zero_()
         plain = self._plain_norm() if self.zero_stage == 0 else None
         if plain is not None and not math.isfinite(plain):
             self.deepspeed.zero_grad()
-            return _Update.skip(*torch.stack([loss, valid]).tolist())
+            return _Update.skip(*torch.cat([means[:1], valid[None], means[1:]]).tolist())
         verdict: list[str | None] = []
 
         def refuse() -> bool:
             # DeepSpeed asks once per group, when it knows the norm of them all.
             if not verdict and gate is not None:
                 known = self.deepspeed.optimizer._global_grad_norm if plain is None else plain
-                verdict.append(gate(float(loss), float(known)))
+                verdict.append(gate(float(means[0]), float(known)))
             return bool(verdict and verdict[0])
 
         self.optimizer.refuse = refuse
@@ -281,10 +294,13 @@ class Engine:
         known = self.deepspeed.get_global_grad_norm() if plain is None else plain
         there = [known.double()] if isinstance(known, Tensor) else []
         # The one moment when the host waits.
-        numbers = torch.stack([*squares, loss, valid, *there]).tolist()
-        by_kind, (loss_value, valid_tokens) = numbers[: len(KINDS)], numbers[len(KINDS) :][:2]
+        numbers = torch.stack([*squares, valid, *means, *there]).tolist()
+        by_kind, (valid_tokens, loss, *z_loss) = (
+            numbers[: len(KINDS)],
+            numbers[len(KINDS) :][: 1 + len(means)],
+        )
         if getattr(self.deepspeed.optimizer, "overflow", False):
-            return _Update.skip(loss_value, valid_tokens)
+            return _Update.skip(loss, valid_tokens, *z_loss)
         norm = numbers[-1] if there else float(known)
         # The optimizer saw clipped gradients. What clipping divided by is taken from its rule, not
         # from these sums: scaled to `norm` they would agree with it however wrong it is.
@@ -292,12 +308,13 @@ class Engine:
         norms = [math.sqrt(square) * clipped_by for square in by_kind]
         refused = verdict[0] if verdict else None
         return _Update(
-            loss_value,
+            loss,
             int(valid_tokens),
             norm,
             dict(zip(KINDS, norms, strict=True)),
             refused is not None,
             refused,
+            z_loss[0] if z_loss else None,
         )
 
     def _wait_for_weights(self) -> None:

@@ -3,7 +3,8 @@
 from megahybrid.ledger import AttentionEvent, EvaluateEvent, EventLine, StepLine, SuiteEvent
 
 _PLAIN = (
-    "loss", "learning_rate", "gradient_norm", "length", "tokens_per_second", "mfu", "memory_gib",
+    "loss", "z_loss", "learning_rate", "gradient_norm", "length", "tokens_per_second", "mfu",
+    "memory_gib",
 )  # fmt: skip
 
 
