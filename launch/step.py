@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import assert_never
 
 from megahybrid.heartbeat import LOGS
 from megahybrid.launch.job import Job
@@ -113,11 +114,24 @@ def _srun(job: Job, nodes: Sequence[str], per_node: int) -> list[str]:
 
 
 def _container(job: Job) -> list[str]:
+    """What stands between srun's options and a command that is to run in the site's image."""
     container = job.site.container
     if container is None:
         return []
-    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    return [f"--container-image={container.image}", *mounts, *container.options]
+    mounts = ",".join(container.mounts)
+    match container.kind:
+        case "pyxis":
+            bound = [f"--container-mounts={mounts}"] if mounts else []
+            return [f"--container-image={container.image}", *bound, *container.options]
+        case "apptainer":
+            bound = [f"--bind={mounts}"] if mounts else []
+            gpus = ["--nv"] if job.site.gpus_per_node else []
+            assert container.image is not None
+            return ["apptainer", "exec", *gpus, *bound, *container.options, container.image]
+        case "none":
+            return []
+        case _:
+            assert_never(container.kind)
 
 
 def _rank(job: Job) -> list[str]:

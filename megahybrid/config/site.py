@@ -19,11 +19,35 @@ SITES = Path("configs/sites")
 
 
 class Container(Frozen):
-    """Options to run ranks inside an image, by Slurm's Pyxis options."""
+    """An image that ranks run in."""
 
-    image: Line = Field(description="--container-image")
-    mounts: list[Line] = Field(default=[], description="--container-mounts, source:target each")
-    options: list[Line] = Field(default=[], description="further options of srun")
+    kind: Literal["pyxis", "apptainer", "none"] = Field(
+        default="pyxis",
+        description="pyxis: by srun's own options, where a cluster has the plugin; apptainer: by "
+        "`apptainer exec`, with --nv where nodes have GPUs; none: no container",
+    )
+    image: Line | None = Field(
+        default=None, description="pyxis: --container-image; apptainer: a .sif file"
+    )
+    mounts: list[Line] = Field(
+        default=[], description="source:target each: --container-mounts, or --bind"
+    )
+    options: list[Line] = Field(
+        default=[], description="further options of srun, or of apptainer exec"
+    )
+
+    @model_validator(mode="after")
+    def _check_image(self) -> "Container":
+        if self.kind == "none" and (self.image or self.mounts or self.options):
+            raise ValueError(
+                "kind=none has no use for image, mounts or options. Remove them, or name a kind: "
+                "pyxis or apptainer."
+            )
+        if self.kind != "none" and not self.image:
+            raise ValueError(
+                f"image is missing (kind={self.kind}). Name the image, or use kind: none."
+            )
+        return self
 
 
 class PhaseLimits(Frozen):

@@ -1,9 +1,11 @@
 """The batch script: read by people, quoted everywhere, a function of the job alone."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -295,6 +297,50 @@ def test_a_container_wraps_the_ranks() -> None:
     command = train_step(_job(site=site), ["n1"], _environment())
     assert "--container-image=/images/a b.sqsh" in command
     assert "--container-mounts=/data:/data,/home:/home" in command
+
+
+def _boxed(**container: Any) -> Site:
+    plain = {"name": "boxed", "time_limit": "1:00:00", "gpus_per_node": 8}
+    return parse(Site, plain | {"container": container})
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_apptainer_stands_before_the_ranks_own_command(launcher: str) -> None:
+    image = "/images/a b.sif"
+    site = _boxed(
+        kind="apptainer", image=image, mounts=["/data:/data", "/x"], options=["--cleanenv"]
+    )
+    job = _job(site=site.model_copy(update={"launcher": launcher}))
+    command = train_step(job, ["n1"], _environment())
+    inside = command.index("apptainer")
+    assert command[inside:][:6] == [
+        "apptainer", "exec", "--nv", "--bind=/data:/data,/x", "--cleanenv", image,
+    ]  # fmt: skip
+    assert all(word.startswith("--") for word in command[1:inside])
+    own = command[inside + 6 :]
+    if launcher == "torchrun":
+        assert own[:2] == ["bash", "-c"]
+    else:
+        assert own == ["python3", "-m", "megahybrid", "train", job.run_file]
+    without = train_step(_job(site=_boxed(kind="none")), ["n1"], _environment())
+    assert not [word for word in without if "container" in word or word == "apptainer"]
+    on_cpus = site.model_copy(update={"gpus_per_node": 0, "ranks_per_node": 1})
+    assert "--nv" not in train_step(_job(site=on_cpus), ["n1"], _environment())
+
+
+@pytest.mark.parametrize(
+    ("container", "words"),
+    [
+        ({"kind": "apptainer"}, "image is missing (kind=apptainer)"),
+        ({}, "image is missing (kind=pyxis)"),
+        ({"kind": "none", "image": "/a.sif"}, "kind=none has no use for image, mounts or options"),
+        ({"kind": "docker", "image": "/a"}, "container.kind"),
+    ],
+)
+def test_a_container_that_cannot_be_meant_is_one_line(container: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as told:
+        _boxed(**container)
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(
