@@ -15,14 +15,19 @@ from typing import Any
 __version__ = "0.2.0"
 
 __all__ = [
+    "Picture",
     "TokenDataset",
     "Tokenizer",
+    "analyse",
+    "draw_heads",
     "evaluate",
     "export",
     "generate",
     "load_model",
     "load_run",
+    "tokenize",
     "train",
+    "train_tokenizer",
 ]
 
 

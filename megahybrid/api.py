@@ -7,7 +7,8 @@ imported before it is used. Whatever the user can mend is a MegahybridError of o
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from megahybrid.config import RunConfig
 
 AnyPath = str | PathLike[str]
+Data = AnyPath | Mapping[str, AnyPath]  # a dataset, or several by name
 Device = Literal["auto", "cpu", "cuda"]
 NAME = "megahybrid: "  # before each line of ours about what went wrong
 
@@ -34,6 +36,46 @@ def load_run(run_file: AnyPath, *overrides: str, world_size: int | None = None) 
     run = load(fspath(run_file), overrides)
     check_run(run, world_size)
     return run
+
+
+def train_tokenizer(
+    texts: AnyPath | Sequence[AnyPath], output: AnyPath, *, vocab_size: int, seed: int = 0
+) -> "Tokenizer":
+    """Train a byte-level BPE on texts, write it as `output` (a `.model` file) and return it.
+
+    `texts` are files and folders of text, JSON lines, Parquet and more (docs/data.md). The same
+    texts give the same bytes. Raises DataError.
+    """
+    from megahybrid.data_prep.vocabulary import train_tokenizer as write
+
+    write(_paths(texts), fspath(output), vocab_size, seed=seed)
+    return Tokenizer(output)
+
+
+def tokenize(
+    texts: AnyPath | Sequence[AnyPath],
+    tokenizer: AnyPath,
+    output: AnyPath,
+    *,
+    held_out: float = 0.0,
+    seed: int = 0,
+) -> Path:
+    """Write texts as shuffled token files, `output`/train and, of so large a share of the
+    documents, `output`/held_out; return `output`.
+
+    A call that was interrupted goes on when it is made again. Raises DataError where nothing is to
+    be read, or where a part would be empty.
+    """
+    from megahybrid.data_prep.tokenize import tokenize as write
+
+    write(
+        _paths(texts), fspath(tokenizer), fspath(output), held_out=held_out, seed=seed, quiet=True
+    )
+    return Path(output)
+
+
+def _paths(given: AnyPath | Sequence[AnyPath]) -> list[str]:
+    return [fspath(one) for one in ([given] if isinstance(given, str | PathLike) else given)]
 
 
 def train(run_file: AnyPath, *overrides: str, processes: int | None = None) -> Path:
@@ -145,22 +187,83 @@ def generate(
 def evaluate(
     model: "TrainedModel | AnyPath",
     *,
-    data: AnyPath | None = None,
+    data: Data | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Return held-out loss and loss by position: what `megahybrid evaluate --json` prints.
 
-    `["scores"]` has an entry for each held-out set of the run (or the dataset `data`) and each way
-    of making rows: "stream" as in training, "documents" from each document's beginning, with
-    `loss` in nats a token, `perplexity`, and `positions`. Rows have `length` tokens (default: as in
-    training), of `max_tokens` in all at most. Raises ConfigError, DataError or CheckpointError.
+    `["scores"]` has an entry for each held-out set of the run (or of `data`) and each way of making
+    rows: "stream" as in training, "documents" from each document's beginning, with `loss` in nats a
+    token, `perplexity`, and `positions`. Rows have `length` tokens (default: as in training), of
+    `max_tokens` in all at most. Raises ConfigError, DataError or CheckpointError.
     """
     from megahybrid.commands.evaluate import scores
 
     trained = load_model(model) if isinstance(model, str | PathLike) else model
-    folder = None if data is None else Path(data)
-    return scores(trained, data=folder, length=length, max_tokens=max_tokens)
+    return scores(trained, data=_sets(data), length=length, max_tokens=max_tokens)
+
+
+def analyse(
+    model: "TrainedModel | AnyPath",
+    *,
+    data: Data | None = None,
+    length: int | None = None,
+    depth: float = 0.5,
+    trials: int = 8,
+    tokenizer: AnyPath | None = None,
+) -> dict[str, Any]:
+    """Return what the heads look at while they answer: what `megahybrid analyse --json` prints.
+
+    `trials` sentences, each hidden at `depth` (0 to 1) in a text of `length` tokens (default: as in
+    training), are asked for at its end. The text is repeated noise, or that of the first dataset
+    of `data`. `["results"][0]["attention"]` has mass, entropy, distance and retrieval by layer and
+    head (docs/evaluation.md); `draw_heads` draws it. Raises ConfigError, DataError or
+    CheckpointError.
+    """
+    from megahybrid.commands.analyse import Looked, analysis
+
+    looked = Looked(
+        data=_sets(data),
+        length=length,
+        depth=depth,
+        trials=trials,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
+    trained = load_model(model) if isinstance(model, str | PathLike) else model
+    return analysis(trained, looked)
+
+
+def draw_heads(analysis: Mapping[str, Any]) -> "Picture":
+    """Return a picture of what `analyse` found: each layer's mass by segment of the text, and each
+    head's mass on the hidden sentence while it answers."""
+    from megahybrid.report.head_picture import draw_heads as drawn
+
+    return Picture(drawn(dict(analysis)))
+
+
+def _sets(data: "Data | None") -> dict[str, Path] | None:
+    """Return datasets by name, a single one under its folder's."""
+    if data is None:
+        return None
+    if isinstance(data, str | PathLike):
+        return {Path(data).resolve().name: Path(data)}
+    return {name: Path(path) for name, path in data.items()}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, which a notebook shows where it is a cell's last value."""
+
+    png: bytes = field(repr=False)
+
+    def save(self, path: AnyPath) -> Path:
+        """Write the file and return its path."""
+        Path(path).write_bytes(self.png)
+        return Path(path)
+
+    def _repr_png_(self) -> bytes:
+        return self.png
 
 
 def export(

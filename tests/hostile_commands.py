@@ -56,6 +56,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "trained {suite} --device cpu",
         "trained {asking} --device cpu",
         "trained needle.yaml --tokenizer {tokenizer} --device cpu",
+        "trained needle.yaml --data own={data} --device cpu",
         "trained --lm-eval own --include {into} --device cpu",
     ),
     "analyse": (
@@ -63,6 +64,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "trained {suite} --device cpu",
         "trained --examples {examples} --device cpu",
         "trained needle.yaml --tokenizer {tokenizer} --device cpu",
+        "trained --data {data} --device cpu",
+        "trained needle.yaml --device cpu --picture {page}",
     ),
     "sample": (
         "{trained} --prompt a --device cpu",

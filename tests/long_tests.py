@@ -62,6 +62,11 @@ LONG = {
     "tests/gpu/test_engine.py": (
         "test_the_same_holds_between_two_ways_on_the_cpu[parallel-selective]",  # 9
     ),
+    "tests/interop/test_real_model.py": (  # skipped where the model's package is not installed
+        "test_some_heads_look_at_the_needle",
+        "test_surgery_costs_what_is_far_and_a_continuation_begins_to_win_it_back",
+        "test_it_learns_to_chat_and_chats_in_transformers",
+    ),
     "tests/interop/test_sampled_text.py": (
         "test_two_hundred_tokens_are_those_of_sample[Cohere]",
         "test_two_hundred_tokens_are_those_of_sample[CohereCompass]",

@@ -76,3 +76,13 @@ def changes(parser: argparse.ArgumentParser) -> None:
         metavar="SCHEME.FIELD=VALUE",
         help="look at the model with a scheme changed: local.window=null",
     )
+
+
+def named_data(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help=f"{what}, again for each one; NAME is what a suite calls it",
+    )

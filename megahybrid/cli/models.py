@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megahybrid.cli.arguments import changes, checkpoint, command, context_ranks
+from megahybrid.cli.arguments import changes, checkpoint, command, context_ranks, named_data
 from megahybrid.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     )
     evaluate.add_argument("--include", type=Path, metavar="DIR", help="its task files of your own")
     evaluate.add_argument("--limit", type=int, metavar="N", help="its documents per task at most")
-    evaluate.add_argument("--data", type=Path, metavar="DIR", help="another dataset to score")
+    named_data(evaluate, "datasets instead of the run's held-out sets")
     evaluate.add_argument(
         "--length", type=int, metavar="N", help="tokens of a row; loss by position reaches as far"
     )
@@ -56,6 +56,7 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     analyse.add_argument(
         "suite", nargs="?", type=Path, metavar="SUITE.yaml", help="whose needles and puzzles"
     )
+    named_data(analyse, "hay for needles: datasets instead of the run's held-out sets")
     analyse.add_argument("--examples", type=Path, metavar="FILE.json", help="your own token ids")
     analyse.add_argument("--length", type=int, metavar="N", help="tokens (default: as trained)")
     analyse.add_argument("--depth", type=float, help="of the needle: 0 to 1 (default: 0.5)")
@@ -67,6 +68,9 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     )
     analyse.add_argument("--tokenizer", type=Path, help="tokenizer file, if the run names none")
     analyse.add_argument("--json", action="store_true", help="print JSON")
+    analyse.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw needle mass by layer and head"
+    )
     changes(analyse)
     sample = command(commands, "sample", _sample, "continue a prompt")
     checkpoint(sample)
@@ -133,6 +137,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
+    from megahybrid.commands.named_data import named_sets
+
     if arguments.lm_eval:
         from megahybrid.commands.lm_eval import evaluate_lm_eval
 
@@ -152,6 +158,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
             arguments.checkpoint,
             arguments.suite,
             mesh,
+            data=named_sets(arguments.data),
             tokenizer=arguments.tokenizer,
             changes=arguments.change,
             as_json=arguments.json,
@@ -164,7 +171,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
             mesh,
             arguments.context_gain,
             stride=arguments.stride,
-            data=arguments.data,
+            data=named_sets(arguments.data),
             length=arguments.length,
             max_tokens=arguments.max_tokens,
             changes=arguments.change,
@@ -175,7 +182,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
     return evaluate(
         arguments.checkpoint,
         mesh,
-        data=arguments.data,
+        data=named_sets(arguments.data),
         length=arguments.length,
         max_tokens=arguments.max_tokens,
         changes=arguments.change,
@@ -187,7 +194,7 @@ def _evaluate_on(mesh: "ParallelMesh", arguments: argparse.Namespace) -> int:
 def _refuse_mixtures(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for an option that belongs to another of evaluate's four kinds."""
     given = {
-        "--data": arguments.data,
+        "--data": ",".join(arguments.data) or None,
         "--length": arguments.length,
         "--max-tokens": arguments.max_tokens,
         "--beyond": arguments.beyond or None,
@@ -206,7 +213,7 @@ def _refuse_mixtures(arguments: argparse.Namespace) -> None:
         given["a suite"] = arguments.suite
     elif arguments.suite is not None:
         kind, asked = "a suite", str(arguments.suite)
-        known = ("--tokenizer", "--json", "--change")
+        known = ("--data", "--tokenizer", "--json", "--change")
     elif arguments.context_gain is not None:
         kind, asked = (
             "context gain",
@@ -228,12 +235,14 @@ def _refuse_mixtures(arguments: argparse.Namespace) -> None:
 def _analyse(arguments: argparse.Namespace) -> int:
     def work(mesh: "ParallelMesh") -> int:
         from megahybrid.commands.analyse import analyse
+        from megahybrid.commands.named_data import named_sets
 
         return analyse(
             arguments.checkpoint,
             mesh,
             suite_file=arguments.suite,
             examples_file=arguments.examples,
+            data=named_sets(arguments.data),
             length=arguments.length,
             depth=arguments.depth,
             trials=arguments.trials,
@@ -241,6 +250,7 @@ def _analyse(arguments: argparse.Namespace) -> int:
             tokenizer=arguments.tokenizer,
             changes=arguments.change,
             as_json=arguments.json,
+            picture=arguments.picture,
         )
 
     return _on_ranks(arguments, work, arguments.context)

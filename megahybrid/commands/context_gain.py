@@ -1,7 +1,7 @@
 """`megahybrid evaluate --context-gain`: what the tokens further back than the last c are worth."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from megahybrid.errors import EXIT_DONE, ConfigError, DataError
 from megahybrid.evaluate.context_gain import ContextGain
 from megahybrid.evaluate.gain_table import gain_positions_table, gain_table
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.validation import HeldOutSets, evaluation_loss
+from megahybrid.train.validation import evaluation_loss
 
 Gains = dict[str, list[ContextGain]]
 
@@ -25,14 +25,14 @@ def context_gain(
     contexts: Sequence[int],
     *,
     stride: int | None = None,
-    data: Path | None = None,
+    data: Mapping[str, Path] | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
     changes: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
     """Print the context gain beyond each of `contexts` (none: the stage's longest length) on the
-    run's held-out sets, or on the dataset `data`, and keep it in the run.
+    run's held-out sets, or on the datasets of `data`, and keep it in the run.
 
     Documents are read to `length` tokens (default: four times the run's longest). Windows of a
     context c begin every `stride` tokens (default: c // 2). Raises MegahybridError, one line, for
@@ -76,7 +76,7 @@ def measured(
     trained: TrainedModel,
     contexts: Sequence[int],
     stride: int | None = None,
-    data: Path | None = None,
+    data: Mapping[str, Path] | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
     say: Any = lambda name, gain: None,
@@ -84,14 +84,7 @@ def measured(
     """The gains of each set, as `context_gain` prints them; nothing is printed."""
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--max-tokens={max_tokens} scores nothing. Use 1 or more.")
-    scored = HeldOutSets(
-        trained.run,
-        trained.mesh,
-        sets=held_out_sets(trained.run, data),
-        longest=length,
-        max_tokens=max_tokens,
-        context=trained.model.context,
-    )
+    scored = held_out_sets(trained, data, length, max_tokens)
     asked = sorted(contexts) or [trained.length]
     _check(asked, stride, scored.longest)
     _check_documents(asked[0], scored.sets)

@@ -1,19 +1,18 @@
 """`megahybrid evaluate`: score a checkpoint on held-out sets, as training does at a stage's end."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from megahybrid.commands.named_data import with_held_out
 from megahybrid.commands.trained_model import TrainedModel, header, keep, load_trained_model
-from megahybrid.config import RunConfig
-from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.run_tokenizer import known_tokenizer
-from megahybrid.errors import EXIT_DONE, ConfigError, DataError
+from megahybrid.errors import EXIT_DONE, ConfigError
 from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.evaluate.progress import EvaluationProgress
 from megahybrid.evaluate.table import (
     loss_table,
     position_table,
@@ -22,7 +21,7 @@ from megahybrid.evaluate.table import (
     turn_table,
 )
 from megahybrid.parallel.mesh import ParallelMesh
-from megahybrid.train.validation import HeldOutSets, evaluation_loss, open_held_out
+from megahybrid.train.validation import HeldOutSets, evaluation_loss
 
 TIMES = (1, 2, 4, 8)  # of the trained length
 
@@ -31,14 +30,14 @@ def evaluate(
     path: Path,
     mesh: ParallelMesh,
     *,
-    data: Path | None = None,
+    data: Mapping[str, Path] | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
     changes: Sequence[str] = (),
     beyond: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print loss and loss by position of the run's held-out sets, or of the dataset `data`.
+    """Print loss and loss by position of the run's held-out sets, or of the datasets of `data`.
 
     Rows have `length` tokens (default: the stage's longest) and positions reach as far (default:
     four times the run's longest). `beyond` scores rows of 1, 2, 4 and 8 times the stage's length as
@@ -55,29 +54,14 @@ def evaluate(
                 "Leave one of them out."
             )
         length = TIMES[-1] * trained.length
-    sets = held_out_sets(trained.run, data)
-    scored = HeldOutSets(
-        trained.run,
-        trained.mesh,
-        sets=sets,
-        longest=length,
-        max_tokens=max_tokens,
-        context=trained.model.context,
-    )
-    stream: dict[str, HeldOutLoss] = {}
-    far: dict[str, HeldOutLoss] = {}
-    reach: Reach | None = None
-    token_loss = evaluation_loss(trained.model)
-    with Console(stderr=True).status("scoring") as status:
-
-        def tell(name: str, score: HeldOutLoss, rows: str) -> None:
-            (stream if rows == "stream" else far)[name] = score
-            status.update(f"scored {name} ({rows}, {score.tokens:,} tokens)")
-
-        scored.score(token_loss, trained.length if beyond else length or trained.length, tell)
-        scored.score_far(token_loss, tell)
-        if beyond:
-            reach = _reach(trained, scored, status.update)
+    scored = held_out_sets(trained, data, length, max_tokens)
+    rows = trained.length if beyond else length or trained.length
+    work = scored.work(rows, "stream") + scored.work(scored.longest, "documents")
+    work += _reach_work(trained, scored) if beyond else 0
+    with EvaluationProgress("scoring", work) as progress:
+        scored.advance = progress.advance
+        stream, far = _score(trained, scored, rows, progress.say)
+        reach = _reach(trained, scored, progress.say) if beyond else None
     result = _json(trained, stream, far) | (reach.to_json() if reach else {})
     kept = keep(trained, "loss", "held_out", result) if beyond and data is None else None
     if as_json:
@@ -90,30 +74,54 @@ def evaluate(
 def scores(
     trained: TrainedModel,
     *,
-    data: Path | None = None,
+    data: Mapping[str, Path] | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Return what `evaluate` prints as JSON; nothing is printed."""
     _check_numbers(length, max_tokens)
-    scored = HeldOutSets(
-        trained.run,
+    scored = held_out_sets(trained, data, length, max_tokens)
+    return _json(trained, *_score(trained, scored, length or trained.length))
+
+
+def held_out_sets(
+    trained: TrainedModel,
+    data: Mapping[str, Path] | None,
+    longest: int | None,
+    max_tokens: int | None,
+) -> HeldOutSets:
+    """The run's held-out sets, or the datasets of `data`, open for scoring. Raises MegahybridError
+    where there is none, or where one is not the model's."""
+    run = with_held_out(trained.run, data)
+    if not run.data.held_out:
+        raise ConfigError(
+            "data.held_out names no set in this run (0 sets). Name a dataset with --data."
+        )
+    return HeldOutSets(
+        run,
         trained.mesh,
-        sets=held_out_sets(trained.run, data),
-        longest=length,
+        longest=longest,
         max_tokens=max_tokens,
         context=trained.model.context,
     )
+
+
+def _score(
+    trained: TrainedModel, scored: HeldOutSets, rows: int, say: Callable[[str], object] = bool
+) -> tuple[dict[str, HeldOutLoss], dict[str, HeldOutLoss]]:
+    """Return the score of each set in rows of `rows` tokens, and by position in documents."""
     stream: dict[str, HeldOutLoss] = {}
     far: dict[str, HeldOutLoss] = {}
 
-    def keep(name: str, score: HeldOutLoss, rows: str) -> None:
-        (stream if rows == "stream" else far)[name] = score
+    def keep(name: str, score: HeldOutLoss, kind: str) -> None:
+        (stream if kind == "stream" else far)[name] = score
 
     token_loss = evaluation_loss(trained.model)
-    scored.score(token_loss, length or trained.length, keep)
+    say(f"scoring rows of {rows:,}")
+    scored.score(token_loss, rows, keep)
+    say("scoring documents")
     scored.score_far(token_loss, keep)
-    return _json(trained, stream, far)
+    return stream, far
 
 
 def _check_numbers(length: int | None, max_tokens: int | None) -> None:
@@ -149,11 +157,25 @@ def _brief(score: HeldOutLoss) -> dict[str, Any]:
     }
 
 
-def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None]) -> Reach:
-    token_loss = evaluation_loss(trained.model)
-    # The same tokens in rows of every length: whole rows of the longest, one at least.
+def _reach_work(trained: TrainedModel, scored: HeldOutSets) -> int:
+    """Return the tokens that `_reach` reads."""
     longest = TIMES[-1] * trained.length
-    scored.max_tokens = max(longest, scored.max_tokens // longest * longest)
+    most, scored.max_tokens = scored.max_tokens, _whole_rows(scored.max_tokens, longest)
+    work = sum(scored.work(times * trained.length, "stream") for times in TIMES)
+    work += scored.work(longest, "stream", trained.length)
+    scored.max_tokens = most
+    return work
+
+
+def _whole_rows(max_tokens: int, longest: int) -> int:
+    """The same tokens in rows of every length: whole rows of the longest, one at least."""
+    return max(longest, max_tokens // longest * longest)
+
+
+def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], object]) -> Reach:
+    token_loss = evaluation_loss(trained.model)
+    longest = TIMES[-1] * trained.length
+    scored.max_tokens = _whole_rows(scored.max_tokens, longest)
     rows: dict[int, dict[str, HeldOutLoss]] = {}
     sliding: dict[str, HeldOutLoss] = {}
     for times in TIMES:
@@ -161,44 +183,16 @@ def _reach(trained: TrainedModel, scored: HeldOutSets, say: Callable[[str], None
 
         def tell(name: str, score: HeldOutLoss, _: str, found: dict = found) -> None:
             found[name] = score
-            say(f"scored {name} in rows of {score.length:,} tokens")
 
+        say(f"scoring rows of {times * trained.length:,}")
         scored.score(token_loss, times * trained.length, tell)
 
     def keep(name: str, score: HeldOutLoss, _: str) -> None:
         sliding[name] = score
 
+    say("sliding a window")
     scored.score_sliding(token_loss, trained.length, longest, keep)
     return Reach(rows, sliding)
-
-
-def held_out_sets(run: RunConfig, data: Path | None) -> dict[str, TokenDataset]:
-    """The run's held-out sets by name, or the dataset `data` alone. Raises MegahybridError where
-    there is none, or where it is not the model's."""
-    if data is not None:
-        dataset = TokenDataset(data, vocab_size=run.model.vocab_size)
-        _check_vocabulary(run, data, dataset)
-        return {data.resolve().name: dataset}
-    if not run.data.held_out:
-        raise ConfigError(
-            "data.held_out names no set in this run (0 sets). Name a dataset with --data."
-        )
-    return open_held_out(run)
-
-
-def _check_vocabulary(run: RunConfig, data: Path, dataset: TokenDataset) -> None:
-    """Raises DataError where --data was made with another tokenizer than the run's data."""
-    known = known_tokenizer(run)
-    if known is None or dataset.manifest is None:
-        return
-    trained_on, source = known
-    found = dataset.manifest.tokenizer.sha256
-    if found != trained_on.sha256:
-        raise DataError(
-            f"--data={data} was made with the tokenizer {found[:12]}, not the "
-            f"{trained_on.sha256[:12]} that the model was trained with ({source}). "
-            "Prepare the data with that tokenizer."
-        )
 
 
 def print_model(console: Console, trained: TrainedModel) -> None:

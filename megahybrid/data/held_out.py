@@ -37,6 +37,21 @@ def evaluation_plans(
             yield RowPlan("", ((start, size),))
 
 
+def evaluation_tokens(
+    dataset: TokenDataset,
+    length: int,
+    rows: Rows = "stream",
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    multiple: int = 1,
+) -> int:
+    """Return the tokens of all rows of `evaluation_batches`, each filled up: what a model reads."""
+    plans = evaluation_plans(dataset, length, rows, min_tokens, max_tokens)
+    if rows == "stream":
+        return length * sum(1 for _ in plans)
+    return sum(_row_tokens(plan.spans[0][1], length, multiple) for plan in plans)
+
+
 def evaluation_batches(
     dataset: TokenDataset, length: int, micro_rows: int, **options: Any
 ) -> Iterator[Batch]:

@@ -30,8 +30,10 @@ def score_answers(
     vocab_size: int | None = None,
     batch_tokens: int = 16_384,
     tell: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], object] = bool,
 ) -> list[Score]:
-    """The score of each example, in order; `tell` is told how many are done.
+    """The score of each example, in order; `tell` is told how many are done, `advance` how many
+    tokens were read since it was last told.
 
     The likeliest token is the lowest id of equals among those below `vocab_size`, the tokenizer's;
     likelihoods are over the same. Any layout: all ranks of tensor and context axes call it alike.
@@ -42,6 +44,7 @@ def score_answers(
         for example, score in zip(batch, _score_batch(model, batch, vocab_size), strict=True):
             scores[positions[id(example)]] = score
         tell(len(scores))
+        advance(sum(len(example.tokens) for example in batch))
     return [scores[index] for index in range(len(examples))]
 
 

@@ -84,10 +84,15 @@ def make_hay(source: HeldOutHaystack | TextHaystack | NoiseHaystack, material: M
             raise DataError(f"haystack.path={source.path} cannot be read ({error}).") from None
         return _endless(ids, source.path)
     sets = material.held_out
-    if not sets or (source.set is not None and source.set not in sets):
+    if not sets:
+        raise DataError(
+            "haystack.kind=held_out: this run has no held-out set (data.held_out names 0). Name "
+            "one there, or a dataset with --data."
+        )
+    if source.set is not None and source.set not in sets:
         raise DataError(
             f"haystack.set={source.set} is not a held-out set of this run "
-            f"({', '.join(sets) or 'none'}). Name one of data.held_out."
+            f"({', '.join(sets)}). Name one of data.held_out, or a dataset with --data NAME=DIR."
         )
     name = source.set or next(iter(sets))
     return _endless(_joined(sets[name]), name)

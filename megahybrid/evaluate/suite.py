@@ -72,22 +72,40 @@ def examples_of(name: str, task: Task, seed: int, material: Material) -> list[Ex
     return found
 
 
+def suite_tokens(suite: Suite) -> int:
+    """Return the tokens of all examples of a suite, about as many as a model reads."""
+    tokens = 0
+    for task in suite.tasks.values():
+        if isinstance(task, ChatTask):
+            tokens += task.trials * max(task.lengths)  # its answers alone: prompts are drawn later
+            continue
+        per_length = task.trials
+        if isinstance(task, NeedleTask):
+            per_length *= len(task.depths)
+        elif isinstance(task, RulerTask):
+            per_length *= len(task.tasks)
+        tokens += per_length * sum(task.lengths)
+    return tokens
+
+
 def run_suite(
     model: Transformer,
     suite: Suite,
     material: Material,
     tell: ReportProgress = lambda name, done, of: None,
+    advance: Callable[[int], object] = bool,
 ) -> dict[str, Any]:
-    """Return the scores of every task, as JSON values; `tell` is called with a task's progress."""
+    """Return the scores of every task, as JSON values; `tell` is called with a task's progress,
+    `advance` with the tokens that were read since its last call, of `suite_tokens` in all."""
     results: dict[str, Any] = {}
     for name, task in suite.tasks.items():
         examples = examples_of(name, task, suite.seed, material)
         result: dict[str, Any] = {"kind": task.kind, "trials": task.trials}
         if isinstance(task, RulerTask):
-            result["rows"] = _ruler(model, name, examples, suite, material, tell)
+            result["rows"] = _ruler(model, name, examples, suite, material, tell, advance)
         elif isinstance(task, ChatTask):
             result["trials"] = len(examples)
-            result |= _chat(model, name, task, examples, suite, material, tell)
+            result |= _chat(model, name, task, examples, suite, material, tell, advance)
         else:
             labels = ("length", "depth") if isinstance(task, NeedleTask) else ("length",)
 
@@ -101,6 +119,7 @@ def run_suite(
                 vocab_size=vocab_size,
                 batch_tokens=suite.batch_tokens,
                 tell=report_task,
+                advance=advance,
             )
             result["rows"] = by_labels(examples, scores, labels)
             result["by_length"] = by_labels(examples, scores, ("length",))
@@ -119,17 +138,26 @@ def _chat(
     suite: Suite,
     material: Material,
     tell: ReportProgress,
+    advance: Callable[[int], object],
 ) -> dict[str, Any]:
     """How many answers end their turn, by turn and of all."""
     assert material.tokenizer is not None  # `ChatMaker` asked it for its special tokens
+    told, most = 0, max(task.lengths)
+
+    def report(done: int) -> None:
+        nonlocal told
+        tell(name, done, len(examples))
+        advance((done - told) * most)
+        told = done
+
     answers = answer(
         model,
         examples,
-        max(task.lengths),
+        most,
         vocab_size=material.vocab_size,
         eod_id=material.tokenizer.info.eod_id,
         batch_tokens=suite.batch_tokens,
-        tell=lambda done: tell(name, done, len(examples)),
+        tell=report,
     )
     return scores_of(examples, answers, task.lengths)
 
@@ -141,6 +169,7 @@ def _ruler(
     suite: Suite,
     material: Material,
     tell: ReportProgress,
+    advance: Callable[[int], object],
 ) -> list[dict[str, Any]]:
     """A row for each of RULER's tasks and lengths: the mean share of references found."""
     assert material.tokenizer is not None  # needles were encoded with it
@@ -164,6 +193,7 @@ def _ruler(
                 shares.setdefault((which, example.labels["length"]), []).append(share)
             done += len(batch)
             tell(name, done, len(examples))
+            advance(sum(example.labels["length"] for example in batch))
     return [
         {
             "task": which,

@@ -22,6 +22,7 @@ from megahybrid.config.packaged import located
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.errors import EXIT_DONE, ConfigError, InteropError, MegahybridError
 from megahybrid.evaluate.loss import HeldOutLoss
+from megahybrid.evaluate.progress import EvaluationProgress
 from megahybrid.evaluate.table import position_table
 from megahybrid.interop import surgery
 from megahybrid.interop.architectures.base import Architecture
@@ -279,7 +280,9 @@ def _print_losses(
     # Both columns are of the same documents, so short ones may count as well.
     scored.min_tokens = 1
     found: dict[str, HeldOutLoss] = {}
-    with Reader(checkpoint) as reader:
+    work = 2 * scored.work(longest, "documents")
+    with Reader(checkpoint) as reader, EvaluationProgress("scoring", work) as progress:
+        scored.advance = progress.advance
         for when, plan in (("before", before), ("after", after)):
 
             def keep(name: str, score: HeldOutLoss, rows: str, when: str = when) -> None:

@@ -131,8 +131,14 @@ def _shorten_labels(figure: Figure) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG with at most 128 colours: a third of the size, and the page holds them all."""
+    path.write_bytes(png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as the PNG that `save` writes."""
     _shorten_labels(figure)
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    image = Image.open(content).convert("RGB")
-    image.quantize(colors=128, dither=Image.Dither.NONE).save(path, optimize=True)
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png")
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(colors=128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()

@@ -11,7 +11,7 @@ from torch import Tensor
 from megahybrid.config import RunConfig
 from megahybrid.data.batches import Tensors
 from megahybrid.data.dataset import TokenDataset
-from megahybrid.data.held_out import Rows, evaluation_plans, numbered_batches
+from megahybrid.data.held_out import Rows, evaluation_plans, evaluation_tokens, numbered_batches
 from megahybrid.data.run_tokenizer import bytes_of_ids
 from megahybrid.evaluate.context_gain import ContextGain, Windows, context_gains, default_stride
 from megahybrid.evaluate.loss import HeldOutLoss, TokenLoss, held_out_loss, sliding
@@ -31,8 +31,9 @@ class HeldOutSets:
 
     `longest` is how far loss by position reaches (default: four times the run's longest length);
     `max_tokens` of each set are used (default: evaluate.max_tokens). `poll` is called before each
-    batch, on every rank; what it raises ends the scoring. `context` is the model's: ranks that
-    share a row are all given it, and it counts once.
+    batch, on every rank; what it raises ends the scoring. `advance` is told after each batch how
+    many tokens of rows all ranks have read meanwhile; `work` says beforehand how many it will be.
+    `context` is the model's: ranks that share a row are all given it, and it counts once.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class HeldOutSets:
         longest: int | None = None,
         max_tokens: int | None = None,
         poll: Callable[[], object] = bool,
+        advance: Callable[[int], object] = bool,
         context: ContextRanks | None = None,
     ) -> None:
         self.run, self.context = run, context
-        self.poll = poll
+        self.poll, self.advance = poll, advance
         self.mesh = mesh
         self.sets = open_held_out(run) if sets is None else sets
         lengths = [length for stage in run.stages for length in stage.lengths]
@@ -56,6 +58,22 @@ class HeldOutSets:
         # A document that ends before the shortest length says nothing about far positions; of
         # conversations, which are short, each is asked for its turns.
         self.min_tokens = min(self.longest, *lengths)
+
+    def work(self, length: int, rows: Rows, window: int | None = None) -> int:
+        """Return the tokens that scoring every set in rows of `length` reads: as they are, or
+        through a window that slides over them."""
+        tokens = sum(
+            evaluation_tokens(
+                dataset,
+                length,
+                rows,
+                1 if rows == "stream" or dataset.masked else self.min_tokens,
+                self.max_tokens,
+                self.mesh.tensor.size,
+            )
+            for dataset in self.sets.values()
+        )
+        return round(tokens * _times_read(length, window))
 
     def score(self, token_loss: TokenLoss, length: int, tell: ScoreSink) -> None:
         """The file of each set, cut every `length` tokens."""
@@ -164,7 +182,9 @@ class HeldOutSets:
         together = self._ranks_of(shown)
 
         def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for _, batch in self._batches(name, length, "stream", lambda tokens: together, 1):
+            for _, batch in self._batches(
+                name, length, "stream", lambda tokens: together, 1, shown
+            ):
                 self.poll()
                 yield batch
 
@@ -190,7 +210,13 @@ class HeldOutSets:
         return max(stage.micro_batch_tokens for stage in self.run.stages)
 
     def _batches(
-        self, name: str, length: int, rows: Rows, sharing: Callable[[int], int], fewest: int
+        self,
+        name: str,
+        length: int,
+        rows: Rows,
+        sharing: Callable[[int], int],
+        fewest: int,
+        shown: int | None = None,
     ) -> Iterator[tuple[list[int], Tensors]]:
         for numbers, batch in numbered_batches(
             self.sets[name],
@@ -206,7 +232,18 @@ class HeldOutSets:
             sharing=sharing,
             most_sharing=self.mesh.context.size,
         ):
-            yield numbers, batch.tensors(self.mesh.device)
+            moved = batch.tensors(self.mesh.device)
+            yield numbers, moved
+            tokens = moved.tokens.shape[1]
+            groups = self.mesh.replica.size // sharing(tokens)
+            self.advance(round(moved.tokens.numel() * groups * _times_read(tokens, shown)))
+
+
+def _times_read(length: int, window: int | None) -> float:
+    """Return how often each token of a row is read, in the mean, where a window slides over it."""
+    if window is None or window >= length:
+        return 1.0
+    return window * (1 + -(-(length - window) // max(1, window // 2))) / length
 
 
 def open_held_out(run: RunConfig) -> dict[str, TokenDataset]:

@@ -108,8 +108,43 @@ def test_a_model_writes_and_is_scored_as_the_commands_do(
     options = ["--max-tokens", "512", "--device", "cpu", "--json"]
     assert cli.main(["evaluate", str(trained / "run"), *options]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found))
+    again = megahybrid.evaluate(model, data={"own": trained / "unseen"}, max_tokens=512)
+    assert [score["set"] for score in again["scores"]] == ["own", "own"]
+    assert again["scores"][0]["loss"] == found["scores"][0]["loss"]
     with pytest.raises(ConfigError, match="--prompt is empty"):
         megahybrid.generate(model, "")
+
+
+def test_an_analysis_is_the_commands_and_is_drawn(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = megahybrid.load_model(trained / "run", device="cpu")
+    found = megahybrid.analyse(model, length=200, trials=1, data=trained / "unseen")
+    options = ["--length", "200", "--trials", "1", "--data", str(trained / "unseen")]
+    assert cli.main(["analyse", str(trained / "run"), *options, "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told | {"seconds": 0} == json.loads(json.dumps(found | {"seconds": 0}))
+    picture = megahybrid.draw_heads(found)
+    assert picture.save(tmp_path / "heads.png").read_bytes() == picture._repr_png_()
+    assert picture.png.startswith(b"\x89PNG") and "PNG" not in repr(picture)
+    for wrong in ({"depth": 2.0}, {"trials": 0}, {"length": 7}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}="):
+            megahybrid.analyse(model, **wrong)
+
+
+def test_texts_become_the_tokens_that_the_commands_make(trained: Path, tmp_path: Path) -> None:
+    texts, words = trained / "texts", tmp_path / "words.model"
+    tokenizer = megahybrid.train_tokenizer(texts, words, vocab_size=310)
+    assert words.read_bytes() == (trained / "words.model").read_bytes()
+    data = megahybrid.tokenize([texts], words, tmp_path / "data", held_out=0.3, seed=2)
+    command = ["data", "tokenize", str(texts), "--tokenizer", str(words), "--held-out", "0.3"]
+    assert cli.main([*command, "--seed", "2", "--output", str(tmp_path / "same")]) == 0
+    for part in ("train", "held_out"):
+        (ours,), (theirs,) = ((one / part).glob("*.bin") for one in (data, tmp_path / "same"))
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert megahybrid.TokenDataset(data / part).vocab_size == tokenizer.vocab_size
+    with pytest.raises(DataError):
+        megahybrid.tokenize(tmp_path / "nowhere", words, tmp_path / "none")
 
 
 def test_tokens_and_their_names(trained: Path) -> None:

@@ -60,6 +60,50 @@ def test_evaluate_scores_another_dataset_at_another_length(
     assert told["scores"][1]["by_position"][-1]["stop"] == 40
 
 
+def test_named_data_are_held_out_sets_of_suites_and_analyses(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An imported run has none of its own: what it is asked must not need another import."""
+    words = "keys: [a, b], values: [c, d], needle: ' {key} {value}', question: ' {key}'"
+    hay = "haystack: {kind: held_out, set: other}"
+    asked = f"kind: needle, lengths: [48], depths: [0.5], trials: 2, {hay}, {words}"
+    (tmp_path / "asked.yaml").write_text(f"tasks: {{one: {{{asked}}}}}", encoding="utf-8")
+    told = refused(capsys, "evaluate", trained.run, tmp_path / "asked.yaml", "--device", "cpu")
+    assert "haystack.set=other is not a held-out set" in told and "--data NAME=DIR" in told
+    options = ("--data", f"other={trained.folder / 'text'}", "--device", "cpu", "--json")
+    result = json.loads(call(capsys, "evaluate", trained.run, tmp_path / "asked.yaml", *options))
+    assert result["tasks"]["one"]["rows"][0]["trials"] == 2
+    assert result["data"] == {"other": str(trained.folder / "text")}
+    whole = ("--length", 200, "--trials", 1, "--json", "--device", "cpu")
+    needles = [
+        json.loads(call(capsys, "analyse", trained.run, *whole, *data))["results"][0]["attention"]
+        for data in ((), options[:2], ("--data", trained.folder / "text"))
+    ]
+    assert needles[0] != needles[1] == needles[2]
+
+
+def test_data_that_is_named_wrongly_is_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = trained.folder / "text"
+    for command in ("evaluate", "analyse"):
+        told = refused(capsys, command, trained.run, "--data", "=x", "--device", "cpu")
+        assert "--data==x names no dataset" in told
+        twice = ("--data", text, "--data", f"text={text}")
+        assert "'text' is" in refused(capsys, command, trained.run, *twice, "--device", "cpu")
+
+
+def test_a_picture_of_the_heads_is_drawn(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--length", 200, "--trials", 1, "--device", "cpu", "--picture")
+    told = call(capsys, "analyse", trained.run, *options, tmp_path / "heads.png")
+    assert told.rstrip().endswith(f"drawn as {tmp_path / 'heads.png'}")
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    told = refused(capsys, "analyse", trained.run, *options, tmp_path / "no" / "heads.png")
+    assert "heads.png cannot be used (No such file or directory)" in told
+
+
 def test_model_has_the_plan_of_the_stage_it_was_written_in(trained: Trained) -> None:
     windows = [
         load_trained_model(trained.run / "checkpoints" / f"step-{step:08d}", ParallelMesh.single())
