@@ -65,7 +65,7 @@ class Evaluation:
     loss: float | None
     tokens: int
     by_position: tuple[PositionBucket, ...]
-    by_turn: tuple[TurnLoss, ...]  # of conversations
+    by_turn: tuple[TurnLoss, ...] = ()  # of conversations
 
 
 @dataclass(frozen=True)
