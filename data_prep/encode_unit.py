@@ -21,7 +21,7 @@ class EncodeJob:
     """The settings that every unit needs.
 
     threads: of the tokenizer, where one unit is all the work. chat: of conversations, which are
-    documents then.
+    documents then. tokenizer_sha256: by which a file that was written anew is another one.
     """
 
     tokenizer: str
@@ -33,13 +33,14 @@ class EncodeJob:
     kept: tuple[str, ...] = ()
     format: str = "auto"
     chat: ChatJob | None = None
+    tokenizer_sha256: str = ""
 
 
 def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
     """Encodes a unit into `.tokens`, `.records` and `.bad`; one already done is not done again."""
     if (done := read_result(job.folder, number)) is not None:
         return done
-    tokenizer = _tokenizer(job.tokenizer, job.eod, job.threads)
+    tokenizer = _tokenizer(job.tokenizer, job.eod, job.threads, job.tokenizer_sha256)
     chat = job.chat
     fields = Fields(job.text_field, job.kept, format=job.format, chat=chat is not None)
     dtype = np.dtype(tokenizer.info.dtype)
@@ -66,5 +67,5 @@ def encode_unit(job: EncodeJob, number: int, unit: Unit) -> UnitResult:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, eod: str | None, threads: int) -> Tokenizer:
+def _tokenizer(path: str, eod: str | None, threads: int, sha256: str) -> Tokenizer:
     return load_tokenizer(path, eod, threads)

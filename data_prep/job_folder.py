@@ -47,7 +47,7 @@ def identity_of(
     """All that the bytes of a job's output depend on."""
     listed = [_named(file) for file in files]
     value = asdict(job) | info.model_dump() | asdict(split)
-    del value["folder"], value["threads"], value["chat"]
+    del value["folder"], value["threads"], value["chat"], value["tokenizer_sha256"]
     if job.chat is not None:
         value |= job.chat.identity()
     # As it is read again: tuples come back as lists.

@@ -120,7 +120,7 @@ def tokenize(
     threads = workers if len(units) == 1 else 1
     work = str(folder / WORK)
     read = (text_field, seed, work, threads, tuple(kept), format)
-    job = EncodeJob(str(tokenizer), eod, *read, chat)
+    job = EncodeJob(str(tokenizer), eod, *read, chat, info.sha256)
     split = Split(held_out, longest, deduplicate)
     # How units are cut may change with the version; what another one has left is not gone on with.
     identity = identity_of(job, files, info, split, shard_tokens) | {"units": len(units)}

@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.tokenizer import Tokenizer, load_tokenizer
 from megahybrid.data_prep import vocabulary
 from megahybrid.data_prep.inputs import cut_units
 from megahybrid.data_prep.items import Fields
+from megahybrid.data_prep.tokenize import tokenize
 from megahybrid.data_prep.tokenizer_report import report
 from megahybrid.data_prep.vocabulary import train_tokenizer
 from megahybrid.errors import DataError
@@ -158,3 +160,14 @@ def test_sample_is_shared_by_weight_and_not_all_is_read(
 def test_weights_must_be_one_for_each_input(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--weight is given 1 times with 2 inputs"):
         train_tokenizer([corpus, corpus], tmp_path / "a.model", 400, weights=[1.0])
+
+
+def test_a_tokenizer_written_anew_under_its_name_is_not_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat sees the other cat and the dog runs away\n" * 30)
+    model, found = tmp_path / "a.model", []
+    for size in (290, 310):
+        train_tokenizer([tmp_path / "a.txt"], model, size)
+        tokenize([tmp_path / "a.txt"], model, tmp_path / str(size), quiet=True, workers=1)
+        found.append(TokenDataset(tmp_path / str(size) / "train").document(0).tolist())
+    (encoded,) = load_tokenizer(model).encode([(tmp_path / "a.txt").read_text()])
+    assert found[1][:-1] == encoded and found[0] != found[1]
