@@ -83,7 +83,7 @@ def _scores(rows: Sequence[Row], names: Sequence[str], columns: Sequence[str]) -
         part.set_title(task)
         part.set_xlabel("tokens of the document")
         part.set_ylim(-0.03, 1.05)
-    axes[0].set_ylabel("share right: median, least – most")
+    axes[0].set_ylabel("share right (median, range)")
     axes[-1].legend(title="variant (seeds that count)", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -161,7 +161,16 @@ def without_curves(attention: dict[str, Any]) -> dict[str, Any]:
 
     Those stay in the run's `evaluations`.
     """
-    kept = ("mass", "entropy_bits", "max_logit", "distance", "sink", "retrieval", "layers")
+    kept = (
+        "mass",
+        "entropy_bits",
+        "max_logit",
+        "distance",
+        "sink",
+        "retrieval",
+        "near_share",
+        "layers",
+    )
 
     def short(part: dict[str, Any]) -> dict[str, Any]:
         return {name: part[name] for name in kept if name in part}

@@ -21,7 +21,7 @@ from megahybrid.errors import ConfigError, DataError
 from megahybrid.ledger import read_ledger
 from megahybrid.study.figures import check_rules, figures_of, interval, tabulate, void
 from megahybrid.study.grid import study
-from megahybrid.study.one_run import StudyRun
+from megahybrid.study.one_run import StudyRun, without_curves
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDIES = sorted(path.parent for path in EXPERIMENTS.rglob("study.yaml"))
@@ -56,6 +56,16 @@ def test_what_is_published_of_a_study_is_what_its_results_say(folder: Path) -> N
         rows = tabulate(plan, results)
         told = {"rows": rows, "rules": check_rules(plan, rows), "void": void(plan, rows)}
         assert table == json.loads(json.dumps({k: v for k, v in told.items() if v is not None}))
+
+
+def test_a_result_keeps_every_figure_of_an_analysis() -> None:
+    part = {"mass": {"needle": 0.5}, "entropy_bits": 1.0, "near_share": 0.25, "near_by_lag": [0.25]}
+    told = {"all": part, "by_kind": {"full": part}, "layers": [], "retrieval_heads": []}
+    analysis = {"results": [{"task": "recall", "length": 32, "attention": told}]}
+    kept = without_curves(analysis)
+    assert "near_by_lag" not in kept["results"][0]["attention"]["all"]
+    assert figures_of({"attention": kept}) == figures_of({"attention": analysis})
+    assert figures_of({"attention": kept})["recall.32.full.near"] == 0.25
 
 
 PRE_REGISTERED = ("ratio", "window", "qk_norm_kinds", "fusion")
