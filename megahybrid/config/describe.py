@@ -217,6 +217,8 @@ def render(description: dict[str, Any], width: int = 110) -> str:
     for line in _with_lines(description["layers"]):
         console.print(line)
     console.print(_stage_table(description))
+    if any(row["epochs"] is not None for row in description.get("data", ())):
+        console.print(_data_table(description["data"]))
     for changes in filter(None, map(_changes, description["stages"])):
         console.print(changes)
     for stage in description["stages"]:
@@ -301,6 +303,22 @@ def _stage_table(description: dict[str, Any]) -> Any:
                 f"{row['flops_per_token_full'] / 1e9:.4g}",
                 f"{row['ideal_speedup']:.3f}",
             )
+    return table
+
+
+def _data_table(data: list[dict[str, Any]]) -> Any:
+    right = ("share", "tokens", "epochs", "targets, about")
+    table = _table("Data on this machine", ("stage", "source"), right)
+    for row in data:
+        epochs, targets = row["epochs"], row["targets"]
+        table.add_row(
+            row["stage"],
+            row["source"],
+            f"{row['share']:.3g}",
+            f"{row['tokens']:,}",
+            "–" if epochs is None else f"{epochs:.3g}",
+            "–" if targets is None else f"{targets:,}",
+        )
     return table
 
 
