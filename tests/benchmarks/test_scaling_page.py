@@ -89,11 +89,14 @@ def long_row(
 ) -> str:
     """A row of the page's table of long rows, from `describe` alone: one row of tokens for each
     data rank and step."""
+    file = ROOT / f"configs/runs/{name}.yaml"
+    packed = (name for name, source in load(file).data.sources.items() if source.plans)
     run = load(
-        ROOT / f"configs/runs/{name}.yaml",
+        file,
         [
             f"parallel.tensor={tensor}",
             f"parallel.context={context}",
+            *(f"data.sources.{name}.plans={{{length}: rows}}" for name in packed),
             f"stages.{stage}.lengths={{{length}: 1}}",
             f"stages.{stage}.micro_batch_tokens={length}",
             f"stages.{stage}.batch_tokens={batch}",
