@@ -146,7 +146,7 @@ def _refuse_missing(run: RunConfig) -> None:
             command = making_command(path)
             prepare = "Prepare the data" if command is None else f"Make it with `{command}`"
             raise ConfigError(
-                f"{field}.path={path} does not exist (seen from {os.getcwd()}). {prepare}, correct "
+                f"{field}={path} does not exist (seen from {os.getcwd()}). {prepare}, correct "
                 "the path, or submit from the folder it is relative to."
             )
 

@@ -308,6 +308,7 @@ def test_a_forecast_says_where_context_groups_lie(tmp_path: Path, context: int, 
         words += ["stages.0.lengths={12288: 1}", "stages.0.micro_batch_tokens=12288"]
         words += ["stages.1.lengths={49152: 1}", "stages.1.micro_batch_tokens=49152"]
         words += [f"stages.{n}.batch_tokens=1572864" for n in (0, 1)]
+        words.append("data.sources.chats.plans={49152: rows}")
     run_file = ROOT / "configs/runs/paper_rnope_swa_8b.yaml"
     nodes = 6 if context == 3 else 8
     job, run = plan(run_file, words, site=str(ROOT / "configs/sites/example.yaml"), nodes=nodes)

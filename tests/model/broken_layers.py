@@ -112,7 +112,7 @@ def unscaled_queries(patch: Patch) -> None:
     patch.setattr(
         score_scale.QueryScale,
         "forward",
-        lambda self, factor: torch.ones_like(factor)[..., None, None],
+        lambda self, factor, heads=slice(None): torch.ones_like(factor)[..., None, None],
     )
 
 
@@ -209,20 +209,23 @@ def one_mask_for_all_windows(patch: Patch) -> None:
 def another_heads_factor(patch: Patch) -> None:
     """Each head has the learned scale of the head before."""
     right = score_scale.QueryScale.forward
-    patch.setattr(
-        score_scale.QueryScale, "forward", lambda self, factor: right(self, factor).roll(-1, 2)
-    )
+
+    def forward(self: Any, factor: Tensor, heads: slice = slice(None)) -> Tensor:
+        found = right(self, factor)
+        return found if found.shape[2] == 1 else found.roll(-1, 2)[:, :, heads]
+
+    patch.setattr(score_scale.QueryScale, "forward", forward)
 
 
 def unlearned(patch: Patch) -> None:
     """The learned scale gets no gradient of its last head."""
     right = score_scale.QueryScale.forward
 
-    def forward(self: Any, factor: Tensor) -> Tensor:
+    def forward(self: Any, factor: Tensor, heads: slice = slice(None)) -> Tensor:
         if self.logit_scale is None:
-            return right(self, factor)
+            return right(self, factor, heads)
         learned = torch.cat((self.logit_scale[:-1], self.logit_scale[-1:].detach()))
-        return factor[..., None, None] * learned[:, None]
+        return factor[..., None, None] * learned[heads, None]
 
     patch.setattr(score_scale.QueryScale, "forward", forward)
 

@@ -21,7 +21,8 @@ def run(tmp_path: Path) -> Path:
 
 def test_report_shows_the_newest_needles_ruler_puzzles_and_attention(run: Path) -> None:
     assert [(one.kind, one.step) for one in newest_evaluations(run)] == [
-        ("attention", 196), ("lm_eval", 196), ("loss", 196), ("suite", 196),
+        ("attention", 196), ("context_gain", 196), ("lm_eval", 196), ("loss", 196),
+        ("suite", 196),
     ]  # fmt: skip
     written = write_report(run)
     for name in (

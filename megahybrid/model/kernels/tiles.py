@@ -86,7 +86,8 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v), (sinks,) = ctx.saved_tensors[:3], ctx.saved_tensors[3:] or (None,)
+        saved = ctx.saved_tensors  # asked for once, as recomputation allows
+        (q, k, v), (sinks,) = saved[:3], saved[3:] or (None,)
         by_sinks = None if sinks is None else torch.zeros_like(sinks)
         by_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         by_k, by_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
