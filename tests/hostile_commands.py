@@ -30,7 +30,12 @@ SECONDS = 60  # by the clock: no refusal waits as long, even on a machine that i
 MEMORY = 2 * 2**30  # bytes beyond what is mapped when all is imported
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "init": ("{out} --data words.txt", "fresh --data {text}"),
+    "init": (
+        "{out} --data words.txt",
+        "fresh --data {text}",
+        "fresh --data words.txt --chat {text}",
+        "fresh --data words.txt --chat text.jsonl --template {template}",
+    ),
     "schema": (),
     "completion": (),
     "train": (
@@ -176,7 +181,7 @@ NO_PATHS = {
     "field", "keep", "special_token", "eod", "stage", "variants", "allow", "host",
     "chat", "chat_date", "system",
 }  # fmt: skip
-NO_PATHS |= {"size", "plan", "lengths"}  # of init
+NO_PATHS |= {"size", "plan", "lengths", "chat_field"}  # of init
 
 SUITE = "tasks: {one: {kind: recall, lengths: [32], trials: 1}}\n"
 NEEDLE = "tasks: {one: {kind: needle, lengths: [64], trials: 1}}\n"

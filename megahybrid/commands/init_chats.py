@@ -79,6 +79,10 @@ def look_at_chats(file: str, template: str, field: str) -> Chats:
         )
     if not os.path.exists(file):
         raise PathError(f"--chat={said} does not exist. Name a file of conversations (.jsonl).")
+    if not (os.path.isfile(file) or os.path.isdir(file)):  # a pipe would wait for a writer
+        raise PathError(
+            f"--chat={said} is neither a file nor a folder. Name a file of conversations (.jsonl)."
+        )
     try:
         found = survey([file], fields=Fields(field, chat=True))
     except DataError as error:
