@@ -82,11 +82,15 @@ def describe(
 ) -> int:
     """Print a run's layers, parameters, FLOPs and memory."""
     from megahybrid.config.describe import describe, render
-    from megahybrid.data.shares import data_shares
+    from megahybrid.config.missing_data import dataset_exists
     from megahybrid.interop.architectures.table import huggingface_fits
 
     run = _checked(run_file, overrides, world_size)
-    description = describe(run, world_size, huggingface_fits) | {"data": data_shares(run)}
+    description = describe(run, world_size, huggingface_fits)
+    if any(dataset_exists(path) for _, path in run.data.datasets()):
+        from megahybrid.data.shares import data_shares  # with numpy
+
+        description["data"] = data_shares(run)
     print(json.dumps(description, indent=2) if as_json else render(description))
     return EXIT_DONE
 
