@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from heapq import nlargest
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Literal
 
 from megahybrid.data.batches import Batch, Documents, make_batch
 from megahybrid.data.dataset import TokenDataset
@@ -45,18 +45,11 @@ def evaluation_tokens(
     max_tokens: int | None = None,
     multiple: int = 1,
 ) -> int:
-    """Return the tokens of all rows of `evaluation_batches`, each filled up: what a model reads."""
+    """Return the tokens of all rows of `numbered_batches`, each filled up: what a model reads."""
     plans = evaluation_plans(dataset, length, rows, min_tokens, max_tokens)
     if rows == "stream":
         return length * sum(1 for _ in plans)
     return sum(_row_tokens(plan.spans[0][1], length, multiple) for plan in plans)
-
-
-def evaluation_batches(
-    dataset: TokenDataset, length: int, micro_rows: int, **options: Any
-) -> Iterator[Batch]:
-    """The batches of `numbered_batches`, which takes the same arguments."""
-    return (batch for _, batch in numbered_batches(dataset, length, micro_rows, **options))
 
 
 def numbered_batches(

@@ -1,12 +1,10 @@
 """What each stage reads of each source, as far as its files are on this machine: for `describe`."""
 
-from pathlib import Path
 from typing import Any
 
 from megahybrid.config import RunConfig
 from megahybrid.data.dataset import TokenDataset
 from megahybrid.data.length_plans import open_plans
-from megahybrid.data.packing import PLAN_NAME, PackPlan
 from megahybrid.errors import DataError
 
 
@@ -18,6 +16,11 @@ def data_shares(run: RunConfig) -> list[dict[str, Any]]:
     mask, so that every token but a document's last is one.
     """
     opened = {name: _opened(run, name) for name in run.data.sources}
+    counted = {
+        name: dataset.counted_targets() / dataset.tokens
+        for name, dataset in opened.items()
+        if dataset is not None and dataset.tokens and dataset.masked
+    }
     told = []
     for index, stage in enumerate(run.stages):
         total = sum(stage.weights.values())
@@ -30,9 +33,8 @@ def data_shares(run: RunConfig) -> list[dict[str, Any]]:
             row |= {"tokens": round(tokens), "epochs": None, "targets": None}
             if dataset is not None and dataset.tokens:
                 row["epochs"] = tokens / dataset.tokens
-                if dataset.masked:
-                    counted = dataset.counted_targets() / dataset.tokens
-                    row["targets"] = round(tokens * counted)
+                if name in counted:
+                    row["targets"] = round(tokens * counted[name])
             told.append(row)
     return told
 
@@ -43,9 +45,7 @@ def _opened(run: RunConfig, name: str) -> TokenDataset | None:
     try:
         if source.plans:
             return open_plans(name, source.plans, run.model.vocab_size)[0]
-        folder = Path(str(source.path))
-        if (folder / PLAN_NAME).exists():
-            folder = Path(PackPlan(folder).dataset)
-        return TokenDataset(folder, vocab_size=run.model.vocab_size)
+        assert source.path is not None  # one of both is given
+        return TokenDataset(source.path, vocab_size=run.model.vocab_size)
     except DataError:
         return None

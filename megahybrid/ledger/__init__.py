@@ -3,8 +3,13 @@
 Knows no torch, so that the launcher and the report read it on a login node.
 """
 
-from megahybrid.ledger.bits import bits_per_byte
-from megahybrid.ledger.buckets import LEAST_DOCUMENTS, GainBucket, PositionBucket, TurnLoss
+from megahybrid.ledger.buckets import (
+    LEAST_DOCUMENTS,
+    GainBucket,
+    PositionBucket,
+    TurnLoss,
+    bits_per_byte,
+)
 from megahybrid.ledger.events import (
     AnnealEvent,
     AttentionEvent,

@@ -1,5 +1,7 @@
-"""Parts of the events that score held-out sets: means over ranges of positions, and over turns."""
+"""Parts of the events that score held-out sets: means over ranges of positions, and over turns, in
+nats per token; and the bits per byte in which losses of different tokenizers compare."""
 
+import math
 from dataclasses import dataclass
 
 from megahybrid.config.shape import Count, Positive
@@ -41,3 +43,11 @@ class TurnLoss:
     turn: Positive
     tokens: Count
     loss: Number  # nats per token
+
+
+def bits_per_byte(nats: float | None, tokens: int, text_bytes: int | None) -> float | None:
+    """Nats per token as bits per byte of the text that the tokens stand for; None where there is
+    none, or it is not known."""
+    if nats is None or not text_bytes:
+        return None
+    return nats * tokens / math.log(2) / text_bytes

@@ -1,12 +1,15 @@
 """Small datasets for tests, and the order of a source written out the slow way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megahybrid.data.batches import Batch
 from megahybrid.data.dataset import TokenDataset
+from megahybrid.data.held_out import numbered_batches
 from megahybrid.data.manifest import TokenizerInfo
 from megahybrid.data.order import Permutation
 from megahybrid.data.token_writer import TokenWriter
@@ -78,3 +81,10 @@ class PlainOrder:
             if offset + 1 == len(block):
                 self.at[lane] = [n + self.lanes, 0]
         return found
+
+
+def evaluation_batches(
+    dataset: TokenDataset, length: int, micro_rows: int, **options: Any
+) -> Iterator[Batch]:
+    """The batches of a held-out set, without the numbers of their documents."""
+    return (batch for _, batch in numbered_batches(dataset, length, micro_rows, **options))

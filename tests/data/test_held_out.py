@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megahybrid.data.held_out import evaluation_batches, evaluation_plans
-from tests.data.corpus import all_tokens, write_corpus
+from megahybrid.data.held_out import evaluation_plans
+from tests.data.corpus import all_tokens, evaluation_batches, write_corpus
 
 LENGTHS = [30, 7, 90, 100, 41, 3]
 

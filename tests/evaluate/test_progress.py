@@ -9,12 +9,12 @@ from rich.console import Console
 
 from megahybrid.config import parse
 from megahybrid.config.suite import Suite
-from megahybrid.data.held_out import Rows, evaluation_batches, evaluation_tokens
+from megahybrid.data.held_out import Rows, evaluation_tokens
 from megahybrid.evaluate.loss import sliding
 from megahybrid.evaluate.progress import EvaluationProgress, in_words
 from megahybrid.evaluate.suite import examples_of, suite_tokens
 from megahybrid.train.validation import _times_read
-from tests.data.corpus import write_corpus
+from tests.data.corpus import evaluation_batches, write_corpus
 from tests.evaluate.characters import material
 
 

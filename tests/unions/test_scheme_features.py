@@ -77,7 +77,7 @@ def test_the_table_names_what_there_is() -> None:
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_two_parts_go_together_where_the_table_says_so(one: str, other: str) -> None:
-    """What does is decoded from a cache and analysed: logits are those of the plain model."""
+    """A pair that is served is decoded from a cache and analysed: logits are the plain model's."""
     refused = refusal(one, other)
     if refused is not None:
         with pytest.raises(ConfigError) as raised:
