@@ -62,7 +62,7 @@ def draw_by_position(axes: Axes, record: RunRecord, held_out: str) -> None:
               label="length trained to")  # fmt: skip
     if hollow:
         axes.plot([], [], "o", markerfacecolor="none", markeredgecolor="#555555",
-                  label=f"fewer than {LEAST_DOCUMENTS} documents, or others")  # fmt: skip
+                  label=f"under {LEAST_DOCUMENTS} documents")  # fmt: skip
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("held-out loss (nats per token)")
     # Room above the curves, because no corner is free of them in every run.
